@@ -1,0 +1,223 @@
+"""The contract between the worker and whatever computes: verbs, plain values, no Django.
+
+An engine holds one frozen base model and any number of adapters. It is plain synchronous
+code for one thread; it never logs, never reads the clock, the environment or a database.
+
+Errors come in two sorts. A domain error (``training.errors.TrainingError``) says that one
+request was refused and that the adapter is exactly as it was before. Any other exception
+means that memory is suspect: the worker must throw the engine away and rebuild its adapters
+from their logs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.errors import TrainingError
+from training.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimStepOutput,
+    SampledSequence,
+    SamplingParams,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelInfo:
+    """What a client may know about the base model."""
+
+    name: str
+    vocab_size: int
+    max_context_tokens: int
+    num_parameters: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForwardBackwardJob:
+    """One request's share of a pass over the base model."""
+
+    adapter_name: str
+    data: Sequence[Datum]
+    loss_fn: str
+    loss_fn_config: Mapping[str, float] = field(default_factory=dict)
+    forward_only: bool = False
+    """True computes the same numbers and leaves the accumulated gradient alone."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampleJob:
+    """One sampling request: S sequences that continue one prompt."""
+
+    prompt: Sequence[int]
+    sampling_params: SamplingParams
+    """``seed`` is set: whoever builds the job has chosen one."""
+    num_samples: int = 1
+    adapter_name: str | None = None
+    """A resident adapter (its weights as they are when the job is admitted), or None for the
+    base model."""
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampleOutput:
+    """A finished sampling job."""
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: list[float] | None
+    """One per prompt token when asked for; the first is NaN, since nothing precedes it."""
+
+
+class Sampler(ABC):
+    """Continuous batching: jobs join and leave between steps, none waits for another.
+
+    A job's text depends on its own prompt, weights and seed, not on what shares its steps.
+    """
+
+    @abstractmethod
+    def admit(self, key: str, job: SampleJob) -> None:
+        """Queue a job under the caller's key.
+
+        The adapter's weights are those of this moment, however long the job takes: an
+        optim_step that comes later does not touch them.
+
+        Raises:
+            InvalidRequest: The prompt is empty, out of vocabulary or leaves no room.
+        """
+
+    @abstractmethod
+    def step(self) -> dict[str, SampleOutput | TrainingError]:
+        """Advance every active sequence by one token; return the jobs that finished, by key.
+
+        A step may instead prefill a waiting prompt, so that no step takes long.
+        """
+
+    @abstractmethod
+    def cancel(self, key: str) -> None:
+        """Forget a job; its sequences leave the batch before the next step."""
+
+    @property
+    @abstractmethod
+    def active(self) -> int:
+        """How many jobs are admitted and not finished."""
+
+
+class Engine(ABC):
+    """One base model, its resident adapters and the verbs of the API."""
+
+    info: BaseModelInfo
+    sampler: Sampler
+
+    @abstractmethod
+    def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        """Make a resident adapter: A seeded per module, B zero, no gradient, step 0.
+
+        Raises:
+            InvalidRequest: The name is taken, or ``target_modules`` matches nothing.
+            OutOfMemory: No room for it.
+        """
+
+    @abstractmethod
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Free an adapter's memory. Dropping an unknown name does nothing."""
+
+    @abstractmethod
+    def adapter_names(self) -> list[str]:
+        """Resident adapters, the least recently used first."""
+
+    @abstractmethod
+    def adapter_bytes(self, adapter_name: str) -> int:
+        """Memory an adapter holds: weights, gradient and both Adam moments."""
+
+    @abstractmethod
+    def forward_backward(
+        self, jobs: Sequence[ForwardBackwardJob]
+    ) -> list[ForwardBackwardOutput | TrainingError]:
+        """Run many requests, of many adapters, as few packed passes over the base model.
+
+        Each job's gradient (that of the SUM of its loss) is added to its adapter's accumulated
+        gradient. A bad job gets its error in its place in the list and adds nothing; its
+        batch-mates are as if it had not been there.
+
+        Returns:
+            One entry per job, in order.
+        """
+
+    @abstractmethod
+    def optim_step(self, adapter_name: str, adam_params: AdamParams) -> OptimStepOutput:
+        """Apply the accumulated gradient with AdamW and clear it.
+
+        Without any gradient since the last step, the gradient is zero: weight decay and
+        momentum still act, as in torch.optim.AdamW.
+
+        Raises:
+            NonFiniteResult: The gradient or the new weights would not be finite. Weights,
+                moments, step and gradient are as before.
+        """
+
+    @abstractmethod
+    def save_adapter(self, adapter_name: str, directory: Path) -> int:
+        """Write weights, Adam moments, accumulated gradient and step into a new directory.
+
+        Written beside it, fsynced, then renamed, so that the directory is whole or absent.
+        ``meta.json`` in it can be read by eye and carries a checksum of every other file.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            StorageFull: The disk is full; nothing is left behind.
+        """
+
+    @abstractmethod
+    def load_adapter(
+        self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
+    ) -> None:
+        """Make ``adapter_name`` what the directory says; it need not be resident before.
+
+        Args:
+            with_optimizer: False loads the weights only: moments, gradient and step are zero.
+
+        Raises:
+            CheckpointNotFound: No such directory, or a checksum in it does not match.
+        """
+
+    @abstractmethod
+    def save_peft(self, adapter_name: str, directory: Path) -> int:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as peft reads them."""
+
+    @abstractmethod
+    def adapter_state(self, adapter_name: str) -> dict[str, Any]:
+        """``{"weights", "exp_avg", "exp_avg_sq", "grad"}`` as flat float32 numpy arrays, and
+        ``"step"``: what two engines compare to say that an adapter is the same."""
+
+    @abstractmethod
+    def render_conversation(
+        self, messages: Sequence[Mapping[str, str]], *, train_on: str
+    ) -> Datum:
+        """One conversation as a datum for cross_entropy, shifted by one token.
+
+        The model's own chat template turns it into T tokens; the datum has T - 1 positions.
+        ``train_on``: ``assistant`` gives weight 1 to what the assistant says, end-of-turn token
+        included; ``all`` to the text and end of turn of every message given; ``auto`` is
+        ``assistant`` if there is an assistant turn and ``all`` otherwise.
+
+        Raises:
+            InvalidRequest: ``assistant`` was asked for and there is no assistant turn.
+        """
+
+    @abstractmethod
+    def render_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation as a prompt that ends where the assistant begins to speak."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Text as token ids, without a chat template and without added special tokens."""

@@ -1,0 +1,68 @@
+"""What can go wrong in training, each class with the sentence its reader needs.
+
+No class knows HTTP: ``tinkerapi.api.errors`` maps classes to status codes in one table.
+"""
+
+
+class TrainingError(Exception):
+    """The training request failed."""
+
+    category = "user"
+    """Whose fault it is: ``user``, ``server`` or ``unknown``."""
+
+    def __str__(self) -> str:
+        return super().__str__() or (self.__class__.__doc__ or "").strip()
+
+
+class InvalidRequest(TrainingError):
+    """The request is not valid."""
+
+
+class InvalidDatum(InvalidRequest):
+    """A datum cannot be trained on; the message names datum, field and position."""
+
+
+class LimitExceeded(InvalidRequest):
+    """The request is larger than this server allows."""
+
+
+class RunNotFound(TrainingError):
+    """No model of this name exists."""
+
+
+class RunExists(TrainingError):
+    """A model of this name already exists."""
+
+
+class CheckpointNotFound(TrainingError):
+    """No checkpoint exists at this path."""
+
+
+class CheckpointExists(TrainingError):
+    """A checkpoint of this name already exists and overwrite was not asked for."""
+
+
+class BaseModelNotFound(TrainingError):
+    """This server does not serve that base model."""
+
+
+class NonFiniteResult(TrainingError):
+    """The computation produced NaN or infinity; weights and gradients are as before."""
+
+
+class OutOfMemory(TrainingError):
+    """The device has no memory left for this request."""
+
+    category = "server"
+
+
+class StorageFull(TrainingError):
+    """The data folder's disk is full; free some space and send the request again."""
+
+    category = "server"
+
+
+class RunLost(TrainingError):
+    """The run's state cannot be rebuilt; load its last checkpoint into a new run."""
+
+    category = "server"

@@ -1,0 +1,115 @@
+"""The words of the training domain as frozen values: no torch, no Django, no HTTP.
+
+Parsers build them from a request body, services store them in a future's payload, the
+worker hands them to the engine. Arrays are numpy, so that the web process needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LossFnInputs = Mapping[str, NDArray[Any]]
+"""Per-token inputs of a loss function by name; ``target_tokens`` int64, the rest float32."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Datum:
+    """One training example: N input tokens and what the loss function needs at each.
+
+    Nothing is shifted by the server: position i of every input speaks about the prediction
+    made after reading ``model_input[: i + 1]``, so ``target_tokens[i]`` is token i + 1.
+    """
+
+    model_input: NDArray[np.int32]
+    """(N,) token ids."""
+    loss_fn_inputs: LossFnInputs
+    """Arrays of shape (N,); for cross_entropy ``target_tokens`` and ``weights`` may be (N, K)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The shape of one adapter."""
+
+    rank: int = 32
+    """R, the inner dimension of each pair of LoRA matrices."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    seed: int = 0
+    """Seeds the initial A matrices, module by module; B starts at zero."""
+    train_mlp: bool = True
+    train_attn: bool = True
+    train_unembed: bool = True
+    """Whether the output head gets an adapter too."""
+    target_modules: tuple[str, ...] | None = None
+    """Module names to adapt, such as ``q_proj``; None means all that the train_ flags name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamParams:
+    """AdamW for one step, decoupled weight decay, as torch.optim.AdamW computes it."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Largest global gradient norm; 0 means no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when a sequence ends."""
+
+    max_tokens: int | None = None
+    """None means as many as the server's limit and the context leave room for."""
+    seed: int | None = None
+    """Sample i of a request depends on (seed, i) only; None lets the server choose a seed."""
+    stop: tuple[str, ...] | tuple[int, ...] | None = None
+    """Stop strings or token ids. None stops at the model's own end tokens; () never stops."""
+    temperature: float = 1.0
+    """0 means greedy. Returned log-probabilities are those of the tempered distribution."""
+    top_k: int = -1
+    """-1 means no limit."""
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledSequence:
+    """One completion."""
+
+    tokens: list[int]
+    """Sampled token ids, the end token included when one was sampled."""
+    logprobs: list[float]
+    """Log-probability of each sampled token, in nats."""
+    stop_reason: str
+    """``stop`` or ``length``."""
+    text: str = ""
+    """The tokens as text, without special tokens and without a matched stop string."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForwardBackwardOutput:
+    """What a pass over some data says."""
+
+    loss: float
+    """Sum over tokens and datums of the loss function."""
+    logprobs: list[NDArray[np.float32]]
+    """Log-probability of each datum's target tokens, in nats, shaped like ``target_tokens``."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """``loss:sum`` and whatever the loss function adds; keys are ``name:reduction``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimStepOutput:
+    """What one optimizer step did."""
+
+    step: int
+    """How many steps this adapter has taken, this one included."""
+    grad_norm: float
+    """Global L2 norm of the accumulated gradient before clipping."""
