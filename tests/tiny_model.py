@@ -1,0 +1,85 @@
+"""A transformer of a few thousand parameters in an ordinary model folder, made in the process.
+
+Its tokenizer knows the 256 bytes and three special tokens, its chat template is ChatML with a
+default system message: small, but of the same kind as the model that the server ships with.
+Weights are drawn wide enough (0.3) that its predictions are far from uniform, so that a test
+that confuses two positions, sequences or adapters sees it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+CONTEXT_TOKENS = 512
+END_TOKEN = SPECIAL_TOKENS.index("<|im_end|>")
+DEFAULT_SYSTEM_MESSAGE = "You are a tiny test model."
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM_MESSAGE + "<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: token = byte, after the special tokens."""
+    unknown, start, end = SPECIAL_TOKENS
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        unk_token=unknown,
+        model_max_length=CONTEXT_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Path:
+    """Write a seeded Llama (2 layers, 4 query heads on 2 key heads, fp32) with its tokenizer.
+
+    Args:
+        directory: Made if missing.
+        tied: Whether the output head is the embedding matrix.
+        seed: Same seed, same weights; the process's random state is left alone.
+
+    Returns:
+        ``directory``, which ``from_pretrained`` loads.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT_TOKENS,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=END_TOKEN,
+        pad_token_id=END_TOKEN,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
