@@ -200,9 +200,7 @@ class Engine(ABC):
         ``"step"``: what two engines compare to say that an adapter is the same."""
 
     @abstractmethod
-    def render_conversation(
-        self, messages: Sequence[Mapping[str, str]], *, train_on: str
-    ) -> Datum:
+    def render_conversation(self, messages: Sequence[Mapping[str, str]], *, train_on: str) -> Datum:
         """One conversation as a datum for cross_entropy, shifted by one token.
 
         The model's own chat template turns it into T tokens; the datum has T - 1 positions.

@@ -1,0 +1,48 @@
+"""What can go wrong with a future, each class with the sentence its reader needs."""
+
+
+class FutureError(Exception):
+    """The future cannot be used like this."""
+
+    def __str__(self) -> str:
+        return super().__str__() or (self.__class__.__doc__ or "").strip()
+
+
+class FutureNotFound(FutureError):
+    """No future has this request id."""
+
+
+class FuturePurged(FutureError):
+    """The future is final, but its result was pruned by the server's retention policy."""
+
+
+class FuturePayloadPruned(FutureError):
+    """The future's payload was pruned, so it cannot be submitted again."""
+
+
+class FutureNotCancellable(FutureError):
+    """Only a pending future can be cancelled; this one already runs or is final."""
+
+
+class SeqIdReused(FutureError):
+    """This seq id was already used in its lane for another request."""
+
+
+class IdempotencyKeyReused(FutureError):
+    """This Idempotency-Key was already used for another request."""
+
+
+class QueueFull(FutureError):
+    """Too many of your futures are waiting; retrieve some, then send the request again."""
+
+
+class PayloadTooLarge(FutureError):
+    """The payload is larger than this server allows once decompressed."""
+
+
+class Fenced(FutureError):
+    """This worker was replaced: its epoch no longer owns the futures it wanted to finish."""
+
+
+class QueueTaken(FutureError):
+    """Another live worker serves this queue."""

@@ -1,0 +1,217 @@
+"""The rows that are the truth: futures, the lanes that order them, the workers that run them.
+
+Queue entries and notifications may be lost; a row may not. Every move between states is a
+compare-and-set (``futures.services``), and check constraints tie the columns to the state.
+This app knows nothing of training: a kind is a word and a payload is bytes to it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, ClassVar
+
+from django.conf import settings
+from django.db import models
+from django.db.models import Q
+from django.utils import timezone
+
+from futures.transitions import FINAL_STATES, Category, State
+
+
+def new_request_id() -> str:
+    """``future_`` and 32 hex digits (128 random bits)."""
+    return f"future_{secrets.token_hex(16)}"
+
+
+class Lane(models.Model):
+    """What must run in order: one run, or one sampling session."""
+
+    id = models.CharField(primary_key=True, max_length=200)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT)
+    queue = models.CharField(max_length=100)
+    """The engine queue whose worker runs this lane."""
+    ordered = models.BooleanField(default=True)
+    """False for lanes whose seq ids only identify requests and order nothing."""
+    last_seq_id = models.BigIntegerField(default=0)
+    """Highest seq id handed out by the server; unused where clients number themselves."""
+    next_seq_id = models.BigIntegerField(default=1)
+    """Where the next claim of an ordered lane begins; every lower one is claimed or final."""
+
+    def __str__(self) -> str:
+        return self.id
+
+
+class Worker(models.Model):
+    """One life of one worker process; its id is the epoch that fences its commits."""
+
+    class WorkerState(models.TextChoices):
+        STARTING = "starting"
+        LIVE = "live"
+        STOPPED = "stopped"
+        LOST = "lost"
+
+    queue = models.CharField(max_length=100)
+    state = models.CharField(
+        max_length=10, choices=WorkerState.choices, default=WorkerState.STARTING
+    )
+    hostname = models.CharField(max_length=255)
+    pid = models.IntegerField()
+    started_at = models.DateTimeField(default=timezone.now)
+    heartbeat_at = models.DateTimeField(default=timezone.now)
+    stopped_at = models.DateTimeField(null=True, blank=True)
+    figures = models.JSONField(default=dict, blank=True)
+    """What the worker says of itself: base model, device, memory, resident adapters."""
+
+    class Meta:
+        constraints: ClassVar = [
+            models.CheckConstraint(
+                condition=Q(state__in=["starting", "live", "stopped", "lost"]),
+                name="worker_state_known",
+            ),
+            # The last line of defence against two workers of one queue; the first is the
+            # advisory lock that a worker holds while it lives.
+            models.UniqueConstraint(
+                fields=["queue"],
+                condition=Q(state__in=["starting", "live"]),
+                name="worker_one_live_per_queue",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"worker {self.pk} ({self.queue})"
+
+
+class FutureQuerySet(models.QuerySet["Future"]):
+    def owned_by(self, owner_id: int) -> FutureQuerySet:
+        return self.filter(owner_id=owner_id)
+
+    def open(self) -> FutureQuerySet:
+        """Not final."""
+        return self.filter(state__in=[State.PENDING, State.RUNNING])
+
+    def without_bodies(self) -> FutureQuerySet:
+        """For lists: payload and result stay in the database."""
+        return self.defer("payload", "result")
+
+
+class Future(models.Model):
+    """The durable promise of one request."""
+
+    id = models.CharField(primary_key=True, max_length=39, default=new_request_id)
+    """The request id that clients know."""
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT)
+    queue = models.CharField(max_length=100)
+    lane = models.ForeignKey(Lane, null=True, blank=True, on_delete=models.PROTECT)
+    """None: may run at any time, next to anything."""
+    seq_id = models.BigIntegerField(null=True, blank=True)
+    """Order number in the lane; consumed even when the request is refused."""
+    idempotency_key = models.CharField(max_length=200, null=True, blank=True)  # noqa: DJ001
+    """A key the client chose so that it may send the request again; unique per owner."""
+    kind = models.CharField(max_length=40)
+    state = models.CharField(max_length=10, choices=State.choices, default=State.PENDING)
+
+    payload = models.BinaryField(null=True)
+    """msgpack in zstd (``futures.payload``); None once pruned."""
+    payload_digest = models.BinaryField(max_length=32)
+    """SHA-256 of kind and uncompressed payload: tells a repeat from a reuse."""
+    result = models.BinaryField(null=True)
+    """Like payload; None until ready, and again once pruned."""
+    summary = models.JSONField(default=dict, blank=True)
+    """A few small facts for lists and charts: datums, tokens, loss."""
+    cost = models.IntegerField(default=1)
+    """Estimated work in tokens; a claim takes futures up to a budget of it."""
+
+    error = models.TextField(blank=True, default="")
+    category = models.CharField(max_length=10, choices=Category.choices, blank=True, default="")
+    error_code = models.CharField(max_length=60, blank=True, default="")
+    """Class name of the domain error."""
+    attempts = models.SmallIntegerField(default=0)
+    """Workers that died while it ran; one makes it run alone, three fail it."""
+    worker = models.ForeignKey(Worker, null=True, blank=True, on_delete=models.PROTECT)
+    """The epoch that runs or ran it."""
+    batch = models.BigIntegerField(null=True, blank=True)
+    """Number, within the worker's life, of the engine batch that computed it."""
+    replay_of = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL)
+    """The future whose request this one submits again."""
+
+    created_at = models.DateTimeField(default=timezone.now)
+    started_at = models.DateTimeField(null=True, blank=True)
+    finished_at = models.DateTimeField(null=True, blank=True)
+    pruned_at = models.DateTimeField(null=True, blank=True)
+    """When payload and result were dropped by the retention policy."""
+
+    objects = FutureQuerySet.as_manager()
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["lane", "seq_id"], name="future_lane_seq_id"),
+            models.UniqueConstraint(
+                fields=["owner", "idempotency_key"], name="future_idempotency_key"
+            ),
+            models.CheckConstraint(
+                condition=Q(lane__isnull=True, seq_id__isnull=True)
+                | Q(lane__isnull=False, seq_id__isnull=False),
+                name="future_seq_id_iff_lane",
+            ),
+            models.CheckConstraint(
+                condition=Q(state__in=[str(s) for s in State]), name="future_state_known"
+            ),
+            models.CheckConstraint(
+                condition=~Q(state=State.RUNNING)
+                | Q(worker__isnull=False, started_at__isnull=False),
+                name="future_running_has_worker",
+            ),
+            models.CheckConstraint(
+                condition=~Q(state=State.PENDING) | Q(worker__isnull=True, payload__isnull=False),
+                name="future_pending_can_run",
+            ),
+            models.CheckConstraint(
+                condition=~Q(state=State.READY)
+                | Q(result__isnull=False)
+                | Q(pruned_at__isnull=False),
+                name="future_ready_has_result",
+            ),
+            models.CheckConstraint(
+                condition=(Q(state=State.FAILED) & ~Q(error="") & ~Q(category=""))
+                | (~Q(state=State.FAILED) & Q(error="", category="")),
+                name="future_failed_iff_error",
+            ),
+            models.CheckConstraint(
+                condition=Q(state__in=FINAL_STATES, finished_at__isnull=False)
+                | Q(state__in=[State.PENDING, State.RUNNING], finished_at__isnull=True),
+                name="future_final_iff_finished_at",
+            ),
+        ]
+        indexes: ClassVar = [
+            # The claim looks for lanes with work; all other rows are history to it.
+            models.Index(
+                fields=["queue", "lane", "seq_id"],
+                condition=Q(state=State.PENDING),
+                name="future_pending_by_lane",
+            ),
+            # Recovery and the fence look for what an epoch holds.
+            models.Index(
+                fields=["worker"], condition=Q(state=State.RUNNING), name="future_running"
+            ),
+            # The per-user limit counts what waits.
+            models.Index(
+                fields=["owner"], condition=Q(state=State.PENDING), name="future_pending_by_owner"
+            ),
+            models.Index(fields=["-created_at"], name="future_newest"),
+        ]
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL_STATES
+
+    @property
+    def summary_line(self) -> str:
+        """The summary as ``name value`` pairs, for lists."""
+        return "  ".join(f"{name} {_short(value)}" for name, value in self.summary.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,32 @@
+"""API keys: who a request speaks for. Only a hash is kept; the key is shown once."""
+
+from __future__ import annotations
+
+from django.conf import settings
+from django.db import models
+from django.utils import timezone
+
+
+class ApiKey(models.Model):
+    """A user's credential for the API."""
+
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="api_keys"
+    )
+    name = models.CharField(max_length=100)
+    prefix = models.CharField(max_length=12)
+    """The first characters, so that people can tell their keys apart."""
+    key_hash = models.CharField(max_length=64, unique=True)
+    """SHA-256 of the key, which holds 256 random bits: no salt or stretching is needed."""
+    created_at = models.DateTimeField(default=timezone.now)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    """None: never."""
+    last_used_at = models.DateTimeField(null=True, blank=True)
+    """To the minute; writing it at every request would cost more than the request."""
+    revoked_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        verbose_name = "API key"
+
+    def __str__(self) -> str:
+        return f"{self.prefix}… ({self.name})"

@@ -1,0 +1,251 @@
+"""All settings, read top to bottom: environment readers, Django, the queue, ours.
+
+Every variable of ours begins with ``TINKERAPI_``; the README's configuration table lists
+them, and a test keeps the two equal. A value that makes no sense stops the start with a
+sentence instead of being replaced by a default.
+"""
+
+import os
+import secrets
+from pathlib import Path
+
+import dj_database_url
+from django.core.exceptions import ImproperlyConfigured
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+
+
+def env_bool(name: str, default: bool) -> bool:
+    """``1``, ``true``, ``yes``, ``on`` or their opposites; anything else stops the start."""
+    value = os.environ.get(name, "").strip().lower()
+    if value in ("", "1", "true", "yes", "on", "0", "false", "no", "off"):
+        return default if not value else value in ("1", "true", "yes", "on")
+    raise ImproperlyConfigured(f"{name}: expected 1 or 0, got {value!r}")
+
+
+def env_int(name: str, default: int, *, minimum: int = 1) -> int:
+    """A whole number of at least ``minimum``; anything else stops the start."""
+    value = os.environ.get(name, "").strip()
+    try:
+        number = int(value) if value else default
+    except ValueError:
+        raise ImproperlyConfigured(f"{name}: expected a whole number, got {value!r}") from None
+    if number < minimum:
+        raise ImproperlyConfigured(f"{name}: expected at least {minimum}, got {number}")
+    return number
+
+
+def env_choice(name: str, default: str, choices: tuple[str, ...]) -> str:
+    """One of ``choices``; anything else stops the start."""
+    value = os.environ.get(name, "").strip() or default
+    if value not in choices:
+        raise ImproperlyConfigured(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def env_list(name: str, default: str = "") -> list[str]:
+    """Comma-separated values, blanks dropped."""
+    return [item.strip() for item in os.environ.get(name, default).split(",") if item.strip()]
+
+
+# --- Where things are -------------------------------------------------------------------
+
+DATA_DIR = Path(os.environ.get("TINKERAPI_DATA_DIR") or BASE_DIR / "var").resolve()
+"""Embedded database, converted models, snapshots and checkpoints; back this up."""
+
+ROLE = env_choice("TINKERAPI_ROLE", "cli", ("cli", "web", "worker"))
+"""Which process this is; set by ``up``, never by hand. Decides how connections are kept."""
+
+# --- Django -----------------------------------------------------------------------------
+
+DEBUG = env_bool("TINKERAPI_DEBUG", False)
+# ``up`` keeps one in DATA_DIR; a command that signs nothing lasting can live with a fresh one.
+SECRET_KEY = os.environ.get("TINKERAPI_SECRET_KEY") or secrets.token_urlsafe(50)
+ALLOWED_HOSTS = env_list("TINKERAPI_ALLOWED_HOSTS", "*")
+CSRF_TRUSTED_ORIGINS = env_list("TINKERAPI_CSRF_TRUSTED_ORIGINS")
+
+INSTALLED_APPS = [
+    "unfold",  # before django.contrib.admin, whose templates it replaces
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "django.contrib.humanize",
+    "rest_framework",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
+    "django_q",
+    "futures",
+    "training",
+    "tinkerapi",
+]
+
+# Async-capable ones only: a sync middleware would cost every parked wait a thread hop.
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+APPEND_SLASH = False  # a redirect would turn a client's POST into a GET
+
+ROOT_URLCONF = "tinkerapi.urls"
+ASGI_APPLICATION = "tinkerapi.asgi.application"
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [BASE_DIR / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+LANGUAGE_CODE = "en"
+USE_TZ = True
+TIME_ZONE = "UTC"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+STATIC_URL = "/static/"
+STATIC_ROOT = DATA_DIR / "static"
+X_FRAME_OPTIONS = "DENY"
+SECURE_CONTENT_TYPE_NOSNIFF = True
+SECURE_REFERRER_POLICY = "same-origin"
+
+# --- Postgres ---------------------------------------------------------------------------
+
+# Without DATABASE_URL the embedded Postgres is meant: a socket in the data folder.
+DATABASE_URL = os.environ.get("DATABASE_URL", "")
+if DATABASE_URL:
+    database = dj_database_url.parse(DATABASE_URL)
+    if database["ENGINE"] != "django.db.backends.postgresql":
+        raise ImproperlyConfigured("DATABASE_URL: only postgresql:// is supported")
+else:
+    from tinkerapi.postgres import embedded_database
+
+    database = embedded_database(DATA_DIR)
+
+# The web serves many threads from a small pool. The worker keeps one connection for ever:
+# django-q2 closes old connections around each call, and with 0 it would reconnect each time.
+DATABASES = {
+    "default": {
+        **database,
+        "CONN_MAX_AGE": 0 if ROLE == "web" else None,
+        "CONN_HEALTH_CHECKS": True,
+        "OPTIONS": {
+            **database.get("OPTIONS", {}),
+            **({"pool": {"min_size": 2, "max_size": 8, "timeout": 10}} if ROLE == "web" else {}),
+        },
+    }
+}
+
+# --- django-q2 --------------------------------------------------------------------------
+
+Q_CLUSTER = {
+    "name": "tinkerapi",  # also the salt that signs tasks, so equal in every process
+    "orm": "default",
+    "broker_class": "futures.broker.PostgresBroker",  # LISTEN instead of polling
+    "workers": 1,
+    "queue_limit": 1,  # no prefetch: a prefetched task is invisible until `retry`
+    "bulk": 1,  # more would reorder
+    "poll": 2,  # seconds a lost NOTIFY can cost
+    "timeout": 1800,
+    "retry": 2000,  # must exceed timeout; recovery does not rely on it
+    "recycle": 0,  # never: a new worker process would load the model again
+    "ack_failures": True,  # failures live on the Future
+    "max_attempts": 3,
+    "save_limit": -1,  # successes are not kept: each save would lock all kept rows
+    "catch_up": False,
+    "ALT_CLUSTERS": {},  # must exist, or naming another cluster is a KeyError at import
+}
+
+# --- HTTP -------------------------------------------------------------------------------
+
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": ["tinkerapi.api.authentication.ApiKeyAuthentication"],
+    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
+    "DEFAULT_PARSER_CLASSES": ["tinkerapi.api.parsers.JSONParser"],
+    "DEFAULT_RENDERER_CLASSES": ["tinkerapi.api.renderers.JSONRenderer"],
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "EXCEPTION_HANDLER": "tinkerapi.api.errors.exception_handler",
+    "UNAUTHENTICATED_USER": None,
+}
+SPECTACULAR_SETTINGS = {
+    "TITLE": "tinkerapi",
+    "DESCRIPTION": "A self-hosted training API for LoRA fine-tuning.",
+    "VERSION": "0.1.0",
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+    "REDOC_DIST": "SIDECAR",
+}
+
+# --- Ours: the model --------------------------------------------------------------------
+
+BASE_MODELS = env_list("TINKERAPI_BASE_MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
+"""Names or folders of the base models served; the first is the default. One worker each."""
+
+DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
+DTYPE = env_choice("TINKERAPI_DTYPE", "auto", ("auto", "bfloat16", "float32"))
+"""Of the frozen base model; adapters are always float32. auto: bfloat16 where it is fast."""
+
+NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0)
+"""Threads of one worker on a CPU; 0 leaves the choice to torch."""
+
+BATCH_TOKENS = env_int("TINKERAPI_BATCH_TOKENS", 4096)
+"""Tokens in one pass over the base model; more is faster until memory runs out."""
+
+CACHE_TOKENS = env_int("TINKERAPI_CACHE_TOKENS", 32768)
+"""Tokens of all sequences being sampled at once; the rest wait."""
+
+RESIDENT_ADAPTERS = env_int("TINKERAPI_RESIDENT_ADAPTERS", 32)
+"""Adapters kept in a worker's memory; the least recently used go to their snapshot."""
+
+SNAPSHOT_SECONDS = env_int("TINKERAPI_SNAPSHOT_SECONDS", 30)
+"""Work of a run, in seconds, that a crash may make the server compute again."""
+
+# --- Ours: access and limits ------------------------------------------------------------
+
+REQUIRE_API_KEY = env_bool("TINKERAPI_REQUIRE_API_KEY", False)
+"""``up`` turns it on whenever it binds to an address that is not loopback."""
+
+MAX_BODY_BYTES = env_int("TINKERAPI_MAX_BODY_BYTES", 32 * 1024 * 1024)
+MAX_DATUMS = env_int("TINKERAPI_MAX_DATUMS", 1024)
+MAX_DATUM_TOKENS = env_int("TINKERAPI_MAX_DATUM_TOKENS", 32768)
+MAX_SAMPLES = env_int("TINKERAPI_MAX_SAMPLES", 256)
+MAX_LORA_RANK = env_int("TINKERAPI_MAX_LORA_RANK", 256)
+MAX_ADAPTERS = env_int("TINKERAPI_MAX_ADAPTERS", 100)
+"""Live adapters of one user."""
+MAX_PENDING = env_int("TINKERAPI_MAX_PENDING", 20000)
+"""Futures of one user that wait."""
+
+SYNC_TIMEOUT_SECONDS = env_int("TINKERAPI_SYNC_TIMEOUT_SECONDS", 300)
+"""How long a sync call waits before it answers 202 with the future's id."""
+MAX_WAIT_SECONDS = env_int("TINKERAPI_MAX_WAIT_SECONDS", 60)
+"""Largest ``wait`` of /retrieve_future."""
+
+KEEP_RESULTS_DAYS = env_int("TINKERAPI_KEEP_RESULTS_DAYS", 30)
+"""How long ``prunefutures`` keeps payloads and results of finished futures."""
+
+DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
+
+# --- The admin's look, logging ----------------------------------------------------------
+
+UNFOLD = {"SITE_TITLE": "tinkerapi", "SITE_HEADER": "tinkerapi", "SHOW_VIEW_ON_SITE": False}
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"}},
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["console"], "level": "INFO"},
+    "loggers": {"django.request": {"level": "ERROR"}},
+}

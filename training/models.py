@@ -1,0 +1,161 @@
+"""Runs, and what can be rebuilt of them: snapshots for crashes, checkpoints for people."""
+
+from __future__ import annotations
+
+import secrets
+from typing import ClassVar
+
+from django.conf import settings
+from django.db import models
+from django.db.models import F, Q
+from django.utils import timezone
+
+
+def new_run_id() -> str:
+    """``run_`` and 32 hex digits (128 random bits)."""
+    return f"run_{secrets.token_hex(16)}"
+
+
+class RunQuerySet(models.QuerySet["Run"]):
+    def owned_by(self, owner_id: int) -> RunQuerySet:
+        return self.filter(owner_id=owner_id)
+
+    def live(self) -> RunQuerySet:
+        """Not deleted: its name is taken."""
+        return self.filter(deleted_at__isnull=True)
+
+
+class Run(models.Model):
+    """One adapter and its history. Its id names its lane: the run is the log of that lane."""
+
+    class RunState(models.TextChoices):
+        CREATING = "creating"
+        READY = "ready"
+        FAILED = "failed"
+        """Its adapter could not be made; ``error`` says why."""
+        DELETED = "deleted"
+
+    id = models.CharField(primary_key=True, max_length=200, default=new_run_id)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT)
+    name = models.CharField(max_length=200)
+    """The client's ``model_id``: unique among its owner's live runs, free again after removal."""
+    base_model = models.CharField(max_length=255)
+    rank = models.IntegerField()
+    alpha = models.FloatField()
+    seed = models.BigIntegerField()
+    train_mlp = models.BooleanField(default=True)
+    train_attn = models.BooleanField(default=True)
+    train_unembed = models.BooleanField(default=True)
+    target_modules = models.JSONField(null=True, blank=True)
+    """A list of module names, or None for what the train_ flags name."""
+
+    state = models.CharField(max_length=10, choices=RunState.choices, default=RunState.CREATING)
+    error = models.TextField(blank=True, default="")
+    step = models.IntegerField(default=0)
+    """Optimizer steps committed."""
+    applied_seq_id = models.BigIntegerField(default=0)
+    """Highest seq id whose effect is committed: where replay ends."""
+    tokens = models.BigIntegerField(default=0)
+    """Tokens trained on."""
+    user_metadata = models.JSONField(default=dict, blank=True)
+    replay_of = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL)
+    """The run whose log this one was rebuilt from."""
+    created_at = models.DateTimeField(default=timezone.now)
+    last_request_at = models.DateTimeField(default=timezone.now)
+    deleted_at = models.DateTimeField(null=True, blank=True)
+
+    objects = RunQuerySet.as_manager()
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["owner", "name"],
+                condition=Q(deleted_at__isnull=True),
+                name="run_name_taken_while_live",
+            ),
+            models.CheckConstraint(
+                condition=Q(state__in=["creating", "ready", "failed", "deleted"]),
+                name="run_state_known",
+            ),
+            models.CheckConstraint(
+                condition=Q(state="deleted", deleted_at__isnull=False)
+                | (~Q(state="deleted") & Q(deleted_at__isnull=True)),
+                name="run_deleted_iff_deleted_at",
+            ),
+            models.CheckConstraint(
+                condition=(Q(state="failed") & ~Q(error="")) | (~Q(state="failed") & Q(error="")),
+                name="run_failed_iff_error",
+            ),
+        ]
+        indexes: ClassVar = [
+            models.Index(fields=["owner", "-created_at"], name="run_newest_by_owner"),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Snapshot(models.Model):
+    """A run's whole state at one point of its log, taken by the server for itself."""
+
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="snapshots")
+    seq_id = models.BigIntegerField()
+    """The last request whose effect it holds."""
+    step = models.IntegerField()
+    directory = models.CharField(max_length=300)
+    """Relative to the data folder."""
+    size_bytes = models.BigIntegerField()
+    write_seconds = models.FloatField()
+    epoch = models.BigIntegerField()
+    """The worker life that wrote it."""
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["run", "seq_id"], name="snapshot_run_seq_id"),
+        ]
+
+    def __str__(self) -> str:
+        return f"snapshot of {self.run_id} at {self.seq_id}"
+
+
+class Checkpoint(models.Model):
+    """A run's state that its owner asked to keep, under a name and a tinker:// path."""
+
+    class Kind(models.TextChoices):
+        TRAINING = "training"
+        """With optimizer state; training can go on from it."""
+        SAMPLER = "sampler"
+        """Weights to sample from."""
+
+    run = models.ForeignKey(Run, on_delete=models.PROTECT, related_name="checkpoints")
+    kind = models.CharField(max_length=10, choices=Kind.choices)
+    name = models.CharField(max_length=200)
+    seq_id = models.BigIntegerField()
+    """The save request that made it."""
+    step = models.IntegerField()
+    directory = models.CharField(max_length=300)
+    """Relative to the data folder."""
+    size_bytes = models.BigIntegerField()
+    user_metadata = models.JSONField(default=dict, blank=True)
+    public = models.BooleanField(default=False)
+    created_at = models.DateTimeField(default=timezone.now)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    """None: kept until deleted."""
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["run", "kind", "name"], name="checkpoint_run_kind_name"
+            ),
+            models.CheckConstraint(
+                condition=Q(kind__in=["training", "sampler"]), name="checkpoint_kind_known"
+            ),
+            models.CheckConstraint(
+                condition=Q(expires_at__isnull=True) | Q(expires_at__gt=F("created_at")),
+                name="checkpoint_expires_later",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.run_id}/{self.name}"
