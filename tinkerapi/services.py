@@ -1,0 +1,70 @@
+"""Writes of API keys: create, verify (which notes the use), revoke.
+
+Each function is one statement or opens its own transaction. The key itself exists only in
+the return value of ``api_key_create``; the database holds its hash.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import timedelta
+
+from django.contrib.auth.models import AbstractBaseUser
+from django.db.models import Q
+from django.utils import timezone
+
+from tinkerapi.models import ApiKey
+from tinkerapi.selectors import api_key_get, api_key_hash
+
+KEY_PREFIX = "tml-"
+"""The official SDK refuses a key that begins otherwise."""
+
+PREFIX_CHARACTERS = 12
+"""How much of a key stays readable in lists: ``tml-`` and 8 of its 43 random characters."""
+
+LAST_USED_RESOLUTION = timedelta(minutes=1)
+
+
+def api_key_create(
+    *, user: AbstractBaseUser, name: str, expires_in: timedelta | None = None
+) -> tuple[ApiKey, str]:
+    """Make a key for a user and return its row with the key itself, which is shown this once.
+
+    The key is ``tml-`` and 256 random bits. ``expires_in`` None: it never expires.
+    """
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
+    api_key = ApiKey.objects.create(
+        user_id=user.pk,
+        name=name,
+        prefix=key[:PREFIX_CHARACTERS],
+        key_hash=api_key_hash(key),
+        expires_at=timezone.now() + expires_in if expires_in is not None else None,
+    )
+    return api_key, key
+
+
+def api_key_verify(key: str) -> ApiKey | None:
+    """The key's row with its user loaded, or None for an unknown, revoked or expired key.
+
+    ``last_used_at`` is kept to the minute: of many requests in one minute, one writes.
+    """
+    api_key = api_key_get(key)
+    if api_key is None:
+        return None
+    now = timezone.now()
+    if api_key.last_used_at is None or now - api_key.last_used_at >= LAST_USED_RESOLUTION:
+        # Compare-and-set, so that parallel requests write once and never move it back.
+        ApiKey.objects.filter(
+            Q(last_used_at__isnull=True) | Q(last_used_at__lte=now - LAST_USED_RESOLUTION),
+            pk=api_key.pk,
+        ).update(last_used_at=now)
+        api_key.last_used_at = now
+    return api_key
+
+
+def api_key_revoke(*, api_key_id: int) -> bool:
+    """Close a key for good; True if this call did it, False if it was closed or unknown."""
+    revoked = ApiKey.objects.filter(pk=api_key_id, revoked_at__isnull=True).update(
+        revoked_at=timezone.now()
+    )
+    return revoked == 1
