@@ -1,0 +1,76 @@
+"""Which base models this server has: their names, folders and engine queues."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from django.conf import settings
+
+from training.errors import BaseModelNotFound
+
+DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The one that can be made without a model hub: a package on the index carries it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """One frozen model and the queue of the worker that holds it."""
+
+    name: str
+    """What clients call it."""
+    folder: Path
+    """Where its config, tokenizer and weights are."""
+    queue: str
+
+    @property
+    def max_context_tokens(self) -> int | None:
+        """As its config.json says; None if it says nothing or cannot be read."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return None
+        length = config.get("max_position_embeddings")
+        return length if isinstance(length, int) else None
+
+
+@cache
+def _served(names: tuple[str, ...], data_dir: Path) -> dict[str, BaseModel]:
+    served = {}
+    for name in names:
+        is_folder = name.startswith((".", "/", "~"))
+        folder = (
+            Path(name).expanduser().resolve()
+            if is_folder
+            else data_dir / "models" / name.replace("/", "--")
+        )
+        public_name = folder.name if is_folder else name
+        slug = re.sub(r"[^a-z0-9]+", "-", public_name.lower()).strip("-")
+        served[public_name] = BaseModel(
+            name=public_name, folder=folder, queue=f"engine-{slug}"[:100]
+        )
+    return served
+
+
+def base_models() -> list[BaseModel]:
+    """The served base models, the default first."""
+    return list(_served(tuple(settings.BASE_MODELS), settings.DATA_DIR).values())
+
+
+def base_model_get(name: str | None) -> BaseModel:
+    """The base model of this name; None names the default.
+
+    Raises:
+        BaseModelNotFound: Not served here; the message lists what is. (404)
+    """
+    served = _served(tuple(settings.BASE_MODELS), settings.DATA_DIR)
+    if name is None:
+        return next(iter(served.values()))
+    if name not in served:
+        raise BaseModelNotFound(
+            f"base_model: {name!r} is not served here; choose one of {', '.join(served)}"
+        )
+    return served[name]

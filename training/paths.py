@@ -1,0 +1,61 @@
+"""``tinker://<run>/<weights or sampler_weights>/<name>``: parse and build, in one place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from training.errors import InvalidRequest
+
+SEGMENTS = {"training": "weights", "sampler": "sampler_weights"}
+"""Checkpoint kind to the middle segment of its path."""
+
+_KINDS = {segment: kind for kind, segment in SEGMENTS.items()}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+def check_name(value: str, *, field: str) -> str:
+    """A name that may stand in a path or a file name: itself, or a refusal that names the field.
+
+    Letters, digits, ``. _ : -``, at most 128, beginning with a letter or digit: so neither
+    ``..`` nor a separator can be a name.
+
+    Raises:
+        InvalidRequest: It may not. (400)
+    """
+    if not _NAME.fullmatch(value):
+        raise InvalidRequest(
+            f"{field}: {value[:60]!r} is not a name; use up to 128 letters, digits, '.', '_', "
+            "':' or '-', beginning with a letter or digit"
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class TinkerPath:
+    """The address of a checkpoint."""
+
+    run: str
+    """The run's name, as its owner's clients know it."""
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"tinker://{self.run}/{SEGMENTS[self.kind]}/{self.name}"
+
+    @classmethod
+    def parse(cls, value: str, *, field: str = "path") -> TinkerPath:
+        """The path's parts.
+
+        Raises:
+            InvalidRequest: It is not of the form above. (400)
+        """
+        scheme, _, rest = value.partition("://")
+        parts = rest.split("/")
+        if scheme != "tinker" or len(parts) != 3 or parts[1] not in _KINDS:
+            raise InvalidRequest(
+                f"{field}: {value[:120]!r} is not a checkpoint path; expected "
+                "tinker://<model_id>/weights/<name> or tinker://<model_id>/sampler_weights/<name>"
+            )
+        run, segment, name = parts
+        return cls(check_name(run, field=field), _KINDS[segment], check_name(name, field=field))
