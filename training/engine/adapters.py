@@ -1,0 +1,134 @@
+"""An adapter in memory: one flat fp32 buffer per quantity, cut into LoRA matrices by a layout.
+
+One buffer each for weights, gradient and the two Adam moments makes a snapshot one write, an
+optimizer step one vectorised update, and an adapter's gradient its own. The weights are
+immutable once published: ``optim_step`` builds a new buffer and swaps the handle, so whoever
+took ``adapter.weights`` before (a sampling job) keeps what it was given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from training.types import LoraConfig
+
+NUM_BUFFERS = 4
+"""Weights, gradient, and the two Adam moments."""
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """The linear layer that one pair of LoRA matrices is attached to."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class LoraPlace:
+    """Where a module's pair lies in the flat buffer: A (R, in), then B (out, R)."""
+
+    offset: int
+    shape: LoraShape
+
+
+class AdapterLayout:
+    """Which modules an adapter has, and where each one's matrices lie in its flat buffers."""
+
+    def __init__(self, config: LoraConfig, shapes: Mapping[str, LoraShape]) -> None:
+        """``shapes``: module name -> its linear layer, in the base model's own order."""
+        self.config = config
+        self.rank = config.rank
+        self.scale = config.alpha / config.rank
+        self.places: dict[str, LoraPlace] = {}
+        offset = 0
+        for name, shape in shapes.items():
+            self.places[name] = LoraPlace(offset, shape)
+            offset += self.rank * (shape.in_features + shape.out_features)
+        self.num_parameters = offset
+
+    def pair(self, flat: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Views of ``flat`` (P,): A (R, in) and B (out, R) of one module."""
+        place = self.places[name]
+        split = place.offset + self.rank * place.shape.in_features
+        end = split + self.rank * place.shape.out_features
+        a = flat[place.offset : split].view(self.rank, place.shape.in_features)  # (R, in)
+        b = flat[split:end].view(place.shape.out_features, self.rank)  # (out, R)
+        return a, b
+
+
+class AdapterTensors:
+    """One flat buffer seen through its layout: an adapter's weights, or its gradient.
+
+    As weights it is a snapshot: nobody writes into it after it was published.
+    """
+
+    def __init__(self, layout: AdapterLayout, flat: Tensor) -> None:
+        """``flat``: (P,) float32."""
+        self.layout = layout
+        self.flat = flat
+        self._pairs: dict[torch.dtype, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    def pair(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A (R, in) and B (out, R) of a module in ``dtype``; None if it has no adapter.
+
+        The first call in a dtype other than float32 converts the whole buffer and keeps it.
+        """
+        pairs = self._pairs.get(dtype)
+        if pairs is None:
+            flat = self.flat.to(dtype)
+            pairs = {name: self.layout.pair(flat, name) for name in self.layout.places}
+            self._pairs[dtype] = pairs
+        return pairs.get(name)
+
+
+@dataclass(kw_only=True, eq=False)
+class Adapter:
+    """A resident adapter: its weights now, and what the next optimizer step needs."""
+
+    layout: AdapterLayout
+    weights: AdapterTensors
+    """As of now; replaced, never written into."""
+    grad: AdapterTensors
+    """Accumulated since the last step."""
+    exp_avg: Tensor = field(repr=False)
+    """(P,) float32, Adam's first moment."""
+    exp_avg_sq: Tensor = field(repr=False)
+    """(P,) float32, Adam's second moment."""
+    step: int = 0
+    """Optimizer steps taken."""
+
+    @cached_property
+    def num_bytes(self) -> int:
+        return NUM_BUFFERS * self.weights.flat.nbytes
+
+
+def new_adapter(layout: AdapterLayout, device: torch.device) -> Adapter:
+    """An adapter that changes nothing yet: A drawn per module, B zero, no gradient, step 0."""
+    flat = torch.zeros(layout.num_parameters, dtype=torch.float32)
+    for name, place in layout.places.items():
+        a, _ = layout.pair(flat, name)
+        # peft's default, kaiming_uniform_(a=sqrt(5)), is uniform within 1 / sqrt(fan_in).
+        bound = 1 / math.sqrt(place.shape.in_features)
+        a.uniform_(-bound, bound, generator=_module_generator(layout.config.seed, name))
+    weights = flat.to(device)
+    return Adapter(
+        layout=layout,
+        weights=AdapterTensors(layout, weights),
+        grad=AdapterTensors(layout, torch.zeros_like(weights)),
+        exp_avg=torch.zeros_like(weights),
+        exp_avg_sq=torch.zeros_like(weights),
+    )
+
+
+def _module_generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own per (seed, module), so that no module's draw depends on another."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

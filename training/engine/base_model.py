@@ -1,0 +1,234 @@
+"""The frozen base model: a transformers causal LM whose layers know about packed streams.
+
+Loading replaces every linear layer by a ``LoraLinear`` and attention by the packed one, then
+compares both with the untouched model on a few tokens: a model with a part that we would
+silently leave out (a scaled or capped output head, another attention) is refused at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from training.engine.adapters import AdapterTensors, LoraShape
+from training.engine.attention import ATTENTION_NAME, SequenceAttention, UnsupportedAttention
+from training.engine.interface import BaseModelInfo
+from training.engine.lora import LoraLinear
+from training.engine.packed import ContextHolder, PackedContext, Segment, uniform_segments
+from training.errors import BaseModelNotFound
+
+PROBE_TOKENS = 8
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+"""Largest mean difference of log-probabilities that rounding explains, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BaseModel:
+    """One frozen model and its tokenizer. ``load_base_model`` makes it."""
+
+    info: BaseModelInfo
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    head_name: str
+    """The output head's module name, which keys adapter layouts like any other module's."""
+    head_weight: Tensor
+    """(V, C); the embedding matrix itself where the two are tied."""
+    head_bias: Tensor | None
+    linear_shapes: dict[str, LoraShape]
+    """Every module that can have an adapter, the head last."""
+    _decoder: nn.Module
+    _holder: ContextHolder
+
+    def hidden_states(self, tokens: Tensor, position_ids: Tensor, context: PackedContext) -> Tensor:
+        """Run the stream through all layers.
+
+        Records a backward pass if gradients are enabled and a segment wants one; whoever runs
+        it needs no context any more.
+
+        Args:
+            tokens: (T,) int64 on the model's device.
+            position_ids: (T,) int64, each token's position in its own sequence.
+            context: Its segments cover the T rows.
+
+        Returns:
+            (T, C), what the output head reads.
+        """
+        with self._holder.active(context):
+            output = self._decoder(
+                input_ids=tokens[None],  # (1, T)
+                position_ids=position_ids[None],
+                use_cache=False,
+                packed_context=context,
+            )
+        hidden: Tensor = output.last_hidden_state[0]  # (T, C)
+        return hidden
+
+    def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Next-token logits of some rows.
+
+        The caller chooses rows and their number: the result is (rows x vocabulary).
+
+        Args:
+            hidden: (n, C) rows of what ``hidden_states`` returned.
+            segments: Cover 0..n; whose weights the head's adapter has, row by row.
+
+        Returns:
+            (n, V) float32.
+        """
+        logits = linear(hidden, self.head_weight, self.head_bias).float()  # (n, V)
+        for segment in segments:
+            pair = self.head_pair(segment.weights)
+            if segment.weights is not None and pair is not None:
+                a, b = pair
+                xa = hidden[segment.rows] @ a.T  # (n, R)
+                logits[segment.rows].add_(xa @ b.T, alpha=segment.weights.layout.scale)
+        return logits
+
+    def head_pair(self, weights: AdapterTensors | None) -> tuple[Tensor, Tensor] | None:
+        """The head's A (R, C) and B (V, R) in the model's dtype, if the adapter has one."""
+        return None if weights is None else weights.pair(self.head_name, self.dtype)
+
+
+def load_base_model(
+    path: str, *, name: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> BaseModel:
+    """Load a model folder (or hub name) and make it ready for adapters.
+
+    Args:
+        path: What transformers' ``from_pretrained`` takes.
+        name: What clients call it; the path if None.
+        device: ``auto`` takes the first GPU if there is one; else ``cpu`` or ``cuda``.
+        dtype: ``auto`` is bfloat16 where the device computes it natively, else float32.
+
+    Raises:
+        BaseModelNotFound: The folder cannot be read, or holds a model whose output head or
+            attention we do not compute as it does.
+    """
+    _require_model_folder(path)
+    torch_device = torch.device(_choose_device(device))
+    torch_dtype = _choose_dtype(dtype, torch_device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch_dtype, attn_implementation="eager"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise BaseModelNotFound(f"No model can be read from {path}: {first_line}") from error
+    nn.Module.to(model, device=torch_device)  # transformers' override has lost its signature
+    model.eval().requires_grad_(False)
+    expected = _probe_stock(model)
+    base_model = _wrap(model, tokenizer, name or path)
+    _check_probe(base_model, expected)
+    return base_model
+
+
+def _require_model_folder(path: str) -> None:
+    """Say what is wrong with a local path; transformers would take it for a hub name."""
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise BaseModelNotFound(f"{path} is not a model folder: it has no config.json.")
+    elif directory.is_absolute() or path.startswith("."):
+        raise BaseModelNotFound(f"There is no model folder at {path}.")
+
+
+def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> BaseModel:
+    num_parameters = model.num_parameters()
+    model.set_attn_implementation(ATTENTION_NAME)
+    holder = ContextHolder()
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise BaseModelNotFound(f"{name} has no linear output head.")
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    head_name = next(n for n, module in linears.items() if module is head)
+    del linears[head_name]
+    for module_name, module in linears.items():
+        parent, _, child = module_name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoraLinear(module, module_name, holder))
+    linears[head_name] = head
+    return BaseModel(
+        info=BaseModelInfo(
+            name=name,
+            vocab_size=head.out_features,
+            max_context_tokens=_context_tokens(model),
+            num_parameters=num_parameters,
+            device=head.weight.device.type,
+            dtype=str(head.weight.dtype).removeprefix("torch."),
+        ),
+        tokenizer=tokenizer,
+        device=head.weight.device,
+        dtype=head.weight.dtype,
+        head_name=head_name,
+        head_weight=head.weight,
+        head_bias=head.bias,
+        linear_shapes={n: LoraShape(m.in_features, m.out_features) for n, m in linears.items()},
+        _decoder=model.get_decoder(),
+        _holder=holder,
+    )
+
+
+def _context_tokens(model: PreTrainedModel) -> int:
+    """The longest sequence for which full attention is what the model was trained with."""
+    config = model.config.get_text_config()
+    limits = [config.max_position_embeddings]
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        limits.append(window)
+    return int(min(limits))
+
+
+def _probe_tokens(vocab_size: int, device: torch.device) -> Tensor:
+    return torch.arange(1, PROBE_TOKENS + 1, device=device) % vocab_size
+
+
+@torch.no_grad()
+def _probe_stock(model: PreTrainedModel) -> Tensor:
+    """(PROBE_TOKENS, V) float32 log-probabilities of the model as transformers computes it."""
+    tokens = _probe_tokens(model.config.get_text_config().vocab_size, model.device)
+    logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def _check_probe(base_model: BaseModel, expected: Tensor) -> None:
+    tokens = _probe_tokens(base_model.info.vocab_size, base_model.device)
+    segments = uniform_segments(PROBE_TOKENS, None)
+    context = PackedContext(segments=segments, attention=SequenceAttention([PROBE_TOKENS]))
+    position_ids = torch.arange(PROBE_TOKENS, device=base_model.device)
+    try:
+        hidden = base_model.hidden_states(tokens, position_ids, context)
+    except UnsupportedAttention as error:
+        raise BaseModelNotFound(f"{base_model.info.name} cannot be served: {error}") from error
+    got = base_model.logits(hidden, segments).log_softmax(-1)
+    difference = (got - expected).abs().mean().item()
+    if not difference <= PROBE_TOLERANCE.get(base_model.dtype, 0.2):
+        raise BaseModelNotFound(
+            f"{base_model.info.name} cannot be served: its packed log-probabilities differ from"
+            f" its own by {difference:.3g} nats, so some part of it is not supported."
+        )
+
+
+def _choose_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """bfloat16 only where the hardware multiplies it; emulated it is slower than float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,0 +1,113 @@
+"""The linear layer under all adapters at once: base(x) + scale * (x A^T) B^T, per segment.
+
+One autograd function for the whole layer. It keeps x (shared by the layers that read the same
+x) and the small x A^T, never writes a base weight's gradient, and adds the gradients of A and B
+straight into the segment's flat gradient buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from training.engine.packed import ContextHolder, PackedContext, Segment
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with the adapters of the current pass; without a pass, only itself."""
+
+    def __init__(self, base: nn.Linear, name: str, holder: ContextHolder) -> None:
+        """``name``: the module's dotted name in the base model, which keys adapter layouts."""
+        super().__init__()
+        self.base = base
+        self.name = name
+        self._holder = holder
+        # Makes the output require a gradient where the input does not: in the first layer that
+        # is trained. Layers before it take no part in the backward pass.
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., T, in) -> (..., T, out)."""
+        context = self._holder.current
+        if context is None:
+            output: Tensor = self.base(x)
+            return output
+        rows = x.flatten(0, -2)  # (T, in)
+        anchor = self._anchor if self._is_trained_by(context) else None
+        if torch.is_grad_enabled() and (anchor is not None or rows.requires_grad):
+            output = _LoraFunction.apply(  # type: ignore[no-untyped-call]  # torch has no types
+                rows, anchor, self.base, self.name, context
+            )
+        else:
+            output, _ = _forward(rows, self.base, self.name, context)
+        return output.view(*x.shape[:-1], -1)  # (..., T, out)
+
+    def _is_trained_by(self, context: PackedContext) -> bool:
+        return any(
+            segment.grad is not None and self.name in segment.grad.layout.places
+            for segment in context.segments
+        )
+
+
+def _forward(
+    x: Tensor, base: nn.Linear, name: str, context: PackedContext
+) -> tuple[Tensor, list[tuple[Segment, Tensor]]]:
+    """(T, out), and x A^T (n, R) of each segment that has this module."""
+    output = linear(x, base.weight, base.bias)  # (T, out)
+    inner = []
+    for segment in context.segments:
+        if segment.weights is None:
+            continue
+        pair = segment.weights.pair(name, x.dtype)
+        if pair is None:
+            continue
+        a, b = pair
+        xa = x[segment.rows] @ a.T  # (n, R)
+        output[segment.rows].addmm_(xa, b.T, alpha=segment.weights.layout.scale)
+        inner.append((segment, xa))
+    return output, inner
+
+
+class _LoraFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        base: nn.Linear,
+        name: str,
+        context: PackedContext,
+    ) -> Tensor:
+        output, inner = _forward(x, base, name, context)
+        ctx.save_for_backward(x if inner else None, *(xa for _, xa in inner))
+        ctx.segments = [segment for segment, _ in inner]
+        ctx.base, ctx.name = base, name
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        x, *inner = ctx.saved_tensors
+        grad_x = grad_output @ ctx.base.weight if ctx.needs_input_grad[0] else None  # (T, in)
+        for segment, xa in zip(ctx.segments, inner, strict=True):
+            g = grad_output[segment.rows]  # (n, out)
+            scale = segment.weights.layout.scale
+            a, b = segment.weights.pair(ctx.name, g.dtype)
+            gb = (g @ b).mul_(scale)  # (n, R)
+            if grad_x is not None:
+                grad_x[segment.rows].addmm_(gb, a)
+            if segment.grad is not None:
+                grad_a, grad_b = segment.grad.pair(ctx.name, torch.float32)
+                add_product(grad_a, gb.T, x[segment.rows])
+                add_product(grad_b, g.T, xa, scale)
+        return grad_x, None, None, None, None
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """target += scale * left @ right; ``target`` is float32, the factors may be narrower."""
+    if left.dtype == target.dtype:
+        target.addmm_(left, right, alpha=scale)
+    else:
+        target.add_(left @ right, alpha=scale)

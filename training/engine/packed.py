@@ -1,0 +1,109 @@
+"""The packed stream and the context that travels with it: the engine's one meeting point.
+
+Every pass over the base model, training and sampling alike, is ONE stream of T tokens without
+padding, shape (1, T) to transformers. Who owns which rows is said by a ``PackedContext``:
+
+- ``segments`` cut the rows among adapters. Consecutive, without gaps, covering 0..T. LoRA
+  layers and the output head read them: rows of a segment see that segment's weights.
+- ``attention`` decides which keys a query sees. The model computes rotated queries, keys and
+  values for all T rows, then calls ``attend`` once per layer; the implementation keeps
+  sequences apart. Training uses ``attention.SequenceAttention``; the sampler brings its own,
+  which also stores the new keys and values in its cache and reads the old ones from there.
+
+The way to run a pass is ``BaseModel.hidden_states(tokens, position_ids, context)`` and then
+``BaseModel.logits(rows, segments)`` for the rows whose next token matters. Position ids are the
+caller's: for a cached sequence they go on where the cache ends.
+
+The context is handed over explicitly: attention functions get it as a keyword argument that
+transformers passes down; LoRA layers get only their input, so they read it from the
+``ContextHolder`` that their base model shares with them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from training.engine.adapters import AdapterTensors
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segment:
+    """Rows ``start`` to ``end`` (exclusive) of a stream, all under one adapter."""
+
+    start: int
+    end: int
+    weights: AdapterTensors | None
+    """The adapter's weights as this pass sees them; None is the bare base model."""
+    grad: AdapterTensors | None = None
+    """Where this pass adds the adapter's gradient; None computes none for these rows."""
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.end)
+
+
+class Attention(ABC):
+    """How the queries of one pass find their keys."""
+
+    @abstractmethod
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """Attention of one layer over the whole stream.
+
+        Called once per layer and pass, layers in order from 0.
+
+        Args:
+            layer_idx: Which layer calls.
+            query: (T, Hq, D), rotated.
+            key: (T, Hkv, D), rotated; Hq is a multiple of Hkv, and query heads
+                ``h * Hq / Hkv`` onwards share key head h.
+            value: (T, Hkv, D).
+            scaling: Multiplies the scores before the softmax.
+
+        Returns:
+            (T, Hq, D), in the queries' dtype.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedContext:
+    """What the layers must know about the stream that is passing through them."""
+
+    segments: Sequence[Segment]
+    attention: Attention
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether any row's adapter wants its gradient."""
+        return any(segment.grad is not None for segment in self.segments)
+
+
+class ContextHolder:
+    """Where the LoRA layers of one base model find the context of the current pass.
+
+    A plain attribute and not a context variable: autograd may run backward code that
+    recomputes a forward in a thread of its own.
+    """
+
+    def __init__(self) -> None:
+        self.current: PackedContext | None = None
+
+    @contextmanager
+    def active(self, context: PackedContext) -> Iterator[None]:
+        """Make ``context`` the current one; passes do not nest."""
+        self.current = context
+        try:
+            yield
+        finally:
+            self.current = None
+
+
+def uniform_segments(num_rows: int, weights: AdapterTensors | None) -> tuple[Segment, ...]:
+    """One segment over all rows, without a gradient."""
+    return (Segment(start=0, end=num_rows, weights=weights),)
