@@ -1,8 +1,17 @@
 """The project's settings with what tests need changed.
 
-Tests run on a real Postgres: DATABASE_URL if set, otherwise the embedded one, which
-``tests/conftest.py`` starts before Django connects.
+Tests run on a real Postgres: DATABASE_URL if set, otherwise an embedded one that
+``tests/conftest.py`` starts before the first test that wants a database. The data folder is
+a temporary one, made here because the settings read it as they load; a process that a test
+starts inherits it.
 """
+
+import os
+import tempfile
+
+if "TINKERAPI_TEST_DATA_DIR" not in os.environ:
+    os.environ["TINKERAPI_TEST_DATA_DIR"] = tempfile.mkdtemp(prefix="tinkerapi-tests-")
+os.environ["TINKERAPI_DATA_DIR"] = os.environ["TINKERAPI_TEST_DATA_DIR"]
 
 from tinkerapi.settings import *  # noqa: F403
 

@@ -1,0 +1,129 @@
+"""API keys: what opens the door, and what the database knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from django.contrib.auth.models import User
+from django.utils import timezone
+from pytest_django import DjangoAssertNumQueries
+
+from tinkerapi.models import ApiKey
+from tinkerapi.selectors import api_key_hash
+from tinkerapi.services import (
+    LAST_USED_RESOLUTION,
+    api_key_create,
+    api_key_revoke,
+    api_key_verify,
+)
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def user() -> User:
+    return User.objects.create_user("ada")
+
+
+def test_a_new_key_opens_the_door_and_names_its_user(user: User) -> None:
+    row, key = api_key_create(user=user, name="laptop")
+
+    found = api_key_verify(key)
+
+    assert found == row
+    assert found.user == user
+
+
+def test_the_official_sdk_accepts_the_form_of_a_key(user: User) -> None:
+    _, key = api_key_create(user=user, name="laptop")
+
+    assert key.startswith("tml-")
+    assert len(key) >= 4 + 43  # 256 bits take 43 characters of base64
+
+
+def test_the_database_holds_no_key(user: User) -> None:
+    row, key = api_key_create(user=user, name="laptop")
+
+    values = ApiKey.objects.filter(pk=row.pk).values_list().get()
+
+    assert not any(key in str(value) for value in values)
+    assert key.startswith(row.prefix)
+    assert len(row.prefix) == 12
+
+
+@pytest.mark.parametrize(
+    "mangle",
+    [
+        lambda key: key[:-1],
+        lambda key: key + "x",
+        lambda key: key.upper(),
+        lambda key: "",
+        lambda key: api_key_hash(key),  # a stolen table opens nothing
+        lambda key: "\ud800",
+        lambda key: "\0",
+    ],
+)
+def test_no_other_string_opens_the_door(user: User, mangle: Callable[[str], str]) -> None:
+    _, key = api_key_create(user=user, name="laptop")
+
+    assert api_key_verify(mangle(key)) is None
+
+
+def test_an_expired_key_is_closed(user: User) -> None:
+    row, key = api_key_create(user=user, name="laptop", expires_in=timedelta(days=1))
+    assert api_key_verify(key) is not None
+
+    ApiKey.objects.filter(pk=row.pk).update(expires_at=timezone.now() - timedelta(seconds=1))
+
+    assert api_key_verify(key) is None
+
+
+def test_a_revoked_key_is_closed_and_revoking_twice_changes_nothing(user: User) -> None:
+    row, key = api_key_create(user=user, name="laptop")
+
+    assert api_key_revoke(api_key_id=row.pk)
+    assert not api_key_revoke(api_key_id=row.pk)
+    assert api_key_verify(key) is None
+
+
+def test_keys_of_an_inactive_user_are_closed(user: User) -> None:
+    _, key = api_key_create(user=user, name="laptop")
+
+    user.is_active = False
+    user.save(update_fields=["is_active"])
+
+    assert api_key_verify(key) is None
+
+
+def test_the_last_use_is_written_once_a_minute(
+    user: User, django_assert_num_queries: DjangoAssertNumQueries
+) -> None:
+    row, key = api_key_create(user=user, name="laptop")
+
+    with django_assert_num_queries(2):
+        api_key_verify(key)
+    with django_assert_num_queries(1):
+        api_key_verify(key)
+
+    long_ago = timezone.now() - LAST_USED_RESOLUTION
+    ApiKey.objects.filter(pk=row.pk).update(last_used_at=long_ago)
+    api_key_verify(key)
+    row.refresh_from_db()
+    assert row.last_used_at is not None
+    assert row.last_used_at > long_ago
+
+
+def test_a_slower_request_does_not_move_the_last_use_back(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, key = api_key_create(user=user, name="laptop")
+    newer = timezone.now()
+    ApiKey.objects.filter(pk=row.pk).update(last_used_at=newer)
+    # What a request read before the other one wrote.
+    monkeypatch.setattr("tinkerapi.services.api_key_get", lambda key: row)
+
+    api_key_verify(key)
+
+    assert ApiKey.objects.get(pk=row.pk).last_used_at == newer
