@@ -31,6 +31,26 @@ class Datum:
     """Arrays of shape (N,); for cross_entropy ``target_tokens`` and ``weights`` may be (N, K)."""
 
 
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order; the worker renders them with the model's own chat template."""
+
+    messages: tuple[Message, ...]
+
+
+Prompt = Conversation | str | tuple[int, ...]
+"""What sampling continues: a conversation, plain text, or token ids."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """The shape of one adapter."""

@@ -1,0 +1,91 @@
+"""Reads: runs, checkpoints and what the server can do, always for one owner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db.models import F, OuterRef, Q, QuerySet, Subquery
+from django.db.models.functions import Coalesce
+from django.utils import timezone
+
+from futures.models import Future
+from training.errors import CheckpointNotFound, RunNotFound
+from training.models import Checkpoint, Run, Snapshot
+from training.paths import TinkerPath
+
+
+def run_list(*, owner_id: int) -> QuerySet[Run]:
+    """The owner's live runs, newest first."""
+    return Run.objects.owned_by(owner_id).live().order_by("-created_at")
+
+
+def run_get(*, owner_id: int, model_id: str) -> Run:
+    """The owner's live run of this name.
+
+    Raises:
+        RunNotFound: There is none; another owner's run answers the same. (404)
+    """
+    run = Run.objects.owned_by(owner_id).live().filter(name=model_id).first()
+    if run is None:
+        raise RunNotFound(f"model_id: no model named {model_id!r}")
+    return run
+
+
+def checkpoint_get(*, owner_id: int, path: TinkerPath) -> Checkpoint:
+    """The owner's checkpoint at this path.
+
+    A name that was used by several runs in turn means the newest run that has the checkpoint.
+
+    Raises:
+        CheckpointNotFound: There is none, or it expired. (404)
+    """
+    checkpoint = (
+        Checkpoint.objects.filter(
+            run__owner_id=owner_id, run__name=path.run, kind=path.kind, name=path.name
+        )
+        .filter(Q(expires_at__isnull=True) | Q(expires_at__gt=timezone.now()))
+        .select_related("run")
+        .order_by(F("run__deleted_at").desc(nulls_first=True))
+        .first()
+    )
+    if checkpoint is None:
+        raise CheckpointNotFound(f"no checkpoint at {path}")
+    return checkpoint
+
+
+def checkpoint_path(checkpoint: Checkpoint) -> TinkerPath:
+    """The path under which its owner's clients know it."""
+    return TinkerPath(checkpoint.run.name, checkpoint.kind, checkpoint.name)
+
+
+def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
+    """Those whose payload no crash recovery can need: covered by the oldest kept snapshot.
+
+    Futures outside a live run's lane are always prunable. ``prunefutures`` asks this.
+    """
+    live = Run.objects.live().filter(id=OuterRef("lane_id"))
+    covered = (
+        Snapshot.objects.filter(run_id=OuterRef("lane_id")).order_by("seq_id").values("seq_id")[:1]
+    )
+    return futures.annotate(
+        live_run_id=Subquery(live.values("id")[:1]),
+        covered_seq_id=Coalesce(Subquery(covered), 0),
+    ).filter(Q(live_run_id__isnull=True) | Q(seq_id__lte=F("covered_seq_id")))
+
+
+def loss_functions() -> dict[str, dict[str, Any]]:
+    """Each loss function's inputs and settings, for clients; formulas are in the manual."""
+    ratio_inputs = ["target_tokens", "logprobs", "advantages"]
+    return {
+        "cross_entropy": {"inputs": ["target_tokens", "weights"], "config": {}},
+        "importance_sampling": {"inputs": ratio_inputs, "config": {}},
+        "ppo": {
+            "inputs": ratio_inputs,
+            "config": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+        },
+        "cispo": {
+            "inputs": ratio_inputs,
+            "config": {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
+        },
+        "dro": {"inputs": ratio_inputs, "config": {"beta": None}},
+    }
