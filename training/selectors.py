@@ -10,6 +10,7 @@ from django.utils import timezone
 
 from futures.models import Future
 from training.errors import CheckpointNotFound, RunNotFound
+from training.loss_fns import LOSS_FNS
 from training.models import Checkpoint, Run, Snapshot
 from training.paths import TinkerPath
 
@@ -74,18 +75,8 @@ def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
 
 
 def loss_functions() -> dict[str, dict[str, Any]]:
-    """Each loss function's inputs and settings, for clients; formulas are in the manual."""
-    ratio_inputs = ["target_tokens", "logprobs", "advantages"]
+    """Each loss function's inputs and settings with their defaults, by name."""
     return {
-        "cross_entropy": {"inputs": ["target_tokens", "weights"], "config": {}},
-        "importance_sampling": {"inputs": ratio_inputs, "config": {}},
-        "ppo": {
-            "inputs": ratio_inputs,
-            "config": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
-        },
-        "cispo": {
-            "inputs": ratio_inputs,
-            "config": {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
-        },
-        "dro": {"inputs": ratio_inputs, "config": {"beta": None}},
+        name: {"inputs": list(spec.inputs), "config": dict(spec.config)}
+        for name, spec in LOSS_FNS.items()
     }
