@@ -1,0 +1,118 @@
+"""The fake engine's sampler: text drawn from a hash, so that it depends on what it should.
+
+A sequence's tokens depend on the adapter's weights at admission, the prompt, the seed and the
+sequence's number, and on nothing else. Imports numpy and no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.engine.interface import SampleJob, SampleOutput, Sampler
+from training.errors import InvalidRequest, TrainingError
+from training.types import SampledSequence
+
+END_TOKEN = 256
+VOCAB_SIZE = 257
+
+
+@dataclass(eq=False)
+class _FakeSampling:
+    job: SampleJob
+    digest: bytes
+    """Of everything that the text depends on: weights, prompt and seed."""
+    tokens: list[list[int]]
+    stop_reasons: list[str | None]
+
+
+class FakeSampler(Sampler):
+    """Samples printable bytes drawn from a hash; one token per sequence and step."""
+
+    def __init__(self, max_context_tokens: int, find_weights: Callable[[str], bytes]) -> None:
+        """``find_weights`` gives an adapter's weights as they are now, or refuses its name."""
+        self._max_context_tokens = max_context_tokens
+        self._find_weights = find_weights
+        self._active: dict[str, _FakeSampling] = {}
+
+    def admit(self, key: str, job: SampleJob) -> None:
+        if not job.prompt:
+            raise InvalidRequest("prompt: empty")
+        if any(not 0 <= token < VOCAB_SIZE for token in job.prompt):
+            raise InvalidRequest(f"prompt: a token is not in the vocabulary of {VOCAB_SIZE}")
+        if len(job.prompt) >= self._max_context_tokens:
+            raise InvalidRequest(f"prompt: {len(job.prompt)} tokens leave no room in the context")
+        weights = b""
+        if job.adapter_name is not None:
+            weights = self._find_weights(job.adapter_name)
+        seed = f"{job.sampling_params.seed}:{list(job.prompt)}".encode()
+        self._active[key] = _FakeSampling(
+            job,
+            hashlib.sha256(weights + seed).digest(),
+            [[] for _ in range(job.num_samples)],
+            [None] * job.num_samples,
+        )
+
+    def step(self) -> dict[str, SampleOutput | TrainingError]:
+        finished: dict[str, SampleOutput | TrainingError] = {}
+        for key, sampling in list(self._active.items()):
+            for i, reason in enumerate(sampling.stop_reasons):
+                if reason is None:
+                    sampling.stop_reasons[i] = self._advance(sampling, i)
+            if all(sampling.stop_reasons):
+                finished[key] = _finish(sampling)
+                del self._active[key]
+        return finished
+
+    def cancel(self, key: str) -> None:
+        self._active.pop(key, None)
+
+    @property
+    def active(self) -> int:
+        return len(self._active)
+
+    def _advance(self, sampling: _FakeSampling, i: int) -> str | None:
+        """Sample one token of sequence i; return why it ended, if it did."""
+        params, tokens = sampling.job.sampling_params, sampling.tokens[i]
+        room = self._max_context_tokens - len(sampling.job.prompt)
+        limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        drawn = hashlib.sha256(sampling.digest + f"{i}:{len(tokens)}".encode()).digest()
+        # One printable byte, or the end of the turn once in 32 times.
+        tokens.append(END_TOKEN if drawn[1] < 8 else 32 + drawn[0] % 95)
+        stop = params.stop
+        if stop is None and tokens[-1] == END_TOKEN:
+            return "stop"
+        if any(s == tokens[-1] or (isinstance(s, str) and s in _text(tokens)) for s in stop or ()):
+            return "stop"
+        return "length" if len(tokens) >= limit else None
+
+
+def _finish(sampling: _FakeSampling) -> SampleOutput:
+    sequences = [
+        SampledSequence(
+            tokens=tokens,
+            logprobs=[-float(np.log(VOCAB_SIZE))] * len(tokens),
+            stop_reason=reason or "length",
+            text=_before_stop(_text(tokens), sampling.job.sampling_params.stop),
+        )
+        for tokens, reason in zip(sampling.tokens, sampling.stop_reasons, strict=True)
+    ]
+    prompt_logprobs = None
+    if sampling.job.prompt_logprobs:
+        rest = [-float(np.log(VOCAB_SIZE))] * (len(sampling.job.prompt) - 1)
+        prompt_logprobs = [float("nan"), *rest]
+    return SampleOutput(sequences=sequences, prompt_logprobs=prompt_logprobs)
+
+
+def _text(tokens: Sequence[int]) -> str:
+    return bytes(token for token in tokens if token != END_TOKEN).decode()
+
+
+def _before_stop(text: str, stop: Sequence[str | int] | None) -> str:
+    for mark in stop or ():
+        if isinstance(mark, str):
+            text = text.partition(mark)[0]
+    return text

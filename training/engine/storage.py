@@ -1,0 +1,99 @@
+"""A directory on disk that is whole or absent, with a readable ``meta.json`` that vouches for it.
+
+Files are written into a temporary sibling, fsynced, and the sibling is renamed. What the files
+hold is the caller's business.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from training.errors import CheckpointExists, CheckpointNotFound, StorageFull
+
+META_NAME = "meta.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``directory`` when the block ends well.
+
+    When the block raises, nothing is left behind. Parents are made.
+
+    Raises:
+        CheckpointExists: ``directory`` exists; it is not touched.
+        StorageFull: The disk or the quota is full.
+    """
+    if directory.exists():
+        raise CheckpointExists(f"{directory.name} already exists.")
+    temporary = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        temporary.chmod(0o755)  # mkdtemp's 0700 would outlive the rename
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _fsync(path)
+        os.rename(temporary, directory)
+        _fsync(directory.parent)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise StorageFull from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise CheckpointExists(f"{directory.name} already exists.") from error
+        raise
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_meta(directory: Path, meta: Mapping[str, Any]) -> int:
+    """Write ``meta.json``: ``meta`` and the SHA-256 of every file that is there already.
+
+    Returns:
+        Bytes of all files in the directory.
+    """
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    content = {**meta, "sha256": {path.name: _sha256(path) for path in files}}
+    (directory / META_NAME).write_text(json.dumps(content, indent=2) + "\n")
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """``meta.json`` of a directory whose every file is as it was written.
+
+    Raises:
+        CheckpointNotFound: There is no such directory, or a checksum does not match.
+    """
+    try:
+        meta: dict[str, Any] = json.loads((directory / META_NAME).read_text())
+        for name, digest in meta["sha256"].items():
+            if _sha256(directory / name) != digest:
+                raise CheckpointNotFound(f"{directory.name}/{name} is damaged: checksum differs.")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointNotFound(f"No checkpoint at {directory.name}.") from error
+    except (ValueError, KeyError) as error:
+        raise CheckpointNotFound(f"{directory.name}/{META_NAME} is damaged.") from error
+    return meta
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

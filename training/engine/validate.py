@@ -1,0 +1,145 @@
+"""What makes a training request acceptable, checked in one place before anything is computed.
+
+Every refusal names the datum, the field and, for a value, its position:
+``data[3].loss_fn_inputs.weights: 12 values for 11 tokens``. Numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.engine.interface import BaseModelInfo, ForwardBackwardJob
+from training.engine.losses import Loss, find_loss
+from training.errors import InvalidDatum, InvalidRequest
+from training.types import Datum
+
+
+def check_job(job: ForwardBackwardJob, info: BaseModelInfo) -> dict[str, float]:
+    """Refuse a job that cannot be computed.
+
+    Returns:
+        The loss's complete config, defaults filled in.
+
+    Raises:
+        InvalidRequest: Unknown loss or config key, or no data.
+        InvalidDatum: A datum is wrong.
+    """
+    loss = find_loss(job.loss_fn)
+    config = _checked_config(job, loss)
+    if not job.data:
+        raise InvalidRequest("data: empty")
+    for i, datum in enumerate(job.data):
+        _check_datum(f"data[{i}]", datum, job, loss, info)
+    return config
+
+
+def _checked_config(job: ForwardBackwardJob, loss: Loss) -> dict[str, float]:
+    for key, value in job.loss_fn_config.items():
+        if key not in loss.config:
+            known = ", ".join(loss.config) or "none"
+            raise InvalidRequest(
+                f"loss_fn_config.{key}: not an option of {job.loss_fn}; known: {known}"
+            )
+        if not math.isfinite(value):
+            raise InvalidRequest(f"loss_fn_config.{key}: {value} is not finite")
+    config: dict[str, float] = {}
+    for key, default in loss.config.items():
+        chosen = job.loss_fn_config.get(key, default)
+        if chosen is None:
+            raise InvalidRequest(f"loss_fn_config.{key}: {job.loss_fn} needs it, with no default")
+        config[key] = float(chosen)
+    low, high = config.get("clip_low_threshold"), config.get("clip_high_threshold")
+    if low is not None and high is not None and low > high:
+        raise InvalidRequest(
+            f"loss_fn_config.clip_low_threshold: {low} is above clip_high_threshold {high}"
+        )
+    return config
+
+
+def _check_datum(
+    where: str, datum: Datum, job: ForwardBackwardJob, loss: Loss, info: BaseModelInfo
+) -> None:
+    tokens = datum.model_input
+    _check_tokens(f"{where}.model_input", tokens, info.vocab_size)
+    if tokens.ndim != 1:
+        raise InvalidDatum(f"{where}.model_input: {tokens.ndim} dimensions instead of 1")
+    if len(tokens) == 0:
+        raise InvalidDatum(f"{where}.model_input: empty")
+    if len(tokens) > info.max_context_tokens:
+        raise InvalidDatum(
+            f"{where}.model_input: {len(tokens)} tokens, and the model reads at most"
+            f" {info.max_context_tokens}"
+        )
+    inputs = datum.loss_fn_inputs
+    where = f"{where}.loss_fn_inputs"
+    for name in inputs:
+        if name != "target_tokens" and name not in loss.inputs:
+            raise InvalidDatum(f"{where}.{name}: not an input of {job.loss_fn}")
+    targets = _required(where, inputs, "target_tokens", job.loss_fn)
+    _check_tokens(f"{where}.target_tokens", targets, info.vocab_size)
+    _check_targets_shape(f"{where}.target_tokens", targets, len(tokens), job.loss_fn, loss)
+    for name in loss.inputs:
+        if name == "weights" and name not in inputs and job.forward_only:
+            continue  # Evaluating without weights means weights of 1.
+        values = _required(where, inputs, name, job.loss_fn)
+        _check_values(f"{where}.{name}", values, targets.shape)
+
+
+def _required(
+    where: str, inputs: Mapping[str, NDArray[Any]], name: str, loss_fn: str
+) -> NDArray[Any]:
+    if name not in inputs:
+        raise InvalidDatum(f"{where}.{name}: missing, and {loss_fn} needs it")
+    return inputs[name]
+
+
+def _check_tokens(where: str, tokens: NDArray[Any], vocab_size: int) -> None:
+    if tokens.dtype.kind not in "iu" and tokens.size:
+        raise InvalidDatum(f"{where}: {tokens.dtype} values instead of token ids")
+    is_wrong = (tokens < 0) | (tokens >= vocab_size)
+    if is_wrong.any():
+        index = _first(is_wrong)
+        raise InvalidDatum(
+            f"{where}{_subscript(index)}: token {tokens[index]} is not in the vocabulary of"
+            f" {vocab_size}"
+        )
+
+
+def _check_targets_shape(
+    where: str, targets: NDArray[Any], num_tokens: int, loss_fn: str, loss: Loss
+) -> None:
+    if targets.ndim not in (1, 2):
+        raise InvalidDatum(f"{where}: {targets.ndim} dimensions instead of 1 or 2")
+    if targets.ndim == 2 and not loss.allows_many_targets:
+        raise InvalidDatum(f"{where}: {loss_fn} takes one target per token, shape (N,)")
+    if len(targets) != num_tokens:
+        raise InvalidDatum(f"{where}: {len(targets)} values for {num_tokens} tokens")
+    if targets.size == 0:
+        raise InvalidDatum(f"{where}: no targets")
+
+
+def _check_values(where: str, values: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if values.dtype.kind not in "fiu":
+        raise InvalidDatum(f"{where}: {values.dtype} values instead of numbers")
+    if values.shape != shape:
+        if values.ndim == 1 and len(shape) == 1:
+            raise InvalidDatum(f"{where}: {len(values)} values for {shape[0]} tokens")
+        raise InvalidDatum(f"{where}: shape {values.shape} for targets of shape {shape}")
+    with np.errstate(over="ignore"):
+        is_wrong = ~np.isfinite(values.astype(np.float32))
+    if is_wrong.any():
+        index = _first(is_wrong)
+        raise InvalidDatum(f"{where}{_subscript(index)}: {values[index]} is not finite in float32")
+
+
+def _first(is_wrong: NDArray[np.bool_]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argwhere(is_wrong)[0])
+
+
+def _subscript(index: tuple[int, ...]) -> str:
+    return "".join(f"[{i}]" for i in index)
