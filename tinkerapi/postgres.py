@@ -125,9 +125,12 @@ def _major(folder: Path) -> int:
 class EmbeddedPostgres:
     """The server of one data folder; a context manager that starts and stops it.
 
-    One process at a time may own a data folder's server. ``start`` must be called by the
-    main thread: the parent-death signal follows the thread that forked.
+    One process at a time may own a data folder's server (``preflight.lock_data_folder``).
+    ``start`` must be called by the main thread: the parent-death signal follows the thread
+    that forked.
     """
+
+    name = "postgres"
 
     def __init__(
         self,
@@ -190,16 +193,32 @@ class EmbeddedPostgres:
                 break
         self._create_database()
 
-    def stop(self) -> None:
-        """Stop the server cleanly, ending open sessions; returns when it is gone."""
+    def ended(self) -> str | None:
+        """None while the server runs, otherwise how it ended, as half a sentence."""
+        if self.process is None:
+            return "was not started"
+        status = self.process.poll()
+        if status is None:
+            return None
+        if status < 0:
+            return f"was ended by {signal.Signals(-status).name}"
+        return f"ended: {self._reason()}"
+
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Stop the server cleanly, ending open sessions; returns when it is gone.
+
+        Args:
+            hurry: Once it says True, skip the checkpoint: the next start recovers.
+        """
         process, self.process = self.process, None
         if process is None or process.poll() is not None:
             return
         process.send_signal(signal.SIGINT)  # "fast": roll back, checkpoint, end
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGQUIT)  # "immediate": the next start recovers
+        deadline = time.monotonic() + STOP_SECONDS
+        while process.poll() is None and time.monotonic() < deadline and not hurry():
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGQUIT)  # "immediate"
             process.wait()
 
     def _prepare_folders(self) -> None:

@@ -1,4 +1,4 @@
-"""Writes of API keys: create, verify (which notes the use), revoke.
+"""Writes of API keys: create, verify (which notes the use), revoke; and the first accounts.
 
 Each function is one statement or opens its own transaction. The key itself exists only in
 the return value of ``api_key_create``; the database holds its hash.
@@ -7,9 +7,11 @@ the return value of ``api_key_create``; the database holds its hash.
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from datetime import timedelta
 
-from django.contrib.auth.models import AbstractBaseUser
+from django.contrib.auth.models import AbstractBaseUser, User
+from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
@@ -21,6 +23,11 @@ KEY_PREFIX = "tml-"
 
 PREFIX_CHARACTERS = 12
 """How much of a key stays readable in lists: ``tml-`` and 8 of its 43 random characters."""
+
+LOCAL_USERNAME = "local"
+"""Whom requests without a key act as, where they are allowed."""
+
+ADMIN_USERNAME = "admin"
 
 LAST_USED_RESOLUTION = timedelta(minutes=1)
 
@@ -68,3 +75,31 @@ def api_key_revoke(*, api_key_id: int) -> bool:
         revoked_at=timezone.now()
     )
     return revoked == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstAccounts:
+    """Who may use a fresh server; a secret is None unless this call made it."""
+
+    admin_password: str | None
+    """Of the superuser ``admin``, for the admin pages."""
+    api_key: str | None
+    """Of the user ``local``, whom requests from this machine act as."""
+
+
+@transaction.atomic
+def first_accounts_ensure() -> FirstAccounts:
+    """Make the users ``local`` and ``admin`` and a first API key where there are none.
+
+    Secrets are returned this once; a second call finds everything and returns none. Whoever
+    has lost them uses ``createapikey`` and Django's ``changepassword``.
+    """
+    local, _ = User.objects.get_or_create(username=LOCAL_USERNAME)
+    admin_password = None
+    if not User.objects.filter(is_superuser=True).exists():
+        admin_password = secrets.token_urlsafe(12)
+        User.objects.create_superuser(ADMIN_USERNAME, password=admin_password)
+    api_key = None
+    if not ApiKey.objects.exists():
+        _, api_key = api_key_create(user=local, name="first key")
+    return FirstAccounts(admin_password=admin_password, api_key=api_key)

@@ -1,0 +1,265 @@
+"""``manage.py up``: everything, in one command, until Ctrl+C.
+
+The order is what makes a second start fast: Postgres and the tables first (a tenth of a
+second when they exist), then web, which needs no model, then one worker per base model. Only
+the first start has long work, making the model's folder, which runs beside all that. This
+process loads no torch and does nothing for requests; it starts, watches, restarts and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from django.conf import settings
+from django.core.management import CommandError, call_command
+from django.core.management.base import BaseCommand
+from django.db import OperationalError, connection
+
+from tinkerapi.postgres import EmbeddedPostgres, PostgresError
+from tinkerapi.preflight import (
+    PreflightError,
+    base_model_problem,
+    check_port,
+    is_loopback,
+    keep_secret_key,
+    lock_data_folder,
+)
+from tinkerapi.schema import SchemaError, schema_migrate
+from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
+from tinkerapi.supervisor import Child, Supervisor, parent_death_prefix
+from training.base_models import BaseModel, base_models
+
+TICK_SECONDS = 0.1
+WEB_STOP_SECONDS = 5.0
+WEB_KILL_SECONDS = 3  # what a parked long poll may delay the web's end; its client asks again
+WORKER_STOP_SECONDS = 120.0  # one batch; killing it sooner loses time, not work
+OPEN_REQUESTS = 8192  # parked long polls count, so granian's 1024 would be a limit on users
+
+
+class StopRequested(BaseException):
+    """A signal asked us to stop; raised wherever the main thread is."""
+
+
+class Command(BaseCommand):
+    help = "Start the whole server: Postgres, web and one worker per base model."
+    requires_system_checks = ()  # web runs them; here they would cost the import of every view
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+        parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+
+    def handle(self, *args: Any, host: str, port: int, **options: Any) -> None:
+        self.host, self.port = host, port
+        self.started_at = time.monotonic()
+        self.stops_requested = 0
+        self.supervisor = Supervisor(self.say)
+        self.preparations: dict[str, subprocess.Popen[bytes]] = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup keeps its meaning
+                signal.signal(number, self._on_signal)
+        try:
+            with self._preflight() as environment:
+                self._run(environment)
+        except StopRequested:
+            self.say("stopped")
+        except (PreflightError, PostgresError, SchemaError) as error:
+            raise CommandError(str(error)) from error
+
+    def say(self, line: str) -> None:
+        self.stdout.write(line)
+        self.stdout.flush()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stops_requested += 1
+        if self.stops_requested == 1:
+            raise StopRequested
+
+    @contextlib.contextmanager
+    def _preflight(self) -> Iterator[dict[str, str]]:
+        """Hold the data folder; yield the environment that all children share."""
+        with lock_data_folder(settings.DATA_DIR):
+            check_port(self.host, self.port)
+            for base_model in base_models():
+                problem = base_model_problem(base_model.folder)
+                if problem and not _can_be_prepared(base_model):
+                    raise PreflightError(f"base model {base_model.name}: {problem}")
+            require_api_key = settings.REQUIRE_API_KEY
+            if not is_loopback(self.host) and not require_api_key:
+                require_api_key = True
+                self.say(f"{self.host} can be reached from elsewhere: every request needs a key")
+            secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
+                settings.DATA_DIR
+            )
+            python_path = [str(settings.BASE_DIR), os.environ.get("PYTHONPATH", "")]
+            yield {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
+                "PYTHONUNBUFFERED": "1",
+                "TINKERAPI_DATA_DIR": str(settings.DATA_DIR),
+                "TINKERAPI_SECRET_KEY": secret_key,
+                "TINKERAPI_REQUIRE_API_KEY": "1" if require_api_key else "0",
+            }
+
+    def _run(self, environment: dict[str, str]) -> None:
+        try:
+            self._prepare_models(environment)
+            self._start_database()
+            self._start_web(environment)
+            call_command("collectstatic", interactive=False, verbosity=0)
+            self._supervise(environment)
+        finally:
+            # From here on a signal only means haste.
+            self.stops_requested = max(self.stops_requested, 1)
+            for process in self.preparations.values():
+                process.kill()
+                process.wait()
+            connection.close()
+            self.supervisor.stop(lambda: self.stops_requested > 1)
+
+    def _prepare_models(self, environment: dict[str, str]) -> None:
+        """Start making the folders that are missing, each in its own process."""
+        for base_model in base_models():
+            if not base_model.folder.exists():
+                self.say(f"model     {base_model.name}: making its folder, once")
+                command = [sys.executable, str(settings.BASE_DIR / "manage.py"), "preparemodel"]
+                self.preparations[base_model.name] = subprocess.Popen(  # noqa: S603
+                    [*parent_death_prefix("KILL"), *command, base_model.name],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,
+                )
+
+    def _start_database(self) -> None:
+        if settings.DATABASE_URL:
+            where = "your server (DATABASE_URL)"
+        else:
+            postgres = EmbeddedPostgres(settings.DATA_DIR, say=self.say)
+            if not postgres.cluster.exists():
+                self.say("postgres  making a new cluster")
+            self.supervisor.add(postgres)
+            where = str(postgres.cluster)
+        self.say(f"postgres  {where}")
+        try:
+            count = schema_migrate()
+        except OperationalError as error:
+            raise PreflightError(f"the database does not answer: {_first_line(error)}") from error
+        self.say(f"database  {f'{count} migrations applied' if count else 'up to date'}")
+        accounts = first_accounts_ensure()
+        connection.close()
+        if accounts.admin_password:
+            self.say(f"admin     login {ADMIN_USERNAME}, password {accounts.admin_password}")
+        if accounts.api_key:
+            self.say(f"api key   {accounts.api_key} (user {LOCAL_USERNAME})")
+        if accounts.admin_password or accounts.api_key:
+            self.say("          these secrets are shown this once: write them down")
+
+    def _start_web(self, environment: dict[str, str]) -> None:
+        settings.STATIC_ROOT.mkdir(parents=True, exist_ok=True)
+        command = [
+            *(sys.executable, "-m", "granian", "tinkerapi.asgi:application"),
+            *("--interface", "asginl", "--host", self.host, "--port", str(self.port)),
+            *("--backlog", str(OPEN_REQUESTS), "--backpressure", str(OPEN_REQUESTS)),
+            *("--static-path-route", settings.STATIC_URL.rstrip("/")),
+            *("--static-path-mount", str(settings.STATIC_ROOT)),
+            *("--workers-kill-timeout", str(WEB_KILL_SECONDS), "--log-level", "warning"),
+        ]
+        web = {**environment, "TINKERAPI_ROLE": "web"}
+        self.supervisor.add(
+            Child("web", command, web, _log("web"), WEB_STOP_SECONDS, parent_death_signal="TERM")
+        )
+
+    def _start_worker(self, base_model: BaseModel, environment: dict[str, str]) -> None:
+        command = [sys.executable, str(settings.BASE_DIR / "manage.py"), "engineworker"]
+        name = f"worker {base_model.name}"
+        self.supervisor.add(
+            Child(
+                name,
+                [*command, "--base-model", base_model.name],
+                {**environment, "TINKERAPI_ROLE": "worker"},
+                _log(base_model.queue),
+                WORKER_STOP_SECONDS,
+                parent_death_signal="KILL",  # a batch may be long, and nothing is lost
+            )
+        )
+
+    def _supervise(self, environment: dict[str, str]) -> None:
+        """Start workers as their models get ready, keep all running, say when it answers."""
+        waiting = base_models()
+        answered = ready = False
+        while True:
+            for base_model in [model for model in waiting if self._is_prepared(model)]:
+                waiting.remove(base_model)
+                self._start_worker(base_model, environment)
+            self.supervisor.tick()
+            if not answered and self._answers("/healthz"):
+                answered = True
+                self.say(f"web       answers after {self._seconds()}; the model is being loaded")
+            elif answered and not ready and not waiting and self._answers("/readyz"):
+                ready = True
+                self._say_ready()
+            time.sleep(TICK_SECONDS)
+
+    def _is_prepared(self, base_model: BaseModel) -> bool:
+        """Whether its folder is there; its own process has said why if it cannot be made."""
+        process = self.preparations.get(base_model.name)
+        if process is None:
+            return True
+        status = process.poll()
+        if status is None:
+            return False
+        del self.preparations[base_model.name]
+        if status != 0:
+            raise PreflightError(f"base model {base_model.name}: its folder could not be made")
+        return True
+
+    def _answers(self, path: str) -> bool:
+        with contextlib.closing(
+            http.client.HTTPConnection(_local_address(self.host), self.port, timeout=2)
+        ) as client:
+            try:
+                client.request("GET", path)
+                return client.getresponse().status == http.HTTPStatus.OK
+            except (OSError, http.client.HTTPException):
+                return False
+
+    def _seconds(self) -> str:
+        return f"{time.monotonic() - self.started_at:.1f} s"
+
+    def _say_ready(self) -> None:
+        host = _local_address(self.host)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self.say(f"ready after {self._seconds()}; Ctrl+C stops everything")
+        self.say(f"  API     {address}/")
+        self.say(f"  docs    {address}/docs/")
+        self.say(f"  admin   {address}/admin/")
+        self.say(f"  logs    {_log('web').parent}")
+
+
+def _can_be_prepared(base_model: BaseModel) -> bool:
+    """Whether the folder is ours to make: it lies in the data folder and is not there yet."""
+    is_ours = base_model.folder.is_relative_to(settings.DATA_DIR / "models")
+    return is_ours and not base_model.folder.exists()
+
+
+def _log(name: str) -> Path:
+    return Path(settings.DATA_DIR) / "logs" / f"{name}.log"
+
+
+def _local_address(host: str) -> str:
+    """Where this machine reaches a server that listens on ``host``."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

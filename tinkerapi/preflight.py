@@ -1,0 +1,140 @@
+"""What ``up`` makes sure of before it starts anything, each failure with one sentence.
+
+The data folder is ours and nobody else's ``up`` runs on it, the port is free, the base models'
+folders can be read, and the secret that signs links and queue entries is kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import json
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import IO
+
+
+class PreflightError(Exception):
+    """The server cannot be started as things are; the message says what to change."""
+
+
+def lock_data_folder(data_dir: Path) -> IO[str]:
+    """Take the data folder for this process; the lock is held while the returned file is open.
+
+    Raises:
+        PreflightError: It cannot be written, or another ``up`` has it.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        # Append mode: opening must not empty the file that names the other process.
+        lock = (data_dir / "up.lock").open("a+")
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}"
+        raise PreflightError(
+            f"the data folder {data_dir} cannot be written ({reason}); "
+            "set TINKERAPI_DATA_DIR to a folder of yours"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise PreflightError(
+            f"this server is already running on {data_dir} (process {owner}); "
+            "stop it first, or set another TINKERAPI_DATA_DIR"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def data_folder_owner(data_dir: Path) -> int | None:
+    """Process id of the ``up`` that runs on this data folder, or None."""
+    try:
+        lock = (data_dir / "up.lock").open()
+    except OSError:
+        return None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = lock.read().strip()
+            return int(owner) if owner.isdigit() else 0
+    return None
+
+
+def keep_secret_key(data_dir: Path) -> str:
+    """The secret kept in the data folder, made at the first call; only this user may read it.
+
+    Raises:
+        PreflightError: It exists and cannot be read, or is empty.
+    """
+    path = data_dir / "secret_key"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        pass
+    else:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(50) + "\n")
+    try:
+        secret = path.read_text().strip()
+    except OSError as error:
+        raise PreflightError(f"{path} cannot be read: {error.strerror}") from error
+    if not secret:
+        raise PreflightError(f"{path} is empty; remove it and a new secret is made")
+    return secret
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_port(host: str, port: int) -> None:
+    """Make sure that a server can listen there.
+
+    Raises:
+        PreflightError: Taken, not allowed, or no such address.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            # The server shares its port between its processes, so a bind alone may succeed.
+            probe.listen()
+    except OSError as error:
+        raise PreflightError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
+        ) from error
+
+
+def base_model_problem(folder: Path) -> str | None:
+    """What keeps a base model's folder from being loaded, as one sentence; None: nothing seen."""
+    try:
+        if not folder.is_dir():
+            return f"there is no folder {folder}"
+        json.loads((folder / "config.json").read_text())
+        names = {path.name for path in folder.iterdir()}
+        for name in sorted(names):
+            with (folder / name).open("rb") if (folder / name).is_file() else open(os.devnull):
+                pass
+    except ValueError as error:
+        return f"{folder / 'config.json'} is not JSON: {error}"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    if not any(name.endswith(".safetensors") for name in names):
+        return f"{folder} holds no weights (*.safetensors)"
+    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+        return f"{folder} holds no tokenizer (tokenizer.json)"
+    return None

@@ -1,0 +1,181 @@
+"""Keeps a handful of processes running: starts them in order, again when they die, stops them.
+
+Knows nothing of what they do. Everything runs in one thread, the main one: the signal that
+takes a child down with a killed parent is tied to the thread that forked it. A child gets its
+own process group, so that Ctrl+C in the terminal reaches only the supervisor, which stops the
+parts in order, and so that what a killed child leaves behind can be removed with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+FIRST_DELAY_SECONDS = 0.5
+MAX_DELAY_SECONDS = 30.0
+STEADY_SECONDS = 60.0  # who lived this long starts again without back-off
+MAX_LOG_BYTES = 10 * 1024 * 1024
+
+
+class Part(Protocol):
+    """What the supervisor keeps running."""
+
+    name: str
+
+    def start(self) -> None:
+        """Start it; raises an exception with one sentence if it cannot be."""
+
+    def ended(self) -> str | None:
+        """None while it runs, otherwise how it ended, as half a sentence."""
+
+    def stop(self, hurry: Callable[[], bool]) -> None:
+        """Ask it to end and wait for that; kill it once ``hurry()`` says so."""
+
+
+@dataclass
+class Child:
+    """A part that is a command; what it prints goes to a log file."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path
+    stop_seconds: float
+    """How long it may take to end before it is killed."""
+    parent_death_signal: str
+    """What it gets when the supervisor is killed: KILL, or TERM if it has children to stop."""
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    log_start: int = field(default=0, init=False)
+
+    def start(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
+            self.log.rename(self.log.with_suffix(".log.1"))
+        with self.log.open("ab") as log:
+            self.log_start = log.tell()
+            self.process = subprocess.Popen(  # noqa: S603
+                [*parent_death_prefix(self.parent_death_signal), *self.command],
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+            )
+
+    def ended(self) -> str | None:
+        if self.process is None:
+            return "was not started"
+        status = self.process.poll()
+        if status is None:
+            return None
+        # A killed server leaves its own children, and they hold the port.
+        self._kill_group(self.process)
+        self.process = None
+        if status < 0:
+            return f"was ended by {signal.Signals(-status).name}"
+        words = self.last_words()
+        return f"ended with exit code {status}" + (f": {words}" if words else "")
+
+    def stop(self, hurry: Callable[[], bool]) -> None:
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.terminate()
+        deadline = time.monotonic() + self.stop_seconds
+        while process.poll() is None and time.monotonic() < deadline and not hurry():
+            time.sleep(0.02)
+        self._kill_group(process)
+        process.wait()
+
+    def last_words(self) -> str:
+        """The last line it has printed since its start, without a traceback's indentation."""
+        with self.log.open("rb") as log:
+            log.seek(max(self.log_start, self.log.stat().st_size - 4096))
+            lines = log.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
+
+    @staticmethod
+    def _kill_group(process: subprocess.Popen[bytes]) -> None:
+        """End whoever is left of the group; call it only right after the leader has ended,
+        before its number can belong to somebody else."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def parent_death_prefix(signal_name: str) -> list[str]:
+    """What to put before a command so that it gets this signal when its parent is killed.
+
+    Nothing where setpriv or the mechanism is missing (macOS): there, a killed parent leaves
+    its children running.
+    """
+    setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
+    return [setpriv, f"--pdeathsig={signal_name}"] if setpriv else []
+
+
+@dataclass
+class _Watched:
+    part: Part
+    started_at: float
+    failures: int = 0
+    start_at: float | None = None
+    """When to start it again; None while it runs."""
+
+
+class Supervisor:
+    """Runs parts; ``tick`` often, ``stop`` at the end."""
+
+    def __init__(
+        self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.say = say
+        self.clock = clock
+        self._watched: list[_Watched] = []
+
+    def add(self, part: Part) -> None:
+        """Start a part and keep it running from now on.
+
+        Raises:
+            Exception: Whatever ``part.start`` raised; the first start is not tried again.
+        """
+        # Known before it is started: a signal in the middle must not leave it behind.
+        self._watched.append(_Watched(part, self.clock()))
+        part.start()
+
+    def tick(self) -> None:
+        """Notice what has ended and start again what has waited long enough."""
+        for watched in self._watched:
+            now = self.clock()
+            if watched.start_at is None:
+                how = watched.part.ended()
+                if how is not None:
+                    self._plan_restart(watched, how)
+            elif now >= watched.start_at:
+                watched.start_at = None
+                watched.started_at = now
+                try:
+                    watched.part.start()
+                except Exception as error:
+                    self._plan_restart(watched, f"did not start: {error}")
+
+    def stop(self, hurry: Callable[[], bool]) -> None:
+        """Stop all parts, the last started first."""
+        while self._watched:
+            self._watched.pop().part.stop(hurry)
+
+    def _plan_restart(self, watched: _Watched, how: str) -> None:
+        """Each failure in a row doubles the delay; one steady life forgives them all."""
+        now = self.clock()
+        steady = now - watched.started_at >= STEADY_SECONDS
+        watched.failures = 1 if steady else watched.failures + 1
+        delay = min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (watched.failures - 1))
+        watched.start_at = now + delay
+        self.say(f"{watched.part.name} {how}; starting it again in {delay:g} s")

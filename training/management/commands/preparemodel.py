@@ -1,0 +1,64 @@
+"""``manage.py preparemodel``: make a base model's folder, if it is not there yet."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import ArgumentParser
+from typing import Any
+
+from django.core.management import CommandError
+from django.core.management.base import BaseCommand
+
+from training.base_models import DEFAULT_MODEL_NAME, BaseModel, base_model_get
+from training.errors import TrainingError
+
+
+class Command(BaseCommand):
+    help = "Make the folder of a base model: the default one from its package, others from the hub."
+    requires_system_checks = ()
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("name", nargs="?", help="a served base model; default: the first")
+
+    def handle(self, *args: Any, name: str | None, **options: Any) -> None:
+        try:
+            base_model = base_model_get(name)
+            if not base_model.folder.exists():
+                if base_model.name == DEFAULT_MODEL_NAME:
+                    self._convert(base_model)
+                else:
+                    self._download(base_model)
+        except (TrainingError, OSError) as error:
+            raise CommandError(f"{name or 'the default model'}: {error}") from error
+
+    def _convert(self, base_model: BaseModel) -> None:
+        # Imported late: this loads nothing yet, but the engine is not for commands at large.
+        from training.engine.default_model import prepare_default_model
+
+        prepare_default_model(base_model.folder, self._say)
+
+    def _download(self, base_model: BaseModel) -> None:
+        """Fetch config, tokenizer and safetensors from the hub; whole or absent."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        partial = base_model.folder.with_name(f".{base_model.folder.name}.partial")
+        self._say(f"Downloading {base_model.name}", 0.0)
+        try:
+            snapshot_download(
+                base_model.name,
+                local_dir=partial,  # kept when interrupted: the next call goes on from there
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CommandError(
+                f"{base_model.name} could not be downloaded: {reason}; "
+                "name a local folder in TINKERAPI_BASE_MODEL instead"
+            ) from error
+        shutil.rmtree(partial / ".cache", ignore_errors=True)
+        partial.rename(base_model.folder)
+
+    def _say(self, stage: str, share: float) -> None:
+        self.stdout.write(f"          {share:4.0%}  {stage}")
+        self.stdout.flush()
