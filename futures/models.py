@@ -8,7 +8,7 @@ This app knows nothing of training: a kind is a word and a payload is bytes to i
 from __future__ import annotations
 
 import secrets
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.conf import settings
 from django.db import models
@@ -16,6 +16,9 @@ from django.db.models import Q
 from django.utils import timezone
 
 from futures.transitions import FINAL_STATES, Category, State
+
+if TYPE_CHECKING:
+    from futures.workers import QueueLock
 
 
 def new_request_id() -> str:
@@ -61,6 +64,8 @@ class Worker(models.Model):
     stopped_at = models.DateTimeField(null=True, blank=True)
     figures = models.JSONField(default=dict, blank=True)
     """What the worker says of itself: base model, device, memory, resident adapters."""
+    queue_lock: QueueLock | None = None
+    """The advisory lock, in the process that lives this life; not a column."""
 
     class Meta:
         constraints: ClassVar = [
@@ -99,9 +104,11 @@ class Future(models.Model):
 
     id = models.CharField(primary_key=True, max_length=39, default=new_request_id)
     """The request id that clients know."""
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT)
+    # No index of their own for the foreign keys: every submit, claim and finish would write it,
+    # and the constraints and partial indexes below serve all that is asked of them.
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, db_index=False)
     queue = models.CharField(max_length=100)
-    lane = models.ForeignKey(Lane, null=True, blank=True, on_delete=models.PROTECT)
+    lane = models.ForeignKey(Lane, null=True, blank=True, on_delete=models.PROTECT, db_index=False)
     """None: may run at any time, next to anything."""
     seq_id = models.BigIntegerField(null=True, blank=True)
     """Order number in the lane; consumed even when the request is refused."""
@@ -127,11 +134,15 @@ class Future(models.Model):
     """Class name of the domain error."""
     attempts = models.SmallIntegerField(default=0)
     """Workers that died while it ran; one makes it run alone, three fail it."""
-    worker = models.ForeignKey(Worker, null=True, blank=True, on_delete=models.PROTECT)
+    worker = models.ForeignKey(
+        Worker, null=True, blank=True, on_delete=models.PROTECT, db_index=False
+    )
     """The epoch that runs or ran it."""
     batch = models.BigIntegerField(null=True, blank=True)
     """Number, within the worker's life, of the engine batch that computed it."""
-    replay_of = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL)
+    replay_of = models.ForeignKey(
+        "self", null=True, blank=True, on_delete=models.SET_NULL, db_index=False
+    )
     """The future whose request this one submits again."""
 
     created_at = models.DateTimeField(default=timezone.now)
@@ -153,6 +164,11 @@ class Future(models.Model):
                 | Q(lane__isnull=False, seq_id__isnull=False),
                 name="future_seq_id_iff_lane",
             ),
+            # An ordered lane begins at 1; a lower one would wait for ever.
+            models.CheckConstraint(
+                condition=Q(seq_id__isnull=True) | Q(seq_id__gte=0), name="future_seq_id_from_0"
+            ),
+            models.CheckConstraint(condition=Q(cost__gte=0), name="future_cost_from_0"),
             models.CheckConstraint(
                 condition=Q(state__in=[str(s) for s in State]), name="future_state_known"
             ),
@@ -189,6 +205,12 @@ class Future(models.Model):
                 condition=Q(state=State.PENDING),
                 name="future_pending_by_lane",
             ),
+            # And for futures without a lane, oldest first, owner by owner.
+            models.Index(
+                fields=["queue", "owner", "created_at"],
+                condition=Q(state=State.PENDING, lane__isnull=True),
+                name="future_pending_no_lane",
+            ),
             # Recovery and the fence look for what an epoch holds.
             models.Index(
                 fields=["worker"], condition=Q(state=State.RUNNING), name="future_running"
@@ -196,6 +218,12 @@ class Future(models.Model):
             # The per-user limit counts what waits.
             models.Index(
                 fields=["owner"], condition=Q(state=State.PENDING), name="future_pending_by_owner"
+            ),
+            # A queue position counts what is open and older.
+            models.Index(
+                fields=["queue", "created_at"],
+                condition=Q(state__in=[State.PENDING, State.RUNNING]),
+                name="future_open",
             ),
             models.Index(fields=["-created_at"], name="future_newest"),
         ]

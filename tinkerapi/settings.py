@@ -48,6 +48,15 @@ def env_list(name: str, default: str = "") -> list[str]:
     return [item.strip() for item in os.environ.get(name, default).split(",") if item.strip()]
 
 
+def kept_secret(path: Path) -> str:
+    """The secret that ``up`` keeps there, so that a command signs queue entries as the server
+    does; a fresh one, good for this process only, where there is none to read."""
+    try:
+        return path.read_text().strip() or secrets.token_urlsafe(50)
+    except OSError:
+        return secrets.token_urlsafe(50)
+
+
 # --- Where things are -------------------------------------------------------------------
 
 DATA_DIR = Path(os.environ.get("TINKERAPI_DATA_DIR") or BASE_DIR / "var").resolve()
@@ -59,8 +68,7 @@ ROLE = env_choice("TINKERAPI_ROLE", "cli", ("cli", "web", "worker"))
 # --- Django -----------------------------------------------------------------------------
 
 DEBUG = env_bool("TINKERAPI_DEBUG", False)
-# ``up`` keeps one in DATA_DIR; a command that signs nothing lasting can live with a fresh one.
-SECRET_KEY = os.environ.get("TINKERAPI_SECRET_KEY") or secrets.token_urlsafe(50)
+SECRET_KEY = os.environ.get("TINKERAPI_SECRET_KEY") or kept_secret(DATA_DIR / "secret_key")
 ALLOWED_HOSTS = env_list("TINKERAPI_ALLOWED_HOSTS", "*")
 CSRF_TRUSTED_ORIGINS = env_list("TINKERAPI_CSRF_TRUSTED_ORIGINS")
 
@@ -166,6 +174,9 @@ Q_CLUSTER = {
     "catch_up": False,
     "ALT_CLUSTERS": {},  # must exist, or naming another cluster is a KeyError at import
 }
+
+FUTURES_TASK = "training.tasks.work"
+"""What a doorbell calls, with the queue's name: a task carries no work, it says look."""
 
 # --- HTTP -------------------------------------------------------------------------------
 

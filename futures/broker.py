@@ -1,0 +1,110 @@
+"""django-q2's ORM broker, woken by LISTEN instead of polling, and our doorbells in it.
+
+An engine queue carries doorbells only: tasks that say "look at the futures". Losing the
+acknowledgement of one costs a look at an empty table, so claims and acknowledgements do not
+wait for the disk (that alone is three to five times more tasks per second, measured).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from django.conf import settings
+from django.db import transaction
+from django.db.models.functions import Now
+from django_q.brokers.orm import ORM
+from django_q.conf import Conf
+from django_q.tasks import async_task
+
+from futures.database import alias, execute
+from futures.notify import Listener, bell_channel, notify_bell
+
+_CLAIM = """
+UPDATE django_q_ormq SET lock = statement_timestamp() + make_interval(secs => %(retry)s)
+WHERE id = ANY (ARRAY(
+    SELECT id FROM django_q_ormq
+    WHERE key = %(queue)s AND lock <= statement_timestamp()
+    ORDER BY id LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+))
+RETURNING id, payload
+"""
+
+_listeners = threading.local()
+"""Queue to Listener, for each thread has a connection of its own."""
+
+
+class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
+    """Tasks in order of arrival; each is claimed by one cluster at a time."""
+
+    def enqueue(self, task: str) -> int:
+        """Insert a task; clusters are woken once the outermost transaction has committed."""
+        with transaction.atomic(using=alias()):
+            row = self.get_connection().create(key=self.list_key, payload=task, lock=Now())
+            notify_bell(self.list_key)
+        return int(row.pk)
+
+    def dequeue(self) -> list[tuple[int, str]]:
+        """Claim tasks, waiting up to ``poll`` seconds for the first."""
+        tasks = self.claim()
+        if not tasks and self.wait(Conf.POLL):
+            tasks = self.claim()
+        return tasks
+
+    def claim(self) -> list[tuple[int, str]]:
+        """Claim up to ``bulk`` tasks, oldest first; each stays invisible for ``retry`` seconds."""
+        with transaction.atomic(using=alias()):
+            commit_without_waiting()
+            rows = execute(
+                _CLAIM, {"queue": self.list_key, "retry": Conf.RETRY, "limit": Conf.BULK}
+            )
+        return sorted((int(task_id), str(payload)) for task_id, payload in rows)
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Wait for the queue's bell; True if it rang or if that cannot be known."""
+        return _listener(self.list_key).wait(timeout_seconds)
+
+    def delete(self, task_id: int) -> None:
+        with transaction.atomic(using=alias()):
+            commit_without_waiting()
+            execute("DELETE FROM django_q_ormq WHERE id = %(id)s", {"id": task_id})
+
+
+def commit_without_waiting() -> None:
+    """Let the current transaction commit without waiting for the disk."""
+    execute("SET LOCAL synchronous_commit = off", {})
+
+
+def pending_notification(queue: str) -> bool:
+    """Whether the queue's bell rang since this thread last asked; never waits.
+
+    Takes the notification, so who is told True must claim. Costs one look at the socket.
+    """
+    return _listener(queue).drain()
+
+
+def doorbell(queue: str) -> str:
+    """A signed django-q task that rings for ``queue``, made by django-q but not enqueued."""
+    package = _Package()
+    async_task(settings.FUTURES_TASK, queue, cluster=queue, broker=package)
+    return package.task
+
+
+class _Package:
+    """Stands where async_task expects a broker, and keeps what it would enqueue."""
+
+    task: str
+    list_key = "doorbell"
+
+    def enqueue(self, task: str) -> str:
+        self.task = task
+        return "with its future"
+
+
+def _listener(queue: str) -> Listener:
+    listeners: dict[str, Any] = _listeners.__dict__
+    if queue not in listeners:
+        listeners[queue] = Listener(bell_channel(queue))
+    listener: Listener = listeners[queue]
+    return listener

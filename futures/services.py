@@ -1,0 +1,319 @@
+"""What owners of futures may do: make lanes, submit, cancel, submit again.
+
+A submission is one statement and one commit: it numbers the request in its lane, inserts the
+future and the django-q task that rings for it. The task carries no work. What workers do to
+futures is in ``futures.claiming`` and ``futures.workers``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from django.db import transaction
+from django.db.models import F, Max
+from django.db.models.functions import Coalesce, Greatest
+from django.utils import timezone
+
+from futures.broker import doorbell
+from futures.database import alias, execute
+from futures.errors import (
+    FutureNotCancellable,
+    FutureNotFound,
+    FuturePayloadPruned,
+    IdempotencyKeyReused,
+    QueueFull,
+    SeqIdReused,
+)
+from futures.models import Future, Lane
+from futures.notify import notify_bell, notify_finished_after_commit
+from futures.payload import EncodedPayload, encode_payload
+from futures.transitions import Category, State
+
+# One statement, for each round trip costs more than the row. It inserts nothing when the
+# request was submitted before, and nothing where an ordered lane has already passed.
+_SUBMIT = """
+WITH numbered AS (
+    UPDATE futures_lane SET last_seq_id = last_seq_id + 1
+    WHERE id = %(lane_id)s AND %(seq_id)s::bigint IS NULL
+    RETURNING last_seq_id
+), doorbell AS (
+    INSERT INTO django_q_ormq (key, payload, lock)
+    VALUES (%(queue)s, %(doorbell)s, statement_timestamp())
+)
+INSERT INTO futures_future (
+    id, owner_id, queue, lane_id, seq_id, idempotency_key, kind, state, payload,
+    payload_digest, summary, cost, error, category, error_code, attempts, replay_of_id,
+    created_at, finished_at
+)
+SELECT
+    %(id)s, %(owner_id)s, %(queue)s, %(lane_id)s,
+    coalesce(%(seq_id)s::bigint, (SELECT last_seq_id FROM numbered)),
+    %(idempotency_key)s, %(kind)s, %(state)s, %(payload)b, %(payload_digest)b,
+    %(summary)s::jsonb, %(cost)s, %(error)s, %(category)s, %(error_code)s, 0,
+    %(replay_of_id)s, %(created_at)s, %(finished_at)s
+WHERE NOT EXISTS (
+    SELECT FROM futures_lane
+    WHERE id = %(lane_id)s AND ordered AND next_seq_id > %(seq_id)s::bigint
+)
+ON CONFLICT DO NOTHING
+RETURNING seq_id, (
+    SELECT count(*) FROM (
+        SELECT FROM futures_future WHERE owner_id = %(owner_id)s AND state = 'pending'
+        LIMIT %(max_pending)s
+    ) AS waiting
+)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a request will never run."""
+
+    error: str
+    category: Category = Category.USER
+    error_code: str = ""
+    """Class name of the domain error."""
+
+
+class _NotInserted(Exception):
+    """A unique constraint already holds this request; the transaction is to be undone."""
+
+
+def lane_create(*, lane_id: str, owner_id: int, queue: str, ordered: bool = True) -> Lane:
+    """Make a lane; its first seq id is 1. Raises IntegrityError when the id is taken."""
+    return Lane.objects.create(id=lane_id, owner_id=owner_id, queue=queue, ordered=ordered)
+
+
+def future_submit(
+    *,
+    owner_id: int,
+    queue: str,
+    kind: str,
+    payload: Any,
+    lane_id: str | None = None,
+    seq_id: int | None = None,
+    idempotency_key: str | None = None,
+    cost: int = 1,
+    summary: dict[str, Any] | None = None,
+    replay_of: Future | None = None,
+    max_pending: int | None = None,
+    refusal: Refusal | None = None,
+) -> Future:
+    """Record a request and return its future; asking twice returns the same one.
+
+    (lane, seq_id) names one logical request, and so does (owner, idempotency_key): a client
+    that lost our answer may send it again, whatever became of the first. Opens its own
+    transaction; the worker is woken when the outermost one commits, never before.
+
+    Args:
+        owner_id: Whom it belongs to.
+        queue: The engine queue whose worker runs it.
+        kind: What is asked for; a word to this app.
+        payload: A value that ``futures.payload.encode`` takes, or an EncodedPayload.
+        lane_id: An existing lane, or None for a request that may run at any time.
+        seq_id: The client's number; None lets the server give the lane's next one.
+        idempotency_key: The client's name for this request.
+        cost: Estimated tokens of work.
+        summary: Small facts for lists and charts.
+        replay_of: The future whose request this is.
+        max_pending: How many futures of the owner may wait. Submitters that race may pass
+            it by as many as they are.
+        refusal: The request is invalid but has consumed its seq id: its future is failed
+            from the start, and the lane goes on past it.
+
+    Raises:
+        SeqIdReused: The pair exists with another kind or payload, or the lane is past it.
+        IdempotencyKeyReused: The key exists with another lane, kind or payload.
+        QueueFull: The owner has ``max_pending`` pending futures.
+    """
+    encoded = payload if isinstance(payload, EncodedPayload) else encode_payload(kind, payload)
+    now = timezone.now()
+    future = Future(
+        owner_id=owner_id,
+        queue=queue,
+        kind=kind,
+        payload=encoded.data,
+        payload_digest=encoded.digest,
+        lane_id=lane_id,
+        seq_id=seq_id,
+        idempotency_key=idempotency_key,
+        cost=cost,
+        summary=summary or {},
+        replay_of=replay_of,
+        created_at=now,
+    )
+    if refusal is not None:
+        future.state = State.FAILED
+        future.error = refusal.error
+        future.category = refusal.category
+        future.error_code = refusal.error_code
+        future.finished_at = now
+    while True:
+        try:
+            with transaction.atomic(using=alias()):
+                _insert(future, max_pending)
+        except _NotInserted:
+            first = _first(future)
+            if first is not None:
+                return first
+            # The first one was undone, or the server's number met a client's in this lane.
+            _renumber(future)
+        else:
+            return future
+
+
+def _insert(future: Future, max_pending: int | None) -> None:
+    """Insert the future and its doorbell, or raise _NotInserted or QueueFull."""
+    rows = execute(
+        _SUBMIT,
+        {
+            "id": future.id,
+            "owner_id": future.owner_id,
+            "queue": future.queue,
+            "lane_id": future.lane_id,
+            "seq_id": future.seq_id,
+            "idempotency_key": future.idempotency_key,
+            "kind": future.kind,
+            "state": str(future.state),
+            "payload": future.payload,
+            "payload_digest": future.payload_digest,
+            "summary": orjson.dumps(future.summary).decode(),
+            "cost": future.cost,
+            "error": future.error,
+            "category": str(future.category),
+            "error_code": future.error_code,
+            "replay_of_id": future.replay_of_id,
+            "created_at": future.created_at,
+            "finished_at": future.finished_at,
+            "doorbell": doorbell(future.queue),
+            "max_pending": max_pending or 0,
+        },
+    )
+    if not rows:
+        raise _NotInserted
+    [(seq_id, pending)] = rows
+    if max_pending is not None and pending >= max_pending:
+        raise QueueFull
+    future.seq_id = seq_id
+    future._state.adding = False
+    future._state.db = alias()
+    notify_bell(future.queue)
+
+
+def _first(future: Future) -> Future | None:
+    """The future that was submitted before under this one's names, if it still exists.
+
+    Raises:
+        SeqIdReused, IdempotencyKeyReused: It was another request.
+    """
+    submitted = Future.objects.without_bodies()
+    if future.seq_id is not None:
+        first = submitted.filter(lane_id=future.lane_id, seq_id=future.seq_id).first()
+        if first is not None:
+            if bytes(first.payload_digest) != future.payload_digest:
+                raise SeqIdReused
+            return first
+    if future.idempotency_key is not None:
+        first = submitted.filter(
+            owner_id=future.owner_id, idempotency_key=future.idempotency_key
+        ).first()
+        if first is not None:
+            if (
+                bytes(first.payload_digest) != future.payload_digest
+                or first.lane_id != future.lane_id
+            ):
+                raise IdempotencyKeyReused
+            return first
+    return None
+
+
+def _renumber(future: Future) -> None:
+    """Move the lane's own numbers past those its clients chose.
+
+    Raises:
+        SeqIdReused: The lane is ordered and goes on after this seq id.
+    """
+    if future.lane_id is None:
+        return
+    lane = Lane.objects.get(pk=future.lane_id)
+    if future.seq_id is None:
+        highest = Future.objects.filter(lane=lane).aggregate(highest=Coalesce(Max("seq_id"), 0))
+        Lane.objects.filter(pk=lane.pk).update(
+            last_seq_id=Greatest(F("last_seq_id"), highest["highest"])
+        )
+    elif lane.ordered and future.seq_id < lane.next_seq_id:
+        raise SeqIdReused(f"seq_id {future.seq_id}: this lane goes on at {lane.next_seq_id}.")
+
+
+def future_cancel(*, request_id: str, owner_id: int) -> Future:
+    """Cancel a pending future and return it; cancelling twice is the same as once.
+
+    Raises:
+        FutureNotFound: The owner has no such future.
+        FutureNotCancellable: It already runs or is finished.
+    """
+    future_of_owner = Future.objects.without_bodies().filter(pk=request_id, owner_id=owner_id)
+    with transaction.atomic(using=alias()):
+        cancelled = future_of_owner.filter(state=State.PENDING).update(
+            state=State.CANCELLED, finished_at=timezone.now()
+        )
+        future = future_of_owner.first()
+        if future is None:
+            raise FutureNotFound
+        if future.state != State.CANCELLED:
+            raise FutureNotCancellable
+        if cancelled:
+            notify_finished_after_commit([request_id])
+    return future
+
+
+def lane_refuse(*, lane_id: str, refusal: Refusal) -> int:
+    """Fail every pending future of a lane, for instance because its run is gone.
+
+    Returns how many. One that a worker claims meanwhile is the worker's to fail.
+    """
+    with transaction.atomic(using=alias()):
+        rows = execute(
+            """
+            UPDATE futures_future
+            SET state = 'failed', error = %(error)s, category = %(category)s,
+                error_code = %(error_code)s, finished_at = statement_timestamp()
+            WHERE lane_id = %(lane_id)s AND state = 'pending'
+            RETURNING id
+            """,
+            {
+                "lane_id": lane_id,
+                "error": refusal.error,
+                "category": str(refusal.category),
+                "error_code": refusal.error_code,
+            },
+        )
+        notify_finished_after_commit([request_id for (request_id,) in rows])
+    return len(rows)
+
+
+def future_resubmit(*, request_id: str) -> Future:
+    """Submit a future's request again, at the end of its lane, as a new future.
+
+    The new one names the first in ``replay_of``. Opens its own transaction.
+
+    Raises:
+        FutureNotFound: No such future.
+        FuturePayloadPruned: Its payload is gone.
+    """
+    first = Future.objects.defer("result").filter(pk=request_id).first()
+    if first is None:
+        raise FutureNotFound
+    if first.payload is None:
+        raise FuturePayloadPruned
+    return future_submit(
+        owner_id=first.owner_id,
+        queue=first.queue,
+        kind=first.kind,
+        payload=EncodedPayload(bytes(first.payload), bytes(first.payload_digest)),
+        lane_id=first.lane_id,
+        cost=first.cost,
+        replay_of=first,
+    )
