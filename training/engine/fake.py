@@ -161,10 +161,14 @@ class FakeEngine(Engine):
         adapter.exp_avg_sq = exp_avg_sq.astype(np.float32)
         return OptimStepOutput(step=step, grad_norm=norm)
 
-    def save_adapter(self, adapter_name: str, directory: Path) -> int:
+    def save_adapter(
+        self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
+    ) -> int:
         self._before_verb("save_adapter", (adapter_name,))
         state = self.adapter_state(adapter_name)
         step = state.pop("step")
+        if not with_optimizer:
+            state = {"weights": state["weights"]}
         config = self.find(adapter_name).config
         with new_directory(directory) as temporary:
             for name, array in state.items():
@@ -181,7 +185,7 @@ class FakeEngine(Engine):
             config["target_modules"] = tuple(config["target_modules"])
         arrays = {
             name: np.load(directory / f"{name}.npy").reshape(CLASSES, CLASSES)
-            for name in ("weights", "grad", "exp_avg", "exp_avg_sq")
+            for name in ("weights", *(("grad", "exp_avg", "exp_avg_sq") if with_optimizer else ()))
         }
         adapter = _FakeAdapter(LoraConfig(**config), arrays["weights"])
         if with_optimizer:

@@ -164,8 +164,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def save_adapter(self, adapter_name: str, directory: Path) -> int:
+    def save_adapter(
+        self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
+    ) -> int:
         """Write weights, Adam moments, accumulated gradient and step into a new directory.
+
+        Without ``with_optimizer`` the weights only: enough to sample from, and a directory that
+        ``load_adapter`` takes with ``with_optimizer=False``.
 
         Written beside it, fsynced, then renamed, so that the directory is whole or absent.
         ``meta.json`` in it can be read by eye and carries a checksum of every other file.
