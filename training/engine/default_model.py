@@ -21,6 +21,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -123,8 +124,7 @@ def _quiet_transformers() -> Iterator[None]:
 
     One of its bars is a bare tqdm that no setting turns off, so standard error is put aside.
     """
-    from transformers.utils import logging
-
+    logging: Any = import_module("transformers.utils.logging")
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
