@@ -1,0 +1,317 @@
+"""What a worker does to futures while it lives: claim them, finish them, give them back.
+
+A claim is one statement over all lanes of the queue. It knows nothing of kinds: the worker
+holds what it claimed in order and keeps the barriers itself.
+
+Which futures may run
+    Those without a lane, those of an unordered lane, and, of an ordered lane, the stretch
+    that begins at ``next_seq_id`` and in which every seq id has a row. A missing seq id ends
+    the stretch, for requests may arrive out of order; final rows in it are passed over.
+In which order
+    Owners take turns. An owner's own come in the order in which they could first have run:
+    when they and all before them in their lane had arrived. So a cut through that order never
+    separates a future from an earlier one of its lane.
+How many
+    A prefix of that order within the budgets of futures and cost, and at least one.
+Suspects
+    A future whose worker died while it ran may be what killed it. While one may run, it is
+    claimed alone, and only by a worker that holds nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from django.db import transaction
+
+from futures.broker import commit_without_waiting
+from futures.database import alias, execute
+from futures.errors import Fenced
+from futures.models import Future, Worker
+from futures.notify import notify_finished
+
+MIN_WINDOW, MAX_WINDOW = 32, 256
+"""Rows of one lane (or, without lane, of one owner) that a claim looks at: as many as it may
+take, within these bounds. So its work does not grow with what waits in a lane."""
+
+# Locks the epoch, so that a claim and a takeover by a new worker come one after the other.
+_HOLD = """
+SELECT count(held.id), coalesce(bool_or(held.attempts > 0), false)
+FROM (
+    SELECT id FROM futures_worker
+    WHERE id = %(worker_id)s AND state IN ('starting', 'live')
+    FOR NO KEY UPDATE
+) AS worker
+LEFT JOIN futures_future AS held ON held.worker_id = worker.id AND held.state = 'running'
+GROUP BY worker.id
+"""
+
+# Numbered as in the statement:
+# 1. The lanes and the owners that have pending futures, found by skipping from one to the next
+#    in the partial indexes, so that ten thousand rows of one lane cost one step.
+# 2. The rows of each lane from where it goes on, and of each owner without a lane.
+# 3. What may run, and since when.
+# 4. The order of all of it, and how far the budgets reach.
+# 5. A suspect, alone, or what must run before it in its lane.
+# 6. The compare-and-set, and the lanes moved past what was claimed or already final.
+# ``= ANY (ARRAY(...))`` makes Postgres look rows up by key whatever it guesses of their number.
+_CLAIM = """
+WITH RECURSIVE lane_with_work (lane_id) AS (                                              -- 1
+    (SELECT lane_id FROM futures_future
+     WHERE queue = %(queue)s AND state = 'pending' AND lane_id IS NOT NULL
+     ORDER BY lane_id LIMIT 1)
+    UNION ALL
+    SELECT (
+        SELECT f.lane_id FROM futures_future AS f
+        WHERE f.queue = %(queue)s AND f.state = 'pending' AND f.lane_id > before.lane_id
+        ORDER BY f.lane_id LIMIT 1
+    ) FROM lane_with_work AS before WHERE before.lane_id IS NOT NULL
+), owner_without_lane (owner_id) AS (
+    (SELECT owner_id FROM futures_future
+     WHERE queue = %(queue)s AND state = 'pending' AND lane_id IS NULL
+     ORDER BY owner_id LIMIT 1)
+    UNION ALL
+    SELECT (
+        SELECT f.owner_id FROM futures_future AS f
+        WHERE f.queue = %(queue)s AND f.state = 'pending' AND f.lane_id IS NULL
+            AND f.owner_id > before.owner_id
+        ORDER BY f.owner_id LIMIT 1
+    ) FROM owner_without_lane AS before WHERE before.owner_id IS NOT NULL
+), stretch AS MATERIALIZED (                                                              -- 2
+    SELECT * FROM (
+        SELECT l.id AS lane_id, true AS ordered, l.next_seq_id, f.id, l.owner_id, f.seq_id,
+            f.state, f.cost, f.attempts,
+            max(f.created_at) OVER (PARTITION BY l.id ORDER BY f.seq_id) AS runnable_at,
+            row_number() OVER (PARTITION BY l.id ORDER BY f.seq_id) - 1 AS position
+        FROM lane_with_work
+        JOIN futures_lane AS l ON l.id = lane_with_work.lane_id AND l.ordered
+        CROSS JOIN LATERAL (
+            SELECT id, seq_id, state, cost, attempts, created_at
+            FROM futures_future
+            WHERE lane_id = l.id AND seq_id >= l.next_seq_id
+            ORDER BY seq_id LIMIT %(window)s
+        ) AS f
+    ) AS looked_at
+    WHERE seq_id = next_seq_id + position
+), runnable AS MATERIALIZED (                                                             -- 3
+    SELECT id, lane_id, ordered, owner_id, seq_id, cost, attempts, runnable_at
+    FROM stretch WHERE state = 'pending'
+    UNION ALL
+    SELECT f.id, l.id, false, l.owner_id, f.seq_id, f.cost, f.attempts, f.created_at
+    FROM lane_with_work
+    JOIN futures_lane AS l ON l.id = lane_with_work.lane_id AND NOT l.ordered
+    CROSS JOIN LATERAL (
+        SELECT id, seq_id, cost, attempts, created_at FROM futures_future
+        WHERE queue = %(queue)s AND state = 'pending' AND lane_id = l.id
+        ORDER BY seq_id LIMIT %(window)s
+    ) AS f
+    UNION ALL
+    SELECT f.id, NULL, false, f.owner_id, NULL, f.cost, f.attempts, f.created_at
+    FROM owner_without_lane
+    CROSS JOIN LATERAL (
+        SELECT id, owner_id, cost, attempts, created_at FROM futures_future
+        WHERE queue = %(queue)s AND state = 'pending' AND lane_id IS NULL
+            AND owner_id = owner_without_lane.owner_id
+        ORDER BY created_at LIMIT %(window)s
+    ) AS f
+), in_order AS MATERIALIZED (                                                             -- 4
+    SELECT *, sum(cost) OVER (ORDER BY place) AS spent
+    FROM (
+        SELECT *, row_number() OVER (ORDER BY turn, runnable_at, lane_id, seq_id, id) AS place
+        FROM (
+            SELECT *, row_number() OVER (
+                PARTITION BY owner_id ORDER BY runnable_at, lane_id, seq_id, id
+            ) AS turn
+            FROM runnable
+        ) AS in_turns
+    ) AS placed
+), suspect AS (                                                                           -- 5
+    SELECT id, lane_id, ordered FROM in_order WHERE attempts > 0 ORDER BY place LIMIT 1
+), chosen AS MATERIALIZED (
+    (SELECT in_order.id, in_order.place
+     FROM in_order JOIN suspect
+        ON in_order.id = suspect.id OR (suspect.ordered AND in_order.lane_id = suspect.lane_id)
+     WHERE NOT %(holds)s
+     ORDER BY in_order.place LIMIT 1)
+    UNION ALL
+    SELECT id, place FROM in_order
+    WHERE NOT EXISTS (SELECT FROM suspect)
+        AND place <= %(max_futures)s AND (spent <= %(max_cost)s OR place = 1)
+), claimed AS (                                                                           -- 6
+    UPDATE futures_future
+    SET state = 'running', worker_id = %(worker_id)s, started_at = statement_timestamp()
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND state = 'pending'
+    RETURNING *
+), goes_on AS (
+    SELECT lane_id, next_seq_id AS before, coalesce(
+        min(seq_id) FILTER (WHERE state = 'pending' AND id NOT IN (SELECT id FROM chosen)),
+        max(seq_id) + 1
+    ) AS next_seq_id
+    FROM stretch GROUP BY lane_id, next_seq_id
+), moved AS (
+    UPDATE futures_lane SET next_seq_id = goes_on.next_seq_id
+    FROM goes_on
+    WHERE futures_lane.id = goes_on.lane_id AND futures_lane.next_seq_id < goes_on.next_seq_id
+    RETURNING futures_lane.id
+)
+SELECT (SELECT count(*) FROM moved), {columns}
+FROM (SELECT) AS always
+LEFT JOIN (claimed JOIN chosen USING (id)) ON true
+ORDER BY chosen.place
+"""
+_COLUMNS = tuple(column.attname for column in Future._meta.concrete_fields)
+_CLAIM = _CLAIM.replace("{columns}", ", ".join(f"claimed.{column}" for column in _COLUMNS))
+_ID = 1 + _COLUMNS.index("id")
+_SUMMARY = 1 + _COLUMNS.index("summary")
+
+_FINISH = """
+UPDATE futures_future AS f
+SET state = CASE WHEN o.error = '' THEN 'ready' ELSE 'failed' END,
+    result = o.result, summary = f.summary || o.summary::jsonb, error = o.error,
+    category = o.category, error_code = o.error_code, batch = %(batch)s,
+    finished_at = statement_timestamp()
+FROM unnest(
+    %(ids)s::text[], %(results)b::bytea[], %(summaries)s::text[], %(errors)s::text[],
+    %(categories)s::text[], %(error_codes)s::text[]
+) AS o (id, result, summary, error, category, error_code)
+WHERE f.id = o.id AND f.id = ANY (%(ids)s::text[])
+    AND f.state = 'running' AND f.worker_id = %(worker_id)s
+RETURNING f.id
+"""
+
+_RELEASE = """
+WITH released AS (
+    UPDATE futures_future
+    SET state = 'pending', worker_id = NULL, started_at = NULL
+    WHERE id = ANY (%(ids)s::text[]) AND state = 'running' AND worker_id = %(worker_id)s
+    RETURNING lane_id, seq_id
+), moved AS (
+    UPDATE futures_lane AS l SET next_seq_id = least(l.next_seq_id, first.seq_id)
+    FROM (SELECT lane_id, min(seq_id) AS seq_id FROM released GROUP BY lane_id) AS first
+    WHERE l.id = first.lane_id AND l.ordered
+)
+SELECT count(*) FROM released
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one future: a result, or an error and whose fault it is."""
+
+    request_id: str
+    result: bytes | None = None
+    """From ``futures.payload.encode``."""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    """Merged into the future's summary; an equal name replaces the old value."""
+    error: str = ""
+    category: str = ""
+    error_code: str = ""
+    """Class name of the domain error."""
+
+    def __post_init__(self) -> None:
+        if (self.result is None) != bool(self.error) or bool(self.error) != bool(self.category):
+            raise ValueError(f"{self.request_id}: a result, or an error with its category")
+
+
+def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Future]:
+    """Take what may run now, in the order in which to run it, with payloads.
+
+    Deletes the queue's doorbells first, so whoever claims goes on claiming until the list is
+    empty, and again after it has finished what it held. A request submitted after the
+    deletion keeps its own doorbell. Opens its own transaction, whose commit does not wait
+    for the disk: a claim that a power failure undoes is found out by ``futures_finish``.
+
+    Args:
+        worker: Whose epoch takes them.
+        max_futures: At most so many.
+        max_cost: At most so much cost in sum, except that the first is always taken.
+
+    Raises:
+        Fenced: The worker was replaced.
+    """
+    while True:
+        with transaction.atomic(using=alias()):
+            commit_without_waiting()
+            held = execute(_HOLD, {"worker_id": worker.pk})
+            if not held:
+                raise Fenced
+            [(holding, holding_suspect)] = held
+            execute("DELETE FROM django_q_ormq WHERE key = %(queue)s", {"queue": worker.queue})
+            if holding_suspect:
+                return []
+            rows = execute(
+                _CLAIM,
+                {
+                    "queue": worker.queue,
+                    "worker_id": worker.pk,
+                    "window": min(max(MIN_WINDOW, max_futures), MAX_WINDOW),
+                    "holds": holding > 0,
+                    "max_futures": max_futures,
+                    "max_cost": max_cost,
+                },
+            )
+        if rows[0][_ID] is not None:
+            return [_future(row) for row in rows]
+        if not rows[0][0]:
+            return []
+        # Only final rows were passed over; what lies behind them may run.
+
+
+def _future(row: tuple[Any, ...]) -> Future:
+    values = list(row)
+    values[_SUMMARY] = orjson.loads(values[_SUMMARY])
+    return Future.from_db(alias(), _COLUMNS, values[1:])
+
+
+def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -> None:
+    """Write outcomes inside the caller's transaction, whose commit makes them true.
+
+    Waiters are notified by that same commit.
+
+    Args:
+        worker: The epoch that claimed them.
+        outcomes: At most one for each future.
+        batch: Number of the engine batch within the worker's life.
+
+    Raises:
+        Fenced: One of them is not running under this epoch. The caller's transaction must
+            be rolled back and the worker must end.
+    """
+    if not transaction.get_connection(alias()).in_atomic_block:
+        raise transaction.TransactionManagementError("futures_finish needs a transaction")
+    if not outcomes:
+        return
+    rows = execute(
+        _FINISH,
+        {
+            "worker_id": worker.pk,
+            "batch": batch,
+            "ids": [outcome.request_id for outcome in outcomes],
+            "results": [outcome.result for outcome in outcomes],
+            "summaries": [orjson.dumps(outcome.summary).decode() for outcome in outcomes],
+            "errors": [outcome.error for outcome in outcomes],
+            "categories": [str(outcome.category) for outcome in outcomes],
+            "error_codes": [outcome.error_code for outcome in outcomes],
+        },
+    )
+    if len(rows) != len(outcomes):
+        raise Fenced
+    notify_finished(outcome.request_id for outcome in outcomes)
+
+
+def futures_release(*, worker: Worker, request_ids: Sequence[str]) -> None:
+    """Give claimed futures back, to be claimed again; counts no attempt. Own transaction.
+
+    Of a lane, give back what was not begun and everything after it: the next claim begins
+    at the first of them. Rings no bell.
+
+    Raises:
+        Fenced: One of them is not running under this epoch; none was released.
+    """
+    with transaction.atomic(using=alias()):
+        [(released,)] = execute(_RELEASE, {"worker_id": worker.pk, "ids": list(request_ids)})
+        if released != len(set(request_ids)):
+            raise Fenced
