@@ -9,7 +9,9 @@ from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from futures.models import Future
-from training.errors import CheckpointNotFound, RunNotFound
+from futures.transitions import State
+from training.errors import CheckpointNotFound, RunLost, RunNotFound
+from training.kinds import LOGGED
 from training.loss_fns import LOSS_FNS
 from training.models import Checkpoint, Run, Snapshot
 from training.paths import TinkerPath
@@ -30,6 +32,51 @@ def run_get(*, owner_id: int, model_id: str) -> Run:
     if run is None:
         raise RunNotFound(f"model_id: no model named {model_id!r}")
     return run
+
+
+def run_find(identifier: str, *, owner: str | None = None) -> Run:
+    """Any user's run by id, or the one live run of this name. For people at the console.
+
+    Args:
+        owner: User name, to choose between users that have a run of this name.
+
+    Raises:
+        RunNotFound: There is none, or there are several.
+    """
+    found = Run.objects.filter(Q(id=identifier) | Q(name=identifier, deleted_at__isnull=True))
+    if owner is not None:
+        found = found.filter(owner__username=owner)
+    runs = list(found.select_related("owner")[:2])
+    if not runs:
+        raise RunNotFound(f"no run {identifier!r}")
+    if len(runs) > 1:
+        raise RunNotFound(f"several users have a run named {identifier!r}; say --owner or its id")
+    return runs[0]
+
+
+def run_log(run: Run, *, after_seq_id: int = 0) -> list[Future]:
+    """The requests that made the run what it is, in order, payloads included.
+
+    Args:
+        after_seq_id: Leaves out what a snapshot holds already.
+
+    Raises:
+        RunLost: A part of the log was pruned.
+    """
+    log = list(
+        Future.objects.filter(
+            lane_id=run.id,
+            state=State.READY,
+            kind__in=LOGGED,
+            seq_id__gt=after_seq_id,
+            seq_id__lte=run.applied_seq_id,
+        )
+        .defer("result")
+        .order_by("seq_id")
+    )
+    if any(future.payload is None for future in log):
+        raise RunLost("a part of its log was pruned, so it cannot be replayed")
+    return log
 
 
 def checkpoint_get(*, owner_id: int, path: TinkerPath) -> Checkpoint:

@@ -17,9 +17,10 @@ from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.db import IntegrityError, transaction
 from django.utils import timezone
-from futures.services import future_submit, lane_create
 
 from futures.models import Future
+from futures.payload import EncodedPayload
+from futures.services import future_submit, lane_create
 from training import payloads
 from training.base_models import base_model_get
 from training.errors import InvalidRequest, LimitExceeded, RunExists, RunNotFound
@@ -290,6 +291,12 @@ def load_weights_submit(
             f"path: {parsed} is of base model {checkpoint.run.base_model}, "
             f"but {model_id!r} trains {run.base_model}"
         )
+    if run_lora_config(checkpoint.run) != replace(run_lora_config(run), seed=checkpoint.run.seed):
+        raise InvalidRequest(
+            f"path: {parsed} holds an adapter of rank {checkpoint.run.rank} and alpha "
+            f"{checkpoint.run.alpha:g}; {model_id!r} must be made with the same rank, alpha and "
+            "modules to load it"
+        )
     if optimizer and checkpoint.kind != Checkpoint.Kind.TRAINING:
         raise InvalidRequest(
             f"optimizer: {parsed} holds no optimizer state; load a .../weights/... path "
@@ -327,12 +334,36 @@ def checkpoints_expire() -> int:
 
 
 @transaction.atomic
-def run_replay_create(*, run: Run, name: str) -> Run:
-    """A new run with the same shape and an empty log, to rebuild ``run`` in. (``replayrun``)"""
+def run_replay_create(*, run: Run, name: str | None = None) -> Run:
+    """A new run of the same shape with an empty log, to rebuild ``run`` in. (``replayrun``)
+
+    Raises:
+        RunExists: The name is taken.
+    """
+    number = run.run_set.count() + 1
+    name = check_name(name or f"{run.name[:100]}-replay-{number}", field="name")
     copy = _run_create(run.owner_id, name, run.base_model, run_lora_config(run), replay_of=run)
     if copy is None:
-        raise RunExists(f"{name!r} exists already; remove it first")
+        raise RunExists(f"{name!r} exists already; remove it or choose another name")
     return copy
+
+
+def run_replay_submit(*, run: Run, original: Future) -> Future:
+    """Submit a logged request of another run to this one, at the end of its lane."""
+    return future_submit(
+        owner_id=run.owner_id,
+        queue=original.queue,
+        kind=original.kind,
+        payload=EncodedPayload(bytes(original.payload or b""), bytes(original.payload_digest)),
+        lane_id=run.id,
+        cost=original.cost,
+        replay_of=original,
+    )
+
+
+def run_compare_submit(*, run: Run, other: Run) -> Future:
+    """Ask the worker whether two runs' weights and moments are equal."""
+    return _submit_in_lane(run, Kind.COMPARE_RUNS, {"other": other.id}).future
 
 
 def run_lora_config(run: Run) -> LoraConfig:
@@ -400,6 +431,7 @@ def _run_create(
 def _submit_creation(
     run: Run, name: str, config: LoraConfig, idempotency_key: str | None
 ) -> Submission:
+    # The name is in it so that one Idempotency-Key cannot mean two models.
     payload = {"model_id": name, "lora_config": payloads.lora_config_to_payload(config)}
     return _submit_in_lane(run, Kind.CREATE_RUN, payload, idempotency_key=idempotency_key)
 
@@ -417,8 +449,7 @@ def _submit_in_lane(
         owner_id=run.owner_id,
         queue=base_model_get(run.base_model).queue,
         kind=kind,
-        # The name is in the payload so that one Idempotency-Key cannot mean two models.
-        payload={"model_id": run.name, **payload},
+        payload=payload,
         lane_id=run.id,
         cost=cost,
         summary=summary,

@@ -1,0 +1,226 @@
+"""The work loop: claim, run one batch, commit it, step the sampler, again.
+
+Memory is never ahead of the database for longer than one batch: results, states and run
+rows are committed together, fenced by the worker's epoch, and only then is the next batch
+begun. If that commit cannot be made, or the engine fails in a way it does not explain, the
+loop raises and the process must end: the next one rebuilds from snapshot and log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from django.conf import settings
+from django.db import transaction
+
+from futures.claiming import future_claim, futures_finish, futures_release
+from futures.models import Future, Worker
+from futures.payload import decode
+from training import payloads
+from training.engine.interface import Engine, SampleJob, SampleOutput
+from training.errors import TrainingError
+from training.models import Run
+from training.types import Conversation
+from training.worker import outcomes
+from training.worker.operations import Effects, Operations
+from training.worker.residency import Residency
+from training.worker.scheduler import Batch, Scheduler
+
+CLAIM_FUTURES = 512  # at most, in one claim
+CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
+SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
+
+
+@dataclass
+class _Sampling:
+    """One sample future inside the sampler."""
+
+    future: Future
+    model_id: str | None
+    outputs: list[SampleOutput | None] = field(default_factory=list)
+    """One per prompt, None until it is finished."""
+
+
+class WorkLoop:
+    """One engine's work on one queue."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        worker: Worker,
+        *,
+        stopping: Callable[[], bool],
+        bell_rang: Callable[[], bool],
+    ) -> None:
+        """
+        Args:
+            stopping: Asked between batches; True makes ``run_until_idle`` return.
+            bell_rang: Cheap look whether something was submitted since it was last asked.
+        """
+        self._engine = engine
+        self._worker = worker
+        self._stopping = stopping
+        self._bell_rang = bell_rang
+        self._scheduler = Scheduler(batch_cost=settings.BATCH_TOKENS)
+        self.residency = Residency(engine, worker)
+        self._operations = Operations(engine, self.residency)
+        self._sampling: dict[str, _Sampling] = {}
+        self._batch = 0
+        self._runs: dict[str, Run] = {}
+
+    def run_until_idle(self) -> None:
+        """Work until nothing may run; what the doorbell task calls.
+
+        Raises:
+            Fenced: Another worker took over.
+            Exception: Memory is suspect or the commit is impossible; leave the process.
+        """
+        claim = True
+        while not self._stopping():
+            if (claim or self._bell_rang()) and self._has_appetite():
+                claimed = future_claim(
+                    worker=self._worker,
+                    max_futures=CLAIM_FUTURES,
+                    max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
+                )
+                self._scheduler.add(claimed)
+                # Anything left behind by the budget, or freed by a commit, has no new bell.
+                claim = bool(claimed)
+            batch = self._scheduler.next_batch()
+            if batch:
+                self._run(batch)
+                claim = True
+            if self._engine.sampler.active:
+                claim = self._sample() or claim
+            elif not batch and not claim:
+                return
+
+    def _has_appetite(self) -> bool:
+        return self._scheduler.held_cost <= settings.BATCH_TOKENS
+
+    def _run(self, batch: Batch) -> None:
+        effects = Effects()
+        self._batch += 1
+        self._load_runs(batch)
+        self._operations.run_passes(batch.passes, self._runs, effects)
+        for future in batch.samples:
+            self._admit(future, effects)
+        for future in batch.barriers:
+            self._operations.run_barrier(future, self._runs, effects)
+        self._commit(effects)
+        self._snapshot(effects)
+
+    def _load_runs(self, batch: Batch) -> None:
+        lanes = {f.lane_id for f in [*batch.passes, *batch.samples, *batch.barriers] if f.lane_id}
+        self._runs = {run.id: run for run in Run.objects.filter(id__in=lanes)}
+
+    def _admit(self, future: Future, effects: Effects) -> None:
+        """Hand a sample's prompts to the sampler, or fail it by name."""
+        payload = decode(bytes(future.payload or b""))
+        run = self._runs.get(future.lane_id or "")
+        keys: list[str] = []
+        try:
+            adapter_name = None
+            if run is not None:
+                adapter_name = self._operations.bring(future, self._runs)
+            elif payload["checkpoint"] is not None:
+                adapter_name = self.residency.bring_checkpoint(payload["checkpoint"])
+            params = payloads.sampling_params_from_payload(payload["sampling_params"])
+            for index, item in enumerate(payload["prompts"]):
+                job = SampleJob(
+                    prompt=self._tokens(payloads.prompt_from_payload(item)),
+                    sampling_params=params,
+                    num_samples=payload["num_samples"],
+                    adapter_name=adapter_name,
+                    prompt_logprobs=payload["prompt_logprobs"],
+                )
+                key = f"{future.id}:{index}"
+                self._engine.sampler.admit(key, job)
+                keys.append(key)
+        except TrainingError as error:
+            for key in keys:
+                self._engine.sampler.cancel(key)
+            self._scheduler.sample_finished(future)
+            effects.outcomes.append(outcomes.failed(future, error))
+            return
+        self._sampling[future.id] = _Sampling(
+            future=future,
+            model_id=run.name if run else None,
+            outputs=[None] * len(payload["prompts"]),
+        )
+
+    def _tokens(self, prompt: payloads.Prompt) -> list[int]:
+        if isinstance(prompt, Conversation):
+            messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+            return self._engine.render_prompt(messages)
+        return self._engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _sample(self) -> bool:
+        """Step the sampler for a slice of time or until something finished; say if it did."""
+        effects = Effects()
+        deadline = time.monotonic() + SAMPLING_SLICE_SECONDS
+        while self._engine.sampler.active and not effects.outcomes:
+            for key, output in self._engine.sampler.step().items():
+                self._sampled(key, output, effects)
+            if time.monotonic() > deadline:
+                break
+        if not effects.outcomes:
+            return False
+        self._batch += 1
+        self._commit(effects)
+        return True
+
+    def _sampled(self, key: str, output: SampleOutput | TrainingError, effects: Effects) -> None:
+        request_id, _, index = key.rpartition(":")
+        sampling = self._sampling.get(request_id)
+        if sampling is None:  # a prompt beside it failed, and with it the future
+            return
+        if isinstance(output, TrainingError):
+            for other in range(len(sampling.outputs)):
+                self._engine.sampler.cancel(f"{request_id}:{other}")
+            outcome = outcomes.failed(sampling.future, output)
+        else:
+            sampling.outputs[int(index)] = output
+            done = [item for item in sampling.outputs if item is not None]
+            if len(done) < len(sampling.outputs):
+                return
+            outcome = outcomes.sample_ready(
+                sampling.future, model_id=sampling.model_id, outputs=done
+            )
+        effects.outcomes.append(outcome)
+        del self._sampling[request_id]
+        self._scheduler.sample_finished(sampling.future)
+
+    def _commit(self, effects: Effects) -> None:
+        """The commit point: results, states, run rows and waiters, all or nothing."""
+        with transaction.atomic():
+            futures_finish(worker=self._worker, outcomes=effects.outcomes, batch=self._batch)
+            for run_id in effects.applied:
+                run = self._runs[run_id]
+                Run.objects.filter(id=run_id).update(
+                    step=run.step, applied_seq_id=run.applied_seq_id, tokens=run.tokens
+                )
+            for write in effects.writes:
+                write()
+        for act in effects.after_commit:
+            act()
+
+    def _snapshot(self, effects: Effects) -> None:
+        for run_id, seconds in effects.seconds.items():
+            self.residency.worked(run_id, seconds)
+            if self.residency.snapshot_due(run_id):
+                self.residency.snapshot(self._runs[run_id])
+
+    def give_back(self) -> None:
+        """The end: what has not begun or is being sampled waits for the next worker, and what
+        is not on disk is written, so that it need not be repeated."""
+        futures = self._scheduler.held()
+        for request_id, sampling in self._sampling.items():
+            futures.append(sampling.future)
+            for index in range(len(sampling.outputs)):
+                self._engine.sampler.cancel(f"{request_id}:{index}")
+        self._sampling.clear()
+        futures_release(worker=self._worker, request_ids=[future.id for future in futures])
+        self.residency.snapshot_all()

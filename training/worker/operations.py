@@ -1,0 +1,247 @@
+"""What each kind of future does when its turn comes: engine calls in, outcomes out.
+
+Nothing is committed here. A domain error becomes the future's failure; any other exception
+rises to the loop, which takes memory for suspect and leaves the process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from futures.models import Future
+from futures.payload import decode
+from futures.services import Outcome
+from training import payloads
+from training.engine.interface import Engine
+from training.errors import CheckpointExists, RunLost, RunNotFound, TrainingError
+from training.kinds import LOGGED, Kind
+from training.models import Checkpoint, Run
+from training.paths import TinkerPath
+from training.types import ForwardBackwardOutput
+from training.worker import outcomes
+from training.worker.passes import run_passes
+from training.worker.residency import Residency, load_checkpoint
+
+
+@dataclass
+class Effects:
+    """What a batch did, to be committed in one transaction."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    writes: list[Callable[[], None]] = field(default_factory=list)
+    """Row changes that belong to the outcomes; called inside the commit's transaction."""
+    applied: dict[str, int] = field(default_factory=dict)
+    """Run id -> seq id of the last future that changed it."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Run id -> work that a crash would repeat."""
+    after_commit: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Operations:
+    """Runs batches against one engine."""
+
+    def __init__(self, engine: Engine, residency: Residency) -> None:
+        self._engine = engine
+        self._residency = residency
+        self._backend = f"torch-{engine.info.device}"
+        self._barriers: dict[str, Callable[[Future, Run, payloads.Payload, Effects], Outcome]] = {
+            Kind.CREATE_RUN: self._create_run,
+            Kind.REMOVE_RUN: self._remove_run,
+            Kind.OPTIM_STEP: self._optim_step,
+            Kind.SAVE_WEIGHTS: self._save_weights,
+            Kind.LOAD_WEIGHTS: self._load_weights,
+            Kind.COMPARE_RUNS: self._compare_runs,
+        }
+
+    def run_passes(self, futures: Sequence[Future], runs: dict[str, Run], effects: Effects) -> None:
+        """forward and forward_backward of any runs, merged."""
+        requests = []
+        for future in futures:
+            try:
+                requests.append((self.bring(future, runs), future))
+            except TrainingError as error:
+                effects.outcomes.append(outcomes.failed(future, error))
+        if not requests:
+            return
+        begin = time.monotonic()
+        answers = run_passes(self._engine, requests)
+        seconds = time.monotonic() - begin
+        total = sum(future.cost for _, future in requests)
+        for answer in answers:
+            future, run = answer.future, runs[answer.future.lane_id or ""]
+            if not isinstance(answer.output, ForwardBackwardOutput):
+                effects.outcomes.append(outcomes.failed(future, answer.output))
+                continue
+            outcome = outcomes.forward_backward_ready(
+                future,
+                model_id=run.name,
+                backend=self._backend,
+                loss_fn=answer.loss_fn,
+                data=answer.data,
+                output=answer.output,
+            )
+            effects.outcomes.append(outcome)
+            if future.kind == Kind.FORWARD_BACKWARD:
+                run.tokens += outcome.summary["tokens"]
+                self._changed(future, run, effects, seconds * future.cost / total)
+
+    def run_barrier(self, future: Future, runs: dict[str, Run], effects: Effects) -> None:
+        """One future that runs alone in its lane."""
+        begin = time.monotonic()
+        try:
+            run = self._run_of(future, runs)
+            payload = decode(bytes(future.payload or b""))
+            outcome = self._barriers[future.kind](future, run, payload, effects)
+        except TrainingError as error:
+            effects.outcomes.append(outcomes.failed(future, error))
+            return
+        effects.outcomes.append(outcome)
+        if future.kind in LOGGED:
+            self._changed(future, run, effects, time.monotonic() - begin)
+
+    def bring(self, future: Future, runs: dict[str, Run]) -> str:
+        """Make the adapter of the future's run resident; return its name in the engine.
+
+        Raises:
+            RunLost: Its creation failed, or it cannot be rebuilt. (failed future)
+        """
+        return self._residency.bring_run(self._run_of(future, runs))
+
+    def _run_of(self, future: Future, runs: dict[str, Run]) -> Run:
+        run = runs[future.lane_id or ""]
+        if run.state == Run.RunState.FAILED:
+            raise RunLost(f"model {run.name!r} could not be created: {run.error}")
+        return run
+
+    def _changed(self, future: Future, run: Run, effects: Effects, seconds: float) -> None:
+        run.applied_seq_id = future.seq_id or 0
+        effects.applied[run.id] = run.applied_seq_id
+        effects.seconds[run.id] = effects.seconds.get(run.id, 0.0) + seconds
+
+    def _create_run(
+        self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
+    ) -> Outcome:
+        config = payloads.lora_config_from_payload(payload["lora_config"])
+        self._residency.make_room()
+        try:
+            self._engine.create_adapter(run.id, config)
+        except TrainingError as error:
+            run.state, run.error = Run.RunState.FAILED, str(error)
+            effects.writes.append(lambda: _leave_creating(run))
+            raise
+        self._residency.created(run)
+        run.state = Run.RunState.READY
+        effects.writes.append(lambda: _leave_creating(run))
+        result = {
+            "model_id": run.name,
+            "base_model": run.base_model,
+            "rank": run.rank,
+            "alpha": run.alpha,
+        }
+        return outcomes.ready(future, result, rank=run.rank)
+
+    def _remove_run(
+        self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
+    ) -> Outcome:
+        effects.after_commit.append(lambda: self._residency.remove_run(run))
+        return outcomes.ready(future, {"status": "deleted", "model_id": run.name})
+
+    def _optim_step(
+        self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
+    ) -> Outcome:
+        params = payloads.adam_params_from_payload(payload["adam_params"])
+        output = self._engine.optim_step(self._residency.bring_run(run), params)
+        run.step = output.step
+        return outcomes.optim_step_ready(
+            future, model_id=run.name, backend=self._backend, params=params, output=output
+        )
+
+    def _save_weights(
+        self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
+    ) -> Outcome:
+        kind, name = payload["kind"], payload["name"]
+        path = TinkerPath(run.name, kind, name)
+        old = Checkpoint.objects.filter(run=run, kind=kind, name=name).first()
+        expired = old is not None and old.expires_at and old.expires_at <= timezone.now()
+        if old is not None and not (payload["overwrite"] or expired):
+            raise CheckpointExists(f"{path} exists already; send overwrite: true to replace it")
+        directory = Path("checkpoints") / uuid.uuid4().hex
+        size = self._engine.save_adapter(
+            self._residency.bring_run(run),
+            settings.DATA_DIR / directory,
+            with_optimizer=kind == Checkpoint.Kind.TRAINING,
+        )
+        now, ttl = timezone.now(), payload["ttl_seconds"]
+        row = Checkpoint(
+            run=run,
+            kind=kind,
+            name=name,
+            seq_id=future.seq_id or 0,
+            step=run.step,
+            directory=str(directory),
+            size_bytes=size,
+            user_metadata=payload["user_metadata"],
+            created_at=now,
+            expires_at=None if ttl is None else now + timedelta(seconds=ttl),
+        )
+
+        def write() -> None:
+            if old is not None:
+                files = settings.DATA_DIR / old.directory
+                transaction.on_commit(lambda: shutil.rmtree(files, ignore_errors=True))
+                old.delete()
+            row.save(force_insert=True)
+
+        effects.writes.append(write)
+        result = {"path": str(path), "model_id": run.name, "size_bytes": size}
+        return outcomes.ready(future, result, path=str(path), bytes=size)
+
+    def _load_weights(
+        self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
+    ) -> Outcome:
+        adapter_name = self._residency.bring_run(run)
+        load_checkpoint(self._engine, adapter_name, payload)
+        run.step = int(self._engine.adapter_state(adapter_name)["step"])
+        # The checkpoint may be deleted tomorrow, and the log could not be replayed past it.
+        effects.seconds[run.id] = float("inf")
+        return outcomes.ready(
+            future, {"path": payload["path"], "model_id": run.name}, path=payload["path"]
+        )
+
+    def _compare_runs(
+        self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
+    ) -> Outcome:
+        other = Run.objects.filter(id=payload["other"], owner_id=run.owner_id).first()
+        if other is None:
+            raise RunNotFound("the run to compare with does not exist")
+        ours = self._engine.adapter_state(self._residency.bring_run(run))
+        theirs = self._engine.adapter_state(self._residency.bring_run(other))
+        difference = {
+            key: float(np.max(np.abs(ours[key] - theirs[key]), initial=0.0))
+            for key in ("weights", "exp_avg", "exp_avg_sq", "grad")
+        }
+        result: dict[str, Any] = {
+            "steps": [int(ours["step"]), int(theirs["step"])],
+            "largest_difference": difference,
+            "identical": ours["step"] == theirs["step"] and not any(difference.values()),
+        }
+        return outcomes.ready(future, result, identical=result["identical"])
+
+
+def _leave_creating(run: Run) -> None:
+    """Write how the creation ended, unless its owner removed the run meanwhile."""
+    Run.objects.filter(id=run.id, state=Run.RunState.CREATING).update(
+        state=run.state, error=run.error
+    )

@@ -1,0 +1,131 @@
+"""Engine answers as what a future stores: the quick reference's answers, word for word.
+
+The numbers stay numpy arrays; ``futures.payload`` stores them as bytes and the HTTP side
+renders them in whichever dialect the client speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from futures.models import Future
+from futures.payload import encode
+from futures.services import Outcome
+from training.engine.interface import SampleOutput
+from training.errors import TrainingError
+from training.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepOutput
+
+
+def ready(future: Future, result: Mapping[str, Any], **summary: Any) -> Outcome:
+    """The future's result, and a few facts of it for lists and charts."""
+    return Outcome(request_id=future.id, result=encode(dict(result)), summary=summary)
+
+
+def failed(future: Future, error: TrainingError) -> Outcome:
+    """The future's error, as its owner will read it."""
+    return Outcome(
+        request_id=future.id,
+        error=str(error),
+        category=error.category,
+        error_code=type(error).__name__,
+    )
+
+
+def forward_backward_ready(
+    future: Future,
+    *,
+    model_id: str,
+    backend: str,
+    loss_fn: str,
+    data: Sequence[Datum],
+    output: ForwardBackwardOutput,
+) -> Outcome:
+    """``loss`` is a mean per trained token, in nats; ``loss:sum`` is what the gradient is of.
+
+    A trained token is one whose weight (cross_entropy) or advantage (the others) is not zero.
+    The mean of cross_entropy is weighted: sum(-w * lp) / sum(w), or per trained token where
+    the weights do not sum to something positive.
+    """
+    num_tokens = sum(len(datum.model_input) for datum in data)
+    key = "weights" if loss_fn == "cross_entropy" else "advantages"
+    factors = [
+        np.asarray(datum.loss_fn_inputs.get(key, np.ones(len(datum.model_input), np.float32)))
+        for datum in data
+    ]
+    num_weighted = sum(int(np.count_nonzero(factor)) for factor in factors)
+    total = sum(float(factor.sum(dtype=np.float64)) for factor in factors)
+    divisor = total if key == "weights" and total > 0 else max(num_weighted, 1)
+    loss = output.loss / divisor
+    metrics = {
+        **output.metrics,
+        "loss:sum": output.loss,
+        "num_tokens": num_tokens,
+        "num_weighted_tokens": num_weighted,
+    }
+    if loss_fn == "cross_entropy":
+        metrics["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) is no float
+    result = {
+        "loss": loss,
+        "num_samples": len(data),
+        "num_tokens": num_tokens,
+        "model_id": model_id,
+        "backend": backend,
+        "metrics": metrics,
+        "loss_fn_outputs": [{"logprobs": logprobs} for logprobs in output.logprobs],
+    }
+    return ready(future, result, tokens=num_tokens, loss=loss)
+
+
+def optim_step_ready(
+    future: Future, *, model_id: str, backend: str, params: AdamParams, output: OptimStepOutput
+) -> Outcome:
+    """What the step did, with the learning rate it did it with."""
+    metrics = {
+        "learning_rate": params.learning_rate,
+        "grad_norm": output.grad_norm,
+        "step": output.step,
+    }
+    return ready(
+        future,
+        {"metrics": metrics, "model_id": model_id, "backend": backend},
+        step=output.step,
+        grad_norm=output.grad_norm,
+    )
+
+
+def sample_ready(
+    future: Future, *, model_id: str | None, outputs: Sequence[SampleOutput]
+) -> Outcome:
+    """All sequences, those of the first prompt first; ``prompt_logprobs`` per prompt.
+
+    With one prompt ``prompt_logprobs`` is that prompt's list; None when not asked for.
+    """
+    sequences = [
+        {
+            "stop_reason": sequence.stop_reason,
+            "tokens": np.asarray(sequence.tokens, dtype=np.int32),
+            "logprobs": np.asarray(sequence.logprobs, dtype=np.float32),
+            "text": sequence.text,
+        }
+        for output in outputs
+        for sequence in output.sequences
+    ]
+    prompt_logprobs = [
+        None
+        if output.prompt_logprobs is None
+        else np.asarray(output.prompt_logprobs, dtype=np.float32)
+        for output in outputs
+    ]
+    completions = [sequence["text"] for sequence in sequences]
+    result = {
+        "generated_text": completions[0],
+        "completions": completions,
+        "sequences": sequences,
+        "prompt_logprobs": prompt_logprobs[0] if len(outputs) == 1 else prompt_logprobs,
+        "model_id": model_id,
+    }
+    return ready(future, result, tokens=sum(len(sequence["tokens"]) for sequence in sequences))

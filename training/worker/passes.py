@@ -1,0 +1,80 @@
+"""forward and forward_backward futures as one call of the engine, and its answers as theirs.
+
+Used for new requests and for the replay of old ones, so that both compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from futures.models import Future
+from futures.payload import decode
+from training import payloads
+from training.engine.interface import Engine, ForwardBackwardJob
+from training.errors import TrainingError
+from training.kinds import Kind
+from training.types import Conversation, Datum, ForwardBackwardOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassAnswer:
+    """What the engine said of one future."""
+
+    future: Future
+    loss_fn: str
+    data: list[Datum]
+    """The future's data as tokens, in order; empty if it could not be rendered."""
+    output: ForwardBackwardOutput | TrainingError
+
+
+def run_passes(engine: Engine, requests: Sequence[tuple[str, Future]]) -> list[PassAnswer]:
+    """Run (adapter name, future) pairs together; one bad future fails alone.
+
+    Returns:
+        One answer per pair, in order.
+    """
+    answers: list[PassAnswer | None] = []
+    jobs: list[ForwardBackwardJob] = []
+    for adapter_name, future in requests:
+        payload = decode(bytes(future.payload or b""))
+        try:
+            data = _render(engine, payload)
+        except TrainingError as error:
+            answers.append(
+                PassAnswer(future=future, loss_fn=payload["loss_fn"], data=[], output=error)
+            )
+            continue
+        answers.append(None)
+        jobs.append(
+            ForwardBackwardJob(
+                adapter_name=adapter_name,
+                data=data,
+                loss_fn=payload["loss_fn"],
+                loss_fn_config=payload["loss_fn_config"],
+                forward_only=future.kind == Kind.FORWARD,
+            )
+        )
+    outputs = iter(zip(jobs, engine.forward_backward(jobs) if jobs else [], strict=True))
+    complete = []
+    for (_, future), answer in zip(requests, answers, strict=True):
+        if answer is None:
+            job, output = next(outputs)
+            answer = PassAnswer(
+                future=future, loss_fn=job.loss_fn, data=list(job.data), output=output
+            )
+        complete.append(answer)
+    return complete
+
+
+def _render(engine: Engine, payload: payloads.Payload) -> list[Datum]:
+    data = []
+    for index, item in enumerate(payloads.data_from_payload(payload["data"])):
+        if isinstance(item, Conversation):
+            messages = [{"role": m.role, "content": m.content} for m in item.messages]
+            try:
+                item = engine.render_conversation(messages, train_on=payload["train_on"])
+            except TrainingError as error:
+                raise type(error)(f"data[{index}]: {error}") from error
+        data.append(item)
+    return data

@@ -1,0 +1,240 @@
+"""Which adapters are in memory, and how one is rebuilt: its last snapshot plus its log.
+
+A run's log is its futures of the kinds that change it (``LOGGED``), in the order of their
+seq ids. An adapter in memory always is what the run's committed futures made it, and the
+caller drops it when an operation of it was not committed. So memory is a cache: the least
+recently used adapters leave for their snapshot and come back on use.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from django.conf import settings
+from django.db import transaction
+
+from futures.models import Future, Worker
+from futures.payload import decode
+from training import payloads
+from training.engine.interface import Engine
+from training.errors import CheckpointNotFound, RunLost, TrainingError
+from training.kinds import Kind
+from training.models import Checkpoint, Run, Snapshot
+from training.selectors import run_log
+from training.worker.passes import run_passes
+
+logger = logging.getLogger(__name__)
+
+KEPT_SNAPSHOTS = 2  # the newest may turn out to be unreadable
+WRITE_COST_FACTOR = 10  # snapshots may take a tenth of the time at most
+
+
+@dataclass
+class _Resident:
+    """What the worker knows of one adapter in memory."""
+
+    snapshot_seq_id: int = 0
+    """Last request that the newest snapshot holds; 0 without one."""
+    debt_seconds: float = 0.0
+    """Work since then, which a crash would repeat."""
+    write_seconds: float = 0.0
+    """What the last snapshot took."""
+    used_at: float = 0.0
+
+
+class Residency:
+    """The adapters of one engine, by run."""
+
+    def __init__(self, engine: Engine, worker: Worker) -> None:
+        self._engine = engine
+        self._worker = worker
+        self._residents: dict[str, _Resident] = {}
+        self._checkpoints: dict[str, float] = {}
+
+    def bring_run(self, run: Run) -> str:
+        """Make the run's adapter resident; return its name in the engine.
+
+        Raises:
+            RunLost: Neither a snapshot nor the log can rebuild it. (failed future)
+        """
+        resident = self._residents.get(run.id)
+        if resident is None:
+            self.make_room()
+            resident = self._rebuild(run)
+            self._residents[run.id] = resident
+        resident.used_at = time.monotonic()
+        return run.id
+
+    def bring_checkpoint(self, checkpoint_id: int) -> str:
+        """Make a checkpoint's weights resident beside the runs; return its name in the engine.
+
+        Raises:
+            CheckpointNotFound: It was deleted since the request was made. (failed future)
+        """
+        name = f"checkpoint:{checkpoint_id}"
+        if name not in self._checkpoints:
+            checkpoint = Checkpoint.objects.filter(pk=checkpoint_id).first()
+            if checkpoint is None:
+                raise CheckpointNotFound("the checkpoint was deleted before its turn came")
+            self.make_room()
+            directory = settings.DATA_DIR / checkpoint.directory
+            self._engine.load_adapter(name, directory, with_optimizer=False)
+        self._checkpoints[name] = time.monotonic()
+        return name
+
+    def created(self, run: Run) -> None:
+        """Say that the run's adapter was just made in the engine."""
+        self._residents[run.id] = _Resident(used_at=time.monotonic())
+
+    def drop_run(self, run_id: str) -> None:
+        """Forget a run's adapter: it was removed, or memory is ahead of what is committed."""
+        self._residents.pop(run_id, None)
+        self._engine.drop_adapter(run_id)
+
+    def remove_run(self, run: Run) -> None:
+        """Free all that a removed run holds: its memory and its snapshots."""
+        self.drop_run(run.id)
+        self._delete_snapshots(run, keep=0)
+
+    def worked(self, run_id: str, seconds: float) -> None:
+        """Add to what a crash would have to repeat for this run."""
+        self._residents[run_id].debt_seconds += seconds
+
+    def snapshot_due(self, run_id: str) -> bool:
+        """Whether the work since the last snapshot is worth more than writing one."""
+        resident = self._residents.get(run_id)
+        return resident is not None and resident.debt_seconds > max(
+            settings.SNAPSHOT_SECONDS, WRITE_COST_FACTOR * resident.write_seconds
+        )
+
+    def snapshot(self, run: Run) -> None:
+        """Write the run's state as its committed futures made it; drop superseded snapshots.
+
+        Call it between a commit and the run's next operation, with a fresh row.
+        """
+        resident = self._residents[run.id]
+        if resident.snapshot_seq_id == run.applied_seq_id:
+            return
+        begin = time.monotonic()
+        directory = Path("snapshots") / uuid.uuid4().hex
+        size = self._engine.save_adapter(run.id, settings.DATA_DIR / directory)
+        seconds = time.monotonic() - begin
+        with transaction.atomic():
+            Snapshot.objects.create(
+                run=run,
+                seq_id=run.applied_seq_id,
+                step=run.step,
+                directory=str(directory),
+                size_bytes=size,
+                write_seconds=seconds,
+                epoch=self._worker.pk,
+            )
+        resident.snapshot_seq_id = run.applied_seq_id
+        resident.debt_seconds = 0.0
+        resident.write_seconds = seconds
+        self._delete_snapshots(run, keep=KEPT_SNAPSHOTS)
+
+    def snapshot_all(self) -> None:
+        """Write whatever is not on disk yet, so that the next worker need not repeat it."""
+        for run in Run.objects.live().filter(id__in=self._residents):
+            self.snapshot(run)
+
+    def _delete_snapshots(self, run: Run, *, keep: int) -> None:
+        # Row first: a crash in between leaves files that no row names.
+        for old in run.snapshots.order_by("-seq_id")[keep:]:
+            old.delete()
+            shutil.rmtree(settings.DATA_DIR / old.directory, ignore_errors=True)
+
+    def make_room(self) -> None:
+        """Evict the least recently used adapters until one more may be made."""
+        while len(self._residents) + len(self._checkpoints) >= settings.RESIDENT_ADAPTERS:
+            used = {key: resident.used_at for key, resident in self._residents.items()}
+            name = min(used | self._checkpoints, key=(used | self._checkpoints).__getitem__)
+            if name in self._checkpoints:
+                del self._checkpoints[name]
+                self._engine.drop_adapter(name)
+                continue
+            run = Run.objects.get(id=name)
+            if run.deleted_at is None:
+                self.snapshot(run)
+            self.drop_run(run.id)
+
+    def _rebuild(self, run: Run) -> _Resident:
+        resident = _Resident()
+        for snapshot in run.snapshots.order_by("-seq_id"):
+            try:
+                self._engine.load_adapter(run.id, settings.DATA_DIR / snapshot.directory)
+            except CheckpointNotFound as error:
+                logger.warning(
+                    "run %s: snapshot at %s is unreadable: %s", run.id, snapshot.seq_id, error
+                )
+                continue
+            resident.snapshot_seq_id = snapshot.seq_id
+            resident.write_seconds = snapshot.write_seconds
+            break
+        begin = time.monotonic()
+        try:
+            log = run_log(run, after_seq_id=resident.snapshot_seq_id)
+            if log:
+                logger.info("run %s: replaying %d requests", run.id, len(log))
+            self._replay(run, log)
+        except TrainingError as error:
+            self._engine.drop_adapter(run.id)
+            raise RunLost(
+                f"model {run.name!r} cannot be rebuilt after a restart: {error}"
+            ) from error
+        if log:
+            resident.debt_seconds = time.monotonic() - begin
+        return resident
+
+    def _replay(self, run: Run, log: Sequence[Future]) -> None:
+        """Apply committed futures again; neighbours that shared a batch share it again."""
+        if run.id not in self._engine.adapter_names() and (
+            not log or log[0].kind != Kind.CREATE_RUN
+        ):
+            raise RunLost("its snapshots are gone and the beginning of its log was pruned")
+        for (_, _, kind), group in groupby(log, key=lambda f: (f.worker_id, f.batch, f.kind)):
+            futures = list(group)
+            if kind == Kind.FORWARD_BACKWARD:
+                for answer in run_passes(self._engine, [(run.id, future) for future in futures]):
+                    if isinstance(answer.output, TrainingError):
+                        raise answer.output
+                continue
+            for future in futures:
+                payload = decode(bytes(future.payload or b""))
+                self._replay_barrier(run, future.kind, payload)
+
+    def _replay_barrier(self, run: Run, kind: str, payload: payloads.Payload) -> None:
+        if kind == Kind.CREATE_RUN:
+            self._engine.create_adapter(
+                run.id, payloads.lora_config_from_payload(payload["lora_config"])
+            )
+        elif kind == Kind.OPTIM_STEP:
+            self._engine.optim_step(
+                run.id, payloads.adam_params_from_payload(payload["adam_params"])
+            )
+        else:
+            load_checkpoint(self._engine, run.id, payload)
+
+
+def load_checkpoint(engine: Engine, adapter_name: str, payload: payloads.Payload) -> None:
+    """Carry out a load_weights request.
+
+    Raises:
+        CheckpointNotFound: The checkpoint was deleted or damaged since. (failed future)
+    """
+    checkpoint = Checkpoint.objects.filter(pk=payload["checkpoint"]).first()
+    if checkpoint is None:
+        raise CheckpointNotFound(f"{payload['path']} was deleted before its turn came")
+    engine.load_adapter(
+        adapter_name,
+        settings.DATA_DIR / checkpoint.directory,
+        with_optimizer=payload["optimizer"],
+    )

@@ -1,0 +1,103 @@
+"""What runs next: claimed futures to engine batches. Pure Python, no rows are written here.
+
+The worker holds what it claimed, one queue per lane, in order. A batch takes from every lane
+what may run now:
+
+- a stretch of neighbours that only read the weights (forward, forward_backward, sample), and
+- the barrier behind it, if the whole stretch fits and no sample of the lane is under way: a
+  sample must see the weights of its place in the order, also when a crash makes it start again.
+
+So the forward_backwards of many runs share a pass over the base model, consecutive ones of
+one run are merged, and none crosses an optim_step, a save or a load of its own run. A batch
+is one commit; its size is bounded by a budget of tokens so that no commit waits for long.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from futures.models import Future
+from training.kinds import SHARED, Kind
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What runs together and is committed together. Barriers run after all the rest."""
+
+    passes: list[Future] = field(default_factory=list)
+    """forward and forward_backward, in lane order."""
+    samples: list[Future] = field(default_factory=list)
+    """Admitted to the sampler now; each is committed when it is finished."""
+    barriers: list[Future] = field(default_factory=list)
+    """At most one of each lane."""
+
+    def __bool__(self) -> bool:
+        return bool(self.passes or self.samples or self.barriers)
+
+
+class Scheduler:
+    """The futures that this worker holds and has not begun, and the lanes that wait."""
+
+    def __init__(self, *, batch_cost: int) -> None:
+        """``batch_cost``: tokens that one batch may hold; one future alone may exceed it."""
+        self._batch_cost = batch_cost
+        self._lanes: dict[str, deque[Future]] = {}
+        self._sampling: dict[str, set[str]] = {}
+
+    def add(self, futures: Iterable[Future]) -> None:
+        """Take what was claimed: each lane's futures in order, after those it holds."""
+        for future in futures:
+            # A future without a lane is a lane of its own.
+            self._lanes.setdefault(future.lane_id or future.id, deque()).append(future)
+
+    def next_batch(self) -> Batch:
+        """Take the next batch out of the lanes, one future of each in turn; empty if none may
+        run."""
+        batch, cost = Batch(), 0
+        barred: set[str] = set()
+        progress = True
+        while progress:
+            progress = False
+            for lane, queue in list(self._lanes.items()):
+                if lane in barred:
+                    continue
+                future = queue[0]
+                if future.kind not in SHARED:
+                    barred.add(lane)
+                    if lane in self._sampling:
+                        continue
+                    batch.barriers.append(future)
+                elif batch and cost + future.cost > self._batch_cost:
+                    # Later futures of this lane may not overtake it.
+                    barred.add(lane)
+                    continue
+                elif future.kind == Kind.SAMPLE:
+                    batch.samples.append(future)
+                    self._sampling.setdefault(lane, set()).add(future.id)
+                else:
+                    batch.passes.append(future)
+                cost += future.cost
+                progress = True
+                queue.popleft()
+                if not queue:
+                    del self._lanes[lane]
+        return batch
+
+    def sample_finished(self, future: Future) -> None:
+        """Say that a sample left the sampler, so that its lane's next barrier may run."""
+        lane = future.lane_id or future.id
+        ids = self._sampling[lane]
+        ids.discard(future.id)
+        if not ids:
+            del self._sampling[lane]
+
+    def held(self) -> list[Future]:
+        """Everything claimed and not begun."""
+        return [future for queue in self._lanes.values() for future in queue]
+
+    @property
+    def held_cost(self) -> int:
+        """Tokens claimed and not begun."""
+        return sum(future.cost for queue in self._lanes.values() for future in queue)
