@@ -37,6 +37,8 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
+    end_token_ids: tuple[int, ...]
+    """What ends a generation, by the model's generation configuration."""
     head_name: str
     """The output head's module name, which keys adapter layouts like any other module's."""
     head_weight: Tensor
@@ -167,6 +169,7 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
         tokenizer=tokenizer,
         device=head.weight.device,
         dtype=head.weight.dtype,
+        end_token_ids=_end_token_ids(model),
         head_name=head_name,
         head_weight=head.weight,
         head_bias=head.bias,
@@ -174,6 +177,13 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
         _decoder=model.get_decoder(),
         _holder=holder,
     )
+
+
+def _end_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id
+    if configured is None:
+        return ()
+    return tuple(configured) if isinstance(configured, list) else (int(configured),)
 
 
 def _context_tokens(model: PreTrainedModel) -> int:

@@ -26,8 +26,8 @@ from training.engine.interface import (
     ForwardBackwardJob,
 )
 from training.engine.storage import new_directory, read_meta, write_meta
-from training.engine.validate import check_job
-from training.errors import InvalidRequest, NonFiniteResult, TrainingError
+from training.engine.validate import check_adam_params, check_job, check_lora_config
+from training.errors import CheckpointNotFound, InvalidRequest, NonFiniteResult, TrainingError
 from training.types import (
     AdamParams,
     Datum,
@@ -87,10 +87,7 @@ class FakeEngine(Engine):
         self._before_verb("create_adapter", (adapter_name,))
         if adapter_name in self._adapters:
             raise InvalidRequest(f"An adapter named {adapter_name} is resident already.")
-        if config.rank < 1:
-            raise InvalidRequest(f"rank: {config.rank} is not at least 1")
-        if not (config.train_attn or config.train_mlp or config.train_unembed):
-            raise InvalidRequest("lora_config: nothing to train")
+        check_lora_config(config)
         draw = np.random.default_rng(config.seed).standard_normal((CLASSES, CLASSES))
         self._adapters[adapter_name] = _FakeAdapter(config, (0.01 * draw).astype(np.float32))
 
@@ -143,6 +140,7 @@ class FakeEngine(Engine):
 
     def optim_step(self, adapter_name: str, adam_params: AdamParams) -> OptimStepOutput:
         self._before_verb("optim_step", (adapter_name,))
+        check_adam_params(adam_params)
         adapter, p = self.find(adapter_name), adam_params
         norm = float(np.sqrt(np.square(adapter.grad, dtype=np.float64).sum()))
         is_clipped = p.grad_clip_norm > 0 and norm > p.grad_clip_norm
@@ -180,6 +178,8 @@ class FakeEngine(Engine):
     ) -> None:
         self._before_verb("load_adapter", (adapter_name,))
         meta = read_meta(directory)
+        if with_optimizer and "exp_avg.npy" not in meta["sha256"]:
+            raise CheckpointNotFound(f"{directory.name} holds weights only, no optimizer state.")
         config = dict(meta["config"])
         if config["target_modules"] is not None:
             config["target_modules"] = tuple(config["target_modules"])

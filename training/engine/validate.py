@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob
 from training.engine.losses import Loss, find_loss
 from training.errors import InvalidDatum, InvalidRequest
-from training.types import Datum
+from training.types import AdamParams, Datum, LoraConfig
 
 
 def check_job(job: ForwardBackwardJob, info: BaseModelInfo) -> dict[str, float]:
@@ -143,3 +143,34 @@ def _first(is_wrong: NDArray[np.bool_]) -> tuple[int, ...]:
 
 def _subscript(index: tuple[int, ...]) -> str:
     return "".join(f"[{i}]" for i in index)
+
+
+def check_lora_config(config: LoraConfig) -> None:
+    """Refuse a shape that no adapter can have.
+
+    Raises:
+        InvalidRequest: The rank is not positive, alpha is not a number, or nothing is trained.
+    """
+    if config.rank < 1:
+        raise InvalidRequest(f"rank: {config.rank} is not at least 1")
+    if not math.isfinite(config.alpha):
+        raise InvalidRequest(f"alpha: {config.alpha} is not finite")
+    trains = config.train_attn or config.train_mlp or config.train_unembed
+    if config.target_modules is None and not trains:
+        raise InvalidRequest("train_attn, train_mlp, train_unembed: at least one must be true")
+
+
+def check_adam_params(params: AdamParams) -> None:
+    """Refuse what torch.optim.AdamW refuses, and what is not a number.
+
+    Raises:
+        InvalidRequest: The message names the parameter.
+    """
+    for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+        value = getattr(params, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise InvalidRequest(f"adam_params.{name}: {value} is not a number of at least 0")
+    for name in ("beta1", "beta2"):
+        value = getattr(params, name)
+        if not 0 <= value < 1:
+            raise InvalidRequest(f"adam_params.{name}: {value} is not in [0, 1)")

@@ -1,0 +1,176 @@
+"""The output head in training: target log-probabilities and their gradient, chunk by chunk.
+
+The (tokens x vocabulary) matrix never exists. While a chunk of logits is there, the loss of its
+rows is computed and its gradient pushed back to the hidden states and to the head's adapter, so
+no logits are computed twice:
+
+    d loss / d logits = sum over k of g_k * (onehot(target_k) - softmax(logits))
+
+with g_k = d loss / d log p(target_k), which every loss gives elementwise. Rows whose g is zero
+(a prompt's, say) end there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.engine.base_model import BaseModel
+from training.engine.lora import add_product
+from training.engine.losses import LOSSES, LossInputs
+from training.engine.microbatches import LossSpan
+from training.engine.packed import Segment
+
+CHUNK_BYTES = 64 * 2**20
+"""What one chunk of float32 logits may take."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadInputs:
+    """A micro-batch's targets as tensors on the model's device."""
+
+    targets: Tensor
+    """(T, K) int64"""
+    inputs: Mapping[str, Tensor]
+    """(T, K) float32 by name"""
+    loss_spans: Sequence[LossSpan]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadOutput:
+    """What the head says about T rows."""
+
+    target_logprobs: Tensor
+    """(T, K) float32, in nats"""
+    loss: Tensor
+    """(T,) float32, summed over K"""
+    grad_hidden: Tensor
+    """(T, C), d loss / d hidden; zero where no row trains."""
+
+
+@torch.no_grad()
+def score_targets(
+    base_model: BaseModel, hidden: Tensor, segments: Sequence[Segment], inputs: HeadInputs
+) -> HeadOutput:
+    """Log-probabilities and loss of all rows, and the gradient of rows whose segment trains.
+
+    The gradient of the head's own adapter is added to each segment's gradient buffer.
+
+    Args:
+        hidden: (T, C); not read by autograd.
+        segments: Cover 0..T.
+    """
+    num_rows, num_targets = inputs.targets.shape
+    output = HeadOutput(
+        target_logprobs=hidden.new_zeros((num_rows, num_targets), dtype=torch.float32),
+        loss=hidden.new_zeros(num_rows, dtype=torch.float32),
+        grad_hidden=torch.zeros_like(hidden),
+    )
+    chunk_rows = max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))
+    for start in range(0, num_rows, chunk_rows):
+        rows = slice(start, min(start + chunk_rows, num_rows))
+        chunk_segments = _cut(segments, rows)
+        logits = base_model.logits(hidden[rows], chunk_segments)  # (n, V)
+        log_norm = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+        targets = inputs.targets[rows]  # (n, K)
+        logprobs = logits.gather(1, targets) - log_norm  # (n, K)
+        output.target_logprobs[rows] = logprobs
+        seed = _losses_and_seeds(logprobs, rows, inputs, output.loss)  # (n, K)
+        if any(segment.grad is not None for segment in chunk_segments):
+            _backward_chunk(
+                base_model,
+                hidden[rows],
+                chunk_segments,
+                logits=logits.sub_(log_norm),
+                targets=targets,
+                seed=seed,
+                grad_hidden=output.grad_hidden[rows],
+            )
+    return output
+
+
+def _losses_and_seeds(logprobs: Tensor, rows: slice, inputs: HeadInputs, loss: Tensor) -> Tensor:
+    """Write the rows' loss; return (n, K) d loss / d log p, zero at filled-up targets."""
+    seed = torch.zeros_like(logprobs)
+    for span in inputs.loss_spans:
+        start, end = max(span.start, rows.start), min(span.end, rows.stop)
+        if start >= end:
+            continue
+        local, k = slice(start - rows.start, end - rows.start), span.num_targets
+        table_entry = LOSSES[span.loss_fn]
+        with torch.enable_grad():
+            leaf = logprobs[local, :k].detach().requires_grad_()
+            values = table_entry.function(
+                LossInputs(
+                    target_logprobs=leaf,
+                    inputs={n: inputs.inputs[n][start:end, :k] for n in table_entry.inputs},
+                    config=span.config,
+                )
+            )  # (n, K)
+            (seed[local, :k],) = torch.autograd.grad(values.sum(), leaf)
+        loss[start:end] = values.detach().sum(-1)
+    return seed
+
+
+def _backward_chunk(
+    base_model: BaseModel,
+    hidden: Tensor,
+    segments: Sequence[Segment],
+    *,
+    logits: Tensor,
+    targets: Tensor,
+    seed: Tensor,
+    grad_hidden: Tensor,
+) -> None:
+    """Push one chunk's gradient on; ``logits`` (n, V) are normalised and used up."""
+    active = seed.any(-1).nonzero()[:, 0]  # (m,)
+    if len(active) == 0:
+        return
+    if len(active) < len(seed):
+        segments = _pick(segments, active)
+        hidden, logits, targets, seed = (t[active] for t in (hidden, logits, targets, seed))
+    grad_logits = logits.exp_().mul_(-seed.sum(-1, keepdim=True))  # (m, V)
+    grad_logits.scatter_add_(1, targets, seed)
+    grad_logits = grad_logits.to(hidden.dtype)
+    grad_rows = grad_logits @ base_model.head_weight  # (m, C)
+    for segment in segments:
+        pair = base_model.head_pair(segment.weights)
+        if segment.weights is None or segment.grad is None or pair is None:
+            continue
+        a, b = pair
+        grad_a, grad_b = segment.grad.layout.pair(segment.grad.flat, base_model.head_name)
+        g, x = grad_logits[segment.rows], hidden[segment.rows]
+        scale = segment.weights.layout.scale
+        gb = (g @ b).mul_(scale)  # (m', R)
+        grad_rows[segment.rows].addmm_(gb, a)
+        add_product(grad_a, gb.T, x)
+        add_product(grad_b, g.T, x @ a.T, scale)
+    grad_hidden[active] = grad_rows
+
+
+def _cut(segments: Iterable[Segment], rows: slice) -> list[Segment]:
+    """The parts of the segments that lie in ``rows``, counted from its start."""
+    cut = []
+    for segment in segments:
+        start, end = max(segment.start, rows.start), min(segment.end, rows.stop)
+        if start < end:
+            cut.append(_moved(segment, start - rows.start, end - rows.start))
+    return cut
+
+
+def _pick(segments: Iterable[Segment], active: Tensor) -> list[Segment]:
+    """The segments over the rows ``active`` (m,), ascending, alone."""
+    picked = []
+    for segment in segments:
+        bounds = active.new_tensor([segment.start, segment.end])
+        start, end = torch.searchsorted(active, bounds).tolist()
+        if start < end:
+            picked.append(_moved(segment, start, end))
+    return picked
+
+
+def _moved(segment: Segment, start: int, end: int) -> Segment:
+    return Segment(start=start, end=end, weights=segment.weights, grad=segment.grad)

@@ -1,0 +1,202 @@
+"""The engine itself: one base model, its resident adapters, and the verbs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.engine import optim, weights
+from training.engine.adapters import Adapter, AdapterLayout, AdapterTensors, new_adapter
+from training.engine.base_model import BaseModel
+from training.engine.interface import Engine, ForwardBackwardJob, Sampler
+from training.engine.microbatches import PlannedJob
+from training.engine.passes import run_pass
+from training.engine.targets import select_modules
+from training.engine.text import ChatText
+from training.engine.validate import check_adam_params, check_job, check_lora_config
+from training.errors import InvalidRequest, NonFiniteResult, OutOfMemory, TrainingError
+from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepOutput
+
+JobResult = ForwardBackwardOutput | TrainingError
+
+
+class TorchEngine(Engine):
+    """One base model on one device; see ``Engine`` for the verbs."""
+
+    def __init__(self, base_model: BaseModel, *, token_budget: int = 4096) -> None:
+        """``token_budget``: most tokens in one training micro-batch; memory grows with it."""
+        self.info = base_model.info
+        self.sampler: Sampler
+        self._base_model = base_model
+        self._token_budget = token_budget
+        self._text = ChatText(
+            base_model.tokenizer,
+            base_model.info.vocab_size,
+            end_token_ids=base_model.end_token_ids,
+        )
+        # In order of use: the least recently used first.
+        self._adapters: dict[str, Adapter] = {}
+
+    def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        if adapter_name in self._adapters:
+            raise InvalidRequest(f"An adapter named {adapter_name} is resident already.")
+        check_lora_config(config)
+        modules = select_modules(config, self._base_model.linear_shapes, self._base_model.head_name)
+        try:
+            adapter = new_adapter(AdapterLayout(config, modules), self._base_model.device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory from error
+        self._adapters[adapter_name] = adapter
+
+    def drop_adapter(self, adapter_name: str) -> None:
+        self._adapters.pop(adapter_name, None)
+
+    def adapter_names(self) -> list[str]:
+        return list(self._adapters)
+
+    def adapter_bytes(self, adapter_name: str) -> int:
+        return self._peek(adapter_name).num_bytes
+
+    def adapter_weights(self, adapter_name: str) -> AdapterTensors:
+        """The adapter's weights as of now; a later optimizer step does not touch them."""
+        return self._use(adapter_name).weights
+
+    def forward_backward(self, jobs: Sequence[ForwardBackwardJob]) -> list[JobResult]:
+        results: dict[int, JobResult] = {}
+        checked: dict[int, PlannedJob] = {}
+        for i, job in enumerate(jobs):
+            try:
+                self._use(job.adapter_name)
+                checked[i] = PlannedJob(job=job, config=check_job(job, self.info))
+            except TrainingError as error:
+                results[i] = error
+        for trains in (True, False):
+            chosen = {i: p for i, p in checked.items() if p.job.forward_only is not trains}
+            outcome = self._run(list(chosen.values()), trains=trains)
+            results |= {i: outcome[planned] for i, planned in chosen.items()}
+        return [results[i] for i in range(len(jobs))]
+
+    def _run(self, jobs: Sequence[PlannedJob], *, trains: bool) -> dict[PlannedJob, JobResult]:
+        """Run jobs together and add their gradients.
+
+        What fails, fails alone. A job whose result is not finite may have spoilt the gradient
+        it shares with others of its adapter, so the pass is thrown away and the others run
+        again, exactly as if that job had not been there.
+        """
+        outcome: dict[PlannedJob, JobResult] = {}
+        while jobs:
+            try:
+                result = run_pass(
+                    self._base_model,
+                    jobs,
+                    self._adapters,
+                    token_budget=self._token_budget,
+                    trains=trains,
+                )
+            except torch.OutOfMemoryError:
+                return outcome | self._run_smaller(jobs, trains=trains)
+            bad = [planned for planned in jobs if not result.scores[planned].is_finite]
+            outcome |= {planned: NonFiniteResult() for planned in bad}
+            jobs = [planned for planned in jobs if planned not in outcome]
+            if not bad or not trains:
+                outcome |= {planned: result.scores[planned].output() for planned in jobs}
+                break
+        else:
+            return outcome
+        return outcome | self._add_grads(jobs, result.grads)
+
+    def _add_grads(
+        self, jobs: Sequence[PlannedJob], grads: Mapping[str, AdapterTensors]
+    ) -> dict[PlannedJob, JobResult]:
+        """Add a pass's gradients to their adapters; return the jobs whose outcome that changed.
+
+        A finite loss can still have an infinite gradient. If several jobs share it, each runs
+        again alone to find out whose it is.
+        """
+        changed: dict[PlannedJob, JobResult] = {}
+        for name, grad in grads.items():
+            if grad.flat.isfinite().all():
+                self._adapters[name].grad.flat.add_(grad.flat)
+                continue
+            sharing = [planned for planned in jobs if planned.job.adapter_name == name]
+            if len(sharing) == 1:
+                changed[sharing[0]] = NonFiniteResult()
+            else:
+                for planned in sharing:
+                    changed |= self._run([planned], trains=True)
+        return changed
+
+    def _run_smaller(
+        self, jobs: Sequence[PlannedJob], *, trains: bool
+    ) -> dict[PlannedJob, JobResult]:
+        """After running out of memory: each job alone; one that still does not fit is refused."""
+        if len(jobs) == 1:
+            return {jobs[0]: OutOfMemory()}
+        outcome: dict[PlannedJob, JobResult] = {}
+        for planned in jobs:
+            outcome |= self._run([planned], trains=trains)
+        return outcome
+
+    def optim_step(self, adapter_name: str, adam_params: AdamParams) -> OptimStepOutput:
+        check_adam_params(adam_params)
+        return optim.adamw_step(self._use(adapter_name), adam_params)
+
+    def save_adapter(
+        self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
+    ) -> int:
+        return weights.save_adapter(
+            self._use(adapter_name),
+            directory,
+            base_model_name=self.info.name,
+            with_optimizer=with_optimizer,
+        )
+
+    def load_adapter(
+        self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
+    ) -> None:
+        adapter = weights.load_adapter(
+            directory,
+            self._base_model.linear_shapes,
+            self._base_model.device,
+            with_optimizer=with_optimizer,
+        )
+        self._adapters.pop(adapter_name, None)
+        self._adapters[adapter_name] = adapter
+
+    def save_peft(self, adapter_name: str, directory: Path) -> int:
+        return weights.save_peft(self._use(adapter_name), directory, base_model_name=self.info.name)
+
+    def adapter_state(self, adapter_name: str) -> dict[str, Any]:
+        adapter = self._peek(adapter_name)
+        buffers = {
+            "weights": adapter.weights.flat,
+            "exp_avg": adapter.exp_avg,
+            "exp_avg_sq": adapter.exp_avg_sq,
+            "grad": adapter.grad.flat,
+        }
+        # A copy each: the gradient's buffer goes on accumulating.
+        arrays = {name: flat.cpu().numpy().copy() for name, flat in buffers.items()}
+        return {**arrays, "step": adapter.step}
+
+    def render_conversation(self, messages: Sequence[Mapping[str, str]], *, train_on: str) -> Datum:
+        return self._text.render_conversation(messages, train_on=train_on)
+
+    def render_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self._text.render_prompt(messages)
+
+    def encode(self, text: str) -> list[int]:
+        return self._text.encode(text)
+
+    def _peek(self, adapter_name: str) -> Adapter:
+        if adapter_name not in self._adapters:
+            raise InvalidRequest(f"No adapter named {adapter_name} is resident.")
+        return self._adapters[adapter_name]
+
+    def _use(self, adapter_name: str) -> Adapter:
+        """The resident adapter of this name, which becomes the most recently used."""
+        adapter = self._peek(adapter_name)
+        self._adapters[adapter_name] = self._adapters.pop(adapter_name)
+        return adapter

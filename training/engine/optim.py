@@ -1,0 +1,63 @@
+"""One optimizer step of one adapter: clipping and AdamW over whole flat buffers.
+
+The arithmetic is that of ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW``. Every
+buffer is replaced, none written into: a step that turns out not finite has changed nothing, and
+a sampling job keeps the weights that it was admitted with.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from training.engine.adapters import Adapter, AdapterTensors
+from training.errors import NonFiniteResult
+from training.types import AdamParams, OptimStepOutput
+
+CLIP_EPS = 1e-6
+"""clip_grad_norm_ adds it to the norm that it divides by."""
+
+
+@torch.no_grad()
+def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
+    """Apply the accumulated gradient and clear it.
+
+    With gradient g (clipped), m and v the moments, t the step, all of shape (P,)::
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        w = w * (1 - lr * weight_decay)
+              - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Raises:
+        NonFiniteResult: The gradient, a moment or a weight would not be finite; the adapter
+            is as before.
+    """
+    grad = adapter.grad.flat
+    grad_norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+    if not math.isfinite(grad_norm):
+        raise NonFiniteResult("The accumulated gradient is not finite; nothing was changed.")
+    if params.grad_clip_norm > 0:
+        grad = grad * min(1.0, params.grad_clip_norm / (grad_norm + CLIP_EPS))
+    step = adapter.step + 1
+    exp_avg = torch.lerp(adapter.exp_avg, grad, 1 - params.beta1)
+    exp_avg_sq = adapter.exp_avg_sq * params.beta2
+    exp_avg_sq.addcmul_(grad, grad, value=1 - params.beta2)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - params.beta2**step)).add_(params.eps)
+    weights = adapter.weights.flat * (1 - params.learning_rate * params.weight_decay)
+    step_size = params.learning_rate / (1 - params.beta1**step)
+    weights.addcdiv_(exp_avg, denominator, value=-step_size)
+    if not _all_finite(weights, exp_avg, exp_avg_sq):
+        raise NonFiniteResult("The new weights would not be finite; nothing was changed.")
+    adapter.weights = AdapterTensors(adapter.layout, weights)
+    adapter.grad = AdapterTensors(adapter.layout, torch.zeros_like(weights))
+    adapter.exp_avg, adapter.exp_avg_sq, adapter.step = exp_avg, exp_avg_sq, step
+    return OptimStepOutput(step=step, grad_norm=grad_norm)
+
+
+def _all_finite(*buffers: Tensor) -> bool:
+    # A float64 sum of float32 values is finite exactly if all of them are.
+    total = torch.stack([buffer.sum(dtype=torch.float64) for buffer in buffers]).sum()
+    return math.isfinite(float(total))

@@ -1,0 +1,136 @@
+"""One packed pass over the base model for a list of checked jobs, and what each job gets from it.
+
+Gradients go into scratch buffers of this pass. The caller adds them to the adapters when
+everything has turned out well, or drops them: a pass that fails has changed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.engine.adapters import Adapter, AdapterTensors
+from training.engine.attention import SequenceAttention
+from training.engine.base_model import BaseModel
+from training.engine.head import HeadInputs, HeadOutput, score_targets
+from training.engine.microbatches import MicroBatch, PlannedJob, plan_micro_batches
+from training.engine.packed import PackedContext, Segment
+from training.types import ForwardBackwardOutput
+
+
+@dataclass(kw_only=True, eq=False)
+class JobScores:
+    """What a pass found out about one job; filled datum by datum."""
+
+    logprobs: list[NDArray[np.float32]]
+    """Per datum, shaped like its ``target_tokens``."""
+    losses: list[float]
+    """Per datum, summed over its tokens."""
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(
+            np.isfinite(self.losses).all()
+            and all(np.isfinite(logprobs).all() for logprobs in self.logprobs)
+        )
+
+    def output(self) -> ForwardBackwardOutput:
+        loss = float(sum(self.losses))
+        return ForwardBackwardOutput(loss=loss, logprobs=self.logprobs, metrics={"loss:sum": loss})
+
+
+@dataclass(kw_only=True, eq=False)
+class PassResult:
+    """Scores by job, and the scratch gradients by adapter name (empty if the pass only scored)."""
+
+    scores: dict[PlannedJob, JobScores] = field(default_factory=dict)
+    grads: dict[str, AdapterTensors] = field(default_factory=dict)
+
+
+def run_pass(
+    base_model: BaseModel,
+    jobs: Sequence[PlannedJob],
+    adapters: Mapping[str, Adapter],
+    *,
+    token_budget: int,
+    trains: bool,
+) -> PassResult:
+    """Score every datum of every job; with ``trains``, differentiate too.
+
+    Args:
+        adapters: By name, those of the jobs at least.
+        token_budget: Most tokens in one micro-batch.
+    """
+    result = PassResult()
+    for planned in jobs:
+        num_datums = len(planned.job.data)
+        result.scores[planned] = JobScores(
+            logprobs=[np.empty(0, np.float32)] * num_datums, losses=[0.0] * num_datums
+        )
+        name = planned.job.adapter_name
+        if trains and name not in result.grads:
+            adapter = adapters[name]
+            zeros = torch.zeros_like(adapter.grad.flat)
+            result.grads[name] = AdapterTensors(adapter.layout, zeros)
+    for batch in plan_micro_batches(jobs, token_budget):
+        segments = [
+            Segment(
+                start=span.start,
+                end=span.end,
+                weights=adapters[span.adapter_name].weights,
+                grad=result.grads.get(span.adapter_name),
+            )
+            for span in batch.adapter_spans
+        ]
+        with torch.set_grad_enabled(trains):
+            head = _run_micro_batch(base_model, batch, segments)
+        _scatter_scores(batch, head, result.scores)
+    return result
+
+
+def _run_micro_batch(
+    base_model: BaseModel, batch: MicroBatch, segments: Sequence[Segment]
+) -> HeadOutput:
+    context = PackedContext(segments=segments, attention=SequenceAttention(batch.lengths))
+    hidden = base_model.hidden_states(
+        _to_device(batch.tokens, base_model.device),
+        _to_device(batch.position_ids, base_model.device),
+        context,
+    )  # (T, C)
+    head = score_targets(
+        base_model,
+        hidden.detach(),
+        segments,
+        HeadInputs(
+            targets=_to_device(batch.targets, base_model.device),
+            inputs={n: _to_device(v, base_model.device) for n, v in batch.inputs.items()},
+            loss_spans=batch.loss_spans,
+        ),
+    )
+    if hidden.requires_grad:
+        hidden.backward(head.grad_hidden)
+    return head
+
+
+def _scatter_scores(
+    batch: MicroBatch, head: HeadOutput, scores: Mapping[PlannedJob, JobScores]
+) -> None:
+    logprobs = head.target_logprobs.cpu().numpy()  # (T, K)
+    losses = head.loss.double().cpu().numpy()  # (T,)
+    for packed in batch.datums:
+        rows = slice(packed.start, packed.end)
+        shape = packed.datum.loss_fn_inputs["target_tokens"].shape
+        job_scores = scores[packed.planned]
+        job_scores.logprobs[packed.index] = (
+            logprobs[rows, : packed.num_targets].reshape(shape).copy()
+        )
+        job_scores.losses[packed.index] = float(losses[rows].sum())
+
+
+def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
