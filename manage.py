@@ -8,8 +8,18 @@ import sys
 def main() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tinkerapi.settings")
     from django.core.management import execute_from_command_line
+    from django.db import OperationalError
 
-    execute_from_command_line(sys.argv)
+    try:
+        execute_from_command_line(sys.argv)
+    except OperationalError as error:
+        from tinkerapi.schema import database_down_reason
+
+        # Without ``up`` nobody runs the embedded Postgres: a sentence, not a traceback.
+        reason = database_down_reason(error)
+        if reason is None:
+            raise
+        sys.exit(reason)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,34 @@ import json
 import os
 import secrets
 import socket
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
+
+LOCK_FILE = "up.lock"
 
 
 class PreflightError(Exception):
     """The server cannot be started as things are; the message says what to change."""
 
 
-def lock_data_folder(data_dir: Path) -> IO[str]:
-    """Take the data folder for this process; the lock is held while the returned file is open.
+@dataclass(frozen=True, kw_only=True)
+class RunningServer:
+    """The ``up`` that holds a data folder, as it wrote itself into the lock."""
+
+    pid: int
+    host: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        """Where this machine reaches it: a server on all addresses is also on loopback."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def lock_data_folder(data_dir: Path, server: RunningServer) -> IO[str]:
+    """Take the data folder for a server; the lock is held while the returned file is open.
 
     Raises:
         PreflightError: It cannot be written, or another ``up`` has it.
@@ -29,7 +47,7 @@ def lock_data_folder(data_dir: Path) -> IO[str]:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         # Append mode: opening must not empty the file that names the other process.
-        lock = (data_dir / "up.lock").open("a+")
+        lock = (data_dir / LOCK_FILE).open("a+")
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise PreflightError(
@@ -39,32 +57,39 @@ def lock_data_folder(data_dir: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "unknown"
+        other = _read_lock(lock)
         lock.close()
         raise PreflightError(
-            f"this server is already running on {data_dir} (process {owner}); "
-            "stop it first, or set another TINKERAPI_DATA_DIR"
+            f"this server is already running on {data_dir}"
+            + (f" (process {other.pid}, {other.address})" if other else "")
+            + "; stop it first, or set another TINKERAPI_DATA_DIR"
         ) from None
     lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
+    lock.write(json.dumps(asdict(server)))
     lock.flush()
     return lock
 
 
-def data_folder_owner(data_dir: Path) -> int | None:
-    """Process id of the ``up`` that runs on this data folder, or None."""
+def running_server(data_dir: Path) -> RunningServer | None:
+    """The ``up`` that runs on this data folder, or None; asking disturbs nobody."""
     try:
-        lock = (data_dir / "up.lock").open()
+        lock = (data_dir / LOCK_FILE).open()
     except OSError:
         return None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = lock.read().strip()
-            return int(owner) if owner.isdigit() else 0
+            return _read_lock(lock)
     return None
+
+
+def _read_lock(lock: IO[str]) -> RunningServer | None:
+    lock.seek(0)
+    try:
+        return RunningServer(**json.load(lock))
+    except (ValueError, TypeError):  # its owner is about to write it
+        return None
 
 
 def keep_secret_key(data_dir: Path) -> str:
@@ -127,8 +152,8 @@ def base_model_problem(folder: Path) -> str | None:
         json.loads((folder / "config.json").read_text())
         names = {path.name for path in folder.iterdir()}
         for name in sorted(names):
-            with (folder / name).open("rb") if (folder / name).is_file() else open(os.devnull):
-                pass
+            if (folder / name).is_file():
+                (folder / name).open("rb").close()
     except ValueError as error:
         return f"{folder / 'config.json'} is not JSON: {error}"
     except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import psycopg
+from django.conf import settings
 from django.core.management import call_command
-from django.db import DatabaseError, connection
+from django.db import DatabaseError, OperationalError, connection
 from django.db.migrations.exceptions import InconsistentMigrationHistory
 from django.db.migrations.executor import MigrationExecutor
 from django.db.migrations.loader import MigrationLoader
@@ -67,3 +69,14 @@ def _check_history(loader: MigrationLoader) -> None:
         loader.check_consistent_history(connection)
     except InconsistentMigrationHistory as error:
         raise SchemaError(f"the database's migrations are inconsistent: {error}") from error
+
+
+def database_down_reason(error: OperationalError) -> str | None:
+    """A sentence for an error that says that no database answers; None for all others."""
+    cause = error.__cause__
+    # The server's own errors carry a code; failing to reach one has none.
+    if not isinstance(cause, psycopg.OperationalError) or cause.sqlstate is not None:
+        return None
+    if settings.DATABASE_URL:
+        return f"the database of DATABASE_URL does not answer: {str(error).splitlines()[0]}"
+    return f"no server runs on {settings.DATA_DIR}: start it with `python manage.py up`"

@@ -9,7 +9,6 @@ process loads no torch and does nothing for requests; it starts, watches, restar
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import signal
 import subprocess
@@ -17,9 +16,12 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.request import urlopen
 
 from django.conf import settings
 from django.core.management import CommandError, call_command
@@ -29,6 +31,7 @@ from django.db import OperationalError, connection
 from tinkerapi.postgres import EmbeddedPostgres, PostgresError
 from tinkerapi.preflight import (
     PreflightError,
+    RunningServer,
     base_model_problem,
     check_port,
     is_loopback,
@@ -60,7 +63,7 @@ class Command(BaseCommand):
         parser.add_argument("--port", type=int, default=8000, help="port to listen on")
 
     def handle(self, *args: Any, host: str, port: int, **options: Any) -> None:
-        self.host, self.port = host, port
+        self.server = RunningServer(pid=os.getpid(), host=host, port=port)
         self.started_at = time.monotonic()
         self.stops_requested = 0
         self.supervisor = Supervisor(self.say)
@@ -88,16 +91,17 @@ class Command(BaseCommand):
     @contextlib.contextmanager
     def _preflight(self) -> Iterator[dict[str, str]]:
         """Hold the data folder; yield the environment that all children share."""
-        with lock_data_folder(settings.DATA_DIR):
-            check_port(self.host, self.port)
+        host = self.server.host
+        with lock_data_folder(settings.DATA_DIR, self.server):
+            check_port(host, self.server.port)
             for base_model in base_models():
                 problem = base_model_problem(base_model.folder)
                 if problem and not _can_be_prepared(base_model):
                     raise PreflightError(f"base model {base_model.name}: {problem}")
             require_api_key = settings.REQUIRE_API_KEY
-            if not is_loopback(self.host) and not require_api_key:
+            if not is_loopback(host) and not require_api_key:
                 require_api_key = True
-                self.say(f"{self.host} can be reached from elsewhere: every request needs a key")
+                self.say(f"{host} can be reached from elsewhere: every request needs a key")
             secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
                 settings.DATA_DIR
             )
@@ -168,7 +172,7 @@ class Command(BaseCommand):
         settings.STATIC_ROOT.mkdir(parents=True, exist_ok=True)
         command = [
             *(sys.executable, "-m", "granian", "tinkerapi.asgi:application"),
-            *("--interface", "asginl", "--host", self.host, "--port", str(self.port)),
+            *("--interface", "asginl", "--host", self.server.host, "--port", str(self.server.port)),
             *("--backlog", str(OPEN_REQUESTS), "--backpressure", str(OPEN_REQUESTS)),
             *("--static-path-route", settings.STATIC_URL.rstrip("/")),
             *("--static-path-mount", str(settings.STATIC_ROOT)),
@@ -224,21 +228,17 @@ class Command(BaseCommand):
         return True
 
     def _answers(self, path: str) -> bool:
-        with contextlib.closing(
-            http.client.HTTPConnection(_local_address(self.host), self.port, timeout=2)
-        ) as client:
-            try:
-                client.request("GET", path)
-                return client.getresponse().status == http.HTTPStatus.OK
-            except (OSError, http.client.HTTPException):
-                return False
+        try:
+            with urlopen(self.server.address + path, timeout=2) as answer:  # noqa: S310
+                return bool(answer.status == HTTPStatus.OK)
+        except (OSError, HTTPException):
+            return False
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self.started_at:.1f} s"
 
     def _say_ready(self) -> None:
-        host = _local_address(self.host)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        address = self.server.address
         self.say(f"ready after {self._seconds()}; Ctrl+C stops everything")
         self.say(f"  API     {address}/")
         self.say(f"  docs    {address}/docs/")
@@ -254,11 +254,6 @@ def _can_be_prepared(base_model: BaseModel) -> bool:
 
 def _log(name: str) -> Path:
     return Path(settings.DATA_DIR) / "logs" / f"{name}.log"
-
-
-def _local_address(host: str) -> str:
-    """Where this machine reaches a server that listens on ``host``."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,44 @@
+"""``manage.py createapikey USER``: a key for a user, printed this once."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from datetime import timedelta
+from typing import Any
+
+from django.contrib.auth.models import User
+from django.core.management import CommandError
+from django.core.management.base import BaseCommand
+
+from tinkerapi.services import api_key_create
+
+
+class Command(BaseCommand):
+    help = "Make an API key for an existing user and print it; only its hash is kept."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("username")
+        parser.add_argument("--name", default="from the command line", help="to tell keys apart")
+        parser.add_argument("--expires-days", type=int, help="default: it never expires")
+
+    def handle(
+        self, *args: Any, username: str, name: str, expires_days: int | None, **options: Any
+    ) -> None:
+        if expires_days is not None and expires_days < 1:
+            raise CommandError(f"--expires-days: expected at least 1, got {expires_days}")
+        if not 1 <= len(name) <= 100:
+            raise CommandError(f"--name: expected 1 to 100 characters, got {len(name)}")
+        try:
+            user = User.objects.get_by_natural_key(username)
+        except User.DoesNotExist:
+            raise CommandError(
+                f"there is no user {username!r}; make one in the admin, or with createsuperuser"
+            ) from None
+        if not user.is_active:
+            raise CommandError(f"user {username!r} is not active, so its keys open nothing")
+        expires_in = timedelta(days=expires_days) if expires_days is not None else None
+        api_key, key = api_key_create(user=user, name=name, expires_in=expires_in)
+        # The key alone on standard output, so that a script can take it.
+        until = f"until {api_key.expires_at:%Y-%m-%d}" if api_key.expires_at else "for ever"
+        self.stderr.write(f"key of {username}, good {until}; it is shown this once:", str)
+        self.stdout.write(key)
