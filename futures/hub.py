@@ -1,0 +1,140 @@
+"""Waiting without polling: one LISTEN connection per web process wakes whoever waits.
+
+A waiter registers before it reads the row, so a future that becomes final between the two
+wakes it. Whenever LISTEN begins, at first or after a lost connection, everybody is woken and
+reads again, because anything may have been missed. A waiter holds a dictionary entry and no
+database connection. The module serves the event loop of its process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import psycopg
+from django.db import InterfaceError, OperationalError, connections
+from psycopg import sql
+
+from futures.database import alias, dedicated_parameters
+from futures.errors import FutureNotFound
+from futures.models import Future
+from futures.notify import FINISHED_CHANNEL
+
+logger = logging.getLogger(__name__)
+
+_READERS = 4
+"""Threads that read rows; as many pooled connections can be in use here at once."""
+
+_RECONNECT_SECONDS = 1.0
+
+_readers = ThreadPoolExecutor(_READERS, thread_name_prefix="futures-hub")
+
+
+class Hub:
+    """Wakes the waiters of one event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._listening: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def waiting(self, request_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever the future may have become final."""
+        if self._listening is None or self._listening.done():
+            self._listening = asyncio.create_task(self._listen(), name="futures hub")
+        event = asyncio.Event()
+        self._waiting.setdefault(request_id, set()).add(event)
+        try:
+            yield event
+        finally:
+            events = self._waiting[request_id]
+            events.discard(event)
+            if not events:
+                del self._waiting[request_id]
+
+    async def close(self) -> None:
+        """Stop listening; the next waiter begins again."""
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+            self._listening = None
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with await psycopg.AsyncConnection.connect(
+                    **dedicated_parameters()
+                ) as connection:
+                    await connection.execute(
+                        sql.SQL("LISTEN {}").format(sql.Identifier(FINISHED_CHANNEL))
+                    )
+                    self._wake(list(self._waiting))
+                    async for notification in connection.notifies():
+                        self._wake(notification.payload.split())
+            except psycopg.Error as error:
+                logger.warning("Waiting for futures: Postgres does not answer (%s)", error)
+            await asyncio.sleep(_RECONNECT_SECONDS)
+
+    def _wake(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            for event in self._waiting.get(request_id, ()):
+                event.set()
+
+
+_hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
+
+
+def hub() -> Hub:
+    """The hub of the running event loop."""
+    return _hubs.setdefault(asyncio.get_running_loop(), Hub())
+
+
+async def future_wait(request_id: str, *, owner_id: int, timeout_seconds: float) -> Future | None:
+    """The future with its result once it is final, or None when the time is up.
+
+    Holds no connection and no transaction while it waits, so giving up is free and waiting
+    twice is harmless. If Postgres goes away meanwhile, it waits for it to come back.
+
+    Raises:
+        FutureNotFound: The owner has no such future. (404)
+        OperationalError: Django's; Postgres could not be asked even once.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_seconds
+    asked = False
+    with hub().waiting(request_id) as event:
+        while True:
+            event.clear()
+            over = loop.time() >= deadline
+            try:
+                future = await loop.run_in_executor(_readers, _read, request_id, owner_id)
+                asked = True
+            except (OperationalError, InterfaceError):
+                if not asked:
+                    raise
+            else:
+                if future.is_final:
+                    return future
+            if over:
+                return None
+            # When the time is up the row is read once more, in case a notification was lost.
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await event.wait()
+            except TimeoutError:
+                continue
+
+
+def _read(request_id: str, owner_id: int) -> Future:
+    """Read in a reader's thread, and give the connection back before anybody waits."""
+    try:
+        future = Future.objects.defer("payload").filter(pk=request_id, owner_id=owner_id).first()
+    finally:
+        connections[alias()].close()
+    if future is None:
+        raise FutureNotFound
+    return future

@@ -1,0 +1,95 @@
+"""Reads: one future, where it stands, and what the dashboards show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from django.db.models import Count, Q, QuerySet
+from django.utils import timezone
+
+from futures.errors import FutureNotFound, FuturePurged
+from futures.models import Future, Worker
+from futures.transitions import State
+
+HEARTBEAT_TIMEOUT = timedelta(seconds=30)
+"""A worker that has said nothing for so long serves nobody."""
+
+_MAX_POSITION = 1000
+"""Nobody who waits behind a thousand needs to know exactly, and counting costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What the owner of a waiting future is told of its queue."""
+
+    state: str
+    """``active`` or ``paused_capacity``, in the SDK's words."""
+    reason: str
+    """A sentence; empty while active."""
+
+
+def future_get(*, request_id: str, owner_id: int, with_result: bool = False) -> Future:
+    """The owner's future, without its payload, and without its result unless asked for.
+
+    Raises:
+        FutureNotFound: The owner has no such future; another's is no different. (404)
+        FuturePurged: The result was asked for and has been pruned. (410)
+    """
+    hidden = ("payload",) if with_result else ("payload", "result")
+    future = Future.objects.defer(*hidden).filter(pk=request_id, owner_id=owner_id).first()
+    if future is None:
+        raise FutureNotFound
+    if with_result and future.state == State.READY and future.pruned_at is not None:
+        raise FuturePurged
+    return future
+
+
+def queue_position(future: Future) -> int:
+    """How many open futures of its queue were submitted before it; 0 when it is final.
+
+    An estimate: owners take turns, lanes wait for their own order. At most 1000.
+    """
+    if future.is_final:
+        return 0
+    before = Future.objects.open().filter(queue=future.queue, created_at__lt=future.created_at)
+    return before[:_MAX_POSITION].count()
+
+
+def queue_state(queue: str) -> QueueState:
+    """Whether a worker serves the queue now, and if not, why."""
+    worker = (
+        Worker.objects.filter(
+            queue=queue, state__in=[Worker.WorkerState.STARTING, Worker.WorkerState.LIVE]
+        )
+        .only("state", "heartbeat_at")
+        .first()
+    )
+    if worker is None:
+        return QueueState("paused_capacity", "No worker serves this queue at the moment.")
+    if worker.state == Worker.WorkerState.STARTING:
+        return QueueState("paused_capacity", "The worker is starting.")
+    if worker.heartbeat_at < timezone.now() - HEARTBEAT_TIMEOUT:
+        return QueueState("paused_capacity", "The worker does not answer.")
+    return QueueState("active", "")
+
+
+def live_workers() -> QuerySet[Worker]:
+    """Workers that take work, one per queue at most."""
+    return Worker.objects.filter(
+        state=Worker.WorkerState.LIVE, heartbeat_at__gte=timezone.now() - HEARTBEAT_TIMEOUT
+    ).order_by("queue")
+
+
+def queue_counts() -> dict[str, dict[str, int]]:
+    """Queue to how many futures are pending and running in it; empty queues are absent."""
+    rows = (
+        Future.objects.open()
+        .values("queue")
+        .annotate(
+            pending=Count("pk", filter=Q(state=State.PENDING)),
+            running=Count("pk", filter=Q(state=State.RUNNING)),
+        )
+        .order_by("queue")
+    )
+    return {row["queue"]: {"pending": row["pending"], "running": row["running"]} for row in rows}

@@ -1,0 +1,193 @@
+"""The life of a worker: one per queue, each life with an epoch that fences its commits.
+
+Two guards keep a second worker out. A session-level advisory lock on a connection of its own
+says whether the process lives; Postgres frees it when the process dies, however it dies. And
+the worker's row says which epoch may commit; a constraint allows one open row per queue.
+Recovery is the next worker's start: it does not depend on any timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import psycopg
+from django.db import transaction
+from django.utils import timezone
+
+from futures.broker import doorbell
+from futures.claiming import futures_release
+from futures.database import alias, dedicated_parameters, execute
+from futures.errors import Fenced, QueueTaken
+from futures.models import Worker
+from futures.notify import notify_bell, notify_finished
+
+MAX_ATTEMPTS = 3
+"""Workers that a future may stop before it is failed by name."""
+
+CRASHED = f"This request stopped the worker {MAX_ATTEMPTS} times, so it is not tried again."
+
+_PATIENCE_SECONDS = 5.0
+"""How long a start waits for the lock of a predecessor that is just going."""
+
+_OPEN = (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
+
+# Of what the queue's former epochs hold, nothing is visible yet: all of it waits again, except
+# what has now stopped too many workers.
+_TAKE_OVER = """
+WITH held AS (
+    UPDATE futures_future
+    SET attempts = attempts + 1,
+        state = CASE WHEN attempts + 1 >= %(max_attempts)s THEN 'failed' ELSE 'pending' END,
+        worker_id = CASE WHEN attempts + 1 >= %(max_attempts)s THEN worker_id END,
+        started_at = CASE WHEN attempts + 1 >= %(max_attempts)s THEN started_at END,
+        finished_at = CASE WHEN attempts + 1 >= %(max_attempts)s THEN statement_timestamp() END,
+        error = CASE WHEN attempts + 1 >= %(max_attempts)s THEN %(error)s ELSE '' END,
+        category = CASE WHEN attempts + 1 >= %(max_attempts)s THEN 'server' ELSE '' END,
+        error_code = CASE WHEN attempts + 1 >= %(max_attempts)s THEN 'CrashedWorker' ELSE '' END
+    WHERE state = 'running'
+        AND worker_id IN (SELECT id FROM futures_worker WHERE queue = %(queue)s)
+    RETURNING id, lane_id, seq_id, state
+), moved AS (
+    UPDATE futures_lane AS l SET next_seq_id = least(l.next_seq_id, first.seq_id)
+    FROM (
+        SELECT lane_id, min(seq_id) AS seq_id FROM held WHERE state = 'pending' GROUP BY lane_id
+    ) AS first
+    WHERE l.id = first.lane_id AND l.ordered
+)
+SELECT id FROM held WHERE state = 'failed'
+"""
+
+
+class QueueLock:
+    """A session-level advisory lock on a queue, on a connection kept for it alone.
+
+    Raises QueueTaken when another process holds it. Postgres frees it when this process
+    ends; if only the connection is lost, ``renew`` takes it again.
+    """
+
+    def __init__(self, queue: str) -> None:
+        self._queue = queue
+        self._connection = self._take(_PATIENCE_SECONDS)
+
+    def renew(self) -> None:
+        """Make sure the lock is held.
+
+        Raises:
+            QueueTaken: The connection was lost and another worker has taken the lock since.
+            OperationalError: psycopg's; Postgres cannot be reached, so nobody knows.
+        """
+        try:
+            self._connection.execute("SELECT")
+        except psycopg.OperationalError:
+            self._connection.close()
+            self._connection = self._take(_PATIENCE_SECONDS)
+
+    def release(self) -> None:
+        self._connection.close()
+
+    def _take(self, patience_seconds: float) -> psycopg.Connection[Any]:
+        connection = psycopg.connect(**dedicated_parameters())
+        try:
+            connection.execute(
+                "SELECT set_config('lock_timeout', %s, false)", [f"{patience_seconds * 1000:.0f}"]
+            )
+            connection.execute(
+                "SELECT pg_advisory_lock(hashtextextended('futures queue ' || %s, 0))",
+                [self._queue],
+            )
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, psycopg.errors.LockNotAvailable):
+                raise QueueTaken from None
+            raise
+        return connection
+
+
+def worker_start(*, queue: str, figures: Mapping[str, Any]) -> Worker:
+    """Begin a worker's life as the only one of its queue, and recover from the last one.
+
+    What former epochs held is pending again with one attempt more, and failed by name at the
+    third; the doorbells they had locked are replaced by a fresh one. The worker returned
+    holds the queue's lock until ``worker_stop`` or the end of the process.
+
+    Raises:
+        QueueTaken: Another live process serves the queue.
+    """
+    lock = QueueLock(queue)
+    try:
+        with transaction.atomic(using=alias()):
+            Worker.objects.filter(queue=queue, state__in=_OPEN).update(
+                state=Worker.WorkerState.LOST, stopped_at=timezone.now()
+            )
+            failed = execute(
+                _TAKE_OVER, {"queue": queue, "max_attempts": MAX_ATTEMPTS, "error": CRASHED}
+            )
+            notify_finished(request_id for (request_id,) in failed)
+            worker = Worker.objects.create(
+                queue=queue, hostname=socket.gethostname(), pid=os.getpid(), figures=dict(figures)
+            )
+            execute(
+                """
+                WITH old AS (DELETE FROM django_q_ormq WHERE key = %(queue)s)
+                INSERT INTO django_q_ormq (key, payload, lock)
+                VALUES (%(queue)s, %(doorbell)s, statement_timestamp())
+                """,
+                {"queue": queue, "doorbell": doorbell(queue)},
+            )
+            notify_bell(queue)
+    except BaseException:
+        lock.release()
+        raise
+    worker.queue_lock = lock
+    return worker
+
+
+def worker_live(worker: Worker, figures: Mapping[str, Any]) -> None:
+    """Say that the worker has loaded what it needs and takes work. Raises Fenced."""
+    _beat(worker, figures, state=Worker.WorkerState.LIVE)
+
+
+def worker_heartbeat(worker: Worker, figures: Mapping[str, Any]) -> None:
+    """Say that the worker lives, and what it has to say of itself.
+
+    Raises:
+        Fenced: It was replaced, or its queue's lock is another's. It must end.
+        OperationalError: Django's or psycopg's; Postgres does not answer, so nobody knows.
+    """
+    _beat(worker, figures)
+
+
+def worker_stop(worker: Worker) -> None:
+    """End the worker's life: what it still holds waits again, and the queue is free.
+
+    Stopping is no crash, so it counts no attempt. Does nothing to the rows of a worker that
+    was replaced, whose futures are another's already.
+    """
+    with transaction.atomic(using=alias()):
+        stopped = Worker.objects.filter(pk=worker.pk, state__in=_OPEN).update(
+            state=Worker.WorkerState.STOPPED, stopped_at=timezone.now()
+        )
+        if stopped:
+            held = execute(
+                "SELECT id FROM futures_future WHERE worker_id = %(id)s AND state = 'running'",
+                {"id": worker.pk},
+            )
+            futures_release(worker=worker, request_ids=[request_id for (request_id,) in held])
+    if worker.queue_lock is not None:
+        worker.queue_lock.release()
+
+
+def _beat(worker: Worker, figures: Mapping[str, Any], **changes: Any) -> None:
+    beaten = Worker.objects.filter(pk=worker.pk, state__in=_OPEN).update(
+        heartbeat_at=timezone.now(), figures=dict(figures), **changes
+    )
+    if not beaten:
+        raise Fenced
+    if worker.queue_lock is not None:
+        try:
+            worker.queue_lock.renew()
+        except QueueTaken:
+            raise Fenced from None
