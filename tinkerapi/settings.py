@@ -74,6 +74,7 @@ CSRF_TRUSTED_ORIGINS = env_list("TINKERAPI_CSRF_TRUSTED_ORIGINS")
 
 INSTALLED_APPS = [
     "unfold",  # before django.contrib.admin, whose templates it replaces
+    "unfold.contrib.filters",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",

@@ -1,0 +1,414 @@
+"""Futures, lanes and workers in the admin: look, cancel what waits, replay what ran."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from django.contrib import admin
+from django.db.models import QuerySet
+from django.http import HttpRequest, HttpResponse
+from django.template.defaultfilters import filesizeformat
+from django.template.response import TemplateResponse
+from django.utils import timezone
+from django.utils.safestring import SafeString
+from unfold.contrib.filters.admin import (
+    AutocompleteSelectFilter,
+    BooleanRadioFilter,
+    ChoicesCheckboxFilter,
+    RadioFilter,
+    RangeDateTimeFilter,
+)
+from unfold.decorators import action, display
+from unfold.enums import ActionVariant
+
+from futures.console import (
+    ConsoleAdmin,
+    duration,
+    link,
+    list_link,
+    moment,
+    page_url,
+    preformatted,
+    redirect,
+    state_label,
+)
+from futures.models import Future, Lane, Worker
+from futures.preview import body_preview, value_preview
+from futures.services import future_cancel, future_resubmit
+from futures.transitions import FINAL_STATES, State
+
+STALE_HEARTBEAT = timedelta(seconds=30)
+"""A live worker that was silent for longer is shown as suspect."""
+
+RECENT_FUTURES = 1000
+"""How many of the newest futures tell which kinds there are to filter by."""
+
+
+class KindFilter(RadioFilter):  # type: ignore[misc]  # unfold has no type information
+    """By kind, offering those of the newest futures: no pass over the whole table."""
+
+    title = "kind"
+    parameter_name = "kind"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        newest = model_admin.get_queryset(request).order_by("-created_at")
+        kinds = set(newest.values_list("kind", flat=True)[:RECENT_FUTURES])
+        return [(kind, kind) for kind in sorted(kinds)]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Future]) -> QuerySet[Future]:
+        return queryset.filter(kind=self.value()) if self.value() else queryset
+
+
+@admin.register(Future)
+class FutureAdmin(ConsoleAdmin):
+    """The requests of everybody, or one's own, newest first."""
+
+    list_display = (
+        "request",
+        "kind",
+        "state_label",
+        "lane_link",
+        "seq_id",
+        "facts",
+        "owner_link",
+        "created",
+        "waited",
+        "ran",
+    )
+    list_filter = (
+        ("state", ChoicesCheckboxFilter),
+        KindFilter,
+        ("owner", AutocompleteSelectFilter),
+        ("created_at", RangeDateTimeFilter),
+    )
+    list_filter_submit = True
+    list_select_related = ("lane", "owner")
+    search_fields = ("id__startswith", "lane__id__startswith", "idempotency_key__exact")
+    search_help_text = "Beginning of a request id or of a lane's id, or a whole idempotency key"
+    ordering = ("-created_at",)
+    sortable_by = ("created",)
+    actions = ("cancel_selected", "replay_selected")
+    actions_detail = ("cancel", "replay")
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("state_label", "kind"),
+                    ("owner_link", "queue"),
+                    ("lane_link", "seq_id"),
+                    ("worker_link", "attempts"),
+                    ("created", "waited"),
+                    ("started", "ran"),
+                    ("finished", "cost"),
+                    ("position", "batch"),
+                    ("replay_link", "replays"),
+                    ("idempotency_key", "pruned"),
+                )
+            },
+        ),
+    )
+    change_form_outer_after_template = "admin/futures/future/bodies.html"
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Future]:
+        rows: QuerySet[Future] = super().get_queryset(request)
+        return rows.defer("payload", "result", "payload_digest")
+
+    def render_change_form(
+        self,
+        request: HttpRequest,
+        context: dict[str, Any],
+        obj: Future | None = None,
+        **kwargs: Any,
+    ) -> TemplateResponse:
+        """Add what the request carried and what came of it."""
+        if obj is not None:
+            context["bodies"] = future_bodies(obj)
+            context["summary"] = obj.summary
+        response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
+        return response
+
+    @display(description="Request")
+    def request(self, future: Future) -> str:
+        return f"{future.pk[:15]}…"
+
+    @display(description="State")
+    def state_label(self, future: Future) -> SafeString:
+        return state_label(future.state)
+
+    @display(description="Summary")
+    def facts(self, future: Future) -> str:
+        return future.error.split("\n")[0][:80] if future.error else future.summary_line[:80]
+
+    @display(description="Owner")
+    def owner_link(self, future: Future) -> SafeString | None:
+        return link(future.owner)
+
+    @display(description="Lane")
+    def lane_link(self, future: Future) -> SafeString | None:
+        return link(future.lane)
+
+    @display(description="Worker")
+    def worker_link(self, future: Future) -> SafeString | None:
+        return link(future.worker)
+
+    @display(description="Replay of")
+    def replay_link(self, future: Future) -> SafeString | None:
+        return link(future.replay_of)
+
+    @display(description="Replayed as")
+    def replays(self, future: Future) -> SafeString | None:
+        return list_link(Future, "requests that replay this one", replay_of__id__exact=future.pk)
+
+    @display(description="Submitted", ordering="created_at")
+    def created(self, future: Future) -> SafeString | None:
+        return moment(future.created_at)
+
+    @display(description="Started")
+    def started(self, future: Future) -> SafeString | None:
+        return moment(future.started_at)
+
+    @display(description="Finished")
+    def finished(self, future: Future) -> SafeString | None:
+        return moment(future.finished_at)
+
+    @display(description="Pruned")
+    def pruned(self, future: Future) -> SafeString | None:
+        return moment(future.pruned_at)
+
+    @display(description="Waited")
+    def waited(self, future: Future) -> str | None:
+        """From the submission to the claim; so far, while it still waits."""
+        end = future.started_at or future.finished_at or timezone.now()
+        return duration(end - future.created_at)
+
+    @display(description="Ran")
+    def ran(self, future: Future) -> str | None:
+        if future.started_at is None:
+            return None
+        return duration((future.finished_at or timezone.now()) - future.started_at)
+
+    @display(description="Queue position")
+    def position(self, future: Future) -> int | None:
+        """How many futures of its queue were submitted before it and still wait, and itself."""
+        if future.state != State.PENDING:
+            return None
+        ahead = Future.objects.filter(
+            queue=future.queue, state=State.PENDING, created_at__lt=future.created_at
+        )
+        return ahead.count() + 1
+
+    def has_cancel_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return self.matches(request, object_id, state=State.PENDING)
+
+    def has_replay_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return self.matches(request, object_id, state__in=FINAL_STATES, payload__isnull=False)
+
+    @action(
+        description="Cancel",
+        icon="cancel",
+        variant=ActionVariant.DANGER,
+        permissions=["cancel"],
+        dialog={
+            "title": "Cancel this request?",
+            "description": "It has not begun. Whoever waits for it is told that it was cancelled.",
+            "form_class": None,
+            "form_submit_text": "Cancel the request",
+        },
+    )
+    def cancel(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        future = self.row(request, object_id)
+        self.cancel_one(request, future)
+        return redirect(request, page_url(future))
+
+    @action(
+        description="Replay",
+        icon="replay",
+        permissions=["replay"],
+        dialog={
+            "title": "Submit this request again?",
+            "description": "The same request joins the end of its lane as a new future. "
+            "One that trains changes its run once more.",
+            "form_class": None,
+            "form_submit_text": "Submit again",
+        },
+    )
+    def replay(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        future = self.row(request, object_id)
+        return redirect(request, page_url(self.replay_one(request, future) or future))
+
+    @action(description="Cancel selected requests that still wait", permissions=["cancel"])
+    def cancel_selected(self, request: HttpRequest, queryset: QuerySet[Future]) -> None:
+        for future in queryset:
+            self.cancel_one(request, future)
+
+    @action(description="Submit selected requests again", permissions=["replay"])
+    def replay_selected(self, request: HttpRequest, queryset: QuerySet[Future]) -> None:
+        for future in queryset.order_by("created_at"):
+            self.replay_one(request, future)
+
+    def cancel_one(self, request: HttpRequest, future: Future) -> None:
+        self.attempt(
+            request,
+            future,
+            "cancelled",
+            lambda: future_cancel(request_id=future.pk, owner_id=future.owner_id),
+        )
+
+    def replay_one(self, request: HttpRequest, future: Future) -> Future | None:
+        return self.attempt(
+            request, future, "submitted again", lambda: future_resubmit(request_id=future.pk)
+        )
+
+
+def future_bodies(future: Future) -> list[dict[str, str]]:
+    """What a future's page shows of payload and result; loads both."""
+    pruned = "pruned by the retention policy" if future.pruned_at else "none yet"
+    return [
+        {
+            "title": title,
+            "text": body_preview(body) if body is not None else pruned,
+            "size": filesizeformat(len(body)) if body is not None else "",
+        }
+        for title, body in (("Request", future.payload), ("Result", future.result))
+    ]
+
+
+@admin.register(Lane)
+class LaneAdmin(ConsoleAdmin):
+    """What runs in order, and how far each has come."""
+
+    list_display = ("id", "owner_link", "queue", "ordered", "next_seq_id", "last_seq_id", "futures")
+    list_filter = (("owner", AutocompleteSelectFilter), ("ordered", BooleanRadioFilter))
+    list_filter_submit = True
+    list_select_related = ("owner",)
+    search_fields = ("id__startswith",)
+    search_help_text = "Beginning of a lane's id"
+    sortable_by = ("id",)
+    ordering = ("id",)
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("id", "owner_link"),
+                    ("queue", "ordered"),
+                    ("next_seq_id", "last_seq_id"),
+                    ("waiting", "futures"),
+                )
+            },
+        ),
+    )
+
+    @display(description="Owner")
+    def owner_link(self, lane: Lane) -> SafeString | None:
+        return link(lane.owner)
+
+    @display(description="Futures")
+    def futures(self, lane: Lane) -> SafeString:
+        return list_link(Future, "futures of this lane", lane__id__exact=lane.pk)
+
+    @display(description="Waiting")
+    def waiting(self, lane: Lane) -> int:
+        return Future.objects.filter(lane=lane, state=State.PENDING).count()
+
+
+@admin.register(Worker)
+class WorkerAdmin(ConsoleAdmin):
+    """Lives of workers. The queue is everybody's to see; what a worker holds is not."""
+
+    owner_path = None
+    list_display = (
+        "name",
+        "state_label",
+        "queue",
+        "heartbeat",
+        "device",
+        "memory",
+        "hostname",
+        "pid",
+        "started",
+        "lived",
+    )
+    list_filter = (("state", ChoicesCheckboxFilter), ("started_at", RangeDateTimeFilter))
+    list_filter_submit = True
+    search_fields = ("queue", "hostname")
+    ordering = ("-id",)
+    sortable_by = ()
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("name", "state_label"),
+                    ("queue", "heartbeat"),
+                    ("device", "memory"),
+                    ("hostname", "pid"),
+                    ("started", "lived"),
+                    ("running", "futures"),
+                )
+            },
+        ),
+        ("Figures", {"fields": ("all_figures",)}),
+    )
+
+    def get_fieldsets(self, request: HttpRequest, obj: Worker | None = None) -> Any:
+        """Which adapters are resident is for superusers: their names are their owners'."""
+        fieldsets = super().get_fieldsets(request, obj)
+        return fieldsets if request.user.is_superuser else fieldsets[:1]
+
+    @display(description="Worker")
+    def name(self, worker: Worker) -> str:
+        return f"#{worker.pk}"
+
+    @display(description="State")
+    def state_label(self, worker: Worker) -> SafeString:
+        return state_label("silent" if is_silent(worker) else worker.state)
+
+    @display(description="Heartbeat")
+    def heartbeat(self, worker: Worker) -> SafeString | None:
+        return moment(worker.heartbeat_at)
+
+    @display(description="Device")
+    def device(self, worker: Worker) -> str | None:
+        return worker.figures.get("device")
+
+    @display(description="Memory")
+    def memory(self, worker: Worker) -> str | None:
+        return worker_memory(worker)
+
+    @display(description="Started")
+    def started(self, worker: Worker) -> SafeString | None:
+        return moment(worker.started_at)
+
+    @display(description="Lived")
+    def lived(self, worker: Worker) -> str | None:
+        """Up to its stop, or to its last sign of life."""
+        return duration((worker.stopped_at or worker.heartbeat_at) - worker.started_at)
+
+    @display(description="Running now")
+    def running(self, worker: Worker) -> int:
+        return Future.objects.filter(worker=worker, state=State.RUNNING).count()
+
+    @display(description="Futures")
+    def futures(self, worker: Worker) -> SafeString:
+        return list_link(Future, "futures it ran", worker__id__exact=worker.pk)
+
+    @display(description="As it says")
+    def all_figures(self, worker: Worker) -> SafeString:
+        return preformatted(value_preview(worker.figures))
+
+
+def is_silent(worker: Worker) -> bool:
+    """It says it lives, and has not been heard of for a while."""
+    living = worker.state in (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
+    return living and timezone.now() - worker.heartbeat_at > STALE_HEARTBEAT
+
+
+def worker_memory(worker: Worker) -> str | None:
+    """``used of total`` as the worker last said, or None if it did not."""
+    used, total = (worker.figures.get(f"memory_{part}_bytes") for part in ("used", "total"))
+    if not isinstance(used, int | float):
+        return None
+    return f"{filesizeformat(used)} of {filesizeformat(total)}" if total else filesizeformat(used)

@@ -1,0 +1,459 @@
+"""Runs, checkpoints and snapshots in the admin, and futures as the requests of runs."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from django.contrib import admin
+from django.db.models import OuterRef, QuerySet, Subquery
+from django.http import HttpRequest, HttpResponse
+from django.template.defaultfilters import filesizeformat
+from django.template.response import TemplateResponse
+from django.utils.safestring import SafeString
+from unfold.contrib.filters.admin import (
+    AutocompleteSelectFilter,
+    ChoicesCheckboxFilter,
+    RangeDateTimeFilter,
+)
+from unfold.decorators import action, display
+from unfold.enums import ActionVariant
+
+from futures.admin import FutureAdmin
+from futures.console import (
+    ConsoleAdmin,
+    changelist_url,
+    duration,
+    line_chart,
+    link,
+    link_to,
+    list_link,
+    moment,
+    page_url,
+    preformatted,
+    redirect,
+    state_label,
+)
+from futures.errors import FutureError
+from futures.models import Future, Lane
+from futures.preview import value_preview
+from futures.transitions import State
+from training.errors import TrainingError
+from training.models import Checkpoint, Run, Snapshot
+from training.progress import Progress, run_progress, with_last_loss
+from training.selectors import checkpoint_path
+from training.services import checkpoint_delete, run_remove_submit
+
+REFUSALS = (FutureError, TrainingError)
+NEWEST_ROWS = 10
+"""Of each table on a run's page."""
+
+admin.site.unregister(Future)
+
+
+@admin.register(Future)
+class RequestAdmin(FutureAdmin):
+    """Futures again, now that lanes are known to be runs."""
+
+    refusals = REFUSALS
+    search_help_text = "Run name, beginning of a request id or run id, or an idempotency key"
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Future]:
+        run = Run.objects.filter(pk=OuterRef("lane_id"))
+        return super().get_queryset(request).annotate(run_name=Subquery(run.values("name")[:1]))
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Future], search_term: str
+    ) -> tuple[QuerySet[Future], bool]:
+        found, may_have_duplicates = super().get_search_results(request, queryset, search_term)
+        if search_term:
+            runs = Run.objects.filter(name=search_term.strip())
+            found |= queryset.filter(lane_id__in=list(runs.values_list("pk", flat=True)))
+        return found, may_have_duplicates
+
+    @display(description="Run")
+    def lane_link(self, future: Future) -> SafeString | None:
+        name = getattr(future, "run_name", None)
+        if name is None or future.lane_id is None:
+            return link(future.lane)
+        return link_to(Run, future.lane_id, name)
+
+
+@admin.register(Run)
+class RunAdmin(ConsoleAdmin):
+    """Runs with how they go: last loss in the list, curves on the page."""
+
+    refusals = REFUSALS
+    list_display = (
+        "name",
+        "state_label",
+        "owner_link",
+        "base_model",
+        "rank",
+        "step",
+        "trained_tokens",
+        "last_loss",
+        "last_request",
+        "created",
+    )
+    list_filter = (
+        ("state", ChoicesCheckboxFilter),
+        ("owner", AutocompleteSelectFilter),
+        ("last_request_at", RangeDateTimeFilter),
+        ("created_at", RangeDateTimeFilter),
+    )
+    list_filter_submit = True
+    list_select_related = ("owner",)
+    search_fields = ("name__icontains", "id__startswith", "base_model__icontains")
+    search_help_text = "Part of a name or base model, or the beginning of a run id"
+    ordering = ("-last_request_at",)
+    sortable_by = ("name", "step", "trained_tokens", "last_request", "created")
+    actions_detail = ("remove",)
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("name", "state_label"),
+                    ("owner_link", "base_model"),
+                    ("rank", "alpha"),
+                    ("trains", "seed"),
+                    ("step", "trained_tokens"),
+                    ("applied_seq_id", "waiting"),
+                    ("created", "last_request"),
+                    ("replay_link", "removed"),
+                    ("id", "lane"),
+                )
+            },
+        ),
+    )
+    change_form_outer_before_template = "admin/training/run/charts.html"
+    change_form_outer_after_template = "admin/training/run/tables.html"
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Run]:
+        return with_last_loss(super().get_queryset(request))
+
+    def render_change_form(
+        self, request: HttpRequest, context: dict[str, Any], obj: Run | None = None, **kwargs: Any
+    ) -> TemplateResponse:
+        """Add the curves, and the newest rows that belong to the run."""
+        if obj is not None:
+            context["charts"] = progress_charts(run_progress(obj))
+            context["metadata"] = value_preview(obj.user_metadata) if obj.user_metadata else ""
+            context["tables"] = run_tables(obj)
+        response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
+        return response
+
+    @display(description="State")
+    def state_label(self, run: Run) -> SafeString:
+        return state_label(run.state)
+
+    @display(description="Owner")
+    def owner_link(self, run: Run) -> SafeString | None:
+        return link(run.owner)
+
+    @display(description="Tokens", ordering="tokens")
+    def trained_tokens(self, run: Run) -> str:
+        return f"{run.tokens:,}"
+
+    @display(description="Last loss")
+    def last_loss(self, run: Run) -> str | None:
+        return short_loss(run)
+
+    @display(description="Last request", ordering="last_request_at")
+    def last_request(self, run: Run) -> SafeString | None:
+        return moment(run.last_request_at)
+
+    @display(description="Created", ordering="created_at")
+    def created(self, run: Run) -> SafeString | None:
+        return moment(run.created_at)
+
+    @display(description="Removed")
+    def removed(self, run: Run) -> SafeString | None:
+        return moment(run.deleted_at)
+
+    @display(description="Replay of")
+    def replay_link(self, run: Run) -> SafeString | None:
+        return link(run.replay_of)
+
+    @display(description="Trains")
+    def trains(self, run: Run) -> str:
+        """Which modules have an adapter."""
+        if run.target_modules is not None:
+            return ", ".join(run.target_modules)
+        parts = {"attn": run.train_attn, "mlp": run.train_mlp, "unembed": run.train_unembed}
+        return ", ".join(name for name, is_trained in parts.items() if is_trained)
+
+    @display(description="Waiting")
+    def waiting(self, run: Run) -> int:
+        return Future.objects.filter(lane_id=run.pk, state=State.PENDING).count()
+
+    @display(description="Lane")
+    def lane(self, run: Run) -> SafeString | None:
+        return link(Lane.objects.filter(pk=run.pk).first(), "order of its requests")
+
+    def has_remove_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return self.matches(request, object_id, deleted_at__isnull=True)
+
+    @action(
+        description="Remove",
+        icon="delete",
+        variant=ActionVariant.DANGER,
+        permissions=["remove"],
+        dialog={
+            "title": "Remove this run?",
+            "description": "Its adapter leaves the worker once the requests before it are done, "
+            "and its name is free again. Its checkpoints and its history stay.",
+            "form_class": None,
+            "form_submit_text": "Remove the run",
+        },
+    )
+    def remove(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        run = self.row(request, object_id)
+        self.attempt(
+            request,
+            run,
+            "removed",
+            lambda: run_remove_submit(owner_id=run.owner_id, model_id=run.name),
+        )
+        return redirect(request, page_url(run))
+
+
+@admin.register(Checkpoint)
+class CheckpointAdmin(ConsoleAdmin):
+    """What people saved, and how much room it takes."""
+
+    owner_path = "run__owner"
+    refusals = REFUSALS
+    list_display = (
+        "path",
+        "kind",
+        "run_link",
+        "owner_link",
+        "step",
+        "size",
+        "created",
+        "expires",
+    )
+    list_filter = (
+        ("kind", ChoicesCheckboxFilter),
+        ("run__owner", AutocompleteSelectFilter),
+        ("created_at", RangeDateTimeFilter),
+    )
+    list_filter_submit = True
+    list_select_related = ("run__owner",)
+    search_fields = ("name__icontains", "run__name__icontains", "run__id__startswith")
+    search_help_text = "Part of a checkpoint's or a run's name, or the beginning of a run id"
+    ordering = ("-created_at",)
+    sortable_by = ("size", "created", "step")
+    actions_detail = ("delete_checkpoint",)
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("path", "kind"),
+                    ("run_link", "owner_link"),
+                    ("step", "saved_by"),
+                    ("size", "directory"),
+                    ("created", "expires"),
+                    ("public",),
+                )
+            },
+        ),
+        ("Metadata", {"fields": ("metadata",)}),
+    )
+
+    @display(description="Path")
+    def path(self, checkpoint: Checkpoint) -> str:
+        return str(checkpoint_path(checkpoint))
+
+    @display(description="Run")
+    def run_link(self, checkpoint: Checkpoint) -> SafeString | None:
+        return link(checkpoint.run)
+
+    @display(description="Owner")
+    def owner_link(self, checkpoint: Checkpoint) -> SafeString | None:
+        return link(checkpoint.run.owner)
+
+    @display(description="Saved by")
+    def saved_by(self, checkpoint: Checkpoint) -> SafeString | None:
+        future = Future.objects.without_bodies().filter(
+            lane_id=checkpoint.run_id, seq_id=checkpoint.seq_id
+        )
+        return link(future.first(), f"request {checkpoint.seq_id} of the run")
+
+    @display(description="Size", ordering="size_bytes")
+    def size(self, checkpoint: Checkpoint) -> str:
+        return filesizeformat(checkpoint.size_bytes)
+
+    @display(description="Saved", ordering="created_at")
+    def created(self, checkpoint: Checkpoint) -> SafeString | None:
+        return moment(checkpoint.created_at)
+
+    @display(description="Expires")
+    def expires(self, checkpoint: Checkpoint) -> SafeString | None:
+        return moment(checkpoint.expires_at)
+
+    @display(description="Set by the client")
+    def metadata(self, checkpoint: Checkpoint) -> SafeString | None:
+        metadata = checkpoint.user_metadata
+        return preformatted(value_preview(metadata)) if metadata else None
+
+    def has_delete_checkpoint_permission(
+        self, request: HttpRequest, object_id: str | None = None
+    ) -> bool:
+        return self.matches(request, object_id)
+
+    @action(
+        description="Delete",
+        icon="delete",
+        variant=ActionVariant.DANGER,
+        permissions=["delete_checkpoint"],
+        dialog={
+            "title": "Delete this checkpoint?",
+            "description": "Its files are gone for good.",
+            "form_class": None,
+            "form_submit_text": "Delete the checkpoint",
+        },
+    )
+    def delete_checkpoint(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        checkpoint = self.row(request, object_id)
+        self.attempt(
+            request, checkpoint, "deleted", lambda: checkpoint_delete(checkpoint_id=checkpoint.pk)
+        )
+        return redirect(request, changelist_url(Checkpoint))
+
+
+@admin.register(Snapshot)
+class SnapshotAdmin(ConsoleAdmin):
+    """What the server keeps for itself, to rebuild runs after a crash."""
+
+    owner_path = "run__owner"
+    list_display = ("snapshot", "run_link", "seq_id", "step", "size", "write_time", "created")
+    list_filter = (("created_at", RangeDateTimeFilter),)
+    list_filter_submit = True
+    list_select_related = ("run",)
+    search_fields = ("run__name__icontains", "run__id__startswith")
+    search_help_text = "Part of a run's name, or the beginning of a run id"
+    ordering = ("-created_at",)
+    sortable_by = ("size", "created")
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("run_link", "seq_id"),
+                    ("step", "epoch"),
+                    ("size", "write_time"),
+                    ("directory", "created"),
+                )
+            },
+        ),
+    )
+
+    @display(description="Snapshot")
+    def snapshot(self, snapshot: Snapshot) -> str:
+        return f"#{snapshot.pk}"
+
+    @display(description="Run")
+    def run_link(self, snapshot: Snapshot) -> SafeString | None:
+        return link(snapshot.run)
+
+    @display(description="Size", ordering="size_bytes")
+    def size(self, snapshot: Snapshot) -> str:
+        return filesizeformat(snapshot.size_bytes)
+
+    @display(description="Written in")
+    def write_time(self, snapshot: Snapshot) -> str | None:
+        return duration(timedelta(seconds=snapshot.write_seconds))
+
+    @display(description="Taken", ordering="created_at")
+    def created(self, snapshot: Snapshot) -> SafeString | None:
+        return moment(snapshot.created_at)
+
+
+def progress_charts(progress: Progress) -> list[dict[str, Any]]:
+    """Titles and data of the curves that have any value."""
+    steps = [point.step for point in progress.points]
+    curves = {
+        "Loss": ("nats per token", [point.loss for point in progress.points]),
+        "Gradient norm": ("before clipping", [point.grad_norm for point in progress.points]),
+        "Learning rate": ("", [point.learning_rate for point in progress.points]),
+    }
+    return [
+        {
+            "title": title,
+            "note": note,
+            "last": next((value for value in reversed(values) if value is not None), None),
+            "data": line_chart(steps, values, name=title),
+        }
+        for title, (note, values) in curves.items()
+        if any(value is not None for value in values)
+    ]
+
+
+def run_tables(run: Run) -> list[dict[str, Any]]:
+    """The newest requests, checkpoints and snapshots of a run, as unfold's tables."""
+    futures = Future.objects.without_bodies().filter(lane_id=run.pk).order_by("-seq_id")
+    return [
+        {
+            "title": "Newest requests",
+            "more": list_link(Future, "all", lane__id__exact=run.pk),
+            "table": {
+                "headers": ["Number", "Kind", "State", "Summary", "Submitted"],
+                "rows": [
+                    [
+                        link(future, str(future.seq_id)),
+                        future.kind,
+                        state_label(future.state),
+                        (future.error or future.summary_line)[:100],
+                        moment(future.created_at),
+                    ]
+                    for future in futures[:NEWEST_ROWS]
+                ],
+            },
+        },
+        {
+            "title": "Checkpoints",
+            "more": list_link(Checkpoint, "all", run__id__exact=run.pk),
+            "table": {
+                "headers": ["Name", "Kind", "Step", "Size", "Saved"],
+                "rows": [
+                    [
+                        link(checkpoint, checkpoint.name),
+                        checkpoint.kind,
+                        checkpoint.step,
+                        filesizeformat(checkpoint.size_bytes),
+                        moment(checkpoint.created_at),
+                    ]
+                    for checkpoint in run.checkpoints.order_by("-created_at")[:NEWEST_ROWS]
+                ],
+            },
+        },
+        {
+            "title": "Snapshots",
+            "more": list_link(Snapshot, "all", run__id__exact=run.pk),
+            "table": {
+                "headers": ["Up to request", "Step", "Size", "Written in", "Taken"],
+                "rows": [
+                    [
+                        link(snapshot, str(snapshot.seq_id)),
+                        snapshot.step,
+                        filesizeformat(snapshot.size_bytes),
+                        duration(timedelta(seconds=snapshot.write_seconds)),
+                        moment(snapshot.created_at),
+                    ]
+                    for snapshot in run.snapshots.order_by("-seq_id")[:NEWEST_ROWS]
+                ],
+            },
+        },
+    ]
+
+
+def short_loss(run: Run) -> str | None:
+    """The last loss of a run that was read by ``with_last_loss``."""
+    try:
+        return f"{float(getattr(run, 'last_loss', None) or ''):.4f}"
+    except ValueError:
+        return None
