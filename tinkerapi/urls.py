@@ -3,7 +3,16 @@
 from django.contrib import admin
 from django.urls import include, path
 
+from tinkerapi import manual
+
 urlpatterns = [
     path("admin/", admin.site.urls),
+    path("docs/", manual.index, name="docs"),
+    path("docs/<slug:name>", manual.page, name="docs-page"),
     path("", include("tinkerapi.api.urls")),
 ]
+
+handler400 = "tinkerapi.api.errors.bad_request"
+handler403 = "tinkerapi.api.errors.permission_denied"
+handler404 = "tinkerapi.api.errors.page_not_found"
+handler500 = "tinkerapi.api.errors.server_error"

@@ -1,0 +1,81 @@
+"""Futures as HTTP answers: one form for a waiting call and for ``/retrieve_future``.
+
+A failed future answers 500, although it is a normal outcome: the quick reference's clients
+loop until they see 200 or an error, and this is the error. Asking again gives the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from futures import payload
+from futures.errors import FuturePurged
+from futures.hub import future_wait
+from futures.models import Future
+from futures.selectors import queue_position, queue_state
+from futures.transitions import State
+from tinkerapi.api.async_view import in_database_thread
+from tinkerapi.api.errors import error_response
+from tinkerapi.api.renderers import JSONResponse
+
+RETRY_AFTER_SECONDS = 1
+
+LARGE_RESULT_BYTES = 64 * 1024
+"""Compressed; a larger result is rendered in a thread, so that other waits go on."""
+
+
+def final_answer(future: Future) -> JSONResponse:
+    """A final future's answer.
+
+    Raises:
+        FuturePurged: It was ready, and its result is no longer kept. (410)
+    """
+    if future.state == State.READY:
+        if future.result is None:
+            raise FuturePurged
+        return JSONResponse(payload.decode(bytes(future.result)))
+    if future.state == State.CANCELLED:
+        return error_response(
+            409,
+            "Job cancelled: its owner withdrew it before it began.",
+            error_code="FutureCancelled",
+            request_id=future.id,
+        )
+    return error_response(
+        500,
+        f"Job failed: {future.error}",
+        error_code=future.error_code or "ServerError",
+        category=future.category,
+        request_id=future.id,
+    )
+
+
+def pending_answer(future: Future, **more: Any) -> JSONResponse:
+    """202: come back later. Needs the database."""
+    queue = queue_state(future.queue)
+    body = {
+        "status": "pending",
+        "request_id": future.id,
+        "queue_position": queue_position(future),
+        "queue_state": queue.state,
+        "queue_state_reason": queue.reason,
+        **more,
+    }
+    response = JSONResponse(body, status=202)
+    response["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return response
+
+
+async def waited_answer(
+    future: Future, *, owner_id: int, timeout_seconds: float, **more: Any
+) -> JSONResponse:
+    """The answer once the future is final, or 202 when the time is up.
+
+    Holds no thread and no connection meanwhile; a client that goes away loses nothing.
+    """
+    final = await future_wait(future.id, owner_id=owner_id, timeout_seconds=timeout_seconds)
+    if final is None:
+        return await in_database_thread(lambda: pending_answer(future, **more))
+    if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
+        return await in_database_thread(final_answer, final)
+    return final_answer(final)

@@ -1,0 +1,78 @@
+"""A DRF view whose waiting costs no thread of ours and no database connection.
+
+The synchronous part of a request (authentication, parsing, one service call) runs in one of
+a few threads that own database connections. If the handler returns an awaitable, that is
+awaited on the event loop, after the thread and its connection were given back: thousands of
+requests may wait for their futures on a pool of eight connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from django.db import connection
+from django.http import HttpRequest, HttpResponseBase
+from rest_framework.request import Request
+from rest_framework.views import APIView
+
+T = TypeVar("T")
+
+DATABASE_THREADS = 4
+"""More would wait for Python's lock, or for a connection."""
+
+_executor = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
+
+
+def _then_close(function: Callable[..., T], *args: Any) -> T:
+    try:
+        return function(*args)
+    finally:
+        connection.close()  # to the pool; a thread that kept it would starve the others
+
+
+async def in_database_thread(function: Callable[..., T], *args: Any) -> T:
+    """Run a function that uses the database, and give its connection back."""
+    return await asyncio.get_running_loop().run_in_executor(_executor, _then_close, function, *args)
+
+
+class AsyncAPIView(APIView):
+    """DRF's dispatch in two parts: handlers run in a database thread, and what they return
+    to be awaited runs on the event loop.
+
+    A handler is a plain method, so it may use the ORM; an ``async def`` handler works too and
+    runs on the loop as a whole.
+    """
+
+    view_is_async = True
+
+    # DRF's own is synchronous; Django awaits this one because view_is_async says so.
+    async def dispatch(  # type: ignore[override]
+        self, request: HttpRequest, *args: Any, **kwargs: Any
+    ) -> HttpResponseBase:
+        self.args, self.kwargs = args, kwargs
+        self.headers = self.default_response_headers
+        self.request = drf_request = self.initialize_request(request, *args, **kwargs)
+        try:
+            response = await in_database_thread(self._handle, drf_request)
+            if inspect.isawaitable(response):
+                response = await response
+        except Exception as exc:
+            response = self.handle_exception(exc)
+        self.response = self.finalize_response(drf_request, response, *args, **kwargs)
+        return self.response
+
+    def _handle(self, request: Request) -> Any:
+        self.initial(request, *self.args, **self.kwargs)
+        method = (request.method or "").lower()
+        handler = self.http_method_not_allowed
+        if method in self.http_method_names:
+            handler = getattr(self, method, handler)
+        return handler(request, *self.args, **self.kwargs)
+
+    def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
+        """Nothing is negotiated: see ``renderers``."""
+        return self.get_renderers()[0], "application/json"

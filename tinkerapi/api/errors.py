@@ -1,0 +1,157 @@
+"""The one table from error class to HTTP status, and the one shape of every error answer.
+
+``{"detail": str, "error_code": str, "category": "user" | "server"}``: the sentence for a
+person, the class name for a program, and whose fault it is. Domain errors know no HTTP; a
+test walks their subclasses and fails if one has no row here.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from django.core.exceptions import PermissionDenied
+from django.db import InterfaceError, OperationalError
+from django.http import Http404, HttpRequest, HttpResponse
+from django.views import defaults
+from rest_framework import exceptions
+
+from futures import errors as futures_errors
+from tinkerapi.api.renderers import JSONResponse
+from training import errors as training_errors
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 2
+
+STATUS: Mapping[type[Exception], int] = {
+    training_errors.TrainingError: 400,
+    training_errors.InvalidRequest: 400,
+    training_errors.InvalidDatum: 400,
+    training_errors.LimitExceeded: 400,
+    training_errors.RunNotFound: 404,
+    training_errors.RunExists: 409,
+    training_errors.CheckpointNotFound: 404,
+    training_errors.CheckpointExists: 409,
+    training_errors.BaseModelNotFound: 404,
+    training_errors.NonFiniteResult: 400,
+    training_errors.OutOfMemory: 503,
+    training_errors.StorageFull: 507,
+    training_errors.RunLost: 410,
+    futures_errors.FutureError: 400,
+    futures_errors.FutureNotFound: 404,
+    futures_errors.FuturePurged: 410,
+    futures_errors.FuturePayloadPruned: 410,
+    futures_errors.FutureNotCancellable: 409,
+    futures_errors.SeqIdReused: 409,
+    futures_errors.IdempotencyKeyReused: 409,
+    futures_errors.QueueFull: 429,
+    futures_errors.PayloadTooLarge: 413,
+    futures_errors.Fenced: 500,
+    futures_errors.QueueTaken: 500,
+}
+"""Domain error class to the status of a request that raises it."""
+
+
+class BodyTooLarge(exceptions.APIException):
+    """The request body is larger than this server allows."""
+
+    status_code = 413
+
+
+class SdkDialectNotSpoken(exceptions.APIException):
+    """This server does not speak the tinker SDK's dialect yet."""
+
+    status_code = 400
+    default_detail = "this server does not speak the tinker SDK's dialect yet"
+
+
+def error_response(
+    status: int, detail: str, *, error_code: str, category: str | None = None, **more: Any
+) -> JSONResponse:
+    """The one error shape; without a category, a status below 500 is the user's fault."""
+    category = category or ("user" if status < 500 else "server")
+    body = {"detail": detail, "error_code": error_code, "category": category, **more}
+    response = JSONResponse(body, status=status)
+    if status in (429, 503):
+        response["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return response
+
+
+def exception_handler(exc: Exception, context: Mapping[str, Any]) -> HttpResponse:
+    """DRF's hook: whatever a view raises becomes an answer, never a traceback.
+
+    An exception that nobody planned is logged with an id, and the answer carries the id only:
+    its text may hold internals.
+    """
+    if isinstance(exc, Http404):
+        exc = exceptions.NotFound()
+    elif isinstance(exc, PermissionDenied):
+        exc = exceptions.PermissionDenied()
+    if isinstance(exc, exceptions.APIException):
+        response = error_response(exc.status_code, str(exc.detail), error_code=type(exc).__name__)
+        if challenge := getattr(exc, "auth_header", None):
+            response["WWW-Authenticate"] = challenge
+        return response
+    for ancestor in type(exc).__mro__:
+        if status := STATUS.get(ancestor):
+            return error_response(
+                status,
+                str(exc),
+                error_code=type(exc).__name__,
+                category=getattr(exc, "category", None),
+            )
+    if isinstance(exc, OperationalError | InterfaceError):
+        logger.warning("the database did not answer: %s", exc)
+        return error_response(
+            503,
+            "The database did not answer. Send the request again, with an Idempotency-Key "
+            "header if it must not run twice.",
+            error_code="DatabaseUnavailable",
+        )
+    return unexpected_error(exc, context["request"])
+
+
+def unexpected_error(exc: BaseException | None, request: HttpRequest) -> JSONResponse:
+    """500 with an id under which the log has the traceback."""
+    log_id = secrets.token_hex(6)
+    logger.error("log id %s: %s %s", log_id, request.method, request.path, exc_info=exc)
+    return error_response(
+        500,
+        f"The server failed; its log has the details under {log_id}.",
+        error_code="ServerError",
+        log_id=log_id,
+    )
+
+
+def _for_pages(request: HttpRequest) -> bool:
+    return request.path.startswith(("/admin", "/docs"))
+
+
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """Django's ``handler400``: JSON, but the admin's people see a page. So the next three."""
+    if _for_pages(request):
+        return defaults.bad_request(request, exception)
+    return error_response(400, "The request is malformed.", error_code="BadRequest")
+
+
+def permission_denied(request: HttpRequest, exception: Exception) -> HttpResponse:
+    if _for_pages(request):
+        return defaults.permission_denied(request, exception)
+    return error_response(403, "This is not allowed.", error_code="PermissionDenied")
+
+
+def page_not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
+    if _for_pages(request):
+        return defaults.page_not_found(request, exception)
+    return error_response(
+        404, f"There is no {request.path}; GET / lists every endpoint.", error_code="NotFound"
+    )
+
+
+def server_error(request: HttpRequest) -> HttpResponse:
+    if _for_pages(request):
+        return defaults.server_error(request)
+    return error_response(500, "The server failed.", error_code="ServerError")

@@ -1,0 +1,243 @@
+"""What a request body may hold: each field says itself how to check a value and how to
+describe it in the OpenAPI schema, so that the two cannot disagree.
+
+Checking names the place and what was expected there: ``adam_params.beta1: expected a number
+of at least 0 and below 1; got 1.5``. A field that is not declared is refused by name. ``null``
+for an optional field means the same as leaving it out. Bulk data has its own checks in ``data``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from training.errors import InvalidRequest
+
+Schema = dict[str, Any]
+
+MAX_INTEGER = 2**63 - 1
+"""What the database can store."""
+
+
+def shown(value: object) -> str:
+    """A value as an error message may show it: short, and as JSON writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:40] + "…")
+    if isinstance(value, int | float):
+        return repr(value)[:40]
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def refuse(where: str, expected: str, value: object) -> InvalidRequest:
+    """The error for a value of the wrong kind."""
+    return InvalidRequest(f"{where}: expected {expected}; got {shown(value)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field(ABC):
+    """One field of a request body."""
+
+    description: str
+    required: bool = False
+    default: Any = None
+    """What an absent optional field means."""
+    example: Any = None
+    """Shown in the schema, so that a person can try the call."""
+
+    @abstractmethod
+    def check(self, value: Any, where: str) -> Any:
+        """The value as the services take it.
+
+        Raises:
+            InvalidRequest: It is not one; the message begins with ``where``. (400)
+        """
+
+    @abstractmethod
+    def json_schema(self) -> Schema:
+        """Its type and bounds, in OpenAPI 3.0."""
+
+    def schema(self) -> Schema:
+        """All that the OpenAPI schema says of it."""
+        schema = {**self.json_schema(), "description": self.description}
+        if not self.required:
+            schema["nullable"] = True
+            if self.default is not None:
+                schema["default"] = self.default
+        if self.example is not None:
+            schema["example"] = self.example
+        return schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integer(Field):
+    minimum: int = 0
+    maximum: int | Callable[[], int] = MAX_INTEGER
+    """A function for a limit that comes from the settings."""
+
+    def check(self, value: Any, where: str) -> int:
+        maximum = self._maximum()
+        if type(value) is not int or not self.minimum <= value <= maximum:
+            bounds = f"from {self.minimum} to {maximum}"
+            if maximum == MAX_INTEGER:
+                bounds = f"of at least {self.minimum}"
+            raise refuse(where, f"a whole number {bounds}", value)
+        return value
+
+    def json_schema(self) -> Schema:
+        return {"type": "integer", "minimum": self.minimum, "maximum": self._maximum()}
+
+    def _maximum(self) -> int:
+        return self.maximum() if callable(self.maximum) else self.maximum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number(Field):
+    minimum: float = 0.0
+    above_minimum: bool = False
+    """True excludes the minimum itself."""
+    below: float | None = None
+    maximum: float | None = None
+
+    def check(self, value: Any, where: str) -> float:
+        if (
+            type(value) not in (int, float)
+            or not math.isfinite(value)
+            or value < self.minimum
+            or (self.above_minimum and value == self.minimum)
+            or (self.below is not None and value >= self.below)
+            or (self.maximum is not None and value > self.maximum)
+        ):
+            raise refuse(where, f"a number {self._bounds()}", value)
+        return float(value)
+
+    def _bounds(self) -> str:
+        bounds = f"{'above' if self.above_minimum else 'of at least'} {self.minimum:g}"
+        if self.below is not None:
+            bounds += f" and below {self.below:g}"
+        if self.maximum is not None:
+            bounds += f" and at most {self.maximum:g}"
+        return bounds
+
+    def json_schema(self) -> Schema:
+        schema: Schema = {"type": "number", "format": "double", "minimum": self.minimum}
+        if self.above_minimum:
+            schema["exclusiveMinimum"] = True
+        if self.below is not None:
+            schema |= {"maximum": self.below, "exclusiveMaximum": True}
+        if self.maximum is not None:
+            schema["maximum"] = self.maximum
+        return schema
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag(Field):
+    def check(self, value: Any, where: str) -> bool:
+        if type(value) is not bool:
+            raise refuse(where, "true or false", value)
+        return value
+
+    def json_schema(self) -> Schema:
+        return {"type": "boolean"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Field):
+    max_length: int = 200
+    pattern: str | None = None
+    """For the schema only; the service that owns the format checks it."""
+
+    def check(self, value: Any, where: str) -> str:
+        if type(value) is not str or not 0 < len(value) <= self.max_length:
+            raise refuse(where, f"text of 1 to {self.max_length} characters", value)
+        if "\0" in value:
+            raise InvalidRequest(f"{where}: may not hold the character U+0000")
+        return value
+
+    def json_schema(self) -> Schema:
+        schema: Schema = {"type": "string", "minLength": 1, "maxLength": self.max_length}
+        return schema if self.pattern is None else {**schema, "pattern": self.pattern}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Field):
+    choices: tuple[str, ...]
+
+    def check(self, value: Any, where: str) -> str:
+        if type(value) is not str or value not in self.choices:
+            raise refuse(where, f"one of {', '.join(self.choices)}", value)
+        return value
+
+    def json_schema(self) -> Schema:
+        return {"type": "string", "enum": list(self.choices)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(Field):
+    """A field whose check and schema are written out where its form is known."""
+
+    checker: Callable[[Any, str], Any]
+    json: Schema
+
+    def check(self, value: Any, where: str) -> Any:
+        return self.checker(value, where)
+
+    def json_schema(self) -> Schema:
+        return self.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Object(Field):
+    """A nested object; absent, it holds its fields' defaults."""
+
+    fields: Mapping[str, Field]
+
+    def check(self, value: Any, where: str) -> dict[str, Any]:
+        return check_object(self.fields, value, where)
+
+    def json_schema(self) -> Schema:
+        return object_schema(self.fields)
+
+
+def check_object(fields: Mapping[str, Field], value: Any, where: str = "") -> dict[str, Any]:
+    """Every declared field's value or default.
+
+    Raises:
+        InvalidRequest: Not an object, a field is missing, unknown or wrong. (400)
+    """
+    if not isinstance(value, dict):
+        raise refuse(where or "body", "an object", value)
+    prefix = f"{where}." if where else ""
+    for name in value:
+        if name not in fields:
+            raise InvalidRequest(
+                f"{prefix}{name[:60]}: unknown field; expected {', '.join(fields) or 'no field'}"
+            )
+    checked = {}
+    for name, field in fields.items():
+        given = value.get(name)
+        if given is not None:
+            checked[name] = field.check(given, prefix + name)
+        elif field.required:
+            raise InvalidRequest(f"{prefix}{name}: this field is required")
+        elif isinstance(field, Object):
+            checked[name] = field.check({}, prefix + name)
+        else:
+            checked[name] = field.default
+    return checked
+
+
+def object_schema(fields: Mapping[str, Field]) -> Schema:
+    """The schema of an object that holds these fields and no others."""
+    schema: Schema = {
+        "type": "object",
+        "properties": {name: field.schema() for name, field in fields.items()},
+        "additionalProperties": False,
+    }
+    if required := [name for name, field in fields.items() if field.required]:
+        schema["required"] = required
+    return schema

@@ -1,0 +1,98 @@
+"""Bytes to values: the request body as one JSON object, or a sentence about why not.
+
+Django has spooled the body to a temporary file by now; nothing of it is read into memory
+beyond the limit. ``body_limit`` refuses large bodies earlier, before they arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import IO, Any
+
+import orjson
+from django.conf import settings
+from django.http import HttpRequest
+from rest_framework.exceptions import ParseError, UnsupportedMediaType
+from rest_framework.parsers import BaseParser
+
+from tinkerapi.api.errors import BodyTooLarge
+
+JSON = "application/json"
+
+_NOT_JSON = ("NaN", "Infinity", "-Infinity")
+
+
+class JSONParser(BaseParser):
+    """JSON by orjson: UTF-8 only, no NaN, no infinity, no trailing commas."""
+
+    media_type = JSON
+
+    def parse(
+        self,
+        stream: IO[Any],
+        media_type: str | None = None,
+        parser_context: Mapping[str, Any] | None = None,
+    ) -> Any:
+        body = stream.read(settings.MAX_BODY_BYTES + 1)
+        if len(body) > settings.MAX_BODY_BYTES:
+            raise BodyTooLarge(too_large_sentence())
+        return parse_json(body)
+
+
+def json_object(request: HttpRequest) -> dict[str, Any]:
+    """The request's body as a dictionary; no body at all is an empty one.
+
+    Raises:
+        BodyTooLarge: By its Content-Length, or by what arrived. (413)
+        UnsupportedMediaType: Not JSON, or compressed. (415)
+        ParseError: Not JSON inside, or not an object. (400)
+    """
+    length = request.META.get("CONTENT_LENGTH") or "0"
+    if length.isdigit() and int(length) > settings.MAX_BODY_BYTES:
+        raise BodyTooLarge(too_large_sentence())
+    if encoding := request.headers.get("Content-Encoding"):
+        raise UnsupportedMediaType(
+            encoding,
+            detail=f"Content-Encoding: {encoding[:40]!r} is not supported; send plain JSON",
+        )
+    if request.content_type not in ("", JSON):
+        raise UnsupportedMediaType(
+            request.content_type,
+            detail=f"Content-Type: expected {JSON}; got {request.content_type[:100]!r}",
+        )
+    value = JSONParser().parse(request)
+    if not isinstance(value, dict):
+        raise ParseError('The body must be a JSON object, such as {"model_id": "my_model"}.')
+    if value and not request.content_type:
+        raise UnsupportedMediaType(
+            "", detail=f"Content-Type: expected {JSON}, but the request has no Content-Type"
+        )
+    return value
+
+
+def parse_json(body: bytes) -> Any:
+    """The value; an empty body counts as ``{}``.
+
+    Raises:
+        ParseError: With line and column of the first wrong byte.
+    """
+    if not body.strip():
+        return {}
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        rest = exc.doc[exc.pos : exc.pos + 9] if isinstance(exc.doc, str) else ""
+        reason = exc.msg
+        for literal in _NOT_JSON:
+            if rest.startswith(literal):
+                reason = f"{literal} is not a JSON number"
+        raise ParseError(
+            f"The body is not valid JSON: {reason} (line {exc.lineno}, column {exc.colno})."
+        ) from None
+
+
+def too_large_sentence() -> str:
+    return (
+        f"The body is larger than {settings.MAX_BODY_BYTES} bytes; send the data in several "
+        "requests, or raise TINKERAPI_MAX_BODY_BYTES."
+    )

@@ -1,0 +1,59 @@
+"""Values to bytes: every answer is JSON, whatever the request's Accept header says.
+
+The official SDK and command-line tools send Accept headers that DRF's negotiation would
+refuse with 406; so nothing is negotiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import orjson
+from django.http import HttpResponse
+from rest_framework.renderers import BaseRenderer
+
+
+def to_json(value: Any) -> bytes:
+    """UTF-8 JSON. Numpy arrays become lists; NaN and infinity, which JSON lacks, null."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError:
+        # orjson takes only C-contiguous native arrays; the others are rare.
+        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+class JSONResponse(HttpResponse):
+    """An answer whose body is ready: Django need not visit a thread to render it."""
+
+    def __init__(self, value: Any, *, status: int = 200) -> None:
+        super().__init__(to_json(value), content_type="application/json", status=status)
+        self["X-Content-Type-Options"] = "nosniff"
+
+
+class JSONRenderer(BaseRenderer):
+    """For the views of other packages that return DRF's own Response."""
+
+    media_type = "application/json"
+    format = "json"
+    charset = None
+
+    def render(
+        self,
+        data: Any,
+        accepted_media_type: str | None = None,
+        renderer_context: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        return b"" if data is None else to_json(data)
+
+
+def timestamp(moment: datetime | None) -> str | None:
+    """ISO 8601 with its offset."""
+    return moment.isoformat() if moment is not None else None

@@ -1,0 +1,86 @@
+"""Futures: retrieve_future, cancel_future."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping
+from typing import Any, ClassVar
+
+from django.conf import settings
+from django.http import HttpResponse
+from rest_framework.request import Request
+
+from futures.selectors import future_get
+from futures.services import future_cancel
+from tinkerapi.api.answers import final_answer, pending_answer, waited_answer
+from tinkerapi.api.fields import Field, Schema, Text
+from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.views.base import WAIT, ApiView
+
+REQUEST_ID = Text(
+    description="The id that the submission answered.",
+    required=True,
+    max_length=100,
+    example="future_0123456789abcdef0123456789abcdef",
+)
+
+
+class RetrieveFutureView(ApiView):
+    """Ask for a future's result, as often as you like.
+
+    Answers 202 while it is pending, then 200 with the result itself. Without `wait` it
+    answers at once.
+    """
+
+    group = "Futures"
+    fields: ClassVar[Mapping[str, Field]] = {"request_id": REQUEST_ID, "wait": WAIT}
+    answer: ClassVar[Schema] = {
+        "type": "object",
+        "description": "What the waiting form of the call would have answered.",
+    }
+    answer_example: ClassVar[Any] = {"loss": 2.31, "model_id": "my_model"}
+    errors: ClassVar[Mapping[int, str]] = {
+        202: "Still pending.",
+        404: "You have no future of this id.",
+        409: "It was cancelled.",
+        410: "Its result is no longer kept.",
+        500: "The operation failed; `detail` says why.",
+    }
+
+    def post(self, request: Request) -> HttpResponse | Awaitable[HttpResponse]:
+        body = self.checked_body(request)
+        owner_id = request.user.pk
+        future = future_get(request_id=body["request_id"], owner_id=owner_id, with_result=True)
+        if future.is_final:
+            return final_answer(future)
+        if not body["wait"]:
+            return pending_answer(future)
+        wait = min(body["wait"], settings.MAX_WAIT_SECONDS)
+        return waited_answer(future, owner_id=owner_id, timeout_seconds=wait)
+
+
+class CancelFutureView(ApiView):
+    """Withdraw a request that has not begun; its place in the order is skipped."""
+
+    group = "Futures"
+    fields: ClassVar[Mapping[str, Field]] = {"request_id": REQUEST_ID}
+    answer: ClassVar[Schema] = {
+        "type": "object",
+        "properties": {
+            "status": {"type": "string", "enum": ["cancelled"]},
+            "request_id": {"type": "string"},
+        },
+        "required": ["status", "request_id"],
+    }
+    answer_example: ClassVar[Any] = {
+        "status": "cancelled",
+        "request_id": "future_0123456789abcdef0123456789abcdef",
+    }
+    errors: ClassVar[Mapping[int, str]] = {
+        404: "You have no future of this id.",
+        409: "It already runs or is final.",
+    }
+
+    def post(self, request: Request) -> HttpResponse:
+        body = self.checked_body(request)
+        future_cancel(request_id=body["request_id"], owner_id=request.user.pk)
+        return JSONResponse({"status": "cancelled", "request_id": body["request_id"]})

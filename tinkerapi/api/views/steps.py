@@ -1,0 +1,224 @@
+"""Training: forward, forward_backward, optim_step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from tinkerapi.api.data import DATA_SCHEMA, check_data
+from tinkerapi.api.fields import Choice, Custom, Field, Number, Object, Schema, Text, refuse
+from tinkerapi.api.views.base import OperationView
+from training.errors import InvalidDatum, InvalidRequest
+from training.selectors import loss_functions
+from training.services import Submission, forward_backward_submit, optim_step_submit
+from training.types import AdamParams, Conversation, Datum
+
+MODEL_ID = Text(
+    description="The name of your model: your adapter and its optimizer state.",
+    pattern="^[A-Za-z0-9][A-Za-z0-9._:-]*$",
+    max_length=128,
+    required=True,
+    example="my_model",
+)
+
+PASS_ANSWER: Schema = {
+    "type": "object",
+    "properties": {
+        "loss": {
+            "type": "number",
+            "nullable": True,
+            "description": "Weighted mean negative log-likelihood per trained token, in nats.",
+        },
+        "num_samples": {"type": "integer"},
+        "num_tokens": {"type": "integer"},
+        "model_id": {"type": "string"},
+        "backend": {"type": "string"},
+        "metrics": {"type": "object", "additionalProperties": {"type": "number"}},
+        "loss_fn_outputs": {"type": "array", "items": {"type": "object"}},
+    },
+    "required": ["loss", "num_samples", "num_tokens", "model_id", "metrics", "loss_fn_outputs"],
+}
+
+
+def check_loss_fn_config(value: Any, where: str) -> dict[str, float]:
+    """Names to finite numbers; which names, the loss function decides."""
+    if not isinstance(value, dict):
+        raise refuse(where, "an object of numbers by name", value)
+    number = Number(description="", minimum=float("-inf"))
+    return {name: number.check(item, f"{where}.{name[:60]}") for name, item in value.items()}
+
+
+def check_loss(loss_fn: str, config: Mapping[str, float], data: list[Conversation | Datum]) -> None:
+    """Whether the loss function exists and gets its settings and inputs.
+
+    Raises:
+        InvalidRequest: The message names the field. (400)
+    """
+    known = loss_functions()
+    if loss_fn not in known:
+        raise refuse("loss_fn", f"one of {', '.join(known)}", loss_fn)
+    defaults, inputs = known[loss_fn]["config"], known[loss_fn]["inputs"]
+    for name in config:
+        if name not in defaults:
+            raise InvalidRequest(
+                f"loss_fn_config.{name[:60]}: unknown for {loss_fn}; "
+                f"expected {', '.join(defaults) or 'no field'}"
+            )
+    for name, default in defaults.items():
+        if default is None and name not in config:
+            raise InvalidRequest(f"loss_fn_config.{name}: this field is required for {loss_fn}")
+    for index, item in enumerate(data):
+        if isinstance(item, Conversation):
+            if loss_fn != "cross_entropy":
+                raise InvalidDatum(
+                    f"data[{index}]: {loss_fn} needs token-level datums with loss_fn_inputs "
+                    f"{', '.join(inputs)}; a conversation works with cross_entropy only"
+                )
+        elif set(item.loss_fn_inputs) != set(inputs):
+            raise InvalidDatum(
+                f"data[{index}].loss_fn_inputs: {loss_fn} takes exactly {', '.join(inputs)}; "
+                f"got {', '.join(name[:60] for name in item.loss_fn_inputs)}"
+            )
+
+
+class ForwardBackwardView(OperationView):
+    """Compute the loss of some data and add its gradient to the model's.
+
+    An unknown `model_id` makes a model of that name on the default base model. The gradient
+    is that of the **sum** over trained tokens; `loss` is the mean. Operations of one model run
+    in the order in which they were submitted, and a failed one changes nothing.
+    """
+
+    group = "Training"
+    forward_only: ClassVar[bool] = False
+    fields: ClassVar[Mapping[str, Field]] = {
+        "model_id": MODEL_ID,
+        "data": Custom(
+            description='Conversations (lists of messages, or `{"messages": [...]}`) or '
+            'token-level datums `{"model_input": [...], "loss_fn_inputs": {...}}`. Position i '
+            "of a datum's inputs speaks about the prediction of token i + 1.",
+            required=True,
+            checker=check_data,
+            json=DATA_SCHEMA,
+            example=[
+                [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi!"}]
+            ],
+        ),
+        "loss_fn": Text(
+            description="The loss function; GET /list_loss_functions has them all.",
+            default="cross_entropy",
+            max_length=60,
+        ),
+        "loss_fn_config": Custom(
+            description="Settings of the loss function.",
+            default={},
+            checker=check_loss_fn_config,
+            json={"type": "object", "additionalProperties": {"type": "number"}},
+        ),
+        "train_on": Choice(
+            description="Which tokens of a conversation are trained: what the assistant says, "
+            "everything, or (auto) the former if there is an assistant turn.",
+            choices=("auto", "assistant", "all"),
+            default="auto",
+        ),
+    }
+    answer = PASS_ANSWER
+    answer_example: ClassVar[Any] = {
+        "loss": 2.31,
+        "num_samples": 1,
+        "num_tokens": 14,
+        "model_id": "my_model",
+        "backend": "torch-cpu",
+        "metrics": {"loss:sum": 6.93, "num_tokens": 14, "num_weighted_tokens": 3},
+        "loss_fn_outputs": [{"logprobs": [-0.1, -2.4, -4.43]}],
+    }
+    errors: ClassVar[Mapping[int, str]] = {429: "Too many of your futures are waiting."}
+
+    def submit(
+        self, body: dict[str, Any], *, owner_id: int, idempotency_key: str | None
+    ) -> Submission:
+        check_loss(body["loss_fn"], body["loss_fn_config"], body["data"])
+        return forward_backward_submit(
+            owner_id=owner_id,
+            model_id=body["model_id"],
+            data=body["data"],
+            loss_fn=body["loss_fn"],
+            loss_fn_config=body["loss_fn_config"],
+            train_on=body["train_on"],
+            forward_only=self.forward_only,
+            idempotency_key=idempotency_key,
+        )
+
+
+class ForwardView(ForwardBackwardView):
+    """Compute the loss of some data and leave the gradient as it is."""
+
+    forward_only = True
+
+
+_ADAM = AdamParams()
+
+
+class OptimStepView(OperationView):
+    """Take one AdamW step with the gradient accumulated so far, and clear it."""
+
+    group = "Training"
+    fields: ClassVar[Mapping[str, Field]] = {
+        "model_id": MODEL_ID,
+        "adam_params": Object(
+            description="AdamW as torch.optim.AdamW computes it.",
+            fields={
+                "learning_rate": Number(
+                    description="Step size.", default=_ADAM.learning_rate, example=1e-4
+                ),
+                "beta1": Number(
+                    description="Decay of the mean gradient.", below=1, default=_ADAM.beta1
+                ),
+                "beta2": Number(
+                    description="Decay of the mean squared gradient.",
+                    below=1,
+                    default=_ADAM.beta2,
+                ),
+                "eps": Number(description="Keeps the division finite.", default=_ADAM.eps),
+                "weight_decay": Number(
+                    description="Decoupled weight decay.", default=_ADAM.weight_decay
+                ),
+                "grad_clip_norm": Number(
+                    description="Largest global gradient norm; 0 means no clipping.",
+                    default=_ADAM.grad_clip_norm,
+                ),
+            },
+        ),
+    }
+    answer: ClassVar[Schema] = {
+        "type": "object",
+        "properties": {
+            "metrics": {
+                "type": "object",
+                "properties": {
+                    "learning_rate": {"type": "number"},
+                    "grad_norm": {"type": "number"},
+                    "step": {"type": "integer"},
+                },
+            },
+            "model_id": {"type": "string"},
+            "backend": {"type": "string"},
+        },
+        "required": ["metrics", "model_id"],
+    }
+    answer_example: ClassVar[Any] = {
+        "metrics": {"learning_rate": 1e-4, "grad_norm": 3.2, "step": 1},
+        "model_id": "my_model",
+        "backend": "torch-cpu",
+    }
+    errors: ClassVar[Mapping[int, str]] = {404: "No model of this name."}
+
+    def submit(
+        self, body: dict[str, Any], *, owner_id: int, idempotency_key: str | None
+    ) -> Submission:
+        return optim_step_submit(
+            owner_id=owner_id,
+            model_id=body["model_id"],
+            adam_params=AdamParams(**body["adam_params"]),
+            idempotency_key=idempotency_key,
+        )

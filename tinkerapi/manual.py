@@ -1,0 +1,63 @@
+"""The manual at ``/docs/``: the Markdown files of ``tinkerapi/docs`` as pages."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.utils.safestring import SafeString, mark_safe
+from markdown import Markdown
+
+DOCS_DIR = Path(__file__).parent / "docs"
+
+
+@cache
+def titles() -> dict[str, str]:
+    """File name without suffix to title, in the order of the file names.
+
+    Pages are looked up here and nowhere else, so a name from an address never becomes a path.
+    """
+    return {path.stem: _title(path) for path in sorted(DOCS_DIR.glob("*.md"))}
+
+
+def index(request: HttpRequest) -> HttpResponse:
+    """The list of pages."""
+    return render(request, "docs/index.html", {"titles": titles()})
+
+
+def page(request: HttpRequest, name: str) -> HttpResponse:
+    """One page with its table of contents."""
+    if name not in titles():
+        raise Http404
+    content, contents = _rendered(name)
+    return render(
+        request,
+        "docs/page.html",
+        {
+            "titles": titles(),
+            "name": name,
+            "title": titles()[name],
+            "content": content,
+            "contents": contents,
+        },
+    )
+
+
+def _title(path: Path) -> str:
+    first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first_line.removeprefix("#").strip() or path.stem
+
+
+@cache
+def _rendered(name: str) -> tuple[SafeString, SafeString]:
+    """HTML of the page and of its contents list; both from our own files, so safe."""
+    source = (DOCS_DIR / f"{name}.md").read_text(encoding="utf-8")
+    markdown = Markdown(
+        extensions=["extra", "toc", "sane_lists"],
+        extension_configs={"toc": {"toc_depth": "2-3", "permalink": "#"}},
+    )
+    html = markdown.convert(source)
+    contents = getattr(markdown, "toc", "")
+    return mark_safe(html), mark_safe(contents)  # noqa: S308
