@@ -173,6 +173,7 @@ Q_CLUSTER = {
     "max_attempts": 3,
     "save_limit": -1,  # successes are not kept: each save would lock all kept rows
     "catch_up": False,
+    "log_level": "WARNING",  # a line for each doorbell is a quarter of what a submission costs
     "ALT_CLUSTERS": {},  # must exist, or naming another cluster is a KeyError at import
 }
 
@@ -253,7 +254,17 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
 
 # --- The admin's look, logging ----------------------------------------------------------
 
-UNFOLD = {"SITE_TITLE": "tinkerapi", "SITE_HEADER": "tinkerapi", "SHOW_VIEW_ON_SITE": False}
+UNFOLD = {
+    "SITE_TITLE": "tinkerapi",
+    "SITE_HEADER": "tinkerapi",
+    "SITE_SUBHEADER": "LoRA training console",
+    "SITE_SYMBOL": "model_training",
+    "SITE_URL": "/docs/",
+    "SHOW_VIEW_ON_SITE": False,
+    "STYLES": ["tinkerapi.dashboard.stylesheet"],
+    "DASHBOARD_CALLBACK": "tinkerapi.dashboard.dashboard",
+    "SIDEBAR": {"navigation": "tinkerapi.dashboard.navigation"},
+}
 
 LOGGING = {
     "version": 1,
