@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from django.conf import settings
 
+from futures.workers import worker_start
 from tinkerapi.postgres import EmbeddedPostgres
+from training.base_models import base_model_get
+from training.engine.fake import FakeEngine
+from training.worker.loop import WorkLoop
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +35,45 @@ def django_db_modify_db_settings(
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the data folder of this run."""
     shutil.rmtree(Path(settings.DATA_DIR), ignore_errors=True)
+
+
+class InProcessWorker:
+    """The real work loop on a fake engine, stepped by the test instead of by doorbells."""
+
+    def __init__(self, engine: FakeEngine | None = None) -> None:
+        self.engine = engine or FakeEngine()
+        self.worker = worker_start(queue=base_model_get(None).queue, figures={})
+        self.loop = WorkLoop(
+            self.engine, self.worker, stopping=lambda: False, bell_rang=lambda: False
+        )
+
+    def __call__(self) -> None:
+        """Work until nothing may run."""
+        self.loop.run_until_idle()
+
+    def die(self) -> None:
+        """Leave as after SIGKILL: nothing is given back, only the lock is gone."""
+        if self.worker.queue_lock is not None:
+            self.worker.queue_lock.release()
+
+
+@pytest.fixture
+def start_worker(db: None) -> Iterator[Callable[..., InProcessWorker]]:
+    """``start_worker()``: a new worker life; ``work = start_worker(); work()`` runs what waits."""
+    workers: list[InProcessWorker] = []
+
+    def start(engine: FakeEngine | None = None) -> InProcessWorker:
+        if workers:
+            workers[-1].die()
+        workers.append(InProcessWorker(engine))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.die()
+
+
+@pytest.fixture
+def work(start_worker: Callable[..., InProcessWorker]) -> InProcessWorker:
+    """A worker that is live; ``work()`` runs everything that may run."""
+    return start_worker()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from django.conf import settings
 from django.db import transaction
@@ -53,20 +54,26 @@ class WorkLoop:
         *,
         stopping: Callable[[], bool],
         bell_rang: Callable[[], bool],
+        figures: dict[str, Any] | None = None,
     ) -> None:
-        """
+        """Begin with nothing held.
+
         Args:
             stopping: Asked between batches; True makes ``run_until_idle`` return.
             bell_rang: Cheap look whether something was submitted since it was last asked.
+            figures: Where the loop writes what it has to say of itself.
         """
         self._engine = engine
         self._worker = worker
         self._stopping = stopping
         self._bell_rang = bell_rang
-        self._scheduler = Scheduler(batch_cost=settings.BATCH_TOKENS)
+        self._scheduler = Scheduler(
+            batch_cost=settings.BATCH_TOKENS, batch_lanes=settings.RESIDENT_ADAPTERS
+        )
         self.residency = Residency(engine, worker)
         self._operations = Operations(engine, self.residency)
         self._sampling: dict[str, _Sampling] = {}
+        self._figures = figures if figures is not None else {}
         self._batch = 0
         self._runs: dict[str, Run] = {}
 
@@ -115,6 +122,7 @@ class WorkLoop:
     def _load_runs(self, batch: Batch) -> None:
         lanes = {f.lane_id for f in [*batch.passes, *batch.samples, *batch.barriers] if f.lane_id}
         self._runs = {run.id: run for run in Run.objects.filter(id__in=lanes)}
+        self.residency.pin(self._runs)
 
     def _admit(self, future: Future, effects: Effects) -> None:
         """Hand a sample's prompts to the sampler, or fail it by name."""
@@ -206,6 +214,11 @@ class WorkLoop:
                 write()
         for act in effects.after_commit:
             act()
+        self._figures |= {
+            "batches": self._batch,
+            "resident_adapters": len(self._engine.adapter_names()),
+            "sampling": len(self._sampling),
+        }
 
     def _snapshot(self, effects: Effects) -> None:
         for run_id, seconds in effects.seconds.items():

@@ -20,9 +20,9 @@ from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
+from futures.claiming import Outcome
 from futures.models import Future
 from futures.payload import decode
-from futures.services import Outcome
 from training import payloads
 from training.engine.interface import Engine
 from training.errors import CheckpointExists, RunLost, RunNotFound, TrainingError

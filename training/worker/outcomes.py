@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from futures.claiming import Outcome
 from futures.models import Future
 from futures.payload import encode
-from futures.services import Outcome
 from training.engine.interface import SampleOutput
 from training.errors import TrainingError
 from training.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepOutput

@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -57,6 +57,12 @@ class Residency:
         self._worker = worker
         self._residents: dict[str, _Resident] = {}
         self._checkpoints: dict[str, float] = {}
+        self._pinned: frozenset[str] = frozenset()
+
+    def pin(self, run_ids: Iterable[str]) -> None:
+        """Keep these runs in memory until the next call: a batch changes them, and what is not
+        committed must not be snapshotted."""
+        self._pinned = frozenset(run_ids)
 
     def bring_run(self, run: Run) -> str:
         """Make the run's adapter resident; return its name in the engine.
@@ -104,8 +110,9 @@ class Residency:
         self._delete_snapshots(run, keep=0)
 
     def worked(self, run_id: str, seconds: float) -> None:
-        """Add to what a crash would have to repeat for this run."""
-        self._residents[run_id].debt_seconds += seconds
+        """Add to what a crash would have to repeat for this run, if it is still there."""
+        if run_id in self._residents:
+            self._residents[run_id].debt_seconds += seconds
 
     def snapshot_due(self, run_id: str) -> bool:
         """Whether the work since the last snapshot is worth more than writing one."""
@@ -156,7 +163,11 @@ class Residency:
         """Evict the least recently used adapters until one more may be made."""
         while len(self._residents) + len(self._checkpoints) >= settings.RESIDENT_ADAPTERS:
             used = {key: resident.used_at for key, resident in self._residents.items()}
-            name = min(used | self._checkpoints, key=(used | self._checkpoints).__getitem__)
+            used |= self._checkpoints
+            evictable = used.keys() - self._pinned
+            if not evictable:
+                return
+            name = min(evictable, key=used.__getitem__)
             if name in self._checkpoints:
                 del self._checkpoints[name]
                 self._engine.drop_adapter(name)

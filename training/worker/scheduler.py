@@ -40,9 +40,15 @@ class Batch:
 class Scheduler:
     """The futures that this worker holds and has not begun, and the lanes that wait."""
 
-    def __init__(self, *, batch_cost: int) -> None:
-        """``batch_cost``: tokens that one batch may hold; one future alone may exceed it."""
+    def __init__(self, *, batch_cost: int, batch_lanes: int) -> None:
+        """Begin with nothing held.
+
+        Args:
+            batch_cost: Tokens that one batch may hold; one future alone may exceed it.
+            batch_lanes: Lanes that one batch may touch: as many adapters must be in memory.
+        """
         self._batch_cost = batch_cost
+        self._batch_lanes = batch_lanes
         self._lanes: dict[str, deque[Future]] = {}
         self._sampling: dict[str, set[str]] = {}
 
@@ -57,11 +63,12 @@ class Scheduler:
         run."""
         batch, cost = Batch(), 0
         barred: set[str] = set()
+        touched: set[str] = set()
         progress = True
         while progress:
             progress = False
             for lane, queue in list(self._lanes.items()):
-                if lane in barred:
+                if lane in barred or (lane not in touched and len(touched) >= self._batch_lanes):
                     continue
                 future = queue[0]
                 if future.kind not in SHARED:
@@ -78,6 +85,7 @@ class Scheduler:
                     self._sampling.setdefault(lane, set()).add(future.id)
                 else:
                     batch.passes.append(future)
+                touched.add(lane)
                 cost += future.cost
                 progress = True
                 queue.popleft()

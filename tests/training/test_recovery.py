@@ -1,0 +1,217 @@
+"""A worker dies; the next one goes on as if nothing had happened, or says by name why not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pytest_django import Settings
+
+from futures.models import Future
+from tests.conftest import InProcessWorker
+from training.engine.fake import FakeEngine
+from training.models import Run, Snapshot
+
+Submit = Callable[..., Future]
+Start = Callable[..., InProcessWorker]
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def state_of(worker: InProcessWorker, name: str) -> dict[str, Any]:
+    """The run's adapter, rebuilt if need be."""
+    run = Run.objects.get(name=name)
+    return worker.engine.adapter_state(worker.loop.residency.bring_run(run))
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+@pytest.fixture
+def train(forward_backward: Submit, optim_step: Submit) -> Callable[[str, int], None]:
+    """``train("m", 3)``: three steps of two forward_backwards each."""
+
+    def submit(name: str, steps: int) -> None:
+        for step in range(steps):
+            forward_backward(name, f"question {step}", "answer")
+            forward_backward(name, "again", f"answer {step}")
+            optim_step(name, learning_rate=0.1)
+
+    return submit
+
+
+def test_a_new_worker_rebuilds_a_run_from_its_log(
+    start_worker: Start, train: Callable[[str, int], None], forward_backward: Submit
+) -> None:
+    work = start_worker()
+    train("m", 3)
+    forward_backward("m", "half", "a step")
+    work()
+    before = state_of(work, "m")
+    work.die()
+    assert_same(state_of(start_worker(), "m"), before)
+
+
+def test_a_new_worker_rebuilds_a_run_from_snapshot_and_log(
+    start_worker: Start, train: Callable[[str, int], None], forward_backward: Submit
+) -> None:
+    work = start_worker()
+    train("m", 2)
+    forward_backward("m", "half", "a step")
+    work()
+    work.loop.give_back()
+    train("m", 1)
+    work()
+    before = state_of(work, "m")
+    work.die()
+    replayed: list[str] = []
+    engine = FakeEngine(before_verb=lambda verb, names: replayed.append(verb))
+    assert_same(state_of(start_worker(engine), "m"), before)
+    assert replayed.count("optim_step") == 1
+
+
+def test_an_unreadable_snapshot_is_passed_over_for_the_one_before(
+    start_worker: Start,
+    train: Callable[[str, int], None],
+    settings: Settings,
+) -> None:
+    work = start_worker()
+    for _ in range(2):
+        train("m", 1)
+        work()
+        work.loop.give_back()
+    before = state_of(work, "m")
+    work.die()
+    newest = Snapshot.objects.order_by("-seq_id")[0]
+    weights = Path(settings.DATA_DIR) / newest.directory / "weights.npy"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    assert_same(state_of(start_worker(), "m"), before)
+
+
+@pytest.mark.parametrize("verb", ["forward_backward", "optim_step", "create_adapter"])
+def test_a_worker_that_dies_in_an_operation_changes_nothing(
+    start_worker: Start, train: Callable[[str, int], None], verb: str
+) -> None:
+    unbroken = start_worker()
+    train("unbroken", 3)
+    unbroken()
+    expected = state_of(unbroken, "unbroken")
+
+    countdown = {"left": 2 if verb != "create_adapter" else 1}
+
+    def kill(name: str, _: tuple[str, ...]) -> None:
+        countdown["left"] -= name == verb
+        if name == verb and countdown["left"] == 0:
+            raise Killed
+
+    train("m", 3)
+    with pytest.raises(Killed):
+        start_worker(FakeEngine(before_verb=kill))()
+    work = start_worker()
+    work()
+    assert not Future.objects.exclude(state="ready").exists()
+    assert_same(state_of(work, "m"), expected)
+
+
+def test_a_request_that_kills_three_workers_fails_by_name_and_the_rest_go_on(
+    start_worker: Start, forward_backward: Submit
+) -> None:
+    forward_backward("m", "hi")
+    start_worker()()
+    before = forward_backward("m", "good")
+    poison = forward_backward("m", "poison")
+    after = forward_backward("m", "good")
+
+    class Poisoned(FakeEngine):
+        def render_conversation(self, messages: Any, *, train_on: str) -> Any:
+            if messages[0]["content"] == "poison":
+                raise Killed
+            return super().render_conversation(messages, train_on=train_on)
+
+    for _ in range(3):
+        with pytest.raises(Killed):
+            start_worker(Poisoned())()
+    start_worker(Poisoned())()
+    for future in (before, poison, after):
+        future.refresh_from_db()
+    assert [before.state, poison.state, after.state] == ["ready", "failed", "ready"]
+    assert "3 times" in poison.error
+
+
+def test_what_was_claimed_and_not_begun_is_given_back_when_a_worker_stops(
+    start_worker: Start, forward_backward: Submit
+) -> None:
+    work = start_worker()
+    future = forward_backward("m", "hi")
+    work.loop._stopping = iter([False, True]).__next__
+    work()
+    work.loop.give_back()
+    future.refresh_from_db()
+    assert (future.state, future.attempts) == ("pending", 0)
+    start_worker()()
+    future.refresh_from_db()
+    assert future.state == "ready"
+
+
+def test_idle_adapters_leave_for_their_snapshot_and_come_back(
+    start_worker: Start, train: Callable[[str, int], None], settings: Settings
+) -> None:
+    settings.RESIDENT_ADAPTERS = 2
+    work = start_worker()
+    for name in ("a", "b", "c"):
+        train(name, 1)
+    work()
+    assert len(work.engine.adapter_names()) == 2
+    first = state_of(work, "a")
+    assert len(work.engine.adapter_names()) == 2
+    assert_same(first, state_of(work, "c") | {})
+    assert first["step"] == 1
+
+
+def test_a_run_whose_log_was_pruned_fails_by_name(
+    start_worker: Start, train: Callable[[str, int], None], forward_backward: Submit
+) -> None:
+    start_worker()
+    train("m", 1)
+    start_worker()()
+    Future.objects.filter(kind="optim_step").update(payload=None)
+    future = forward_backward("m", "more")
+    start_worker()()
+    future.refresh_from_db()
+    assert (future.state, future.category, future.error_code) == ("failed", "server", "RunLost")
+    assert "pruned" in future.error
+
+
+def test_only_two_snapshots_are_kept_and_none_of_a_removed_run(
+    start_worker: Start, train: Callable[[str, int], None], settings: Settings
+) -> None:
+    from training.services import run_remove_submit
+
+    work = start_worker()
+    for _ in range(4):
+        train("m", 1)
+        work()
+        work.loop.give_back()
+    run = Run.objects.get()
+    directories = [Path(settings.DATA_DIR) / s.directory for s in run.snapshots.all()]
+    assert len(directories) == 2
+    assert all(directory.is_dir() for directory in directories)
+    run_remove_submit(owner_id=run.owner_id, model_id="m")
+    work()
+    assert not run.snapshots.exists()
+    assert not any(directory.exists() for directory in directories)
+
+
+@pytest.fixture(autouse=True)
+def _clean_snapshots(settings: Settings) -> Any:
+    yield
+    shutil.rmtree(Path(settings.DATA_DIR) / "snapshots", ignore_errors=True)

@@ -1,0 +1,122 @@
+"""One worker process from start to end: take the queue, load the model, serve, leave tidily."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from django.conf import settings
+from django.db import DatabaseError, InterfaceError, connection
+
+from futures.broker import pending_notification
+from futures.consumer import Consumer
+from futures.errors import Fenced
+from futures.models import Worker
+from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
+from training import tasks
+from training.base_models import BaseModel
+from training.engine.interface import Engine
+from training.services import checkpoints_expire
+from training.worker.loop import WorkLoop
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+
+
+def build_engine(base_model: BaseModel) -> Engine:
+    """The engine of this base model on this machine's device, as the settings say.
+
+    Raises:
+        BaseModelNotFound: Its folder cannot be read.
+    """
+    import torch
+
+    from training.engine.base_model import load_base_model
+    from training.engine.model_engine import TorchEngine
+
+    if settings.NUM_THREADS:
+        torch.set_num_threads(settings.NUM_THREADS)
+    loaded = load_base_model(
+        str(base_model.folder),
+        name=base_model.name,
+        device=settings.DEVICE,
+        dtype=settings.DTYPE,
+    )
+    return TorchEngine(
+        loaded, token_budget=settings.BATCH_TOKENS, cache_tokens=settings.CACHE_TOKENS
+    )
+
+
+def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> None:
+    """Serve a base model's queue until SIGTERM or SIGINT.
+
+    The queue is taken before the model is loaded, so that a second worker is turned away at
+    once and the web can say that one is starting.
+
+    Raises:
+        QueueTaken: Another live worker serves this base model.
+        BaseModelNotFound: The model cannot be loaded.
+    """
+    figures: dict[str, Any] = {"base_model": base_model.name}
+    worker = worker_start(queue=base_model.queue, figures=figures)
+    over = threading.Event()
+    beating = threading.Thread(
+        target=_beat, args=(worker, figures, over), name="heartbeat", daemon=True
+    )
+    beating.start()
+    try:
+        engine = build(base_model)
+        figures |= {
+            "device": engine.info.device,
+            "dtype": engine.info.dtype,
+            "num_parameters": engine.info.num_parameters,
+            "max_context_tokens": engine.info.max_context_tokens,
+        }
+        consumer = Consumer(base_model.queue)
+        loop = WorkLoop(
+            engine,
+            worker,
+            stopping=consumer.stopping.is_set,
+            bell_rang=lambda: pending_notification(base_model.queue),
+            figures=figures,
+        )
+        tasks.serve(base_model.queue, loop.run_until_idle)
+        worker_live(worker, figures)
+        logger.info("%s: ready on %s", base_model.name, engine.info.device)
+        consumer.run()
+        loop.give_back()
+    finally:
+        over.set()
+        beating.join()
+        worker_stop(worker)
+
+
+def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> None:
+    """Say every few seconds that the worker lives; leave the process if it was replaced.
+
+    Also deletes checkpoints whose time is up: it is the one thing here that a clock starts.
+    """
+    while not over.wait(HEARTBEAT_SECONDS):
+        try:
+            worker_heartbeat(worker, {**figures, "memory_bytes": _memory_bytes()})
+            checkpoints_expire()
+        except Fenced:
+            logger.error("another worker has taken over; leaving")
+            logging.shutdown()
+            os._exit(1)
+        except (DatabaseError, InterfaceError) as error:
+            logger.warning("heartbeat: %s", str(error).strip())
+            connection.close()
+    connection.close()
+
+
+def _memory_bytes() -> int:
+    """The process's peak memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
