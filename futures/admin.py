@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from django.contrib import admin
@@ -35,11 +34,9 @@ from futures.console import (
 )
 from futures.models import Future, Lane, Worker
 from futures.preview import body_preview, value_preview
+from futures.selectors import HEARTBEAT_TIMEOUT, queue_position
 from futures.services import future_cancel, future_resubmit
 from futures.transitions import FINAL_STATES, State
-
-STALE_HEARTBEAT = timedelta(seconds=30)
-"""A live worker that was silent for longer is shown as suspect."""
 
 RECENT_FUTURES = 1000
 """How many of the newest futures tell which kinds there are to filter by."""
@@ -189,15 +186,9 @@ class FutureAdmin(ConsoleAdmin):
             return None
         return duration((future.finished_at or timezone.now()) - future.started_at)
 
-    @display(description="Queue position")
+    @display(description="Ahead of it in the queue")
     def position(self, future: Future) -> int | None:
-        """How many futures of its queue were submitted before it and still wait, and itself."""
-        if future.state != State.PENDING:
-            return None
-        ahead = Future.objects.filter(
-            queue=future.queue, state=State.PENDING, created_at__lt=future.created_at
-        )
-        return ahead.count() + 1
+        return queue_position(future) if future.state == State.PENDING else None
 
     def has_cancel_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, state=State.PENDING)
@@ -403,7 +394,7 @@ class WorkerAdmin(ConsoleAdmin):
 def is_silent(worker: Worker) -> bool:
     """It says it lives, and has not been heard of for a while."""
     living = worker.state in (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
-    return living and timezone.now() - worker.heartbeat_at > STALE_HEARTBEAT
+    return living and timezone.now() - worker.heartbeat_at > HEARTBEAT_TIMEOUT
 
 
 def worker_memory(worker: Worker) -> str | None:

@@ -1,0 +1,259 @@
+"""API keys, users and django-q2's own tables in the admin.
+
+The pages of other packages are registered again on unfold's ModelAdmin. Accounts and the
+queue's inside are for superusers; API keys are also for whoever owns them.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, ClassVar
+
+from django import forms
+from django.contrib import admin
+from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
+from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
+from django.contrib.auth.models import Group, User
+from django.db.models import Model, QuerySet
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import render
+from django.utils import timezone
+from django.utils.safestring import SafeString
+from django_q.admin import FailAdmin, QueueAdmin, ScheduleAdmin, TaskAdmin
+from django_q.models import Failure, OrmQ, Schedule, Success
+from unfold.admin import ModelAdmin
+from unfold.contrib.filters.admin import AutocompleteSelectFilter, RangeDateTimeFilter
+from unfold.decorators import action, display
+from unfold.enums import ActionVariant
+from unfold.forms import (
+    AdminPasswordChangeForm,
+    BaseDialogForm,
+    UserChangeForm,
+    UserCreationForm,
+)
+from unfold.widgets import UnfoldAdminIntegerFieldWidget, UnfoldAdminSelectWidget
+from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
+
+from futures.console import ConsoleAdmin, link, moment, page_url, redirect, state_label
+from tinkerapi.models import ApiKey
+from tinkerapi.services import api_key_create, api_key_revoke
+
+MAX_EXPIRY_DAYS = 3650
+
+
+class NewKeyForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information
+    """Whose key, and for how long."""
+
+    user = forms.ModelChoiceField(User.objects.none(), widget=UnfoldAdminSelectWidget)
+    name = forms.CharField(max_length=100, widget=TextInput, help_text="Where it will be used")
+    expires_in_days = forms.IntegerField(
+        min_value=1,
+        max_value=MAX_EXPIRY_DAYS,
+        required=False,
+        widget=UnfoldAdminIntegerFieldWidget,
+        help_text="Empty: never",
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        me = self.request.user
+        users = User.objects.filter(is_active=True).order_by("username")
+        field = self.fields["user"]
+        field.queryset = users if me.is_superuser else users.filter(pk=me.pk)
+        field.initial = me.pk
+
+
+@admin.register(ApiKey)
+class ApiKeyAdmin(ConsoleAdmin):
+    """Keys by their prefix; the key itself is shown once, when it is made, and its hash never."""
+
+    owner_path = "user"
+    list_display = (
+        "prefix",
+        "name",
+        "owner_link",
+        "state",
+        "created",
+        "last_used",
+        "expires",
+    )
+    list_filter = (
+        ("user", AutocompleteSelectFilter),
+        ("created_at", RangeDateTimeFilter),
+        ("last_used_at", RangeDateTimeFilter),
+    )
+    list_filter_submit = True
+    list_select_related = ("user",)
+    search_fields = ("name__icontains", "prefix__startswith", "user__username__startswith")
+    search_help_text = "Part of a key's name, or the beginning of its prefix or of a user's name"
+    ordering = ("-created_at",)
+    sortable_by = ("name", "created", "last_used")
+    actions = ("revoke_selected",)
+    actions_list = ("new_key",)
+    actions_detail = ("revoke",)
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("prefix", "name"),
+                    ("owner_link", "state"),
+                    ("created", "last_used"),
+                    ("expires", "revoked"),
+                )
+            },
+        ),
+    )
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[ApiKey]:
+        return super().get_queryset(request).defer("key_hash")
+
+    @display(description="State")
+    def state(self, api_key: ApiKey) -> SafeString:
+        return state_label(key_state(api_key))
+
+    @display(description="Owner")
+    def owner_link(self, api_key: ApiKey) -> SafeString | None:
+        return link(api_key.user)
+
+    @display(description="Created", ordering="created_at")
+    def created(self, api_key: ApiKey) -> SafeString | None:
+        return moment(api_key.created_at)
+
+    @display(description="Last used", ordering="last_used_at")
+    def last_used(self, api_key: ApiKey) -> SafeString | None:
+        return moment(api_key.last_used_at)
+
+    @display(description="Expires")
+    def expires(self, api_key: ApiKey) -> SafeString | None:
+        return moment(api_key.expires_at)
+
+    @display(description="Revoked")
+    def revoked(self, api_key: ApiKey) -> SafeString | None:
+        return moment(api_key.revoked_at)
+
+    def has_revoke_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        return self.matches(request, object_id, revoked_at__isnull=True)
+
+    @action(
+        description="Revoke",
+        icon="block",
+        variant=ActionVariant.DANGER,
+        permissions=["revoke"],
+        dialog={
+            "title": "Revoke this key?",
+            "description": "Requests that carry it are refused from now on, for good.",
+            "form_class": None,
+            "form_submit_text": "Revoke the key",
+        },
+    )
+    def revoke(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        api_key = self.row(request, object_id)
+        self.revoke_one(request, api_key)
+        return redirect(request, page_url(api_key))
+
+    @action(description="Revoke selected keys", permissions=["revoke"])
+    def revoke_selected(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
+        for api_key in queryset.filter(revoked_at__isnull=True):
+            self.revoke_one(request, api_key)
+
+    def revoke_one(self, request: HttpRequest, api_key: ApiKey) -> None:
+        self.attempt(request, api_key, "revoked", lambda: api_key_revoke(api_key_id=api_key.pk))
+
+    @action(
+        description="New key",
+        icon="add",
+        variant=ActionVariant.PRIMARY,
+        dialog={
+            "title": "New API key",
+            "description": "The key is shown once; only its hash is kept.",
+            "form_class": NewKeyForm,
+            "form_submit_text": "Make the key",
+        },
+    )
+    def new_key(self, request: HttpRequest, form: NewKeyForm) -> HttpResponse:
+        """Make a key and show it in this one answer: not in a message or a session, which last."""
+        days = form.cleaned_data["expires_in_days"]
+        api_key, key = api_key_create(
+            user=form.cleaned_data["user"],
+            name=form.cleaned_data["name"],
+            expires_in=timedelta(days=days) if days else None,
+        )
+        self.log_addition(request, api_key, "made")
+        response = render(request, "admin/tinkerapi/apikey/new_key.html", {"key": key})
+        # Take the place of the whole dialog, whose form would otherwise be there to send again.
+        response["HX-Retarget"] = "#modal-content"
+        response["HX-Reselect"] = "#dialog"
+        response["HX-Reswap"] = "innerHTML"
+        return response
+
+
+def key_state(api_key: ApiKey) -> str:
+    """``active``, ``expired`` or ``revoked``."""
+    if api_key.revoked_at is not None:
+        return "revoked"
+    if api_key.expires_at is not None and api_key.expires_at <= timezone.now():
+        return "expired"
+    return "active"
+
+
+class SuperuserAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type information
+    """Pages that only superusers see, whatever permissions other staff users were given."""
+
+    def has_module_permission(self, request: HttpRequest) -> bool:
+        return bool(request.user.is_superuser)
+
+    def has_view_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return bool(request.user.is_superuser)
+
+    has_change_permission = has_view_permission
+    has_delete_permission = has_view_permission
+
+
+for model in (User, Group, Schedule, Success, Failure, OrmQ):
+    admin.site.unregister(model)
+
+
+@admin.register(User)
+class UserAdmin(SuperuserAdmin, DjangoUserAdmin):
+    form = UserChangeForm
+    add_form = UserCreationForm
+    change_password_form = AdminPasswordChangeForm
+
+
+@admin.register(Group)
+class GroupAdmin(SuperuserAdmin, DjangoGroupAdmin):
+    pass
+
+
+@admin.register(Schedule)
+class ScheduledTaskAdmin(SuperuserAdmin, ScheduleAdmin):
+    pass
+
+
+class QueueWindow(SuperuserAdmin):
+    """django-q2's rows are its own; they only ring, so there is nothing to mend in them."""
+
+    show_full_result_count = False
+    actions: ClassVar[Any] = None
+
+    def has_change_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False
+
+
+@admin.register(Success)
+class SuccessAdmin(QueueWindow, TaskAdmin):
+    pass
+
+
+@admin.register(Failure)
+class FailureAdmin(QueueWindow, FailAdmin):
+    pass
+
+
+@admin.register(OrmQ)
+class DoorbellAdmin(QueueWindow, QueueAdmin):
+    pass
