@@ -1,0 +1,97 @@
+"""Tiny engines, datums and an independent reference: transformers and peft, one datum at a time.
+
+torch gets one thread: on a busy machine its threads spend more time waiting for each other
+than these models take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.reference import TinyEngine
+from tests.tiny_model import VOCAB_SIZE, make_tiny_model
+from training.engine.base_model import BaseModel, load_base_model
+from training.engine.interface import BaseModelInfo
+from training.types import Datum
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose output head is its embedding matrix."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tied", tied=True)
+
+
+@pytest.fixture(scope="session")
+def untied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with an output head of its own."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_base_model(tied_folder: Path) -> BaseModel:
+    return load_base_model(str(tied_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def untied_base_model(untied_folder: Path) -> BaseModel:
+    return load_base_model(str(untied_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def make_engine(
+    tied_base_model: BaseModel, untied_base_model: BaseModel
+) -> Callable[..., TinyEngine]:
+    """A factory of engines without adapters; the frozen base models are shared."""
+
+    def make(*, tied: bool = True, token_budget: int = 4096) -> TinyEngine:
+        base_model = tied_base_model if tied else untied_base_model
+        return TinyEngine(base_model, token_budget=token_budget)
+
+    return make
+
+
+@pytest.fixture
+def engine(make_engine: Callable[..., TinyEngine]) -> TinyEngine:
+    return make_engine()
+
+
+@pytest.fixture
+def tiny_info() -> BaseModelInfo:
+    """What the tiny model says about itself, for checks that need no model."""
+    return BaseModelInfo(
+        name="tiny",
+        vocab_size=VOCAB_SIZE,
+        max_context_tokens=512,
+        num_parameters=0,
+        device="cpu",
+        dtype="float32",
+    )
+
+
+@pytest.fixture
+def make_datum() -> Callable[..., Datum]:
+    """A factory of random datums; equal seeds and arguments give equal datums."""
+
+    def make(
+        num_tokens: int, seed: int = 0, *, loss_fn: str = "cross_entropy", num_targets: int = 0
+    ) -> Datum:
+        rng = np.random.default_rng((seed, num_tokens))
+        shape = (num_tokens, num_targets) if num_targets else (num_tokens,)
+        inputs = {"target_tokens": rng.integers(0, VOCAB_SIZE, shape).astype(np.int64)}
+        if loss_fn == "cross_entropy":
+            inputs["weights"] = rng.normal(size=shape).astype(np.float32)
+            inputs["weights"][rng.random(shape) < 0.3] = 0.0
+        else:
+            inputs["logprobs"] = (rng.normal(size=shape) - 5.5).astype(np.float32)
+            inputs["advantages"] = rng.normal(size=shape).astype(np.float32)
+        tokens = rng.integers(0, VOCAB_SIZE, num_tokens).astype(np.int32)
+        return Datum(model_input=tokens, loss_fn_inputs=inputs)
+
+    return make
