@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.conf import settings
+from django.db import connections
+from django.test import Client
 
+from futures.broker import PostgresBroker
 from futures.workers import worker_start
+from tinkerapi.api import answers, async_view
 from tinkerapi.postgres import EmbeddedPostgres
 from training.base_models import base_model_get
 from training.engine.fake import FakeEngine
@@ -77,3 +84,59 @@ def start_worker(db: None) -> Iterator[Callable[..., InProcessWorker]]:
 def work(start_worker: Callable[..., InProcessWorker]) -> InProcessWorker:
     """A worker that is live; ``work()`` runs everything that may run."""
     return start_worker()
+
+
+class ApiClient:
+    """A client of the HTTP API: ``api.post("/fwdbwd", model_id="m", data=[...])``."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    def post(self, path: str, *, headers: dict[str, str] | None = None, **body: object) -> Any:
+        return self.client.post(path, body, content_type="application/json", headers=headers)
+
+    def get(self, path: str, **headers: str) -> Any:
+        return self.client.get(path, headers=headers)
+
+    def delete(self, path: str, **headers: str) -> Any:
+        return self.client.delete(path, headers=headers)
+
+
+@pytest.fixture
+def api(db: None, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
+    """The API without a server, inside the test's transaction: views run in this thread.
+
+    Calls that wait need another process's commits, so they use ``served_api`` instead.
+    """
+
+    async def in_this_thread(function: Callable[..., Any], *args: Any) -> Any:
+        return await sync_to_async(function, thread_sensitive=True)(*args)
+
+    for module in (async_view, answers):
+        monkeypatch.setattr(module, "in_database_thread", in_this_thread)
+    return ApiClient(Client(raise_request_exception=False))
+
+
+@pytest.fixture
+def served_api(transactional_db: None) -> Iterator[ApiClient]:
+    """The API with its own threads and connections, and a live worker beside it."""
+    stopping, started = threading.Event(), threading.Event()
+
+    def serve() -> None:
+        worker = InProcessWorker()
+        bell = PostgresBroker(list_key=worker.worker.queue)
+        started.set()
+        while not stopping.is_set():
+            worker()
+            bell.wait(0.05)
+        worker.die()
+        connections.close_all()
+
+    thread = threading.Thread(target=serve, name="worker")
+    thread.start()
+    try:
+        assert started.wait(10)
+        yield ApiClient(Client(raise_request_exception=False))
+    finally:
+        stopping.set()
+        thread.join()

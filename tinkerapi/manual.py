@@ -8,7 +8,7 @@ from pathlib import Path
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.utils.safestring import SafeString, mark_safe
-from markdown import Markdown
+from markdown import Markdown  # type: ignore[import-untyped]  # it ships no annotations
 
 DOCS_DIR = Path(__file__).parent / "docs"
 

@@ -28,6 +28,7 @@ from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import AuthenticationFailed, UnsupportedMediaType
 from rest_framework.request import Request
 
+from tinkerapi.api.parsers import JSON
 from tinkerapi.models import ApiKey
 from tinkerapi.services import api_key_verify
 
@@ -106,10 +107,10 @@ def _check_keyless(request: HttpRequest) -> None:
         raise AuthenticationFailed(
             f"A web page of {origin[:100]!r} may not use this server without an X-API-Key header."
         )
-    if request.method == "POST" and request.content_type not in ("", "application/json"):
+    content_type = request.content_type or ""
+    if request.method == "POST" and content_type not in ("", JSON):
         raise UnsupportedMediaType(
-            request.content_type,
-            detail=f"Content-Type: expected application/json; got {request.content_type[:100]!r}",
+            content_type, detail=f"Content-Type: expected {JSON}; got {content_type[:100]!r}"
         )
 
 

@@ -7,7 +7,7 @@ beyond the limit. ``body_limit`` refuses large bodies earlier, before they arriv
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import orjson
 from django.conf import settings
@@ -55,15 +55,15 @@ def json_object(request: HttpRequest) -> dict[str, Any]:
             encoding,
             detail=f"Content-Encoding: {encoding[:40]!r} is not supported; send plain JSON",
         )
-    if request.content_type not in ("", JSON):
+    content_type = request.content_type or ""
+    if content_type not in ("", JSON):
         raise UnsupportedMediaType(
-            request.content_type,
-            detail=f"Content-Type: expected {JSON}; got {request.content_type[:100]!r}",
+            content_type, detail=f"Content-Type: expected {JSON}; got {content_type[:100]!r}"
         )
-    value = JSONParser().parse(request)
+    value = JSONParser().parse(cast(IO[bytes], request))
     if not isinstance(value, dict):
         raise ParseError('The body must be a JSON object, such as {"model_id": "my_model"}.')
-    if value and not request.content_type:
+    if value and not content_type:
         raise UnsupportedMediaType(
             "", detail=f"Content-Type: expected {JSON}, but the request has no Content-Type"
         )

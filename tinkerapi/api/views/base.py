@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Awaitable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from django.conf import settings
 from django.http import HttpResponse
@@ -43,6 +43,11 @@ class ApiView(AsyncAPIView):
     answer_example: ClassVar[Any] = None
     errors: ClassVar[Mapping[int, str]] = {}
     """Other statuses it answers with, and when; 400, 401 and 415 are understood."""
+    waits: ClassVar[bool | None] = None
+    """None: it makes no future. Operations: True answers with the result, False with the
+    future's id; the route says which."""
+    legacy: ClassVar[bool] = False
+    """Set by the route of a short name from older clients."""
 
     def body_fields(self) -> Mapping[str, Field]:
         """``fields``, and what the route adds to them."""
@@ -73,10 +78,7 @@ WAIT = Number(
 class OperationView(ApiView):
     """A request that becomes a future."""
 
-    waits: ClassVar[bool] = True
-    """Set by the route: True answers with the result, False with the future's id."""
-    legacy: ClassVar[bool] = False
-    """Set by the route of a short name from older clients."""
+    waits = True
 
     def body_fields(self) -> Mapping[str, Field]:
         return {**self.fields, "wait": WAIT} if self.waits else self.fields
@@ -94,7 +96,7 @@ class OperationView(ApiView):
         self, request: Request, body: dict[str, Any]
     ) -> HttpResponse | Awaitable[HttpResponse]:
         """Submit a checked body and answer as the route says."""
-        owner_id = request.user.pk
+        owner_id = owner_of(request)
         submission = self.submit(body, owner_id=owner_id, idempotency_key=_idempotency_key(request))
         future, model_id = submission.future, submission.model_id
         if not self.waits:
@@ -102,6 +104,11 @@ class OperationView(ApiView):
         limit = settings.SYNC_TIMEOUT_SECONDS
         wait = limit if body["wait"] is None else min(body["wait"], limit)
         return waited_answer(future, owner_id=owner_id, timeout_seconds=wait, model_id=model_id)
+
+
+def owner_of(request: Request) -> int:
+    """The id of the user whom the request speaks for; DRF's permissions saw to it that one is."""
+    return cast(int, request.user.pk)
 
 
 def _idempotency_key(request: Request) -> str | None:

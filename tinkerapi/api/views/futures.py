@@ -14,7 +14,7 @@ from futures.services import future_cancel
 from tinkerapi.api.answers import final_answer, pending_answer, waited_answer
 from tinkerapi.api.fields import Field, Schema, Text
 from tinkerapi.api.renderers import JSONResponse
-from tinkerapi.api.views.base import WAIT, ApiView
+from tinkerapi.api.views.base import WAIT, ApiView, owner_of
 
 REQUEST_ID = Text(
     description="The id that the submission answered.",
@@ -48,7 +48,7 @@ class RetrieveFutureView(ApiView):
 
     def post(self, request: Request) -> HttpResponse | Awaitable[HttpResponse]:
         body = self.checked_body(request)
-        owner_id = request.user.pk
+        owner_id = owner_of(request)
         future = future_get(request_id=body["request_id"], owner_id=owner_id, with_result=True)
         if future.is_final:
             return final_answer(future)
@@ -82,5 +82,5 @@ class CancelFutureView(ApiView):
 
     def post(self, request: Request) -> HttpResponse:
         body = self.checked_body(request)
-        future_cancel(request_id=body["request_id"], owner_id=request.user.pk)
+        future_cancel(request_id=body["request_id"], owner_id=owner_of(request))
         return JSONResponse({"status": "cancelled", "request_id": body["request_id"]})

@@ -22,7 +22,7 @@ from tinkerapi.api.fields import (
     refuse,
 )
 from tinkerapi.api.renderers import JSONResponse, timestamp
-from tinkerapi.api.views.base import ApiView, OperationView
+from tinkerapi.api.views.base import ApiView, OperationView, owner_of
 from tinkerapi.api.views.steps import MODEL_ID
 from training.errors import InvalidRequest, LimitExceeded
 from training.models import Run
@@ -219,7 +219,7 @@ class GetInfoView(ApiView):
     def post(self, request: Request) -> HttpResponse:
         body = self.checked_body(request)
         return JSONResponse(
-            render_run(run_get(owner_id=request.user.pk, model_id=body["model_id"]))
+            render_run(run_get(owner_id=owner_of(request), model_id=body["model_id"]))
         )
 
 
@@ -236,7 +236,7 @@ class AdapterListView(ApiView):
 
     def get(self, request: Request) -> HttpResponse:
         # As many as one user may have (MAX_ADAPTERS), so there are no pages.
-        runs = run_list(owner_id=request.user.pk)
+        runs = run_list(owner_id=owner_of(request))
         return JSONResponse({"adapters": [render_run(run) for run in runs]})
 
 
@@ -249,7 +249,7 @@ class AdapterView(OperationView):
     answer_example: ClassVar[Any] = RemoveLoraView.answer_example
     errors = RemoveLoraView.errors
     submit = RemoveLoraView.submit
-    http_method_names: ClassVar[list[str]] = ["delete", "options"]
+    http_method_names = ["delete", "options"]  # noqa: RUF012 - Django declares it so
 
     def delete(self, request: Request, model_id: str) -> Any:
         return self.accept(request, check_object(self.body_fields(), {"model_id": model_id}))

@@ -10,7 +10,7 @@ from django.conf import settings
 from django.db import Error as DatabaseError
 from django.db import connection
 from django.http import HttpResponse
-from django.urls import URLPattern, get_resolver
+from django.urls import get_resolver
 from rest_framework.request import Request
 
 from futures.selectors import queue_state
@@ -210,9 +210,10 @@ def endpoints() -> dict[str, list[dict[str, str]]]:
 
 def _routes() -> Iterator[tuple[str, type[ApiView], dict[str, Any]]]:
     for pattern in get_resolver("tinkerapi.api.urls").url_patterns:
-        view = getattr(getattr(pattern, "callback", None), "cls", None)
-        if isinstance(pattern, URLPattern) and view and issubclass(view, ApiView):
-            yield str(pattern.pattern), view, pattern.callback.initkwargs
+        callback = getattr(pattern, "callback", None)
+        view = getattr(callback, "cls", None)
+        if view and issubclass(view, ApiView):
+            yield str(pattern.pattern), view, getattr(callback, "initkwargs", {})
 
 
 def _missing() -> Iterator[str]:
