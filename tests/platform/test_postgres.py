@@ -8,14 +8,14 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
+from tests.platform.processes import is_running, wait_for
 from tinkerapi import postgres as postgres_module
 from tinkerapi.postgres import (
     MAX_SOCKET_FOLDER_BYTES,
@@ -116,7 +116,7 @@ def test_the_server_ends_when_its_parent_is_killed(made_cluster: Path) -> None:
     parent.stdout.close()
 
     # A clean shutdown, so the next start has nothing to recover; the file goes last.
-    wait_until(lambda: not (made_cluster / "postgres" / "data" / "postmaster.pid").exists())
+    wait_for(lambda: not (made_cluster / "postgres" / "data" / "postmaster.pid").exists())
     assert not is_running(pid)
 
 
@@ -213,19 +213,3 @@ def test_a_socket_folder_of_somebody_else_is_refused(
 def test_what_an_interrupted_start_left_is_replaced(made_cluster: Path) -> None:
     assert not (made_cluster / "postgres" / "data.new").exists()
     assert (made_cluster / "postgres" / "data" / "PG_VERSION").exists()
-
-
-def is_running(pid: int) -> bool:
-    """False also for a process that has ended and that nobody has asked about yet."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)

@@ -1,0 +1,156 @@
+"""What ``up`` makes sure of first: the folder is ours, the port free, the models readable."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from tinkerapi.preflight import (
+    PreflightError,
+    RunningServer,
+    base_model_problem,
+    check_port,
+    is_loopback,
+    keep_secret_key,
+    lock_data_folder,
+    running_server,
+)
+
+SERVER = RunningServer(pid=4711, host="127.0.0.1", port=8123)
+
+
+def test_a_data_folder_has_one_server_and_says_which(tmp_path: Path) -> None:
+    assert running_server(tmp_path) is None
+    with lock_data_folder(tmp_path / "new", SERVER):
+        assert running_server(tmp_path / "new") == SERVER
+        assert running_server(tmp_path / "new") == SERVER, "asking must not take the lock"
+        with pytest.raises(PreflightError, match=r"process 4711, http://127.0.0.1:8123"):
+            lock_data_folder(tmp_path / "new", SERVER)
+    assert running_server(tmp_path / "new") is None
+
+
+def test_the_lock_of_a_server_that_was_killed_is_free(tmp_path: Path) -> None:
+    """The kernel gives a lock back with its holder; what the file says no longer counts."""
+    lock_data_folder(tmp_path, SERVER).close()
+
+    other = RunningServer(pid=1, host="::1", port=1)
+    with lock_data_folder(tmp_path, other):
+        assert running_server(tmp_path) == other
+
+
+def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(PreflightError, match=r"cannot be written \(.*file\); set TINKERAPI_DATA"):
+        lock_data_folder(tmp_path / "file", SERVER)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),  # noqa: S104
+        ("::", "http://[::1]:80"),
+        ("gpu7", "http://gpu7:80"),
+    ],
+)
+def test_a_server_has_an_address_that_this_machine_reaches(host: str, address: str) -> None:
+    assert RunningServer(pid=1, host=host, port=80).address == address
+
+
+def test_the_secret_is_made_once_and_only_its_user_may_read_it(tmp_path: Path) -> None:
+    secret = keep_secret_key(tmp_path)
+
+    assert keep_secret_key(tmp_path) == secret
+    assert len(secret) >= 50
+    assert stat.S_IMODE((tmp_path / "secret_key").stat().st_mode) == 0o600
+    assert keep_secret_key(make(tmp_path / "other")) != secret
+
+
+def test_an_empty_secret_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret_key").touch()
+
+    with pytest.raises(PreflightError, match="is empty; remove it"):
+        keep_secret_key(tmp_path)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_loopback_addresses_need_no_key(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "gpu7", "", "127.0.0.1.evil"])  # noqa: S104
+def test_every_other_address_needs_one(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PreflightError, match=f"127.0.0.1 port {port}: Address already in use"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+
+
+def test_a_port_shared_by_another_server_counts_as_taken() -> None:
+    """Granian opens its port for sharing, so two servers would each get half the requests."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(PreflightError, match="Address already in use"):
+            check_port("127.0.0.1", other.getsockname()[1])
+
+
+def test_an_address_that_is_not_this_machines_is_named() -> None:
+    with pytest.raises(PreflightError, match=r"cannot listen on 192\.0\.2\.1 port 8000"):
+        check_port("192.0.2.1", 8000)
+
+
+def test_a_whole_model_folder_has_no_problem(model_folder: Path) -> None:
+    assert base_model_problem(model_folder) is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "problem"),
+    [
+        ("config.json", "config.json cannot be read: No such file"),
+        ("model.safetensors", "holds no weights"),
+        ("tokenizer.json", "holds no tokenizer"),
+    ],
+)
+def test_what_a_model_folder_lacks_is_named(model_folder: Path, missing: str, problem: str) -> None:
+    (model_folder / missing).unlink()
+
+    assert problem in str(base_model_problem(model_folder))
+
+
+def test_a_model_folder_that_is_none_is_named(model_folder: Path, tmp_path: Path) -> None:
+    assert base_model_problem(tmp_path / "gone") == f"there is no folder {tmp_path / 'gone'}"
+    (model_folder / "config.json").write_text("{")
+    assert "is not JSON" in str(base_model_problem(model_folder))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_weights_that_this_user_may_not_read_are_named(model_folder: Path) -> None:
+    (model_folder / "model.safetensors").chmod(0)
+
+    assert "model.safetensors cannot be read" in str(base_model_problem(model_folder))
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = make(tmp_path / "model")
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    (folder / "tokenizer.json").touch()
+    return folder
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

@@ -1,0 +1,245 @@
+"""The supervisor: restarts with back-off, stops in order, leaves nobody behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.platform.processes import is_running, wait_for
+from tinkerapi.supervisor import (
+    FIRST_DELAY_SECONDS,
+    MAX_DELAY_SECONDS,
+    STEADY_SECONDS,
+    Child,
+    Supervisor,
+)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakePart:
+    """A part that runs until the test says that it ended."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name = name
+        self.calls = calls
+        self.end: str | None = None
+        self.fails_to_start = False
+
+    def start(self) -> None:
+        self.calls.append(f"start {self.name}")
+        if self.fails_to_start:
+            raise OSError("no room")
+        self.end = None
+
+    def ended(self) -> str | None:
+        return self.end
+
+    def stop(self, hurry: Callable[[], bool]) -> None:
+        self.calls.append(f"stop {self.name}")
+
+
+@pytest.fixture
+def calls() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def supervisor(lines: list[str], clock: Clock) -> Supervisor:
+    return Supervisor(lines.append, clock=clock)
+
+
+def test_a_part_that_ends_is_started_again_after_a_delay(
+    supervisor: Supervisor, calls: list[str], lines: list[str], clock: Clock
+) -> None:
+    part = FakePart("web", calls)
+    supervisor.add(part)
+
+    part.end = "was ended by SIGKILL"
+    supervisor.tick()
+    assert calls == ["start web"]
+    assert lines == ["web was ended by SIGKILL; starting it again in 0.5 s"]
+
+    clock.now += FIRST_DELAY_SECONDS
+    supervisor.tick()
+    assert calls == ["start web", "start web"]
+    supervisor.tick()
+    assert len(calls) == 2
+
+
+def test_each_failure_in_a_row_doubles_the_delay_up_to_a_limit(
+    supervisor: Supervisor, calls: list[str], clock: Clock
+) -> None:
+    part = FakePart("worker", calls)
+    supervisor.add(part)
+    delays = []
+    for _ in range(9):
+        part.end = "ended"
+        supervisor.tick()
+        died_at, starts = clock.now, len(calls)
+        while len(calls) == starts:
+            clock.now += FIRST_DELAY_SECONDS
+            supervisor.tick()
+        delays.append(clock.now - died_at)
+
+    assert delays[:6] == [0.5, 1, 2, 4, 8, 16]
+    assert delays[6:] == [MAX_DELAY_SECONDS] * 3
+
+
+def test_a_steady_life_forgives_earlier_failures(
+    supervisor: Supervisor, calls: list[str], lines: list[str], clock: Clock
+) -> None:
+    part = FakePart("worker", calls)
+    supervisor.add(part)
+    for _ in range(2):
+        part.end = "ended"
+        supervisor.tick()
+        clock.now += MAX_DELAY_SECONDS
+        supervisor.tick()
+
+    clock.now += STEADY_SECONDS
+    part.end = "ended"
+    supervisor.tick()
+
+    assert [line.rsplit("in ", 1)[1] for line in lines] == ["0.5 s", "1 s", "0.5 s"]
+
+
+def test_a_restart_that_fails_is_tried_again(
+    supervisor: Supervisor, calls: list[str], lines: list[str], clock: Clock
+) -> None:
+    part = FakePart("postgres", calls)
+    supervisor.add(part)
+    part.end = "was ended by SIGKILL"
+    part.fails_to_start = True
+    supervisor.tick()
+    clock.now += 1
+    supervisor.tick()
+    assert lines[-1] == "postgres did not start: no room; starting it again in 1 s"
+
+    part.fails_to_start = False
+    clock.now += 1
+    supervisor.tick()
+    assert part.ended() is None
+
+
+def test_one_part_in_trouble_does_not_disturb_the_others(
+    supervisor: Supervisor, calls: list[str], clock: Clock
+) -> None:
+    web, worker = FakePart("web", calls), FakePart("worker", calls)
+    supervisor.add(web)
+    supervisor.add(worker)
+    for _ in range(5):
+        worker.end = "ended"
+        supervisor.tick()
+        clock.now += MAX_DELAY_SECONDS
+
+    assert calls.count("start web") == 1
+    assert calls.count("stop web") == 0
+
+
+def test_parts_are_stopped_in_reverse_also_the_one_whose_start_failed(
+    supervisor: Supervisor, calls: list[str]
+) -> None:
+    supervisor.add(FakePart("postgres", calls))
+    supervisor.add(FakePart("worker", calls))
+    web = FakePart("web", calls)
+    web.fails_to_start = True
+    with pytest.raises(OSError, match="no room"):
+        supervisor.add(web)
+
+    supervisor.stop(lambda: False)
+
+    assert calls[3:] == ["stop web", "stop worker", "stop postgres"]
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Callable[..., Child]:
+    def make(script: str, *, stop_seconds: float = 10.0) -> Child:
+        return Child(
+            "part",
+            [sys.executable, "-c", script],
+            os.environ,
+            tmp_path / "logs" / "part.log",
+            stop_seconds,
+            parent_death_signal="KILL",
+        )
+
+    return make
+
+
+def test_a_command_that_fails_is_quoted_by_its_last_line(child: Callable[..., Child]) -> None:
+    part = child("import sys; print('loading'); sys.exit('no such model')")
+    part.start()
+    assert wait_for(part.ended) == "ended with exit code 1: no such model"
+
+    quiet = child("import sys; sys.exit(3)")  # same log: the earlier words are not its own
+    quiet.start()
+    assert wait_for(quiet.ended) == "ended with exit code 3"
+
+
+def test_a_killed_command_takes_its_own_children_along(child: Callable[..., Child]) -> None:
+    part = child(
+        "import subprocess, sys, time; "
+        "inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "print(inner.pid, flush=True); time.sleep(60)"
+    )
+    part.start()
+    inner = int(wait_for(part.last_words))
+    assert part.process is not None
+    part.process.kill()
+
+    assert wait_for(part.ended) == "was ended by SIGKILL"
+    wait_for(lambda: not is_running(inner))
+
+
+def test_stopping_asks_first_and_waits(child: Callable[..., Child], tmp_path: Path) -> None:
+    part = child(
+        "import signal, sys, time; "
+        "signal.signal(signal.SIGTERM, lambda *_: (print('wrote all'), sys.exit())); "
+        "print('up', flush=True); time.sleep(60)"
+    )
+    part.start()
+    wait_for(part.last_words)
+
+    part.stop(lambda: False)
+
+    assert part.last_words() == "wrote all"
+
+
+@pytest.mark.parametrize(("stop_seconds", "hurry"), [(0.05, False), (60.0, True)])
+def test_who_does_not_stop_in_time_is_killed(
+    child: Callable[..., Child], stop_seconds: float, hurry: bool
+) -> None:
+    part = child(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('up', flush=True); time.sleep(60)",
+        stop_seconds=stop_seconds,
+    )
+    part.start()
+    wait_for(part.last_words)
+    assert part.process is not None
+    pid = part.process.pid
+
+    part.stop(lambda: hurry)
+
+    assert not is_running(pid)
