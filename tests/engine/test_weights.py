@@ -1,0 +1,147 @@
+"""Checkpoints: whole or absent, and the next step after a load is the step that would have been."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.engine.reference import peft_warnings_ignored
+from tests.engine.test_model_engine import STEP, assert_same_state
+from training.errors import CheckpointExists, CheckpointNotFound, InvalidRequest, StorageFull
+from training.types import LoraConfig
+
+
+@pytest.fixture
+def trained(engine, make_datum):
+    """An engine whose adapter ``a`` has taken two steps and holds a gradient."""
+    engine.create_adapter("a", LoraConfig(rank=4, alpha=6.0))
+    for seed in range(2):
+        engine.train_one("a", [make_datum(9, seed=seed)])
+        engine.optim_step("a", STEP)
+    engine.train_one("a", [make_datum(7)])
+    return engine
+
+
+def test_save_then_load_then_step_is_step(trained, make_engine, make_datum, tmp_path):
+    num_bytes = trained.save_adapter("a", tmp_path / "c")
+    assert num_bytes == sum(path.stat().st_size for path in (tmp_path / "c").iterdir())
+    other = make_engine()
+    other.load_adapter("elsewhere", tmp_path / "c")
+    assert_same_state(other.adapter_state("elsewhere"), trained.adapter_state("a"))
+    for engine, name in ((trained, "a"), (other, "elsewhere")):
+        engine.train_one(name, [make_datum(5)])
+        engine.optim_step(name, STEP)
+    assert_same_state(other.adapter_state("elsewhere"), trained.adapter_state("a"))
+
+
+def test_loading_weights_only_starts_the_optimizer_afresh(trained, tmp_path):
+    trained.save_adapter("a", tmp_path / "c")
+    trained.load_adapter("b", tmp_path / "c", with_optimizer=False)
+    ours, theirs = trained.adapter_state("b"), trained.adapter_state("a")
+    np.testing.assert_array_equal(ours["weights"], theirs["weights"])
+    assert ours["step"] == 0
+    assert not any(ours[name].any() for name in ("exp_avg", "exp_avg_sq", "grad"))
+
+
+def test_a_checkpoint_of_weights_only_says_so(trained, tmp_path):
+    full = trained.save_adapter("a", tmp_path / "full")
+    small = trained.save_adapter("a", tmp_path / "small", with_optimizer=False)
+    assert small < full / 2
+    trained.load_adapter("b", tmp_path / "small", with_optimizer=False)
+    with pytest.raises(CheckpointNotFound, match="small holds weights only"):
+        trained.load_adapter("c", tmp_path / "small")
+
+
+def test_loading_over_a_resident_adapter_replaces_it(trained, make_datum, tmp_path):
+    trained.save_adapter("a", tmp_path / "c")
+    before = trained.adapter_state("a")
+    trained.optim_step("a", STEP)
+    trained.load_adapter("a", tmp_path / "c")
+    assert_same_state(trained.adapter_state("a"), before)
+
+
+def test_meta_can_be_read_by_eye(trained, tmp_path):
+    trained.save_adapter("a", tmp_path / "c")
+    meta = json.loads((tmp_path / "c" / "meta.json").read_text())
+    assert meta["step"] == 2
+    assert meta["config"]["rank"] == 4
+    assert meta["base_model"] == trained.info.name
+    assert meta["versions"]["torch"]
+    assert set(meta["sha256"]) == {
+        f"{name}.safetensors" for name in ("weights", "grad", "exp_avg", "exp_avg_sq")
+    }
+
+
+def test_a_missing_or_damaged_checkpoint_is_refused(trained, tmp_path):
+    with pytest.raises(CheckpointNotFound, match="No checkpoint at nowhere"):
+        trained.load_adapter("b", tmp_path / "nowhere")
+    trained.save_adapter("a", tmp_path / "c")
+    path = tmp_path / "c" / "exp_avg.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointNotFound, match=r"exp_avg\.safetensors is damaged"):
+        trained.load_adapter("b", tmp_path / "c")
+    (tmp_path / "c" / "meta.json").write_text("{")
+    with pytest.raises(CheckpointNotFound, match=r"meta\.json is damaged"):
+        trained.load_adapter("b", tmp_path / "c")
+    assert trained.adapter_names() == ["a"]
+
+
+def test_an_existing_directory_is_not_touched(trained, tmp_path):
+    (tmp_path / "c").mkdir()
+    with pytest.raises(CheckpointExists):
+        trained.save_adapter("a", tmp_path / "c")
+    assert list(tmp_path.iterdir()) == [tmp_path / "c"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, monkeypatch, code):
+    written = []
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) == 3:
+            raise OSError(code, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageFull):
+        trained.save_adapter("a", tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_for_another_base_model_is_refused(trained, tmp_path):
+    trained.save_adapter("a", tmp_path / "c")
+    path = tmp_path / "c" / "meta.json"
+    path.write_text(path.read_text().replace("model.layers.1.mlp", "model.layers.7.mlp"))
+    with pytest.raises(InvalidRequest, match=r"whose model\.layers\.7\.mlp\.gate_proj"):
+        trained.load_adapter("b", tmp_path / "c")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_stock_peft_loads_an_export_and_computes_the_same(
+    tied, make_engine, make_datum, tmp_path, tied_folder, untied_folder
+):
+    engine = make_engine(tied=tied)
+    engine.create_adapter("a", LoraConfig(rank=4, alpha=6.0))
+    engine.randomise("a")
+    datum = make_datum(12)
+    expected = engine.train_one("a", [datum]).logprobs[0]
+
+    engine.save_peft("a", tmp_path / "export")
+
+    base = AutoModelForCausalLM.from_pretrained(tied_folder if tied else untied_folder)
+    with peft_warnings_ignored():
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "export")
+    tokens = torch.from_numpy(datum.model_input.astype(np.int64))[None]
+    targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])[:, None]
+    with torch.no_grad():
+        logprobs = model(input_ids=tokens).logits[0].log_softmax(-1).gather(1, targets)
+    np.testing.assert_allclose(expected, logprobs[:, 0], rtol=1e-5, atol=1e-5)
