@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from http import HTTPStatus
-from http.client import HTTPException
 from importlib import metadata
-from urllib.request import urlopen
 
 from django.conf import settings
 from django.db import DatabaseError, OperationalError, connection
@@ -173,11 +171,11 @@ def check_server(server: RunningServer | None) -> Finding:
     if server is None:
         return Finding("server", Verdict.OFF, "not running here; start it with `manage.py up`")
     try:
-        with urlopen(f"{server.address}/healthz", timeout=5) as answer:  # noqa: S310
-            if answer.status == HTTPStatus.OK:
-                return Finding("server", Verdict.OK, f"{server.address}, process {server.pid}")
-            reason = f"answered {answer.status}"
-    except (OSError, HTTPException) as error:
+        status = server.answer("/healthz", timeout_seconds=5)
+        if status == HTTPStatus.OK:
+            return Finding("server", Verdict.OK, f"{server.address}, process {server.pid}")
+        reason = f"status {status}"
+    except OSError as error:
         reason = str(error)
     log = settings.DATA_DIR / "logs" / "web.log"
     detail = f"process {server.pid} runs, but {server.address}/healthz: {reason}; see {log}"

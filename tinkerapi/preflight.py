@@ -13,8 +13,11 @@ import os
 import secrets
 import socket
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, build_opener
 
 LOCK_FILE = "up.lock"
 
@@ -36,6 +39,22 @@ class RunningServer:
         """Where this machine reaches it: a server on all addresses is also on loopback."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def answer(self, path: str, *, timeout_seconds: float) -> int:
+        """Status code of a GET request.
+
+        Raises:
+            OSError: Nobody answers, or not in HTTP.
+        """
+        # A proxy that the environment names would not reach our loopback address.
+        opener = build_opener(ProxyHandler({}))
+        try:
+            with opener.open(self.address + path, timeout=timeout_seconds) as answer:
+                return int(answer.status)
+        except HTTPError as error:
+            return error.code
+        except HTTPException as error:
+            raise OSError(f"answered nonsense: {error!r}") from error
 
 
 def lock_data_folder(data_dir: Path, server: RunningServer) -> IO[str]:

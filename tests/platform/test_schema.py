@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from django.db import OperationalError, connection
 from django.db.migrations.recorder import MigrationRecorder
-from pytest_django.fixtures import SettingsWrapper
+from pytest_django import Settings
 
 from tinkerapi.schema import (
     SchemaError,
@@ -62,7 +62,7 @@ def test_tables_of_other_programs_in_the_same_database_do_not_matter() -> None:
     ],
 )
 def test_a_database_that_does_not_answer_gets_a_sentence(
-    settings: SettingsWrapper, url: str, sentence: str
+    settings: Settings, url: str, sentence: str
 ) -> None:
     settings.DATABASE_URL = url
     error = OperationalError("connection failed\nmore")

@@ -17,11 +17,9 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from http import HTTPStatus
-from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from urllib.request import urlopen
 
 from django.conf import settings
 from django.core.management import CommandError, call_command
@@ -229,9 +227,8 @@ class Command(BaseCommand):
 
     def _answers(self, path: str) -> bool:
         try:
-            with urlopen(self.server.address + path, timeout=2) as answer:  # noqa: S310
-                return bool(answer.status == HTTPStatus.OK)
-        except (OSError, HTTPException):
+            return self.server.answer(path, timeout_seconds=2) == HTTPStatus.OK
+        except OSError:
             return False
 
     def _seconds(self) -> str:
