@@ -5,4 +5,8 @@ import os
 from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tinkerapi.settings")
-application = get_asgi_application()
+django_application = get_asgi_application()
+
+from tinkerapi.api.body_limit import limit_body  # noqa: E402 - needs Django's apps
+
+application = limit_body(django_application)

@@ -12,10 +12,11 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from django.db import connection
 from django.http import HttpRequest, HttpResponseBase
+from rest_framework.exceptions import MethodNotAllowed
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
@@ -72,6 +73,13 @@ class AsyncAPIView(APIView):
         if method in self.http_method_names:
             handler = getattr(self, method, handler)
         return handler(request, *self.args, **self.kwargs)
+
+    def http_method_not_allowed(
+        self, request: HttpRequest | Request, *args: Any, **kwargs: Any
+    ) -> NoReturn:
+        method = request.method or ""
+        allowed = " or ".join(self.allowed_methods)
+        raise MethodNotAllowed(method, detail=f"{method} is not allowed here; use {allowed}.")
 
     def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
         """Nothing is negotiated: see ``renderers``."""

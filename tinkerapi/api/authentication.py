@@ -30,9 +30,7 @@ from rest_framework.request import Request
 
 from tinkerapi.api.parsers import JSON
 from tinkerapi.models import ApiKey
-from tinkerapi.services import api_key_verify
-
-LOCAL_USERNAME = "local"
+from tinkerapi.services import LOCAL_USERNAME, api_key_verify
 
 # testserver is what Django's test client calls itself; no public DNS can hold the name.
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
@@ -60,15 +58,9 @@ class ApiKeyAuthentication(BaseAuthentication):
 def local_user() -> AbstractBaseUser:
     """The user for whom keyless local requests act; made at the first one if ``up`` did not.
 
-    It has no usable password, so nobody can log in to the admin as it.
+    It has no password, so nobody can log in to the admin as it.
     """
-    users = get_user_model()
-    user = users.objects.filter(username=LOCAL_USERNAME).first()
-    if user is None:
-        user, is_new = users.objects.get_or_create(username=LOCAL_USERNAME)
-        if is_new:
-            user.set_unusable_password()
-            user.save(update_fields=["password"])
+    user, _ = get_user_model().objects.get_or_create(username=LOCAL_USERNAME)
     if not user.is_active:
         raise AuthenticationFailed("Keyless requests are closed: the user 'local' is inactive.")
     return user

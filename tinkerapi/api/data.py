@@ -21,6 +21,8 @@ ROLES = ("system", "user", "assistant")
 
 MAX_TOKEN_ID = 2**31 - 1
 
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
 Array = NDArray[Any]
 
 
@@ -210,10 +212,10 @@ def _floats(values: list[Any], where: str) -> NDArray[np.float32]:
     if not set(map(type, values)) <= {int, float}:
         _refuse_first(values, lambda item: type(item) in (int, float), "a number", where)
     array = np.array(values, np.float64)
-    if not (np.abs(array) <= np.finfo(np.float32).max).all():
+    if not (np.abs(array) <= MAX_FLOAT32).all():
         _refuse_first(
             values,
-            lambda item: abs(item) <= np.finfo(np.float32).max,
+            lambda item: abs(item) <= MAX_FLOAT32,
             "a number that a float32 can hold",
             where,
         )

@@ -1,0 +1,63 @@
+"""Refuse a large body before it arrives.
+
+Django reads a request's whole body into a temporary file before any view sees the request,
+so a view cannot protect memory or disk. This stands in front of Django: by Content-Length a
+body is refused unread, and without one it is cut off at the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from django.conf import settings
+
+from tinkerapi.api.errors import BodyTooLarge, error_response
+from tinkerapi.api.parsers import too_large_sentence
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+def limit_body(application: Application) -> Application:
+    """The application with bodies of at most ``settings.MAX_BODY_BYTES``; others answer 413."""
+
+    async def limited(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await application(scope, receive, send)
+            return
+        if _declared_length(scope) > settings.MAX_BODY_BYTES:
+            await _refuse(send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            # To Django the client has gone: it drops the body and answers nothing.
+            return message if received <= settings.MAX_BODY_BYTES else {"type": "http.disconnect"}
+
+        await application(scope, counted, send)
+        if received > settings.MAX_BODY_BYTES:
+            await _refuse(send)
+
+    return limited
+
+
+def _declared_length(scope: Message) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() else 0
+    return 0
+
+
+async def _refuse(send: Send) -> None:
+    response = error_response(413, too_large_sentence(), error_code=BodyTooLarge.__name__)
+    headers = [(name.encode(), value.encode()) for name, value in response.items()]
+    # The rest of the body is still on its way, so the connection cannot be used again.
+    headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": response.content})
