@@ -7,7 +7,7 @@ body is refused unread, and without one it is cut off at the limit.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from django.conf import settings
@@ -15,16 +15,17 @@ from django.conf import settings
 from tinkerapi.api.errors import BodyTooLarge, error_response
 from tinkerapi.api.parsers import too_large_sentence
 
-Message = MutableMapping[str, Any]
+Scope = dict[str, Any]
+Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def limit_body(application: Application) -> Application:
     """The application with bodies of at most ``settings.MAX_BODY_BYTES``; others answer 413."""
 
-    async def limited(scope: Message, receive: Receive, send: Send) -> None:
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await application(scope, receive, send)
             return
@@ -47,7 +48,7 @@ def limit_body(application: Application) -> Application:
     return limited
 
 
-def _declared_length(scope: Message) -> int:
+def _declared_length(scope: Scope) -> int:
     for name, value in scope["headers"]:
         if name == b"content-length":
             return int(value) if value.isdigit() else 0

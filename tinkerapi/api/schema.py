@@ -169,7 +169,8 @@ class ApiSchema(AutoSchema):
             if status == 202:
                 answers["202"] = _answer(description, PENDING_SCHEMA, PENDING_EXAMPLE)
             else:
-                answers[str(status)] = _answer(description, self._error_ref(), ERROR_EXAMPLE)
+                example = ERROR_EXAMPLE if status == 400 else None
+                answers[str(status)] = _answer(description, self._error_ref(), example)
         return answers
 
     def _error_ref(self) -> Schema:
