@@ -10,6 +10,7 @@ from django.http import HttpRequest, HttpResponse
 from django.template.defaultfilters import filesizeformat
 from django.template.response import TemplateResponse
 from django.utils import timezone
+from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import (
     AutocompleteSelectFilter,
@@ -27,6 +28,7 @@ from futures.console import (
     link,
     list_link,
     moment,
+    one_line,
     page_url,
     preformatted,
     redirect,
@@ -62,16 +64,14 @@ class FutureAdmin(ConsoleAdmin):
     """The requests of everybody, or one's own, newest first."""
 
     list_display = (
-        "request",
+        "request_id",
         "kind",
         "state_label",
-        "lane_link",
-        "seq_id",
+        "place",
         "facts",
         "owner_link",
         "created",
-        "waited",
-        "ran",
+        "took",
     )
     list_filter = (
         ("state", ChoicesCheckboxFilter),
@@ -122,21 +122,21 @@ class FutureAdmin(ConsoleAdmin):
         """Add what the request carried and what came of it."""
         if obj is not None:
             context["bodies"] = future_bodies(obj)
-            context["summary"] = obj.summary
+            context["facts"] = obj.summary_line.split("  ") if obj.summary else []
         response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
         return response
 
     @display(description="Request")
-    def request(self, future: Future) -> str:
-        return f"{future.pk[:15]}…"
+    def request_id(self, future: Future) -> str:
+        return f"{future.pk.removeprefix('future_')[:8]}…"
 
     @display(description="State")
     def state_label(self, future: Future) -> SafeString:
         return state_label(future.state)
 
     @display(description="Summary")
-    def facts(self, future: Future) -> str:
-        return future.error.split("\n")[0][:80] if future.error else future.summary_line[:80]
+    def facts(self, future: Future) -> SafeString:
+        return one_line(summary_text(future))
 
     @display(description="Owner")
     def owner_link(self, future: Future) -> SafeString | None:
@@ -145,6 +145,12 @@ class FutureAdmin(ConsoleAdmin):
     @display(description="Lane")
     def lane_link(self, future: Future) -> SafeString | None:
         return link(future.lane)
+
+    @display(description="Run")
+    def place(self, future: Future) -> SafeString | None:
+        """Its lane, and where in it."""
+        lane = self.lane_link(future)
+        return lane and format_html("{} &middot; {}", lane, future.seq_id)
 
     @display(description="Worker")
     def worker_link(self, future: Future) -> SafeString | None:
@@ -185,6 +191,10 @@ class FutureAdmin(ConsoleAdmin):
         if future.started_at is None:
             return None
         return duration((future.finished_at or timezone.now()) - future.started_at)
+
+    @display(description="Waited + ran")
+    def took(self, future: Future) -> str:
+        return " + ".join(filter(None, [self.waited(future), self.ran(future)]))
 
     @display(description="Ahead of it in the queue")
     def position(self, future: Future) -> int | None:
@@ -251,6 +261,13 @@ class FutureAdmin(ConsoleAdmin):
         return self.attempt(
             request, future, "submitted again", lambda: future_resubmit(request_id=future.pk)
         )
+
+
+def summary_text(future: Future) -> str:
+    """What a table says of a future in one line: its error, or its small facts."""
+    if future.error:
+        return future.error.split("\n")[0][:200]
+    return future.summary_line.replace("  ", " · ")[:200]
 
 
 def future_bodies(future: Future) -> list[dict[str, str]]:

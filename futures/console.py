@@ -27,6 +27,7 @@ from django.utils.functional import cached_property
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
+from unfold.views import ChangeList
 
 from futures.errors import FutureError
 
@@ -57,6 +58,15 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at 
     @cached_property
     def count(self) -> int:
         return self.object_list.order_by()[:COUNT_LIMIT].count()
+
+
+class ConsoleList(ChangeList):  # type: ignore[misc]  # unfold has no type information
+    """A list that offers "show all" only where something is hidden by a search or a filter."""
+
+    def get_results(self, request: HttpRequest) -> None:
+        super().get_results(request)
+        if not self.query and not self.has_active_filters:
+            self.full_result_count = self.result_count
 
 
 class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type information
@@ -93,6 +103,9 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
             if request.user.is_superuser
             or not (isinstance(item, tuple) and item[0] == self.owner_path)
         ]
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return ConsoleList
 
     def has_module_permission(self, request: HttpRequest) -> bool:
         return self.has_view_permission(request)
@@ -187,6 +200,11 @@ def state_label(state: str) -> SafeString:
     )
 
 
+def one_line(text: str) -> SafeString:
+    """Text cut to the width of its column, whole for who points at it."""
+    return format_html('<span class="console-line" title="{}">{}</span>', text, text)
+
+
 def preformatted(text: str) -> SafeString:
     """Text as it stands, escaped, wrapped where it is wide."""
     return format_html('<pre class="console-text">{}</pre>', text)
@@ -229,7 +247,7 @@ def line_chart(labels: Sequence[object], values: Sequence[float | None], *, name
         [
             {
                 "label": name,
-                "data": values,
+                "data": [None if value is None else float(f"{value:.4g}") for value in values],
                 "borderColor": "var(--color-primary-500)",
                 "backgroundColor": "var(--color-primary-500)",
                 "spanGaps": True,
@@ -243,7 +261,13 @@ def bar_chart(labels: Sequence[object], bars: Mapping[str, tuple[Sequence[int], 
     return _chart(
         labels,
         [
-            {"label": name, "data": values, "backgroundColor": colour, "stack": "all"}
+            {
+                "label": name,
+                "data": values,
+                "backgroundColor": colour,
+                "stack": "all",
+                "maxBarThickness": 16,
+            }
             for name, (values, colour) in bars.items()
         ],
     )

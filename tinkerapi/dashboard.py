@@ -19,8 +19,8 @@ from django.templatetags.static import static
 from django.urls import reverse
 from django.utils import timezone
 
-from futures.admin import is_silent, worker_memory
-from futures.console import bar_chart, changelist_url, link, moment, state_label
+from futures.admin import is_silent, summary_text, worker_memory
+from futures.console import bar_chart, changelist_url, link, moment, one_line, state_label
 from futures.models import Future, Worker
 from futures.transitions import State
 from training.admin import short_loss
@@ -46,6 +46,7 @@ def dashboard(request: HttpRequest, context: Context) -> Context:
     runs = _owned(Run.objects.live(), request, "owner")
     hourly = _futures_per_hour(futures)
     context.update(
+        title="Dashboard",
         tiles=_tiles(futures, hourly),
         futures_chart=_futures_chart(hourly),
         workers=_workers_table(request),
@@ -88,7 +89,7 @@ def _tiles(futures: QuerySet[Future], hourly: dict[tuple[Any, str], int]) -> lis
             "state": str(state),
             "label": state_label(state),
             "number": f"{numbers[state]:,}",
-            "note": "now" if state in (State.PENDING, State.RUNNING) else f"last {HOURS} hours",
+            "note": "now" if state in (State.PENDING, State.RUNNING) else f"{HOURS} hours",
             "url": f"{changelist_url(Future)}?state__exact={state}",
         }
         for state in State
@@ -153,10 +154,10 @@ def _failures_table(futures: QuerySet[Future]) -> Context:
         "headers": ["Request", "Kind", "Fault", "Error", "Submitted"],
         "rows": [
             [
-                link(future, f"{future.pk[:15]}…"),
+                link(future, f"{future.pk.removeprefix('future_')[:8]}…"),
                 future.kind,
                 future.category,
-                future.error.split("\n")[0][:120],
+                one_line(summary_text(future)),
                 moment(future.created_at),
             ]
             for future in failed[:NEWEST_ROWS]
@@ -176,8 +177,7 @@ def _storage(request: HttpRequest) -> Context:
     }
     return {
         "is_known": True,
-        "free": filesizeformat(disk.free),
-        "total": filesizeformat(disk.total),
+        "title": f"{filesizeformat(disk.free)} free of {filesizeformat(disk.total)}",
         "used_percent": round(100 * (disk.total - disk.free) / disk.total),
         "saved": [
             (name, filesizeformat(rows.aggregate(size=Sum("size_bytes"))["size"] or 0))

@@ -19,7 +19,7 @@ from unfold.contrib.filters.admin import (
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 
-from futures.admin import FutureAdmin
+from futures.admin import FutureAdmin, summary_text
 from futures.console import (
     ConsoleAdmin,
     changelist_url,
@@ -29,6 +29,7 @@ from futures.console import (
     link_to,
     list_link,
     moment,
+    one_line,
     page_url,
     preformatted,
     redirect,
@@ -40,7 +41,7 @@ from futures.preview import value_preview
 from futures.transitions import State
 from training.errors import TrainingError
 from training.models import Checkpoint, Run, Snapshot
-from training.progress import Progress, run_progress, with_last_loss
+from training.progress import MAX_REQUESTS, Progress, run_progress, with_last_loss
 from training.selectors import checkpoint_path
 from training.services import checkpoint_delete, run_remove_submit
 
@@ -75,7 +76,7 @@ class RequestAdmin(FutureAdmin):
     def lane_link(self, future: Future) -> SafeString | None:
         name = getattr(future, "run_name", None)
         if name is None or future.lane_id is None:
-            return link(future.lane)
+            return super().lane_link(future)
         return link_to(Run, future.lane_id, name)
 
 
@@ -374,22 +375,29 @@ class SnapshotAdmin(ConsoleAdmin):
 
 
 def progress_charts(progress: Progress) -> list[dict[str, Any]]:
-    """Titles and data of the curves that have any value."""
+    """Title, last value and data of the curves that have any value."""
     steps = [point.step for point in progress.points]
     curves = {
         "Loss": ("nats per token", [point.loss for point in progress.points]),
         "Gradient norm": ("before clipping", [point.grad_norm for point in progress.points]),
-        "Learning rate": ("", [point.learning_rate for point in progress.points]),
     }
+    extent = (
+        "each step"
+        if progress.steps_per_point == 1
+        else (f"means of {progress.steps_per_point} steps")
+    )
+    if not progress.is_whole:
+        extent += f", newest {MAX_REQUESTS:,} requests"
     return [
         {
             "title": title,
-            "note": note,
-            "last": next((value for value in reversed(values) if value is not None), None),
+            "note": f"{note}, {extent}",
+            "last": f"{last:.4g}",
             "data": line_chart(steps, values, name=title),
         }
         for title, (note, values) in curves.items()
-        if any(value is not None for value in values)
+        if (last := next((value for value in reversed(values) if value is not None), None))
+        is not None
     ]
 
 
@@ -407,7 +415,7 @@ def run_tables(run: Run) -> list[dict[str, Any]]:
                         link(future, str(future.seq_id)),
                         future.kind,
                         state_label(future.state),
-                        (future.error or future.summary_line)[:100],
+                        one_line(summary_text(future)),
                         moment(future.created_at),
                     ]
                     for future in futures[:NEWEST_ROWS]

@@ -32,7 +32,6 @@ class ProgressPoint:
     loss: float | None
     """Mean over the tokens of the passes that led to it, in nats."""
     grad_norm: float | None
-    learning_rate: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +85,12 @@ def _points(rows: list[tuple[str, dict[str, Any]]], *, first_step: int) -> list[
                 step=int(_number(summary.get("step")) or 0),
                 loss=weighted / tokens if tokens else None,
                 grad_norm=_number(summary.get("grad_norm")),
-                learning_rate=_number(summary.get("learning_rate")),
             )
         )
         weighted, tokens = 0.0, 0.0
     if tokens:
         step = points[-1].step + 1 if points else first_step
-        points.append(
-            ProgressPoint(step=step, loss=weighted / tokens, grad_norm=None, learning_rate=None)
-        )
+        points.append(ProgressPoint(step=step, loss=weighted / tokens, grad_norm=None))
     return points
 
 
@@ -107,7 +103,6 @@ def _mean(points: list[ProgressPoint]) -> ProgressPoint:
         step=points[-1].step,
         loss=mean([point.loss for point in points]),
         grad_norm=mean([point.grad_norm for point in points]),
-        learning_rate=mean([point.learning_rate for point in points]),
     )
 
 
