@@ -56,15 +56,15 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
         ValueError: It is no payload.
     """
     try:
-        parameters = zstandard.get_frame_parameters(data)
-        if parameters.content_size == zstandard.CONTENTSIZE_UNKNOWN:
-            raise ValueError("not a payload: its size is not in its header")
-        if parameters.content_size > max_bytes:
+        size = zstandard.get_frame_parameters(data).content_size
+        if size == zstandard.CONTENTSIZE_UNKNOWN:
+            raise ValueError("its size is not in its header")
+        if size > max_bytes:
             raise PayloadTooLarge
         packed = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
+        return msgpack.unpackb(packed, ext_hook=_unpack_array, strict_map_key=True)
+    except (zstandard.ZstdError, ValueError, TypeError) as error:
         raise ValueError(f"not a payload: {error}") from None
-    return msgpack.unpackb(packed, ext_hook=_unpack_array, strict_map_key=True)
 
 
 def digest(kind: str, value: Any) -> bytes:
@@ -126,11 +126,11 @@ def _pack_array(array: np.ndarray[Any, Any]) -> msgpack.ExtType:
 
 def _unpack_array(code: int, data: bytes) -> np.ndarray[Any, Any]:
     if code != _ARRAY or not data:
-        raise ValueError("not a payload: unknown extension")
+        raise ValueError("unknown extension")
     name, shape = msgpack.unpackb(data[1 : 1 + data[0]])
     dtype = np.dtype(name)
     if dtype.kind not in _KINDS:
-        raise ValueError(f"not a payload: array of {dtype}")
+        raise ValueError(f"array of {dtype}")
     begin = -(-(1 + data[0]) // _ALIGNMENT) * _ALIGNMENT
     array: np.ndarray[Any, Any] = np.frombuffer(
         data, dtype, count=math.prod(shape), offset=begin if math.prod(shape) else 0

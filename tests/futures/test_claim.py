@@ -1,0 +1,443 @@
+"""What a claim takes, in which order, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from django.db import transaction
+from django_q.models import OrmQ
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from futures.broker import PostgresBroker
+from futures.claiming import MAX_WINDOW, future_claim, futures_release
+from futures.errors import Fenced
+from futures.models import Future, Lane, Worker
+from futures.payload import decode
+from futures.services import Refusal, future_cancel
+from futures.transitions import State
+from tests.futures.conftest import SubmitFactory, finish
+
+pytestmark = pytest.mark.django_db
+
+
+def claim(worker: Worker, max_futures: int = 100, max_cost: int = 10**6) -> list[Future]:
+    return future_claim(worker=worker, max_futures=max_futures, max_cost=max_cost)
+
+
+def numbers(futures: Iterable[Future]) -> list[int | None]:
+    return [future.seq_id for future in futures]
+
+
+def keys(futures: Iterable[Future]) -> list[str]:
+    return [future.pk for future in futures]
+
+
+def suspect(*futures: Future) -> None:
+    """As if a worker had died while these ran."""
+    Future.objects.filter(pk__in=keys(futures)).update(attempts=1)
+
+
+def test_a_claim_returns_running_futures_with_payloads(
+    submit: SubmitFactory, worker: Worker
+) -> None:
+    submit(payload={"a": 1}, summary={"tokens": 3})
+
+    [future] = claim(worker)
+
+    assert decode(bytes(future.payload)) == {"a": 1}
+    assert future.summary == {"tokens": 3}
+    row = Future.objects.get(pk=future.pk)
+    for field in Future._meta.concrete_fields:
+        assert getattr(row, field.attname) == getattr(future, field.attname), field.name
+    assert (row.state, row.worker_id) == (State.RUNNING, worker.pk)
+    assert row.started_at is not None
+
+
+def test_nothing_is_claimed_twice(submit: SubmitFactory, lane: Lane, worker: Worker) -> None:
+    submit(lane)
+    submit()
+
+    assert len(claim(worker)) == 2
+    assert claim(worker) == []
+
+
+def test_a_lane_is_claimed_in_the_order_of_its_numbers(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    for seq_id in (3, 1, 2):
+        submit(lane, seq_id=seq_id)
+
+    assert numbers(claim(worker)) == [1, 2, 3]
+
+
+def test_a_missing_number_stops_a_lane_until_it_arrives(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    submit(lane, seq_id=1)
+    submit(lane, seq_id=3)
+
+    assert numbers(claim(worker)) == [1]
+    assert claim(worker) == []
+    submit(lane, seq_id=2)
+    assert numbers(claim(worker)) == [2, 3]
+
+
+def test_a_lane_whose_first_number_is_missing_waits(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    submit(lane, seq_id=2)
+
+    assert claim(worker) == []
+
+
+def test_final_futures_are_passed_over(submit: SubmitFactory, lane: Lane, worker: Worker) -> None:
+    futures = [submit(lane) for _ in range(3)]
+    submit(lane, refusal=Refusal(error="invalid"))
+    submit(lane)
+    for future in futures[:2]:
+        future_cancel(request_id=future.pk, owner_id=future.owner_id)
+
+    assert numbers(claim(worker)) == [3, 5]
+
+
+def test_a_refused_request_that_arrives_late_fills_the_gap(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    submit(lane, seq_id=2)
+    assert claim(worker) == []
+
+    submit(lane, seq_id=1, refusal=Refusal(error="invalid"))
+
+    assert numbers(claim(worker)) == [2]
+
+
+def test_more_final_futures_than_a_claim_looks_at_are_passed_over(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    refused = submit(lane, refusal=Refusal(error="invalid"))
+    Future.objects.bulk_create(
+        Future(
+            owner_id=lane.owner_id,
+            queue=lane.queue,
+            lane=lane,
+            seq_id=seq_id,
+            kind="add",
+            state=State.CANCELLED,
+            payload_digest=bytes(32),
+            finished_at=refused.finished_at,
+        )
+        for seq_id in range(2, 2 * MAX_WINDOW + 10)
+    )
+    submit(lane)
+
+    assert numbers(claim(worker, max_futures=1)) == [2 * MAX_WINDOW + 10]
+
+
+def test_what_arrives_while_a_lane_runs_is_claimed_next(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    submit(lane)
+    claim(worker)
+
+    submit(lane)
+
+    assert numbers(claim(worker)) == [2]
+
+
+def test_an_unordered_lane_does_not_wait_for_missing_numbers(
+    submit: SubmitFactory, lane_factory: Callable[..., Lane], worker: Worker
+) -> None:
+    lane = lane_factory(ordered=False)
+    for seq_id in (10**9, 7, 0):
+        submit(lane, seq_id=seq_id)
+
+    assert sorted(numbers(claim(worker))) == [0, 7, 10**9]
+
+
+def test_another_queue_is_left_alone(
+    submit: SubmitFactory, lane_factory: Callable[..., Lane], worker: Worker
+) -> None:
+    submit(queue="other")
+    submit(lane_factory(queue="other"), queue="other")
+
+    assert claim(worker) == []
+    assert OrmQ.objects.filter(key="other").count() == 2
+
+
+def test_a_claim_deletes_the_doorbells_even_locked_ones(
+    submit: SubmitFactory, worker: Worker
+) -> None:
+    submit()
+    PostgresBroker(list_key=worker.queue).claim()
+
+    claim(worker)
+
+    assert not OrmQ.objects.filter(key=worker.queue).exists()
+
+
+def test_owners_take_turns(
+    submit: SubmitFactory,
+    lane_factory: Callable[..., Lane],
+    owner_factory: Callable[[], Any],
+    worker: Worker,
+) -> None:
+    greedy, modest, late = (owner_factory() for _ in range(3))
+    lane = lane_factory(owner_id=greedy.pk)
+    for _ in range(5):
+        submit(lane)
+    submit(owner_id=modest.pk)
+    submit(owner_id=modest.pk)
+    submit(owner_id=late.pk)
+
+    owners = [future.owner_id for future in claim(worker)]
+
+    g, m, z = greedy.pk, modest.pk, late.pk
+    assert owners == [g, m, z, g, m, g, g, g]
+
+
+def test_an_owner_cannot_get_more_turns_by_more_lanes(
+    submit: SubmitFactory,
+    lane_factory: Callable[..., Lane],
+    owner_factory: Callable[[], Any],
+    worker: Worker,
+) -> None:
+    greedy, modest = owner_factory(), owner_factory()
+    for _ in range(4):
+        submit(lane_factory(owner_id=greedy.pk))
+    for _ in range(2):
+        submit(lane_factory(owner_id=modest.pk))
+
+    owners = [future.owner_id for future in claim(worker, max_futures=4)]
+
+    assert owners == [greedy.pk, modest.pk, greedy.pk, modest.pk]
+
+
+def test_the_budgets_cut_the_claim_and_the_rest_comes_next(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    for cost in (4, 5, 3, 1):
+        submit(lane, cost=cost)
+
+    assert numbers(claim(worker, max_cost=9)) == [1, 2]
+    assert numbers(claim(worker, max_futures=1)) == [3]
+    assert numbers(claim(worker)) == [4]
+
+
+def test_a_future_above_the_cost_budget_is_claimed_alone(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    submit(lane, cost=1000)
+    submit(lane, cost=1)
+
+    assert numbers(claim(worker, max_cost=10)) == [1]
+
+
+def test_a_suspect_is_claimed_alone(
+    submit: SubmitFactory, lane_factory: Callable[..., Lane], worker: Worker
+) -> None:
+    submit(lane_factory())
+    second, third = lane_factory(), lane_factory()
+    suspects = [submit(second), submit(third)]
+    suspect(*suspects)
+    submit(second)
+
+    first = claim(worker)
+    assert keys(first) == [suspects[0].pk]
+    assert claim(worker) == []
+    finish(worker, *first)
+    then = claim(worker)
+    assert keys(then) == [suspects[1].pk]
+    finish(worker, *then)
+    assert len(claim(worker)) == 2
+
+
+def test_a_suspect_waits_until_the_worker_holds_nothing(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    submit()
+    held = claim(worker)
+    suspicious = submit(lane)
+    suspect(suspicious)
+    submit()
+
+    assert claim(worker) == []
+    finish(worker, *held)
+    assert keys(claim(worker)) == [suspicious.pk]
+
+
+def test_a_suspect_that_may_not_run_yet_holds_nobody_up(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    suspect(submit(lane, seq_id=2))
+    other = submit()
+
+    assert keys(claim(worker)) == [other.pk]
+
+
+def test_a_suspect_never_overtakes_its_lane(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    first, second = submit(lane), submit(lane)
+    suspect(second)
+
+    alone = claim(worker)
+    assert keys(alone) == [first.pk]
+    finish(worker, *alone)
+    assert keys(claim(worker)) == [second.pk]
+
+
+def test_what_is_released_is_claimed_again_in_order(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    for _ in range(4):
+        submit(lane)
+    futures = claim(worker)
+
+    futures_release(worker=worker, request_ids=keys(futures[1:]))
+    row = Future.objects.get(pk=futures[1].pk)
+
+    assert (row.state, row.attempts, row.worker_id, row.started_at) == ("pending", 0, None, None)
+    assert numbers(claim(worker)) == [2, 3, 4]
+
+
+def test_releasing_what_is_not_held_releases_nothing(submit: SubmitFactory, worker: Worker) -> None:
+    submit()
+    submit()
+    done, held = claim(worker)
+    finish(worker, done)
+
+    with pytest.raises(Fenced):
+        futures_release(worker=worker, request_ids=[held.pk, done.pk])
+    assert Future.objects.get(pk=held.pk).state == State.RUNNING
+
+
+def test_a_replaced_worker_claims_nothing(
+    submit: SubmitFactory, worker_factory: Callable[..., Worker]
+) -> None:
+    old = worker_factory()
+    Worker.objects.filter(pk=old.pk).update(state=Worker.WorkerState.LOST)
+    submit()
+
+    with pytest.raises(Fenced):
+        claim(old)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row of a random queue."""
+
+    owner: int
+    lane: int | None
+    seq_id: int | None
+    cost: int
+    cancelled: bool
+
+
+lanes_of_requests = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # owner
+        st.sets(st.integers(1, 7), max_size=7),  # seq ids that have arrived
+        st.sets(st.integers(1, 7), max_size=3),  # which of them were cancelled
+    ),
+    max_size=4,
+)
+
+
+@st.composite
+def queues(draw: st.DrawFn) -> list[Request]:
+    """Requests of several lanes and of none, in random order of arrival."""
+    requests = [
+        Request(owner, lane, seq_id, draw(st.integers(0, 5)), seq_id in cancelled)
+        for lane, (owner, arrived, cancelled) in enumerate(draw(lanes_of_requests))
+        for seq_id in sorted(arrived)
+    ]
+    requests += [
+        Request(draw(st.integers(0, 2)), None, None, draw(st.integers(0, 5)), False)
+        for _ in range(draw(st.integers(0, 4)))
+    ]
+    return draw(st.permutations(requests))
+
+
+def expected_claim(
+    waiting: list[Request], begins: dict[int, int], max_futures: int, max_cost: int
+) -> list[Request]:
+    """The rules of the claim in plain words, for requests in their order of arrival."""
+    by_number = {(r.lane, r.seq_id): r for r in waiting if r.lane is not None}
+    since: dict[Request, tuple[int, int, int]] = {}
+    for position, request in enumerate(waiting):
+        if request.lane is None:
+            since[request] = (position, -1, position)
+    for lane, begin in begins.items():
+        seq_id, latest = begin, -1
+        while (request := by_number.get((lane, seq_id))) is not None:
+            latest = max(latest, waiting.index(request))
+            if not request.cancelled:
+                since[request] = (latest, lane, seq_id)
+            seq_id += 1
+    turns: dict[int, int] = defaultdict(int)
+    order = []
+    for request in sorted(since, key=since.__getitem__):
+        turns[request.owner] += 1
+        order.append((turns[request.owner], since[request], request))
+    taken: list[Request] = []
+    spent = 0
+    for _, _, request in sorted(order, key=lambda item: item[:2]):
+        spent += request.cost
+        if len(taken) == max_futures or (taken and spent > max_cost):
+            break
+        taken.append(request)
+    return taken
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(requests=queues(), max_futures=st.integers(1, 6), max_cost=st.integers(0, 12))
+def test_claims_follow_the_rules_until_nothing_may_run(
+    requests: list[Request],
+    max_futures: int,
+    max_cost: int,
+    submit: SubmitFactory,
+    lane_factory: Callable[..., Lane],
+    owner_factory: Callable[[], Any],
+    worker: Worker,
+) -> None:
+    with transaction.atomic():
+        owners = [owner_factory() for _ in range(3)]
+        lanes = {
+            lane: lane_factory(owner_id=owners[owner].pk)
+            for lane, owner in sorted({(r.lane, r.owner) for r in requests if r.lane is not None})
+        }
+        future_of = {}
+        for request in dict.fromkeys(requests):
+            future = submit(
+                lanes.get(request.lane),
+                owner_id=owners[request.owner].pk,
+                seq_id=request.seq_id,
+                cost=request.cost,
+            )
+            future_of[future.pk] = request
+            if request.cancelled:
+                future_cancel(request_id=future.pk, owner_id=future.owner_id)
+
+        waiting = list(future_of.values())
+        begins = dict.fromkeys(lanes, 1)
+        while True:
+            expected = expected_claim(waiting, begins, max_futures, max_cost)
+            claimed = claim(worker, max_futures, max_cost)
+            assert [future_of[future.pk] for future in claimed] == expected
+            if not claimed:
+                break
+            for request in expected:
+                if request.lane is not None:
+                    begins[request.lane] = request.seq_id + 1
+                else:
+                    waiting.remove(request)
+        transaction.set_rollback(True)

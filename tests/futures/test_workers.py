@@ -1,0 +1,195 @@
+"""The life of a worker, and what the next one does with what it left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import psycopg
+import pytest
+from django.utils import timezone
+from django_q.models import OrmQ
+
+from futures import workers
+from futures.broker import PostgresBroker
+from futures.claiming import future_claim
+from futures.database import dedicated_parameters
+from futures.errors import Fenced, QueueTaken
+from futures.models import Future, Lane, Worker
+from futures.transitions import State
+from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
+from tests.futures.conftest import QUEUE, SubmitFactory, finish, kill
+
+pytestmark = pytest.mark.django_db
+
+
+def claim(worker: Worker) -> list[Future]:
+    return future_claim(worker=worker, max_futures=10, max_cost=10)
+
+
+def test_a_worker_starts_goes_live_beats_and_stops(worker: Worker) -> None:
+    assert Worker.objects.get(pk=worker.pk).state == "starting"
+
+    worker_live(worker, {"device": "cpu"})
+    row = Worker.objects.get(pk=worker.pk)
+    assert (row.state, row.figures) == ("live", {"device": "cpu"})
+
+    Worker.objects.update(heartbeat_at=timezone.now() - timedelta(hours=1))
+    worker_heartbeat(worker, {"device": "cpu", "adapters": 2})
+    row = Worker.objects.get(pk=worker.pk)
+    assert row.heartbeat_at > timezone.now() - timedelta(minutes=1)
+    assert row.figures["adapters"] == 2
+
+    worker_stop(worker)
+    row = Worker.objects.get(pk=worker.pk)
+    assert row.state == "stopped"
+    assert row.stopped_at is not None
+
+
+def test_a_queue_has_one_worker_at_a_time(
+    worker_factory: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 0.05)
+    first = worker_factory()
+
+    with pytest.raises(QueueTaken):
+        worker_factory()
+    worker_factory("another queue")
+    assert Worker.objects.get(pk=first.pk).state == "starting"
+
+    worker_stop(first)
+    assert worker_factory().pk > first.pk
+
+
+def test_what_a_dead_worker_held_waits_again_with_one_attempt_more(
+    submit: SubmitFactory, lane: Lane, worker_factory: Callable[..., Worker]
+) -> None:
+    dead = worker_factory()
+    for _ in range(3):
+        submit(lane)
+    running = claim(dead)
+    finish(dead, running[0])
+    PostgresBroker(list_key=QUEUE).claim()
+    kill(dead)
+
+    successor = worker_factory()
+
+    rows = [Future.objects.get(pk=future.pk) for future in running]
+    assert [row.state for row in rows] == ["ready", "pending", "pending"]
+    assert [row.attempts for row in rows] == [0, 1, 1]
+    dead.refresh_from_db()
+    assert dead.state == "lost"
+    assert OrmQ.objects.filter(key=QUEUE).count() == 1
+    assert len(PostgresBroker(list_key=QUEUE).claim()) == 1
+    alone = claim(successor)
+    assert [future.seq_id for future in alone] == [2]
+    finish(successor, *alone)
+    assert [future.seq_id for future in claim(successor)] == [3]
+
+
+def test_the_third_crash_fails_a_future_by_name_and_its_lane_goes_on(
+    submit: SubmitFactory, lane: Lane, worker_factory: Callable[..., Worker]
+) -> None:
+    deadly = submit(lane)
+    submit(lane)
+    for _ in range(3):
+        worker = worker_factory()
+        assert deadly.pk in [future.pk for future in claim(worker)]
+        kill(worker)
+
+    worker = worker_factory()
+
+    row = Future.objects.get(pk=deadly.pk)
+    assert (row.state, row.category, row.error_code) == ("failed", "server", "CrashedWorker")
+    assert "3 times" in row.error
+    assert (row.attempts, row.finished_at is not None) == (3, True)
+    assert [future.seq_id for future in claim(worker)] == [2]
+
+
+def test_a_stopping_worker_gives_back_what_it_holds_without_blame(
+    submit: SubmitFactory, lane: Lane, worker_factory: Callable[..., Worker]
+) -> None:
+    worker = worker_factory()
+    submit(lane)
+    submit(lane)
+    claim(worker)
+
+    worker_stop(worker)
+
+    assert set(Future.objects.values_list("state", "attempts")) == {("pending", 0)}
+    assert [future.seq_id for future in claim(worker_factory())] == [1, 2]
+
+
+def test_a_replaced_worker_is_fenced_everywhere(
+    submit: SubmitFactory, worker_factory: Callable[..., Worker]
+) -> None:
+    old = worker_factory()
+    submit()
+    running = claim(old)
+    kill(old)
+    new = worker_factory()
+    [rerun] = claim(new)
+
+    with pytest.raises(Fenced):
+        finish(old, *running)
+    with pytest.raises(Fenced):
+        claim(old)
+    with pytest.raises(Fenced):
+        worker_heartbeat(old, {})
+    with pytest.raises(Fenced):
+        worker_live(old, {})
+    worker_stop(old)
+    assert Worker.objects.get(pk=old.pk).state == "lost"
+    assert Future.objects.get(pk=rerun.pk).worker_id == new.pk
+    finish(new, rerun)
+    assert Future.objects.get(pk=rerun.pk).state == State.READY
+
+
+def lock_holders() -> list[int]:
+    """Backends that hold an advisory lock in this database."""
+    with psycopg.connect(**dedicated_parameters()) as connection:
+        rows = connection.execute(
+            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = "
+            "(SELECT oid FROM pg_database WHERE datname = current_database())"
+        ).fetchall()
+        return [pid for (pid,) in rows]
+
+
+def terminate(pid: int) -> None:
+    """End a backend, and wait until it is gone."""
+    with psycopg.connect(**dedicated_parameters()) as connection:
+        connection.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+
+
+def test_a_lost_lock_is_taken_again_by_the_heartbeat(worker: Worker) -> None:
+    [pid] = lock_holders()
+    terminate(pid)
+    assert lock_holders() == []
+
+    worker_heartbeat(worker, {})
+
+    [renewed] = lock_holders()
+    assert renewed != pid
+
+
+def test_a_lock_lost_to_another_worker_fences(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 0.05)
+    [pid] = lock_holders()
+    terminate(pid)
+    thief = workers.QueueLock(QUEUE)
+
+    with pytest.raises(Fenced):
+        worker_heartbeat(worker, {})
+    thief.release()
+
+
+def test_a_start_that_fails_lets_the_lock_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(queue: str) -> None:
+        raise RuntimeError("no task")
+
+    monkeypatch.setattr(workers, "doorbell", fail)
+    with pytest.raises(RuntimeError):
+        worker_start(queue=QUEUE, figures={})
+    assert lock_holders() == []
