@@ -12,7 +12,7 @@ with g_k = d loss / d log p(target_k), which every loss gives elementwise. Rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +70,7 @@ def score_targets(
         grad_hidden=torch.zeros_like(hidden),
     )
     chunk_rows = max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))
-    for start in range(0, num_rows, chunk_rows):
-        rows = slice(start, min(start + chunk_rows, num_rows))
+    for rows in _chunks(segments, chunk_rows):
         chunk_segments = _cut(segments, rows)
         logits = base_model.logits(hidden[rows], chunk_segments)  # (n, V)
         log_norm = logits.logsumexp(-1, keepdim=True)  # (n, 1)
@@ -149,6 +148,22 @@ def _backward_chunk(
         add_product(grad_a, gb.T, x)
         add_product(grad_b, g.T, x @ a.T, scale)
     grad_hidden[active] = grad_rows
+
+
+def _chunks(segments: Iterable[Segment], chunk_rows: int) -> Iterator[slice]:
+    """Cut the rows into chunks, and each segment at the same places whatever lies before it.
+
+    A segment's gradient is a sum over chunks, so where they end is part of its rounding.
+    """
+    chunk_start = chunk_end = 0
+    for segment in segments:
+        for start in range(segment.start, segment.end, chunk_rows):
+            end = min(start + chunk_rows, segment.end)
+            if end - chunk_start > chunk_rows:
+                yield slice(chunk_start, chunk_end)
+                chunk_start = start
+            chunk_end = end
+    yield slice(chunk_start, chunk_end)
 
 
 def _cut(segments: Iterable[Segment], rows: slice) -> list[Segment]:

@@ -3,6 +3,10 @@
 A micro-batch is one stream of whole datums without padding. Datums of one adapter are adjacent
 (its LoRA matrices are then applied once), within it those of one loss, and within that the
 longest first, so that equal lengths meet and attention can take them together.
+
+Each adapter's datums are first cut into pieces by themselves, and micro-batches are made of
+whole pieces. So which of its datums are summed together, and in which order, does not depend on
+the other adapters in the call.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +22,8 @@ from numpy.typing import NDArray
 from training.engine.interface import ForwardBackwardJob
 from training.engine.losses import LOSSES
 from training.types import Datum
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,39 +97,65 @@ class MicroBatch:
         return [packed.end - packed.start for packed in self.datums]
 
 
-def plan_micro_batches(jobs: Iterable[PlannedJob], token_budget: int) -> list[MicroBatch]:
+def plan_micro_batches(jobs: Sequence[PlannedJob], token_budget: int) -> list[MicroBatch]:
     """Pack every datum of every job once.
 
     Args:
         jobs: All of them train, or none does.
         token_budget: Most tokens in a micro-batch, unless one datum alone is longer.
     """
-    items = [(planned, index) for planned in jobs for index in range(len(planned.job.data))]
-    adapter_order = _first_seen(planned.job.adapter_name for planned, _ in items)
-    loss_order = _first_seen(_loss_key(planned) for planned, _ in items)
-
-    def sort_key(item: tuple[PlannedJob, int]) -> tuple[int, int, int]:
-        planned, index = item
-        num_tokens = len(planned.job.data[index].model_input)
-        return (
-            adapter_order[planned.job.adapter_name],
-            loss_order[_loss_key(planned)],
-            -num_tokens,
+    loss_order = _first_seen(_loss_key(planned) for planned in jobs)
+    by_adapter: dict[str, list[_Item]] = {}
+    for planned in jobs:
+        items = by_adapter.setdefault(planned.job.adapter_name, [])
+        items += [_Item(planned, index) for index in range(len(planned.job.data))]
+    pieces = [
+        piece
+        for items in by_adapter.values()
+        for piece in _cut(
+            sorted(items, key=lambda i: (loss_order[_loss_key(i.planned)], -i.num_tokens)),
+            lambda item: item.num_tokens,
+            token_budget,
         )
+    ]
+    batches = _cut(pieces, lambda piece: sum(item.num_tokens for item in piece), token_budget)
+    return [_make_batch(_lay_out(item for piece in batch for item in piece)) for batch in batches]
 
-    batches: list[MicroBatch] = []
-    pending: list[PackedDatum] = []
-    end = 0
-    for planned, index in sorted(items, key=sort_key):
-        num_tokens = len(planned.job.data[index].model_input)
-        if pending and end + num_tokens > token_budget:
-            batches.append(_make_batch(pending))
-            pending, end = [], 0
-        pending.append(PackedDatum(planned=planned, index=index, start=end, end=end + num_tokens))
-        end += num_tokens
-    if pending:
-        batches.append(_make_batch(pending))
-    return batches
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """One datum that has no rows yet."""
+
+    planned: PlannedJob
+    index: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.planned.job.data[self.index].model_input)
+
+
+def _cut(values: Iterable[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
+    """Neighbours together as long as their sizes add up to at most ``limit``."""
+    parts: list[list[T]] = []
+    total = 0
+    for value in values:
+        if not parts or total + size(value) > limit:
+            parts.append([])
+            total = 0
+        parts[-1].append(value)
+        total += size(value)
+    return parts
+
+
+def _lay_out(items: Iterable[_Item]) -> list[PackedDatum]:
+    """Give each item its rows, one after another."""
+    packed: list[PackedDatum] = []
+    start = 0
+    for item in items:
+        end = start + item.num_tokens
+        packed.append(PackedDatum(planned=item.planned, index=item.index, start=start, end=end))
+        start = end
+    return packed
 
 
 def _make_batch(datums: Sequence[PackedDatum]) -> MicroBatch:
