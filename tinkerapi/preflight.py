@@ -12,6 +12,9 @@ import json
 import os
 import secrets
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -57,8 +60,9 @@ class RunningServer:
             raise OSError(f"answered nonsense: {error!r}") from error
 
 
-def lock_data_folder(data_dir: Path, server: RunningServer) -> IO[str]:
-    """Take the data folder for a server; the lock is held while the returned file is open.
+@contextmanager
+def lock_data_folder(data_dir: Path, server: RunningServer) -> Iterator[RunningServer | None]:
+    """Hold the data folder for a server; yields the server that was killed on it before, if so.
 
     Raises:
         PreflightError: It cannot be written, or another ``up`` has it.
@@ -73,20 +77,22 @@ def lock_data_folder(data_dir: Path, server: RunningServer) -> IO[str]:
             f"the data folder {data_dir} cannot be written ({reason}); "
             "set TINKERAPI_DATA_DIR to a folder of yours"
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        other = _read_lock(lock)
-        lock.close()
-        raise PreflightError(
-            f"this server is already running on {data_dir}"
-            + (f" (process {other.pid}, {other.address})" if other else "")
-            + "; stop it first, or set another TINKERAPI_DATA_DIR"
-        ) from None
-    lock.truncate(0)
-    lock.write(json.dumps(asdict(server)))
-    lock.flush()
-    return lock
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = _read_lock(lock)
+            raise PreflightError(
+                f"this server is already running on {data_dir}"
+                + (f" (process {other.pid}, {other.address})" if other else "")
+                + "; stop it first, or set another TINKERAPI_DATA_DIR"
+            ) from None
+        killed = _read_lock(lock)
+        lock.truncate(0)
+        lock.write(json.dumps(asdict(server)))
+        lock.flush()
+        yield killed
+        lock.truncate(0)  # a clean end: nothing is left to wait for
 
 
 def running_server(data_dir: Path) -> RunningServer | None:
@@ -142,12 +148,25 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, *, wait_seconds: float = 0.0) -> None:
     """Make sure that a server can listen there.
+
+    Args:
+        wait_seconds: How long a port may still be taken, for the children of a killed server.
 
     Raises:
         PreflightError: Taken, not allowed, or no such address.
     """
+    deadline = time.monotonic() + wait_seconds
+    while (problem := _port_problem(host, port)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if problem:
+        raise PreflightError(
+            f"cannot listen on {host} port {port}: {problem.strerror}; choose another --port"
+        ) from problem
+
+
+def _port_problem(host: str, port: int) -> OSError | None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -155,12 +174,10 @@ def check_port(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-            # The server shares its port between its processes, so a bind alone may succeed.
             probe.listen()
     except OSError as error:
-        raise PreflightError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
-        ) from error
+        return error
+    return None
 
 
 def base_model_problem(folder: Path) -> str | None:

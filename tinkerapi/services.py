@@ -94,7 +94,9 @@ def first_accounts_ensure() -> FirstAccounts:
     Secrets are returned this once; a second call finds everything and returns none. Whoever
     has lost them uses ``createapikey`` and Django's ``changepassword``.
     """
-    local, _ = User.objects.get_or_create(username=LOCAL_USERNAME)
+    local = User.objects.filter(username=LOCAL_USERNAME).first()
+    if local is None:
+        local = User.objects.create_user(LOCAL_USERNAME)  # no password opens it
     admin_password = None
     if not User.objects.filter(is_superuser=True).exists():
         admin_password = secrets.token_urlsafe(12)

@@ -106,18 +106,16 @@ def test_the_server_ends_when_its_parent_is_killed(made_cluster: Path) -> None:
         f"server = EmbeddedPostgres(Path({str(made_cluster)!r}), durable=False); server.start(); "
         "print(server.process.pid, flush=True); time.sleep(60)"
     )
-    parent = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
-    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
     parent.stdout.close()
 
-    # A clean shutdown, so the next start has nothing to recover; the file goes last.
-    wait_for(lambda: not (made_cluster / "postgres" / "data" / "postmaster.pid").exists())
-    assert not is_running(pid)
+    wait_for(lambda: not is_running(pid))
+    # A clean shutdown, so the next start has nothing to recover.
+    assert not (made_cluster / "postgres" / "data" / "postmaster.pid").exists()
 
 
 def test_a_stale_pid_file_that_names_a_living_process_does_not_stop_the_start(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,25 +29,27 @@ def test_a_data_folder_has_one_server_and_says_which(tmp_path: Path) -> None:
     with lock_data_folder(tmp_path / "new", SERVER):
         assert running_server(tmp_path / "new") == SERVER
         assert running_server(tmp_path / "new") == SERVER, "asking must not take the lock"
-        with pytest.raises(PreflightError, match=r"process 4711, http://127.0.0.1:8123"):
-            lock_data_folder(tmp_path / "new", SERVER)
+        with (
+            pytest.raises(PreflightError, match=r"process 4711, http://127.0.0.1:8123"),
+            lock_data_folder(tmp_path / "new", SERVER),
+        ):
+            pytest.fail("two servers hold one data folder")
+        assert running_server(tmp_path / "new") == SERVER, "a failed attempt must not take it"
     assert running_server(tmp_path / "new") is None
 
 
-def test_the_lock_of_a_server_that_was_killed_is_free(tmp_path: Path) -> None:
-    """The kernel gives a lock back with its holder; what the file says no longer counts."""
-    lock_data_folder(tmp_path, SERVER).close()
+def test_a_clean_end_leaves_no_trace_and_a_killed_server_does(tmp_path: Path) -> None:
+    with lock_data_folder(tmp_path, SERVER) as killed:
+        assert killed is None
+    with lock_data_folder(tmp_path, SERVER) as killed:
+        assert killed is None
+        as_it_was_killed = (tmp_path / "up.lock").read_bytes()
+    (tmp_path / "up.lock").write_bytes(as_it_was_killed)
 
-    other = RunningServer(pid=1, host="::1", port=1)
-    with lock_data_folder(tmp_path, other):
-        assert running_server(tmp_path) == other
-
-
-def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-
-    with pytest.raises(PreflightError, match=r"cannot be written \(.*file\); set TINKERAPI_DATA"):
-        lock_data_folder(tmp_path / "file", SERVER)
+    # The kernel has given its lock back; what the file says no longer keeps anybody out.
+    assert running_server(tmp_path) is None
+    with lock_data_folder(tmp_path, RunningServer(pid=1, host="::1", port=1)) as killed:
+        assert killed == SERVER
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,16 @@ def test_a_port_that_is_taken_is_named() -> None:
         with pytest.raises(PreflightError, match=f"127.0.0.1 port {port}: Address already in use"):
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
+
+
+def test_a_port_that_is_being_left_is_waited_for() -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    leaving = threading.Timer(0.1, taken.close)
+    leaving.start()
+    try:
+        check_port("127.0.0.1", taken.getsockname()[1], wait_seconds=10)
+    finally:
+        leaving.join()
 
 
 def test_a_port_shared_by_another_server_counts_as_taken() -> None:

@@ -90,8 +90,9 @@ class Command(BaseCommand):
     def _preflight(self) -> Iterator[dict[str, str]]:
         """Hold the data folder; yield the environment that all children share."""
         host = self.server.host
-        with lock_data_folder(settings.DATA_DIR, self.server):
-            check_port(host, self.server.port)
+        with lock_data_folder(settings.DATA_DIR, self.server) as killed:
+            # The web process of an ``up`` that was killed needs a moment to leave its port.
+            check_port(host, self.server.port, wait_seconds=10 if killed else 0)
             for base_model in base_models():
                 problem = base_model_problem(base_model.folder)
                 if problem and not _can_be_prepared(base_model):

@@ -1,0 +1,139 @@
+"""What the commands say, on the terminal and as an exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from django.contrib.auth.models import User
+from django.core.management import CommandError, call_command
+
+from tinkerapi.models import ApiKey
+from tinkerapi.services import api_key_verify, first_accounts_ensure
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.django_db
+def test_createapikey_prints_a_key_that_opens_the_door() -> None:
+    user = User.objects.create_user("ada")
+    output, remarks = StringIO(), StringIO()
+
+    call_command(
+        "createapikey", "ada", name="laptop", expires_days=7, stdout=output, stderr=remarks
+    )
+
+    found = api_key_verify(output.getvalue().strip())
+    assert found is not None
+    assert (found.user, found.name) == (user, "laptop")
+    assert found.expires_at is not None
+    assert f"until {found.expires_at:%Y-%m-%d}" in remarks.getvalue()
+    assert 6 <= (found.expires_at - found.created_at).days <= 7
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("username", "options", "sentence"),
+    [
+        ("nobody", {}, "there is no user 'nobody'"),
+        ("gone", {}, "user 'gone' is not active"),
+        ("ada", {"expires_days": 0}, "--expires-days: expected at least 1, got 0"),
+        ("ada", {"name": ""}, "--name: expected 1 to 100 characters, got 0"),
+        ("ada", {"name": "n" * 101}, "--name: expected 1 to 100 characters, got 101"),
+    ],
+)
+def test_createapikey_refuses_in_a_sentence_and_makes_no_key(
+    username: str, options: dict[str, object], sentence: str
+) -> None:
+    User.objects.create_user("ada")
+    User.objects.create_user("gone", is_active=False)
+
+    with pytest.raises(CommandError, match=sentence):
+        call_command("createapikey", username, **options)
+
+    assert not ApiKey.objects.exists()
+
+
+@pytest.mark.django_db
+def test_the_first_accounts_are_made_once_and_their_secrets_shown_once() -> None:
+    first = first_accounts_ensure()
+
+    assert first.api_key is not None
+    assert first.admin_password is not None
+    key = api_key_verify(first.api_key)
+    assert key is not None
+    assert key.user.get_username() == "local"
+    admin = User.objects.get(is_superuser=True)
+    assert admin.check_password(first.admin_password)
+    assert not User.objects.get(username="local").has_usable_password()
+
+    second = first_accounts_ensure()
+    assert (second.api_key, second.admin_password) == (None, None)
+    assert User.objects.count() == 2
+    assert ApiKey.objects.count() == 1
+
+
+@pytest.mark.django_db
+def test_a_superuser_of_another_name_is_enough() -> None:
+    User.objects.create_superuser("ada", password="x")  # noqa: S106
+
+    assert first_accounts_ensure().admin_password is None
+    assert not User.objects.filter(username="admin").exists()
+
+
+def test_a_command_says_in_a_sentence_that_no_server_runs(tmp_path: Path) -> None:
+    answer = manage("createapikey", "ada", TINKERAPI_DATA_DIR=str(tmp_path))
+
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines() == [
+        f"no server runs on {tmp_path}: start it with `python manage.py up`"
+    ]
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    ("arguments", "environment", "sentence"),
+    [
+        (["--host", "192.0.2.1"], {}, "cannot listen on 192.0.2.1 port 8000"),
+        ([], {"TINKERAPI_BASE_MODEL": "/nowhere/model"}, "there is no folder /nowhere/model"),
+        ([], {"DATABASE_URL": "postgresql://127.0.0.1:9/x"}, "the database does not answer"),
+        ([], {"TINKERAPI_DATA_DIR": "/dev/null/x"}, "the data folder /dev/null/x cannot be"),
+    ],
+)
+def test_up_refuses_a_wrong_state_in_one_sentence(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], sentence: str
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").touch()
+    (model / "tokenizer.json").touch()
+    defaults = {"TINKERAPI_DATA_DIR": str(tmp_path), "TINKERAPI_BASE_MODEL": str(model)}
+
+    answer = manage("up", *arguments, **{**defaults, **environment})
+
+    assert answer.returncode == 1
+    assert sentence in answer.stderr
+    assert len(answer.stderr.splitlines()) == 1
+
+
+def manage(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run manage.py with the project's own settings and no server of the test's."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("TINKERAPI_") and name != "DATABASE_URL"
+    }
+    return subprocess.run(
+        [sys.executable, "manage.py", *arguments],
+        cwd=ROOT,
+        env={**inherited, "DJANGO_SETTINGS_MODULE": "tinkerapi.settings", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
