@@ -69,9 +69,9 @@ class FutureAdmin(ConsoleAdmin):
         "state_label",
         "place",
         "facts",
-        "owner_link",
         "created",
         "took",
+        "owner_link",
     )
     list_filter = (
         ("state", ChoicesCheckboxFilter),
@@ -84,7 +84,7 @@ class FutureAdmin(ConsoleAdmin):
     search_fields = ("id__startswith", "lane__id__startswith", "idempotency_key__exact")
     search_help_text = "Beginning of a request id or of a lane's id, or a whole idempotency key"
     ordering = ("-created_at",)
-    sortable_by = ("created",)
+    sortable_by = ()
     actions = ("cancel_selected", "replay_selected")
     actions_detail = ("cancel", "replay")
     fieldsets = (
@@ -150,7 +150,9 @@ class FutureAdmin(ConsoleAdmin):
     def place(self, future: Future) -> SafeString | None:
         """Its lane, and where in it."""
         lane = self.lane_link(future)
-        return lane and format_html("{} &middot; {}", lane, future.seq_id)
+        return lane and format_html(
+            '<span class="whitespace-nowrap">{} &middot; {}</span>', lane, future.seq_id
+        )
 
     @display(description="Worker")
     def worker_link(self, future: Future) -> SafeString | None:
@@ -164,7 +166,7 @@ class FutureAdmin(ConsoleAdmin):
     def replays(self, future: Future) -> SafeString | None:
         return list_link(Future, "requests that replay this one", replay_of__id__exact=future.pk)
 
-    @display(description="Submitted", ordering="created_at")
+    @display(description="Submitted")
     def created(self, future: Future) -> SafeString | None:
         return moment(future.created_at)
 
@@ -193,8 +195,9 @@ class FutureAdmin(ConsoleAdmin):
         return duration((future.finished_at or timezone.now()) - future.started_at)
 
     @display(description="Waited + ran")
-    def took(self, future: Future) -> str:
-        return " + ".join(filter(None, [self.waited(future), self.ran(future)]))
+    def took(self, future: Future) -> SafeString:
+        times = " + ".join(filter(None, [self.waited(future), self.ran(future)]))
+        return format_html('<span class="whitespace-nowrap">{}</span>', times)
 
     @display(description="Ahead of it in the queue")
     def position(self, future: Future) -> int | None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlencode
 
 from django.contrib import messages
+from django.contrib.admin import ShowFacets
 from django.contrib.admin.utils import quote, unquote
-from django.contrib.humanize.templatetags.humanize import naturaltime
 from django.core.paginator import Paginator
 from django.db.models import Model, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
@@ -52,6 +53,9 @@ STATE_VARIANTS = {
 """State to the colour of its label; all other states are grey."""
 
 
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
 class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at run time
     """Pages over the first ``COUNT_LIMIT`` rows, counting no further."""
 
@@ -79,6 +83,7 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
 
     paginator = BoundedPaginator
     show_full_result_count = False
+    show_facets = ShowFacets.NEVER  # each facet would count the whole table
     list_per_page = 50
     list_disable_select_all = True
     show_add_link = False
@@ -211,12 +216,16 @@ def preformatted(text: str) -> SafeString:
 
 
 def moment(value: datetime | None) -> SafeString | None:
-    """How long ago, with the exact time for who points at it."""
+    """``6 min ago`` or ``in 29 d``, with the exact time for who points at it."""
     if value is None:
         return None
-    exact = f"{timezone.localtime(value):%Y-%m-%d %H:%M:%S %Z}"
+    seconds = round((timezone.now() - value).total_seconds())
+    size, unit = next((size, unit) for size, unit in UNITS if abs(seconds) >= size or size == 1)
+    count = f"{abs(seconds) // size} {unit}"
     return format_html(
-        '<time title="{}" class="whitespace-nowrap">{}</time>', exact, naturaltime(value)
+        '<time class="whitespace-nowrap" title="{}">{}</time>',
+        f"{timezone.localtime(value):%Y-%m-%d %H:%M:%S %Z}",
+        f"{count} ago" if seconds >= 0 else f"in {count}",
     )
 
 
@@ -230,14 +239,10 @@ def duration(value: timedelta | None) -> str | None:
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
-    for unit, size, smaller, smaller_size in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "min", 60),
-        ("min", 60, "s", 1),
-    ):
-        if whole >= size:
-            return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
-    return f"{whole} s"
+    (size, unit), (smaller_size, smaller) = next(
+        pair for pair in pairwise(UNITS) if whole >= pair[0][0]
+    )
+    return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
 
 
 def line_chart(labels: Sequence[object], values: Sequence[float | None], *, name: str) -> str:
@@ -263,8 +268,9 @@ def bar_chart(labels: Sequence[object], bars: Mapping[str, tuple[Sequence[int], 
         [
             {
                 "label": name,
-                "data": values,
+                "data": [value or None for value in values],  # a zero would still draw its border
                 "backgroundColor": colour,
+                "borderRadius": 0,
                 "stack": "all",
                 "maxBarThickness": 16,
             }

@@ -256,9 +256,9 @@ class CheckpointAdmin(ConsoleAdmin):
                     ("path", "kind"),
                     ("run_link", "owner_link"),
                     ("step", "saved_by"),
-                    ("size", "directory"),
+                    ("size", "public"),
                     ("created", "expires"),
-                    ("public",),
+                    "directory",
                 )
             },
         ),
@@ -347,7 +347,8 @@ class SnapshotAdmin(ConsoleAdmin):
                     ("run_link", "seq_id"),
                     ("step", "epoch"),
                     ("size", "write_time"),
-                    ("directory", "created"),
+                    "created",
+                    "directory",
                 )
             },
         ),
