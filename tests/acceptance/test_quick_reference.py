@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.conftest import ROOT, Server
+from tests.server import ROOT, Server
 
 pytestmark = pytest.mark.acceptance
 

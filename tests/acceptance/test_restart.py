@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.acceptance.conftest import Json, Server
+from tests.server import Json, Server
 
 pytestmark = pytest.mark.acceptance
 

@@ -1,0 +1,121 @@
+"""A whole server in its own process, started as the README says: ``manage.py up``.
+
+Used by the acceptance tests and by the benchmarks, so it knows neither pytest nor Django.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+ROOT = Path(__file__).resolve().parents[1]
+READY_SECONDS = 180.0  # the first start makes the model's folder
+LOOK_SECONDS = 0.05  # between two looks whether it answers; what a start's measured time is off by
+
+Json = dict[str, Any]
+
+
+class ServerFailed(Exception):
+    """The server did not do in time what it was waited for; the message ends with its log."""
+
+
+@dataclass
+class Server:
+    """``manage.py up`` in its own process, on its own data folder and port."""
+
+    data_dir: Path
+    port: int
+    environment: dict[str, str] = field(default_factory=dict)
+    root: Path = ROOT
+    """The checkout that is started."""
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://localhost:{self.port}"
+
+    def start(self) -> None:
+        """Start and wait until a worker takes requests."""
+        self.spawn()
+        self.wait_until("/readyz")
+
+    def spawn(self) -> None:
+        """Start and return at once."""
+        with (self.data_dir / "up.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "manage.py", "up", "--port", str(self.port)],
+                cwd=self.root,
+                env={
+                    **{k: v for k, v in os.environ.items() if not k.startswith("TINKERAPI_")},
+                    "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
+                    "TINKERAPI_DATA_DIR": str(self.data_dir),
+                    **self.environment,
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def wait_until(self, path: str) -> None:
+        """Return as soon as a GET of ``path`` is answered with 200.
+
+        Raises:
+            ServerFailed: It ended, or took longer than READY_SECONDS.
+        """
+        assert self.process is not None
+        deadline = time.monotonic() + READY_SECONDS
+        while not self.answers(path):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise ServerFailed(f"up did not get to {path}:\n{self.log()}")
+            time.sleep(LOOK_SECONDS)
+
+    def answers(self, path: str) -> bool:
+        try:
+            return requests.get(f"{self.url}{path}", timeout=5).status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    def is_ready(self) -> bool:
+        """Whether a worker takes requests."""
+        return self.answers("/readyz")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(timeout=150)
+            self.process = None
+
+    def log(self) -> str:
+        return (self.data_dir / "up.log").read_text(errors="replace")
+
+    def worker_pid(self) -> int:
+        """The process that holds the model, as its own heartbeat row says."""
+        [worker] = requests.get(f"{self.url}/readyz", timeout=5).json()["workers"]
+        return int(worker["pid"])
+
+    def post(self, path: str, **body: Any) -> requests.Response:
+        return requests.post(f"{self.url}{path}", json=body, timeout=120)
+
+    def retrieve(self, request_id: str, *, seconds: float = 120.0) -> requests.Response:
+        """Ask as the quick reference does, but waiting, until the future is final."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            answer = self.post("/retrieve_future", request_id=request_id, wait=10)
+            if answer.status_code != 202:
+                return answer
+        raise ServerFailed(f"{request_id} was not final after {seconds} s:\n{self.log()}")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
