@@ -1,0 +1,162 @@
+"""One sampling job from admission to answer: what it asks, how far it is, when it ends.
+
+Knows nothing of passes, batches or the cache; ``sampling.ContinuousSampler`` moves it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, nan
+
+from training.engine.adapters import AdapterTensors
+from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
+from training.engine.kv_cache import Region
+from training.engine.stopping import StopWatch
+from training.engine.text import ChatText
+from training.engine.token_choice import Choice, UniformNumbers, check_choice_params
+from training.errors import InvalidRequest, NonFiniteResult, TrainingError
+from training.types import SampledSequence
+
+
+@dataclass(kw_only=True, eq=False)
+class ActiveSequence:
+    """One sample of a job."""
+
+    number: int
+    """Which of the job's samples this is, from 0."""
+    uniforms: UniformNumbers
+    stop_watch: StopWatch | None
+    """None if the job has no stop strings."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: str | None = None
+    """None while the sequence goes on."""
+
+
+@dataclass(kw_only=True, eq=False)
+class ActiveRequest:
+    """An admitted job."""
+
+    key: str
+    job: SampleJob
+    weights: AdapterTensors | None
+    """The adapter as it was at admission."""
+    max_tokens: int
+    end_token_ids: frozenset[int]
+    """A sequence that samples one of these has ended."""
+    sequences: list[ActiveSequence]
+    prompt_logprobs: list[float] = field(default_factory=lambda: [nan])
+    region: Region | None = None
+    """Its rows in the cache, once it has started."""
+    num_prefilled: int = 0
+    """Prompt tokens that are in the cache."""
+
+    @property
+    def rows_each(self) -> int:
+        """Tokens that a sequence keeps in the cache: its last one is never read."""
+        return len(self.job.prompt) + self.max_tokens - 1
+
+    def unfinished(self) -> Iterator[ActiveSequence]:
+        return (sequence for sequence in self.sequences if sequence.stop_reason is None)
+
+    def append(self, sequence: ActiveSequence, choice: Choice) -> None:
+        """Add a token to one of the sequences, which may end with it."""
+        sequence.tokens.append(choice.token)
+        sequence.logprobs.append(choice.logprob)
+        if choice.token in self.end_token_ids or (
+            sequence.stop_watch is not None and sequence.stop_watch.has_stopped(sequence.tokens)
+        ):
+            sequence.stop_reason = "stop"
+        elif len(sequence.tokens) == self.max_tokens:
+            sequence.stop_reason = "length"
+
+    def output(self, text: ChatText) -> SampleOutput | TrainingError:
+        """What the client is told once all sequences have ended."""
+        prompt_logprobs = self.prompt_logprobs if self.job.prompt_logprobs else None
+        if prompt_logprobs is not None and not all(map(isfinite, prompt_logprobs[1:])):
+            return NonFiniteResult()
+        sequences = [
+            SampledSequence(
+                tokens=sequence.tokens,
+                logprobs=sequence.logprobs,
+                stop_reason=sequence.stop_reason or "length",
+                text=_text_of(sequence, text),
+            )
+            for sequence in self.sequences
+        ]
+        return SampleOutput(sequences=sequences, prompt_logprobs=prompt_logprobs)
+
+
+def _text_of(sequence: ActiveSequence, text: ChatText) -> str:
+    if sequence.stop_watch is not None and sequence.stop_watch.text_before_stop is not None:
+        return sequence.stop_watch.text_before_stop
+    return text.decode(sequence.tokens)
+
+
+def new_request(
+    key: str,
+    job: SampleJob,
+    *,
+    weights: AdapterTensors | None,
+    max_tokens: int,
+    text: ChatText,
+    info: BaseModelInfo,
+) -> ActiveRequest:
+    """A job that has sampled nothing yet.
+
+    Raises:
+        InvalidRequest: A sampling parameter has no meaning; the message names it.
+    """
+    params = job.sampling_params
+    check_choice_params(params)
+    if params.seed is None:
+        raise InvalidRequest("seed: none was chosen")
+    stop_strings = [stop for stop in params.stop or () if isinstance(stop, str)]
+    stop_ids = [stop for stop in params.stop or () if not isinstance(stop, str)]
+    if stop_strings and stop_ids:
+        raise InvalidRequest("stop: either strings or token ids, not both")
+    if "" in stop_strings:
+        raise InvalidRequest("stop: an empty string is said before anything is")
+    for stop in stop_ids:
+        if not 0 <= stop < info.vocab_size:
+            raise InvalidRequest(
+                f"stop: token {stop} is not in the vocabulary of {info.vocab_size}"
+            )
+    # An end token has no text that a stop string could name, so with stop strings both count.
+    natural_end = params.stop is None or bool(stop_strings)
+    return ActiveRequest(
+        key=key,
+        job=job,
+        weights=weights,
+        max_tokens=max_tokens,
+        end_token_ids=frozenset(text.end_token_ids if natural_end else stop_ids),
+        sequences=[
+            ActiveSequence(
+                number=number,
+                uniforms=UniformNumbers(params.seed, number),
+                stop_watch=StopWatch(text.decode, stop_strings) if stop_strings else None,
+            )
+            for number in range(job.num_samples)
+        ],
+    )
+
+
+def check_prompt(prompt: Sequence[int], info: BaseModelInfo) -> None:
+    """Refuse a prompt that cannot be continued.
+
+    Raises:
+        InvalidRequest: It is empty, fills the context, or holds a token out of vocabulary.
+    """
+    if not len(prompt):
+        raise InvalidRequest("prompt: empty")
+    if len(prompt) >= info.max_context_tokens:
+        raise InvalidRequest(
+            f"prompt: {len(prompt)} tokens leave no room in the context of "
+            f"{info.max_context_tokens}"
+        )
+    for position, token in enumerate(prompt):
+        if not 0 <= token < info.vocab_size:
+            raise InvalidRequest(
+                f"prompt[{position}]: token {token} is not in the vocabulary of {info.vocab_size}"
+            )

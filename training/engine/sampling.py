@@ -1,0 +1,309 @@
+"""Continuous batching: sampling jobs of many adapters share the passes over the base model.
+
+A step is one pass over the base model, of one of two kinds. A prefill pass reads the next chunk
+of one waiting prompt; a decode pass reads the newest token of every active sequence and samples
+the next one. With both kinds of work at hand they take turns, so that a long prompt holds up
+nobody and a busy sampler still lets new jobs in.
+
+A job's tokens depend on its prompt, its weights and (seed, sequence number), and on nothing that
+shares its steps: prompts are prefilled alone, in chunks that depend on the prompt only; a
+decode pass computes every row on its own; random numbers belong to a sequence. In bfloat16 and
+float32 on a CPU the log-probabilities are equal to the bit (float32 needs ``MIN_ROWS``). A GPU's
+matrix kernels are chosen by the number of rows, so there the last bits may differ.
+
+Waiting jobs start in the order of their admission, each when the cache has room for all of it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from training.engine.adapters import AdapterTensors
+from training.engine.base_model import BaseModel
+from training.engine.cached_attention import DecodeAttention, DecodeRun, PrefillAttention
+from training.engine.interface import SampleJob, SampleOutput, Sampler
+from training.engine.kv_cache import KvCache
+from training.engine.packed import PackedContext, Segment, uniform_segments
+from training.engine.sample_requests import (
+    ActiveRequest,
+    ActiveSequence,
+    check_prompt,
+    new_request,
+)
+from training.engine.text import ChatText
+from training.engine.token_choice import choose_tokens
+from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult, TrainingError
+
+MIN_ROWS = {torch.float32: 4}
+"""Least rows that a decode pass has for each adapter, by dtype; the rest is padding. The float32
+CPU kernels for one to three rows sum in another order than those for four and more (measured
+with MKL); those for bfloat16 do not."""
+
+LOGITS_ROWS = 64
+"""Rows of a prompt whose logits exist at one time, (64, V) float32."""
+
+Row = tuple[ActiveRequest, ActiveSequence]
+"""Whose newest token a row of a decode pass is."""
+
+
+class ContinuousSampler(Sampler):
+    """Samples from one base model under any of its resident adapters."""
+
+    def __init__(
+        self,
+        base_model: BaseModel,
+        text: ChatText,
+        find_weights: Callable[[str], AdapterTensors],
+        *,
+        cache_tokens: int = 32_768,
+        max_sequences: int = 256,
+        max_tokens_limit: int | None = None,
+        prefill_chunk_tokens: int = 256,
+    ) -> None:
+        """
+        Args:
+            find_weights: An adapter's weights as of now, or an error that refuses the name.
+            cache_tokens: Prompt and sampled tokens, of all sequences, that the cache holds.
+            max_sequences: Sequences decoded at one time.
+            max_tokens_limit: What a job that names no ``max_tokens`` may sample at most.
+            prefill_chunk_tokens: Most prompt tokens in one step.
+        """
+        self._base_model = base_model
+        self._text = text
+        self._find_weights = find_weights
+        self._cache = KvCache(cache_tokens, base_model.device)
+        self._max_sequences = max_sequences
+        self._max_tokens_limit = max_tokens_limit
+        self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._min_rows = MIN_ROWS.get(base_model.dtype, 1)
+        self._keys: set[str] = set()
+        self._waiting: deque[ActiveRequest] = deque()
+        self._prefilling: deque[ActiveRequest] = deque()
+        self._decoding: list[ActiveRequest] = []
+        self._prefilled_last = False
+
+    def admit(self, key: str, job: SampleJob) -> None:
+        if key in self._keys:
+            raise ValueError(f"a job is active under the key {key!r}")
+        check_prompt(job.prompt, self._base_model.info)
+        request = new_request(
+            key,
+            job,
+            weights=None if job.adapter_name is None else self._find_weights(job.adapter_name),
+            max_tokens=self._max_tokens(job),
+            text=self._text,
+            info=self._base_model.info,
+        )
+        self._keys.add(key)
+        self._waiting.append(request)
+
+    def cancel(self, key: str) -> None:
+        if key not in self._keys:
+            return
+        self._keys.remove(key)
+        for request in (*self._prefilling, *self._decoding):
+            if request.key == key and request.region is not None:
+                self._cache.release(request.region)
+        self._waiting = deque(r for r in self._waiting if r.key != key)
+        self._prefilling = deque(r for r in self._prefilling if r.key != key)
+        self._decoding = [r for r in self._decoding if r.key != key]
+
+    @property
+    def active(self) -> int:
+        return len(self._keys)
+
+    @torch.no_grad()
+    def step(self) -> dict[str, SampleOutput | TrainingError]:
+        self._start_waiting()
+        if self._prefilling and not (self._decoding and self._prefilled_last):
+            self._prefilled_last = True
+            return self._prefill(self._prefilling[0])
+        self._prefilled_last = False
+        return self._decode() if self._decoding else {}
+
+    def _max_tokens(self, job: SampleJob) -> int:
+        """Tokens that each sequence may sample: never more than the context leaves room for.
+
+        Raises:
+            InvalidRequest: ``max_tokens`` or ``num_samples`` is less than 1.
+            LimitExceeded: The job asks for more than could ever run at one time.
+        """
+        if job.num_samples < 1:
+            raise InvalidRequest(f"num_samples: {job.num_samples} is less than 1")
+        if job.num_samples > self._max_sequences:
+            raise LimitExceeded(
+                f"num_samples: {job.num_samples} is more than the {self._max_sequences} sequences "
+                "that this server samples at one time"
+            )
+        asked = job.sampling_params.max_tokens
+        if asked is not None and asked < 1:
+            raise InvalidRequest(f"max_tokens: {asked} is less than 1")
+        room = self._base_model.info.max_context_tokens - len(job.prompt)
+        # What the cache could hold for each sequence, were it empty.
+        cached = self._cache.tokens_each(job.num_samples) - len(job.prompt) + 1
+        if asked is None:
+            asked = min(room, cached, self._max_tokens_limit or room)
+        max_tokens = min(room, max(asked, 1))
+        if max_tokens > cached:
+            raise LimitExceeded(
+                f"{job.num_samples} sequences of {len(job.prompt)} prompt and {max_tokens} sampled "
+                f"tokens are more than the {self._cache.capacity_tokens} tokens that this server "
+                "holds for sampling: ask for fewer samples or a smaller max_tokens"
+            )
+        return max_tokens
+
+    def _start_waiting(self) -> None:
+        """Let waiting jobs start, in order, while the cache and the decode pass have room."""
+        num_started = sum(r.job.num_samples for r in (*self._prefilling, *self._decoding))
+        while self._waiting:
+            request = self._waiting[0]
+            num_samples = request.job.num_samples
+            if num_started + num_samples > self._max_sequences:
+                break
+            request.region = self._cache.reserve(num_samples, request.rows_each)
+            if request.region is None:
+                break
+            num_started += num_samples
+            self._prefilling.append(self._waiting.popleft())
+
+    # -- prefill -----------------------------------------------------------------------------------
+
+    def _prefill(self, request: ActiveRequest) -> dict[str, SampleOutput | TrainingError]:
+        """Read the next chunk of a prompt; after the last one, sample every first token."""
+        assert request.region is not None  # noqa: S101 - reserved before prefilling
+        prompt, start = request.job.prompt, request.num_prefilled
+        chunk = prompt[start : start + self._prefill_chunk_tokens]
+        end = start + len(chunk)
+        device = self._base_model.device
+        context = PackedContext(
+            segments=uniform_segments(len(chunk), request.weights),
+            attention=PrefillAttention(self._cache, request.region, start, len(chunk)),
+        )
+        hidden = self._base_model.hidden_states(
+            torch.tensor(chunk, dtype=torch.int64, device=device),
+            torch.arange(start, end, device=device),
+            context,
+        )  # (C, H)
+        request.num_prefilled = end
+        if request.job.prompt_logprobs:
+            request.prompt_logprobs += self._target_logprobs(
+                hidden, prompt[start + 1 : end + 1], request.weights
+            )
+        if end < len(prompt):
+            return {}
+        self._prefilling.popleft()
+        self._decoding.append(request)
+        self._cache.share_prompt(request.region, len(prompt))
+        logits = self._base_model.logits(
+            hidden[-1:], uniform_segments(1, request.weights)
+        )  # (1, V)
+        rows = [(request, sequence) for sequence in request.sequences]
+        return self._sample(rows, logits.expand(len(rows), -1))
+
+    def _target_logprobs(
+        self, hidden: Tensor, targets: Sequence[int], weights: AdapterTensors | None
+    ) -> list[float]:
+        """Log-probability of each target after the row of ``hidden`` (C, H) in its place."""
+        logprobs: list[float] = []
+        for start in range(0, len(targets), LOGITS_ROWS):
+            chunk = torch.tensor(targets[start : start + LOGITS_ROWS], device=hidden.device)
+            rows = hidden[start : start + len(chunk)]  # (n, H)
+            logits = self._base_model.logits(rows, uniform_segments(len(chunk), weights))  # (n, V)
+            chosen = logits.log_softmax(-1).gather(1, chunk[:, None])[:, 0]  # (n,)
+            logprobs += chosen.tolist()
+        return logprobs
+
+    # -- decode ------------------------------------------------------------------------------------
+
+    def _decode(self) -> dict[str, SampleOutput | TrainingError]:
+        """Read the newest token of every active sequence and sample the next one."""
+        rows: list[Row | None] = []  # None is padding
+        segments: list[Segment] = []
+        # Jobs of one adapter next to each other, otherwise in the order in which they started.
+        groups: dict[int, list[ActiveRequest]] = {}
+        for request in self._decoding:
+            groups.setdefault(id(request.weights), []).append(request)
+        for requests in groups.values():
+            start = len(rows)
+            rows += [(request, s) for request in requests for s in request.unfinished()]
+            rows += [None] * (self._min_rows - (len(rows) - start))
+            segments.append(Segment(start=start, end=len(rows), weights=requests[0].weights))
+        attention = DecodeAttention(self._cache, _decode_runs(rows), len(rows))
+        device = self._base_model.device
+        tokens = [0 if row is None else row[1].tokens[-1] for row in rows]
+        positions = [
+            0 if row is None else len(row[0].job.prompt) + len(row[1].tokens) - 1 for row in rows
+        ]
+        hidden = self._base_model.hidden_states(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            PackedContext(segments=segments, attention=attention),
+        )  # (T, H)
+        logits = self._base_model.logits(hidden, segments)  # (T, V)
+        if attention.real_rows is not None:
+            logits = logits[attention.real_rows]
+        return self._sample([row for row in rows if row is not None], logits)
+
+    # -- both --------------------------------------------------------------------------------------
+
+    def _sample(
+        self, rows: Sequence[Row], logits: Tensor
+    ) -> dict[str, SampleOutput | TrainingError]:
+        """Append the next token to each row's sequence; return the jobs that this finished."""
+        choices = choose_tokens(
+            logits,
+            [request.job.sampling_params for request, _ in rows],
+            [sequence.uniforms.next() for _, sequence in rows],
+        )
+        failed: set[str] = set()
+        for (request, sequence), choice in zip(rows, choices, strict=True):
+            if choice.is_finite:
+                request.append(sequence, choice)
+            else:
+                failed.add(request.key)
+        finished: dict[str, SampleOutput | TrainingError] = {}
+        for request in {request.key: request for request, _ in rows}.values():
+            if request.key in failed:
+                finished[request.key] = NonFiniteResult()
+            elif not any(request.unfinished()):
+                finished[request.key] = request.output(self._text)
+        for key in finished:
+            self.cancel(key)
+        return finished
+
+
+def _decode_runs(rows: Sequence[Row | None]) -> list[DecodeRun]:
+    """Rows of one job whose sequences are neighbours in the cache too, taken together."""
+    stretches: list[list[tuple[int, Row]]] = []
+    for index, row in enumerate(rows):
+        if row is None:
+            continue
+        request, sequence = row
+        if stretches:
+            last_index, (last_request, last_sequence) = stretches[-1][-1]
+            if (
+                last_index == index - 1
+                and last_request is request
+                and last_sequence.number == sequence.number - 1
+            ):
+                stretches[-1].append((index, row))
+                continue
+        stretches.append([(index, row)])
+    runs = []
+    for stretch in stretches:
+        index, (request, sequence) = stretch[0]
+        assert request.region is not None  # noqa: S101 - reserved before prefilling
+        runs.append(
+            DecodeRun(
+                first_row=index,
+                region=request.region,
+                first_sequence=sequence.number,
+                count=len(stretch),
+                length=len(request.job.prompt) + len(sequence.tokens),
+            )
+        )
+    return runs

@@ -1,0 +1,148 @@
+"""One next token per row of logits: temperature, top-k, top-p, and the token's log-probability.
+
+Every row is chosen by inverting its own cumulative distribution at one uniform number that the
+caller brings, so a row's token depends on its logits, its parameters and that number alone.
+
+The log-probability is that of the whole tempered distribution; the cuts of top-k and top-p are
+not reflected in it. A learner computes the log-probability of a token over all tokens, and the
+ratio of the two is what policy gradients need; renormalised over the cut set, the number could not
+be compared with anything the learner can compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.errors import InvalidRequest
+from training.types import SamplingParams
+
+NUCLEUS_CANDIDATES = 1024
+"""How many of the likeliest tokens are looked at first for top-p; sorting all takes far longer."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What came out of one row."""
+
+    token: int
+    logprob: float
+    """In nats, of the tempered distribution; untempered for temperature 0."""
+    is_finite: bool
+    """False if the logits hold NaN or infinity; then token and log-probability mean nothing."""
+
+
+class UniformNumbers:
+    """The random numbers of one sequence, a function of (seed, sequence number, how many before).
+
+    A counter-based generator of its own, whose raw output numpy keeps the same for good; no
+    global random state is read or moved.
+    """
+
+    def __init__(self, seed: int, sequence_number: int) -> None:
+        entropy = (abs(seed), int(seed < 0), sequence_number)
+        self._generator = np.random.Philox(np.random.SeedSequence(entropy))
+
+    def next(self) -> float:
+        """A multiple of 2**-53 in [0, 1)."""
+        return float(int(self._generator.random_raw()) >> 11) * 2.0**-53
+
+
+def check_choice_params(params: SamplingParams) -> None:
+    """Refuse parameters that name no distribution.
+
+    Raises:
+        InvalidRequest: Naming the parameter.
+    """
+    if not (math.isfinite(params.temperature) and params.temperature >= 0):
+        raise InvalidRequest(
+            f"temperature: {params.temperature} is not a finite number of at least 0"
+        )
+    if not (params.top_k == -1 or params.top_k >= 1):
+        raise InvalidRequest(f"top_k: {params.top_k} is neither -1 (no limit) nor at least 1")
+    if not 0 < params.top_p <= 1:
+        raise InvalidRequest(f"top_p: {params.top_p} is not above 0 and at most 1")
+
+
+def choose_tokens(
+    logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> list[Choice]:
+    """Choose the next token of n sequences.
+
+    Args:
+        logits: (n, V) float32.
+        params: Of each row.
+        uniforms: In [0, 1), of each row; greedy rows ignore theirs.
+    """
+    device = logits.device
+    temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=device)
+    temperatures.clamp_(min=torch.finfo(torch.float32).tiny)
+    largest, likeliest = logits.max(dim=-1)  # (n,)
+    # The largest logit becomes 0 first, so that no temperature, however small, makes infinity.
+    tempered = (logits - largest[:, None]) / temperatures[:, None]
+    logprobs = tempered.log_softmax(dim=-1)  # (n, V)
+    chosen = likeliest.clone()  # (n,)
+    whole = [i for i, p in enumerate(params) if not _is_greedy(p) and not _is_cut(p)]
+    if whole:
+        rows = torch.tensor(whole, device=device)
+        drawn = torch.tensor([uniforms[i] for i in whole], dtype=torch.float64, device=device)
+        chosen[rows] = _invert(logprobs if len(whole) == len(params) else logprobs[rows], drawn)
+    for i, p in enumerate(params):
+        if not _is_greedy(p) and _is_cut(p):
+            chosen[i] = _choose_from_cut(logprobs[i], p, uniforms[i])
+    chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0]  # (n,)
+    return [
+        Choice(token, logprob, is_finite)
+        for token, logprob, is_finite in zip(
+            chosen.tolist(),
+            chosen_logprobs.tolist(),
+            # A NaN or +inf anywhere in a row makes all its log-probabilities NaN.
+            logprobs.amax(dim=-1).isfinite().tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature == 0 or params.top_k == 1
+
+
+def _is_cut(params: SamplingParams) -> bool:
+    return params.top_k != -1 or params.top_p < 1
+
+
+def _invert(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (n,) at which the cumulative probability passes ``uniforms`` (n,) of its total."""
+    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)  # (n, V)
+    # NaN would send the search anywhere; such a row's token is thrown away, but must exist.
+    targets = (uniforms * cumulative[:, -1]).nan_to_num_(0.0)
+    found = torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
+    return found.clamp_(max=logprobs.shape[1] - 1)
+
+
+def _choose_from_cut(logprobs: Tensor, params: SamplingParams, uniform: float) -> Tensor:
+    """A token (scalar) of the ``top_k`` likeliest, of those of the smallest set whose share of
+    their probability reaches ``top_p``. The likeliest token is always in it."""
+    vocab_size = len(logprobs)
+    if params.top_k == -1:
+        limit, looked_at, mass = vocab_size, min(NUCLEUS_CANDIDATES, vocab_size), 1.0
+    else:
+        limit = looked_at = min(params.top_k, vocab_size)
+    while True:
+        best, tokens = logprobs.topk(looked_at)
+        cumulative = best.double().exp().cumsum(dim=0)
+        if looked_at == limit:
+            mass = float(cumulative[-1])
+        if looked_at == limit or cumulative[-1] >= params.top_p * mass:
+            break
+        looked_at = min(limit, looked_at * 8)
+    before = torch.cat([cumulative.new_zeros(1), cumulative[:-1]])
+    num_kept = max(1, int((before < params.top_p * mass).sum()))
+    cumulative = cumulative[:num_kept]
+    place = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
+    return tokens[place.clamp_(max=num_kept - 1)]
