@@ -16,8 +16,6 @@ from unfold.contrib.filters.admin import (
     AutocompleteSelectFilter,
     BooleanRadioFilter,
     ChoicesCheckboxFilter,
-    RadioFilter,
-    RangeDateTimeFilter,
 )
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
@@ -34,29 +32,12 @@ from futures.console import (
     redirect,
     state_label,
 )
+from futures.filters import KindFilter, MomentFilter
 from futures.models import Future, Lane, Worker
 from futures.preview import body_preview, value_preview
 from futures.selectors import HEARTBEAT_TIMEOUT, queue_position
 from futures.services import future_cancel, future_resubmit
 from futures.transitions import FINAL_STATES, State
-
-RECENT_FUTURES = 1000
-"""How many of the newest futures tell which kinds there are to filter by."""
-
-
-class KindFilter(RadioFilter):  # type: ignore[misc]  # unfold has no type information
-    """By kind, offering those of the newest futures: no pass over the whole table."""
-
-    title = "kind"
-    parameter_name = "kind"
-
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        newest = model_admin.get_queryset(request).order_by("-created_at")
-        kinds = set(newest.values_list("kind", flat=True)[:RECENT_FUTURES])
-        return [(kind, kind) for kind in sorted(kinds)]
-
-    def queryset(self, request: HttpRequest, queryset: QuerySet[Future]) -> QuerySet[Future]:
-        return queryset.filter(kind=self.value()) if self.value() else queryset
 
 
 @admin.register(Future)
@@ -77,7 +58,7 @@ class FutureAdmin(ConsoleAdmin):
         ("state", ChoicesCheckboxFilter),
         KindFilter,
         ("owner", AutocompleteSelectFilter),
-        ("created_at", RangeDateTimeFilter),
+        ("created_at", MomentFilter),
     )
     list_filter_submit = True
     list_select_related = ("lane", "owner")
@@ -342,7 +323,7 @@ class WorkerAdmin(ConsoleAdmin):
         "started",
         "lived",
     )
-    list_filter = (("state", ChoicesCheckboxFilter), ("started_at", RangeDateTimeFilter))
+    list_filter = (("state", ChoicesCheckboxFilter), ("started_at", MomentFilter))
     list_filter_submit = True
     search_fields = ("queue", "hostname")
     ordering = ("-id",)

@@ -22,7 +22,7 @@ from django.utils.safestring import SafeString
 from django_q.admin import FailAdmin, QueueAdmin, ScheduleAdmin, TaskAdmin
 from django_q.models import Failure, OrmQ, Schedule, Success
 from unfold.admin import ModelAdmin
-from unfold.contrib.filters.admin import AutocompleteSelectFilter, RangeDateTimeFilter
+from unfold.contrib.filters.admin import AutocompleteSelectFilter
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
 from unfold.forms import (
@@ -35,6 +35,7 @@ from unfold.widgets import UnfoldAdminIntegerFieldWidget, UnfoldAdminSelectWidge
 from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
 from futures.console import ConsoleAdmin, link, moment, page_url, redirect, state_label
+from futures.filters import MomentFilter
 from tinkerapi.models import ApiKey
 from tinkerapi.services import api_key_create, api_key_revoke
 
@@ -79,8 +80,8 @@ class ApiKeyAdmin(ConsoleAdmin):
     )
     list_filter = (
         ("user", AutocompleteSelectFilter),
-        ("created_at", RangeDateTimeFilter),
-        ("last_used_at", RangeDateTimeFilter),
+        ("created_at", MomentFilter),
+        ("last_used_at", MomentFilter),
     )
     list_filter_submit = True
     list_select_related = ("user",)

@@ -14,7 +14,6 @@ from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import (
     AutocompleteSelectFilter,
     ChoicesCheckboxFilter,
-    RangeDateTimeFilter,
 )
 from unfold.decorators import action, display
 from unfold.enums import ActionVariant
@@ -36,6 +35,7 @@ from futures.console import (
     state_label,
 )
 from futures.errors import FutureError
+from futures.filters import MomentFilter
 from futures.models import Future, Lane
 from futures.preview import value_preview
 from futures.transitions import State
@@ -100,8 +100,8 @@ class RunAdmin(ConsoleAdmin):
     list_filter = (
         ("state", ChoicesCheckboxFilter),
         ("owner", AutocompleteSelectFilter),
-        ("last_request_at", RangeDateTimeFilter),
-        ("created_at", RangeDateTimeFilter),
+        ("last_request_at", MomentFilter),
+        ("created_at", MomentFilter),
     )
     list_filter_submit = True
     list_select_related = ("owner",)
@@ -239,7 +239,7 @@ class CheckpointAdmin(ConsoleAdmin):
     list_filter = (
         ("kind", ChoicesCheckboxFilter),
         ("run__owner", AutocompleteSelectFilter),
-        ("created_at", RangeDateTimeFilter),
+        ("created_at", MomentFilter),
     )
     list_filter_submit = True
     list_select_related = ("run__owner",)
@@ -332,7 +332,7 @@ class SnapshotAdmin(ConsoleAdmin):
 
     owner_path = "run__owner"
     list_display = ("snapshot", "run_link", "seq_id", "step", "size", "write_time", "created")
-    list_filter = (("created_at", RangeDateTimeFilter),)
+    list_filter = (("created_at", MomentFilter),)
     list_filter_submit = True
     list_select_related = ("run",)
     search_fields = ("run__name__icontains", "run__id__startswith")
