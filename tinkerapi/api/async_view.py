@@ -58,6 +58,7 @@ class AsyncAPIView(APIView):
         self.headers = self.default_response_headers
         self.request = drf_request = self.initialize_request(request, *args, **kwargs)
         try:
+            request.get_host()  # raises for a host that is not in ALLOWED_HOSTS
             response = await in_database_thread(self._handle, drf_request)
             if inspect.isawaitable(response):
                 response = await response

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse
 from django.views import defaults
@@ -20,6 +20,7 @@ from rest_framework import exceptions
 
 from futures import errors as futures_errors
 from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.pages import is_page
 from training import errors as training_errors
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def exception_handler(exc: Exception, context: Mapping[str, Any]) -> HttpRespons
         exc = exceptions.NotFound()
     elif isinstance(exc, PermissionDenied):
         exc = exceptions.PermissionDenied()
+    elif isinstance(exc, SuspiciousOperation):
+        exc = exceptions.ParseError(str(exc))
     if isinstance(exc, exceptions.APIException):
         response = error_response(exc.status_code, str(exc.detail), error_code=type(exc).__name__)
         if challenge := getattr(exc, "auth_header", None):
@@ -126,25 +129,21 @@ def unexpected_error(exc: BaseException | None, request: HttpRequest) -> JSONRes
     )
 
 
-def _for_pages(request: HttpRequest) -> bool:
-    return request.path.startswith(("/admin", "/docs"))
-
-
 def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
     """Django's ``handler400``: JSON, but the admin's people see a page. So the next three."""
-    if _for_pages(request):
+    if is_page(request.path):
         return defaults.bad_request(request, exception)
     return error_response(400, "The request is malformed.", error_code="BadRequest")
 
 
 def permission_denied(request: HttpRequest, exception: Exception) -> HttpResponse:
-    if _for_pages(request):
+    if is_page(request.path):
         return defaults.permission_denied(request, exception)
     return error_response(403, "This is not allowed.", error_code="PermissionDenied")
 
 
 def page_not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
-    if _for_pages(request):
+    if is_page(request.path):
         return defaults.page_not_found(request, exception)
     return error_response(
         404, f"There is no {request.path}; GET / lists every endpoint.", error_code="NotFound"
@@ -152,6 +151,6 @@ def page_not_found(request: HttpRequest, exception: Exception) -> HttpResponse:
 
 
 def server_error(request: HttpRequest) -> HttpResponse:
-    if _for_pages(request):
+    if is_page(request.path):
         return defaults.server_error(request)
     return error_response(500, "The server failed.", error_code="ServerError")

@@ -35,6 +35,7 @@ class JSONResponse(HttpResponse):
 
     def __init__(self, value: Any, *, status: int = 200) -> None:
         super().__init__(to_json(value), content_type="application/json", status=status)
+        self["Content-Length"] = str(len(self.content))
         self["X-Content-Type-Options"] = "nosniff"
 
 
