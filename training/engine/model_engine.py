@@ -14,6 +14,7 @@ from training.engine.base_model import BaseModel
 from training.engine.interface import Engine, ForwardBackwardJob, Sampler
 from training.engine.microbatches import PlannedJob
 from training.engine.passes import run_pass
+from training.engine.sampling import ContinuousSampler
 from training.engine.targets import select_modules
 from training.engine.text import ChatText
 from training.engine.validate import check_adam_params, check_job, check_lora_config
@@ -26,16 +27,25 @@ JobResult = ForwardBackwardOutput | TrainingError
 class TorchEngine(Engine):
     """One base model on one device; see ``Engine`` for the verbs."""
 
-    def __init__(self, base_model: BaseModel, *, token_budget: int = 4096) -> None:
-        """``token_budget``: most tokens in one training micro-batch; memory grows with it."""
+    def __init__(
+        self, base_model: BaseModel, *, token_budget: int = 4096, cache_tokens: int = 32_768
+    ) -> None:
+        """Begin without adapters.
+
+        Args:
+            token_budget: Most tokens in one training micro-batch; memory grows with it.
+            cache_tokens: Tokens of all sequences that are sampled at one time.
+        """
         self.info = base_model.info
-        self.sampler: Sampler
         self._base_model = base_model
         self._token_budget = token_budget
         self._text = ChatText(
             base_model.tokenizer,
             base_model.info.vocab_size,
             end_token_ids=base_model.end_token_ids,
+        )
+        self.sampler: Sampler = ContinuousSampler(
+            base_model, self._text, self.adapter_weights, cache_tokens=cache_tokens
         )
         # In order of use: the least recently used first.
         self._adapters: dict[str, Adapter] = {}
