@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import psycopg
-from django.db import transaction
+from django.db import OperationalError, transaction
 from django.utils import timezone
 
 from futures.broker import doorbell
@@ -77,13 +77,16 @@ class QueueLock:
 
         Raises:
             QueueTaken: The connection was lost and another worker has taken the lock since.
-            OperationalError: psycopg's; Postgres cannot be reached, so nobody knows.
+            OperationalError: Django's; Postgres cannot be reached, so nobody knows.
         """
         try:
-            self._connection.execute("SELECT")
-        except psycopg.OperationalError:
-            self._connection.close()
-            self._connection = self._take(_PATIENCE_SECONDS)
+            try:
+                self._connection.execute("SELECT")
+            except psycopg.OperationalError:
+                self._connection.close()
+                self._connection = self._take(_PATIENCE_SECONDS)
+        except psycopg.OperationalError as error:
+            raise OperationalError(str(error)) from error
 
     def release(self) -> None:
         self._connection.close()
@@ -155,7 +158,7 @@ def worker_heartbeat(worker: Worker, figures: Mapping[str, Any]) -> None:
 
     Raises:
         Fenced: It was replaced, or its queue's lock is another's. It must end.
-        OperationalError: Django's or psycopg's; Postgres does not answer, so nobody knows.
+        OperationalError: Django's; Postgres does not answer, so nobody knows.
     """
     _beat(worker, figures)
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import psycopg
 import pytest
+from django.db import OperationalError
 from django.utils import timezone
 from django_q.models import OrmQ
 
@@ -183,6 +184,18 @@ def test_a_lock_lost_to_another_worker_fences(
     with pytest.raises(Fenced):
         worker_heartbeat(worker, {})
     thief.release()
+
+
+def test_a_lock_that_cannot_be_asked_for_is_a_database_error(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [pid] = lock_holders()
+    terminate(pid)
+    nowhere = {**dedicated_parameters(), "host": "/nonexistent"}
+    monkeypatch.setattr(workers, "dedicated_parameters", lambda: nowhere)
+
+    with pytest.raises(OperationalError):
+        worker_heartbeat(worker, {})
 
 
 def test_a_start_that_fails_lets_the_lock_go(monkeypatch: pytest.MonkeyPatch) -> None:
