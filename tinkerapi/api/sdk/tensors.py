@@ -1,0 +1,167 @@
+"""One array of the SDK, from its parts: flat values, a shape, perhaps CSR indices.
+
+Protobuf and JSON give the same parts, so what makes them an array is checked here once. Nothing
+is copied but for CSR, bfloat16 and a change of dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from futures.payload import MAX_BYTES
+from tinkerapi.api.data import MAX_TOKEN_ID
+from training.errors import InvalidDatum, LimitExceeded
+
+Array = NDArray[Any]
+
+TARGET_TOKENS = "target_tokens"
+
+FLOAT_INPUTS = frozenset(
+    {
+        "weights",
+        "advantages",
+        "logprobs",
+        "clip_low_threshold",
+        "clip_high_threshold",
+        "sequence_ratio_mask",
+    }
+)
+"""Loss fn inputs that the losses read as float32; integers sent for them are converted."""
+
+
+class DenseBudget:
+    """How much memory the sparse arrays of one request may take once they are dense.
+
+    A few bytes can name an array of any size. No more is granted than a payload may hold.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int, where: str) -> None:
+        """Raises LimitExceeded at the array that would pass the limit."""
+        self.num_bytes += num_bytes
+        if self.num_bytes > self.max_bytes:
+            raise LimitExceeded(
+                f"{where}: the sparse arrays take more than {self.max_bytes} bytes once dense"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TensorParts:
+    """An array as it travels."""
+
+    values: Array
+    """(n,) all cells in C order, or the listed cells of a CSR array."""
+    shape: tuple[int, ...] | None
+    """None means one dimension."""
+    crow_indices: NDArray[np.int64] | None = None
+    """(rows + 1,) where each row begins in ``values``; None for a dense array."""
+    col_indices: NDArray[np.int64] | None = None
+    """(n,) the column of each listed cell."""
+
+
+def build_array(parts: TensorParts, where: str, *, pad: int, budget: DenseBudget) -> Array:
+    """(N,) or (N, K), at least one cell, in the dtype of the values.
+
+    Args:
+        pad: What the cells hold that a CSR array does not list.
+
+    Raises:
+        InvalidDatum: Values, shape and indices do not make an array. (400)
+        LimitExceeded: It would take too much memory. (400)
+    """
+    values, shape = parts.values, parts.shape
+    if shape is not None:
+        if len(shape) not in (1, 2):
+            raise InvalidDatum(f"{where}.shape: {len(shape)} dimensions instead of 1 or 2")
+        if min(shape) < 1:
+            raise InvalidDatum(f"{where}.shape: {list(shape)} has a size below 1")
+    if parts.crow_indices is not None or parts.col_indices is not None:
+        return _dense(parts, where, pad, budget)
+    if shape is None:
+        if not values.size:
+            raise InvalidDatum(f"{where}: no values")
+        return values
+    if math.prod(shape) != values.size:
+        raise InvalidDatum(f"{where}: {values.size} values for shape {list(shape)}")
+    return values.reshape(shape)
+
+
+def _dense(parts: TensorParts, where: str, pad: int, budget: DenseBudget) -> Array:
+    values, shape, crow, col = parts.values, parts.shape, parts.crow_indices, parts.col_indices
+    if shape is None or len(shape) != 2:
+        raise InvalidDatum(f"{where}.shape: a sparse array has a shape [N, K]")
+    if crow is None or col is None:
+        raise InvalidDatum(f"{where}: a sparse array has both crow and col indices")
+    rows, columns = shape
+    if len(crow) != rows + 1:
+        raise InvalidDatum(f"{where}: {len(crow)} crow indices for {rows} rows")
+    if len(col) != len(values):
+        raise InvalidDatum(f"{where}: {len(col)} col indices for {len(values)} values")
+    if crow[0] != 0 or crow[-1] != len(values):
+        raise InvalidDatum(
+            f"{where}: crow indices from {crow[0]} to {crow[-1]} instead of 0 to {len(values)}"
+        )
+    falls = crow[1:] < crow[:-1]
+    if falls.any():
+        raise InvalidDatum(f"{where}: crow index {int(falls.argmax()) + 1} is below the one before")
+    outside = (col < 0) | (col >= columns)
+    if outside.any():
+        index = int(outside.argmax())
+        raise InvalidDatum(f"{where}: col index {index} is {col[index]}, outside {columns} columns")
+    budget.take(rows * columns * values.itemsize, where)
+    row = np.repeat(np.arange(rows), np.diff(crow))
+    repeats = (row[1:] == row[:-1]) & (col[1:] <= col[:-1])
+    if repeats.any():
+        index = int(repeats.argmax()) + 1
+        raise InvalidDatum(f"{where}: col index {index} is not above the one before in its row")
+    dense = np.full((rows, columns), pad, values.dtype)
+    dense[row, col] = values
+    return dense
+
+
+def check_input(name: str, array: Array, where: str, *, num_tokens: int) -> Array:
+    """A loss fn input in the dtype that ``training.types`` promises.
+
+    Inputs that no built-in loss takes are left as they came: the loss that does, or the refusal
+    of the one that does not, is the engine's.
+
+    Raises:
+        InvalidDatum: Wrong dtype or length, no token ids, or not finite. (400)
+    """
+    if name == TARGET_TOKENS:
+        if array.dtype.kind != "i":
+            raise InvalidDatum(f"{where}: {array.dtype} values instead of token ids")
+        check_token_ids(array, where)
+        array = array.astype(np.int64, copy=False)
+    elif array.dtype.kind == "f" or name in FLOAT_INPUTS:
+        array = array.astype(np.float32, copy=False)
+        finite = np.isfinite(array)
+        if not finite.all():
+            index = _first(~finite)
+            raise InvalidDatum(f"{where}{_subscript(index)}: {array[index]} is not finite")
+    if (name == TARGET_TOKENS or name in FLOAT_INPUTS) and len(array) != num_tokens:
+        raise InvalidDatum(f"{where}: {len(array)} values for {num_tokens} tokens")
+    return array
+
+
+def check_token_ids(array: Array, where: str) -> None:
+    """Refuse what no vocabulary has; the engine knows the real one."""
+    if array.size and (array.min() < 0 or array.max() > MAX_TOKEN_ID):
+        index = _first((array < 0) | (array > MAX_TOKEN_ID))
+        raise InvalidDatum(f"{where}{_subscript(index)}: {array[index]} is not a token id")
+
+
+def _first(is_wrong: NDArray[np.bool_]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(int(is_wrong.argmax()), is_wrong.shape))
+
+
+def _subscript(index: tuple[int, ...]) -> str:
+    return "".join(f"[{i}]" for i in index)
