@@ -28,6 +28,16 @@ class ServerFailed(Exception):
     """The server did not do in time what it was waited for; the message ends with its log."""
 
 
+@dataclass(frozen=True)
+class Process:
+    """One line of the process table."""
+
+    pid: int
+    memory_bytes: int
+    """Resident, shared pages included."""
+    command: str
+
+
 @dataclass
 class Server:
     """``manage.py up`` in its own process, on its own data folder and port."""
@@ -97,10 +107,29 @@ class Server:
     def log(self) -> str:
         return (self.data_dir / "up.log").read_text(errors="replace")
 
+    def processes(self) -> list[Process]:
+        """Everything below ``up``."""
+        assert self.process is not None
+        listing = subprocess.run(
+            ["/usr/bin/env", "ps", "-A", "-o", "pid=,ppid=,rss=,args="],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        children: dict[int, list[Process]] = {}
+        for line in listing.stdout.splitlines():
+            pid, parent, kibibytes, command = line.split(maxsplit=3)
+            process = Process(int(pid), int(kibibytes) * 1024, command)
+            children.setdefault(int(parent), []).append(process)
+        found = list(children.get(self.process.pid, []))
+        for process in found:  # which grows meanwhile
+            found += children.get(process.pid, [])
+        return found
+
     def worker_pid(self) -> int:
-        """The process that holds the model, as its own heartbeat row says."""
-        [worker] = requests.get(f"{self.url}/readyz", timeout=5).json()["workers"]
-        return int(worker["pid"])
+        """The process that holds the model: the child of ``up`` that django-q2 has renamed."""
+        [worker] = [item.pid for item in self.processes() if item.command.startswith("qcluster")]
+        return worker
 
     def post(self, path: str, **body: Any) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=120)
