@@ -1,0 +1,52 @@
+"""The base model of a benchmark: its folder, a server on it, and its engine without a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import django
+
+from tests.server import Server, free_port
+from tests.tiny_model import make_tiny_model
+from training.engine.interface import Engine
+
+DEFAULT_FOLDER = Path("models") / "HuggingFaceTB--SmolLM2-135M-Instruct"
+
+
+@contextmanager
+def served(model: str, data_dir: Path, folder: Path | None = None) -> Iterator[tuple[Server, Path]]:
+    """A ready server on a fresh data folder, and the folder of its base model.
+
+    Args:
+        model: ``tiny`` (a few thousand parameters) or ``default`` (SmolLM2-135M-Instruct).
+        data_dir: An empty folder.
+        folder: Where the default model was prepared before; None prepares it again.
+    """
+    if model == "tiny":
+        folder = make_tiny_model(data_dir / "tiny")
+    environment = {} if folder is None else {"TINKERAPI_BASE_MODEL": str(folder)}
+    server = Server(data_dir, free_port(), environment)
+    try:
+        server.start()
+        yield server, folder or data_dir / DEFAULT_FOLDER
+    finally:
+        server.stop()
+
+
+def use_database_of(server: Server) -> None:
+    """Set up Django in this process as a command of that server's would be."""
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tinkerapi.settings"
+    os.environ["TINKERAPI_DATA_DIR"] = str(server.data_dir)
+    os.environ |= server.environment
+    django.setup()
+
+
+def bare_engine(folder: Path) -> Engine:
+    """The engine that a worker would build for this folder, in this process."""
+    from training.base_models import BaseModel
+    from training.worker.process import build_engine
+
+    return build_engine(BaseModel(name=folder.name, folder=folder, queue="unused"))
