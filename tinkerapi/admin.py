@@ -109,6 +109,11 @@ class ApiKeyAdmin(ConsoleAdmin):
     def get_queryset(self, request: HttpRequest) -> QuerySet[ApiKey]:
         return super().get_queryset(request).defer("key_hash")
 
+    def lookup_allowed(self, lookup: str, value: str, request: HttpRequest) -> bool:
+        """Not by hash: a list filtered by its beginnings would spell it out."""
+        allowed: bool = super().lookup_allowed(lookup, value, request)
+        return allowed and not lookup.startswith("key_hash")
+
     @display(description="State")
     def state(self, api_key: ApiKey) -> SafeString:
         return state_label(key_state(api_key))

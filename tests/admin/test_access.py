@@ -1,0 +1,163 @@
+"""A staff user who is no superuser sees and touches what is theirs, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+from django.contrib.auth.models import Group, User
+from django.db.models import Model
+from django.test import Client
+from django.urls import reverse
+from django_q.models import Failure, OrmQ, Schedule, Success
+
+from futures.models import Future, Lane, Worker
+from tests.admin.conftest import list_page, page
+from tinkerapi.models import ApiKey
+from training.models import Checkpoint, Run, Snapshot
+from training.services import optim_step_submit
+from training.types import AdamParams
+
+OWNED: list[type[Model]] = [Future, Lane, Run, Checkpoint, Snapshot, ApiKey]
+
+
+@pytest.fixture
+def mine(trained: Callable[..., SimpleNamespace], staff: User) -> SimpleNamespace:
+    return traces_with_snapshot(trained, staff, "mine-only")
+
+
+@pytest.fixture
+def theirs(
+    trained: Callable[..., SimpleNamespace], user_factory: Callable[..., User]
+) -> SimpleNamespace:
+    return traces_with_snapshot(trained, user_factory(), "theirs-only")
+
+
+def traces_with_snapshot(
+    trained: Callable[..., SimpleNamespace], owner: User, name: str
+) -> SimpleNamespace:
+    traces = trained(owner, name=name, text=f"said by {name}")
+    run = {"run": traces.run, "seq_id": 999, "step": 1}
+    Snapshot.objects.create(**run, directory=name, size_bytes=1, write_seconds=1, epoch=1)
+    return traces
+
+
+@pytest.fixture
+def office(staff: User, browser: Callable[[User], Client]) -> Client:
+    return browser(staff)
+
+
+@pytest.mark.parametrize("model", OWNED)
+def test_lists_of_a_staff_user_hold_their_own_rows_only(
+    model: type[Model], office: Client, staff: User, mine: SimpleNamespace, theirs: SimpleNamespace
+) -> None:
+    answer = office.get(list_page(model))
+    rows = list(answer.context["cl"].result_list)
+    assert rows
+    assert {owner_id(row) for row in rows} == {staff.pk}
+    html = answer.content.decode()
+    assert "theirs-only" not in html
+    assert theirs.run.owner.username not in html
+
+
+@pytest.mark.parametrize("model", OWNED)
+def test_pages_of_other_peoples_rows_do_not_open_for_a_staff_user(
+    model: type[Model], office: Client, staff: User, mine: SimpleNamespace, theirs: SimpleNamespace
+) -> None:
+    for row in model._default_manager.all():
+        status = office.get(page(row)).status_code
+        assert status == (200 if owner_id(row) == staff.pk else 302)
+
+
+def owner_id(row: Model) -> int:
+    """Whose row it is, found without the code under test."""
+    owned = row if isinstance(row, Future | Lane | Run | ApiKey) else row.run  # type: ignore[attr-defined]
+    return int(owned.user_id if isinstance(owned, ApiKey) else owned.owner_id)
+
+
+def test_the_dashboard_of_a_staff_user_counts_their_own_only(
+    office: Client, staff: User, mine: SimpleNamespace, theirs: SimpleNamespace
+) -> None:
+    Future.objects.filter(pk=theirs.sample.pk).update(
+        state="failed", error="their secret", category="user"
+    )
+    answer = office.get(reverse("admin:index"))
+    html = answer.content.decode()
+    assert "mine-only" in html
+    assert "theirs-only" not in html
+    assert "their secret" not in html
+    numbers = {tile["state"]: tile["number"] for tile in answer.context["tiles"]}
+    assert numbers["pending"] == str(Future.objects.filter(owner=staff, state="pending").count())
+    assert numbers["ready"] == str(Future.objects.filter(owner=staff, state="ready").count())
+    assert numbers["failed"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "verb"),
+    [
+        ("waiting", "cancel"),
+        ("sample", "replay"),
+        ("run", "remove"),
+        ("checkpoint", "delete_checkpoint"),
+        ("api_key", "revoke"),
+    ],
+)
+def test_verbs_on_other_peoples_rows_do_nothing_for_a_staff_user(
+    kind: str, verb: str, office: Client, mine: SimpleNamespace, theirs: SimpleNamespace
+) -> None:
+    row = getattr(theirs, kind)
+    before = type(row).objects.filter(pk=row.pk).values().get()
+    futures = Future.objects.count()
+    answer = office.post(page(row, verb), {"_form_submitted": "True"})
+    assert answer.status_code in (403, 404)
+    assert type(row).objects.filter(pk=row.pk).values().get() == before
+    assert Future.objects.count() == futures
+
+
+def test_a_list_action_of_a_staff_user_passes_over_other_peoples_rows(
+    office: Client, mine: SimpleNamespace, theirs: SimpleNamespace
+) -> None:
+    waiting = [
+        optim_step_submit(owner_id=run.owner_id, model_id=run.name, adam_params=AdamParams()).future
+        for run in (mine.run, theirs.run)
+    ]
+    chosen = [future.pk for future in waiting]
+    office.post(list_page(Future), {"action": "cancel_selected", "_selected_action": chosen})
+    for future in waiting:
+        future.refresh_from_db()
+    assert [future.state for future in waiting] == ["cancelled", "pending"]
+
+
+def test_a_staff_user_is_told_of_workers_but_not_of_what_they_hold(
+    office: Client, mine: SimpleNamespace
+) -> None:
+    Worker.objects.update(figures={"device": "H100", "resident_adapters": ["theirs-only"]})
+    html = office.get(page(Worker.objects.get())).content.decode()
+    assert "H100" in html
+    assert "theirs-only" not in html
+
+
+@pytest.mark.parametrize("model", [User, Group, OrmQ, Schedule, Success, Failure])
+def test_accounts_and_the_task_queue_are_for_superusers(
+    model: type[Model], office: Client, console: Client
+) -> None:
+    assert office.get(list_page(model)).status_code == 403
+    assert console.get(list_page(model)).status_code == 200
+
+
+def test_the_filter_by_owner_is_for_superusers(
+    office: Client, console: Client, mine: SimpleNamespace
+) -> None:
+    assert "By owner" not in office.get(list_page(Future)).content.decode()
+    assert "By owner" in console.get(list_page(Future)).content.decode()
+
+
+def test_nobody_enters_without_being_staff(
+    user_factory: Callable[..., User], browser: Callable[[User], Client]
+) -> None:
+    for client in (Client(), browser(user_factory())):
+        for model in [*OWNED, Worker]:
+            answer = client.get(list_page(model))
+            assert answer.status_code == 302
+            assert "/admin/login/" in answer["Location"]

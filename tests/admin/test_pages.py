@@ -1,0 +1,260 @@
+"""Every page of the admin renders, stays cheap, and shows what came from clients as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from django.contrib import admin
+from django.contrib.auth.models import User
+from django.db import connection
+from django.db.models import Model
+from django.test import Client
+from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
+
+from futures.models import Future, Lane, Worker
+from tests.admin.conftest import SCRIPT, list_page, page
+from tests.conftest import InProcessWorker
+from tinkerapi.models import ApiKey
+from training.models import Checkpoint, Run, Snapshot
+
+OURS: list[type[Model]] = [Future, Lane, Worker, Run, Checkpoint, Snapshot, ApiKey]
+
+LIST_QUERIES = 9
+"""A list of ten rows costs fewer queries than it has rows; two are the session and the user."""
+
+
+@pytest.fixture
+def traces(
+    trained: Callable[..., SimpleNamespace], user_factory: Callable[..., User]
+) -> SimpleNamespace:
+    """What one person's training leaves, with a script wherever a client may write."""
+    traces = trained(user_factory(first_name=SCRIPT), text=SCRIPT)
+    Run.objects.filter(pk=traces.run.pk).update(
+        name=SCRIPT, base_model=SCRIPT, user_metadata={SCRIPT: SCRIPT}, target_modules=[SCRIPT]
+    )
+    Checkpoint.objects.filter(pk=traces.checkpoint.pk).update(name=SCRIPT, directory=SCRIPT)
+    Future.objects.filter(pk=traces.sample.pk).update(
+        state="failed",
+        error=f"{SCRIPT}\nsecond line",
+        category="user",
+        error_code=SCRIPT,
+        summary={SCRIPT: SCRIPT},
+        idempotency_key=SCRIPT,
+    )
+    Worker.objects.update(figures={"device": SCRIPT, SCRIPT: [SCRIPT]}, hostname=SCRIPT)
+    snapshot(traces.run)
+    return traces
+
+
+def snapshot(run: Run) -> None:
+    Snapshot.objects.get_or_create(
+        run=run,
+        seq_id=999,
+        defaults={
+            "step": 1,
+            "directory": SCRIPT,
+            "size_bytes": 1,
+            "write_seconds": 0.1,
+            "epoch": 1,
+        },
+    )
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_every_list_renders_with_text_from_clients_escaped(
+    model: type[Model], console: Client, traces: SimpleNamespace
+) -> None:
+    answer = console.get(list_page(model))
+    html = answer.content.decode()
+    assert answer.status_code == 200
+    assert answer.context["cl"].result_count >= 1
+    assert SCRIPT not in html
+    if model is not Snapshot and model is not Lane:
+        assert "&lt;script&gt;" in html
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_every_detail_page_renders_with_text_from_clients_escaped(
+    model: type[Model], console: Client, traces: SimpleNamespace
+) -> None:
+    rows = model._default_manager.all()
+    assert rows
+    for row in rows:
+        answer = console.get(page(row))
+        assert answer.status_code == 200
+        assert SCRIPT not in answer.content.decode()
+
+
+def test_the_dashboard_escapes_text_from_clients(console: Client, traces: SimpleNamespace) -> None:
+    html = console.get(reverse("admin:index")).content.decode()
+    assert SCRIPT not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4  # run, model, error, device
+
+
+def filtered_fields(model_admin: Any) -> list[str]:
+    return [item[0] for item in model_admin.list_filter if isinstance(item, tuple)]
+
+
+@pytest.mark.parametrize("model", admin.site._registry)
+def test_every_list_can_be_searched_and_filtered(
+    model: type[Model], console: Client, traces: SimpleNamespace
+) -> None:
+    url = list_page(model)
+    model_admin = admin.site._registry[model]
+    queries: list[dict[str, str]] = [{"q": "x'\";%"}, {"q": SCRIPT}, {"p": "2"}, {"o": "1"}]
+    queries += [{f"{name}_from_0": "2026-01-01"} for name in filtered_fields(model_admin)]
+    queries += [{f"{name}_to_0": "nonsense"} for name in filtered_fields(model_admin)]
+    queries += [{f"{name}__id__exact": "1"} for name in filtered_fields(model_admin)]
+    queries += [{f"{name}__exact": "ready"} for name in filtered_fields(model_admin)]
+    for query in queries:
+        answer = console.get(url, query, follow=True)
+        assert answer.status_code in (200, 400), query  # 400: no such filter here
+        assert SCRIPT not in answer.content.decode()
+
+
+def test_a_search_finds_a_request_by_its_id_its_run_and_its_key(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    mine, other = trained(superuser, name="mine"), trained(superuser, name="other")
+    Future.objects.filter(pk=mine.waiting.pk).update(idempotency_key="abc")
+
+    def found(term: str) -> set[str]:
+        answer = console.get(list_page(Future), {"q": term})
+        return {future.pk for future in answer.context["cl"].result_list}
+
+    assert found(mine.waiting.pk[:20]) == {mine.waiting.pk}
+    assert found("abc") == {mine.waiting.pk}
+    in_run = set(Future.objects.filter(lane_id=mine.run.pk).values_list("pk", flat=True))
+    assert found("mine") == found(mine.run.pk) == in_run
+    assert other.waiting.pk in found("other")
+
+
+def test_filters_narrow_the_list_of_requests(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    traces = trained(superuser)
+
+    def found(**query: str) -> set[str]:
+        answer = console.get(list_page(Future), query)
+        return {future.pk for future in answer.context["cl"].result_list}
+
+    assert found(state__exact="pending") == {traces.waiting.pk}
+    assert found(kind="sample") == {traces.sample.pk}
+    everything = found()
+    today = f"{traces.waiting.created_at:%Y-%m-%d}"
+    assert found(created_at_from_0=today, created_at_to_0=today) == everything
+    assert found(created_at_from_0="2036-01-01", created_at_from_1="00:00") == set()
+    assert found(created_at_to_0=today, created_at_to_1="00:00:00") == set()
+    assert found(lane__id__exact=traces.run.pk) == found()
+
+
+def test_lists_of_ten_rows_cost_fewer_than_ten_queries_and_read_no_bodies(
+    console: Client,
+    trained: Callable[..., SimpleNamespace],
+    user_factory: Callable[..., User],
+) -> None:
+    for _ in range(10):
+        run = trained(user_factory()).run
+        Worker.objects.create(queue="another", state="lost", hostname="h", pid=1)
+        snapshot(run)
+    for model in OURS:
+        with CaptureQueriesContext(connection) as queries:
+            answer = console.get(list_page(model))
+        assert len(answer.context["cl"].result_list) >= 10
+        statements = [query["sql"] for query in queries]
+        assert len(statements) <= LIST_QUERIES, "\n".join(statements)
+        assert not any(re.search(r'"(payload|result|key_hash)"', sql) for sql in statements)
+
+
+def test_the_count_of_a_list_stops_at_its_limit(
+    console: Client,
+    trained: Callable[..., SimpleNamespace],
+    superuser: User,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained(superuser)
+    monkeypatch.setattr("futures.console.COUNT_LIMIT", 2)
+    with CaptureQueriesContext(connection) as queries:
+        answer = console.get(list_page(Future))
+    assert answer.context["cl"].result_count == 2
+    counts = [query["sql"] for query in queries if "COUNT(" in query["sql"]]
+    assert counts
+    assert all("LIMIT 2" in sql for sql in counts)
+
+
+def test_a_request_page_shows_its_parts_and_its_links(
+    console: Client,
+    trained: Callable[..., SimpleNamespace],
+    superuser: User,
+    work: InProcessWorker,
+) -> None:
+    traces = trained(superuser, text="what is a lane?")
+    html = console.get(page(traces.forward_backward)).content.decode()
+    assert "what is a lane?" in html  # the payload, decoded
+    assert "loss_fn_outputs" in html  # the result, decoded
+    worker = Worker.objects.get()
+    for row in (traces.run, worker, superuser):
+        assert f'href="{page(row)}"' in html
+
+
+def test_a_failed_request_shows_its_whole_error(console: Client, traces: SimpleNamespace) -> None:
+    html = console.get(page(traces.sample)).content.decode()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;\nsecond line</pre>" in html
+
+
+def test_a_waiting_request_shows_how_many_are_ahead_of_it(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    trained(superuser)
+    last = trained(superuser).waiting
+    ahead = Future.objects.open().filter(created_at__lt=last.created_at).count()
+    html = console.get(page(last)).content.decode()
+    field = html[html.index("Ahead of it in the queue") :]
+    assert re.search(r"<div[^>]*readonly[^>]*>(\d+)", field)[1] == str(ahead)  # type: ignore[index]
+
+
+def test_a_request_page_stays_small_however_large_the_request(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    words = "x" * 400_000
+    traces = trained(superuser, text=words)
+    html = console.get(page(traces.forward_backward)).content
+    assert len(html) < 120_000
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_nothing_can_be_added_changed_or_deleted_by_a_form(
+    model: type[Model], console: Client, traces: SimpleNamespace
+) -> None:
+    row = model._default_manager.all()[0]
+    before = model._default_manager.filter(pk=row.pk).values().get()
+    add = f"{list_page(model)}add/"
+    assert console.get(add).status_code == 403
+    assert console.post(add, {}).status_code == 403
+    assert console.post(page(row), before_as_form(before)).status_code == 403
+    assert console.post(page(row, "delete"), {"post": "yes"}).status_code == 403
+    chosen = {"action": "delete_selected", "_selected_action": [row.pk], "post": "yes"}
+    console.post(list_page(model), chosen)
+    assert model._default_manager.filter(pk=row.pk).values().get() == before
+
+
+def before_as_form(values: dict[str, Any]) -> dict[str, str]:
+    return dict.fromkeys(values, "changed")
+
+
+def test_no_page_shows_the_hash_of_a_key(console: Client, traces: SimpleNamespace) -> None:
+    for api_key in ApiKey.objects.all():
+        for url in (list_page(ApiKey), page(api_key), page(api_key, "history")):
+            assert api_key.key_hash not in console.get(url).content.decode()
+
+
+def test_a_list_cannot_be_asked_about_hashes_of_keys(
+    console: Client, traces: SimpleNamespace
+) -> None:
+    answer = console.get(list_page(ApiKey), {"key_hash__startswith": "a"})
+    assert answer.status_code == 400
