@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
+from pytest_django import Settings
 
+from tinkerapi.management.commands.up import Command
 from tinkerapi.models import ApiKey
+from tinkerapi.preflight import RunningServer
 from tinkerapi.services import api_key_verify, first_accounts_ensure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +122,26 @@ def test_up_refuses_a_wrong_state_in_one_sentence(
     assert answer.returncode == 1
     assert sentence in answer.stderr
     assert len(answer.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "required"),
+    [("127.0.0.1", "0"), ("::1", "0"), ("0.0.0.0", "1"), ("::", "1")],  # noqa: S104
+)
+def test_up_demands_keys_wherever_others_can_reach_it(
+    settings: Settings, tmp_path: Path, host: str, required: str
+) -> None:
+    settings.DATA_DIR = tmp_path
+    settings.BASE_MODELS = ["some/model"]  # not there yet, so it will be fetched
+    output = StringIO()
+    command = Command(stdout=output)
+    command.server = RunningServer(pid=1, host=host, port=0)
+
+    with command._preflight() as environment:
+        assert environment["TINKERAPI_REQUIRE_API_KEY"] == required
+        assert environment["TINKERAPI_DATA_DIR"] == str(tmp_path)
+        assert len(environment["TINKERAPI_SECRET_KEY"]) >= 50
+    assert ("every request needs a key" in output.getvalue()) is (required == "1")
 
 
 def manage(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

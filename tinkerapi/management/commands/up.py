@@ -42,6 +42,7 @@ from tinkerapi.supervisor import Child, Supervisor, parent_death_prefix
 from training.base_models import BaseModel, base_models
 
 TICK_SECONDS = 0.1
+READY_LOOK_SECONDS = 0.5  # each look that finds the worker loading costs a query and a log line
 WEB_STOP_SECONDS = 5.0
 WEB_KILL_SECONDS = 3  # what a parked long poll may delay the web's end; its client asks again
 WORKER_STOP_SECONDS = 120.0  # one batch; killing it sooner loses time, not work
@@ -200,17 +201,19 @@ class Command(BaseCommand):
         """Start workers as their models get ready, keep all running, say when it answers."""
         waiting = base_models()
         answered = ready = False
+        look_at = 0.0
         while True:
             for base_model in [model for model in waiting if self._is_prepared(model)]:
                 waiting.remove(base_model)
                 self._start_worker(base_model, environment)
             self.supervisor.tick()
-            if not answered and self._answers("/healthz"):
-                answered = True
-                self.say(f"web       answers after {self._seconds()}; the model is being loaded")
-            elif answered and not ready and not waiting and self._answers("/readyz"):
-                ready = True
-                self._say_ready()
+            if not answered:
+                if answered := self._answers("/healthz"):
+                    self.say(f"web       answers after {self._seconds()}; the model is loading")
+            elif not ready and not waiting and time.monotonic() >= look_at:
+                look_at = time.monotonic() + READY_LOOK_SECONDS
+                if ready := self._answers("/readyz"):
+                    self._say_ready()
             time.sleep(TICK_SECONDS)
 
     def _is_prepared(self, base_model: BaseModel) -> bool:

@@ -1,0 +1,132 @@
+"""``manage.py up`` as a whole: it answers, it heals, and it leaves nobody behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.platform.processes import is_running, wait_for
+from tests.server import ROOT, Server
+from tests.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.acceptance
+
+Start = Callable[[], Server]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def start(start_server: Callable[..., Server], tiny_model: Path) -> Start:
+    """A fresh server on the tiny model, whose worker is ready in the time torch takes to load."""
+    return lambda: start_server(TINKERAPI_BASE_MODEL=str(tiny_model))
+
+
+def manage(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command beside the server, on its data folder."""
+    return subprocess.run(
+        [sys.executable, "manage.py", *arguments],
+        cwd=ROOT,
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith("TINKERAPI_")},
+            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
+            "TINKERAPI_DATA_DIR": str(server.data_dir),
+            **server.environment,
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def children(pid: int) -> set[int]:
+    """The processes that ``pid`` has started and that live."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # it ended while we looked
+            continue
+        if int(parent) == pid and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+def family(pid: int) -> set[int]:
+    """``pid`` and everything below it."""
+    return {pid}.union(*(family(child) for child in children(pid)))
+
+
+def started_at(pid: int) -> int:
+    """In clock ticks since the machine started."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def none_is_running(pids: set[int]) -> bool:
+    return not any(is_running(pid) for pid in pids)
+
+
+def test_up_heals_what_dies_and_stops_without_a_trace(start: Start) -> None:
+    server = start()
+    assert requests.get(f"{server.url}/healthz", timeout=5).json() == {"status": "ok"}
+    style = requests.get(f"{server.url}/static/admin/css/base.css", timeout=5)
+    assert style.status_code == 200
+    assert requests.get(f"{server.url}/admin/login/", timeout=5).status_code == 200
+    assert server.process is not None
+    up = server.process.pid
+    everyone = family(up)
+    assert len(children(up)) == 3, "Postgres, web and one worker"
+
+    second_up = manage(server, "up", "--port", str(server.port))
+    assert second_up.returncode == 1
+    [sentence] = second_up.stderr.splitlines()
+    assert f"already running on {server.data_dir} (process {up}, " in sentence
+
+    doctor = manage(server, "doctor", "--no-color")
+    verdicts = {line.split()[0] for line in doctor.stdout.splitlines()}
+    assert (doctor.returncode, verdicts) == (0, {"ok"}), doctor.stdout + doctor.stderr
+
+    worker = max(children(up), key=started_at)  # the last part that ``up`` starts
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: "worker tiny was ended by SIGKILL; starting it again" in server.log())
+    wait_for(lambda: len(children(up)) == 3)
+    trained = server.post("/api/v1/add_lora", model_id="after", rank=2)
+    assert trained.status_code == 200, "the new worker does the work"
+
+    everyone |= family(up)
+    server.stop()
+    assert none_is_running(everyone)
+    assert server.log().splitlines()[-1] == "stopped"
+
+
+def test_a_killed_up_takes_everything_along_and_the_next_one_finds_it_all(start: Start) -> None:
+    server = start()
+    [key] = re.findall(r"tml-\S+", server.log())
+    assert server.log().count("password") == 1
+    assert server.process is not None
+    everyone = family(server.process.pid)
+    server.process.kill()
+    server.process.wait()
+    server.spawn()  # at once, while the children of the killed one are still ending
+    wait_for(lambda: none_is_running(everyone))
+    server.wait_until("/readyz")
+
+    assert server.log().count("tml-") == server.log().count("password") == 1
+    assert "database  up to date" in server.log()
+    adapters = f"{server.url}/api/v1/adapters"
+    assert requests.get(adapters, headers={"X-API-Key": key}, timeout=5).status_code == 200
+    wrong = requests.get(adapters, headers={"X-API-Key": key + "x"}, timeout=5)
+    assert wrong.status_code == 401
+    server.stop()
