@@ -123,7 +123,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _read(directory: Path, name: str, device: torch.device) -> Tensor:
-    return load_file(directory / f"{name}.safetensors", device=str(device))[name]
+    # A copy: the file's bytes are mapped at odd addresses, and float32 kernels sum in an order that
+    # depends on alignment, so a loaded run would leave its unbroken twin by the last bits.
+    return load_file(directory / f"{name}.safetensors", device=str(device))[name].clone()
 
 
 def _read_config(values: Mapping[str, Any]) -> LoraConfig:
