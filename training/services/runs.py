@@ -1,0 +1,188 @@
+"""Make runs, remove them, and rebuild them from their logs."""
+
+from __future__ import annotations
+
+import secrets
+
+from django.conf import settings
+from django.contrib.auth import get_user_model
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+
+from futures.models import Future
+from futures.payload import EncodedPayload
+from futures.services import future_submit, lane_create
+from training import payloads
+from training.base_models import base_model_get
+from training.errors import LimitExceeded, RunExists, RunNotFound
+from training.kinds import Kind
+from training.models import Run
+from training.paths import check_name
+from training.selectors import run_get
+from training.services.submission import Submission, run_repeated, submit_in_lane
+from training.types import LoraConfig
+
+
+@transaction.atomic
+def run_create_submit(
+    *,
+    owner_id: int,
+    model_id: str | None,
+    base_model: str | None,
+    lora_config: LoraConfig,
+    idempotency_key: str | None = None,
+) -> Submission:
+    """Ask for a new adapter; its name is taken from now on.
+
+    Args:
+        model_id: None lets the server choose a name.
+
+    Raises:
+        RunExists: The owner has a live run of this name. (409)
+        BaseModelNotFound: (404)
+        LimitExceeded: The owner has as many adapters as one may have. (400)
+    """
+    run = run_repeated(owner_id, idempotency_key)
+    name = model_id or (run.name if run else f"model_{secrets.token_hex(8)}")
+    check_name(name, field="model_id")
+    if run is None:
+        run = _run_create(owner_id, name, base_model, lora_config)
+    if run is None:
+        raise RunExists(f"model_id: you already have a model named {name!r}; remove it first")
+    return _submit_creation(run, name, lora_config, idempotency_key)
+
+
+@transaction.atomic
+def run_remove_submit(
+    *, owner_id: int, model_id: str, idempotency_key: str | None = None
+) -> Submission:
+    """Remove a run: its name is free at once, its memory when its turn in the lane comes.
+
+    What was submitted before still runs. Checkpoints stay.
+
+    Raises:
+        RunNotFound: (404)
+    """
+    if first := run_repeated(owner_id, idempotency_key):
+        return submit_in_lane(first, Kind.REMOVE_RUN, {}, idempotency_key=idempotency_key)
+    run = run_get(owner_id=owner_id, model_id=model_id)
+    submission = submit_in_lane(run, Kind.REMOVE_RUN, {}, idempotency_key=idempotency_key)
+    deleted = (
+        Run.objects.live()
+        .filter(id=run.id)
+        .update(state=Run.RunState.DELETED, error="", deleted_at=timezone.now())
+    )
+    if not deleted:  # another request removed it between our read and our write
+        raise RunNotFound(f"model_id: no model named {model_id!r}")
+    return submission
+
+
+def run_get_or_create(owner_id: int, model_id: str) -> Run:
+    """The owner's live run of this name, made on the default base model if there is none.
+
+    Raises:
+        InvalidRequest: The name may not stand in a path. (400)
+        LimitExceeded: The owner has as many adapters as one may have. (400)
+    """
+    name = check_name(model_id, field="model_id")
+    live = Run.objects.owned_by(owner_id).live().filter(name=name)
+    if run := live.first():
+        return run
+    config = LoraConfig()
+    # One transaction: nobody may see the run before its creation leads its lane.
+    with transaction.atomic():
+        if run := _run_create(owner_id, name, None, config):
+            _submit_creation(run, name, config, None)
+            return run
+    return live.get()  # another request made it between our read and our write
+
+
+@transaction.atomic
+def run_replay_create(*, run: Run, name: str | None = None) -> Run:
+    """A new run of the same shape with an empty log, to rebuild ``run`` in. (``replayrun``)
+
+    Raises:
+        RunExists: The name is taken.
+    """
+    number = run.run_set.count() + 1
+    name = check_name(name or f"{run.name[:100]}-replay-{number}", field="name")
+    copy = _run_create(run.owner_id, name, run.base_model, run_lora_config(run), replay_of=run)
+    if copy is None:
+        raise RunExists(f"{name!r} exists already; remove it or choose another name")
+    return copy
+
+
+def run_replay_submit(*, run: Run, original: Future) -> Future:
+    """Submit a logged request of another run to this one, at the end of its lane."""
+    return future_submit(
+        owner_id=run.owner_id,
+        queue=original.queue,
+        kind=original.kind,
+        payload=EncodedPayload(bytes(original.payload or b""), bytes(original.payload_digest)),
+        lane_id=run.id,
+        cost=original.cost,
+        replay_of=original,
+    )
+
+
+def run_compare_submit(*, run: Run, other: Run) -> Future:
+    """Ask the worker whether two runs' weights and moments are equal."""
+    return submit_in_lane(run, Kind.COMPARE_RUNS, {"other": other.id}).future
+
+
+def run_lora_config(run: Run) -> LoraConfig:
+    """The shape of a run's adapter."""
+    modules = run.target_modules
+    return LoraConfig(
+        rank=run.rank,
+        alpha=run.alpha,
+        seed=run.seed,
+        train_mlp=run.train_mlp,
+        train_attn=run.train_attn,
+        train_unembed=run.train_unembed,
+        target_modules=None if modules is None else tuple(modules),
+    )
+
+
+def _run_create(
+    owner_id: int,
+    name: str,
+    base_model: str | None,
+    config: LoraConfig,
+    replay_of: Run | None = None,
+) -> Run | None:
+    """A run and its lane, or None if the name is taken; the database decides who was first."""
+    served = base_model_get(base_model)
+    # One creation at a time per owner, so that the count below cannot be overtaken.
+    get_user_model().objects.select_for_update(no_key=True).get(pk=owner_id)
+    if Run.objects.owned_by(owner_id).live().count() >= settings.MAX_ADAPTERS:
+        raise LimitExceeded(
+            f"you have {settings.MAX_ADAPTERS} models, as many as this server allows; remove one"
+        )
+    try:
+        with transaction.atomic():
+            run = Run.objects.create(
+                owner_id=owner_id,
+                name=name,
+                base_model=served.name,
+                rank=config.rank,
+                alpha=config.alpha,
+                seed=config.seed,
+                train_mlp=config.train_mlp,
+                train_attn=config.train_attn,
+                train_unembed=config.train_unembed,
+                target_modules=config.target_modules,
+                replay_of=replay_of,
+            )
+    except IntegrityError:
+        return None
+    lane_create(lane_id=run.id, owner_id=owner_id, queue=served.queue)
+    return run
+
+
+def _submit_creation(
+    run: Run, name: str, config: LoraConfig, idempotency_key: str | None
+) -> Submission:
+    # The name is in it so that one Idempotency-Key cannot mean two models.
+    payload = {"model_id": name, "lora_config": payloads.lora_config_to_payload(config)}
+    return submit_in_lane(run, Kind.CREATE_RUN, payload, idempotency_key=idempotency_key)

@@ -1,0 +1,96 @@
+"""Completions: of a live model in its place in the order, or of frozen weights in none."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from django.conf import settings
+
+from futures.services import future_submit
+from training import payloads
+from training.base_models import base_model_get
+from training.errors import InvalidRequest
+from training.kinds import Kind
+from training.paths import TinkerPath
+from training.selectors import checkpoint_get, run_get
+from training.services.submission import Submission, submit_in_lane
+from training.types import Prompt, SamplingParams
+
+_SEED_BITS = 31  # any client and any generator can hold it
+
+
+def sample_submit(
+    *,
+    owner_id: int,
+    model_id: str | None,
+    base_model: str | None,
+    model_path: str | None,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    sampling_params: SamplingParams,
+    prompt_logprobs: bool = False,
+    idempotency_key: str | None = None,
+) -> Submission:
+    """Ask for completions of one or more prompts.
+
+    With ``model_id`` the sample has its place in the run's order: it sees the steps
+    submitted before it and none after. A path or a base model has no order to keep.
+    A seed and a length are chosen here if the client named none, so that a repeat after a
+    crash says the same.
+
+    Raises:
+        InvalidRequest: Not exactly one of model_id, base_model and model_path. (400)
+        RunNotFound, CheckpointNotFound, BaseModelNotFound: (404)
+    """
+    if sum(value is not None for value in (model_id, base_model, model_path)) != 1:
+        raise InvalidRequest(
+            "model_id, base_model, model_path: give exactly one of them to say what to sample from"
+        )
+    sampling_params = replace(
+        sampling_params,
+        seed=_new_seed(idempotency_key) if sampling_params.seed is None else sampling_params.seed,
+        max_tokens=sampling_params.max_tokens or settings.DEFAULT_MAX_TOKENS,
+    )
+    payload: dict[str, Any] = {
+        "prompts": [payloads.prompt_to_payload(prompt) for prompt in prompts],
+        "num_samples": num_samples,
+        "sampling_params": payloads.sampling_params_to_payload(sampling_params),
+        "prompt_logprobs": prompt_logprobs,
+        "checkpoint": None,
+    }
+    cost = sum(payloads.prompt_cost(prompt) for prompt in prompts)
+    summary = {"prompts": len(prompts), "samples": num_samples}
+    if model_id is not None:
+        run = run_get(owner_id=owner_id, model_id=model_id)
+        return submit_in_lane(
+            run, Kind.SAMPLE, payload, cost=cost, summary=summary, idempotency_key=idempotency_key
+        )
+    if model_path is not None:
+        path = TinkerPath.parse(model_path, field="model_path")
+        checkpoint = checkpoint_get(owner_id=owner_id, path=path)
+        payload["checkpoint"] = checkpoint.pk
+        base_model = checkpoint.run.base_model
+        summary["path"] = str(path)
+    future = future_submit(
+        owner_id=owner_id,
+        queue=base_model_get(base_model).queue,
+        kind=Kind.SAMPLE,
+        payload=payload,
+        cost=cost,
+        summary=summary,
+        idempotency_key=idempotency_key,
+        max_pending=settings.MAX_PENDING,
+    )
+    return Submission(future=future, model_id=None)
+
+
+def _new_seed(idempotency_key: str | None) -> int:
+    """31 random bits, or the same ones for the same key: a repeat must be the same request."""
+    if idempotency_key is None:
+        return secrets.randbits(_SEED_BITS)
+    digest = hashlib.sha256(idempotency_key.encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> (32 - _SEED_BITS)

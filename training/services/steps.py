@@ -1,0 +1,81 @@
+"""Losses, gradients and optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from training import payloads
+from training.kinds import Kind
+from training.selectors import run_get
+from training.services.runs import run_get_or_create
+from training.services.submission import Submission, submit_in_lane
+from training.types import AdamParams, Conversation, Datum
+
+
+def forward_backward_submit(
+    *,
+    owner_id: int,
+    model_id: str,
+    data: Sequence[Conversation | Datum],
+    loss_fn: str,
+    loss_fn_config: Mapping[str, float],
+    train_on: str = "auto",
+    forward_only: bool = False,
+    seq_id: int | None = None,
+    idempotency_key: str | None = None,
+) -> Submission:
+    """Ask for a loss and, unless ``forward_only``, its gradient.
+
+    An unknown ``model_id`` makes a run of that name on the default base model, so that a
+    first request needs no set-up; but not if the client numbers its requests itself.
+
+    Args:
+        seq_id: The client's number in the model's order; None lets the server give the next.
+
+    Raises:
+        RunNotFound: No such model, and ``seq_id`` was given. (404)
+        LimitExceeded: The owner has as many adapters as one may have. (400)
+        QueueFull: The owner has as many waiting futures as one may have. (429)
+    """
+    if seq_id is None:
+        run = run_get_or_create(owner_id, model_id)
+    else:
+        run = run_get(owner_id=owner_id, model_id=model_id)
+    payload = {
+        "data": payloads.data_to_payload(data),
+        "loss_fn": loss_fn,
+        "loss_fn_config": dict(loss_fn_config),
+        "train_on": train_on,
+    }
+    return submit_in_lane(
+        run,
+        Kind.FORWARD if forward_only else Kind.FORWARD_BACKWARD,
+        payload,
+        cost=payloads.data_cost(data),
+        summary={"datums": len(data)},
+        seq_id=seq_id,
+        idempotency_key=idempotency_key,
+    )
+
+
+def optim_step_submit(
+    *,
+    owner_id: int,
+    model_id: str,
+    adam_params: AdamParams,
+    seq_id: int | None = None,
+    idempotency_key: str | None = None,
+) -> Submission:
+    """Ask for one AdamW step with the gradient accumulated so far.
+
+    Raises:
+        RunNotFound: (404)
+    """
+    return submit_in_lane(
+        run_get(owner_id=owner_id, model_id=model_id),
+        Kind.OPTIM_STEP,
+        {"adam_params": payloads.adam_params_to_payload(adam_params)},
+        summary={"learning_rate": adam_params.learning_rate},
+        seq_id=seq_id,
+        idempotency_key=idempotency_key,
+    )

@@ -1,0 +1,62 @@
+"""How every request of a client becomes a future: into its run's lane, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from django.conf import settings
+
+from futures.models import Future
+from futures.services import future_submit
+from training.base_models import base_model_get
+from training.kinds import Kind
+from training.models import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """An accepted request."""
+
+    future: Future
+    model_id: str | None
+    """The run's name, None for requests that concern no run."""
+
+
+def submit_in_lane(
+    run: Run,
+    kind: Kind,
+    payload: Mapping[str, Any],
+    *,
+    cost: int = 1,
+    summary: Mapping[str, Any] | None = None,
+    seq_id: int | None = None,
+    idempotency_key: str | None = None,
+) -> Submission:
+    """Submit a request of a run, under the client's seq id or the server's next one.
+
+    Raises:
+        QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
+    """
+    future = future_submit(
+        owner_id=run.owner_id,
+        queue=base_model_get(run.base_model).queue,
+        kind=kind,
+        payload=payload,
+        lane_id=run.id,
+        seq_id=seq_id,
+        cost=cost,
+        summary=dict(summary or {}),
+        idempotency_key=idempotency_key,
+        max_pending=settings.MAX_PENDING,
+    )
+    return Submission(future=future, model_id=run.name)
+
+
+def run_repeated(owner_id: int, idempotency_key: str | None) -> Run | None:
+    """The run that an earlier request with this key was about."""
+    if idempotency_key is None:
+        return None
+    first = Future.objects.filter(owner_id=owner_id, idempotency_key=idempotency_key).first()
+    return Run.objects.filter(id=first.lane_id).first() if first and first.lane_id else None
