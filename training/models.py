@@ -16,6 +16,54 @@ def new_run_id() -> str:
     return f"run_{secrets.token_hex(16)}"
 
 
+def new_session_id() -> str:
+    """32 hex digits (128 random bits): run ids are built on it, so no ``:`` and no ``/``."""
+    return secrets.token_hex(16)
+
+
+class Session(models.Model):
+    """One SDK process, which keeps itself alive by heartbeats."""
+
+    class FinishReason(models.TextChoices):
+        SUCCESS = "success"
+        ERRORED = "errored"
+        INTERRUPTED = "interrupted"
+
+    id = models.CharField(primary_key=True, max_length=64, default=new_session_id)
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT)
+    sdk_version = models.CharField(max_length=40)
+    tags = models.JSONField(default=list, blank=True)
+    user_metadata = models.JSONField(default=dict, blank=True)
+    project_id = models.CharField(max_length=200, blank=True, default="")
+    display_name = models.CharField(max_length=200, blank=True, default="")
+    created_at = models.DateTimeField(default=timezone.now)
+    heartbeat_at = models.DateTimeField(default=timezone.now)
+    finished_at = models.DateTimeField(null=True, blank=True)
+    finish_reason = models.CharField(
+        max_length=12, choices=FinishReason.choices, blank=True, default=""
+    )
+    """The first reason given; later ones change nothing."""
+    finish_detail = models.TextField(blank=True, default="")
+
+    class Meta:
+        constraints: ClassVar = [
+            models.CheckConstraint(
+                condition=Q(finished_at__isnull=True, finish_reason="")
+                | (
+                    Q(finished_at__isnull=False)
+                    & Q(finish_reason__in=["success", "errored", "interrupted"])
+                ),
+                name="session_finished_iff_reason",
+            ),
+        ]
+        indexes: ClassVar = [
+            models.Index(fields=["owner", "-created_at"], name="session_newest_by_owner"),
+        ]
+
+    def __str__(self) -> str:
+        return self.id
+
+
 class RunQuerySet(models.QuerySet["Run"]):
     def owned_by(self, owner_id: int) -> RunQuerySet:
         return self.filter(owner_id=owner_id)
@@ -39,6 +87,12 @@ class Run(models.Model):
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT)
     name = models.CharField(max_length=200)
     """The client's ``model_id``: unique among its owner's live runs, free again after removal."""
+    session = models.ForeignKey(
+        Session, null=True, blank=True, on_delete=models.PROTECT, related_name="runs"
+    )
+    """The SDK process that made it; None for the quick reference's."""
+    model_seq_id = models.BigIntegerField(null=True, blank=True)
+    """The SDK's number of the model within its session."""
     base_model = models.CharField(max_length=255)
     rank = models.IntegerField()
     alpha = models.FloatField()
@@ -72,6 +126,14 @@ class Run(models.Model):
                 fields=["owner", "name"],
                 condition=Q(deleted_at__isnull=True),
                 name="run_name_taken_while_live",
+            ),
+            models.UniqueConstraint(
+                fields=["session", "model_seq_id"], name="run_session_model_seq_id"
+            ),
+            models.CheckConstraint(
+                condition=Q(session__isnull=True, model_seq_id__isnull=True)
+                | Q(session__isnull=False, model_seq_id__isnull=False),
+                name="run_model_seq_id_iff_session",
             ),
             models.CheckConstraint(
                 condition=Q(state__in=["creating", "ready", "failed", "deleted"]),
@@ -127,9 +189,13 @@ class Checkpoint(models.Model):
         """With optimizer state; training can go on from it."""
         SAMPLER = "sampler"
         """Weights to sample from."""
+        EXTERNAL = "external"
+        """Files for other programs, as peft reads them."""
 
     run = models.ForeignKey(Run, on_delete=models.PROTECT, related_name="checkpoints")
     kind = models.CharField(max_length=10, choices=Kind.choices)
+    ephemeral = models.BooleanField(default=False)
+    """Made for one sampling session; not listed."""
     name = models.CharField(max_length=200)
     seq_id = models.BigIntegerField()
     """The save request that made it."""
@@ -149,7 +215,8 @@ class Checkpoint(models.Model):
                 fields=["run", "kind", "name"], name="checkpoint_run_kind_name"
             ),
             models.CheckConstraint(
-                condition=Q(kind__in=["training", "sampler"]), name="checkpoint_kind_known"
+                condition=Q(kind__in=["training", "sampler", "external"]),
+                name="checkpoint_kind_known",
             ),
             models.CheckConstraint(
                 condition=Q(expires_at__isnull=True) | Q(expires_at__gt=F("created_at")),
@@ -159,3 +226,49 @@ class Checkpoint(models.Model):
 
     def __str__(self) -> str:
         return f"{self.run_id}/{self.name}"
+
+
+class SamplingSession(models.Model):
+    """A fixed choice of what to sample from; its id is a lane whose requests have no order."""
+
+    id = models.CharField(primary_key=True, max_length=120)
+    """``<session>:sample:<seq id>``."""
+    session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="sampling_sessions")
+    seq_id = models.BigIntegerField()
+    """The SDK's number, shared by its two ways to make one."""
+    base_model = models.CharField(max_length=255)
+    checkpoint = models.ForeignKey(Checkpoint, null=True, blank=True, on_delete=models.SET_NULL)
+    model_path = models.CharField(max_length=500, blank=True, default="")
+    """The checkpoint's tinker:// path, kept for people when the checkpoint is gone; empty for
+    the base model."""
+    num_clients = models.IntegerField(default=1)
+    """Clients that joined; the next one's number."""
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["session", "seq_id"], name="sampling_session_seq_id"),
+        ]
+
+    def __str__(self) -> str:
+        return self.id
+
+
+class CustomLoss(models.Model):
+    """A loss function that a client traced and uploaded, as a graph of allowed operations."""
+
+    session = models.ForeignKey(Session, on_delete=models.CASCADE, related_name="custom_losses")
+    seq_id = models.BigIntegerField()
+    name = models.CharField(max_length=200)
+    inputs = models.JSONField()
+    """Names and ranks of its inputs, in order; the first is ``logprobs``."""
+    graph = models.JSONField()
+    created_at = models.DateTimeField(default=timezone.now)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["session", "seq_id"], name="custom_loss_seq_id"),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
