@@ -17,8 +17,6 @@ from unfold.contrib.filters.admin import (
     BooleanRadioFilter,
     ChoicesCheckboxFilter,
 )
-from unfold.decorators import action, display
-from unfold.enums import ActionVariant
 
 from futures.console import (
     ConsoleAdmin,
@@ -31,6 +29,7 @@ from futures.console import (
     preformatted,
     redirect,
     state_label,
+    verb,
 )
 from futures.filters import KindFilter, MomentFilter
 from futures.models import Future, Lane, Worker
@@ -107,27 +106,27 @@ class FutureAdmin(ConsoleAdmin):
         response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
         return response
 
-    @display(description="Request")
+    @admin.display(description="Request")
     def request_id(self, future: Future) -> str:
         return f"{future.pk.removeprefix('future_')[:8]}…"
 
-    @display(description="State")
+    @admin.display(description="State")
     def state_label(self, future: Future) -> SafeString:
         return state_label(future.state)
 
-    @display(description="Summary")
+    @admin.display(description="Summary")
     def facts(self, future: Future) -> SafeString:
         return one_line(summary_text(future))
 
-    @display(description="Owner")
+    @admin.display(description="Owner")
     def owner_link(self, future: Future) -> SafeString | None:
         return link(future.owner)
 
-    @display(description="Lane")
+    @admin.display(description="Lane")
     def lane_link(self, future: Future) -> SafeString | None:
         return link(future.lane)
 
-    @display(description="Run")
+    @admin.display(description="Run")
     def place(self, future: Future) -> SafeString | None:
         """Its lane, and where in it."""
         lane = self.lane_link(future)
@@ -135,52 +134,52 @@ class FutureAdmin(ConsoleAdmin):
             '<span class="whitespace-nowrap">{} &middot; {}</span>', lane, future.seq_id
         )
 
-    @display(description="Worker")
+    @admin.display(description="Worker")
     def worker_link(self, future: Future) -> SafeString | None:
         return link(future.worker)
 
-    @display(description="Replay of")
+    @admin.display(description="Replay of")
     def replay_link(self, future: Future) -> SafeString | None:
         return link(future.replay_of)
 
-    @display(description="Replayed as")
+    @admin.display(description="Replayed as")
     def replays(self, future: Future) -> SafeString | None:
         return list_link(Future, "requests that replay this one", replay_of__id__exact=future.pk)
 
-    @display(description="Submitted")
+    @admin.display(description="Submitted")
     def created(self, future: Future) -> SafeString | None:
         return moment(future.created_at)
 
-    @display(description="Started")
+    @admin.display(description="Started")
     def started(self, future: Future) -> SafeString | None:
         return moment(future.started_at)
 
-    @display(description="Finished")
+    @admin.display(description="Finished")
     def finished(self, future: Future) -> SafeString | None:
         return moment(future.finished_at)
 
-    @display(description="Pruned")
+    @admin.display(description="Pruned")
     def pruned(self, future: Future) -> SafeString | None:
         return moment(future.pruned_at)
 
-    @display(description="Waited")
+    @admin.display(description="Waited")
     def waited(self, future: Future) -> str | None:
         """From the submission to the claim; so far, while it still waits."""
         end = future.started_at or future.finished_at or timezone.now()
         return duration(end - future.created_at)
 
-    @display(description="Ran")
+    @admin.display(description="Ran")
     def ran(self, future: Future) -> str | None:
         if future.started_at is None:
             return None
         return duration((future.finished_at or timezone.now()) - future.started_at)
 
-    @display(description="Waited + ran")
+    @admin.display(description="Waited + ran")
     def took(self, future: Future) -> SafeString:
         times = " + ".join(filter(None, [self.waited(future), self.ran(future)]))
         return format_html('<span class="whitespace-nowrap">{}</span>', times)
 
-    @display(description="Ahead of it in the queue")
+    @admin.display(description="Ahead of it in the queue")
     def position(self, future: Future) -> int | None:
         return queue_position(future) if future.state == State.PENDING else None
 
@@ -190,45 +189,39 @@ class FutureAdmin(ConsoleAdmin):
     def has_replay_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, state__in=FINAL_STATES, payload__isnull=False)
 
-    @action(
-        description="Cancel",
+    @verb(
+        "Cancel",
+        permission="cancel",
         icon="cancel",
-        variant=ActionVariant.DANGER,
-        permissions=["cancel"],
-        dialog={
-            "title": "Cancel this request?",
-            "description": "It has not begun. Whoever waits for it is told that it was cancelled.",
-            "form_class": None,
-            "form_submit_text": "Cancel the request",
-        },
+        danger=True,
+        question="Cancel this request?",
+        answer="Cancel the request",
+        explanation="It has not begun. Whoever waits for it is told that it was cancelled.",
     )
     def cancel(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         future = self.row(request, object_id)
         self.cancel_one(request, future)
         return redirect(request, page_url(future))
 
-    @action(
-        description="Replay",
+    @verb(
+        "Replay",
+        permission="replay",
         icon="replay",
-        permissions=["replay"],
-        dialog={
-            "title": "Submit this request again?",
-            "description": "The same request joins the end of its lane as a new future. "
-            "One that trains changes its run once more.",
-            "form_class": None,
-            "form_submit_text": "Submit again",
-        },
+        question="Submit this request again?",
+        answer="Submit again",
+        explanation="The same request joins the end of its lane as a new future. "
+        "One that trains changes its run once more.",
     )
     def replay(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         future = self.row(request, object_id)
         return redirect(request, page_url(self.replay_one(request, future) or future))
 
-    @action(description="Cancel selected requests that still wait", permissions=["cancel"])
+    @admin.action(description="Cancel selected requests that still wait", permissions=["cancel"])
     def cancel_selected(self, request: HttpRequest, queryset: QuerySet[Future]) -> None:
         for future in queryset:
             self.cancel_one(request, future)
 
-    @action(description="Submit selected requests again", permissions=["replay"])
+    @admin.action(description="Submit selected requests again", permissions=["replay"])
     def replay_selected(self, request: HttpRequest, queryset: QuerySet[Future]) -> None:
         for future in queryset.order_by("created_at"):
             self.replay_one(request, future)
@@ -293,15 +286,15 @@ class LaneAdmin(ConsoleAdmin):
         ),
     )
 
-    @display(description="Owner")
+    @admin.display(description="Owner")
     def owner_link(self, lane: Lane) -> SafeString | None:
         return link(lane.owner)
 
-    @display(description="Futures")
+    @admin.display(description="Futures")
     def futures(self, lane: Lane) -> SafeString:
         return list_link(Future, "futures of this lane", lane__id__exact=lane.pk)
 
-    @display(description="Waiting")
+    @admin.display(description="Waiting")
     def waiting(self, lane: Lane) -> int:
         return Future.objects.filter(lane=lane, state=State.PENDING).count()
 
@@ -350,44 +343,44 @@ class WorkerAdmin(ConsoleAdmin):
         fieldsets = super().get_fieldsets(request, obj)
         return fieldsets if request.user.is_superuser else fieldsets[:1]
 
-    @display(description="Worker")
+    @admin.display(description="Worker")
     def name(self, worker: Worker) -> str:
         return f"#{worker.pk}"
 
-    @display(description="State")
+    @admin.display(description="State")
     def state_label(self, worker: Worker) -> SafeString:
         return state_label("silent" if is_silent(worker) else worker.state)
 
-    @display(description="Heartbeat")
+    @admin.display(description="Heartbeat")
     def heartbeat(self, worker: Worker) -> SafeString | None:
         return moment(worker.heartbeat_at)
 
-    @display(description="Device")
+    @admin.display(description="Device")
     def device(self, worker: Worker) -> str | None:
-        return worker.figures.get("device")
+        return str(worker.figures.get("device") or "") or None
 
-    @display(description="Memory")
+    @admin.display(description="Memory")
     def memory(self, worker: Worker) -> str | None:
         return worker_memory(worker)
 
-    @display(description="Started")
+    @admin.display(description="Started")
     def started(self, worker: Worker) -> SafeString | None:
         return moment(worker.started_at)
 
-    @display(description="Lived")
+    @admin.display(description="Lived")
     def lived(self, worker: Worker) -> str | None:
         """Up to its stop, or to its last sign of life."""
         return duration((worker.stopped_at or worker.heartbeat_at) - worker.started_at)
 
-    @display(description="Running now")
+    @admin.display(description="Running now")
     def running(self, worker: Worker) -> int:
         return Future.objects.filter(worker=worker, state=State.RUNNING).count()
 
-    @display(description="Futures")
+    @admin.display(description="Futures")
     def futures(self, worker: Worker) -> SafeString:
         return list_link(Future, "futures it ran", worker__id__exact=worker.pk)
 
-    @display(description="As it says")
+    @admin.display(description="As it says")
     def all_figures(self, worker: Worker) -> SafeString:
         return preformatted(value_preview(worker.figures))
 

@@ -28,11 +28,15 @@ from django.utils.functional import cached_property
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
+from unfold.decorators import action
+from unfold.enums import ActionVariant
+from unfold.forms import BaseDialogForm
 from unfold.views import ChangeList
 
 from futures.errors import FutureError
 
 Outcome = TypeVar("Outcome")
+Method = TypeVar("Method", bound=Callable[..., HttpResponse])
 
 COUNT_LIMIT = 10_000
 """Rows that a list counts and pages through; what lies behind is found by search and filters."""
@@ -61,7 +65,8 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at 
 
     @cached_property
     def count(self) -> int:
-        return self.object_list.order_by()[:COUNT_LIMIT].count()
+        rows: QuerySet[Any] = self.object_list  # type: ignore[assignment]  # the admin's own
+        return rows.order_by()[:COUNT_LIMIT].count()
 
 
 class ConsoleList(ChangeList):  # type: ignore[misc]  # unfold has no type information
@@ -158,6 +163,37 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
         return outcome
 
 
+def verb(
+    label: str,
+    *,
+    permission: str | None = None,
+    icon: str,
+    danger: bool = False,
+    question: str,
+    explanation: str,
+    answer: str,
+    form_class: type[BaseDialogForm] | None = None,
+) -> Callable[[Method], Method]:
+    """A button of a page that opens a dialog, whose form then posts to the method.
+
+    ``permission`` names a method ``has_<permission>_permission``, which hides the button too;
+    ``answer`` is the dialog's button that goes on, beside its own "Cancel".
+    """
+    decorate: Callable[[Method], Method] = action(
+        description=label,
+        permissions=[permission] if permission else None,
+        icon=icon,
+        variant=ActionVariant.DANGER if danger else ActionVariant.DEFAULT,
+        dialog={
+            "title": question,
+            "description": explanation,
+            "form_class": form_class,
+            "form_submit_text": answer,
+        },
+    )
+    return decorate
+
+
 def redirect(request: HttpRequest, url: str) -> HttpResponse:
     """Send the browser to another page, also out of a dialog, whose form htmx has posted."""
     if request.headers.get("HX-Request"):
@@ -180,7 +216,7 @@ def link(row: Model | None, text: str | None = None) -> SafeString | None:
     return link_to(type(row), row.pk, text or str(row)) if row is not None else None
 
 
-def link_to(model: type[Model], pk: object, text: str) -> SafeString:
+def link_to(model: type[Model], pk: int | str, text: str) -> SafeString:
     """A link to the page of a row that need not be loaded."""
     return _anchor(_url(model, "change", quote(pk)), text)
 

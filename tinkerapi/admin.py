@@ -23,8 +23,6 @@ from django_q.admin import FailAdmin, QueueAdmin, ScheduleAdmin, TaskAdmin
 from django_q.models import Failure, OrmQ, Schedule, Success
 from unfold.admin import ModelAdmin
 from unfold.contrib.filters.admin import AutocompleteSelectFilter
-from unfold.decorators import action, display
-from unfold.enums import ActionVariant
 from unfold.forms import (
     AdminPasswordChangeForm,
     BaseDialogForm,
@@ -34,7 +32,7 @@ from unfold.forms import (
 from unfold.widgets import UnfoldAdminIntegerFieldWidget, UnfoldAdminSelectWidget
 from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
-from futures.console import ConsoleAdmin, link, moment, page_url, redirect, state_label
+from futures.console import ConsoleAdmin, link, moment, page_url, redirect, state_label, verb
 from futures.filters import MomentFilter
 from tinkerapi.models import ApiKey
 from tinkerapi.services import api_key_create, api_key_revoke
@@ -114,51 +112,48 @@ class ApiKeyAdmin(ConsoleAdmin):
         allowed: bool = super().lookup_allowed(lookup, value, request)
         return allowed and not lookup.startswith("key_hash")
 
-    @display(description="State")
+    @admin.display(description="State")
     def state(self, api_key: ApiKey) -> SafeString:
         return state_label(key_state(api_key))
 
-    @display(description="Owner")
+    @admin.display(description="Owner")
     def owner_link(self, api_key: ApiKey) -> SafeString | None:
         return link(api_key.user)
 
-    @display(description="Created", ordering="created_at")
+    @admin.display(description="Created", ordering="created_at")
     def created(self, api_key: ApiKey) -> SafeString | None:
         return moment(api_key.created_at)
 
-    @display(description="Last used", ordering="last_used_at")
+    @admin.display(description="Last used", ordering="last_used_at")
     def last_used(self, api_key: ApiKey) -> SafeString | None:
         return moment(api_key.last_used_at)
 
-    @display(description="Expires")
+    @admin.display(description="Expires")
     def expires(self, api_key: ApiKey) -> SafeString | None:
         return moment(api_key.expires_at)
 
-    @display(description="Revoked")
+    @admin.display(description="Revoked")
     def revoked(self, api_key: ApiKey) -> SafeString | None:
         return moment(api_key.revoked_at)
 
     def has_revoke_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, revoked_at__isnull=True)
 
-    @action(
-        description="Revoke",
+    @verb(
+        "Revoke",
+        permission="revoke",
         icon="block",
-        variant=ActionVariant.DANGER,
-        permissions=["revoke"],
-        dialog={
-            "title": "Revoke this key?",
-            "description": "Requests that carry it are refused from now on, for good.",
-            "form_class": None,
-            "form_submit_text": "Revoke the key",
-        },
+        danger=True,
+        question="Revoke this key?",
+        answer="Revoke the key",
+        explanation="Requests that carry it are refused from now on, for good.",
     )
     def revoke(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         api_key = self.row(request, object_id)
         self.revoke_one(request, api_key)
         return redirect(request, page_url(api_key))
 
-    @action(description="Revoke selected keys", permissions=["revoke"])
+    @admin.action(description="Revoke selected keys", permissions=["revoke"])
     def revoke_selected(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
         for api_key in queryset.filter(revoked_at__isnull=True):
             self.revoke_one(request, api_key)
@@ -166,16 +161,13 @@ class ApiKeyAdmin(ConsoleAdmin):
     def revoke_one(self, request: HttpRequest, api_key: ApiKey) -> None:
         self.attempt(request, api_key, "revoked", lambda: api_key_revoke(api_key_id=api_key.pk))
 
-    @action(
-        description="New key",
+    @verb(
+        "New key",
         icon="add",
-        variant=ActionVariant.PRIMARY,
-        dialog={
-            "title": "New API key",
-            "description": "The key is shown once; only its hash is kept.",
-            "form_class": NewKeyForm,
-            "form_submit_text": "Make the key",
-        },
+        question="New API key",
+        answer="Make the key",
+        explanation="The key is shown once; only its hash is kept.",
+        form_class=NewKeyForm,
     )
     def new_key(self, request: HttpRequest, form: NewKeyForm) -> HttpResponse:
         """Make a key and show it in this one answer: not in a message or a session, which last."""
@@ -221,7 +213,7 @@ for model in (User, Group, Schedule, Success, Failure, OrmQ):
 
 
 @admin.register(User)
-class UserAdmin(SuperuserAdmin, DjangoUserAdmin):
+class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # no subscript at run time
     form = UserChangeForm
     add_form = UserCreationForm
     change_password_form = AdminPasswordChangeForm
@@ -233,7 +225,7 @@ class GroupAdmin(SuperuserAdmin, DjangoGroupAdmin):
 
 
 @admin.register(Schedule)
-class ScheduledTaskAdmin(SuperuserAdmin, ScheduleAdmin):
+class ScheduledTaskAdmin(SuperuserAdmin, ScheduleAdmin):  # type: ignore[misc]  # nor has django-q2
     pass
 
 
@@ -251,15 +243,15 @@ class QueueWindow(SuperuserAdmin):
 
 
 @admin.register(Success)
-class SuccessAdmin(QueueWindow, TaskAdmin):
+class SuccessAdmin(QueueWindow, TaskAdmin):  # type: ignore[misc]  # nor has django-q2
     pass
 
 
 @admin.register(Failure)
-class FailureAdmin(QueueWindow, FailAdmin):
+class FailureAdmin(QueueWindow, FailAdmin):  # type: ignore[misc]  # nor has django-q2
     pass
 
 
 @admin.register(OrmQ)
-class DoorbellAdmin(QueueWindow, QueueAdmin):
+class DoorbellAdmin(QueueWindow, QueueAdmin):  # type: ignore[misc]  # nor has django-q2
     pass

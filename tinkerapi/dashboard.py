@@ -21,7 +21,7 @@ from django.utils import timezone
 
 from futures.admin import is_silent, summary_text, worker_memory
 from futures.console import bar_chart, changelist_url, link, moment, one_line, state_label
-from futures.models import Future, Worker
+from futures.models import Future, FutureQuerySet, Worker
 from futures.transitions import State
 from training.admin import short_loss
 from training.models import Checkpoint, Run, Snapshot
@@ -42,7 +42,7 @@ Context = dict[str, Any]
 
 def dashboard(request: HttpRequest, context: Context) -> Context:
     """Unfold's DASHBOARD_CALLBACK: the context of ``templates/admin/index.html``."""
-    futures = _owned(Future.objects.without_bodies(), request, "owner")
+    futures: FutureQuerySet = _owned(Future.objects.without_bodies(), request, "owner")
     runs = _owned(Run.objects.live(), request, "owner")
     hourly = _futures_per_hour(futures)
     context.update(
@@ -57,7 +57,8 @@ def dashboard(request: HttpRequest, context: Context) -> Context:
     return context
 
 
-def _owned(rows: QuerySet[Any], request: HttpRequest, owner_path: str) -> QuerySet[Any]:
+def _owned(rows: Any, request: HttpRequest, owner_path: str) -> Any:
+    """The rows that this person may know of."""
     return rows if request.user.is_superuser else rows.filter(**{owner_path: request.user.pk})
 
 
@@ -78,7 +79,7 @@ def _first_hour() -> Any:
     return this_hour - timedelta(hours=HOURS - 1)
 
 
-def _tiles(futures: QuerySet[Future], hourly: dict[tuple[Any, str], int]) -> list[Context]:
+def _tiles(futures: FutureQuerySet, hourly: dict[tuple[Any, str], int]) -> list[Context]:
     """The numbers at the top: what is open now, and what became of the last day's requests."""
     waiting = futures.open().order_by().values_list("state").annotate(number=Count("pk"))
     numbers = {str(state): 0 for state in State} | dict(waiting)

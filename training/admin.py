@@ -15,8 +15,6 @@ from unfold.contrib.filters.admin import (
     AutocompleteSelectFilter,
     ChoicesCheckboxFilter,
 )
-from unfold.decorators import action, display
-from unfold.enums import ActionVariant
 
 from futures.admin import FutureAdmin, summary_text
 from futures.console import (
@@ -33,6 +31,7 @@ from futures.console import (
     preformatted,
     redirect,
     state_label,
+    verb,
 )
 from futures.errors import FutureError
 from futures.filters import MomentFilter
@@ -72,7 +71,7 @@ class RequestAdmin(FutureAdmin):
             found |= queryset.filter(lane_id__in=list(runs.values_list("pk", flat=True)))
         return found, may_have_duplicates
 
-    @display(description="Run")
+    @admin.display(description="Run")
     def lane_link(self, future: Future) -> SafeString | None:
         name = getattr(future, "run_name", None)
         if name is None or future.lane_id is None:
@@ -145,39 +144,39 @@ class RunAdmin(ConsoleAdmin):
         response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
         return response
 
-    @display(description="State")
+    @admin.display(description="State")
     def state_label(self, run: Run) -> SafeString:
         return state_label(run.state)
 
-    @display(description="Owner")
+    @admin.display(description="Owner")
     def owner_link(self, run: Run) -> SafeString | None:
         return link(run.owner)
 
-    @display(description="Tokens", ordering="tokens")
+    @admin.display(description="Tokens", ordering="tokens")
     def trained_tokens(self, run: Run) -> str:
         return f"{run.tokens:,}"
 
-    @display(description="Last loss")
+    @admin.display(description="Last loss")
     def last_loss(self, run: Run) -> str | None:
         return short_loss(run)
 
-    @display(description="Last request", ordering="last_request_at")
+    @admin.display(description="Last request", ordering="last_request_at")
     def last_request(self, run: Run) -> SafeString | None:
         return moment(run.last_request_at)
 
-    @display(description="Created", ordering="created_at")
+    @admin.display(description="Created", ordering="created_at")
     def created(self, run: Run) -> SafeString | None:
         return moment(run.created_at)
 
-    @display(description="Removed")
+    @admin.display(description="Removed")
     def removed(self, run: Run) -> SafeString | None:
         return moment(run.deleted_at)
 
-    @display(description="Replay of")
+    @admin.display(description="Replay of")
     def replay_link(self, run: Run) -> SafeString | None:
         return link(run.replay_of)
 
-    @display(description="Trains")
+    @admin.display(description="Trains")
     def trains(self, run: Run) -> str:
         """Which modules have an adapter."""
         if run.target_modules is not None:
@@ -185,29 +184,26 @@ class RunAdmin(ConsoleAdmin):
         parts = {"attn": run.train_attn, "mlp": run.train_mlp, "unembed": run.train_unembed}
         return ", ".join(name for name, is_trained in parts.items() if is_trained)
 
-    @display(description="Waiting")
+    @admin.display(description="Waiting")
     def waiting(self, run: Run) -> int:
         return Future.objects.filter(lane_id=run.pk, state=State.PENDING).count()
 
-    @display(description="Lane")
+    @admin.display(description="Lane")
     def lane(self, run: Run) -> SafeString | None:
         return link(Lane.objects.filter(pk=run.pk).first(), "order of its requests")
 
     def has_remove_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, deleted_at__isnull=True)
 
-    @action(
-        description="Remove",
+    @verb(
+        "Remove",
+        permission="remove",
         icon="delete",
-        variant=ActionVariant.DANGER,
-        permissions=["remove"],
-        dialog={
-            "title": "Remove this run?",
-            "description": "Its adapter leaves the worker once the requests before it are done, "
-            "and its name is free again. Its checkpoints and its history stay.",
-            "form_class": None,
-            "form_submit_text": "Remove the run",
-        },
+        danger=True,
+        question="Remove this run?",
+        answer="Remove the run",
+        explanation="Its adapter leaves the worker once the requests before it are done, "
+        "and its name is free again. Its checkpoints and its history stay.",
     )
     def remove(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         run = self.row(request, object_id)
@@ -265,38 +261,38 @@ class CheckpointAdmin(ConsoleAdmin):
         ("Metadata", {"fields": ("metadata",)}),
     )
 
-    @display(description="Path")
+    @admin.display(description="Path")
     def path(self, checkpoint: Checkpoint) -> str:
         return str(checkpoint_path(checkpoint))
 
-    @display(description="Run")
+    @admin.display(description="Run")
     def run_link(self, checkpoint: Checkpoint) -> SafeString | None:
         return link(checkpoint.run)
 
-    @display(description="Owner")
+    @admin.display(description="Owner")
     def owner_link(self, checkpoint: Checkpoint) -> SafeString | None:
         return link(checkpoint.run.owner)
 
-    @display(description="Saved by")
+    @admin.display(description="Saved by")
     def saved_by(self, checkpoint: Checkpoint) -> SafeString | None:
         future = Future.objects.without_bodies().filter(
             lane_id=checkpoint.run_id, seq_id=checkpoint.seq_id
         )
         return link(future.first(), f"request {checkpoint.seq_id} of the run")
 
-    @display(description="Size", ordering="size_bytes")
+    @admin.display(description="Size", ordering="size_bytes")
     def size(self, checkpoint: Checkpoint) -> str:
         return filesizeformat(checkpoint.size_bytes)
 
-    @display(description="Saved", ordering="created_at")
+    @admin.display(description="Saved", ordering="created_at")
     def created(self, checkpoint: Checkpoint) -> SafeString | None:
         return moment(checkpoint.created_at)
 
-    @display(description="Expires")
+    @admin.display(description="Expires")
     def expires(self, checkpoint: Checkpoint) -> SafeString | None:
         return moment(checkpoint.expires_at)
 
-    @display(description="Set by the client")
+    @admin.display(description="Set by the client")
     def metadata(self, checkpoint: Checkpoint) -> SafeString | None:
         metadata = checkpoint.user_metadata
         return preformatted(value_preview(metadata)) if metadata else None
@@ -306,17 +302,14 @@ class CheckpointAdmin(ConsoleAdmin):
     ) -> bool:
         return self.matches(request, object_id)
 
-    @action(
-        description="Delete",
+    @verb(
+        "Delete",
+        permission="delete_checkpoint",
         icon="delete",
-        variant=ActionVariant.DANGER,
-        permissions=["delete_checkpoint"],
-        dialog={
-            "title": "Delete this checkpoint?",
-            "description": "Its files are gone for good.",
-            "form_class": None,
-            "form_submit_text": "Delete the checkpoint",
-        },
+        danger=True,
+        question="Delete this checkpoint?",
+        answer="Delete the checkpoint",
+        explanation="Its files are gone for good.",
     )
     def delete_checkpoint(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         checkpoint = self.row(request, object_id)
@@ -354,23 +347,23 @@ class SnapshotAdmin(ConsoleAdmin):
         ),
     )
 
-    @display(description="Snapshot")
+    @admin.display(description="Snapshot")
     def snapshot(self, snapshot: Snapshot) -> str:
         return f"#{snapshot.pk}"
 
-    @display(description="Run")
+    @admin.display(description="Run")
     def run_link(self, snapshot: Snapshot) -> SafeString | None:
         return link(snapshot.run)
 
-    @display(description="Size", ordering="size_bytes")
+    @admin.display(description="Size", ordering="size_bytes")
     def size(self, snapshot: Snapshot) -> str:
         return filesizeformat(snapshot.size_bytes)
 
-    @display(description="Written in")
+    @admin.display(description="Written in")
     def write_time(self, snapshot: Snapshot) -> str | None:
         return duration(timedelta(seconds=snapshot.write_seconds))
 
-    @display(description="Taken", ordering="created_at")
+    @admin.display(description="Taken", ordering="created_at")
     def created(self, snapshot: Snapshot) -> SafeString | None:
         return moment(snapshot.created_at)
 
