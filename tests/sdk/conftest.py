@@ -11,6 +11,17 @@ from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.types.forward_backward_input import ForwardBackwardInput
 from tinker.types.forward_backward_request import ForwardBackwardRequest
 
+from training.errors import TrainingError
+
+
+def refusal(parse: Callable[..., object], *args: object) -> str | None:
+    """What the client would read; None if nothing was wrong."""
+    try:
+        parse(*args)
+    except TrainingError as error:
+        return str(error)
+    return None
+
 
 def sdk_datum(tokens: list[int], **loss_fn_inputs: Any) -> types.Datum:
     return types.Datum(

@@ -40,10 +40,7 @@ def check_field_count(body: bytes, max_fields: int = MAX_FIELDS) -> None:
         while at < end:
             num_fields += 1
             if num_fields > max_fields:
-                raise LimitExceeded(
-                    f"body: more than {max_fields} protobuf fields; send the data in several "
-                    "requests, and the tokens of a datum in one chunk"
-                )
+                raise _too_many(max_fields)
             tag = body[at]
             at += 1
             if tag & 0x80:
@@ -66,6 +63,8 @@ def check_field_count(body: bytes, max_fields: int = MAX_FIELDS) -> None:
                     at += size
                     if messages is _TENSOR and tag >> 3 == _PACKED_SHAPE:
                         num_fields += size
+                        if num_fields > max_fields:
+                            raise _too_many(max_fields)
             elif wire_type == 0:
                 while at < end and body[at] & 0x80:
                     at += 1
@@ -74,6 +73,13 @@ def check_field_count(body: bytes, max_fields: int = MAX_FIELDS) -> None:
                 at += _FIXED_BYTES[wire_type]
             else:  # A group: no message has one, and what it holds would go uncounted.
                 raise InvalidRequest("body: not a ForwardBackwardRequest")
+
+
+def _too_many(max_fields: int) -> LimitExceeded:
+    return LimitExceeded(
+        f"body: more than {max_fields} protobuf fields; send the data in several requests, and "
+        "the tokens of a datum in one chunk"
+    )
 
 
 def _rest_of_varint(body: bytes, at: int, end: int, value: int) -> tuple[int, int]:

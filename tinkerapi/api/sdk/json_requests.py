@@ -1,0 +1,215 @@
+"""The SDK's JSON: prompts and sampling params of ``asample``, and the datums of old clients.
+
+SDK 0.5 leaves out defaults and ``type`` fields and writes nulls; newer ones write defaults. So
+null means absent, everywhere, and a chunk without a type is known by its keys. A field that is not
+known here is refused by name when it holds anything: ignoring it could change the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from django.conf import settings
+from numpy.typing import NDArray
+
+from tinkerapi.api.data import MAX_TOKEN_ID
+from tinkerapi.api.fields import Custom, Integer, Number, check_object, refuse, shown
+from tinkerapi.api.sdk.requests import check_num_tokens
+from tinkerapi.api.sdk.tensors import (
+    Array,
+    DenseBudget,
+    TensorParts,
+    build_array,
+    check_input,
+    check_token_ids,
+)
+from training.errors import InvalidDatum, InvalidRequest
+from training.types import Datum, SamplingParams
+
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 200
+
+_SPANS = ("model_input_spans", "loss_fn_input_spans")  # without effect, as in protobuf
+_NUMPY: Mapping[str, np.dtype[Any]] = {
+    "int64": np.dtype(np.int64),
+    "float32": np.dtype(np.float32),
+}
+
+
+def parse_json_datum(value: Any, where: str, budget: DenseBudget | None = None) -> Datum:
+    """``{"model_input": {"chunks": [...]}, "loss_fn_inputs": {name: TensorData}}``.
+
+    Args:
+        budget: Shared by the datums of one request; without one, the datum has its own.
+
+    Raises:
+        InvalidDatum: It cannot be trained on. (400)
+        LimitExceeded: It is larger than this server takes. (400)
+    """
+    fields = _fields(value, ("model_input", "loss_fn_inputs", *_SPANS), where)
+    tokens = parse_model_input(fields.get("model_input"), f"{where}.model_input")
+    inputs = fields.get("loss_fn_inputs")
+    if not isinstance(inputs, dict) or not inputs:
+        raise _wrong(f"{where}.loss_fn_inputs", "an object of tensors by name", inputs)
+    budget = budget or DenseBudget()
+    arrays = {}
+    for name, item in inputs.items():
+        place = f"{where}.loss_fn_inputs.{name[:60]}"
+        array = parse_tensor_data(item, place, budget=budget)
+        arrays[name] = check_input(name, array, place, num_tokens=len(tokens))
+    return Datum(model_input=tokens, loss_fn_inputs=arrays)
+
+
+def parse_model_input(value: Any, where: str) -> NDArray[np.int32]:
+    """(N,) the token ids of ``{"chunks": [...]}``, N at least 1. Text only.
+
+    Raises:
+        InvalidDatum: An image, audio, no tokens, or not of this form. (400)
+        LimitExceeded: More tokens than this server takes. (400)
+    """
+    chunks = _fields(value, ("chunks",), where).get("chunks")
+    if not isinstance(chunks, list):
+        raise _wrong(f"{where}.chunks", "a list of chunks", chunks)
+    arrays = [_parse_chunk(chunk, f"{where}.chunks[{i}]") for i, chunk in enumerate(chunks)]
+    tokens = np.concatenate([np.empty(0, np.int64), *arrays])
+    check_num_tokens(len(tokens), where)
+    return tokens.astype(np.int32)
+
+
+def parse_tensor_data(
+    value: Any, where: str, *, pad: int = 0, budget: DenseBudget | None = None
+) -> Array:
+    """(N,) or (N, K) int64 or float32 from ``{"data", "dtype", "shape"?, "sparse_..."?}``.
+
+    Args:
+        pad: What a CSR array's unlisted cells hold: 0 for ``target_tokens`` and ``weights``, -1 for
+            ``target_prompt_logprobs``.
+
+    Raises:
+        InvalidDatum: It is no array. (400)
+        LimitExceeded: It would take too much memory. (400)
+    """
+    fields = _fields(
+        value, ("data", "dtype", "shape", "sparse_crow_indices", "sparse_col_indices"), where
+    )
+    dtype = fields.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _NUMPY:
+        raise _wrong(f"{where}.dtype", "'float32' or 'int64'", dtype)
+    values = _numbers(fields.get("data"), _NUMPY[dtype], f"{where}.data")
+    shape = fields.get("shape")
+    if shape is not None and not (
+        isinstance(shape, list) and all(type(size) is int for size in shape)
+    ):
+        raise _wrong(f"{where}.shape", "a list of sizes", shape)
+    crow, col = (
+        None
+        if (indices := fields.get(name)) is None
+        else _numbers(indices, _NUMPY["int64"], f"{where}.{name}")
+        for name in ("sparse_crow_indices", "sparse_col_indices")
+    )
+    parts = TensorParts(
+        values=values,
+        shape=None if shape is None else tuple(shape[:3]),
+        crow_indices=crow,
+        col_indices=col,
+    )
+    return build_array(parts, where, pad=pad, budget=budget or DenseBudget())
+
+
+def parse_sampling_params(value: Any, where: str) -> SamplingParams:
+    """``{"max_tokens"?, "seed"?, "stop"?, "temperature", "top_k", "top_p"}``.
+
+    ``stop`` absent or null stops at the model's end tokens; ``[]`` at nothing but max_tokens.
+
+    Raises:
+        InvalidRequest: A value is out of its range, or a field is unknown. (400)
+    """
+    if value is None:
+        return SamplingParams()
+    if isinstance(value, dict):
+        value = {name: item for name, item in value.items() if item is not None}
+    return SamplingParams(**check_object(_SAMPLING_PARAMS, value, where))
+
+
+def _parse_chunk(value: Any, where: str) -> Array:
+    if not isinstance(value, dict):
+        raise _wrong(where, 'a chunk such as {"tokens": [1, 2]}', value)
+    kind = value.get("type")
+    if kind is None:
+        names = {"tokens": "encoded_text", "location": "image_asset_pointer", "dmel": "dmel"}
+        kind = next((kind for name, kind in names.items() if value.get(name) is not None), None)
+        if kind is None:
+            kind = "image" if value.get("data") is not None else "encoded_text"
+    if kind != "encoded_text":
+        raise InvalidDatum(f"{where}: {shown(kind)} is not supported; only encoded_text")
+    fields = _fields(value, ("type", "tokens"), where)
+    tokens = _numbers(fields.get("tokens"), _NUMPY["int64"], f"{where}.tokens")
+    check_token_ids(tokens, f"{where}.tokens")
+    return tokens
+
+
+def _numbers(value: Any, dtype: np.dtype[Any], where: str) -> Array:
+    """(n,) of plain JSON numbers: whole ones for int64; booleans are none."""
+    if not isinstance(value, list):
+        raise _wrong(where, "a list of numbers", value)
+    allowed = {int} if dtype.kind == "i" else {int, float}
+    expected = "a whole number" if dtype.kind == "i" else "a number"
+    if not set(map(type, value)) <= allowed:
+        index = next(i for i, item in enumerate(value) if type(item) not in allowed)
+        raise _wrong(f"{where}[{index}]", expected, value[index])
+    try:
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+            return np.array(value, dtype)
+    except OverflowError:
+        raise InvalidDatum(f"{where}: a number is too large for {dtype}") from None
+
+
+def _check_stop(value: Any, where: str) -> tuple[str, ...] | tuple[int, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise refuse(where, f"text, or a list of up to {MAX_STOPS} texts or token ids", value)
+    for i, stop in enumerate(stops):
+        is_text = type(stop) is str and 0 < len(stop) <= MAX_STOP_CHARACTERS
+        is_token = type(stop) is int and 0 <= stop <= MAX_TOKEN_ID
+        if not (is_text or is_token) or type(stop) is not type(stops[0]):
+            expected = f"all texts of 1 to {MAX_STOP_CHARACTERS} characters, or all token ids"
+            raise refuse(f"{where}[{i}]", expected, stop)
+    return tuple(stops)
+
+
+def _check_top_k(value: Any, where: str) -> int:
+    if type(value) is not int or (value < 1 and value != -1) or value > MAX_TOKEN_ID:
+        raise refuse(where, "-1 (no limit) or a whole number of at least 1", value)
+    return value
+
+
+_DEFAULTS = SamplingParams()
+_SAMPLING_PARAMS = {
+    "max_tokens": Integer(
+        description="Most tokens.", minimum=1, maximum=lambda: settings.MAX_DATUM_TOKENS
+    ),
+    "seed": Integer(description="Sequence i depends on (seed, i) only."),
+    "stop": Custom(description="Texts or token ids.", checker=_check_stop, json={}),
+    "temperature": Number(description="0 is greedy.", maximum=100, default=_DEFAULTS.temperature),
+    "top_k": Custom(
+        description="-1 is off.", checker=_check_top_k, json={}, default=_DEFAULTS.top_k
+    ),
+    "top_p": Number(
+        description="1 is off.", above_minimum=True, maximum=1, default=_DEFAULTS.top_p
+    ),
+}
+
+
+def _fields(value: Any, allowed: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(where, "an object", value)
+    for name, item in value.items():
+        if name not in allowed and item is not None:
+            raise InvalidDatum(f"{where}.{name[:60]}: unknown field; expected {', '.join(allowed)}")
+    return value
+
+
+def _wrong(where: str, expected: str, value: object) -> InvalidRequest:
+    return InvalidDatum(str(refuse(where, expected, value)))
