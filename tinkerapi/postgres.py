@@ -49,6 +49,8 @@ SETTINGS = {
     "checkpoint_timeout": "15min",
     "synchronous_commit": "on",
     "unix_socket_permissions": "0700",
+    # Before a recovery, flush the file system once instead of a thousand files: 0.4 s, not 3 s.
+    "recovery_init_sync_method": "syncfs" if sys.platform == "linux" else "fsync",
     "timezone": "UTC",
     "log_timezone": "UTC",
     "log_min_messages": "log",  # a repeated seq id is an ERROR to Postgres and routine to us
@@ -282,6 +284,8 @@ class EmbeddedPostgres:
         if answer.returncode != 0:
             lines = answer.stderr.strip().splitlines() or ["no reason given"]
             reason = next((line for line in lines if "error" in line.lower()), lines[-1])
+            if "setpriv" in reason:
+                reason += " (run as an ordinary user or set DATABASE_URL)"
             raise PostgresError(f"a new cluster could not be made: {reason}")
         unfinished.rename(self.cluster)
 
@@ -351,7 +355,7 @@ class EmbeddedPostgres:
             if waited > 3 and not said:
                 said = True
                 self.say("Postgres is recovering from an earlier crash")
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def _create_database(self) -> None:
         with self._connect() as connection:
