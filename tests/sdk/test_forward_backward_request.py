@@ -14,12 +14,10 @@ from hypothesis.extra import numpy as hnp
 from tinker import types
 from tinker.types.provenance_spans import PromptProvenanceSpan
 
-from tests.sdk.conftest import refusal, sdk_datum, sdk_message
+from tests.sdk.official_sdk import refusal, sdk_body, sdk_datum, sdk_message
 from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids
 from tinkerapi.api.sdk.tensors import DenseBudget, TensorParts, build_array
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
-
-Body = Callable[..., bytes]
 
 TARGETS = np.array([2, 3, 4], np.int64)
 WEIGHTS = np.array([0.0, 1.0, -0.5], np.float32)
@@ -33,7 +31,7 @@ def good_message(**more: Any) -> Any:
     return sdk_message([good_datum()], **more)
 
 
-def test_a_dense_datum_arrives_bit_for_bit(sdk_body: Body) -> None:
+def test_a_dense_datum_arrives_bit_for_bit() -> None:
     call = parse_forward_backward(sdk_body([good_datum()], model_id="s:train:7", seq_id=12))
 
     assert (call.model_id, call.seq_id, call.loss_fn) == ("s:train:7", 12, "cross_entropy")
@@ -101,7 +99,7 @@ def test_the_sparse_test_data_really_is_sparse() -> None:
     assert encoded.WhichOneof("encoding") == "sparse_csr"
 
 
-def test_chunks_are_joined(sdk_body: Body) -> None:
+def test_chunks_are_joined() -> None:
     chunks = [types.EncodedTextChunk(tokens=part) for part in ([1], [], [2, 3])]
     datum = types.Datum(
         model_input=types.ModelInput(chunks=chunks),
@@ -113,7 +111,7 @@ def test_chunks_are_joined(sdk_body: Body) -> None:
     assert got.model_input.tolist() == [1, 2, 3]
 
 
-def test_forward_only_and_the_config_arrive(sdk_body: Body) -> None:
+def test_forward_only_and_the_config_arrive() -> None:
     config = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.5}
     body = sdk_body([good_datum()], loss_fn="ppo", config=config, forward_only=True)
 
@@ -132,7 +130,7 @@ def test_the_second_config_map_wins_unless_it_is_empty() -> None:
     assert parse_forward_backward(message.SerializeToString()).loss_fn_config == {"beta": 9.0}
 
 
-def test_the_loss_id_of_a_custom_loss_arrives(sdk_body: Body) -> None:
+def test_the_loss_id_of_a_custom_loss_arrives() -> None:
     body = sdk_body([good_datum()], loss_fn="custom", config={"loss_id": "loss-1", "scale": 2.0})
 
     call = parse_forward_backward(body)
@@ -149,7 +147,7 @@ def test_text_in_the_config_of_another_loss_is_refused() -> None:
     )
 
 
-def test_integers_given_as_weights_become_float32(sdk_body: Body) -> None:
+def test_integers_given_as_weights_become_float32() -> None:
     datum = sdk_datum([1, 2, 3], target_tokens=TARGETS, weights=np.array([0, 1, 1]))
 
     (got,) = parse_forward_backward(sdk_body([datum])).data
@@ -174,7 +172,7 @@ def test_narrow_dtypes_are_widened() -> None:
     np.testing.assert_array_equal(got.loss_fn_inputs["weights"], WEIGHTS)  # exact in bfloat16
 
 
-def test_provenance_spans_change_nothing(sdk_body: Body) -> None:
+def test_provenance_spans_change_nothing() -> None:
     spans = [PromptProvenanceSpan(sequence_id="q-0", offset=0, length=3)]
     datum = good_datum().with_provenance(model_input=spans, loss_fn_inputs=spans)
 
@@ -183,7 +181,7 @@ def test_provenance_spans_change_nothing(sdk_body: Body) -> None:
     np.testing.assert_array_equal(got.loss_fn_inputs["weights"], WEIGHTS)
 
 
-def test_arrays_are_views_of_the_message(sdk_body: Body) -> None:
+def test_arrays_are_views_of_the_message() -> None:
     (got,) = parse_forward_backward(sdk_body([good_datum()])).data
 
     assert not got.model_input.flags.writeable
@@ -363,7 +361,7 @@ def test_the_wrong_datum_is_named() -> None:
     )
 
 
-def test_an_input_that_no_built_in_loss_takes_is_left_to_the_engine(sdk_body: Body) -> None:
+def test_an_input_that_no_built_in_loss_takes_is_left_to_the_engine() -> None:
     datum = sdk_datum([1, 2, 3], target_tokens=TARGETS, scores=np.array([7, 8]))
 
     (got,) = parse_forward_backward(sdk_body([datum], loss_fn="custom")).data
@@ -386,7 +384,7 @@ def test_the_ids_must_be_there_too() -> None:
         parse_ids(b"\xff")
 
 
-def test_limits_come_from_the_settings(sdk_body: Body, settings: Any) -> None:
+def test_limits_come_from_the_settings(settings: Any) -> None:
     settings.MAX_DATUMS = 1
     with pytest.raises(LimitExceeded, match=r"^data: 2 datums; this server takes 1"):
         parse_forward_backward(sdk_body([good_datum()] * 2))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.sdk.conftest import refusal, sdk_datum, sdk_message
+from tests.sdk.official_sdk import refusal, sdk_datum, sdk_message
 from tinkerapi.api.sdk import tinker_public_pb2 as pb
 from tinkerapi.api.sdk.field_count import check_field_count
 from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids

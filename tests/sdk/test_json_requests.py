@@ -13,7 +13,7 @@ from tinker import types
 from tinker.types._pydantic_types.datum import Datum as JsonDatum
 from tinker.types.sample_request import SampleRequest
 
-from tests.sdk.conftest import refusal, sdk_message
+from tests.sdk.official_sdk import refusal, sdk_message
 from tinkerapi.api.sdk.json_requests import (
     parse_json_datum,
     parse_model_input,

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tinker.proto import tinker_public_pb2 as theirs
 
 from tinkerapi.api.sdk import tinker_public_pb2 as ours
+
+PROTO = Path(str(ours.__file__)).with_name("tinker_public.proto").read_text()
+
+
+def test_the_generated_code_is_that_of_the_proto_file() -> None:
+    blocks = re.findall(r"^(?:message|enum) (\w+) {\n(.*?)^}", PROTO, re.DOTALL | re.MULTILINE)
+    written = {name: dict(re.findall(r"(\w+) = (\d+);", block)) for name, block in blocks}
+
+    generated = {
+        name: {field.name: str(field.number) for field in message.fields}
+        for name, message in ours.DESCRIPTOR.message_types_by_name.items()
+    }
+    generated |= {
+        name: {value.name: str(value.number) for value in enum.values}
+        for name, enum in ours.DESCRIPTOR.enum_types_by_name.items()
+    }
+    assert written == generated
 
 
 def _fields(message: Any) -> dict[int, tuple[Any, ...]]:

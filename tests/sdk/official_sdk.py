@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytest
 from tinker import types
 from tinker.proto.request_conv import forward_backward_request_to_proto
 from tinker.types.forward_backward_input import ForwardBackwardInput
@@ -54,12 +53,7 @@ def sdk_message(
     return message
 
 
-@pytest.fixture
-def sdk_body() -> Callable[..., bytes]:
-    """``sdk_body(data, loss_fn=..., config=...)``: the body that the SDK would send."""
-
-    def body(data: list[types.Datum], **more: Any) -> bytes:
-        encoded: bytes = sdk_message(data, **more).SerializeToString()
-        return encoded
-
+def sdk_body(data: list[types.Datum], **more: Any) -> bytes:
+    """The body that the SDK would send."""
+    body: bytes = sdk_message(data, **more).SerializeToString()
     return body
