@@ -241,20 +241,33 @@ def test_out_of_memory_refuses_only_the_job_that_is_too_large(
     forward = engine._base_model._decoder.forward
 
     def small_device(*args, **kwargs):
-        if kwargs["input_ids"].numel() > 10:
+        if kwargs["input_ids"].numel() > 40:
             raise torch.OutOfMemoryError("out of memory")
         return forward(*args, **kwargs)
 
-    expected = clean.forward_backward([job("a", make_datum(5)), job("b", make_datum(9))])
+    expected = clean.forward_backward([job("a", make_datum(30)), job("b", make_datum(35))])
     monkeypatch.setattr(engine._base_model._decoder, "forward", small_device)
     results = engine.forward_backward(
-        [job("a", make_datum(5)), job("b", make_datum(9)), job("a", make_datum(11))]
+        [job("a", make_datum(30)), job("b", make_datum(35)), job("a", make_datum(41))]
     )
     assert type(results[2]).__name__ == "OutOfMemory"
     for ours, theirs in zip(results, expected, strict=False):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
     for name in ("a", "b"):
         np.testing.assert_allclose(engine.grad(name), clean.grad(name), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 15, 40])
+def test_a_jobs_bits_do_not_tell_who_shared_its_batch(engine_with_two, make_datum, num_tokens):
+    mine = [job("a", make_datum(num_tokens), make_datum(3), make_datum(20))]
+    others = [job("b", make_datum(n), make_datum(n)) for n in (2, 30)]
+    alone, shared = engine_with_two(token_budget=64), engine_with_two(token_budget=64)
+    (expected,) = alone.forward_backward(mine)
+    output = shared.forward_backward([others[0], *mine, others[1]])[1]
+    assert output.loss == expected.loss
+    for ours, theirs in zip(output.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert_same_state(shared.adapter_state("a"), alone.adapter_state("a"))
 
 
 def test_a_taken_name_and_targets_that_match_nothing_are_refused(engine):

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from training.engine.base_model import BaseModel
 from training.engine.lora import add_product
 from training.engine.losses import LOSSES, LossInputs
 from training.engine.microbatches import LossSpan
-from training.engine.packed import Segment
+from training.engine.packed import MIN_ROWS, Segment
 
 CHUNK_BYTES = 64 * 2**20
 """What one chunk of float32 logits may take."""
@@ -72,22 +73,24 @@ def score_targets(
     chunk_rows = max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))
     for rows in _chunks(segments, chunk_rows):
         chunk_segments = _cut(segments, rows)
-        logits = base_model.logits(hidden[rows], chunk_segments)  # (n, V)
+        chunk_hidden = _padded(hidden[rows])  # (n, C)
+        targets = _padded(inputs.targets[rows])  # (n, K)
+        num_real = rows.stop - rows.start
+        logits = base_model.logits(chunk_hidden, chunk_segments)  # (n, V)
         log_norm = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-        targets = inputs.targets[rows]  # (n, K)
         logprobs = logits.gather(1, targets) - log_norm  # (n, K)
-        output.target_logprobs[rows] = logprobs
+        output.target_logprobs[rows] = logprobs[:num_real]
         seed = _losses_and_seeds(logprobs, rows, inputs, output.loss)  # (n, K)
         if any(segment.grad is not None for segment in chunk_segments):
-            _backward_chunk(
+            grad_chunk = _backward_chunk(
                 base_model,
-                hidden[rows],
+                chunk_hidden,
                 chunk_segments,
                 logits=logits.sub_(log_norm),
                 targets=targets,
                 seed=seed,
-                grad_hidden=output.grad_hidden[rows],
             )
+            output.grad_hidden[rows] = grad_chunk[:num_real]
     return output
 
 
@@ -122,19 +125,23 @@ def _backward_chunk(
     logits: Tensor,
     targets: Tensor,
     seed: Tensor,
-    grad_hidden: Tensor,
-) -> None:
-    """Push one chunk's gradient on; ``logits`` (n, V) are normalised and used up."""
+) -> Tensor:
+    """Push one chunk's gradient on; ``logits`` (n, V) are normalised and used up.
+
+    Returns:
+        (n, C), d loss / d hidden.
+    """
+    grad_hidden = torch.zeros_like(hidden)
     active = seed.any(-1).nonzero()[:, 0]  # (m,)
     if len(active) == 0:
-        return
+        return grad_hidden
     if len(active) < len(seed):
         segments = _pick(segments, active)
         hidden, logits, targets, seed = (t[active] for t in (hidden, logits, targets, seed))
     grad_logits = logits.exp_().mul_(-seed.sum(-1, keepdim=True))  # (m, V)
     grad_logits.scatter_add_(1, targets, seed)
     grad_logits = grad_logits.to(hidden.dtype)
-    grad_rows = grad_logits @ base_model.head_weight  # (m, C)
+    grad_rows = (_padded(grad_logits) @ base_model.head_weight)[: len(active)]  # (m, C)
     for segment in segments:
         pair = base_model.head_pair(segment.weights)
         if segment.weights is None or segment.grad is None or pair is None:
@@ -148,6 +155,12 @@ def _backward_chunk(
         add_product(grad_a, gb.T, x)
         add_product(grad_b, g.T, x @ a.T, scale)
     grad_hidden[active] = grad_rows
+    return grad_hidden
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """At least ``MIN_ROWS`` rows, zeros after the given ones."""
+    return pad(rows, (0, 0, 0, max(0, MIN_ROWS - len(rows))))
 
 
 def _chunks(segments: Iterable[Segment], chunk_rows: int) -> Iterator[slice]:

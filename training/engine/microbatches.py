@@ -1,4 +1,4 @@
-"""Jobs of many adapters cut into packed micro-batches under a token budget. Numpy only.
+"""Jobs of many adapters cut into packed micro-batches under a token budget.
 
 A micro-batch is one stream of whole datums without padding. Datums of one adapter are adjacent
 (its LoRA matrices are then applied once), within it those of one loss, and within that the
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from training.engine.interface import ForwardBackwardJob
 from training.engine.losses import LOSSES
+from training.engine.packed import MIN_ROWS
 from training.types import Datum
 
 T = TypeVar("T")
@@ -77,10 +78,14 @@ class LossSpan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:
-    """T rows that pass through the model together."""
+    """T rows that pass through the model together.
+
+    A batch of fewer than ``MIN_ROWS`` tokens ends in padding, a sequence that belongs to no
+    adapter and no loss.
+    """
 
     datums: Sequence[PackedDatum]
-    """In stream order; they cover 0..T."""
+    """In stream order, from row 0, without gaps."""
     adapter_spans: Sequence[AdapterSpan]
     loss_spans: Sequence[LossSpan]
     tokens: NDArray[np.int64]
@@ -94,7 +99,10 @@ class MicroBatch:
 
     @property
     def lengths(self) -> list[int]:
-        return [packed.end - packed.start for packed in self.datums]
+        """Tokens of each sequence; they add up to T."""
+        padding = len(self.tokens) - self.datums[-1].end
+        lengths = [packed.end - packed.start for packed in self.datums]
+        return [*lengths, padding] if padding else lengths
 
 
 def plan_micro_batches(jobs: Sequence[PlannedJob], token_budget: int) -> list[MicroBatch]:
@@ -161,7 +169,8 @@ def _lay_out(items: Iterable[_Item]) -> list[PackedDatum]:
 def _make_batch(datums: Sequence[PackedDatum]) -> MicroBatch:
     num_targets = max(packed.num_targets for packed in datums)
     names = {name for packed in datums for name in LOSSES[packed.planned.job.loss_fn].inputs}
-    shape = (datums[-1].end, num_targets)
+    padding = max(0, MIN_ROWS - datums[-1].end)
+    shape = (datums[-1].end + padding, num_targets)
     targets = np.zeros(shape, np.int64)
     inputs = {name: np.zeros(shape, np.float32) for name in sorted(names)}
     for packed in datums:
@@ -182,8 +191,12 @@ def _make_batch(datums: Sequence[PackedDatum]) -> MicroBatch:
             )
             for _, run in _runs(datums, lambda p: (_loss_key(p.planned), p.num_targets))
         ],
-        tokens=np.concatenate([p.datum.model_input for p in datums]).astype(np.int64),
-        position_ids=np.concatenate([np.arange(p.end - p.start) for p in datums]),
+        tokens=np.concatenate(
+            [*(p.datum.model_input for p in datums), np.zeros(padding, np.int64)]
+        ).astype(np.int64),
+        position_ids=np.concatenate(
+            [*(np.arange(p.end - p.start) for p in datums), np.arange(padding)]
+        ),
         targets=targets,
         inputs=inputs,
     )

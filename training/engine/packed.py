@@ -30,6 +30,11 @@ from torch import Tensor
 
 from training.engine.adapters import AdapterTensors
 
+MIN_ROWS = 16
+"""Fewest rows that a training pass gives to a matrix product of the base model; padding makes
+up for missing ones. CPU kernels for very few rows sum in another order than those for many, so
+without this a small request's last bits would tell whether others shared its pass."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
