@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinker import types
 from tinker.types._pydantic_types.datum import Datum as JsonDatum
+from tinker.types._pydantic_types.forward_backward_input import (
+    ForwardBackwardInput as JsonForwardBackwardInput,
+)
 from tinker.types.sample_request import SampleRequest
 
-from tests.sdk.official_sdk import refusal, sdk_message
+from tests.sdk.official_sdk import refusal, sdk_body, sdk_datum, sdk_message
 from tinkerapi.api.sdk.json_requests import (
     parse_json_datum,
+    parse_json_forward_backward,
     parse_model_input,
     parse_sampling_params,
     parse_tensor_data,
@@ -68,6 +72,68 @@ def test_a_json_datum_is_the_protobuf_datum(inputs: Any, style: dict[str, bool])
     )
 
     assert_same(got, wanted)
+
+
+@styles
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_the_call_of_an_old_client_is_the_call_of_a_new_one(
+    forward_only: bool, style: dict[str, bool]
+) -> None:
+    inputs = {"target_tokens": [2, 3], "logprobs": [-1, -2], "advantages": [0.5, -1]}
+    config = {"clip_low_threshold": 0.5, "clip_high_threshold": 2}
+    new = parse_forward_backward(
+        sdk_body(
+            [sdk_datum([1, 2], **inputs)],
+            loss_fn="ppo",
+            config=config,
+            seq_id=7,
+            forward_only=forward_only,
+        )
+    )
+    given = JsonForwardBackwardInput(
+        data=[sdk_json_datum([1, 2], **inputs)], loss_fn="ppo", loss_fn_config=config
+    )
+    name = "forward_input" if forward_only else "forward_backward_input"
+    body = {"model_id": "s:train:0", "seq_id": 7, name: given.model_dump(mode="json", **style)}
+
+    old = parse_json_forward_backward(body, forward_only=forward_only)
+
+    assert (old.model_id, old.seq_id, old.loss_fn) == (new.model_id, new.seq_id, new.loss_fn)
+    assert (old.loss_fn_config, old.loss_id) == (new.loss_fn_config, new.loss_id)
+    assert old.forward_only is new.forward_only is forward_only
+    assert_same(old.data[0], new.data[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seq_id": None}, "seq_id: expected a whole number from 1"),
+        ({"seq_id": "1"}, "seq_id: expected a whole number from 1"),
+        ({"model_id": 5}, "model_id: expected text of 1 to 200"),
+        ({"hint": 1}, "body.hint: unknown field"),
+        ({"forward_backward_input": None}, "forward_backward_input: expected an object; got null"),
+        ({"forward_backward_input": {"data": []}}, "loss_fn: expected text"),
+        ({"forward_backward_input": {"loss_fn": "ppo", "data": []}}, "data: is empty"),
+        ({"forward_backward_input": {"loss_fn": "ppo"}}, "data: expected a list of datums"),
+        (
+            {"forward_backward_input": {"loss_fn": "ppo", "loss_fn_config": {"a": "b"}}},
+            "loss_fn_config.a: expected a number; got 'b'",
+        ),
+        (
+            {"forward_backward_input": {"loss_fn": "ppo", "loss_fn_config": {"a": 10**400}}},
+            "loss_fn_config.a: 1000",
+        ),
+        (
+            {"forward_backward_input": {"loss_fn": "ppo", "loss_fn_config": [1]}},
+            "loss_fn_config: expected an object; got a list",
+        ),
+    ],
+)
+def test_a_call_that_is_wrong_is_refused_by_name(change: Any, sentence: str) -> None:
+    said = refusal(parse_json_forward_backward, {"model_id": "m", "seq_id": 1, **change})
+
+    assert said is not None
+    assert said.startswith(sentence)
 
 
 @styles

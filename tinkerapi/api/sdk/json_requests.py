@@ -1,4 +1,4 @@
-"""The SDK's JSON: prompts and sampling params of ``asample``, and the datums of old clients.
+"""The SDK's JSON: what ``asample`` holds, and the ``forward_backward`` of clients before 0.25.
 
 SDK 0.5 leaves out defaults and ``type`` fields and writes nulls; newer ones write defaults. So
 null means absent, everywhere, and a chunk without a type is known by its keys. A field that is not
@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from tinkerapi.api.data import MAX_TOKEN_ID
 from tinkerapi.api.fields import Custom, Integer, Number, check_object, refuse, shown
-from tinkerapi.api.sdk.requests import check_num_tokens
+from tinkerapi.api.sdk.calls import (
+    ForwardBackwardCall,
+    check_config,
+    check_ids,
+    check_loss_fn,
+    check_num_datums,
+    check_num_tokens,
+)
 from tinkerapi.api.sdk.tensors import (
     Array,
     DenseBudget,
@@ -36,6 +43,39 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
     "int64": np.dtype(np.int64),
     "float32": np.dtype(np.float32),
 }
+
+
+def parse_json_forward_backward(body: Any, *, forward_only: bool = False) -> ForwardBackwardCall:
+    """The call in a JSON body of ``/forward_backward``, or of ``/forward`` if ``forward_only``.
+
+    Raises:
+        InvalidRequest: The body or one of its fields is not what it should be. (400)
+        InvalidDatum: A datum cannot be trained on. (400)
+        LimitExceeded: More than this server takes in one request. (400)
+    """
+    name = "forward_input" if forward_only else "forward_backward_input"
+    fields = _fields(body, ("model_id", "seq_id", name, "type"), "body")
+    model_id, seq_id = check_ids(fields.get("model_id"), fields.get("seq_id"))
+    given = _fields(fields.get(name), ("data", "loss_fn", "loss_fn_config"), name)
+    loss_fn = check_loss_fn(given.get("loss_fn"))
+    config = given.get("loss_fn_config") or {}
+    if not isinstance(config, dict):
+        raise refuse("loss_fn_config", "an object", config)
+    numbers, loss_id = check_config(config, loss_fn)
+    data = given.get("data")
+    if not isinstance(data, list):
+        raise _wrong("data", "a list of datums", data)
+    check_num_datums(len(data))
+    budget = DenseBudget()
+    return ForwardBackwardCall(
+        model_id=model_id,
+        seq_id=seq_id,
+        data=[parse_json_datum(datum, f"data[{i}]", budget) for i, datum in enumerate(data)],
+        loss_fn=loss_fn,
+        loss_fn_config=numbers,
+        loss_id=loss_id,
+        forward_only=forward_only,
+    )
 
 
 def parse_json_datum(value: Any, where: str, budget: DenseBudget | None = None) -> Datum:

@@ -8,18 +8,22 @@ they are accepted and have no effect on any result.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from django.conf import settings
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from tinkerapi.api.fields import Integer, Text, refuse
 from tinkerapi.api.sdk import tinker_public_pb2 as pb
+from tinkerapi.api.sdk.calls import (
+    ForwardBackwardCall,
+    check_config,
+    check_ids,
+    check_loss_fn,
+    check_num_datums,
+    check_num_tokens,
+)
 from tinkerapi.api.sdk.field_count import check_field_count
 from tinkerapi.api.sdk.tensors import (
     Array,
@@ -29,13 +33,8 @@ from tinkerapi.api.sdk.tensors import (
     check_input,
     check_token_ids,
 )
-from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
+from training.errors import InvalidDatum, InvalidRequest
 from training.types import Datum
-
-_MODEL_ID = Text(description="The run.")
-_SEQ_ID = Integer(description="Its place in the run.", minimum=1, maximum=2**31 - 1)
-_LOSS_FN = Text(description="The loss function's name.")
-_LOSS_ID = Text(description="An uploaded loss.")
 
 _BFLOAT16 = np.dtype("<u2")  # numpy has no bfloat16: its bits are a float32's upper half
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -45,23 +44,6 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DTYPE_BFLOAT16: _BFLOAT16,
 }
 _INT64 = _DTYPES[pb.DTYPE_INT64]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ForwardBackwardCall:
-    """What one ``forward_backward`` or ``forward`` asks for."""
-
-    model_id: str
-    seq_id: int
-    """Its place in the run's order, from 1."""
-    data: list[Datum]
-    loss_fn: str
-    """As sent; the engine knows which names it has."""
-    loss_fn_config: dict[str, float]
-    loss_id: str | None
-    """The uploaded loss that ``loss_fn="custom"`` means; None for the others."""
-    forward_only: bool
-    """True computes loss and outputs and leaves the gradients untouched."""
 
 
 def parse_ids(body: bytes) -> tuple[str, int]:
@@ -76,10 +58,7 @@ def parse_ids(body: bytes) -> tuple[str, int]:
         message = pb.ForwardBackwardIds.FromString(body)
     except DecodeError:
         raise InvalidRequest("body: not a ForwardBackwardRequest") from None
-    return (
-        _MODEL_ID.check(message.model_id, "model_id"),
-        _SEQ_ID.check(message.seq_id, "seq_id"),
-    )
+    return check_ids(message.model_id, message.seq_id)
 
 
 def parse_forward_backward(body: bytes) -> ForwardBackwardCall:
@@ -95,17 +74,10 @@ def parse_forward_backward(body: bytes) -> ForwardBackwardCall:
         message = pb.ForwardBackwardRequest.FromString(body)
     except DecodeError:
         raise InvalidRequest("body: not a ForwardBackwardRequest") from None
-    model_id = _MODEL_ID.check(message.model_id, "model_id")
-    seq_id = _SEQ_ID.check(message.seq_id, "seq_id")
-    loss_fn = _LOSS_FN.check(message.loss_fn, "loss_fn")
-    config, loss_id = _parse_config(message, loss_fn)
-    if not message.data:
-        raise InvalidDatum("data: is empty; send at least one datum")
-    if len(message.data) > settings.MAX_DATUMS:
-        raise LimitExceeded(
-            f"data: {len(message.data)} datums; this server takes {settings.MAX_DATUMS} in one "
-            "request"
-        )
+    model_id, seq_id = check_ids(message.model_id, message.seq_id)
+    loss_fn = check_loss_fn(message.loss_fn)
+    config, loss_id = check_config(_config(message), loss_fn)
+    check_num_datums(len(message.data))
     budget = DenseBudget()
     return ForwardBackwardCall(
         model_id=model_id,
@@ -118,28 +90,14 @@ def parse_forward_backward(body: bytes) -> ForwardBackwardCall:
     )
 
 
-def _parse_config(
-    message: pb.ForwardBackwardRequest, loss_fn: str
-) -> tuple[dict[str, float], str | None]:
-    """Numbers by name, and the loss id; v2 when it holds anything, else the older map."""
-    config: dict[str, float] = {}
-    loss_id = None
-    if message.loss_fn_config_v2:
-        for name, value in message.loss_fn_config_v2.items():
-            kind = value.WhichOneof("value")
-            if kind == "number":
-                config[name] = value.number
-            elif kind == "text" and loss_fn == "custom" and name == "loss_id":
-                loss_id = _LOSS_ID.check(value.text, "loss_fn_config.loss_id")
-            else:
-                given = value.text if kind == "text" else None
-                raise refuse(f"loss_fn_config.{name[:60]}", "a number", given)
-    else:
-        config.update(message.loss_fn_config)
-    for name, number in config.items():
-        if not math.isfinite(number):
-            raise InvalidRequest(f"loss_fn_config.{name[:60]}: {number} is not finite")
-    return config, loss_id
+def _config(message: pb.ForwardBackwardRequest) -> dict[str, float | str | None]:
+    """The second map when it holds anything, else the older one; None for no value."""
+    if not message.loss_fn_config_v2:
+        return dict(message.loss_fn_config)
+    return {
+        name: getattr(value, kind) if (kind := value.WhichOneof("value")) else None
+        for name, value in message.loss_fn_config_v2.items()
+    }
 
 
 def _parse_datum(message: pb.Datum, where: str, budget: DenseBudget) -> Datum:
@@ -172,17 +130,6 @@ def _parse_chunks(chunks: Sequence[pb.Chunk], where: str) -> NDArray[np.int32]:
     check_num_tokens(len(tokens), where)
     check_token_ids(tokens, where)
     return tokens
-
-
-def check_num_tokens(num_tokens: int, where: str) -> None:
-    """Refuse a sequence without tokens, or with more than one sequence may have."""
-    if num_tokens == 0:
-        raise InvalidDatum(f"{where}: is empty")
-    if num_tokens > settings.MAX_DATUM_TOKENS:
-        raise LimitExceeded(
-            f"{where}: {num_tokens} tokens; this server takes {settings.MAX_DATUM_TOKENS} in one "
-            "sequence"
-        )
 
 
 def _parse_tensor(message: pb.Tensor, where: str) -> TensorParts:
