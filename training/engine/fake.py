@@ -151,7 +151,8 @@ class FakeEngine(Engine):
         denominator = np.sqrt(exp_avg_sq / (1 - p.beta2**step)) + p.eps
         update = exp_avg / (1 - p.beta1**step) / denominator
         weights = adapter.weights * (1 - p.learning_rate * p.weight_decay)
-        weights = (weights - p.learning_rate * update).astype(np.float32)
+        with np.errstate(over="ignore"):
+            weights = (weights - p.learning_rate * update).astype(np.float32)
         if not np.isfinite(weights).all():
             raise NonFiniteResult
         adapter.weights, adapter.step, adapter.grad = weights, step, _zeros()

@@ -1,0 +1,180 @@
+"""The fake engine obeys the contract where arithmetic allows, and shows what it should show."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.engine.test_model_engine import assert_same_state, job, poisoned
+from training.engine.fake import FakeEngine
+from training.engine.interface import SampleJob
+from training.errors import CheckpointNotFound, InvalidDatum, InvalidRequest, NonFiniteResult
+from training.types import AdamParams, Datum, LoraConfig, SamplingParams
+
+STEP = AdamParams(learning_rate=0.1)
+
+
+@pytest.fixture
+def fake():
+    engine = FakeEngine()
+    engine.create_adapter("a", LoraConfig())
+    engine.create_adapter("b", LoraConfig(seed=1))
+    return engine
+
+
+@pytest.fixture
+def make_fake_datum(make_datum):
+    """Random datums within the fake's smaller vocabulary."""
+
+    def make(num_tokens, seed=0, **kwargs):
+        datum = make_datum(num_tokens, seed, **kwargs)
+        inputs = {
+            name: values % 257 if name == "target_tokens" else values
+            for name, values in datum.loss_fn_inputs.items()
+        }
+        return Datum(model_input=datum.model_input % 257, loss_fn_inputs=inputs)
+
+    return make
+
+
+def sample_all(engine, key, sample_job):
+    engine.sampler.admit(key, sample_job)
+    results = {}
+    while engine.sampler.active:
+        results |= engine.sampler.step()
+    return results[key]
+
+
+def test_it_needs_no_torch():
+    code = "import sys, training.engine.fake; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_training_lowers_the_loss(fake, make_fake_datum):
+    losses = []
+    datum = make_fake_datum(40)
+    datum.loss_fn_inputs["weights"][:] = 1
+    for _ in range(5):
+        (output,) = fake.forward_backward([job("a", datum)])
+        losses.append(output.loss)
+        fake.optim_step("a", STEP)
+    assert losses == sorted(losses, reverse=True)
+    assert output.loss == pytest.approx(-output.logprobs[0].sum(), rel=1e-5)
+
+
+def test_merging_requests_changes_no_bit(fake, make_fake_datum):
+    jobs = [job("a", make_fake_datum(n)) for n in (3, 9, 27)]
+    fake.forward_backward(jobs)
+    other = FakeEngine()
+    other.create_adapter("a", LoraConfig())
+    for one in reversed(jobs):
+        other.forward_backward([one])
+    np.testing.assert_array_equal(fake.adapter_state("a")["grad"], other.adapter_state("a")["grad"])
+
+
+def test_the_order_of_steps_shows(make_fake_datum):
+    states = []
+    for order in ((0, 1), (1, 0)):
+        engine = FakeEngine()
+        engine.create_adapter("a", LoraConfig())
+        for seed in order:
+            engine.forward_backward([job("a", make_fake_datum(9, seed))])
+            engine.optim_step("a", STEP)
+        states.append(engine.adapter_state("a")["weights"])
+    assert not np.array_equal(*states)
+
+
+def test_bad_jobs_fail_by_name_and_alone(fake, make_fake_datum):
+    results = fake.forward_backward(
+        [
+            job("a", poisoned(make_fake_datum(5), weights=np.ones(4, np.float32))),
+            job("b", make_fake_datum(5)),
+            job("nobody", make_fake_datum(5)),
+        ]
+    )
+    assert isinstance(results[0], InvalidDatum)
+    assert isinstance(results[2], InvalidRequest)
+    assert not fake.adapter_state("a")["grad"].any()
+    assert fake.adapter_state("b")["grad"].any()
+
+
+def test_forward_leaves_the_gradient_alone(fake, make_fake_datum):
+    fake.forward_backward([job("a", make_fake_datum(5), forward_only=True)])
+    assert not fake.adapter_state("a")["grad"].any()
+
+
+def test_a_step_that_would_not_be_finite_changes_nothing(fake, make_fake_datum):
+    fake.forward_backward([job("a", make_fake_datum(5))])
+    before = fake.adapter_state("a")
+    with pytest.raises(NonFiniteResult):
+        fake.optim_step("a", AdamParams(learning_rate=1e39))
+    assert_same_state(fake.adapter_state("a"), before)
+
+
+def test_save_then_load_is_the_same_adapter(fake, make_fake_datum, tmp_path):
+    fake.forward_backward([job("a", make_fake_datum(5))])
+    fake.optim_step("a", STEP)
+    fake.forward_backward([job("a", make_fake_datum(5))])
+    fake.save_adapter("a", tmp_path / "c")
+    other = FakeEngine()
+    other.load_adapter("x", tmp_path / "c")
+    assert_same_state(other.adapter_state("x"), fake.adapter_state("a"))
+    fake.save_adapter("a", tmp_path / "w", with_optimizer=False)
+    other.load_adapter("y", tmp_path / "w", with_optimizer=False)
+    assert other.adapter_state("y")["step"] == 0
+    with pytest.raises(CheckpointNotFound):
+        other.load_adapter("z", tmp_path / "w")
+
+
+def test_text_depends_on_weights_at_admission_and_seed(fake, make_fake_datum):
+    def ask(seed):
+        params = SamplingParams(max_tokens=20, seed=seed, stop=())
+        return SampleJob(
+            prompt=fake.encode("hi"), sampling_params=params, adapter_name="a", num_samples=2
+        )
+
+    first = sample_all(fake, "1", ask(1))
+    assert sample_all(fake, "2", ask(1)).sequences == first.sequences
+    assert sample_all(fake, "3", ask(2)).sequences != first.sequences
+    assert first.sequences[0].tokens != first.sequences[1].tokens
+    fake.sampler.admit("4", ask(1))
+    fake.forward_backward([job("a", make_fake_datum(9))])
+    fake.optim_step("a", STEP)
+    results = {}
+    while fake.sampler.active:
+        results |= fake.sampler.step()
+    assert results["4"].sequences == first.sequences
+    assert sample_all(fake, "5", ask(1)).sequences != first.sequences
+
+
+def test_sampling_stops_where_it_is_told(fake):
+    def ask(stop):
+        params = SamplingParams(max_tokens=200, seed=0, stop=stop)
+        job_ = SampleJob(prompt=fake.encode("hi"), sampling_params=params)
+        return sample_all(fake, str(stop), job_).sequences[0]
+
+    free = ask(())
+    assert len(free.tokens) == 200
+    assert free.stop_reason == "length"
+    mark = free.text[10:12]
+    stopped = ask((mark,))
+    assert stopped.stop_reason == "stop"
+    assert stopped.text == free.text.partition(mark)[0]
+    token = free.tokens[5]
+    assert ask((token,)).tokens == free.tokens[: free.tokens.index(token) + 1]
+
+
+def test_a_hook_sees_every_verb_before_it_happens(make_fake_datum):
+    seen = []
+    engine = FakeEngine(before_verb=lambda verb, names: seen.append((verb, names)))
+    engine.create_adapter("a", LoraConfig())
+    engine.forward_backward([job("a", make_fake_datum(3))])
+    engine.optim_step("a", STEP)
+    assert seen == [
+        ("create_adapter", ("a",)),
+        ("forward_backward", ("a",)),
+        ("optim_step", ("a",)),
+    ]
