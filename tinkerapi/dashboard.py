@@ -19,11 +19,12 @@ from django.templatetags.static import static
 from django.urls import reverse
 from django.utils import timezone
 
-from futures.admin import is_silent, summary_text, worker_memory
+from futures.admin.futures import request_link, summary_text
+from futures.admin.workers import is_silent, worker_memory
 from futures.console import bar_chart, changelist_url, link, moment, one_line, state_label
 from futures.models import Future, FutureQuerySet, Worker
 from futures.transitions import State
-from training.admin import short_loss
+from training.admin.runs import short_loss
 from training.models import Checkpoint, Run, Snapshot
 from training.progress import with_last_loss
 
@@ -155,7 +156,7 @@ def _failures_table(futures: QuerySet[Future]) -> Context:
         "headers": ["Request", "Kind", "Fault", "Error", "Submitted"],
         "rows": [
             [
-                link(future, f"{future.pk.removeprefix('future_')[:8]}…"),
+                request_link(future),
                 future.kind,
                 future.category,
                 one_line(summary_text(future)),
@@ -207,6 +208,7 @@ def navigation(request: HttpRequest) -> list[Context]:
                 item("Runs", "model_training", "training_run_changelist"),
                 item("Futures", "schedule_send", "futures_future_changelist"),
                 item("Checkpoints", "save", "training_checkpoint_changelist"),
+                item("Sessions", "terminal", "training_session_changelist"),
                 item("Snapshots", "settings_backup_restore", "training_snapshot_changelist"),
             ],
         },
@@ -214,6 +216,7 @@ def navigation(request: HttpRequest) -> list[Context]:
             "title": "Serving",
             "items": [
                 item("Workers", "memory", "futures_worker_changelist"),
+                item("Sampling sessions", "forum", "training_samplingsession_changelist"),
                 item("Lanes", "format_list_numbered", "futures_lane_changelist"),
             ],
         },

@@ -17,7 +17,7 @@ from django.urls import reverse
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tinkerapi.services import api_key_create
-from training.models import Run
+from training.models import Run, SamplingSession, Session
 from training.services import (
     forward_backward_submit,
     optim_step_submit,
@@ -103,6 +103,15 @@ def trained(work: InProcessWorker) -> Callable[..., SimpleNamespace]:
         work()
         waiting = optim_step_submit(**mine, adam_params=AdamParams()).future
         run = Run.objects.get(owner=owner, name=name)
+        session = Session.objects.create(owner=owner, sdk_version="0.1", display_name=text[:200])
+        sampling_session = SamplingSession.objects.create(
+            id=f"{session.pk}:sample:1",
+            session=session,
+            seq_id=1,
+            base_model=run.base_model,
+            checkpoint=run.checkpoints.get(),
+            model_path=f"tinker://{name}/weights/x",
+        )
         api_key, _ = api_key_create(user=owner, name=text[:100])
         return SimpleNamespace(
             run=run,
@@ -112,6 +121,8 @@ def trained(work: InProcessWorker) -> Callable[..., SimpleNamespace]:
             save=Future.objects.get(pk=save.pk),
             waiting=waiting,
             checkpoint=run.checkpoints.get(),
+            session=session,
+            sampling_session=sampling_session,
             api_key=api_key,
         )
 

@@ -1,4 +1,4 @@
-"""Runs, checkpoints and snapshots in the admin, and futures as the requests of runs."""
+"""Runs in the admin: last losses in the list, curves on the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.contrib import admin
-from django.db.models import OuterRef, QuerySet, Subquery
+from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.defaultfilters import filesizeformat
 from django.template.response import TemplateResponse
@@ -16,19 +16,16 @@ from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
 )
 
-from futures.admin import FutureAdmin, summary_text
+from futures.admin.futures import summary_text
 from futures.console import (
     ConsoleAdmin,
-    changelist_url,
     duration,
     line_chart,
     link,
-    link_to,
     list_link,
     moment,
     one_line,
     page_url,
-    preformatted,
     redirect,
     state_label,
     verb,
@@ -41,49 +38,17 @@ from futures.transitions import State
 from training.errors import TrainingError
 from training.models import Checkpoint, Run, Snapshot
 from training.progress import MAX_REQUESTS, Progress, run_progress, with_last_loss
-from training.selectors import checkpoint_path
-from training.services import checkpoint_delete, run_remove_submit
+from training.services import run_remove_submit
 
-REFUSALS = (FutureError, TrainingError)
 NEWEST_ROWS = 10
 """Of each table on a run's page."""
-
-admin.site.unregister(Future)
-
-
-@admin.register(Future)
-class RequestAdmin(FutureAdmin):
-    """Futures again, now that lanes are known to be runs."""
-
-    refusals = REFUSALS
-    search_help_text = "Run name, beginning of a request id or run id, or an idempotency key"
-
-    def get_queryset(self, request: HttpRequest) -> QuerySet[Future]:
-        run = Run.objects.filter(pk=OuterRef("lane_id"))
-        return super().get_queryset(request).annotate(run_name=Subquery(run.values("name")[:1]))
-
-    def get_search_results(
-        self, request: HttpRequest, queryset: QuerySet[Future], search_term: str
-    ) -> tuple[QuerySet[Future], bool]:
-        found, may_have_duplicates = super().get_search_results(request, queryset, search_term)
-        if search_term:
-            runs = Run.objects.filter(name=search_term.strip())
-            found |= queryset.filter(lane_id__in=list(runs.values_list("pk", flat=True)))
-        return found, may_have_duplicates
-
-    @admin.display(description="Run")
-    def lane_link(self, future: Future) -> SafeString | None:
-        name = getattr(future, "run_name", None)
-        if name is None or future.lane_id is None:
-            return super().lane_link(future)
-        return link_to(Run, future.lane_id, name)
 
 
 @admin.register(Run)
 class RunAdmin(ConsoleAdmin):
     """Runs with how they go: last loss in the list, curves on the page."""
 
-    refusals = REFUSALS
+    refusals = (FutureError, TrainingError)
     list_display = (
         "name",
         "state_label",
@@ -116,13 +81,14 @@ class RunAdmin(ConsoleAdmin):
                 "fields": (
                     ("name", "state_label"),
                     ("owner_link", "base_model"),
-                    ("rank", "alpha"),
-                    ("trains", "seed"),
+                    ("rank", "trains"),
+                    ("alpha", "seed"),
                     ("step", "trained_tokens"),
                     ("applied_seq_id", "waiting"),
                     ("created", "last_request"),
                     ("replay_link", "removed"),
-                    ("id", "lane"),
+                    ("session_link", "lane"),
+                    "id",
                 )
             },
         ),
@@ -176,6 +142,10 @@ class RunAdmin(ConsoleAdmin):
     def replay_link(self, run: Run) -> SafeString | None:
         return link(run.replay_of)
 
+    @admin.display(description="Session")
+    def session_link(self, run: Run) -> SafeString | None:
+        return link(run.session)
+
     @admin.display(description="Trains")
     def trains(self, run: Run) -> str:
         """Which modules have an adapter."""
@@ -214,158 +184,6 @@ class RunAdmin(ConsoleAdmin):
             lambda: run_remove_submit(owner_id=run.owner_id, model_id=run.name),
         )
         return redirect(request, page_url(run))
-
-
-@admin.register(Checkpoint)
-class CheckpointAdmin(ConsoleAdmin):
-    """What people saved, and how much room it takes."""
-
-    owner_path = "run__owner"
-    refusals = REFUSALS
-    list_display = (
-        "path",
-        "kind",
-        "run_link",
-        "owner_link",
-        "step",
-        "size",
-        "created",
-        "expires",
-    )
-    list_filter = (
-        ("kind", ChoicesCheckboxFilter),
-        ("run__owner", AutocompleteSelectFilter),
-        ("created_at", MomentFilter),
-    )
-    list_filter_submit = True
-    list_select_related = ("run__owner",)
-    search_fields = ("name__icontains", "run__name__icontains", "run__id__startswith")
-    search_help_text = "Part of a checkpoint's or a run's name, or the beginning of a run id"
-    ordering = ("-created_at",)
-    sortable_by = ("size", "created", "step")
-    actions_detail = ("delete_checkpoint",)
-    fieldsets = (
-        (
-            None,
-            {
-                "fields": (
-                    ("path", "kind"),
-                    ("run_link", "owner_link"),
-                    ("step", "saved_by"),
-                    ("size", "public"),
-                    ("created", "expires"),
-                    "directory",
-                )
-            },
-        ),
-        ("Metadata", {"fields": ("metadata",)}),
-    )
-
-    @admin.display(description="Path")
-    def path(self, checkpoint: Checkpoint) -> str:
-        return str(checkpoint_path(checkpoint))
-
-    @admin.display(description="Run")
-    def run_link(self, checkpoint: Checkpoint) -> SafeString | None:
-        return link(checkpoint.run)
-
-    @admin.display(description="Owner")
-    def owner_link(self, checkpoint: Checkpoint) -> SafeString | None:
-        return link(checkpoint.run.owner)
-
-    @admin.display(description="Saved by")
-    def saved_by(self, checkpoint: Checkpoint) -> SafeString | None:
-        future = Future.objects.without_bodies().filter(
-            lane_id=checkpoint.run_id, seq_id=checkpoint.seq_id
-        )
-        return link(future.first(), f"request {checkpoint.seq_id} of the run")
-
-    @admin.display(description="Size", ordering="size_bytes")
-    def size(self, checkpoint: Checkpoint) -> str:
-        return filesizeformat(checkpoint.size_bytes)
-
-    @admin.display(description="Saved", ordering="created_at")
-    def created(self, checkpoint: Checkpoint) -> SafeString | None:
-        return moment(checkpoint.created_at)
-
-    @admin.display(description="Expires")
-    def expires(self, checkpoint: Checkpoint) -> SafeString | None:
-        return moment(checkpoint.expires_at)
-
-    @admin.display(description="Set by the client")
-    def metadata(self, checkpoint: Checkpoint) -> SafeString | None:
-        metadata = checkpoint.user_metadata
-        return preformatted(value_preview(metadata)) if metadata else None
-
-    def has_delete_checkpoint_permission(
-        self, request: HttpRequest, object_id: str | None = None
-    ) -> bool:
-        return self.matches(request, object_id)
-
-    @verb(
-        "Delete",
-        permission="delete_checkpoint",
-        icon="delete",
-        danger=True,
-        question="Delete this checkpoint?",
-        answer="Delete the checkpoint",
-        explanation="Its files are gone for good.",
-    )
-    def delete_checkpoint(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        checkpoint = self.row(request, object_id)
-        self.attempt(
-            request, checkpoint, "deleted", lambda: checkpoint_delete(checkpoint_id=checkpoint.pk)
-        )
-        return redirect(request, changelist_url(Checkpoint))
-
-
-@admin.register(Snapshot)
-class SnapshotAdmin(ConsoleAdmin):
-    """What the server keeps for itself, to rebuild runs after a crash."""
-
-    owner_path = "run__owner"
-    list_display = ("snapshot", "run_link", "seq_id", "step", "size", "write_time", "created")
-    list_filter = (("created_at", MomentFilter),)
-    list_filter_submit = True
-    list_select_related = ("run",)
-    search_fields = ("run__name__icontains", "run__id__startswith")
-    search_help_text = "Part of a run's name, or the beginning of a run id"
-    ordering = ("-created_at",)
-    sortable_by = ("size", "created")
-    fieldsets = (
-        (
-            None,
-            {
-                "fields": (
-                    ("run_link", "seq_id"),
-                    ("step", "epoch"),
-                    ("size", "write_time"),
-                    "created",
-                    "directory",
-                )
-            },
-        ),
-    )
-
-    @admin.display(description="Snapshot")
-    def snapshot(self, snapshot: Snapshot) -> str:
-        return f"#{snapshot.pk}"
-
-    @admin.display(description="Run")
-    def run_link(self, snapshot: Snapshot) -> SafeString | None:
-        return link(snapshot.run)
-
-    @admin.display(description="Size", ordering="size_bytes")
-    def size(self, snapshot: Snapshot) -> str:
-        return filesizeformat(snapshot.size_bytes)
-
-    @admin.display(description="Written in")
-    def write_time(self, snapshot: Snapshot) -> str | None:
-        return duration(timedelta(seconds=snapshot.write_seconds))
-
-    @admin.display(description="Taken", ordering="created_at")
-    def created(self, snapshot: Snapshot) -> SafeString | None:
-        return moment(snapshot.created_at)
 
 
 def progress_charts(progress: Progress) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Futures, lanes and workers in the admin: look, cancel what waits, replay what ran."""
+"""Futures in the admin: look, cancel what waits, replay what ran."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from django.http import HttpRequest, HttpResponse
 from django.template.defaultfilters import filesizeformat
 from django.template.response import TemplateResponse
 from django.utils import timezone
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import (
     AutocompleteSelectFilter,
-    BooleanRadioFilter,
     ChoicesCheckboxFilter,
 )
 
@@ -22,21 +21,22 @@ from futures.console import (
     ConsoleAdmin,
     duration,
     link,
-    list_link,
     moment,
     one_line,
     page_url,
-    preformatted,
     redirect,
     state_label,
     verb,
 )
 from futures.filters import KindFilter, MomentFilter
-from futures.models import Future, Lane, Worker
-from futures.preview import body_preview, value_preview
-from futures.selectors import HEARTBEAT_TIMEOUT, queue_position
+from futures.models import Future
+from futures.preview import body_preview
+from futures.selectors import queue_position
 from futures.services import future_cancel, future_resubmit
 from futures.transitions import FINAL_STATES, State
+
+MAX_REPLAYS = 5
+"""Links to replays on a request's page."""
 
 
 @admin.register(Future)
@@ -108,7 +108,7 @@ class FutureAdmin(ConsoleAdmin):
 
     @admin.display(description="Request")
     def request_id(self, future: Future) -> str:
-        return f"{future.pk.removeprefix('future_')[:8]}…"
+        return short_id(future)
 
     @admin.display(description="State")
     def state_label(self, future: Future) -> SafeString:
@@ -140,11 +140,14 @@ class FutureAdmin(ConsoleAdmin):
 
     @admin.display(description="Replay of")
     def replay_link(self, future: Future) -> SafeString | None:
-        return link(future.replay_of)
+        return request_link(future.replay_of)
 
     @admin.display(description="Replayed as")
     def replays(self, future: Future) -> SafeString | None:
-        return list_link(Future, "requests that replay this one", replay_of__id__exact=future.pk)
+        replays = Future.objects.without_bodies().filter(replay_of=future).order_by("created_at")
+        return format_html_join(
+            ", ", "{}", ((request_link(replay),) for replay in replays[:MAX_REPLAYS])
+        )
 
     @admin.display(description="Submitted")
     def created(self, future: Future) -> SafeString | None:
@@ -240,6 +243,15 @@ class FutureAdmin(ConsoleAdmin):
         )
 
 
+def short_id(future: Future) -> str:
+    """Enough of the request id to tell requests apart; the page has the whole."""
+    return f"{future.pk.removeprefix('future_')[:8]}…"
+
+
+def request_link(future: Future | None) -> SafeString | None:
+    return link(future, short_id(future)) if future is not None else None
+
+
 def summary_text(future: Future) -> str:
     """What a table says of a future in one line: its error, or its small facts."""
     if future.error:
@@ -258,142 +270,3 @@ def future_bodies(future: Future) -> list[dict[str, str]]:
         }
         for title, body in (("Request", future.payload), ("Result", future.result))
     ]
-
-
-@admin.register(Lane)
-class LaneAdmin(ConsoleAdmin):
-    """What runs in order, and how far each has come."""
-
-    list_display = ("id", "owner_link", "queue", "ordered", "next_seq_id", "last_seq_id", "futures")
-    list_filter = (("owner", AutocompleteSelectFilter), ("ordered", BooleanRadioFilter))
-    list_filter_submit = True
-    list_select_related = ("owner",)
-    search_fields = ("id__startswith",)
-    search_help_text = "Beginning of a lane's id"
-    sortable_by = ("id",)
-    ordering = ("id",)
-    fieldsets = (
-        (
-            None,
-            {
-                "fields": (
-                    ("id", "owner_link"),
-                    ("queue", "ordered"),
-                    ("next_seq_id", "last_seq_id"),
-                    ("waiting", "futures"),
-                )
-            },
-        ),
-    )
-
-    @admin.display(description="Owner")
-    def owner_link(self, lane: Lane) -> SafeString | None:
-        return link(lane.owner)
-
-    @admin.display(description="Futures")
-    def futures(self, lane: Lane) -> SafeString:
-        return list_link(Future, "futures of this lane", lane__id__exact=lane.pk)
-
-    @admin.display(description="Waiting")
-    def waiting(self, lane: Lane) -> int:
-        return Future.objects.filter(lane=lane, state=State.PENDING).count()
-
-
-@admin.register(Worker)
-class WorkerAdmin(ConsoleAdmin):
-    """Lives of workers. The queue is everybody's to see; what a worker holds is not."""
-
-    owner_path = None
-    list_display = (
-        "name",
-        "state_label",
-        "queue",
-        "heartbeat",
-        "device",
-        "memory",
-        "hostname",
-        "pid",
-        "started",
-        "lived",
-    )
-    list_filter = (("state", ChoicesCheckboxFilter), ("started_at", MomentFilter))
-    list_filter_submit = True
-    search_fields = ("queue", "hostname")
-    ordering = ("-id",)
-    sortable_by = ()
-    fieldsets = (
-        (
-            None,
-            {
-                "fields": (
-                    ("name", "state_label"),
-                    ("queue", "heartbeat"),
-                    ("device", "memory"),
-                    ("hostname", "pid"),
-                    ("started", "lived"),
-                    ("running", "futures"),
-                )
-            },
-        ),
-        ("Figures", {"fields": ("all_figures",)}),
-    )
-
-    def get_fieldsets(self, request: HttpRequest, obj: Worker | None = None) -> Any:
-        """Which adapters are resident is for superusers: their names are their owners'."""
-        fieldsets = super().get_fieldsets(request, obj)
-        return fieldsets if request.user.is_superuser else fieldsets[:1]
-
-    @admin.display(description="Worker")
-    def name(self, worker: Worker) -> str:
-        return f"#{worker.pk}"
-
-    @admin.display(description="State")
-    def state_label(self, worker: Worker) -> SafeString:
-        return state_label("silent" if is_silent(worker) else worker.state)
-
-    @admin.display(description="Heartbeat")
-    def heartbeat(self, worker: Worker) -> SafeString | None:
-        return moment(worker.heartbeat_at)
-
-    @admin.display(description="Device")
-    def device(self, worker: Worker) -> str | None:
-        return str(worker.figures.get("device") or "") or None
-
-    @admin.display(description="Memory")
-    def memory(self, worker: Worker) -> str | None:
-        return worker_memory(worker)
-
-    @admin.display(description="Started")
-    def started(self, worker: Worker) -> SafeString | None:
-        return moment(worker.started_at)
-
-    @admin.display(description="Lived")
-    def lived(self, worker: Worker) -> str | None:
-        """Up to its stop, or to its last sign of life."""
-        return duration((worker.stopped_at or worker.heartbeat_at) - worker.started_at)
-
-    @admin.display(description="Running now")
-    def running(self, worker: Worker) -> int:
-        return Future.objects.filter(worker=worker, state=State.RUNNING).count()
-
-    @admin.display(description="Futures")
-    def futures(self, worker: Worker) -> SafeString:
-        return list_link(Future, "futures it ran", worker__id__exact=worker.pk)
-
-    @admin.display(description="As it says")
-    def all_figures(self, worker: Worker) -> SafeString:
-        return preformatted(value_preview(worker.figures))
-
-
-def is_silent(worker: Worker) -> bool:
-    """It says it lives, and has not been heard of for a while."""
-    living = worker.state in (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
-    return living and timezone.now() - worker.heartbeat_at > HEARTBEAT_TIMEOUT
-
-
-def worker_memory(worker: Worker) -> str | None:
-    """``used of total`` as the worker last said, or None if it did not."""
-    used, total = (worker.figures.get(f"memory_{part}_bytes") for part in ("used", "total"))
-    if not isinstance(used, int | float):
-        return None
-    return f"{filesizeformat(used)} of {filesizeformat(total)}" if total else filesizeformat(used)

@@ -1,0 +1,126 @@
+"""Workers in the admin: which live, on what device, and what they ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.http import HttpRequest
+from django.template.defaultfilters import filesizeformat
+from django.utils import timezone
+from django.utils.safestring import SafeString
+from unfold.contrib.filters.admin import (
+    ChoicesCheckboxFilter,
+)
+
+from futures.console import (
+    ConsoleAdmin,
+    duration,
+    list_link,
+    moment,
+    preformatted,
+    state_label,
+)
+from futures.filters import MomentFilter
+from futures.models import Future, Worker
+from futures.preview import value_preview
+from futures.selectors import HEARTBEAT_TIMEOUT
+from futures.transitions import State
+
+
+@admin.register(Worker)
+class WorkerAdmin(ConsoleAdmin):
+    """Lives of workers. The queue is everybody's to see; what a worker holds is not."""
+
+    owner_path = None
+    list_display = (
+        "name",
+        "state_label",
+        "queue",
+        "heartbeat",
+        "device",
+        "memory",
+        "hostname",
+        "pid",
+        "started",
+        "lived",
+    )
+    list_filter = (("state", ChoicesCheckboxFilter), ("started_at", MomentFilter))
+    list_filter_submit = True
+    search_fields = ("queue", "hostname")
+    ordering = ("-id",)
+    sortable_by = ()
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("name", "state_label"),
+                    ("queue", "heartbeat"),
+                    ("device", "memory"),
+                    ("hostname", "pid"),
+                    ("started", "lived"),
+                    ("running", "futures"),
+                )
+            },
+        ),
+        ("Figures", {"fields": ("all_figures",)}),
+    )
+
+    def get_fieldsets(self, request: HttpRequest, obj: Worker | None = None) -> Any:
+        """Which adapters are resident is for superusers: their names are their owners'."""
+        fieldsets = super().get_fieldsets(request, obj)
+        return fieldsets if request.user.is_superuser else fieldsets[:1]
+
+    @admin.display(description="Worker")
+    def name(self, worker: Worker) -> str:
+        return f"#{worker.pk}"
+
+    @admin.display(description="State")
+    def state_label(self, worker: Worker) -> SafeString:
+        return state_label("silent" if is_silent(worker) else worker.state)
+
+    @admin.display(description="Heartbeat")
+    def heartbeat(self, worker: Worker) -> SafeString | None:
+        return moment(worker.heartbeat_at)
+
+    @admin.display(description="Device")
+    def device(self, worker: Worker) -> str | None:
+        return str(worker.figures.get("device") or "") or None
+
+    @admin.display(description="Memory")
+    def memory(self, worker: Worker) -> str | None:
+        return worker_memory(worker)
+
+    @admin.display(description="Started")
+    def started(self, worker: Worker) -> SafeString | None:
+        return moment(worker.started_at)
+
+    @admin.display(description="Lived")
+    def lived(self, worker: Worker) -> str | None:
+        """Up to its stop, or to its last sign of life."""
+        return duration((worker.stopped_at or worker.heartbeat_at) - worker.started_at)
+
+    @admin.display(description="Running now")
+    def running(self, worker: Worker) -> int:
+        return Future.objects.filter(worker=worker, state=State.RUNNING).count()
+
+    @admin.display(description="Futures")
+    def futures(self, worker: Worker) -> SafeString:
+        return list_link(Future, "futures it ran", worker__id__exact=worker.pk)
+
+    @admin.display(description="As it says")
+    def all_figures(self, worker: Worker) -> SafeString:
+        return preformatted(value_preview(worker.figures))
+
+
+def is_silent(worker: Worker) -> bool:
+    """It says it lives, and has not been heard of for a while."""
+    living = worker.state in (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
+    return living and timezone.now() - worker.heartbeat_at > HEARTBEAT_TIMEOUT
+
+
+def worker_memory(worker: Worker) -> str | None:
+    """The memory that the worker last said it takes, or None if it did not."""
+    taken = worker.figures.get("memory_bytes")
+    return filesizeformat(taken) if isinstance(taken, int | float) else None

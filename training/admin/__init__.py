@@ -1,0 +1,15 @@
+"""The admin pages of runs and what belongs to them, and futures as the requests of runs."""
+
+from training.admin.checkpoints import CheckpointAdmin, SnapshotAdmin
+from training.admin.requests import RequestAdmin
+from training.admin.runs import RunAdmin
+from training.admin.sessions import SamplingSessionAdmin, SessionAdmin
+
+__all__ = [
+    "CheckpointAdmin",
+    "RequestAdmin",
+    "RunAdmin",
+    "SamplingSessionAdmin",
+    "SessionAdmin",
+    "SnapshotAdmin",
+]

@@ -1,0 +1,186 @@
+"""Checkpoints and snapshots in the admin: what is kept, for whom, and how large it is."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from django.contrib import admin
+from django.http import HttpRequest, HttpResponse
+from django.template.defaultfilters import filesizeformat
+from django.utils.safestring import SafeString
+from unfold.contrib.filters.admin import (
+    AutocompleteSelectFilter,
+    ChoicesCheckboxFilter,
+)
+
+from futures.console import (
+    ConsoleAdmin,
+    changelist_url,
+    duration,
+    link,
+    moment,
+    preformatted,
+    redirect,
+    verb,
+)
+from futures.errors import FutureError
+from futures.filters import MomentFilter
+from futures.models import Future
+from futures.preview import value_preview
+from training.errors import TrainingError
+from training.models import Checkpoint, Snapshot
+from training.selectors import checkpoint_path
+from training.services import checkpoint_delete
+
+
+@admin.register(Checkpoint)
+class CheckpointAdmin(ConsoleAdmin):
+    """What people saved, and how much room it takes."""
+
+    owner_path = "run__owner"
+    refusals = (FutureError, TrainingError)
+    list_display = (
+        "path",
+        "kind",
+        "run_link",
+        "owner_link",
+        "step",
+        "size",
+        "created",
+        "expires",
+    )
+    list_filter = (
+        ("kind", ChoicesCheckboxFilter),
+        ("run__owner", AutocompleteSelectFilter),
+        ("created_at", MomentFilter),
+    )
+    list_filter_submit = True
+    list_select_related = ("run__owner",)
+    search_fields = ("name__icontains", "run__name__icontains", "run__id__startswith")
+    search_help_text = "Part of a checkpoint's or a run's name, or the beginning of a run id"
+    ordering = ("-created_at",)
+    sortable_by = ("size", "created", "step")
+    actions_detail = ("delete_checkpoint",)
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("path", "kind"),
+                    ("run_link", "owner_link"),
+                    ("step", "saved_by"),
+                    ("size", "public"),
+                    ("created", "expires"),
+                    "directory",
+                )
+            },
+        ),
+        ("Metadata", {"fields": ("metadata",)}),
+    )
+
+    @admin.display(description="Path")
+    def path(self, checkpoint: Checkpoint) -> str:
+        return str(checkpoint_path(checkpoint))
+
+    @admin.display(description="Run")
+    def run_link(self, checkpoint: Checkpoint) -> SafeString | None:
+        return link(checkpoint.run)
+
+    @admin.display(description="Owner")
+    def owner_link(self, checkpoint: Checkpoint) -> SafeString | None:
+        return link(checkpoint.run.owner)
+
+    @admin.display(description="Saved by")
+    def saved_by(self, checkpoint: Checkpoint) -> SafeString | None:
+        future = Future.objects.without_bodies().filter(
+            lane_id=checkpoint.run_id, seq_id=checkpoint.seq_id
+        )
+        return link(future.first(), f"request {checkpoint.seq_id} of the run")
+
+    @admin.display(description="Size", ordering="size_bytes")
+    def size(self, checkpoint: Checkpoint) -> str:
+        return filesizeformat(checkpoint.size_bytes)
+
+    @admin.display(description="Saved", ordering="created_at")
+    def created(self, checkpoint: Checkpoint) -> SafeString | None:
+        return moment(checkpoint.created_at)
+
+    @admin.display(description="Expires")
+    def expires(self, checkpoint: Checkpoint) -> SafeString | None:
+        return moment(checkpoint.expires_at)
+
+    @admin.display(description="Set by the client")
+    def metadata(self, checkpoint: Checkpoint) -> SafeString | None:
+        metadata = checkpoint.user_metadata
+        return preformatted(value_preview(metadata)) if metadata else None
+
+    def has_delete_checkpoint_permission(
+        self, request: HttpRequest, object_id: str | None = None
+    ) -> bool:
+        return self.matches(request, object_id)
+
+    @verb(
+        "Delete",
+        permission="delete_checkpoint",
+        icon="delete",
+        danger=True,
+        question="Delete this checkpoint?",
+        answer="Delete the checkpoint",
+        explanation="Its files are gone for good.",
+    )
+    def delete_checkpoint(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        checkpoint = self.row(request, object_id)
+        self.attempt(
+            request, checkpoint, "deleted", lambda: checkpoint_delete(checkpoint_id=checkpoint.pk)
+        )
+        return redirect(request, changelist_url(Checkpoint))
+
+
+@admin.register(Snapshot)
+class SnapshotAdmin(ConsoleAdmin):
+    """What the server keeps for itself, to rebuild runs after a crash."""
+
+    owner_path = "run__owner"
+    list_display = ("snapshot", "run_link", "seq_id", "step", "size", "write_time", "created")
+    list_filter = (("created_at", MomentFilter),)
+    list_filter_submit = True
+    list_select_related = ("run",)
+    search_fields = ("run__name__icontains", "run__id__startswith")
+    search_help_text = "Part of a run's name, or the beginning of a run id"
+    ordering = ("-created_at",)
+    sortable_by = ("size", "created")
+    fieldsets = (
+        (
+            None,
+            {
+                "fields": (
+                    ("run_link", "seq_id"),
+                    ("step", "epoch"),
+                    ("size", "write_time"),
+                    "created",
+                    "directory",
+                )
+            },
+        ),
+    )
+
+    @admin.display(description="Snapshot")
+    def snapshot(self, snapshot: Snapshot) -> str:
+        return f"#{snapshot.pk}"
+
+    @admin.display(description="Run")
+    def run_link(self, snapshot: Snapshot) -> SafeString | None:
+        return link(snapshot.run)
+
+    @admin.display(description="Size", ordering="size_bytes")
+    def size(self, snapshot: Snapshot) -> str:
+        return filesizeformat(snapshot.size_bytes)
+
+    @admin.display(description="Written in")
+    def write_time(self, snapshot: Snapshot) -> str | None:
+        return duration(timedelta(seconds=snapshot.write_seconds))
+
+    @admin.display(description="Taken", ordering="created_at")
+    def created(self, snapshot: Snapshot) -> SafeString | None:
+        return moment(snapshot.created_at)
