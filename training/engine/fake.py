@@ -138,6 +138,7 @@ class FakeEngine(Engine):
             adapter.grad = (adapter.grad + grad).astype(np.float32)
         return ForwardBackwardOutput(loss=loss, logprobs=logprobs, metrics={"loss:sum": loss})
 
+    @np.errstate(all="ignore")  # what is not finite is looked for and refused
     def optim_step(self, adapter_name: str, adam_params: AdamParams) -> OptimStepOutput:
         self._before_verb("optim_step", (adapter_name,))
         check_adam_params(adam_params)
@@ -151,8 +152,7 @@ class FakeEngine(Engine):
         denominator = np.sqrt(exp_avg_sq / (1 - p.beta2**step)) + p.eps
         update = exp_avg / (1 - p.beta1**step) / denominator
         weights = adapter.weights * (1 - p.learning_rate * p.weight_decay)
-        with np.errstate(over="ignore"):
-            weights = (weights - p.learning_rate * update).astype(np.float32)
+        weights = (weights - p.learning_rate * update).astype(np.float32)
         if not np.isfinite(weights).all():
             raise NonFiniteResult
         adapter.weights, adapter.step, adapter.grad = weights, step, _zeros()
