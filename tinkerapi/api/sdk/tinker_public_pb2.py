@@ -4,94 +4,97 @@
 # source: tinkerapi/api/sdk/tinker_public.proto
 # Protobuf Python Version: 6.31.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 31, 1, "", "tinkerapi/api/sdk/tinker_public.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    31,
+    1,
+    '',
+    'tinkerapi/api/sdk/tinker_public.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n%tinkerapi/api/sdk/tinker_public.proto\x12\rtinkerapi.sdk"\xb8\x03\n\x16\x46orwardBackwardRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12"\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x14.tinkerapi.sdk.Datum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12O\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32\x37.tinkerapi.sdk.ForwardBackwardRequest.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12T\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32\x39.tinkerapi.sdk.ForwardBackwardRequest.LossFnConfigV2Entry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aU\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.tinkerapi.sdk.LossConfigValue:\x02\x38\x01"6\n\x12\x46orwardBackwardIds\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05"<\n\x0fLossConfigValue\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value"\xb4\x02\n\x05\x44\x61tum\x12)\n\x0bmodel_input\x18\x01 \x03(\x0b\x32\x14.tinkerapi.sdk.Chunk\x12>\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32&.tinkerapi.sdk.Datum.LossFnInputsEntry\x12\x38\n\x11model_input_spans\x18\x03 \x03(\x0b\x32\x1d.tinkerapi.sdk.ProvenanceSpan\x12:\n\x13loss_fn_input_spans\x18\x04 \x03(\x0b\x32\x1d.tinkerapi.sdk.ProvenanceSpan\x1aJ\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tinkerapi.sdk.Tensor:\x02\x38\x01"\x9f\x01\n\x05\x43hunk\x12\x37\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32\x1f.tinkerapi.sdk.EncodedTextChunkH\x00\x12*\n\x05image\x18\x02 \x01(\x0b\x32\x19.tinkerapi.sdk.ImageChunkH\x00\x12(\n\x04\x64mel\x18\x03 \x01(\x0b\x32\x18.tinkerapi.sdk.DmelChunkH\x00\x42\x07\n\x05\x63hunk""\n\x10\x45ncodedTextChunk\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c"\xb6\x01\n\nImageChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_tokens\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12@\n\x13override_dimensions\x18\x04 \x01(\x0b\x32\x1e.tinkerapi.sdk.ImageDimensionsH\x01\x88\x01\x01\x42\x12\n\x10_expected_tokensB\x16\n\x14_override_dimensions"0\n\x0fImageDimensions\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r"\x19\n\tDmelChunk\x12\x0c\n\x04\x64mel\x18\x01 \x01(\x0c"\x98\x01\n\x0eProvenanceSpan\x12<\n\rprompt_tokens\x18\x01 \x01(\x0b\x32#.tinkerapi.sdk.PromptProvenanceSpanH\x00\x12>\n\x0esampled_tokens\x18\x02 \x01(\x0b\x32$.tinkerapi.sdk.SampledProvenanceSpanH\x00\x42\x08\n\x06source"K\n\x14PromptProvenanceSpan\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03"L\n\x15SampledProvenanceSpan\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03"\x89\x01\n\x06Tensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12.\n\nsparse_csr\x18\x02 \x01(\x0b\x32\x18.tinkerapi.sdk.SparseCsrH\x00\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.tinkerapi.sdk.DType\x12\r\n\x05shape\x18\x04 \x03(\x03\x42\n\n\x08\x65ncoding"F\n\tSparseCsr\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63row_indices\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63ol_indices\x18\x03 \x01(\x0c"k\n\rBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.tinkerapi.sdk.DType\x12\x16\n\x0etrailing_shape\x18\x04 \x03(\x03"\xdd\x01\n\x15\x46orwardBackwardOutput\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12\x33\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32\x1a.tinkerapi.sdk.ArrayRecord\x12\x42\n\x07metrics\x18\x03 \x03(\x0b\x32\x31.tinkerapi.sdk.ForwardBackwardOutput.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01"\xb8\x01\n\x0b\x41rrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x36\n\x06\x66ields\x18\x02 \x03(\x0b\x32&.tinkerapi.sdk.ArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aK\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.tinkerapi.sdk.BatchedTensor:\x02\x38\x01"\x9c\x03\n\x0eSampleResponse\x12\x31\n\tsequences\x18\x01 \x03(\x0b\x32\x1e.tinkerapi.sdk.SampledSequence\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12>\n\x14topk_prompt_logprobs\x18\x03 \x01(\x0b\x32\x1b.tinkerapi.sdk.TopkLogprobsH\x01\x88\x01\x01\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x04 \x01(\x05\x12:\n\x16target_prompt_logprobs\x18\x05 \x01(\x0b\x32\x15.tinkerapi.sdk.TensorH\x02\x88\x01\x01\x12>\n\x11prompt_alt_tokens\x18\x06 \x01(\x0b\x32\x1e.tinkerapi.sdk.PromptAltTokensH\x03\x88\x01\x01\x42\x12\n\x10_prompt_logprobsB\x17\n\x15_topk_prompt_logprobsB\x19\n\x17_target_prompt_logprobsB\x14\n\x12_prompt_alt_tokens"\xd0\x01\n\x0fSampledSequence\x12.\n\x0bstop_reason\x18\x01 \x01(\x0e\x32\x19.tinkerapi.sdk.StopReason\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x15\n\x08logprobs\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12?\n\x15topk_sampled_logprobs\x18\x04 \x01(\x0b\x32\x1b.tinkerapi.sdk.TopkLogprobsH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x18\n\x16_topk_sampled_logprobs"N\n\x0cTopkLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\t\n\x01k\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\r"a\n\x0fPromptAltTokens\x12%\n\x06tokens\x18\x01 \x01(\x0b\x32\x15.tinkerapi.sdk.Tensor\x12\'\n\x08logprobs\x18\x02 \x01(\x0b\x32\x15.tinkerapi.sdk.Tensor*g\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x12\x0f\n\x0b\x44TYPE_INT32\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04*:\n\nStopReason\x12\x14\n\x10STOP_REASON_STOP\x10\x00\x12\x16\n\x12STOP_REASON_LENGTH\x10\x01\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%tinkerapi/api/sdk/tinker_public.proto\x12\rtinkerapi.sdk\"\xb8\x03\n\x16\x46orwardBackwardRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12\"\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x14.tinkerapi.sdk.Datum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12O\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32\x37.tinkerapi.sdk.ForwardBackwardRequest.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12T\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32\x39.tinkerapi.sdk.ForwardBackwardRequest.LossFnConfigV2Entry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aU\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.tinkerapi.sdk.LossConfigValue:\x02\x38\x01\"6\n\x12\x46orwardBackwardIds\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\"<\n\x0fLossConfigValue\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value\"\xb4\x02\n\x05\x44\x61tum\x12)\n\x0bmodel_input\x18\x01 \x03(\x0b\x32\x14.tinkerapi.sdk.Chunk\x12>\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32&.tinkerapi.sdk.Datum.LossFnInputsEntry\x12\x38\n\x11model_input_spans\x18\x03 \x03(\x0b\x32\x1d.tinkerapi.sdk.ProvenanceSpan\x12:\n\x13loss_fn_input_spans\x18\x04 \x03(\x0b\x32\x1d.tinkerapi.sdk.ProvenanceSpan\x1aJ\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.tinkerapi.sdk.Tensor:\x02\x38\x01\"\x9f\x01\n\x05\x43hunk\x12\x37\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32\x1f.tinkerapi.sdk.EncodedTextChunkH\x00\x12*\n\x05image\x18\x02 \x01(\x0b\x32\x19.tinkerapi.sdk.ImageChunkH\x00\x12(\n\x04\x64mel\x18\x03 \x01(\x0b\x32\x18.tinkerapi.sdk.DmelChunkH\x00\x42\x07\n\x05\x63hunk\"\"\n\x10\x45ncodedTextChunk\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\"\xb6\x01\n\nImageChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_tokens\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12@\n\x13override_dimensions\x18\x04 \x01(\x0b\x32\x1e.tinkerapi.sdk.ImageDimensionsH\x01\x88\x01\x01\x42\x12\n\x10_expected_tokensB\x16\n\x14_override_dimensions\"0\n\x0fImageDimensions\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\x19\n\tDmelChunk\x12\x0c\n\x04\x64mel\x18\x01 \x01(\x0c\"\x98\x01\n\x0eProvenanceSpan\x12<\n\rprompt_tokens\x18\x01 \x01(\x0b\x32#.tinkerapi.sdk.PromptProvenanceSpanH\x00\x12>\n\x0esampled_tokens\x18\x02 \x01(\x0b\x32$.tinkerapi.sdk.SampledProvenanceSpanH\x00\x42\x08\n\x06source\"K\n\x14PromptProvenanceSpan\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\"L\n\x15SampledProvenanceSpan\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0e\n\x06length\x18\x03 \x01(\x03\"\x89\x01\n\x06Tensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12.\n\nsparse_csr\x18\x02 \x01(\x0b\x32\x18.tinkerapi.sdk.SparseCsrH\x00\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.tinkerapi.sdk.DType\x12\r\n\x05shape\x18\x04 \x03(\x03\x42\n\n\x08\x65ncoding\"F\n\tSparseCsr\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0c\x63row_indices\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63ol_indices\x18\x03 \x01(\x0c\"k\n\rBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12#\n\x05\x64type\x18\x03 \x01(\x0e\x32\x14.tinkerapi.sdk.DType\x12\x16\n\x0etrailing_shape\x18\x04 \x03(\x03\"\xdd\x01\n\x15\x46orwardBackwardOutput\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12\x33\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32\x1a.tinkerapi.sdk.ArrayRecord\x12\x42\n\x07metrics\x18\x03 \x03(\x0b\x32\x31.tinkerapi.sdk.ForwardBackwardOutput.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb8\x01\n\x0b\x41rrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x36\n\x06\x66ields\x18\x02 \x03(\x0b\x32&.tinkerapi.sdk.ArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aK\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.tinkerapi.sdk.BatchedTensor:\x02\x38\x01\"\x9c\x03\n\x0eSampleResponse\x12\x31\n\tsequences\x18\x01 \x03(\x0b\x32\x1e.tinkerapi.sdk.SampledSequence\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12>\n\x14topk_prompt_logprobs\x18\x03 \x01(\x0b\x32\x1b.tinkerapi.sdk.TopkLogprobsH\x01\x88\x01\x01\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x04 \x01(\x05\x12:\n\x16target_prompt_logprobs\x18\x05 \x01(\x0b\x32\x15.tinkerapi.sdk.TensorH\x02\x88\x01\x01\x12>\n\x11prompt_alt_tokens\x18\x06 \x01(\x0b\x32\x1e.tinkerapi.sdk.PromptAltTokensH\x03\x88\x01\x01\x42\x12\n\x10_prompt_logprobsB\x17\n\x15_topk_prompt_logprobsB\x19\n\x17_target_prompt_logprobsB\x14\n\x12_prompt_alt_tokens\"\xd0\x01\n\x0fSampledSequence\x12.\n\x0bstop_reason\x18\x01 \x01(\x0e\x32\x19.tinkerapi.sdk.StopReason\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x15\n\x08logprobs\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12?\n\x15topk_sampled_logprobs\x18\x04 \x01(\x0b\x32\x1b.tinkerapi.sdk.TopkLogprobsH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x18\n\x16_topk_sampled_logprobs\"N\n\x0cTopkLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\t\n\x01k\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\r\"a\n\x0fPromptAltTokens\x12%\n\x06tokens\x18\x01 \x01(\x0b\x32\x15.tinkerapi.sdk.Tensor\x12\'\n\x08logprobs\x18\x02 \x01(\x0b\x32\x15.tinkerapi.sdk.Tensor*g\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x12\x0f\n\x0b\x44TYPE_INT32\x10\x03\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x04*:\n\nStopReason\x12\x14\n\x10STOP_REASON_STOP\x10\x00\x12\x16\n\x12STOP_REASON_LENGTH\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "tinkerapi.api.sdk.tinker_public_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tinkerapi.api.sdk.tinker_public_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY"]._loaded_options = None
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY"]._serialized_options = b"8\001"
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY"]._loaded_options = None
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY"]._serialized_options = b"8\001"
-    _globals["_DATUM_LOSSFNINPUTSENTRY"]._loaded_options = None
-    _globals["_DATUM_LOSSFNINPUTSENTRY"]._serialized_options = b"8\001"
-    _globals["_FORWARDBACKWARDOUTPUT_METRICSENTRY"]._loaded_options = None
-    _globals["_FORWARDBACKWARDOUTPUT_METRICSENTRY"]._serialized_options = b"8\001"
-    _globals["_ARRAYRECORD_FIELDSENTRY"]._loaded_options = None
-    _globals["_ARRAYRECORD_FIELDSENTRY"]._serialized_options = b"8\001"
-    _globals["_DTYPE"]._serialized_start = 3235
-    _globals["_DTYPE"]._serialized_end = 3338
-    _globals["_STOPREASON"]._serialized_start = 3340
-    _globals["_STOPREASON"]._serialized_end = 3398
-    _globals["_FORWARDBACKWARDREQUEST"]._serialized_start = 57
-    _globals["_FORWARDBACKWARDREQUEST"]._serialized_end = 497
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY"]._serialized_start = 359
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY"]._serialized_end = 410
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY"]._serialized_start = 412
-    _globals["_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY"]._serialized_end = 497
-    _globals["_FORWARDBACKWARDIDS"]._serialized_start = 499
-    _globals["_FORWARDBACKWARDIDS"]._serialized_end = 553
-    _globals["_LOSSCONFIGVALUE"]._serialized_start = 555
-    _globals["_LOSSCONFIGVALUE"]._serialized_end = 615
-    _globals["_DATUM"]._serialized_start = 618
-    _globals["_DATUM"]._serialized_end = 926
-    _globals["_DATUM_LOSSFNINPUTSENTRY"]._serialized_start = 852
-    _globals["_DATUM_LOSSFNINPUTSENTRY"]._serialized_end = 926
-    _globals["_CHUNK"]._serialized_start = 929
-    _globals["_CHUNK"]._serialized_end = 1088
-    _globals["_ENCODEDTEXTCHUNK"]._serialized_start = 1090
-    _globals["_ENCODEDTEXTCHUNK"]._serialized_end = 1124
-    _globals["_IMAGECHUNK"]._serialized_start = 1127
-    _globals["_IMAGECHUNK"]._serialized_end = 1309
-    _globals["_IMAGEDIMENSIONS"]._serialized_start = 1311
-    _globals["_IMAGEDIMENSIONS"]._serialized_end = 1359
-    _globals["_DMELCHUNK"]._serialized_start = 1361
-    _globals["_DMELCHUNK"]._serialized_end = 1386
-    _globals["_PROVENANCESPAN"]._serialized_start = 1389
-    _globals["_PROVENANCESPAN"]._serialized_end = 1541
-    _globals["_PROMPTPROVENANCESPAN"]._serialized_start = 1543
-    _globals["_PROMPTPROVENANCESPAN"]._serialized_end = 1618
-    _globals["_SAMPLEDPROVENANCESPAN"]._serialized_start = 1620
-    _globals["_SAMPLEDPROVENANCESPAN"]._serialized_end = 1696
-    _globals["_TENSOR"]._serialized_start = 1699
-    _globals["_TENSOR"]._serialized_end = 1836
-    _globals["_SPARSECSR"]._serialized_start = 1838
-    _globals["_SPARSECSR"]._serialized_end = 1908
-    _globals["_BATCHEDTENSOR"]._serialized_start = 1910
-    _globals["_BATCHEDTENSOR"]._serialized_end = 2017
-    _globals["_FORWARDBACKWARDOUTPUT"]._serialized_start = 2020
-    _globals["_FORWARDBACKWARDOUTPUT"]._serialized_end = 2241
-    _globals["_FORWARDBACKWARDOUTPUT_METRICSENTRY"]._serialized_start = 2195
-    _globals["_FORWARDBACKWARDOUTPUT_METRICSENTRY"]._serialized_end = 2241
-    _globals["_ARRAYRECORD"]._serialized_start = 2244
-    _globals["_ARRAYRECORD"]._serialized_end = 2428
-    _globals["_ARRAYRECORD_FIELDSENTRY"]._serialized_start = 2353
-    _globals["_ARRAYRECORD_FIELDSENTRY"]._serialized_end = 2428
-    _globals["_SAMPLERESPONSE"]._serialized_start = 2431
-    _globals["_SAMPLERESPONSE"]._serialized_end = 2843
-    _globals["_SAMPLEDSEQUENCE"]._serialized_start = 2846
-    _globals["_SAMPLEDSEQUENCE"]._serialized_end = 3054
-    _globals["_TOPKLOGPROBS"]._serialized_start = 3056
-    _globals["_TOPKLOGPROBS"]._serialized_end = 3134
-    _globals["_PROMPTALTTOKENS"]._serialized_start = 3136
-    _globals["_PROMPTALTTOKENS"]._serialized_end = 3233
+  DESCRIPTOR._loaded_options = None
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._loaded_options = None
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_options = b'8\001'
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._loaded_options = None
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_options = b'8\001'
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._loaded_options = None
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_options = b'8\001'
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._loaded_options = None
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_ARRAYRECORD_FIELDSENTRY']._loaded_options = None
+  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_options = b'8\001'
+  _globals['_DTYPE']._serialized_start=3235
+  _globals['_DTYPE']._serialized_end=3338
+  _globals['_STOPREASON']._serialized_start=3340
+  _globals['_STOPREASON']._serialized_end=3398
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=57
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=497
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_start=359
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_end=410
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_start=412
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_end=497
+  _globals['_FORWARDBACKWARDIDS']._serialized_start=499
+  _globals['_FORWARDBACKWARDIDS']._serialized_end=553
+  _globals['_LOSSCONFIGVALUE']._serialized_start=555
+  _globals['_LOSSCONFIGVALUE']._serialized_end=615
+  _globals['_DATUM']._serialized_start=618
+  _globals['_DATUM']._serialized_end=926
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_start=852
+  _globals['_DATUM_LOSSFNINPUTSENTRY']._serialized_end=926
+  _globals['_CHUNK']._serialized_start=929
+  _globals['_CHUNK']._serialized_end=1088
+  _globals['_ENCODEDTEXTCHUNK']._serialized_start=1090
+  _globals['_ENCODEDTEXTCHUNK']._serialized_end=1124
+  _globals['_IMAGECHUNK']._serialized_start=1127
+  _globals['_IMAGECHUNK']._serialized_end=1309
+  _globals['_IMAGEDIMENSIONS']._serialized_start=1311
+  _globals['_IMAGEDIMENSIONS']._serialized_end=1359
+  _globals['_DMELCHUNK']._serialized_start=1361
+  _globals['_DMELCHUNK']._serialized_end=1386
+  _globals['_PROVENANCESPAN']._serialized_start=1389
+  _globals['_PROVENANCESPAN']._serialized_end=1541
+  _globals['_PROMPTPROVENANCESPAN']._serialized_start=1543
+  _globals['_PROMPTPROVENANCESPAN']._serialized_end=1618
+  _globals['_SAMPLEDPROVENANCESPAN']._serialized_start=1620
+  _globals['_SAMPLEDPROVENANCESPAN']._serialized_end=1696
+  _globals['_TENSOR']._serialized_start=1699
+  _globals['_TENSOR']._serialized_end=1836
+  _globals['_SPARSECSR']._serialized_start=1838
+  _globals['_SPARSECSR']._serialized_end=1908
+  _globals['_BATCHEDTENSOR']._serialized_start=1910
+  _globals['_BATCHEDTENSOR']._serialized_end=2017
+  _globals['_FORWARDBACKWARDOUTPUT']._serialized_start=2020
+  _globals['_FORWARDBACKWARDOUTPUT']._serialized_end=2241
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_start=2195
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_end=2241
+  _globals['_ARRAYRECORD']._serialized_start=2244
+  _globals['_ARRAYRECORD']._serialized_end=2428
+  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_start=2353
+  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_end=2428
+  _globals['_SAMPLERESPONSE']._serialized_start=2431
+  _globals['_SAMPLERESPONSE']._serialized_end=2843
+  _globals['_SAMPLEDSEQUENCE']._serialized_start=2846
+  _globals['_SAMPLEDSEQUENCE']._serialized_end=3054
+  _globals['_TOPKLOGPROBS']._serialized_start=3056
+  _globals['_TOPKLOGPROBS']._serialized_end=3134
+  _globals['_PROMPTALTTOKENS']._serialized_start=3136
+  _globals['_PROMPTALTTOKENS']._serialized_end=3233
 # @@protoc_insertion_point(module_scope)
