@@ -38,8 +38,10 @@ MIN_WINDOW, MAX_WINDOW = 32, 256
 take, within these bounds. So its work does not grow with what waits in a lane."""
 
 # Locks the epoch, so that a claim and a takeover by a new worker come one after the other.
+# And no compiling: Postgres thinks the claim far dearer than it is, and would take longer to
+# compile it than to run it.
 _HOLD = """
-SELECT count(held.id), coalesce(bool_or(held.attempts > 0), false)
+SELECT count(held.id), coalesce(bool_or(held.attempts > 0), false), set_config('jit', 'off', true)
 FROM (
     SELECT id FROM futures_worker
     WHERE id = %(worker_id)s AND state IN ('starting', 'live')
@@ -238,7 +240,7 @@ def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Fut
             held = execute(_HOLD, {"worker_id": worker.pk})
             if not held:
                 raise Fenced
-            [(holding, holding_suspect)] = held
+            [(holding, holding_suspect, _)] = held
             execute("DELETE FROM django_q_ormq WHERE key = %(queue)s", {"queue": worker.queue})
             if holding_suspect:
                 return []
