@@ -257,6 +257,17 @@ def test_a_suspect_is_claimed_alone(
     assert len(claim(worker)) == 2
 
 
+def test_nothing_joins_a_suspect_while_it_runs(submit: SubmitFactory, worker: Worker) -> None:
+    suspicious = submit()
+    suspect(suspicious)
+    [running] = claim(worker)
+    submit()
+
+    assert claim(worker) == []
+    finish(worker, running)
+    assert len(claim(worker)) == 1
+
+
 def test_a_suspect_waits_until_the_worker_holds_nothing(
     submit: SubmitFactory, lane: Lane, worker: Worker
 ) -> None:

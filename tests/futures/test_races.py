@@ -110,6 +110,36 @@ def test_racing_claims_share_no_future_and_keep_the_order(
     assert len({future.pk for future in claimed}) == 27
 
 
+def test_a_claim_waits_for_another_of_its_worker_and_goes_on_after_it(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    for _ in range(4):
+        submit(lane)
+    OrmQ.objects.all().delete()
+    with ThreadPoolExecutor(1) as pool, transaction.atomic():
+        first = claim(worker, 2)
+        claiming = pool.submit(race, partial(claim, worker, 2))
+        wait_until_somebody_waits()
+    [second] = claiming.result()
+
+    assert [future.seq_id for future in [*first, *second]] == [1, 2, 3, 4]
+
+
+def test_a_takeover_waits_for_a_claim_and_gets_back_what_it_took(
+    submit: SubmitFactory, worker: Worker, worker_factory: Callable[..., Worker]
+) -> None:
+    submit()
+    OrmQ.objects.all().delete()
+    kill(worker)
+    with ThreadPoolExecutor(1) as pool, transaction.atomic():
+        claim(worker)
+        starting = pool.submit(race, worker_factory)
+        wait_until_somebody_waits()
+    [successor] = starting.result()
+
+    assert [future.attempts for future in claim(successor)] == [1]
+
+
 def test_cancel_against_claim_has_one_winner(submit: SubmitFactory, worker: Worker) -> None:
     for _ in range(2 * ROUNDS):
         future = submit()
