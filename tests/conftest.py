@@ -92,7 +92,7 @@ class ApiClient:
     def __init__(self, client: Client) -> None:
         self.client = client
 
-    def post(self, path: str, *, headers: dict[str, str] | None = None, **body: object) -> Any:
+    def post(self, path: str, /, headers: dict[str, str] | None = None, **body: object) -> Any:
         return self.client.post(path, body, content_type="application/json", headers=headers)
 
     def get(self, path: str, **headers: str) -> Any:
