@@ -13,6 +13,7 @@ from tests.server import Server, free_port
 from tests.tiny_model import make_tiny_model
 from training.engine.interface import Engine
 
+LOG_CHARACTERS = 4000  # of each log, when a benchmark fails
 DEFAULT_FOLDER = Path("models") / "HuggingFaceTB--SmolLM2-135M-Instruct"
 
 
@@ -32,6 +33,10 @@ def served(model: str, data_dir: Path, folder: Path | None = None) -> Iterator[t
     try:
         server.start()
         yield server, folder or data_dir / DEFAULT_FOLDER
+    except Exception:
+        for log in sorted((data_dir / "logs").glob("*.log")):  # the folder is temporary
+            print(f"--- {log.name}", log.read_text(errors="replace")[-LOG_CHARACTERS:], sep="\n")
+        raise
     finally:
         server.stop()
 
