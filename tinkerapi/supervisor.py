@@ -97,10 +97,10 @@ class Child:
         process.wait()
 
     def last_words(self) -> str:
-        """The last line it has printed since its start, without a traceback's indentation."""
+        """The last line it has printed since its start; of a progress bar, the last state."""
         with self.log.open("rb") as log:
             log.seek(max(self.log_start, self.log.stat().st_size - 4096))
-            lines = log.read().decode(errors="replace").split("\n")
+            lines = log.read().decode(errors="replace").splitlines()  # at \r too
         return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
 
     @staticmethod
