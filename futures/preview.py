@@ -58,7 +58,7 @@ def _lines(name: str, value: Any, *, depth: int) -> Iterator[str]:
         if len(value) > MAX_ITEMS:
             yield f"{indent}  … {len(value) - MAX_ITEMS} more"
     else:
-        yield f"{indent}{name}  {_inline(value)}".rstrip()
+        yield f"{indent}{name}  {_inline(value)}".rstrip() if name else _inline(value)
 
 
 def _holds_structures(value: list[Any]) -> bool:

@@ -223,10 +223,7 @@ def navigation(request: HttpRequest) -> list[Context]:
         {"title": "Access", "items": [item("API keys", "key", "tinkerapi_apikey_changelist")]},
     ]
     if superuser:
-        groups[-1]["items"] += [
-            item("Users", "person", "auth_user_changelist"),
-            item("Groups", "group", "auth_group_changelist"),
-        ]
+        groups[-1]["items"].append(item("Users", "person", "auth_user_changelist"))
         groups.append(
             {
                 "title": "Task queue",
