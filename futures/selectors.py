@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from django.db.models import Count, Q, QuerySet
+from django.db.models import Count, QuerySet
 from django.utils import timezone
 
 from futures.errors import FutureNotFound, FuturePurged
@@ -83,13 +83,10 @@ def live_workers() -> QuerySet[Worker]:
 
 def queue_counts() -> dict[str, dict[str, int]]:
     """Queue to how many futures are pending and running in it; empty queues are absent."""
-    rows = (
-        Future.objects.open()
-        .values("queue")
-        .annotate(
-            pending=Count("pk", filter=Q(state=State.PENDING)),
-            running=Count("pk", filter=Q(state=State.RUNNING)),
-        )
-        .order_by("queue")
-    )
-    return {row["queue"]: {"pending": row["pending"], "running": row["running"]} for row in rows}
+    # One query a state, so that each is answered from its partial index.
+    counts: dict[str, dict[str, int]] = {}
+    for state in (State.PENDING, State.RUNNING):
+        rows = Future.objects.filter(state=state).values_list("queue").annotate(count=Count("*"))
+        for queue, count in rows.order_by("queue"):
+            counts.setdefault(queue, {"pending": 0, "running": 0})[state] = count
+    return counts
