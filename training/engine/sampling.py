@@ -7,9 +7,10 @@ nobody and a busy sampler still lets new jobs in.
 
 A job's tokens depend on its prompt, its weights and (seed, sequence number), and on nothing that
 shares its steps: prompts are prefilled alone, in chunks that depend on the prompt only; a
-decode pass computes every row on its own; random numbers belong to a sequence. In bfloat16 and
-float32 on a CPU the log-probabilities are equal to the bit (float32 needs ``MIN_ROWS``). A GPU's
-matrix kernels are chosen by the number of rows, so there the last bits may differ.
+decode pass computes every row on its own; random numbers belong to a sequence. On a CPU the
+log-probabilities are equal to the bit (``ROWS_MULTIPLE`` and ``kv_cache.ALIGNMENT_TOKENS`` see to
+it; float32 adapters of rank 1 are the exception that was found). A GPU chooses its matrix
+kernels by the number of rows, so there the last bits may differ.
 
 Waiting jobs start in the order of their admission, each when the cache has room for all of it.
 """
@@ -38,10 +39,10 @@ from training.engine.text import ChatText
 from training.engine.token_choice import choose_tokens
 from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult, TrainingError
 
-MIN_ROWS = {torch.float32: 4}
-"""Least rows that a decode pass has for each adapter, by dtype; the rest is padding. The float32
-CPU kernels for one to three rows sum in another order than those for four and more (measured
-with MKL); those for bfloat16 do not."""
+ROWS_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
+"""Each adapter's rows in a decode pass are padded to a multiple of this. CPU matrix kernels take
+rows in such blocks and sum what is left over in another order (measured with MKL and oneDNN, one
+thread and several), so without padding a row's last bits would depend on how many share it."""
 
 LOGITS_ROWS = 64
 """Rows of a prompt whose logits exist at one time, (64, V) float32."""
@@ -79,7 +80,7 @@ class ContinuousSampler(Sampler):
         self._max_sequences = max_sequences
         self._max_tokens_limit = max_tokens_limit
         self._prefill_chunk_tokens = prefill_chunk_tokens
-        self._min_rows = MIN_ROWS.get(base_model.dtype, 1)
+        self._rows_multiple = ROWS_MULTIPLE.get(base_model.dtype, 1)
         self._keys: set[str] = set()
         self._waiting: deque[ActiveRequest] = deque()
         self._prefilling: deque[ActiveRequest] = deque()
@@ -230,7 +231,7 @@ class ContinuousSampler(Sampler):
         for requests in groups.values():
             start = len(rows)
             rows += [(request, s) for request in requests for s in request.unfinished()]
-            rows += [None] * (self._min_rows - (len(rows) - start))
+            rows += [None] * (-(len(rows) - start) % self._rows_multiple)
             segments.append(Segment(start=start, end=len(rows), weights=requests[0].weights))
         attention = DecodeAttention(self._cache, _decode_runs(rows), len(rows))
         device = self._base_model.device
