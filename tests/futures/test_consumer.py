@@ -163,11 +163,13 @@ from futures.consumer import Consumer
 
 def interrupt(queue):
     os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+    assert consumer.stopping.wait(10)
     print("finished the task", queue, flush=True)
 
 import __main__, sys
 sys.modules["program"] = __main__
-Consumer("engine").run()
+consumer = Consumer("engine")
+consumer.run()
 print("stopped", flush=True)
 """
 
