@@ -133,6 +133,7 @@ class EmbeddedPostgres:
     """
 
     name = "postgres"
+    stop_rank = 9  # everybody else writes into it until the end
 
     def __init__(
         self,
@@ -206,16 +207,21 @@ class EmbeddedPostgres:
             return f"was ended by {signal.Signals(-status).name}"
         return f"ended: {self._reason()}"
 
+    def ask_to_stop(self) -> None:
+        """Begin a clean ("fast") shutdown: roll back open transactions, checkpoint, end."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGINT)
+
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Stop the server cleanly, ending open sessions; returns when it is gone.
+        """Stop the server cleanly; returns when it is gone.
 
         Args:
             hurry: Once it says True, skip the checkpoint: the next start recovers.
         """
+        self.ask_to_stop()  # asking twice changes nothing
         process, self.process = self.process, None
-        if process is None or process.poll() is not None:
+        if process is None:
             return
-        process.send_signal(signal.SIGINT)  # "fast": roll back, checkpoint, end
         deadline = time.monotonic() + STOP_SECONDS
         while process.poll() is None and time.monotonic() < deadline and not hurry():
             time.sleep(0.01)

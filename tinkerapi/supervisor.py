@@ -30,6 +30,8 @@ class Part(Protocol):
     """What the supervisor keeps running."""
 
     name: str
+    stop_rank: int
+    """Parts of a lower rank are stopped first, those of one rank together."""
 
     def start(self) -> None:
         """Start it; raises an exception with one sentence if it cannot be."""
@@ -37,8 +39,11 @@ class Part(Protocol):
     def ended(self) -> str | None:
         """None while it runs, otherwise how it ended, as half a sentence."""
 
+    def ask_to_stop(self) -> None:
+        """Tell it to end, and return at once."""
+
     def stop(self, hurry: Callable[[], bool]) -> None:
-        """Ask it to end and wait for that; kill it once ``hurry()`` says so."""
+        """Wait for the end that it was asked for; kill it once ``hurry()`` says so."""
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Child:
     """How long it may take to end before it is killed."""
     parent_death_signal: str
     """What it gets when the supervisor is killed: KILL, or TERM if it has children to stop."""
+    stop_rank: int
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     log_start: int = field(default=0, init=False)
 
@@ -85,11 +91,14 @@ class Child:
         words = self.last_words()
         return f"ended with exit code {status}" + (f": {words}" if words else "")
 
+    def ask_to_stop(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+
     def stop(self, hurry: Callable[[], bool]) -> None:
         process, self.process = self.process, None
         if process is None:
             return
-        process.terminate()
         deadline = time.monotonic() + self.stop_seconds
         while process.poll() is None and time.monotonic() < deadline and not hurry():
             time.sleep(0.02)
@@ -167,9 +176,14 @@ class Supervisor:
                     self._plan_restart(watched, f"did not start: {error}")
 
     def stop(self, hurry: Callable[[], bool]) -> None:
-        """Stop all parts, the last started first."""
-        while self._watched:
-            self._watched.pop().part.stop(hurry)
+        """Stop all parts, rank by rank."""
+        parts, self._watched = [watched.part for watched in self._watched], []
+        for rank in sorted({part.stop_rank for part in parts}):
+            together = [part for part in parts if part.stop_rank == rank]
+            for part in together:
+                part.ask_to_stop()
+            for part in together:
+                part.stop(hurry)
 
     def _plan_restart(self, watched: _Watched, how: str) -> None:
         """Each failure in a row doubles the delay; one steady life forgives them all."""

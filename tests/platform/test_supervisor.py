@@ -30,8 +30,9 @@ class Clock:
 class FakePart:
     """A part that runs until the test says that it ended."""
 
-    def __init__(self, name: str, calls: list[str]) -> None:
+    def __init__(self, name: str, calls: list[str], stop_rank: int = 0) -> None:
         self.name = name
+        self.stop_rank = stop_rank
         self.calls = calls
         self.end: str | None = None
         self.fails_to_start = False
@@ -44,6 +45,9 @@ class FakePart:
 
     def ended(self) -> str | None:
         return self.end
+
+    def ask_to_stop(self) -> None:
+        self.calls.append(f"ask {self.name}")
 
     def stop(self, hurry: Callable[[], bool]) -> None:
         self.calls.append(f"stop {self.name}")
@@ -157,19 +161,28 @@ def test_one_part_in_trouble_does_not_disturb_the_others(
     assert calls.count("stop web") == 0
 
 
-def test_parts_are_stopped_in_reverse_also_the_one_whose_start_failed(
+def test_parts_are_stopped_rank_by_rank_also_one_whose_start_failed(
     supervisor: Supervisor, calls: list[str]
 ) -> None:
-    supervisor.add(FakePart("postgres", calls))
-    supervisor.add(FakePart("worker", calls))
-    web = FakePart("web", calls)
-    web.fails_to_start = True
+    supervisor.add(FakePart("postgres", calls, stop_rank=9))
+    supervisor.add(FakePart("web", calls, stop_rank=0))
+    supervisor.add(FakePart("worker a", calls, stop_rank=1))
+    failing = FakePart("worker b", calls, stop_rank=1)
+    failing.fails_to_start = True
     with pytest.raises(OSError, match="no room"):
-        supervisor.add(web)
+        supervisor.add(failing)
+    calls.clear()
 
     supervisor.stop(lambda: False)
 
-    assert calls[3:] == ["stop web", "stop worker", "stop postgres"]
+    assert calls == [
+        *("ask web", "stop web"),
+        # Together: each may have a batch to finish.
+        *("ask worker a", "ask worker b", "stop worker a", "stop worker b"),
+        *("ask postgres", "stop postgres"),
+    ]
+    supervisor.tick()
+    assert len(calls) == 8, "what was stopped stays stopped"
 
 
 @pytest.fixture
@@ -182,6 +195,7 @@ def child(tmp_path: Path) -> Callable[..., Child]:
             tmp_path / "logs" / "part.log",
             stop_seconds,
             parent_death_signal="KILL",
+            stop_rank=0,
         )
 
     return make
@@ -221,6 +235,7 @@ def test_stopping_asks_first_and_waits(child: Callable[..., Child], tmp_path: Pa
     part.start()
     wait_for(part.last_words)
 
+    part.ask_to_stop()
     part.stop(lambda: False)
 
     assert part.last_words() == "wrote all"
@@ -240,6 +255,7 @@ def test_who_does_not_stop_in_time_is_killed(
     assert part.process is not None
     pid = part.process.pid
 
+    part.ask_to_stop()
     part.stop(lambda: hurry)
 
     assert not is_running(pid)

@@ -180,7 +180,15 @@ class Command(BaseCommand):
         ]
         web = {**environment, "TINKERAPI_ROLE": "web"}
         self.supervisor.add(
-            Child("web", command, web, _log("web"), WEB_STOP_SECONDS, parent_death_signal="TERM")
+            Child(
+                "web",
+                command,
+                web,
+                _log("web"),
+                WEB_STOP_SECONDS,
+                parent_death_signal="TERM",
+                stop_rank=0,  # first: nobody submits to a server that is going down
+            )
         )
 
     def _start_worker(self, base_model: BaseModel, environment: dict[str, str]) -> None:
@@ -194,6 +202,7 @@ class Command(BaseCommand):
                 _log(base_model.queue),
                 WORKER_STOP_SECONDS,
                 parent_death_signal="KILL",  # a batch may be long, and nothing is lost
+                stop_rank=1,
             )
         )
 
