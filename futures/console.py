@@ -66,7 +66,7 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at 
     @cached_property
     def count(self) -> int:
         rows: QuerySet[Any] = self.object_list  # type: ignore[assignment]  # the admin's own
-        return rows.order_by()[:COUNT_LIMIT].count()
+        return rows.order_by().values("pk")[:COUNT_LIMIT].count()
 
 
 class ConsoleList(ChangeList):  # type: ignore[misc]  # unfold has no type information

@@ -193,6 +193,11 @@ def stylesheet(request: HttpRequest) -> str:
     return static("tinkerapi/admin.css")
 
 
+def favicon(request: HttpRequest) -> str:
+    """The address of the icon: a falling loss."""
+    return static("tinkerapi/favicon.svg")
+
+
 def navigation(request: HttpRequest) -> list[Context]:
     """The sidebar: the console first, then who may use it, then the queue's inside."""
     superuser = bool(request.user.is_superuser)

@@ -261,6 +261,9 @@ UNFOLD = {
     "SITE_SYMBOL": "model_training",
     "SITE_URL": "/docs/",
     "SHOW_VIEW_ON_SITE": False,
+    "SITE_FAVICONS": [
+        {"rel": "icon", "type": "image/svg+xml", "href": "tinkerapi.dashboard.favicon"}
+    ],
     "STYLES": ["tinkerapi.dashboard.stylesheet"],
     "DASHBOARD_CALLBACK": "tinkerapi.dashboard.dashboard",
     "SIDEBAR": {"navigation": "tinkerapi.dashboard.navigation"},
