@@ -1,0 +1,111 @@
+"""The ASGI application as the server calls it: large bodies, pages, host names."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from tinkerapi.asgi import application
+from tinkerapi.handlers import ApiHandler
+
+
+class Unread(AssertionError):
+    """The application read a body that it should have refused unread."""
+
+
+def call(
+    path: str, *, method: str = "POST", headers: dict[str, str] | None = None, body: Iterable[bytes]
+) -> tuple[int, dict[str, str], bytes]:
+    """One request through the application; body chunks are only made when they are read."""
+    chunks, sent = iter(body), []
+    names = {"host": "localhost", "content-type": "application/json", **(headers or {})}
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in names.items()],
+        "client": ("127.0.0.1", 50000),
+        "server": ("127.0.0.1", 8000),
+        "scheme": "http",
+    }
+
+    async def run() -> None:
+        over = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            chunk = next(chunks, None)
+            if chunk is None:
+                await over.wait()
+            return {"type": "http.request", "body": chunk, "more_body": chunk != b""}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await application(scope, receive, send)
+
+    asyncio.run(run())
+    answer = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], answer, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def test_a_body_too_large_by_its_length_is_refused_unread(settings):
+    def unread() -> Iterable[bytes]:
+        raise Unread
+        yield b""
+
+    status, headers, body = call(
+        "/fwdbwd", headers={"content-length": str(50 * 2**20)}, body=unread()
+    )
+
+    assert status == 413
+    assert headers["connection"] == "close"
+    assert f"{settings.MAX_BODY_BYTES} bytes" in json.loads(body)["detail"]
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_limit(settings):
+    settings.MAX_BODY_BYTES = 2**20
+    read = 0
+
+    def endless() -> Iterable[bytes]:
+        nonlocal read
+        while True:
+            read += 2**16
+            yield b"x" * 2**16
+
+    status, _, body = call("/fwdbwd", body=endless())
+
+    assert status == 413
+    assert json.loads(body)["error_code"] == "BodyTooLarge"
+    assert read <= 2**20 + 2**16
+
+
+def test_a_body_in_chunks_without_a_length_is_read_whole(transactional_db):
+    status, _, body = call("/retrieve_future", body=[b'{"request', b'_id": 7}', b""])
+
+    assert status == 400
+    assert json.loads(body)["detail"] == "request_id: expected text of 1 to 100 characters; got 7"
+
+
+def test_the_api_goes_round_the_middleware_and_pages_do_not():
+    _, api, _ = call("/healthz", method="GET", body=[b""])
+    _, page, _ = call("/docs/", method="GET", body=[b""])
+
+    assert ApiHandler()._view_middleware == []
+    assert "x-frame-options" not in api
+    assert page["x-frame-options"] == "DENY"
+    assert api["x-content-type-options"] == page["x-content-type-options"] == "nosniff"
+    assert int(api["content-length"]) > 0
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/api/v1/nothing"])
+def test_an_unknown_address_is_json_without_middleware_too(path):
+    status, headers, body = call(path, method="GET", body=[b""])
+
+    assert status == 404
+    assert headers["content-type"] == "application/json"
+    assert json.loads(body)["error_code"] == "NotFound"

@@ -1,0 +1,41 @@
+"""GET /docs/: the Markdown files as pages, and nothing else of the disk."""
+
+from __future__ import annotations
+
+import pytest
+
+from tinkerapi import manual
+
+
+@pytest.fixture
+def docs(tmp_path, monkeypatch):
+    """A manual of one page."""
+    (tmp_path / "first-steps.md").write_text(
+        "# First steps\n\n## Train\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+    )
+    monkeypatch.setattr(manual, "DOCS_DIR", tmp_path)
+    for cached in (manual.titles, manual._rendered):
+        cached.cache_clear()
+    yield
+    for cached in (manual.titles, manual._rendered):
+        cached.cache_clear()
+
+
+def test_the_manual_lists_its_pages_by_title(docs, client):
+    page = client.get("/docs/").content.decode()
+
+    assert '<a href="/docs/first-steps">First steps</a>' in page
+
+
+def test_a_page_is_rendered_with_its_contents_list(docs, client):
+    page = client.get("/docs/first-steps").content.decode()
+
+    assert '<h2 id="train">' in page
+    assert '<a href="#train">Train</a>' in page
+    assert "<table>" in page
+    assert "<pre>" in page
+
+
+@pytest.mark.parametrize("name", ["nothing", "..", "..%2fsettings", "first-steps.md"])
+def test_other_names_are_a_404(docs, client, name):
+    assert client.get(f"/docs/{name}").status_code == 404

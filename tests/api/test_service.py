@@ -1,0 +1,140 @@
+"""The server's own endpoints: what it is, whether it is well, what it can do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from django.db import OperationalError
+from django.urls import get_resolver
+
+from futures.workers import worker_live
+from tinkerapi.api.views import service
+from training.selectors import loss_functions
+
+
+def test_the_index_lists_every_endpoint_by_group(api):
+    body = api.get("/").json()
+
+    listed = [entry["path"] for group in body["endpoints"].values() for entry in group]
+    routes = {f"/{pattern.pattern}" for pattern in get_resolver("tinkerapi.api.urls").url_patterns}
+    assert body["name"] == "tinkerapi"
+    assert body["version"]
+    assert body["docs"] == "/docs/"
+    assert set(listed) == routes - {"/api/schema", "/api/docs"}
+    assert list(body["endpoints"]) == [
+        "Server",
+        "Training",
+        "Models",
+        "Sampling",
+        "Weights",
+        "Futures",
+    ]
+
+
+def test_every_endpoint_has_a_summary_and_a_method(api):
+    for group in api.get("/").json()["endpoints"].values():
+        for entry in group:
+            assert entry["method"] in ("GET", "POST", "DELETE")
+            assert len(entry["summary"]) > 10
+
+
+def test_health_needs_no_database(client, monkeypatch):
+    # Without the db fixture pytest-django refuses every query.
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_ready_says_what_is_missing(api):
+    answer = api.get("/readyz")
+
+    assert answer.status_code == 503
+    assert answer["Retry-After"]
+    [missing] = answer.json()["missing"]
+    assert missing.endswith(": No worker serves this queue at the moment.")
+
+
+def test_ready_is_200_with_a_live_worker(api, work):
+    worker_live(work.worker, figures={})
+
+    answer = api.get("/readyz")
+
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "ready", "missing": []}
+
+
+def test_ready_says_that_the_database_is_gone(api, monkeypatch):
+    def gone(_):
+        raise OperationalError
+
+    monkeypatch.setattr(service, "queue_state", gone)
+
+    assert api.get("/readyz").json()["missing"] == ["the database does not answer"]
+
+
+def test_capabilities_name_the_base_models_and_the_limits(api, settings):
+    body = api.get("/get_server_capabilities").json()
+
+    assert body["supported_models"][0]["model_name"] == settings.BASE_MODELS[0]
+    assert body["limits"]["max_lora_rank"] == settings.MAX_LORA_RANK
+
+
+def test_loss_functions_are_listed_with_inputs_and_defaults(api):
+    body = api.get("/list_loss_functions").json()
+
+    assert set(body["loss_functions"]) == set(loss_functions())
+    ppo = body["loss_functions"]["ppo"]
+    assert ppo["inputs"] == ["target_tokens", "logprobs", "advantages"]
+    assert ppo["config"] == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+
+
+@pytest.fixture
+def openapi(client) -> dict:
+    return json.loads(client.get("/api/schema", {"format": "json"}).content)
+
+
+def test_the_schema_describes_every_endpoint(openapi):
+    described = set(openapi["paths"])
+
+    listed = {entry["path"] for group in service.endpoints().values() for entry in group}
+    assert described == {path.replace("<str:model_id>", "{model_id}") for path in listed}
+
+
+def test_every_operation_has_an_id_of_its_own_answers_and_an_error_shape(openapi):
+    operations = [
+        operation for methods in openapi["paths"].values() for operation in methods.values()
+    ]
+    ids = [operation["operationId"] for operation in operations]
+
+    assert len(ids) == len(set(ids))
+    for operation in operations:
+        assert operation["summary"]
+        assert "200" in operation["responses"]
+    for path, methods in openapi["paths"].items():
+        if "post" in methods:
+            error = methods["post"]["responses"]["400"]["content"]["application/json"]["schema"]
+            assert error == {"$ref": "#/components/schemas/Error"}, path
+
+
+def test_the_examples_of_the_schema_work_as_they_stand(openapi, api, work):
+    api.post("/add_lora", model_id="my_model")
+    api.post("/save_weights", model_id="my_model", name="first")
+    work()
+    tried = 0
+    for path, methods in openapi["paths"].items():
+        body = methods.get("post", {}).get("requestBody")
+        if body is None or "async" not in path or "remove" in path or "save_weights_async" in path:
+            continue
+        example = body["content"]["application/json"]["example"]
+        if "add_lora" in path:
+            example = {**example, "model_id": "another"}
+        assert api.post(path, **example).status_code == 200, (path, example)
+        tried += 1
+    assert tried >= 5
+
+
+def test_the_page_to_try_the_api_loads_nothing_from_elsewhere(client):
+    page = client.get("/api/docs").content.decode()
+
+    assert "/static/drf_spectacular_sidecar/" in page
+    assert "//cdn" not in page
+    assert "https://" not in page
