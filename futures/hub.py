@@ -64,6 +64,7 @@ class Hub:
             self._listening = None
 
     async def _listen(self) -> None:
+        lost = False
         while True:
             try:
                 async with await psycopg.AsyncConnection.connect(
@@ -72,11 +73,14 @@ class Hub:
                     await connection.execute(
                         sql.SQL("LISTEN {}").format(sql.Identifier(FINISHED_CHANNEL))
                     )
+                    lost = False
                     self._wake(list(self._waiting))
                     async for notification in connection.notifies():
                         self._wake(notification.payload.split())
             except psycopg.Error as error:
-                logger.warning("Waiting for futures: Postgres does not answer (%s)", error)
+                if not lost:  # once for each outage
+                    logger.warning("Postgres does not answer; trying again (%s)", error)
+                lost = True
             await asyncio.sleep(_RECONNECT_SECONDS)
 
     def _wake(self, request_ids: list[str]) -> None:
