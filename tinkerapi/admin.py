@@ -17,6 +17,7 @@ from django.db.models import Model, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.utils import timezone
+from django.utils.html import format_html_join
 from django.utils.safestring import SafeString
 from django_q.admin import FailAdmin, QueueAdmin, ScheduleAdmin, TaskAdmin
 from django_q.models import Failure, OrmQ, Schedule, Success
@@ -31,10 +32,21 @@ from unfold.forms import (
 from unfold.widgets import UnfoldAdminIntegerFieldWidget, UnfoldAdminSelectWidget
 from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
-from futures.console import ConsoleAdmin, link, moment, page_url, redirect, state_label, verb
+from futures.console import (
+    ConsoleAdmin,
+    link,
+    list_link,
+    moment,
+    page_url,
+    redirect,
+    state_label,
+    verb,
+)
 from futures.filters import MomentFilter
+from futures.models import Future
 from tinkerapi.models import ApiKey
 from tinkerapi.services import api_key_create, api_key_revoke
+from training.models import Checkpoint, Run
 
 MAX_EXPIRY_DAYS = 3650
 
@@ -222,10 +234,22 @@ class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # n
         ("Person", {"fields": ("first_name", "last_name", "email")}),
         ("Access", {"fields": ("is_active", "is_staff", "is_superuser")}),
         ("Dates", {"fields": ("last_login", "date_joined")}),
+        ("Theirs", {"fields": ("owned",)}),
     )
-    readonly_fields = ("last_login", "date_joined")
+    readonly_fields = ("last_login", "date_joined", "owned")
     list_display = ("username", "email", "is_active", "is_staff", "is_superuser", "last_login")
     list_filter = ("is_active", "is_staff", "is_superuser")
+
+    @admin.display(description="Lists")
+    def owned(self, user: User) -> SafeString:
+        """Links to what this person has."""
+        lists = (
+            list_link(Run, "runs", owner__id__exact=user.pk),
+            list_link(Future, "futures", owner__id__exact=user.pk),
+            list_link(Checkpoint, "checkpoints", run__owner__id__exact=user.pk),
+            list_link(ApiKey, "API keys", user__id__exact=user.pk),
+        )
+        return format_html_join(", ", "{}", ((item,) for item in lists))
 
 
 @admin.register(Schedule)

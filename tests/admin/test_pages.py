@@ -269,3 +269,16 @@ def test_a_list_cannot_be_asked_about_hashes_of_keys(
 ) -> None:
     answer = console.get(list_page(ApiKey), {"key_hash__startswith": "a"})
     assert answer.status_code == 400
+
+
+def test_the_page_of_a_person_leads_to_what_is_theirs(
+    console: Client, trained: Callable[..., SimpleNamespace], user_factory: Callable[..., User]
+) -> None:
+    mine, _ = trained(user_factory()), trained(user_factory())
+    html = console.get(page(mine.run.owner)).content.decode()
+    expected = {Run: [mine.run], Checkpoint: [mine.checkpoint], ApiKey: [mine.api_key]}
+    for model, rows in expected.items():
+        href = re.search(rf'href="({list_page(model)}\?[^"]+)"', html)
+        assert href is not None
+        found = console.get(href[1].replace("&amp;", "&")).context["cl"].result_list
+        assert list(found) == rows

@@ -26,7 +26,7 @@ from futures.console import (
 )
 from futures.errors import FutureError
 from futures.filters import MomentFilter
-from futures.models import Future
+from futures.models import Future, Worker
 from futures.preview import value_preview
 from training.errors import TrainingError
 from training.models import Checkpoint, Snapshot
@@ -156,7 +156,7 @@ class SnapshotAdmin(ConsoleAdmin):
             {
                 "fields": (
                     ("run_link", "seq_id"),
-                    ("step", "epoch"),
+                    ("step", "worker"),
                     ("size", "write_time"),
                     "created",
                     "directory",
@@ -176,6 +176,10 @@ class SnapshotAdmin(ConsoleAdmin):
     @admin.display(description="Size", ordering="size_bytes")
     def size(self, snapshot: Snapshot) -> str:
         return filesizeformat(snapshot.size_bytes)
+
+    @admin.display(description="Written by")
+    def worker(self, snapshot: Snapshot) -> SafeString | None:
+        return link(Worker.objects.filter(pk=snapshot.epoch).first())
 
     @admin.display(description="Written in")
     def write_time(self, snapshot: Snapshot) -> str | None:
