@@ -8,7 +8,7 @@ import msgpack
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -34,11 +34,16 @@ dtypes = (
 )
 
 
+few = settings(max_examples=30, deadline=None)
+
+
+@few
 @given(values)
 def test_plain_values_come_back_equal(value: Any) -> None:
     assert decode(encode(value)) == value
 
 
+@few
 @given(arrays.arrays(dtypes, arrays.array_shapes(min_dims=0, min_side=0)))
 def test_arrays_come_back_bit_by_bit_and_read_only(array: np.ndarray[Any, Any]) -> None:
     decoded = decode(encode({"array": array}))["array"]
@@ -57,6 +62,7 @@ def test_a_transposed_and_strided_array_keeps_its_elements() -> None:
     np.testing.assert_array_equal(decode(encode(array)), array)
 
 
+@few
 @given(st.dictionaries(st.text("abc"), values))
 def test_the_digest_does_not_depend_on_key_order(value: dict[str, Any]) -> None:
     backwards = dict(reversed(value.items()))
