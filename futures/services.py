@@ -81,9 +81,13 @@ class _NotInserted(Exception):
     """A unique constraint already holds this request; the transaction is to be undone."""
 
 
-def lane_create(*, lane_id: str, owner_id: int, queue: str, ordered: bool = True) -> Lane:
-    """Make a lane; its first seq id is 1. Raises IntegrityError when the id is taken."""
-    return Lane.objects.create(id=lane_id, owner_id=owner_id, queue=queue, ordered=ordered)
+def lane_create(
+    *, lane_id: str, owner_id: int, queue: str, ordered: bool = True, first_seq_id: int = 1
+) -> Lane:
+    """Make a lane that begins at ``first_seq_id``. Raises IntegrityError when the id is taken."""
+    return Lane.objects.create(
+        id=lane_id, owner_id=owner_id, queue=queue, ordered=ordered, next_seq_id=first_seq_id
+    )
 
 
 def future_submit(

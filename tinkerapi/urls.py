@@ -10,6 +10,7 @@ urlpatterns = [
     path("docs/", manual.index, name="docs"),
     path("docs/<slug:name>", manual.page, name="docs-page"),
     path("", include("tinkerapi.api.urls")),
+    path("api/v1/", include("tinkerapi.api.sdk.urls")),
 ]
 
 handler400 = "tinkerapi.api.errors.bad_request"

@@ -26,6 +26,14 @@ class LimitExceeded(InvalidRequest):
     """The request is larger than this server allows."""
 
 
+class SessionNotFound(TrainingError):
+    """No session of this id exists."""
+
+
+class SessionFinished(InvalidRequest):
+    """The session was finished, so nothing more can be asked in it."""
+
+
 class RunNotFound(TrainingError):
     """No model of this name exists."""
 

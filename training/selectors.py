@@ -10,11 +10,43 @@ from django.utils import timezone
 
 from futures.models import Future
 from futures.transitions import State
-from training.errors import CheckpointNotFound, RunLost, RunNotFound
+from training.errors import (
+    CheckpointNotFound,
+    InvalidRequest,
+    RunLost,
+    RunNotFound,
+    SessionNotFound,
+)
 from training.kinds import LOGGED
 from training.loss_fns import LOSS_FNS
-from training.models import Checkpoint, Run, Snapshot
+from training.models import Checkpoint, CustomLoss, Run, Session, Snapshot
 from training.paths import TinkerPath
+
+
+def session_get(*, owner_id: int, session_id: str) -> Session:
+    """The owner's session.
+
+    Raises:
+        SessionNotFound: There is none; another owner's session answers the same. (404)
+    """
+    session = Session.objects.filter(owner_id=owner_id, id=session_id).first()
+    if session is None:
+        raise SessionNotFound(f"session_id: no session {session_id[:64]!r}")
+    return session
+
+
+def custom_loss_get(*, session_id: str | None, loss_id: str) -> CustomLoss:
+    """The loss that was uploaded in this session under this id.
+
+    Raises:
+        InvalidRequest: There is none; another session's loss answers the same. (400)
+    """
+    prefix, _, seq_id = loss_id.rpartition(":loss:")
+    if session_id is not None and prefix == session_id and seq_id.isdecimal():
+        found = CustomLoss.objects.filter(session_id=session_id, seq_id=int(seq_id)).first()
+        if found is not None:
+            return found
+    raise InvalidRequest(f"loss_id: this session has no custom loss {loss_id[:120]!r}")
 
 
 def run_list(*, owner_id: int) -> QuerySet[Run]:
@@ -28,7 +60,8 @@ def run_get(*, owner_id: int, model_id: str) -> Run:
     Raises:
         RunNotFound: There is none; another owner's run answers the same. (404)
     """
-    run = Run.objects.owned_by(owner_id).live().filter(name=model_id).first()
+    live = Run.objects.owned_by(owner_id).live().select_related("session")
+    run = live.filter(name=model_id).first()
     if run is None:
         raise RunNotFound(f"model_id: no model named {model_id!r}")
     return run
@@ -54,11 +87,11 @@ def run_find(identifier: str, *, owner: str | None = None) -> Run:
     return runs[0]
 
 
-def run_log(run: Run, *, after_seq_id: int = 0) -> list[Future]:
+def run_log(run: Run, *, after_seq_id: int = -1) -> list[Future]:
     """The requests that made the run what it is, in order, payloads included.
 
     Args:
-        after_seq_id: Leaves out what a snapshot holds already.
+        after_seq_id: Leaves out what a snapshot holds already; seq ids begin at 0.
 
     Raises:
         RunLost: A part of the log was pruned.
@@ -117,7 +150,7 @@ def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
     )
     return futures.annotate(
         live_run_id=Subquery(live.values("id")[:1]),
-        covered_seq_id=Coalesce(Subquery(covered), 0),
+        covered_seq_id=Coalesce(Subquery(covered), -1),
     ).filter(Q(live_run_id__isnull=True) | Q(seq_id__lte=F("covered_seq_id")))
 
 

@@ -32,6 +32,8 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.InvalidRequest: 400,
     training_errors.InvalidDatum: 400,
     training_errors.LimitExceeded: 400,
+    training_errors.SessionNotFound: 404,
+    training_errors.SessionFinished: 400,
     training_errors.RunNotFound: 404,
     training_errors.RunExists: 409,
     training_errors.CheckpointNotFound: 404,

@@ -130,6 +130,23 @@ def run_compare_submit(*, run: Run, other: Run) -> Future:
     return submit_in_lane(run, Kind.COMPARE_RUNS, {"other": other.id}).future
 
 
+def adapter_limit_check(owner_id: int) -> None:
+    """Refuse one model more than a user may have; inside the transaction that makes it.
+
+    Models of SDK sessions that ended do not count: nothing can be asked of them any more.
+
+    Raises:
+        LimitExceeded: (400)
+    """
+    # One creation at a time per owner, so that the count below cannot be overtaken.
+    get_user_model().objects.select_for_update(no_key=True).get(pk=owner_id)
+    live = Run.objects.owned_by(owner_id).live().exclude(session__finished_at__isnull=False)
+    if live.count() >= settings.MAX_ADAPTERS:
+        raise LimitExceeded(
+            f"you have {settings.MAX_ADAPTERS} models, as many as this server allows; remove one"
+        )
+
+
 def run_lora_config(run: Run) -> LoraConfig:
     """The shape of a run's adapter."""
     modules = run.target_modules
@@ -153,12 +170,7 @@ def _run_create(
 ) -> Run | None:
     """A run and its lane, or None if the name is taken; the database decides who was first."""
     served = base_model_get(base_model)
-    # One creation at a time per owner, so that the count below cannot be overtaken.
-    get_user_model().objects.select_for_update(no_key=True).get(pk=owner_id)
-    if Run.objects.owned_by(owner_id).live().count() >= settings.MAX_ADAPTERS:
-        raise LimitExceeded(
-            f"you have {settings.MAX_ADAPTERS} models, as many as this server allows; remove one"
-        )
+    adapter_limit_check(owner_id)
     try:
         with transaction.atomic():
             run = Run.objects.create(

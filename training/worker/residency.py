@@ -40,8 +40,8 @@ WRITE_COST_FACTOR = 10  # snapshots may take a tenth of the time at most
 class _Resident:
     """What the worker knows of one adapter in memory."""
 
-    snapshot_seq_id: int = 0
-    """Last request that the newest snapshot holds; 0 without one."""
+    snapshot_seq_id: int = -1
+    """Last request that the newest snapshot holds; -1 without one."""
     debt_seconds: float = 0.0
     """Work since then, which a crash would repeat."""
     write_seconds: float = 0.0

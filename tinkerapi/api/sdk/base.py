@@ -1,0 +1,178 @@
+"""What all views of the tinker SDK's dialect share: bodies, errors, and refused numbers.
+
+Bodies are JSON or protobuf, plain or in zstd. Answers are never negotiated. The SDK sends 409
+and 5xx again for minutes, so what cannot change is 422 or another 4xx. And it never sends a
+number again that was refused: a request that names its model and its seq id becomes a future
+that has failed, and its number is used up (``NumberedView``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from django.conf import settings
+from django.core.exceptions import RequestDataTooBig
+from django.http import HttpResponse
+from rest_framework.exceptions import APIException, ParseError
+from rest_framework.request import Request
+
+from futures.errors import PayloadTooLarge
+from futures.models import Future
+from futures.services import Refusal
+from futures.transitions import Category
+from tinkerapi.api.async_view import AsyncAPIView
+from tinkerapi.api.dialect import PROTOBUF
+from tinkerapi.api.errors import BodyTooLarge
+from tinkerapi.api.fields import Field, check_object
+from tinkerapi.api.parsers import parse_json, too_large_sentence
+from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.sdk.calls import check_ids
+from tinkerapi.api.sdk.compression import decompress_body
+from tinkerapi.api.views.base import owner_of
+from training.errors import InvalidRequest, RunNotFound, TrainingError
+from training.services.sessions import refused_submit
+
+_NO_RETRY = {HTTPStatus.CONFLICT: HTTPStatus.UNPROCESSABLE_ENTITY}
+"""Statuses that the SDK would repeat, and what it takes for final instead."""
+
+
+class SdkView(AsyncAPIView):
+    """A view of the SDK's dialect; it is not in the OpenAPI description."""
+
+    schema = None
+
+    fields: ClassVar[Mapping[str, Field]] = {}
+    """The JSON body's fields; ``type``, which repeats the path, may always stand beside them."""
+
+    def handle_exception(self, exc: Exception) -> HttpResponse:
+        response: HttpResponse = super().handle_exception(exc)  # type: ignore[assignment]
+        response.status_code = _NO_RETRY.get(HTTPStatus(response.status_code), response.status_code)
+        return response
+
+    def raw_body(self, request: Request) -> bytes:
+        """The request's body, decompressed.
+
+        Raises:
+            BodyTooLarge, PayloadTooLarge: (413)
+            InvalidRequest: Compressed in another way than zstd. (400)
+        """
+        try:
+            body = request._request.body
+        except RequestDataTooBig:
+            raise BodyTooLarge(too_large_sentence()) from None
+        encoding = request.headers.get("Content-Encoding")
+        return decompress_body(body, encoding, max_bytes=settings.MAX_BODY_BYTES)
+
+    def json_body(self, request: Request) -> dict[str, Any]:
+        """The body as a dictionary; no body at all is an empty one.
+
+        Raises:
+            ParseError: Not JSON, or no object. (400)
+        """
+        return json_fields(self.raw_body(request))
+
+    def checked_body(self, request: Request) -> dict[str, Any]:
+        """Every declared field's value or default; null is as good as absent.
+
+        Raises:
+            InvalidRequest: A field is missing, wrong, or unknown and not null. (400)
+        """
+        return check_fields(self.fields, self.json_body(request))
+
+
+class NumberedView(SdkView):
+    """A request that has its place in a model's order."""
+
+    def post(self, request: Request) -> HttpResponse:
+        body = self.raw_body(request)
+        is_protobuf = request.content_type == PROTOBUF
+        owner_id = owner_of(request)
+        model_id, seq_id = self.ids(body, is_protobuf=is_protobuf)
+        try:
+            future = self.submit(
+                body,
+                is_protobuf=is_protobuf,
+                owner_id=owner_id,
+                model_id=model_id,
+                seq_id=seq_id,
+            )
+        except RunNotFound:
+            raise  # there is no order in which the number could be used up
+        except (TrainingError, PayloadTooLarge, APIException) as error:
+            future = refused_submit(
+                owner_id=owner_id,
+                model_id=model_id,
+                seq_id=seq_id,
+                body_digest=hashlib.sha256(body).hexdigest(),
+                refusal=Refusal(
+                    error=str(error),
+                    category=Category(getattr(error, "category", Category.USER)),
+                    error_code=type(error).__name__,
+                ),
+            )
+        return JSONResponse({"request_id": future.id, "model_id": model_id})
+
+    def ids(self, body: bytes, *, is_protobuf: bool) -> tuple[str, int]:
+        """Model id and seq id, whatever else may be wrong.
+
+        Raises:
+            InvalidRequest: Not even these two can be read. (400)
+        """
+        fields = json_fields(body)
+        return check_ids(fields.get("model_id"), fields.get("seq_id"))
+
+    @abstractmethod
+    def submit(
+        self, body: bytes, *, is_protobuf: bool, owner_id: int, model_id: str, seq_id: int
+    ) -> Future:
+        """Parse the body and call the one service that this operation is."""
+
+
+class NumberedJSONView(NumberedView):
+    """A numbered request whose body is JSON."""
+
+    def submit(
+        self, body: bytes, *, is_protobuf: bool, owner_id: int, model_id: str, seq_id: int
+    ) -> Future:
+        if is_protobuf:
+            raise InvalidRequest("body: expected JSON; got protobuf")
+        given = json_fields(body)
+        del given["model_id"], given["seq_id"]
+        checked = check_fields(self.fields, given)
+        return self.submit_fields(checked, owner_id=owner_id, model_id=model_id, seq_id=seq_id)
+
+    @abstractmethod
+    def submit_fields(
+        self, body: dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
+    ) -> Future:
+        """Call the one service that this operation is with the checked body, ids apart."""
+
+
+def json_fields(body: bytes) -> dict[str, Any]:
+    """A JSON object without its nulls; an empty body is an empty one.
+
+    Raises:
+        ParseError: (400)
+    """
+    value = parse_json(body)
+    if not isinstance(value, dict):
+        raise ParseError("The body must be a JSON object.")
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def check_fields(fields: Mapping[str, Field], given: dict[str, Any]) -> dict[str, Any]:
+    """Every declared field's value or default.
+
+    Raises:
+        InvalidRequest: A field is missing, wrong or unknown. (400)
+    """
+    return check_object(fields, {k: v for k, v in given.items() if k != "type"})
+
+
+def empty_response() -> HttpResponse:
+    """204: done, and there is nothing to say."""
+    return HttpResponse(status=HTTPStatus.NO_CONTENT)
