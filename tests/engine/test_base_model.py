@@ -1,0 +1,102 @@
+"""Which models can be served, and that a model which would be computed wrongly is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from tests.tiny_model import VOCAB_SIZE, make_tokenizer
+from training.engine.attention import SequenceAttention
+from training.engine.base_model import load_base_model
+from training.engine.packed import PackedContext, uniform_segments
+from training.errors import BaseModelNotFound
+
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+
+
+def save(config, folder):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Qwen2Config(**SHAPE), Qwen3Config(**SHAPE), Phi3Config(**SHAPE)],
+    ids=lambda config: config.model_type,
+)
+def test_packed_sequences_of_other_architectures_are_each_alone(config, tmp_path):
+    folder = save(config, tmp_path)
+    base_model = load_base_model(folder, dtype="float32", device="cpu")
+    stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    lengths = [9, 5, 5, 1]
+    tokens = torch.randint(0, VOCAB_SIZE, (sum(lengths),), generator=torch.Generator())
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    segments = uniform_segments(len(tokens), None)
+    context = PackedContext(segments=segments, attention=SequenceAttention(lengths))
+    with torch.no_grad():
+        hidden = base_model.hidden_states(tokens, positions, context)
+        logits = base_model.logits(hidden, segments)
+        for ours, row in zip(logits.split(lengths), tokens.split(lengths), strict=True):
+            torch.testing.assert_close(ours, stock(row[None]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GraniteConfig(**SHAPE, logits_scaling=8.0), Gemma2Config(**SHAPE)],
+    ids=["scaled logits", "capped attention and logits"],
+)
+def test_a_model_with_a_part_we_do_not_compute_is_refused(config, tmp_path):
+    folder = save(config, tmp_path)
+    with pytest.raises(BaseModelNotFound, match="cannot be served"):
+        load_base_model(folder, dtype="float32", device="cpu")
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path):
+    folder = save(MistralConfig(**SHAPE, sliding_window=24), tmp_path)
+    base_model = load_base_model(folder, dtype="float32", device="cpu")
+    assert base_model.info.max_context_tokens == 24
+
+
+def test_a_folder_that_is_no_model_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(BaseModelNotFound, match=r"There is no model folder at .*/nowhere\."):
+        load_base_model(str(tmp_path / "nowhere"))
+    with pytest.raises(BaseModelNotFound, match=r"it has no config\.json"):
+        load_base_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BaseModelNotFound, match="No model can be read from"):
+        load_base_model(str(tmp_path))
+
+
+def test_a_model_says_what_it_is(tied_base_model, untied_base_model, tied_folder):
+    info = tied_base_model.info
+    assert info.name == str(tied_folder)
+    assert (info.vocab_size, info.max_context_tokens) == (VOCAB_SIZE, 512)
+    assert (info.device, info.dtype) == ("cpu", "float32")
+    head = VOCAB_SIZE * 16
+    assert untied_base_model.info.num_parameters == info.num_parameters + head
+    assert tied_base_model.end_token_ids == (2,)
