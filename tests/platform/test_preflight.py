@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,9 @@ def test_a_data_folder_has_one_server_and_says_which(tmp_path: Path) -> None:
 
 
 def test_a_clean_end_leaves_no_trace_and_a_killed_server_does(tmp_path: Path) -> None:
-    with lock_data_folder(tmp_path, SERVER) as killed:
+    with suppress(KeyboardInterrupt), lock_data_folder(tmp_path, SERVER) as killed:
         assert killed is None
+        raise KeyboardInterrupt
     with lock_data_folder(tmp_path, SERVER) as killed:
         assert killed is None
         as_it_was_killed = (tmp_path / "up.lock").read_bytes()

@@ -77,6 +77,8 @@ class Command(BaseCommand):
             self.say("stopped")
         except (PreflightError, PostgresError, SchemaError) as error:
             raise CommandError(str(error)) from error
+        except OSError as error:  # a disk that has filled up meanwhile
+            raise CommandError(f"the server cannot go on: {error}") from error
 
     def say(self, line: str) -> None:
         self.stdout.write(line)

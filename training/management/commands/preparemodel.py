@@ -40,7 +40,11 @@ class Command(BaseCommand):
     def _download(self, base_model: BaseModel) -> None:
         """Fetch config, tokenizer and safetensors from the hub; whole or absent."""
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         partial = base_model.folder.with_name(f".{base_model.folder.name}.partial")
         self._say(f"Downloading {base_model.name}", 0.0)
@@ -50,7 +54,7 @@ class Command(BaseCommand):
                 local_dir=partial,  # kept when interrupted: the next call goes on from there
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             )
-        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CommandError(
                 f"{base_model.name} could not be downloaded: {reason}; "
