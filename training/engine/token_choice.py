@@ -18,12 +18,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from training.errors import InvalidRequest
 from training.types import SamplingParams
 
 NUCLEUS_CANDIDATES = 1024
 """How many of the likeliest tokens are looked at first for top-p; sorting all takes far longer."""
+
+BLOCK_TOKENS = 256
+"""How many tokens are summed at once on the way to the one that is drawn."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,28 @@ def _is_cut(params: SamplingParams) -> bool:
 
 
 def _invert(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens (n,) at which the cumulative probability passes ``uniforms`` (n,) of its total."""
-    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)  # (n, V)
+    """Tokens (n,) at which the cumulative probability passes ``uniforms`` (n,) of its total.
+
+    Found in two strides, the block of tokens and then the token in it, since summing a whole
+    vocabulary one by one takes longer than the model's output head.
+    """
+    num_rows, vocab_size = logprobs.shape
+    blocks = pad(logprobs.exp(), (0, -vocab_size % BLOCK_TOKENS)).view(num_rows, -1, BLOCK_TOKENS)
+    # (n, V / block): each block's share, and the sum of it and those before.
+    shares = blocks.sum(dim=-1, dtype=torch.float64)
+    cumulative = shares.cumsum(dim=-1)
     # NaN would send the search anywhere; such a row's token is thrown away, but must exist.
-    targets = (uniforms * cumulative[:, -1]).nan_to_num_(0.0)
-    found = torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
-    return found.clamp_(max=logprobs.shape[1] - 1)
+    targets = (uniforms * cumulative[:, -1]).nan_to_num_(0.0)[:, None]  # (n, 1)
+    block = _search(cumulative, targets)  # (n, 1)
+    before = cumulative.gather(1, block) - shares.gather(1, block)
+    chosen_blocks = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK_TOKENS))[:, 0]
+    place = _search(chosen_blocks.cumsum(dim=-1, dtype=torch.float64), targets - before)
+    return (block * BLOCK_TOKENS + place)[:, 0].clamp_(max=vocab_size - 1)
+
+
+def _search(cumulative: Tensor, targets: Tensor) -> Tensor:
+    """The first place (n, 1) of each row that is above its target."""
+    return torch.searchsorted(cumulative, targets, right=True).clamp_(max=cumulative.shape[1] - 1)
 
 
 def _choose_from_cut(logprobs: Tensor, params: SamplingParams, uniform: float) -> Tensor:
