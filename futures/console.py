@@ -8,25 +8,16 @@ Lists stay cheap on a table of millions: no full count, no sorting but by an ind
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
-from urllib.parse import urlencode
 
 from django.contrib import messages
 from django.contrib.admin import ShowFacets
-from django.contrib.admin.utils import quote, unquote
+from django.contrib.admin.utils import unquote
 from django.core.paginator import Paginator
 from django.db.models import Model, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
-from django.template.loader import render_to_string
-from django.urls import reverse
-from django.utils import timezone
 from django.utils.functional import cached_property
-from django.utils.html import format_html
-from django.utils.safestring import SafeString
 from unfold.admin import ModelAdmin
 from unfold.decorators import action
 from unfold.enums import ActionVariant
@@ -40,24 +31,6 @@ Method = TypeVar("Method", bound=Callable[..., HttpResponse])
 
 COUNT_LIMIT = 10_000
 """Rows that a list counts and pages through; what lies behind is found by search and filters."""
-
-STATE_VARIANTS = {
-    "pending": "info",
-    "starting": "info",
-    "creating": "info",
-    "running": "warning",
-    "ready": "success",
-    "live": "success",
-    "active": "success",
-    "failed": "danger",
-    "lost": "danger",
-    "silent": "danger",
-    "revoked": "danger",
-}
-"""State to the colour of its label; all other states are grey."""
-
-
-UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at run time
@@ -112,6 +85,16 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
             for item in filters
             if request.user.is_superuser
             or not (isinstance(item, tuple) and item[0] == self.owner_path)
+        ]
+
+    def get_fieldsets(self, request: HttpRequest, obj: Model | None = None) -> Any:
+        """Without the owner for whom it is only themselves, and whose page they may not open."""
+        fieldsets = super().get_fieldsets(request, obj)
+        if request.user.is_superuser:
+            return fieldsets
+        return [
+            (name, {**options, "fields": [_without_owner(line) for line in options["fields"]]})
+            for name, options in fieldsets
         ]
 
     def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
@@ -201,122 +184,6 @@ def redirect(request: HttpRequest, url: str) -> HttpResponse:
     return HttpResponseRedirect(url)
 
 
-def page_url(row: Model) -> str:
-    """The admin page of a row."""
-    return _url(type(row), "change", quote(row.pk))
-
-
-def changelist_url(model: type[Model]) -> str:
-    """The list of a model's rows."""
-    return _url(model, "changelist")
-
-
-def link(row: Model | None, text: str | None = None) -> SafeString | None:
-    """A link to a row's page, or None when there is no row."""
-    return link_to(type(row), row.pk, text or str(row)) if row is not None else None
-
-
-def link_to(model: type[Model], pk: int | str, text: str) -> SafeString:
-    """A link to the page of a row that need not be loaded."""
-    return _anchor(_url(model, "change", quote(pk)), text)
-
-
-def list_link(model: type[Model], text: str, **filters: object) -> SafeString:
-    """A link to the list of a model's rows with these filters set."""
-    return _anchor(f"{changelist_url(model)}?{urlencode(filters)}", text)
-
-
-def _url(model: type[Model], page: str, *args: str) -> str:
-    return reverse(f"admin:{model._meta.app_label}_{model._meta.model_name}_{page}", args=args)
-
-
-def _anchor(url: str, text: str) -> SafeString:
-    return format_html('<a href="{}" class="text-link">{}</a>', url, text)
-
-
-def state_label(state: str) -> SafeString:
-    """A state in its colour."""
-    return render_to_string(
-        "unfold/helpers/label.html", {"text": state, "variant": STATE_VARIANTS.get(state)}
-    )
-
-
-def one_line(text: str) -> SafeString:
-    """Text cut to the width of its column, whole for who points at it."""
-    return format_html('<span class="console-line" title="{}">{}</span>', text, text)
-
-
-def preformatted(text: str) -> SafeString:
-    """Text as it stands, escaped, wrapped where it is wide."""
-    return format_html('<pre class="console-text">{}</pre>', text)
-
-
-def moment(value: datetime | None) -> SafeString | None:
-    """``6 min ago`` or ``in 29 d``, with the exact time for who points at it."""
-    if value is None:
-        return None
-    seconds = round((timezone.now() - value).total_seconds())
-    size, unit = next((size, unit) for size, unit in UNITS if abs(seconds) >= size or size == 1)
-    count = f"{abs(seconds) // size} {unit}"
-    return format_html(
-        '<time class="whitespace-nowrap" title="{}">{}</time>',
-        f"{timezone.localtime(value):%Y-%m-%d %H:%M:%S %Z}",
-        f"{count} ago" if seconds >= 0 else f"in {count}",
-    )
-
-
-def duration(value: timedelta | None) -> str | None:
-    """A length of time with two significant units: ``41 ms``, ``3.2 s``, ``2 min 5 s``."""
-    if value is None:
-        return None
-    seconds = value.total_seconds()
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    (size, unit), (smaller_size, smaller) = next(
-        pair for pair in pairwise(UNITS) if whole >= pair[0][0]
-    )
-    return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
-
-
-def line_chart(labels: Sequence[object], values: Sequence[float | None], *, name: str) -> str:
-    """The data of unfold's line chart, as JSON; None leaves a gap."""
-    return _chart(
-        labels,
-        [
-            {
-                "label": name,
-                "data": [None if value is None else float(f"{value:.4g}") for value in values],
-                "borderColor": "var(--color-primary-500)",
-                "backgroundColor": "var(--color-primary-500)",
-                "spanGaps": True,
-            }
-        ],
-    )
-
-
-def bar_chart(labels: Sequence[object], bars: Mapping[str, tuple[Sequence[int], str]]) -> str:
-    """The data of unfold's bar chart, as JSON: name to values and CSS colour, stacked."""
-    return _chart(
-        labels,
-        [
-            {
-                "label": name,
-                "data": [value or None for value in values],  # a zero would still draw its border
-                "backgroundColor": colour,
-                "borderRadius": 0,
-                "stack": "all",
-                "maxBarThickness": 16,
-            }
-            for name, (values, colour) in bars.items()
-        ],
-    )
-
-
-def _chart(labels: Sequence[object], datasets: Sequence[Mapping[str, object]]) -> str:
-    axis = {"displayYAxis": True, "maxTicksXLimit": 12}
-    return json.dumps(
-        {"labels": list(labels), "datasets": [{**dataset, **axis} for dataset in datasets]}
-    )
+def _without_owner(line: str | Sequence[str]) -> str | Sequence[str]:
+    """A line of a page's fields, less ``owner_link``."""
+    return line if isinstance(line, str) else [name for name in line if name != "owner_link"]

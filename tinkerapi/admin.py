@@ -32,16 +32,8 @@ from unfold.forms import (
 from unfold.widgets import UnfoldAdminIntegerFieldWidget, UnfoldAdminSelectWidget
 from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
-from futures.console import (
-    ConsoleAdmin,
-    link,
-    list_link,
-    moment,
-    page_url,
-    redirect,
-    state_label,
-    verb,
-)
+from futures.console import ConsoleAdmin, redirect, verb
+from futures.display import link, list_link, moment, page_url, state_label
 from futures.filters import MomentFilter
 from futures.models import Future
 from tinkerapi.models import ApiKey

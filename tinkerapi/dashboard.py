@@ -21,7 +21,7 @@ from django.utils import timezone
 
 from futures.admin.futures import request_link, summary_text
 from futures.admin.workers import is_silent, worker_memory
-from futures.console import bar_chart, changelist_url, link, moment, one_line, state_label
+from futures.display import bar_chart, changelist_url, link, moment, one_line, state_label
 from futures.models import Future, FutureQuerySet, Worker
 from futures.transitions import State
 from training.admin.runs import short_loss

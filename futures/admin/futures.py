@@ -17,17 +17,8 @@ from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
 )
 
-from futures.console import (
-    ConsoleAdmin,
-    duration,
-    link,
-    moment,
-    one_line,
-    page_url,
-    redirect,
-    state_label,
-    verb,
-)
+from futures.console import ConsoleAdmin, redirect, verb
+from futures.display import duration, link, moment, one_line, page_url, state_label
 from futures.filters import KindFilter, MomentFilter
 from futures.models import Future
 from futures.preview import body_preview

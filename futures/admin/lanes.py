@@ -9,11 +9,8 @@ from unfold.contrib.filters.admin import (
     BooleanRadioFilter,
 )
 
-from futures.console import (
-    ConsoleAdmin,
-    link,
-    list_link,
-)
+from futures.console import ConsoleAdmin
+from futures.display import link, list_link
 from futures.models import Future, Lane
 from futures.transitions import State
 

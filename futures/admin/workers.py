@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
+from django.db.models import Model
 from django.http import HttpRequest
 from django.template.defaultfilters import filesizeformat
 from django.utils import timezone
@@ -13,14 +14,8 @@ from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
 )
 
-from futures.console import (
-    ConsoleAdmin,
-    duration,
-    list_link,
-    moment,
-    preformatted,
-    state_label,
-)
+from futures.console import ConsoleAdmin
+from futures.display import duration, list_link, moment, preformatted, state_label
 from futures.filters import MomentFilter
 from futures.models import Future, Worker
 from futures.preview import value_preview
@@ -67,7 +62,7 @@ class WorkerAdmin(ConsoleAdmin):
         ("Figures", {"fields": ("all_figures",)}),
     )
 
-    def get_fieldsets(self, request: HttpRequest, obj: Worker | None = None) -> Any:
+    def get_fieldsets(self, request: HttpRequest, obj: Model | None = None) -> Any:
         """Which adapters are resident is for superusers: their names are their owners'."""
         fieldsets = super().get_fieldsets(request, obj)
         return fieldsets if request.user.is_superuser else fieldsets[:1]

@@ -78,8 +78,9 @@ def test_pages_of_other_peoples_rows_do_not_open_for_a_staff_user(
         rows = list(model._default_manager.all())
         assert {owner_id(row) for row in rows} == {staff.pk, theirs.run.owner_id}
         for row in rows:
-            status = office.get(page(row)).status_code
-            assert status == (200 if owner_id(row) == staff.pk else 302)
+            answer = office.get(page(row))
+            assert answer.status_code == (200 if owner_id(row) == staff.pk else 302)
+            assert page(staff) not in answer.content.decode()  # it would not open
 
 
 def owner_id(row: Any) -> int:

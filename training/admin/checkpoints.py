@@ -14,16 +14,8 @@ from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
 )
 
-from futures.console import (
-    ConsoleAdmin,
-    changelist_url,
-    duration,
-    link,
-    moment,
-    preformatted,
-    redirect,
-    verb,
-)
+from futures.console import ConsoleAdmin, redirect, verb
+from futures.display import changelist_url, duration, link, moment, preformatted
 from futures.errors import FutureError
 from futures.filters import MomentFilter
 from futures.models import Future, Worker

@@ -8,9 +8,7 @@ from django.http import HttpRequest
 from django.utils.safestring import SafeString
 
 from futures.admin.futures import FutureAdmin
-from futures.console import (
-    link_to,
-)
+from futures.display import link_to
 from futures.errors import FutureError
 from futures.models import Future
 from training.errors import TrainingError

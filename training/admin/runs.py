@@ -17,8 +17,8 @@ from unfold.contrib.filters.admin import (
 )
 
 from futures.admin.futures import summary_text
-from futures.console import (
-    ConsoleAdmin,
+from futures.console import ConsoleAdmin, redirect, verb
+from futures.display import (
     duration,
     line_chart,
     link,
@@ -26,9 +26,7 @@ from futures.console import (
     moment,
     one_line,
     page_url,
-    redirect,
     state_label,
-    verb,
 )
 from futures.errors import FutureError
 from futures.filters import MomentFilter

@@ -6,14 +6,8 @@ from django.contrib import admin
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import AutocompleteSelectFilter, ChoicesCheckboxFilter
 
-from futures.console import (
-    ConsoleAdmin,
-    link,
-    list_link,
-    moment,
-    preformatted,
-    state_label,
-)
+from futures.console import ConsoleAdmin
+from futures.display import link, list_link, moment, preformatted, state_label
 from futures.filters import MomentFilter
 from futures.models import Lane
 from futures.preview import value_preview
