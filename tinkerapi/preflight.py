@@ -142,12 +142,25 @@ def keep_secret_key(data_dir: Path) -> str:
     return secret
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server bound to ``host``."""
+def resolve_host(host: str) -> str:
+    """The IP address that ``host`` names, which is what the web server binds to.
+
+    ``localhost`` is 127.0.0.1 even where the resolver names ::1 first: more clients try it.
+
+    Raises:
+        PreflightError: It names none.
+    """
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise PreflightError(f"--host {host}: {error.strerror}") from error
+    addresses = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return str(addresses[0][4][0])
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach a server bound to this IP address."""
+    return ipaddress.ip_address(address).is_loopback
 
 
 def check_port(host: str, port: int, *, wait_seconds: float = 0.0) -> None:

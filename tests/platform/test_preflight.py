@@ -19,6 +19,7 @@ from tinkerapi.preflight import (
     is_loopback,
     keep_secret_key,
     lock_data_folder,
+    resolve_host,
     running_server,
 )
 
@@ -85,12 +86,28 @@ def test_an_empty_secret_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_addresses_need_no_key(host: str) -> None:
-    assert is_loopback(host)
+    assert is_loopback(resolve_host(host))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "gpu7", "", "127.0.0.1.evil"])  # noqa: S104
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2"])  # noqa: S104
 def test_every_other_address_needs_one(host: str) -> None:
+    assert resolve_host(host) == host
     assert not is_loopback(host)
+
+
+def test_a_host_that_names_no_address_is_refused() -> None:
+    with pytest.raises(PreflightError, match=r"--host 300\.1\.1\.1\.: "):
+        resolve_host("300.1.1.1.")
+
+
+def test_localhost_is_the_address_that_every_client_tries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))
+    four = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [six, four])
+
+    assert resolve_host("localhost") == "127.0.0.1"
 
 
 def test_a_port_that_is_taken_is_named() -> None:

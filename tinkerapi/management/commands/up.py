@@ -35,6 +35,7 @@ from tinkerapi.preflight import (
     is_loopback,
     keep_secret_key,
     lock_data_folder,
+    resolve_host,
 )
 from tinkerapi.schema import SchemaError, schema_migrate
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
@@ -62,7 +63,6 @@ class Command(BaseCommand):
         parser.add_argument("--port", type=int, default=8000, help="port to listen on")
 
     def handle(self, *args: Any, host: str, port: int, **options: Any) -> None:
-        self.server = RunningServer(pid=os.getpid(), host=host, port=port)
         self.started_at = time.monotonic()
         self.stops_requested = 0
         self.supervisor = Supervisor(self.say)
@@ -71,6 +71,7 @@ class Command(BaseCommand):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup keeps its meaning
                 signal.signal(number, self._on_signal)
         try:
+            self.server = RunningServer(pid=os.getpid(), host=resolve_host(host), port=port)
             with self._preflight() as environment:
                 self._run(environment)
         except StopRequested:
