@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from django.utils.safestring import SafeString, mark_safe
 from markdown import Markdown  # type: ignore[import-untyped]  # it ships no annotations
 
 DOCS_DIR = Path(__file__).parent / "docs"
+
+_LINK = re.compile(r'href="([\w-]+)\.md(#[^"]*)?"')
 
 
 @cache
@@ -58,6 +61,7 @@ def _rendered(name: str) -> tuple[SafeString, SafeString]:
         extensions=["extra", "toc", "sane_lists"],
         extension_configs={"toc": {"toc_depth": "2-3", "permalink": "#"}},
     )
-    html = markdown.convert(source)
+    # Files link to each other by file name, which also works where people read them as files.
+    html = _LINK.sub(r'href="\1\2"', markdown.convert(source))
     contents = getattr(markdown, "toc", "")
     return mark_safe(html), mark_safe(contents)  # noqa: S308

@@ -82,6 +82,17 @@ def test_a_database_that_does_not_answer_is_a_503_with_retry_after(api, monkeypa
     assert answer.json()["category"] == "server"
 
 
+def test_an_answer_of_500_that_is_no_surprise_leaves_the_log_alone(api, work, caplog):
+    for _ in range(2):
+        api.post("/fwdbwd", model_id="m", data=[[{"role": "user", "content": "hi"}]])
+        request_id = api.post("/save_weights", model_id="m", name="taken").json()["request_id"]
+    work()
+    caplog.clear()
+
+    assert api.post("/retrieve_future", request_id=request_id).status_code == 500
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 def test_a_host_that_is_not_allowed_is_a_400_in_json(api, settings):
     settings.ALLOWED_HOSTS = ["training.example"]
 

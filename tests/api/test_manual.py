@@ -11,7 +11,8 @@ from tinkerapi import manual
 def docs(tmp_path, monkeypatch):
     """A manual of one page."""
     (tmp_path / "first-steps.md").write_text(
-        "# First steps\n\n## Train\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+        "# First steps\n\n## Train\n\n[more](next-steps.md#two)\n\n"
+        "```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
     )
     monkeypatch.setattr(manual, "DOCS_DIR", tmp_path)
     for cached in (manual.titles, manual._rendered):
@@ -33,6 +34,7 @@ def test_a_page_is_rendered_with_its_contents_list(docs, client):
     assert '<h2 id="train">' in page
     assert '<a href="#train">Train</a>' in page
     assert "<table>" in page
+    assert 'href="next-steps#two"' in page
     assert "<pre>" in page
 
 

@@ -37,6 +37,9 @@ class JSONResponse(HttpResponse):
         super().__init__(to_json(value), content_type="application/json", status=status)
         self["Content-Length"] = str(len(self.content))
         self["X-Content-Type-Options"] = "nosniff"
+        # Django would log every failed job and every early /readyz as a server error; what
+        # deserves a line in the log got one where it was noticed.
+        self._has_been_logged = True
 
 
 class JSONRenderer(BaseRenderer):
