@@ -247,6 +247,14 @@ SYNC_TIMEOUT_SECONDS = env_int("TINKERAPI_SYNC_TIMEOUT_SECONDS", 300)
 MAX_WAIT_SECONDS = env_int("TINKERAPI_MAX_WAIT_SECONDS", 60)
 """Largest ``wait`` of /retrieve_future."""
 
+GAP_SECONDS = env_int("TINKERAPI_GAP_SECONDS", 600)
+"""How long a numbered request waits for a lower number that has not arrived, before it fails.
+The tinker SDK tries to deliver a request for about five minutes."""
+
+SDK_JWT = env_bool("TINKERAPI_SDK_JWT", False)
+"""Have tinker SDK clients exchange their key for a token of an hour; ``tinker auth whoami``
+needs it."""
+
 KEEP_RESULTS_DAYS = env_int("TINKERAPI_KEEP_RESULTS_DAYS", 30)
 """How long ``prunefutures`` keeps payloads and results of finished futures."""
 

@@ -1,8 +1,13 @@
-"""The route table: one line per endpoint, in the order of the manual."""
+"""The route table: one line per endpoint, in the order of the manual.
+
+What only the tinker SDK asks for is in ``tinkerapi.api.sdk.urls``.
+"""
 
 from django.urls import URLPattern, path
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
 
+from tinkerapi.api.sdk.dispatch import by_dialect
+from tinkerapi.api.sdk.views import steps as sdk_steps
 from tinkerapi.api.views import futures, runs, sampling, service, steps, weights
 
 urlpatterns: list[URLPattern] = [
@@ -13,13 +18,22 @@ urlpatterns: list[URLPattern] = [
     path("get_server_capabilities", service.CapabilitiesView.as_view()),
     path("list_loss_functions", service.LossFunctionListView.as_view()),
     # Training
-    path("api/v1/forward", steps.ForwardView.as_view()),
+    path(
+        "api/v1/forward",
+        by_dialect(steps.ForwardView.as_view(), sdk_steps.ForwardView.as_view()),
+    ),
     path("api/v1/forward_async", steps.ForwardView.as_view(waits=False)),
     path("fwd", steps.ForwardView.as_view(waits=False, legacy=True)),
-    path("api/v1/forward_backward", steps.ForwardBackwardView.as_view()),
+    path(
+        "api/v1/forward_backward",
+        by_dialect(steps.ForwardBackwardView.as_view(), sdk_steps.ForwardBackwardView.as_view()),
+    ),
     path("api/v1/forward_backward_async", steps.ForwardBackwardView.as_view(waits=False)),
     path("fwdbwd", steps.ForwardBackwardView.as_view(waits=False, legacy=True)),
-    path("api/v1/optim_step", steps.OptimStepView.as_view()),
+    path(
+        "api/v1/optim_step",
+        by_dialect(steps.OptimStepView.as_view(), sdk_steps.OptimStepView.as_view()),
+    ),
     path("api/v1/optim_step_async", steps.OptimStepView.as_view(waits=False)),
     path("optim_step", steps.OptimStepView.as_view(waits=False, legacy=True)),
     # Models

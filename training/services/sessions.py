@@ -175,11 +175,15 @@ def model_create_submit(
     return submit_in_lane(run, Kind.CREATE_RUN, payload, seq_id=CREATION_SEQ_ID)
 
 
-def seeded(config: LoraConfig, *, session_id: str, model_seq_id: int) -> LoraConfig:
-    """The config with a seed that depends on which model it is, so that a repeat is the same."""
-    name = f"{session_id}:train:{model_seq_id}"
-    digest = hashlib.sha256(name.encode()).digest()
-    return replace(config, seed=int.from_bytes(digest[:4], "little") >> 1)
+def seeded(
+    config: LoraConfig, *, seed: int | None, session_id: str, model_seq_id: int
+) -> LoraConfig:
+    """The config with this seed, or with one that depends on which model it is: so that a
+    repeated request is the same."""
+    if seed is None:
+        digest = hashlib.sha256(f"{session_id}:train:{model_seq_id}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "little") >> 1
+    return replace(config, seed=seed)
 
 
 def refused_submit(

@@ -6,15 +6,26 @@ No route ends in a slash, and nothing redirects: a client would send its POST as
 
 from django.urls import URLPattern, path
 
-from tinkerapi.api.sdk.views import service
+from tinkerapi.api.sdk.views import futures, models, service
+from tinkerapi.api.views.service import CapabilitiesView, HealthView
 
 urlpatterns: list[URLPattern] = [
     # Service
+    path("healthz", HealthView.as_view(schema=None)),
+    path("get_server_capabilities", CapabilitiesView.as_view(schema=None)),
+    path("client/config", service.ClientConfigView.as_view()),
+    path("client/dynamic_config", service.DynamicConfigView.as_view()),
+    path("telemetry", service.TelemetryView.as_view()),
     path("create_session", service.CreateSessionView.as_view()),
     path("session_heartbeat", service.SessionHeartbeatView.as_view()),
     path("sessions/<str:session_id>/finish", service.SessionFinishView.as_view()),
     # Models
+    path("create_model", models.CreateModelView.as_view()),
+    path("get_info", models.GetInfoView.as_view()),
+    path("unload_model", models.UnloadModelView.as_view()),
     # Futures
+    path("retrieve_future", futures.RetrieveFutureView.as_view()),
+    path("cancel_future", futures.CancelFutureView.as_view()),
     # Sampling
     # Weights
     # Listings and checkpoints

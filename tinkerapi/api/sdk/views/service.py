@@ -12,6 +12,7 @@ from tinkerapi.api.errors import error_response
 from tinkerapi.api.fields import Choice, Custom, Field, Text, refuse
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView, empty_response
+from tinkerapi.api.sdk.flags import client_flags, dynamic_flags
 from tinkerapi.api.views.base import owner_of
 from training.errors import InvalidRequest
 from training.models import Session
@@ -47,6 +48,27 @@ def check_free_text(value: Any, where: str) -> str:
 
 
 METADATA = Custom(description="The user's own.", default={}, checker=check_metadata, json={})
+
+
+class ClientConfigView(SdkView):
+    """The flags a client starts with."""
+
+    def post(self, request: Request) -> HttpResponse:
+        return JSONResponse(client_flags())
+
+
+class DynamicConfigView(SdkView):
+    """The flags a client asks for again from time to time."""
+
+    def post(self, request: Request) -> HttpResponse:
+        return JSONResponse(dynamic_flags())
+
+
+class TelemetryView(SdkView):
+    """Take what the client says of itself, and drop it unread: its events may hold its API key."""
+
+    def post(self, request: Request) -> HttpResponse:
+        return JSONResponse({"status": "accepted"})
 
 
 class CreateSessionView(SdkView):

@@ -1,0 +1,37 @@
+"""The flags by which this server tells the SDK how to behave; each with its reason.
+
+A flag that is not here has the SDK's default, and that is right: the sizes of the client's own
+buffers, its retries, its HTTP library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings
+
+CHUNK_BYTES = 5_000_000
+"""The SDK's default size of a chunk, by its own estimate before compression."""
+
+
+def client_flags() -> dict[str, Any]:
+    """The answer of ``client/config``, which a client asks for once. A flag may not be null."""
+    return {
+        # A key speaks for itself; a token is only needed where people want ``whoami``.
+        "pjwt_auth_enabled": settings.SDK_JWT,
+        # Requests may arrive out of order, so nothing is gained by sending them one by one.
+        "parallel_fwdbwd_chunks": True,
+        # Bodies are opened here, and tokens shrink to a tenth.
+        "proto_compress_fwdbwd": True,
+        # What one request may hold here; the estimate leaves out names and shapes, hence the half.
+        "fwdbwd_max_chunk_len": min(1024, settings.MAX_DATUMS),
+        "fwdbwd_max_chunk_bytes_count": min(CHUNK_BYTES, settings.MAX_BODY_BYTES // 2),
+    }
+
+
+def dynamic_flags() -> dict[str, Any]:
+    """The answer of ``client/dynamic_config``, which a client asks for every five minutes."""
+    return {
+        # Work that nobody waits for any more is not begun.
+        "sample_cancel_enabled": True,
+    }

@@ -1,0 +1,140 @@
+"""Futures: retrieve one, cancel one.
+
+A failed operation is a normal answer here, 200 with ``error`` and ``category``; 408 says that
+it is still pending. The client asks again at once after every 408 and 5xx, so the server is the
+one who waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, ClassVar
+
+from django.http import HttpResponse
+from rest_framework.request import Request
+
+from futures import payload
+from futures.errors import FutureNotCancellable, FuturePurged
+from futures.hub import future_wait
+from futures.models import Future
+from futures.selectors import future_get, queue_state
+from futures.services import future_cancel
+from futures.transitions import Category, State
+from tinkerapi.api import answers
+from tinkerapi.api.dialect import PROTOBUF
+from tinkerapi.api.fields import Field, Flag
+from tinkerapi.api.renderers import JSONResponse, to_json
+from tinkerapi.api.sdk.base import SdkView, empty_response
+from tinkerapi.api.sdk.json_responses import forward_backward_output_json, sample_response_json
+from tinkerapi.api.sdk.responses import encode_forward_backward_output, encode_sample_response
+from tinkerapi.api.views.base import owner_of
+from tinkerapi.api.views.futures import REQUEST_ID
+from training.kinds import Kind
+
+POLL_SECONDS = 25.0
+"""How long a poll is held; the client itself gives up after 45."""
+
+METADATA_ONLY_BYTES = 1024 * 1024
+"""A result at least so large is announced first, where the client allows it, so that it can
+keep room for it. Smaller ones are not worth another round trip."""
+
+Result = dict[str, Any]
+_PROTOBUF: Mapping[str, Callable[[Result], bytes]] = {
+    Kind.FORWARD: encode_forward_backward_output,
+    Kind.FORWARD_BACKWARD: encode_forward_backward_output,
+    Kind.SAMPLE: encode_sample_response,
+}
+_JSON: Mapping[str, Callable[[Result], Result]] = {
+    Kind.FORWARD: forward_backward_output_json,
+    Kind.FORWARD_BACKWARD: forward_backward_output_json,
+    Kind.SAMPLE: sample_response_json,
+}
+"""Results that clients before 0.25 read in another form than they are stored in."""
+
+
+def final_answer(
+    future: Future, *, accepts_protobuf: bool, allow_metadata_only: bool
+) -> HttpResponse:
+    """A final future's answer.
+
+    Raises:
+        FuturePurged: It was ready, and its result is no longer kept. (410)
+    """
+    if future.state == State.CANCELLED:
+        return JSONResponse(
+            {"error": "The request was cancelled before it ran.", "category": Category.USER}
+        )
+    if future.state == State.FAILED:
+        return JSONResponse({"error": future.error, "category": future.category})
+    if future.result is None:
+        raise FuturePurged
+    body, content_type = _rendered(future.kind, bytes(future.result), accepts_protobuf)
+    if allow_metadata_only and len(body) >= METADATA_ONLY_BYTES:
+        return JSONResponse({"status": "complete_metadata", "response_payload_size": len(body)})
+    return HttpResponse(body, content_type=content_type)
+
+
+def _rendered(kind: str, stored: bytes, accepts_protobuf: bool) -> tuple[bytes, str]:
+    """Body and content type of a result."""
+    result = payload.decode(stored)
+    if accepts_protobuf and kind in _PROTOBUF:
+        return _PROTOBUF[kind](result), PROTOBUF
+    if kind in _JSON:
+        result = _JSON[kind](result)
+    return to_json(result), "application/json"
+
+
+def pending_answer(future: Future) -> HttpResponse:
+    """408: ask again. Needs the database."""
+    queue = queue_state(future.queue)
+    return JSONResponse(
+        {
+            "type": "try_again",
+            "request_id": future.id,
+            "queue_state": queue.state,
+            "queue_state_reason": queue.reason,
+        },
+        status=408,
+    )
+
+
+class RetrieveFutureView(SdkView):
+    """A future's result, held back until there is one or the poll's time is up."""
+
+    fields: ClassVar[Mapping[str, Field]] = {
+        "request_id": REQUEST_ID,
+        "allow_metadata_only": Flag(description="A size will do.", default=False),
+    }
+
+    def post(self, request: Request) -> HttpResponse | Awaitable[HttpResponse]:
+        body = self.checked_body(request)
+        owner_id = owner_of(request)
+        future = future_get(request_id=body["request_id"], owner_id=owner_id, with_result=True)
+        form = {
+            "accepts_protobuf": PROTOBUF in request.headers.get("Accept", ""),
+            "allow_metadata_only": body["allow_metadata_only"],
+        }
+        if future.is_final:
+            return final_answer(future, **form)
+        return self._waited(future, owner_id, form)
+
+    async def _waited(self, future: Future, owner_id: int, form: dict[str, bool]) -> HttpResponse:
+        final = await future_wait(future.id, owner_id=owner_id, timeout_seconds=POLL_SECONDS)
+        if final is None:
+            return await answers.in_database_thread(pending_answer, future)
+        if final.result is not None and len(final.result) > answers.LARGE_RESULT_BYTES:
+            return await answers.in_database_thread(lambda: final_answer(final, **form))
+        return final_answer(final, **form)
+
+
+class CancelFutureView(SdkView):
+    """Withdraw a request that nobody waits for any more; too late is no error."""
+
+    fields: ClassVar[Mapping[str, Field]] = {"request_id": REQUEST_ID}
+
+    def post(self, request: Request) -> HttpResponse:
+        body = self.checked_body(request)
+        with suppress(FutureNotCancellable):
+            future_cancel(request_id=body["request_id"], owner_id=owner_of(request))
+        return empty_response()

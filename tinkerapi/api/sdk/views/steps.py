@@ -1,0 +1,97 @@
+"""Training: forward_backward, forward, optim_step; protobuf, or the JSON of clients before 0.25."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from futures.models import Future
+from tinkerapi.api.fields import Custom, Field
+from tinkerapi.api.sdk.base import NumberedJSONView, NumberedView, json_fields
+from tinkerapi.api.sdk.calls import ForwardBackwardCall
+from tinkerapi.api.sdk.json_requests import parse_json_forward_backward
+from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids
+from tinkerapi.api.views import steps as quick_reference
+from training.errors import InvalidRequest
+from training.services import forward_backward_submit, optim_step_submit
+from training.types import AdamParams, Datum
+
+
+class ForwardBackwardView(NumberedView):
+    """Compute the loss of some data and, unless ``forward_only``, add its gradient."""
+
+    forward_only: ClassVar[bool] = False
+    """True for the address that clients before 0.25 use instead of the flag."""
+
+    def ids(self, body: bytes, *, is_protobuf: bool) -> tuple[str, int]:
+        return parse_ids(body) if is_protobuf else super().ids(body, is_protobuf=False)
+
+    def submit(
+        self, body: bytes, *, is_protobuf: bool, owner_id: int, model_id: str, seq_id: int
+    ) -> Future:
+        if is_protobuf:
+            call = parse_forward_backward(body)
+        else:
+            call = parse_json_forward_backward(json_fields(body), forward_only=self.forward_only)
+        if call.forward_only:
+            call = replace(call, data=[_with_weights(datum, call) for datum in call.data])
+        quick_reference.check_loss(call.loss_fn, call.loss_fn_config, list(call.data))
+        return forward_backward_submit(
+            owner_id=owner_id,
+            model_id=model_id,
+            data=call.data,
+            loss_fn=call.loss_fn,
+            loss_fn_config=call.loss_fn_config,
+            forward_only=call.forward_only,
+            seq_id=seq_id,
+        ).future
+
+
+class ForwardView(ForwardBackwardView):
+    """Compute the loss of some data and leave the gradient as it is."""
+
+    forward_only = True
+
+
+def _with_weights(datum: Datum, call: ForwardBackwardCall) -> Datum:
+    """The datum with weights of 1 where there are none: old clients leave them out of a forward
+    pass, whose loss they do not read."""
+    if call.loss_fn != "cross_entropy" or "weights" in datum.loss_fn_inputs:
+        return datum
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    if targets is None:
+        return datum
+    weights = np.ones(targets.shape, np.float32)
+    return replace(datum, loss_fn_inputs={**datum.loss_fn_inputs, "weights": weights})
+
+
+def _refuse_params(value: Any, where: str) -> None:
+    """Parameters of the other optimizers."""
+    family = value.get("type") if isinstance(value, dict) else None
+    raise InvalidRequest(
+        f"{where}: this server does not have the optimizer {str(family)[:40]!r}; send adam_params"
+    )
+
+
+class OptimStepView(NumberedJSONView):
+    """Take one AdamW step with the gradient accumulated so far, and clear it."""
+
+    fields: ClassVar[Mapping[str, Field]] = {
+        "adam_params": quick_reference.OptimStepView.fields["adam_params"],
+        "optimizer_params": Custom(
+            description="Of another family.", checker=_refuse_params, json={}
+        ),
+    }
+
+    def submit_fields(
+        self, body: dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
+    ) -> Future:
+        return optim_step_submit(
+            owner_id=owner_id,
+            model_id=model_id,
+            adam_params=AdamParams(**body["adam_params"]),
+            seq_id=seq_id,
+        ).future
