@@ -76,12 +76,13 @@ def commit_without_waiting() -> None:
     execute("SET LOCAL synchronous_commit = off", {})
 
 
-def pending_notification(queue: str) -> bool:
-    """Whether the queue's bell rang since this thread last asked; never waits.
+def bell_rang(queue: str, timeout_seconds: float = 0.0) -> bool:
+    """Whether the queue's bell rang since this thread last asked, waiting for it so long.
 
-    Takes the notification, so who is told True must claim. Costs one look at the socket.
+    Takes the notification, so who is told True must claim. Without waiting it costs one look
+    at the socket.
     """
-    return _listener(queue).drain()
+    return _listener(queue).wait(timeout_seconds)
 
 
 def doorbell(queue: str) -> str:

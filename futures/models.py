@@ -127,6 +127,8 @@ class Future(models.Model):
     """A few small facts for lists and charts: datums, tokens, loss."""
     cost = models.IntegerField(default=1)
     """Estimated work in tokens; a claim takes futures up to a budget of it."""
+    patient = models.BooleanField(default=False)
+    """Nobody waits on the line: a worker may wait a moment for others to run beside it."""
 
     error = models.TextField(blank=True, default="")
     category = models.CharField(max_length=10, choices=Category.choices, blank=True, default="")

@@ -44,14 +44,14 @@ WITH numbered AS (
 )
 INSERT INTO futures_future (
     id, owner_id, queue, lane_id, seq_id, idempotency_key, kind, state, payload,
-    payload_digest, summary, cost, error, category, error_code, attempts, replay_of_id,
+    payload_digest, summary, cost, patient, error, category, error_code, attempts, replay_of_id,
     created_at, finished_at
 )
 SELECT
     %(id)s, %(owner_id)s, %(queue)s, %(lane_id)s,
     coalesce(%(seq_id)s::bigint, (SELECT last_seq_id FROM numbered)),
     %(idempotency_key)s, %(kind)s, %(state)s, %(payload)b, %(payload_digest)b,
-    %(summary)s::jsonb, %(cost)s, %(error)s, %(category)s, %(error_code)s, 0,
+    %(summary)s::jsonb, %(cost)s, %(patient)s, %(error)s, %(category)s, %(error_code)s, 0,
     %(replay_of_id)s, %(created_at)s, %(finished_at)s
 WHERE NOT EXISTS (
     SELECT FROM futures_lane
@@ -100,6 +100,7 @@ def future_submit(
     seq_id: int | None = None,
     idempotency_key: str | None = None,
     cost: int = 1,
+    patient: bool = False,
     summary: dict[str, Any] | None = None,
     replay_of: Future | None = None,
     max_pending: int | None = None,
@@ -120,6 +121,7 @@ def future_submit(
         seq_id: The client's number; None lets the server give the lane's next one.
         idempotency_key: The client's name for this request.
         cost: Estimated tokens of work.
+        patient: A worker may wait a moment for others to run beside it.
         summary: Small facts for lists and charts.
         replay_of: The future whose request this is.
         max_pending: How many futures of the owner may wait. Submitters that race may pass
@@ -144,6 +146,7 @@ def future_submit(
         seq_id=seq_id,
         idempotency_key=idempotency_key,
         cost=cost,
+        patient=patient,
         summary=summary or {},
         replay_of=replay_of,
         created_at=now,
@@ -185,6 +188,7 @@ def _insert(future: Future, max_pending: int | None) -> None:
             "payload_digest": future.payload_digest,
             "summary": orjson.dumps(future.summary).decode(),
             "cost": future.cost,
+            "patient": future.patient,
             "error": future.error,
             "category": str(future.category),
             "error_code": future.error_code,

@@ -51,7 +51,7 @@ class InProcessWorker:
         self.engine = engine or FakeEngine()
         self.worker = worker_start(queue=base_model_get(None).queue, figures={})
         self.loop = WorkLoop(
-            self.engine, self.worker, stopping=lambda: False, bell_rang=lambda: False
+            self.engine, self.worker, stopping=lambda: False, bell_rang=lambda seconds: False
         )
 
     def __call__(self) -> None:

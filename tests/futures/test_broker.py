@@ -13,7 +13,7 @@ from django_q.brokers import get_broker
 from django_q.models import OrmQ
 from django_q.tasks import async_task
 
-from futures.broker import PostgresBroker, pending_notification
+from futures.broker import PostgresBroker, bell_rang
 from futures.database import dedicated_parameters
 from tests.futures.conftest import QUEUE, SubmitFactory, race
 
@@ -141,23 +141,23 @@ def other_hears(seconds: float) -> bool:
     return other.wait(seconds)
 
 
-def test_pending_notification_says_once_that_the_bell_rang(
+def test_bell_rang_says_once_that_the_bell_rang(
     broker: PostgresBroker, submit: SubmitFactory
 ) -> None:
     listen(broker)
-    assert not pending_notification(QUEUE)
+    assert not bell_rang(QUEUE)
 
     race(submit)
     race(submit)
 
     # Postgres delivers within moments of the commit, not within it.
     deadline = time.monotonic() + 5
-    while not (heard := pending_notification(QUEUE)) and time.monotonic() < deadline:
+    while not (heard := bell_rang(QUEUE)) and time.monotonic() < deadline:
         pass
     assert heard
     while broker.wait(0.05):
         pass
-    assert not pending_notification(QUEUE)
+    assert not bell_rang(QUEUE)
 
 
 def test_notifications_that_arrive_during_other_statements_are_kept(
@@ -167,7 +167,7 @@ def test_notifications_that_arrive_during_other_statements_are_kept(
     race(submit)
     assert OrmQ.objects.count() == 1
 
-    assert pending_notification(QUEUE)
+    assert bell_rang(QUEUE)
 
 
 def test_after_a_lost_connection_the_bell_counts_as_rung(broker: PostgresBroker) -> None:

@@ -104,6 +104,37 @@ def test_consecutive_passes_of_several_runs_share_one_engine_call(
     assert [len(names) for names in calls] == [4]
 
 
+def test_patient_requests_wait_for_those_that_keep_arriving(
+    work: InProcessWorker, forward_backward: Submit
+) -> None:
+    forward_backward("m", "hi")
+    work()
+    calls: list[int] = []
+    work.engine._before_verb = lambda verb, names: calls.append(len(names))
+    arriving = iter(["second", "third"])
+
+    def bell_rang(seconds: float) -> bool:
+        if seconds == 0 or (text := next(arriving, None)) is None:
+            return False
+        forward_backward("m", text, patient=True)
+        return True
+
+    work.loop._bell_rang = bell_rang
+    forward_backward("m", "first", patient=True)
+    work()
+    assert calls == [3]
+
+
+def test_a_request_that_somebody_waits_for_is_not_held_back(
+    work: InProcessWorker, forward_backward: Submit
+) -> None:
+    asked: list[float] = []
+    work.loop._bell_rang = lambda seconds: asked.append(seconds) or False
+    forward_backward("m", "hi")
+    work()
+    assert set(asked) <= {0}
+
+
 def test_a_bad_datum_fails_its_own_future_and_nothing_else(
     work: InProcessWorker, forward_backward: Submit, result: Result
 ) -> None:

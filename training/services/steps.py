@@ -21,6 +21,7 @@ def forward_backward_submit(
     loss_fn_config: Mapping[str, float],
     train_on: str = "auto",
     forward_only: bool = False,
+    patient: bool = False,
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
@@ -30,6 +31,8 @@ def forward_backward_submit(
     first request needs no set-up; but not if the client numbers its requests itself.
 
     Args:
+        patient: Nobody waits on the line: the worker may wait a moment for others that can
+            share the pass.
         seq_id: The client's number in the model's order; None lets the server give the next.
 
     Raises:
@@ -52,6 +55,7 @@ def forward_backward_submit(
         Kind.FORWARD if forward_only else Kind.FORWARD_BACKWARD,
         payload,
         cost=payloads.data_cost(data),
+        patient=patient,
         summary={"datums": len(data)},
         seq_id=seq_id,
         idempotency_key=idempotency_key,

@@ -31,6 +31,8 @@ from training.worker.scheduler import Batch, Scheduler
 
 CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
+GATHER_SECONDS = 0.02  # a pause in what arrives that ends the waiting
+GATHER_LIMIT_SECONDS = 0.1
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
 
 
@@ -53,14 +55,15 @@ class WorkLoop:
         worker: Worker,
         *,
         stopping: Callable[[], bool],
-        bell_rang: Callable[[], bool],
+        bell_rang: Callable[[float], bool],
         figures: dict[str, Any] | None = None,
     ) -> None:
         """Begin with nothing held.
 
         Args:
             stopping: Asked between batches; True makes ``run_until_idle`` return.
-            bell_rang: Cheap look whether something was submitted since it was last asked.
+            bell_rang: Whether something was submitted since it was last asked, waiting for it
+                up to so many seconds; 0 is a cheap look.
             figures: Where the loop writes what it has to say of itself.
         """
         self._engine = engine
@@ -86,15 +89,10 @@ class WorkLoop:
         """
         claim = True
         while not self._stopping():
-            if (claim or self._bell_rang()) and self._has_appetite():
-                claimed = future_claim(
-                    worker=self._worker,
-                    max_futures=CLAIM_FUTURES,
-                    max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
-                )
-                self._scheduler.add(claimed)
+            if claim or self._bell_rang(0):
                 # Anything left behind by the budget, or freed by a commit, has no new bell.
-                claim = bool(claimed)
+                claim = self._claim()
+                self._gather()
             batch = self._scheduler.next_batch()
             if batch:
                 self._run(batch)
@@ -104,8 +102,32 @@ class WorkLoop:
             elif not batch and not claim:
                 return
 
-    def _has_appetite(self) -> bool:
-        return self._scheduler.held_cost <= settings.BATCH_TOKENS
+    def _claim(self) -> bool:
+        """Take what may run, unless enough is held already; say if anything was there."""
+        if self._scheduler.held_cost > settings.BATCH_TOKENS:
+            return True
+        claimed = future_claim(
+            worker=self._worker,
+            max_futures=CLAIM_FUTURES,
+            max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
+        )
+        self._scheduler.add(claimed)
+        return bool(claimed)
+
+    def _gather(self) -> None:
+        """Wait while others that can share a pass keep arriving, if nobody minds.
+
+        A client that submits five batches one after another has sent the second when the first
+        could begin: without this the first would run alone, and merging would gain less.
+        """
+        deadline = time.monotonic() + GATHER_LIMIT_SECONDS
+        while (
+            self._scheduler.is_patient
+            and not self._engine.sampler.active
+            and time.monotonic() < deadline
+            and self._bell_rang(GATHER_SECONDS)
+        ):
+            self._claim()
 
     def _run(self, batch: Batch) -> None:
         effects = Effects()

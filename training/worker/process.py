@@ -8,12 +8,13 @@ import resource
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
 
-from futures.broker import pending_notification
+from futures.broker import bell_rang
 from futures.consumer import Consumer
 from futures.errors import Fenced
 from futures.models import Worker
@@ -83,7 +84,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             engine,
             worker,
             stopping=consumer.stopping.is_set,
-            bell_rang=lambda: pending_notification(base_model.queue),
+            bell_rang=partial(bell_rang, base_model.queue),
             figures=figures,
         )
         tasks.serve(base_model.queue, loop.run_until_idle)

@@ -106,6 +106,12 @@ class Scheduler:
         return [future for queue in self._lanes.values() for future in queue]
 
     @property
+    def is_patient(self) -> bool:
+        """Whether something is held and all of it may wait for company."""
+        held = self.held()
+        return bool(held) and all(future.patient for future in held)
+
+    @property
     def held_cost(self) -> int:
         """Tokens claimed and not begun."""
         return sum(future.cost for queue in self._lanes.values() for future in queue)
