@@ -65,7 +65,7 @@ class Listener:
     """LISTEN on this thread's Django connection, renewed whenever that connection is.
 
     psycopg keeps notifications that arrive during other statements, so none is missed while
-    the connection lives; after a reconnect ``drain`` and ``wait`` say yes once, because
+    the connection lives; after a reconnect ``wait`` says yes once, because
     anything may have been missed. Not for use inside a transaction.
     """
 
@@ -73,12 +73,10 @@ class Listener:
         self._channel = channel
         self._listening: ref[psycopg.Connection[object]] | None = None
 
-    def drain(self) -> bool:
-        """Take what has arrived, without waiting; True if there was anything."""
-        return self.wait(0)
-
     def wait(self, timeout_seconds: float) -> bool:
         """Wait for a notification and take all that have arrived; False when time is up.
+
+        Zero seconds only look.
 
         Raises:
             OperationalError: Django's; the connection is lost.
