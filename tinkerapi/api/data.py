@@ -74,7 +74,7 @@ def check_conversation(value: Any, where: str) -> Conversation:
     """A list of messages, or ``{"messages": [...]}``."""
     if isinstance(value, dict):
         _only(value, ("messages",), where)
-        where, value = f"{where}.messages", value["messages"]
+        where, value = f"{where}.messages", value.get("messages")
     if not isinstance(value, list):
         raise _wrong(where, "a list of messages", value)
     if not value:
