@@ -25,7 +25,14 @@ JobResult = ForwardBackwardOutput | TrainingError
 
 
 class TorchEngine(Engine):
-    """One base model on one device; see ``Engine`` for the verbs."""
+    """One base model on one device; see ``Engine`` for the verbs.
+
+    What an adapter's jobs compute depends on the adapter, on these jobs in this order and on the
+    token budget. On a CPU it does not depend, to the bit, on the other adapters in the call
+    (measured in float32 and bfloat16, with one and two threads). How one adapter's own requests
+    are divided into calls does show in the last bits of its gradient, and on a GPU the number
+    of rows may choose another kernel; a replay that must be exact repeats the calls.
+    """
 
     def __init__(
         self, base_model: BaseModel, *, token_budget: int = 4096, cache_tokens: int = 32_768
