@@ -180,6 +180,9 @@ Q_CLUSTER = {
 FUTURES_TASK = "training.tasks.work"
 """What a doorbell calls, with the queue's name: a task carries no work, it says look."""
 
+FUTURES_PRUNABLE = "training.selectors.futures_prunable"
+"""Narrows what ``prunefutures`` may drop: never a payload that a crash recovery may need."""
+
 # --- HTTP -------------------------------------------------------------------------------
 
 REST_FRAMEWORK = {
