@@ -1,0 +1,74 @@
+"""``replayrun`` rebuilds a run from its log and tells whether it came out the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import StringIO
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from futures.models import Future
+from tests.conftest import InProcessWorker
+from training.management.commands import replayrun
+from training.models import Run
+
+Submit = Callable[..., Future]
+
+
+@pytest.fixture
+def trained(work: InProcessWorker, forward_backward: Submit, optim_step: Submit) -> Run:
+    for step in range(3):
+        forward_backward("m", f"question {step}", "answer")
+        optim_step("m", learning_rate=0.1)
+    forward_backward("m", "half", "a step")
+    work()
+    return Run.objects.get(name="m")
+
+
+@pytest.fixture
+def replay(work: InProcessWorker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run the command; the worker works whenever the command waits."""
+    monkeypatch.setattr(replayrun.time, "sleep", lambda seconds: work())
+
+    def run(*arguments: str) -> str:
+        output = StringIO()
+        call_command("replayrun", *arguments, stdout=output)
+        return output.getvalue()
+
+    return run
+
+
+def test_a_replayed_run_is_identical_and_linked_to_the_first(
+    trained: Run, replay: Callable[..., str], work: InProcessWorker
+) -> None:
+    output = replay("m", "--tolerance", "0")
+    assert "identical" in output
+    assert "match" in output
+    copy = Run.objects.get(replay_of=trained)
+    assert copy.step == trained.step == 3
+    ours = work.engine.adapter_state(copy.id)
+    theirs = work.engine.adapter_state(trained.id)
+    assert all((ours[key] == theirs[key]).all() for key in ("weights", "exp_avg", "grad"))
+    replayed = Future.objects.filter(lane_id=copy.id, replay_of__isnull=False)
+    assert replayed.count() == Future.objects.filter(lane_id=trained.id).count()
+
+
+def test_a_run_that_was_tampered_with_does_not_match(
+    trained: Run, replay: Callable[..., str], work: InProcessWorker
+) -> None:
+    work.engine.find(trained.id).weights[0, 0] += 1.0
+    with pytest.raises(CommandError, match="not the same"):
+        replay("m")
+
+
+def test_a_run_whose_log_was_pruned_is_refused(trained: Run, replay: Callable[..., str]) -> None:
+    Future.objects.filter(lane_id=trained.id, kind="optim_step").update(payload=None)
+    with pytest.raises(CommandError, match="pruned"):
+        replay("m")
+    assert not Run.objects.filter(replay_of=trained).exists()
+
+
+def test_an_unknown_run_is_named(db: None, replay: Callable[..., str]) -> None:
+    with pytest.raises(CommandError, match="'nobody'"):
+        replay("nobody")
