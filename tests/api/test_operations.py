@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from django.contrib.auth.models import User
-from django.test import Client
+from django.test import Client, RequestFactory
 
 from futures.models import Future
+from tinkerapi.api.dialect import is_sdk_dialect
 
+REQUESTS = RequestFactory()
 HI = [[{"role": "user", "content": "hi"}]]
 
 # waiting address, async address, legacy address, a good body
@@ -224,22 +226,26 @@ def test_null_for_an_optional_field_means_the_default(api):
         ({}, {"model_id": "m", "seq_id": 1}),
     ],
 )
-def test_the_sdks_dialect_is_told_apart_and_refused_clearly(api, headers, body):
-    answer = api.post("/api/v1/optim_step", headers=headers, **body)
+def test_the_sdks_dialect_is_refused_clearly_where_it_is_not_spoken(api, headers, body):
+    answer = api.post("/api/v1/optim_step_async", headers=headers, **body)
 
     assert answer.status_code == 400
-    assert answer.json()["detail"] == "this server does not speak the tinker SDK's dialect yet"
+    assert answer.json()["detail"] == "this address does not speak the tinker SDK's dialect"
 
 
-def test_a_protobuf_body_is_the_sdks_dialect(api):
-    answer = api.client.post(
-        "/api/v1/forward_backward",
-        b"\x0a\x01m",
-        content_type="application/x-protobuf",
-        headers={"X-API-Key": "tml-x"},
-    )
-
-    assert answer.status_code == 401  # a wrong key comes first
+@pytest.mark.parametrize(
+    ("request_", "is_sdk"),
+    [
+        (REQUESTS.post("/", {}, content_type="application/json"), False),
+        (REQUESTS.post("/", b"", content_type="application/x-protobuf"), True),
+        (REQUESTS.post("/", headers={"X-Stainless-Package-Version": "0.38.0"}), True),
+        (REQUESTS.post("/", headers={"User-Agent": "python-requests"}), False),
+    ],
+)
+def test_one_rule_tells_the_dialects_apart(request_, is_sdk):
+    assert is_sdk_dialect(request_) is is_sdk
+    assert is_sdk_dialect(request_, {"seq_id": 1})
+    assert is_sdk_dialect(request_, {"model_id": "m"}) is is_sdk
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,10 @@ class BodyTooLarge(exceptions.APIException):
 
 
 class SdkDialectNotSpoken(exceptions.APIException):
-    """This server does not speak the tinker SDK's dialect yet."""
+    """This address does not speak the tinker SDK's dialect."""
 
     status_code = 400
-    default_detail = "this server does not speak the tinker SDK's dialect yet"
+    default_detail = "this address does not speak the tinker SDK's dialect"
 
 
 def error_response(
