@@ -26,7 +26,7 @@ from futures.models import Future, FutureQuerySet, Worker
 from futures.transitions import State
 from training.admin.runs import short_loss
 from training.models import Checkpoint, Run, Snapshot
-from training.progress import with_last_loss
+from training.progress import with_progress
 
 HOURS = 24
 NEWEST_ROWS = 8
@@ -131,7 +131,7 @@ def _workers_table(request: HttpRequest) -> Context:
 
 
 def _runs_table(runs: QuerySet[Run]) -> Context:
-    newest = with_last_loss(runs).select_related("owner").order_by("-last_request_at")
+    newest = with_progress(runs).select_related("owner").order_by("-newest_request_at")
     return {
         "headers": ["Run", "Owner", "Base model", "Steps", "Tokens", "Last loss", "Last request"],
         "rows": [
@@ -142,7 +142,7 @@ def _runs_table(runs: QuerySet[Run]) -> Context:
                 f"{run.step:,}",
                 f"{run.tokens:,}",
                 short_loss(run) or "-",
-                moment(run.last_request_at),
+                moment(getattr(run, "newest_request_at", None)),
             ]
             for run in newest[:NEWEST_ROWS]
         ],

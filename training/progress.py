@@ -12,6 +12,7 @@ from typing import Any
 
 from django.db.models import OuterRef, QuerySet, Subquery
 from django.db.models.fields.json import KT
+from django.db.models.functions import Coalesce
 
 from futures.models import Future
 from futures.transitions import State
@@ -61,12 +62,15 @@ def run_progress(run: Run) -> Progress:
     )
 
 
-def with_last_loss(runs: QuerySet[Run]) -> QuerySet[Run]:
-    """The runs with ``last_loss``, that of their newest finished pass, as text or None."""
-    passes = Future.objects.filter(
-        lane_id=OuterRef("pk"), state=State.READY, kind=Kind.FORWARD_BACKWARD
-    ).order_by("-seq_id")
-    return runs.annotate(last_loss=Subquery(passes.values(text=KT("summary__loss"))[:1]))
+def with_progress(runs: QuerySet[Run]) -> QuerySet[Any]:
+    """The runs with ``last_loss``, that of their newest finished pass, as text or None, and with
+    ``newest_request_at``, when their newest request was submitted."""
+    requests = Future.objects.filter(lane_id=OuterRef("pk")).order_by("-seq_id")
+    passes = requests.filter(state=State.READY, kind=Kind.FORWARD_BACKWARD)
+    return runs.annotate(
+        last_loss=Subquery(passes.values(text=KT("summary__loss"))[:1]),
+        newest_request_at=Coalesce(Subquery(requests.values("created_at")[:1]), "created_at"),
+    )
 
 
 def _points(rows: list[tuple[str, dict[str, Any]]], *, first_step: int) -> list[ProgressPoint]:

@@ -86,11 +86,13 @@ def test_only_the_newest_requests_are_read(
     assert not curve.is_whole
 
 
-def test_the_last_loss_is_that_of_the_newest_finished_pass(
+def test_the_last_loss_and_request_are_those_of_the_newest_futures(
     log: LogFactory, superuser: User
 ) -> None:
     run = log(("pass", 3.0, 1), ("pass", 2.5, 1), ("step", 1, 1.0))
-    found = progress.with_last_loss(Run.objects.filter(pk=run.pk)).get()
+    found = progress.with_progress(Run.objects.filter(pk=run.pk)).get()
+    newest = Future.objects.filter(lane_id=run.pk).latest("seq_id")
+    assert found.newest_request_at == newest.created_at  # type: ignore[attr-defined]
     assert float(found.last_loss) == 2.5  # type: ignore[attr-defined]
 
 

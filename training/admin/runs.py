@@ -35,7 +35,7 @@ from futures.preview import value_preview
 from futures.transitions import State
 from training.errors import TrainingError
 from training.models import Checkpoint, Run, Snapshot
-from training.progress import MAX_REQUESTS, Progress, run_progress, with_last_loss
+from training.progress import MAX_REQUESTS, Progress, run_progress, with_progress
 from training.services import run_remove_submit
 
 NEWEST_ROWS = 10
@@ -62,14 +62,12 @@ class RunAdmin(ConsoleAdmin):
     list_filter = (
         ("state", ChoicesCheckboxFilter),
         ("owner", AutocompleteSelectFilter),
-        ("last_request_at", MomentFilter),
         ("created_at", MomentFilter),
     )
     list_filter_submit = True
     list_select_related = ("owner",)
     search_fields = ("name__icontains", "id__startswith", "base_model__icontains")
     search_help_text = "Part of a name or base model, or the beginning of a run id"
-    ordering = ("-last_request_at",)
     sortable_by = ("name", "step", "trained_tokens", "last_request", "created")
     actions_detail = ("remove",)
     fieldsets = (
@@ -95,7 +93,7 @@ class RunAdmin(ConsoleAdmin):
     change_form_outer_after_template = "admin/training/run/tables.html"
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Run]:
-        return with_last_loss(super().get_queryset(request))
+        return with_progress(super().get_queryset(request)).order_by("-newest_request_at")
 
     def render_change_form(
         self, request: HttpRequest, context: dict[str, Any], obj: Run | None = None, **kwargs: Any
@@ -124,9 +122,9 @@ class RunAdmin(ConsoleAdmin):
     def last_loss(self, run: Run) -> str | None:
         return short_loss(run)
 
-    @admin.display(description="Last request", ordering="last_request_at")
+    @admin.display(description="Last request", ordering="newest_request_at")
     def last_request(self, run: Run) -> SafeString | None:
-        return moment(run.last_request_at)
+        return moment(getattr(run, "newest_request_at", None))
 
     @admin.display(description="Created", ordering="created_at")
     def created(self, run: Run) -> SafeString | None:
@@ -270,7 +268,7 @@ def run_tables(run: Run) -> list[dict[str, Any]]:
 
 
 def short_loss(run: Run) -> str | None:
-    """The last loss of a run that was read by ``with_last_loss``."""
+    """The last loss of a run that was read by ``with_progress``."""
     try:
         return f"{float(getattr(run, 'last_loss', None) or ''):.4f}"
     except ValueError:
