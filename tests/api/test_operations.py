@@ -237,7 +237,7 @@ def test_the_sdks_dialect_is_refused_clearly_where_it_is_not_spoken(api, headers
     ("request_", "is_sdk"),
     [
         (REQUESTS.post("/", {}, content_type="application/json"), False),
-        (REQUESTS.post("/", b"", content_type="application/x-protobuf"), True),
+        (REQUESTS.post("/", b"\x0a", content_type="application/x-protobuf"), True),
         (REQUESTS.post("/", headers={"X-Stainless-Package-Version": "0.38.0"}), True),
         (REQUESTS.post("/", headers={"User-Agent": "python-requests"}), False),
     ],
