@@ -104,6 +104,22 @@ class Server:
             self.process.wait(timeout=150)
             self.process = None
 
+    def kill(self) -> None:
+        """SIGKILL ``up`` and wait until everything below it has followed.
+
+        Until then the old web process may still answer for the new one.
+        """
+        assert self.process is not None
+        below = [item.pid for item in self.processes()]
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+        deadline = time.monotonic() + READY_SECONDS
+        while any(Path(f"/proc/{pid}").exists() for pid in below):
+            if time.monotonic() > deadline:
+                raise ServerFailed(f"processes outlive their killed up:\n{self.log()}")
+            time.sleep(LOOK_SECONDS)
+
     def log(self) -> str:
         return (self.data_dir / "up.log").read_text(errors="replace")
 

@@ -54,9 +54,7 @@ def test_a_restart_of_everything_keeps_results_and_goes_on(
     done = submit_steps(other, "m", 2)
     before = results(other, done)
     waiting = submit_steps(other, "m", 2)
-    assert other.process is not None
-    other.process.send_signal(signal.SIGKILL)
-    other.process.wait()
+    other.kill()
     other.start()
     assert results(other, done) == before
     assert results(other, waiting)[-1]["metrics"]["step"] == 4
