@@ -63,7 +63,7 @@ def sample_submit(
         "checkpoint": None,
     }
     cost = sum(payloads.prompt_cost(prompt) for prompt in prompts)
-    summary = {"prompts": len(prompts), "samples": num_samples}
+    summary: dict[str, Any] = {"prompts": len(prompts), "samples": num_samples}
     if model_id is not None:
         run = run_get(owner_id=owner_id, model_id=model_id)
         return submit_in_lane(

@@ -23,7 +23,7 @@ from training import payloads
 from training.engine.interface import Engine, SampleJob, SampleOutput
 from training.errors import TrainingError
 from training.models import Run
-from training.types import Conversation
+from training.types import Conversation, Prompt
 from training.worker import outcomes
 from training.worker.operations import Effects, Operations
 from training.worker.residency import Residency
@@ -181,7 +181,7 @@ class WorkLoop:
             outputs=[None] * len(payload["prompts"]),
         )
 
-    def _tokens(self, prompt: payloads.Prompt) -> list[int]:
+    def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, Conversation):
             messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
             return self._engine.render_prompt(messages)
