@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.engine.cached_attention import DecodeAttention, DecodeRun, PrefillAttention
+from training.engine.cached_attention import (
+    DecodeAttention,
+    DecodeRun,
+    PrefillAttention,
+    PrefillChunk,
+)
 from training.engine.kv_cache import ALIGNMENT_TOKENS, KvCache, Region
 
 CPU = torch.device("cpu")
@@ -99,19 +104,22 @@ def test_cached_attention_is_plain_attention_over_what_was_stored(dtype: torch.d
     def new(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return tuple(torch.randn(num_tokens, h, 8).to(dtype) for h in (4, 2, 2))  # type: ignore[return-value]  # a generator's length is unknown
 
+    def chunk(start: int, num_tokens: int) -> PrefillChunk:
+        return PrefillChunk(first_row=0, region=region, start=start, num_tokens=num_tokens)
+
     def check(got: torch.Tensor, *expected: torch.Tensor) -> None:
         tolerance = 1e-6 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(got, torch.cat(expected), atol=tolerance, rtol=tolerance)
 
     q1, k1, v1 = new(5)
     check(
-        PrefillAttention(cache, region, 0, 5).attend(0, q1, k1, v1, 0.3),
+        PrefillAttention(cache, [chunk(0, 5)]).attend(0, q1, k1, v1, 0.3),
         plain_attention(q1, k1, v1, 0.3),
     )
     q2, k2, v2 = new(3)
     prompt_keys, prompt_values = torch.cat([k1, k2]), torch.cat([v1, v2])
     check(
-        PrefillAttention(cache, region, 5, 3).attend(0, q2, k2, v2, 0.3),
+        PrefillAttention(cache, [chunk(5, 3)]).attend(0, q2, k2, v2, 0.3),
         plain_attention(q2, prompt_keys, prompt_values, 0.3),
     )
     cache.share_prompt(region, 8)

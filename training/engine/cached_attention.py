@@ -1,6 +1,6 @@
 """How queries find their keys while sampling: some in this pass, the others in the cache.
 
-Two strategies behind ``packed.Attention``. A prefill pass reads one chunk of one prompt; a
+Two strategies behind ``packed.Attention``. A prefill pass reads a chunk of each of some prompts; a
 decode pass reads one new token of many sequences. Neither lets what shares a pass touch the
 arithmetic of a sequence: every kernel call below sees whole sequences of one job, and gives each
 the same numbers whether it comes alone or with others.
@@ -19,37 +19,65 @@ from training.engine.kv_cache import KvCache, Region
 from training.engine.packed import Attention
 
 
-class PrefillAttention(Attention):
-    """The next C tokens of one prompt, kept as the first sequence of its region."""
+@dataclass(frozen=True, kw_only=True)
+class PrefillChunk:
+    """Neighbouring rows of a prefill pass: the next tokens of one prompt."""
 
-    def __init__(self, cache: KvCache, region: Region, start: int, num_tokens: int) -> None:
-        """``start``: how many tokens of the prompt are in the cache already."""
+    first_row: int
+    region: Region
+    """The prompt is kept as its first sequence."""
+    start: int
+    """How many tokens of the prompt are in the cache already."""
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+class PrefillAttention(Attention):
+    """A chunk of each of some prompts; rows of no chunk are padding and get zeros."""
+
+    def __init__(self, cache: KvCache, chunks: Sequence[PrefillChunk]) -> None:
         self._cache = cache
-        self._region = region
-        self._end = start + num_tokens
-        device = cache.device
-        first_row = region.row(0, start)
-        self._rows = torch.arange(first_row, first_row + num_tokens, device=device)
-        self._mask = None
-        if start:  # without earlier keys the kernel's own causal mask is right, and faster
-            shape = (num_tokens, self._end)
-            self._mask = torch.ones(shape, dtype=torch.bool, device=device).tril(start)
+        self._chunks = chunks
+        rows = [chunk.first_row + n for chunk in chunks for n in range(chunk.num_tokens)]
+        cache_rows = [
+            chunk.region.row(0, chunk.start + n)
+            for chunk in chunks
+            for n in range(chunk.num_tokens)
+        ]
+        self._rows = torch.tensor(rows, device=cache.device)
+        self._cache_rows = torch.tensor(cache_rows, device=cache.device)
+        self._masks = [_late_causal_mask(chunk, cache.device) for chunk in chunks]
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        self._cache.store(layer_idx, self._rows, key, value)
-        keys, values = self._cache.view(layer_idx, self._region, 0, 1, self._end)
-        output = scaled_dot_product_attention(
-            query.transpose(0, 1)[None],  # (1, Hq, C, D)
-            keys.transpose(1, 2),  # (1, Hkv, end, D)
-            values.transpose(1, 2),
-            attn_mask=self._mask,
-            is_causal=self._mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return output[0].transpose(0, 1)  # (C, Hq, D)
+        self._cache.store(layer_idx, self._cache_rows, key[self._rows], value[self._rows])
+        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        for chunk, mask in zip(self._chunks, self._masks, strict=True):
+            rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
+            keys, values = self._cache.view(layer_idx, chunk.region, 0, 1, chunk.end)
+            attended = scaled_dot_product_attention(
+                query[rows].transpose(0, 1)[None],  # (1, Hq, C, D)
+                keys.transpose(1, 2),  # (1, Hkv, end, D)
+                values.transpose(1, 2),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            output[rows] = attended[0].transpose(0, 1)
+        return output  # (T, Hq, D)
+
+
+def _late_causal_mask(chunk: PrefillChunk, device: torch.device) -> Tensor | None:
+    """(C, end) bool; None at a prompt's start, where the kernel's own causal mask is right."""
+    if not chunk.start:
+        return None
+    shape = (chunk.num_tokens, chunk.end)
+    return torch.ones(shape, dtype=torch.bool, device=device).tril(chunk.start)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,16 @@
 """Continuous batching: sampling jobs of many adapters share the passes over the base model.
 
 A step is one pass over the base model, of one of two kinds. A prefill pass reads the next chunk
-of one waiting prompt; a decode pass reads the newest token of every active sequence and samples
+of some new prompts; a decode pass reads the newest token of every active sequence and samples
 the next one. With both kinds of work at hand they take turns, so that a long prompt holds up
 nobody and a busy sampler still lets new jobs in.
 
 A job's tokens depend on its prompt, its weights and (seed, sequence number), and on nothing that
-shares its steps: prompts are prefilled alone, in chunks that depend on the prompt only; a
-decode pass computes every row on its own; random numbers belong to a sequence. On a CPU the
-log-probabilities are equal to the bit (``ROWS_MULTIPLE`` and ``kv_cache.ALIGNMENT_TOKENS`` see to
-it; float32 adapters of rank 1 are the exception that was found). A GPU chooses its matrix
-kernels by the number of rows, so there the last bits may differ.
+shares its steps: where a prompt is cut into chunks depends on the prompt only; a pass computes
+every row on its own; random numbers belong to a sequence. On a CPU the log-probabilities are
+equal to the bit (``ROWS_MULTIPLE`` and ``kv_cache.ALIGNMENT_TOKENS`` see to it; float32 adapters
+of rank 1 are the exception that was found). A GPU chooses its matrix kernels by the number of
+rows, so there the last bits may differ.
 
 Waiting jobs start in the order of their admission, each when the cache has room for all of it.
 """
@@ -18,17 +18,23 @@ Waiting jobs start in the order of their admission, each when the cache has room
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from training.engine.adapters import AdapterTensors
 from training.engine.base_model import BaseModel
-from training.engine.cached_attention import DecodeAttention, DecodeRun, PrefillAttention
+from training.engine.cached_attention import (
+    DecodeAttention,
+    DecodeRun,
+    PrefillAttention,
+    PrefillChunk,
+)
 from training.engine.interface import SampleJob, SampleOutput, Sampler
 from training.engine.kv_cache import KvCache
-from training.engine.packed import PackedContext, Segment, uniform_segments
+from training.engine.packed import Attention, PackedContext, Segment, uniform_segments
 from training.engine.sample_requests import (
     ActiveRequest,
     ActiveSequence,
@@ -40,7 +46,7 @@ from training.engine.token_choice import choose_tokens
 from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult, TrainingError
 
 ROWS_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
-"""Each adapter's rows in a decode pass are padded to a multiple of this. CPU matrix kernels take
+"""The rows of each segment of a pass are padded to a multiple of this. CPU matrix kernels take
 rows in such blocks and sum what is left over in another order (measured with MKL and oneDNN, one
 thread and several), so without padding a row's last bits would depend on how many share it."""
 
@@ -122,7 +128,7 @@ class ContinuousSampler(Sampler):
         self._start_waiting()
         if self._prefilling and not (self._decoding and self._prefilled_last):
             self._prefilled_last = True
-            return self._prefill(self._prefilling[0])
+            return self._prefill()
         self._prefilled_last = False
         return self._decode() if self._decoding else {}
 
@@ -173,37 +179,74 @@ class ContinuousSampler(Sampler):
 
     # -- prefill -----------------------------------------------------------------------------------
 
-    def _prefill(self, request: ActiveRequest) -> dict[str, SampleOutput | TrainingError]:
-        """Read the next chunk of a prompt; after the last one, sample every first token."""
-        assert request.region is not None  # noqa: S101 - reserved before prefilling
-        prompt, start = request.job.prompt, request.num_prefilled
-        chunk = prompt[start : start + self._prefill_chunk_tokens]
-        end = start + len(chunk)
-        device = self._base_model.device
-        context = PackedContext(
-            segments=uniform_segments(len(chunk), request.weights),
-            attention=PrefillAttention(self._cache, request.region, start, len(chunk)),
-        )
-        hidden = self._base_model.hidden_states(
-            torch.tensor(chunk, dtype=torch.int64, device=device),
-            torch.arange(start, end, device=device),
-            context,
-        )  # (C, H)
-        request.num_prefilled = end
-        if request.job.prompt_logprobs:
-            request.prompt_logprobs += self._target_logprobs(
-                hidden, prompt[start + 1 : end + 1], request.weights
+    def _prefill(self) -> dict[str, SampleOutput | TrainingError]:
+        """Read the next chunk of some prompts; where it was the last, sample the first tokens."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        chunks: list[tuple[ActiveRequest, PrefillChunk]] = []
+        for request in self._prefilling:
+            chunk = self._next_chunk(request, first_row=len(tokens))
+            padding = [0] * (-chunk.num_tokens % self._rows_multiple)
+            num_rows = chunk.num_tokens + len(padding)
+            if chunks and len(tokens) + num_rows > self._prefill_chunk_tokens:
+                break
+            chunks.append((request, chunk))
+            tokens += [*request.job.prompt[chunk.start : chunk.end], *padding]
+            positions += [*range(chunk.start, chunk.end), *padding]
+            segments.append(
+                Segment(start=chunk.first_row, end=len(tokens), weights=request.weights)
             )
-        if end < len(prompt):
+        attention = PrefillAttention(self._cache, [chunk for _, chunk in chunks])
+        hidden = self._hidden_states(tokens, positions, segments, attention)  # (T, H)
+        for request, chunk in chunks:
+            request.num_prefilled = chunk.end
+            if request.job.prompt_logprobs:
+                request.prompt_logprobs += self._target_logprobs(
+                    hidden[chunk.first_row :],
+                    request.job.prompt[chunk.start + 1 : chunk.end + 1],
+                    request.weights,
+                )
+        return self._sample_first(
+            {
+                request: hidden[chunk.first_row + chunk.num_tokens - 1]
+                for request, chunk in chunks
+                if chunk.end == len(request.job.prompt)
+            }
+        )
+
+    def _next_chunk(self, request: ActiveRequest, *, first_row: int) -> PrefillChunk:
+        """Cut at multiples of the chunk size, whatever shares the pass."""
+        assert request.region is not None  # noqa: S101 - reserved before prefilling
+        start = request.num_prefilled
+        end = min(start + self._prefill_chunk_tokens, len(request.job.prompt))
+        return PrefillChunk(
+            first_row=first_row, region=request.region, start=start, num_tokens=end - start
+        )
+
+    def _sample_first(
+        self, last_hidden: Mapping[ActiveRequest, Tensor]
+    ) -> dict[str, SampleOutput | TrainingError]:
+        """Begin decoding the requests whose prompt's last row (H,) is given."""
+        if not last_hidden:
             return {}
-        self._prefilling.popleft()
-        self._decoding.append(request)
-        self._cache.share_prompt(request.region, len(prompt))
-        logits = self._base_model.logits(
-            hidden[-1:], uniform_segments(1, request.weights)
-        )  # (1, V)
-        rows = [(request, sequence) for sequence in request.sequences]
-        return self._sample(rows, logits.expand(len(rows), -1))
+        segments = [
+            Segment(start=i, end=i + 1, weights=request.weights)
+            for i, request in enumerate(last_hidden)
+        ]
+        padding = -len(last_hidden) % self._rows_multiple
+        hidden = pad(torch.stack(list(last_hidden.values())), (0, 0, 0, padding))  # (n, H)
+        logits = self._base_model.logits(hidden, segments)  # (n, V)
+        rows: list[Row] = []
+        logits_rows: list[int] = []
+        for i, request in enumerate(last_hidden):
+            assert request.region is not None  # noqa: S101 - reserved before prefilling
+            self._prefilling.remove(request)
+            self._decoding.append(request)
+            self._cache.share_prompt(request.region, len(request.job.prompt))
+            rows += [(request, sequence) for sequence in request.sequences]
+            logits_rows += [i] * len(request.sequences)
+        return self._sample(rows, logits[logits_rows])
 
     def _target_logprobs(
         self, hidden: Tensor, targets: Sequence[int], weights: AdapterTensors | None
@@ -234,22 +277,31 @@ class ContinuousSampler(Sampler):
             rows += [None] * (-(len(rows) - start) % self._rows_multiple)
             segments.append(Segment(start=start, end=len(rows), weights=requests[0].weights))
         attention = DecodeAttention(self._cache, _decode_runs(rows), len(rows))
-        device = self._base_model.device
         tokens = [0 if row is None else row[1].tokens[-1] for row in rows]
         positions = [
             0 if row is None else len(row[0].job.prompt) + len(row[1].tokens) - 1 for row in rows
         ]
-        hidden = self._base_model.hidden_states(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            PackedContext(segments=segments, attention=attention),
-        )  # (T, H)
+        hidden = self._hidden_states(tokens, positions, segments, attention)  # (T, H)
         logits = self._base_model.logits(hidden, segments)  # (T, V)
         if attention.real_rows is not None:
             logits = logits[attention.real_rows]
         return self._sample([row for row in rows if row is not None], logits)
 
     # -- both --------------------------------------------------------------------------------------
+
+    def _hidden_states(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        segments: Sequence[Segment],
+        attention: Attention,
+    ) -> Tensor:
+        device = self._base_model.device
+        return self._base_model.hidden_states(
+            torch.tensor(tokens, dtype=torch.int64, device=device),
+            torch.tensor(positions, device=device),
+            PackedContext(segments=segments, attention=attention),
+        )  # (T, H)
 
     def _sample(
         self, rows: Sequence[Row], logits: Tensor
