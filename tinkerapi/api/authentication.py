@@ -31,6 +31,7 @@ from rest_framework.request import Request
 from tinkerapi.api.parsers import JSON
 from tinkerapi.models import ApiKey
 from tinkerapi.services import LOCAL_USERNAME, api_key_verify
+from tinkerapi.tokens import TOKEN_PREFIX, token_verify
 
 # testserver is what Django's test client calls itself; no public DNS can hold the name.
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "testserver"})
@@ -46,12 +47,18 @@ class ApiKeyAuthentication(BaseAuthentication):
         if key is None:
             _check_keyless(request._request)
             return local_user(), None
-        api_key = api_key_verify(key)
+        if settings.SDK_JWT and key.startswith(TOKEN_PREFIX):
+            api_key = token_verify(key)
+        else:
+            api_key = api_key_verify(key)
         if api_key is None:
             raise AuthenticationFailed("The API key is unknown, expired or revoked.")
         return api_key.user, api_key
 
     def authenticate_header(self, request: Request) -> str:
+        if settings.SDK_JWT and (_key(request) or "").startswith(TOKEN_PREFIX):
+            # The SDK then exchanges its key for another token and sends the request again.
+            return 'Bearer realm="tinkerapi", error="invalid_token"'
         return 'Bearer realm="tinkerapi"'
 
 

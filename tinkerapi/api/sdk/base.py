@@ -36,9 +36,6 @@ from tinkerapi.api.views.base import owner_of
 from training.errors import InvalidRequest, RunNotFound, TrainingError
 from training.services.sessions import refused_submit
 
-_NO_RETRY = {HTTPStatus.CONFLICT: HTTPStatus.UNPROCESSABLE_ENTITY}
-"""Statuses that the SDK would repeat, and what it takes for final instead."""
-
 
 class SdkView(AsyncAPIView):
     """A view of the SDK's dialect; it is not in the OpenAPI description."""
@@ -48,9 +45,10 @@ class SdkView(AsyncAPIView):
     fields: ClassVar[Mapping[str, Field]] = {}
     """The JSON body's fields; ``type``, which repeats the path, may always stand beside them."""
 
-    def handle_exception(self, exc: Exception) -> HttpResponse:
-        response: HttpResponse = super().handle_exception(exc)  # type: ignore[assignment]
-        response.status_code = _NO_RETRY.get(HTTPStatus(response.status_code), response.status_code)
+    def handle_exception(self, exc: Exception) -> Any:
+        response = super().handle_exception(exc)
+        if response.status_code == HTTPStatus.CONFLICT:  # which the SDK would send again
+            response.status_code = HTTPStatus.UNPROCESSABLE_ENTITY
         return response
 
     def raw_body(self, request: Request) -> bytes:

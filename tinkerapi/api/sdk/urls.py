@@ -6,7 +6,7 @@ No route ends in a slash, and nothing redirects: a client would send its POST as
 
 from django.urls import URLPattern, path
 
-from tinkerapi.api.sdk.views import futures, models, service
+from tinkerapi.api.sdk.views import auth, futures, models, service
 from tinkerapi.api.views.service import CapabilitiesView, HealthView
 
 urlpatterns: list[URLPattern] = [
@@ -15,6 +15,8 @@ urlpatterns: list[URLPattern] = [
     path("get_server_capabilities", CapabilitiesView.as_view(schema=None)),
     path("client/config", service.ClientConfigView.as_view()),
     path("client/dynamic_config", service.DynamicConfigView.as_view()),
+    path("auth/token", auth.TokenView.as_view()),
+    path("auth/apikey/me", auth.OwnKeyView.as_view()),
     path("telemetry", service.TelemetryView.as_view()),
     path("create_session", service.CreateSessionView.as_view()),
     path("session_heartbeat", service.SessionHeartbeatView.as_view()),

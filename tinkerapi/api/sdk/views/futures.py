@@ -21,7 +21,8 @@ from futures.models import Future
 from futures.selectors import future_get, queue_state
 from futures.services import future_cancel
 from futures.transitions import Category, State
-from tinkerapi.api import answers
+from tinkerapi.api import async_view
+from tinkerapi.api.answers import LARGE_RESULT_BYTES
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.fields import Field, Flag
 from tinkerapi.api.renderers import JSONResponse, to_json
@@ -122,9 +123,9 @@ class RetrieveFutureView(SdkView):
     async def _waited(self, future: Future, owner_id: int, form: dict[str, bool]) -> HttpResponse:
         final = await future_wait(future.id, owner_id=owner_id, timeout_seconds=POLL_SECONDS)
         if final is None:
-            return await answers.in_database_thread(pending_answer, future)
-        if final.result is not None and len(final.result) > answers.LARGE_RESULT_BYTES:
-            return await answers.in_database_thread(lambda: final_answer(final, **form))
+            return await async_view.in_database_thread(pending_answer, future)
+        if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
+            return await async_view.in_database_thread(lambda: final_answer(final, **form))
         return final_answer(final, **form)
 
 

@@ -1,0 +1,54 @@
+"""The client's credential: whose key this is, and a short-lived token for it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from django.conf import settings
+from django.http import Http404, HttpResponse
+from rest_framework.exceptions import AuthenticationFailed
+from rest_framework.request import Request
+
+from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.sdk.base import SdkView, empty_response
+from tinkerapi.models import ApiKey
+from tinkerapi.services import api_key_revoke
+from tinkerapi.tokens import ORGANIZATION, token_issue
+
+
+class TokenView(SdkView):
+    """Exchange a key for a token of an hour; ``TINKERAPI_SDK_JWT`` opens it."""
+
+    def post(self, request: Request) -> HttpResponse:
+        if not settings.SDK_JWT:
+            raise Http404
+        return JSONResponse({"jwt": token_issue(_api_key(request))})
+
+
+class OwnKeyView(SdkView):
+    """The key itself: describe it, revoke it."""
+
+    def get(self, request: Request) -> HttpResponse:
+        api_key = _api_key(request)
+        return JSONResponse(
+            {
+                "key_id": api_key.pk,
+                "name": api_key.name,
+                "note": "",
+                "details": {
+                    "org_details": {"name": ORGANIZATION},
+                    "user_details": {"email": api_key.user.email or api_key.user.get_username()},
+                },
+            }
+        )
+
+    def delete(self, request: Request) -> HttpResponse:
+        api_key_revoke(api_key_id=_api_key(request).pk)
+        return empty_response()
+
+
+def _api_key(request: Request) -> ApiKey:
+    """The key that the request came with; one without a key is refused, though it is local."""
+    if request.auth is None:
+        raise AuthenticationFailed("Send an API key in the X-API-Key header.")
+    return cast(ApiKey, request.auth)
