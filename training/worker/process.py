@@ -17,6 +17,7 @@ from django.db import DatabaseError, InterfaceError, connection
 from futures.broker import bell_rang
 from futures.consumer import Consumer
 from futures.errors import Fenced
+from futures.gaps import gaps_refuse
 from futures.models import Worker
 from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
 from training import tasks
@@ -101,12 +102,14 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
 def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> None:
     """Say every few seconds that the worker lives; leave the process if it was replaced.
 
-    Also deletes checkpoints whose time is up: it is the one thing here that a clock starts.
+    Also does what a clock starts: deletes checkpoints whose time is up, and fails requests that
+    wait for a number that does not come.
     """
     while not over.wait(HEARTBEAT_SECONDS):
         try:
             worker_heartbeat(worker, {**figures, "memory_bytes": _memory_bytes()})
             checkpoints_expire()
+            gaps_refuse(queue=worker.queue, patience_seconds=settings.GAP_SECONDS)
         except Fenced:
             logger.error("another worker has taken over; leaving")
             logging.shutdown()
