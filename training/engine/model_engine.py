@@ -30,8 +30,8 @@ class TorchEngine(Engine):
     What an adapter's jobs compute depends on the adapter, on these jobs in this order and on the
     token budget. On a CPU it does not depend, to the bit, on the other adapters in the call
     (measured in float32 and bfloat16, with one and two threads). How one adapter's own requests
-    are divided into calls does show in the last bits of its gradient, and on a GPU the number
-    of rows may choose another kernel; a replay that must be exact repeats the calls.
+    are divided into calls does show in the last bits, and on a GPU the number of rows may
+    choose another kernel; a replay that must be exact repeats the calls.
     """
 
     def __init__(

@@ -83,11 +83,6 @@ class PackedContext:
     segments: Sequence[Segment]
     attention: Attention
 
-    @property
-    def needs_grad(self) -> bool:
-        """Whether any row's adapter wants its gradient."""
-        return any(segment.grad is not None for segment in self.segments)
-
 
 class ContextHolder:
     """Where the LoRA layers of one base model find the context of the current pass.
