@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +38,17 @@ def django_db_modify_db_settings(
         return
     with EmbeddedPostgres(settings.DATA_DIR, durable=False):
         yield
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None) -> Iterator[None]:
+    """pytest-django's, and at the end nothing holds the test database that is to be dropped.
+
+    A request through Django's test client has an event loop of its own, which may end while
+    the hub of that loop is still connecting; such a connection is closed when it is collected.
+    """
+    yield
+    gc.collect()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -8,9 +8,6 @@ ones get past the parser. The examples are the same at every run.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-
 import pytest
 import requests
 import schemathesis
@@ -72,16 +69,13 @@ def client(api, work) -> Client:
 
 
 @pytest.fixture
-def waiting_client(transactional_db, work, settings) -> Iterator[Client]:
+def waiting_client(transactional_db, work, settings) -> Client:
     """Likewise, for calls that wait: their waits end at once."""
     worker_live(work.worker, {})
     settings.SYNC_TIMEOUT_SECONDS = 0
     client = Client(raise_request_exception=False)
     ApiClient(client).post("/add_lora", model_id="m")
-    yield client
-    # Each call had an event loop of its own, which ended while its hub was connecting; what is
-    # left of the connections would keep the test database from being dropped.
-    gc.collect()
+    return client
 
 
 WAITING = [name for name in OPERATIONS if f"{name}_async" in OPERATIONS]
