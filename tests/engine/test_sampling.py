@@ -398,6 +398,21 @@ def test_a_prompt_longer_than_a_chunk_is_read_in_several_steps(make_sampler: Mak
     np.testing.assert_allclose(results["one"].sequences[0].logprobs, whole.logprobs, atol=2e-5)
 
 
+def test_short_prompts_are_read_together(make_sampler: MakeSampler) -> None:
+    jobs = {str(i): job([i + 3] * (i + 2), seed=i) for i in range(4)}  # 14 tokens in all
+    sampler = make_sampler(prefill_chunk_tokens=32)
+    for key, each in jobs.items():
+        sampler.admit(key, each)
+    num_steps, results = 0, {}
+    while sampler.active:
+        results |= sampler.step()
+        num_steps += 1
+    assert num_steps == 1 + 11
+    for key, each in jobs.items():
+        alone = run(make_sampler(prefill_chunk_tokens=32), each)
+        assert results[key].sequences == alone.sequences
+
+
 def test_a_long_prompt_and_the_active_jobs_take_turns(make_sampler: MakeSampler) -> None:
     sampler = make_sampler(prefill_chunk_tokens=8)
     sampler.admit("short", job(max_tokens=6))
