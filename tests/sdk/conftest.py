@@ -23,6 +23,13 @@ class SdkClient:
         self.api = api
         self.headers = {"X-Stainless-Package-Version": "0.38.0", "X-API-Key": key}
 
+    @classmethod
+    def with_new_key(cls, api: ApiClient) -> SdkClient:
+        """A client of a new user."""
+        user = get_user_model().objects.create_user("researcher")
+        _, key = api_key_create(user=user, name="laptop")
+        return cls(api, key)
+
     def post(self, path: str, /, **body: object) -> Any:
         """A JSON call; the answer as it is."""
         return self.api.post(f"/api/v1/{path}", headers=self.headers, **body)
@@ -84,6 +91,4 @@ class SdkClient:
 
 @pytest.fixture
 def sdk(api: ApiClient) -> SdkClient:
-    user = get_user_model().objects.create_user("researcher")
-    _, key = api_key_create(user=user, name="laptop")
-    return SdkClient(api, key)
+    return SdkClient.with_new_key(api)
