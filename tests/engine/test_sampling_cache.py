@@ -28,7 +28,7 @@ CAPACITY = 40 * ALIGNMENT_TOKENS
         max_size=40,
     )
 )
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_regions_are_apart_and_give_everything_back(
     actions: list[tuple[int, int] | int],
 ) -> None:
