@@ -342,3 +342,14 @@ def test_repeating_a_request_with_its_key_is_the_same_request(
         idempotency_key="c",
     )
     assert (named.model_id, named.future.id) == (same.model_id, same.future.id)
+
+
+def test_a_run_remembers_its_last_request(
+    work: InProcessWorker, forward_backward: Submit, optim_step: Submit
+) -> None:
+    forward_backward("m", "hi")
+    work()
+    before = Run.objects.get(name="m").last_request_at
+    forward_backward("m", "hi", forward_only=True)
+    work()
+    assert Run.objects.get(name="m").last_request_at > before

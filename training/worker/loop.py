@@ -15,6 +15,7 @@ from typing import Any
 
 from django.conf import settings
 from django.db import transaction
+from django.utils import timezone
 
 from futures.claiming import future_claim, futures_finish, futures_release
 from futures.models import Future, Worker
@@ -130,9 +131,9 @@ class WorkLoop:
             self._claim()
 
     def _run(self, batch: Batch) -> None:
-        effects = Effects()
         self._batch += 1
         self._load_runs(batch)
+        effects = Effects(runs=list(self._runs.values()))
         self._operations.run_passes(batch.passes, self._runs, effects)
         for future in batch.samples:
             self._admit(future, effects)
@@ -227,10 +228,12 @@ class WorkLoop:
         """The commit point: results, states, run rows and waiters, all or nothing."""
         with transaction.atomic():
             futures_finish(worker=self._worker, outcomes=effects.outcomes, batch=self._batch)
-            for run_id in effects.applied:
-                run = self._runs[run_id]
-                Run.objects.filter(id=run_id).update(
-                    step=run.step, applied_seq_id=run.applied_seq_id, tokens=run.tokens
+            for run in effects.runs:
+                Run.objects.filter(id=run.id).update(
+                    step=run.step,
+                    applied_seq_id=run.applied_seq_id,
+                    tokens=run.tokens,
+                    last_request_at=timezone.now(),
                 )
             for write in effects.writes:
                 write()

@@ -42,8 +42,8 @@ class Effects:
     outcomes: list[Outcome] = field(default_factory=list)
     writes: list[Callable[[], None]] = field(default_factory=list)
     """Row changes that belong to the outcomes; called inside the commit's transaction."""
-    applied: dict[str, int] = field(default_factory=dict)
-    """Run id -> seq id of the last future that changed it."""
+    runs: list[Run] = field(default_factory=list)
+    """The batch's runs, as its operations leave their rows."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Run id -> work that a crash would repeat."""
     after_commit: list[Callable[[], None]] = field(default_factory=list)
@@ -127,7 +127,6 @@ class Operations:
 
     def _changed(self, future: Future, run: Run, effects: Effects, seconds: float) -> None:
         run.applied_seq_id = future.seq_id or 0
-        effects.applied[run.id] = run.applied_seq_id
         effects.seconds[run.id] = effects.seconds.get(run.id, 0.0) + seconds
 
     def _create_run(
