@@ -46,6 +46,7 @@ class Hub:
         """An event that is set whenever the future may have become final."""
         if self._listening is None or self._listening.done():
             self._listening = asyncio.create_task(self._listen(), name="futures hub")
+            self._listening.add_done_callback(self._forget)
         event = asyncio.Event()
         self._waiting.setdefault(request_id, set()).add(event)
         try:
@@ -55,6 +56,11 @@ class Hub:
             events.discard(event)
             if not events:
                 del self._waiting[request_id]
+
+    def _forget(self, listening: asyncio.Task[None]) -> None:
+        """Let go of a task that ended: it holds its loop, and the loop is what holds us."""
+        if self._listening is listening:
+            self._listening = None
 
     async def close(self) -> None:
         """Stop listening; the next waiter begins again."""
