@@ -1,4 +1,4 @@
-"""``tinker://<run>/<weights or sampler_weights>/<name>``: parse and build, in one place."""
+"""``tinker://<run>/<what it is>/<name>``: parse and build, in one place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from training.errors import InvalidRequest
 
-SEGMENTS = {"training": "weights", "sampler": "sampler_weights"}
+SEGMENTS = {
+    "training": "weights",
+    "sampler": "sampler_weights",
+    "external": "external_weights",
+}
 """Checkpoint kind to the middle segment of its path."""
 
 _KINDS = {segment: kind for kind, segment in SEGMENTS.items()}
@@ -55,7 +59,22 @@ class TinkerPath:
         if scheme != "tinker" or len(parts) != 3 or parts[1] not in _KINDS:
             raise InvalidRequest(
                 f"{field}: {value[:120]!r} is not a checkpoint path; expected "
-                "tinker://<model_id>/weights/<name> or tinker://<model_id>/sampler_weights/<name>"
+                "tinker://<model_id>/weights/<name>, .../sampler_weights/<name> or "
+                ".../external_weights/<name>"
             )
         run, segment, name = parts
         return cls(check_name(run, field=field), _KINDS[segment], check_name(name, field=field))
+
+    @classmethod
+    def of_checkpoint_id(cls, run: str, checkpoint_id: str) -> TinkerPath:
+        """The path of ``<what it is>/<name>`` below a run.
+
+        Raises:
+            InvalidRequest: It is not of that form. (400)
+        """
+        return cls.parse(f"tinker://{run}/{checkpoint_id}", field="checkpoint_id")
+
+    @property
+    def checkpoint_id(self) -> str:
+        """What names the checkpoint within its run."""
+        return f"{SEGMENTS[self.kind]}/{self.name}"

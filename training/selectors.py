@@ -112,26 +112,55 @@ def run_log(run: Run, *, after_seq_id: int = -1) -> list[Future]:
     return log
 
 
-def checkpoint_get(*, owner_id: int, path: TinkerPath) -> Checkpoint:
-    """The owner's checkpoint at this path.
+def checkpoint_get(
+    *, owner_id: int, path: TinkerPath, lender_id: int | None = None, with_files: bool = False
+) -> Checkpoint:
+    """A checkpoint that the owner may read: one's own, the lender's, or a public one.
 
     A name that was used by several runs in turn means the newest run that has the checkpoint.
+    Names are only unique per owner, so another's public checkpoint is known by the run's id.
+
+    Args:
+        lender_id: Another user, who gave the owner the key to read what is theirs.
+        with_files: Also find files for other programs, which no engine reads.
 
     Raises:
         CheckpointNotFound: There is none, or it expired. (404)
+        InvalidRequest: It is a file for other programs. (400)
     """
-    checkpoint = (
-        Checkpoint.objects.filter(
-            run__owner_id=owner_id, run__name=path.run, kind=path.kind, name=path.name
+    if path.kind == Checkpoint.Kind.EXTERNAL and not with_files:
+        raise InvalidRequest(
+            f"path: {path} is for other programs; load or sample a weights or sampler_weights path"
         )
-        .filter(Q(expires_at__isnull=True) | Q(expires_at__gt=timezone.now()))
-        .select_related("run")
-        .order_by(F("run__deleted_at").desc(nulls_first=True))
-        .first()
-    )
-    if checkpoint is None:
+    named = checkpoints_kept().filter(kind=path.kind, name=path.name, ephemeral=False)
+    for readable in (
+        Q(run__owner_id=owner_id, run__name=path.run),
+        Q(run__owner_id=lender_id, run__name=path.run),
+        Q(public=True, run_id=path.run),
+    ):
+        found = named.filter(readable).order_by(F("run__deleted_at").desc(nulls_first=True))
+        if checkpoint := found.first():
+            return checkpoint
+    raise CheckpointNotFound(f"no checkpoint at {path}")
+
+
+def checkpoint_own(*, owner_id: int, path: TinkerPath) -> Checkpoint:
+    """The owner's own checkpoint at this path, of any kind.
+
+    Raises:
+        CheckpointNotFound: There is none, or it expired; another's answers the same. (404)
+    """
+    checkpoint = checkpoint_get(owner_id=owner_id, path=path, with_files=True)
+    if checkpoint.run.owner_id != owner_id:
         raise CheckpointNotFound(f"no checkpoint at {path}")
     return checkpoint
+
+
+def checkpoints_kept() -> QuerySet[Checkpoint]:
+    """All whose time is not up, with their runs."""
+    return Checkpoint.objects.filter(
+        Q(expires_at__isnull=True) | Q(expires_at__gt=timezone.now())
+    ).select_related("run")
 
 
 def checkpoint_path(checkpoint: Checkpoint) -> TinkerPath:

@@ -8,6 +8,7 @@ from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
 
 from tinkerapi.api.sdk.dispatch import by_dialect
 from tinkerapi.api.sdk.views import steps as sdk_steps
+from tinkerapi.api.sdk.views import weights as sdk_weights
 from tinkerapi.api.views import futures, runs, sampling, service, steps, weights
 
 urlpatterns: list[URLPattern] = [
@@ -50,10 +51,19 @@ urlpatterns: list[URLPattern] = [
     path("api/v1/sample", sampling.SampleView.as_view()),
     path("api/v1/asample", sampling.SampleView.as_view(waits=False)),
     # Weights
-    path("api/v1/save_weights", weights.SaveWeightsView.as_view()),
+    path(
+        "api/v1/save_weights",
+        by_dialect(weights.SaveWeightsView.as_view(), sdk_weights.SaveWeightsView.as_view()),
+    ),
     path("api/v1/save_weights_async", weights.SaveWeightsView.as_view(waits=False)),
     path("save_weights", weights.SaveWeightsView.as_view(waits=False, legacy=True)),
-    path("api/v1/save_weights_for_sampler", weights.SaveWeightsForSamplerView.as_view()),
+    path(
+        "api/v1/save_weights_for_sampler",
+        by_dialect(
+            weights.SaveWeightsForSamplerView.as_view(),
+            sdk_weights.SaveWeightsForSamplerView.as_view(),
+        ),
+    ),
     path(
         "api/v1/save_weights_for_sampler_async",
         weights.SaveWeightsForSamplerView.as_view(waits=False),
@@ -62,7 +72,10 @@ urlpatterns: list[URLPattern] = [
         "save_weights_for_sampler",
         weights.SaveWeightsForSamplerView.as_view(waits=False, legacy=True),
     ),
-    path("api/v1/load_weights", weights.LoadWeightsView.as_view()),
+    path(
+        "api/v1/load_weights",
+        by_dialect(weights.LoadWeightsView.as_view(), sdk_weights.LoadWeightsView.as_view()),
+    ),
     path("api/v1/load_weights_async", weights.LoadWeightsView.as_view(waits=False)),
     path("load_weights", weights.LoadWeightsView.as_view(waits=False, legacy=True)),
     # Futures

@@ -5,12 +5,7 @@ comes is ``training.worker.operations``. Each opens its own transaction; where t
 rows, the client that gets no answer may repeat its request, and finds what it made the first time.
 """
 
-from training.services.checkpoints import (
-    checkpoint_delete,
-    checkpoints_expire,
-    load_weights_submit,
-    save_weights_submit,
-)
+from training.services.checkpoints import load_weights_submit, save_weights_submit
 from training.services.runs import (
     run_compare_submit,
     run_create_submit,
@@ -22,6 +17,7 @@ from training.services.runs import (
 from training.services.sampling import sample_submit
 from training.services.steps import forward_backward_submit, optim_step_submit
 from training.services.submission import Submission
+from training.services.upkeep import checkpoint_delete, checkpoints_expire
 
 __all__ = [
     "Submission",

@@ -1,21 +1,22 @@
-"""Save, load, delete and expire checkpoints."""
+"""Save checkpoints and load them."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
-from django.conf import settings
-from django.utils import timezone
+from django.db import transaction
 
+from training import payloads
+from training.age import check_recipients
 from training.errors import InvalidRequest
 from training.kinds import Kind
 from training.models import Checkpoint
 from training.paths import TinkerPath, check_name
 from training.selectors import checkpoint_get, run_get
 from training.services.runs import run_lora_config
+from training.services.sessions import CREATION_SEQ_ID, session_run_create
 from training.services.submission import Submission, submit_in_lane
 
 
@@ -24,27 +25,35 @@ def save_weights_submit(
     owner_id: int,
     model_id: str,
     name: str,
-    kind: Literal["training", "sampler"],
+    kind: Literal["training", "sampler", "external"],
     overwrite: bool = False,
     ttl_seconds: int | None = None,
     user_metadata: Mapping[str, str] | None = None,
+    recipients: Sequence[str] = (),
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
     """Ask for a checkpoint under a name; it holds the run as it is when its turn comes.
 
+    Args:
+        kind: What it is for. ``external`` writes the files that peft reads.
+        recipients: age public keys that the files of an external one are encrypted for.
+
     Raises:
-        InvalidRequest: The name may not stand in a path. (400)
+        InvalidRequest: The name may not stand in a path, or a recipient is none. (400)
         RunNotFound: (404)
     """
     run = run_get(owner_id=owner_id, model_id=model_id)
-    payload = {
+    check_recipients(recipients)
+    payload: dict[str, Any] = {
         "name": check_name(name, field="name"),
         "kind": kind,
         "overwrite": overwrite,
         "ttl_seconds": ttl_seconds,
         "user_metadata": dict(user_metadata or {}),
     }
+    if recipients:
+        payload["recipients"] = list(recipients)
     return submit_in_lane(
         run,
         Kind.SAVE_WEIGHTS,
@@ -55,19 +64,46 @@ def save_weights_submit(
     )
 
 
+def save_for_sampling_session_submit(
+    *, owner_id: int, model_id: str, sampling_session_seq_id: int, seq_id: int
+) -> Submission:
+    """Ask for a sampling session on the model as it is when its turn comes.
+
+    Its checkpoint has no path and is in no list. What the SDK calls ``inflight``, a session
+    that may move on to newer weights, is answered with such a fixed one: no session serves
+    older weights than the save that made it.
+
+    Raises:
+        RunNotFound: (404)
+        InvalidRequest: The model belongs to no session. (400)
+    """
+    run = run_get(owner_id=owner_id, model_id=model_id)
+    if run.session_id is None:
+        raise InvalidRequest(f"model_id: {model_id!r} was not made in a session of the SDK")
+    return submit_in_lane(
+        run,
+        Kind.SAVE_WEIGHTS,
+        {"kind": "sampler", "sampling_session_seq_id": sampling_session_seq_id},
+        summary={"sampling_session": f"{run.session_id}:sample:{sampling_session_seq_id}"},
+        seq_id=seq_id,
+    )
+
+
 def load_weights_submit(
     *,
     owner_id: int,
     model_id: str,
     path: str,
     optimizer: bool = True,
+    lender_id: int | None = None,
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
-    """Ask that an existing run become what a checkpoint of the owner holds.
+    """Ask that an existing run become what a checkpoint holds that the owner may read.
 
     Args:
         optimizer: False loads the weights and starts the optimizer anew.
+        lender_id: Another user whose checkpoints may be read too.
 
     Raises:
         RunNotFound, CheckpointNotFound: (404)
@@ -76,7 +112,7 @@ def load_weights_submit(
     """
     run = run_get(owner_id=owner_id, model_id=model_id)
     parsed = TinkerPath.parse(path)
-    checkpoint = checkpoint_get(owner_id=owner_id, path=parsed)
+    checkpoint = checkpoint_get(owner_id=owner_id, path=parsed, lender_id=lender_id)
     if checkpoint.run.base_model != run.base_model:
         raise InvalidRequest(
             f"path: {parsed} is of base model {checkpoint.run.base_model}, "
@@ -88,11 +124,7 @@ def load_weights_submit(
             f"{checkpoint.run.alpha:g}; {model_id!r} must be made with the same rank, alpha and "
             "modules to load it"
         )
-    if optimizer and checkpoint.kind != Checkpoint.Kind.TRAINING:
-        raise InvalidRequest(
-            f"optimizer: {parsed} holds no optimizer state; load a .../weights/... path "
-            "or send optimizer: false"
-        )
+    _check_optimizer(checkpoint, parsed, optimizer)
     return submit_in_lane(
         run,
         Kind.LOAD_WEIGHTS,
@@ -103,23 +135,65 @@ def load_weights_submit(
     )
 
 
-def checkpoint_delete(*, checkpoint_id: int) -> None:
-    """Delete a checkpoint: the row first, so that nobody finds it, then its files.
+@transaction.atomic
+def model_load_submit(
+    *,
+    owner_id: int,
+    session_id: str,
+    model_seq_id: int,
+    path: str,
+    optimizer: bool,
+    base_model: str | None = None,
+    user_metadata: Mapping[str, Any] | None = None,
+    lender_id: int | None = None,
+) -> Submission:
+    """Ask for the session's model of this number, made from a checkpoint: that is its creation.
 
-    A crash in between leaves files that no row names, never a row without files.
+    The adapter's shape is the checkpoint's.
+
+    Args:
+        optimizer: False loads the weights and starts the optimizer anew.
+        base_model: What the client takes the checkpoint's base model for.
+        lender_id: Another user whose checkpoints may be read too.
+
+    Raises:
+        SessionNotFound, CheckpointNotFound, BaseModelNotFound: (404)
+        InvalidRequest: The checkpoint is of another base model, or has no optimizer state
+            and it was asked for. (400)
+        SessionFinished, LimitExceeded: (400)
+        SeqIdReused: The session made another model under this number. (422)
     """
-    checkpoint = Checkpoint.objects.filter(pk=checkpoint_id).first()
-    if checkpoint is None:
-        return
-    checkpoint.delete()
-    shutil.rmtree(settings.DATA_DIR / checkpoint.directory, ignore_errors=True)
-
-
-def checkpoints_expire() -> int:
-    """Delete the checkpoints whose time is up; say how many. The worker calls it when idle."""
-    expired = list(
-        Checkpoint.objects.filter(expires_at__lte=timezone.now()).values_list("pk", flat=True)
+    parsed = TinkerPath.parse(path)
+    checkpoint = checkpoint_get(owner_id=owner_id, path=parsed, lender_id=lender_id)
+    if base_model not in (None, checkpoint.run.base_model):
+        raise InvalidRequest(
+            f"base_model: {parsed} is of base model {checkpoint.run.base_model}, not {base_model}"
+        )
+    _check_optimizer(checkpoint, parsed, optimizer)
+    config = run_lora_config(checkpoint.run)
+    run = session_run_create(
+        owner_id=owner_id,
+        session_id=session_id,
+        model_seq_id=model_seq_id,
+        base_model=checkpoint.run.base_model,
+        lora_config=config,
+        user_metadata=user_metadata,
     )
-    for checkpoint_id in expired:
-        checkpoint_delete(checkpoint_id=checkpoint_id)
-    return len(expired)
+    payload = {
+        "model_id": run.name,
+        "lora_config": payloads.lora_config_to_payload(config),
+        "checkpoint": checkpoint.pk,
+        "path": str(parsed),
+        "optimizer": optimizer,
+    }
+    return submit_in_lane(
+        run, Kind.CREATE_RUN, payload, summary={"path": str(parsed)}, seq_id=CREATION_SEQ_ID
+    )
+
+
+def _check_optimizer(checkpoint: Checkpoint, path: TinkerPath, optimizer: bool) -> None:
+    if optimizer and checkpoint.kind != Checkpoint.Kind.TRAINING:
+        raise InvalidRequest(
+            f"optimizer: {path} holds no optimizer state; load a .../weights/... path "
+            "or send optimizer: false"
+        )

@@ -6,33 +6,26 @@ rises to the loop, which takes memory for suspect and leaves the process.
 
 from __future__ import annotations
 
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from django.conf import settings
-from django.db import transaction
-from django.utils import timezone
 
 from futures.claiming import Outcome
 from futures.models import Future
 from futures.payload import decode
 from training import payloads
 from training.engine.interface import Engine
-from training.errors import CheckpointExists, RunLost, RunNotFound, TrainingError
+from training.errors import RunLost, RunNotFound, TrainingError
 from training.kinds import LOGGED, Kind
-from training.models import Checkpoint, Run
-from training.paths import TinkerPath
+from training.models import Run
 from training.types import ForwardBackwardOutput
 from training.worker import outcomes
+from training.worker.checkpoints import CheckpointOperations
 from training.worker.passes import run_passes
-from training.worker.residency import Residency, load_checkpoint
+from training.worker.residency import Residency
 
 
 @dataclass
@@ -55,13 +48,14 @@ class Operations:
     def __init__(self, engine: Engine, residency: Residency) -> None:
         self._engine = engine
         self._residency = residency
+        self._checkpoints = CheckpointOperations(engine, residency)
         self._backend = f"torch-{engine.info.device}"
         self._barriers: dict[str, Callable[[Future, Run, payloads.Payload, Effects], Outcome]] = {
             Kind.CREATE_RUN: self._create_run,
             Kind.REMOVE_RUN: self._remove_run,
             Kind.OPTIM_STEP: self._optim_step,
-            Kind.SAVE_WEIGHTS: self._save_weights,
-            Kind.LOAD_WEIGHTS: self._load_weights,
+            Kind.SAVE_WEIGHTS: self._checkpoints.save,
+            Kind.LOAD_WEIGHTS: self._checkpoints.load,
             Kind.COMPARE_RUNS: self._compare_runs,
         }
 
@@ -135,7 +129,10 @@ class Operations:
         config = payloads.lora_config_from_payload(payload["lora_config"])
         self._residency.make_room()
         try:
-            self._engine.create_adapter(run.id, config)
+            if "checkpoint" in payload:
+                self._checkpoints.restore(run.id, run, payload, effects)
+            else:
+                self._engine.create_adapter(run.id, config)
         except TrainingError as error:
             run.state, run.error = Run.RunState.FAILED, str(error)
             effects.writes.append(lambda: _leave_creating(run))
@@ -149,6 +146,8 @@ class Operations:
             "rank": run.rank,
             "alpha": run.alpha,
         }
+        if "checkpoint" in payload:
+            result["path"] = payload["path"]
         return outcomes.ready(future, result, rank=run.rank)
 
     def _remove_run(
@@ -165,58 +164,6 @@ class Operations:
         run.step = output.step
         return outcomes.optim_step_ready(
             future, model_id=run.name, backend=self._backend, params=params, output=output
-        )
-
-    def _save_weights(
-        self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
-    ) -> Outcome:
-        kind, name = payload["kind"], payload["name"]
-        path = TinkerPath(run.name, kind, name)
-        old = Checkpoint.objects.filter(run=run, kind=kind, name=name).first()
-        expired = old is not None and old.expires_at and old.expires_at <= timezone.now()
-        if old is not None and not (payload["overwrite"] or expired):
-            raise CheckpointExists(f"{path} exists already; send overwrite: true to replace it")
-        directory = Path("checkpoints") / uuid.uuid4().hex
-        size = self._engine.save_adapter(
-            self._residency.bring_run(run),
-            settings.DATA_DIR / directory,
-            with_optimizer=kind == Checkpoint.Kind.TRAINING,
-        )
-        now, ttl = timezone.now(), payload["ttl_seconds"]
-        row = Checkpoint(
-            run=run,
-            kind=kind,
-            name=name,
-            seq_id=future.seq_id or 0,
-            step=run.step,
-            directory=str(directory),
-            size_bytes=size,
-            user_metadata=payload["user_metadata"],
-            created_at=now,
-            expires_at=None if ttl is None else now + timedelta(seconds=ttl),
-        )
-
-        def write() -> None:
-            if old is not None:
-                files = settings.DATA_DIR / old.directory
-                transaction.on_commit(lambda: shutil.rmtree(files, ignore_errors=True))
-                old.delete()
-            row.save(force_insert=True)
-
-        effects.writes.append(write)
-        result = {"path": str(path), "model_id": run.name, "size_bytes": size}
-        return outcomes.ready(future, result, path=str(path), bytes=size)
-
-    def _load_weights(
-        self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
-    ) -> Outcome:
-        adapter_name = self._residency.bring_run(run)
-        load_checkpoint(self._engine, adapter_name, payload)
-        run.step = int(self._engine.adapter_state(adapter_name)["step"])
-        # The checkpoint may be deleted tomorrow, and the log could not be replayed past it.
-        effects.seconds[run.id] = float("inf")
-        return outcomes.ready(
-            future, {"path": payload["path"], "model_id": run.name}, path=payload["path"]
         )
 
     def _compare_runs(

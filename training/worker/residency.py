@@ -223,7 +223,7 @@ class Residency:
                 self._replay_barrier(run, future.kind, payload)
 
     def _replay_barrier(self, run: Run, kind: str, payload: payloads.Payload) -> None:
-        if kind == Kind.CREATE_RUN:
+        if kind == Kind.CREATE_RUN and "checkpoint" not in payload:
             self._engine.create_adapter(
                 run.id, payloads.lora_config_from_payload(payload["lora_config"])
             )
@@ -236,7 +236,7 @@ class Residency:
 
 
 def load_checkpoint(engine: Engine, adapter_name: str, payload: payloads.Payload) -> None:
-    """Carry out a load_weights request.
+    """Carry out a load_weights request, or a creation from a checkpoint.
 
     Raises:
         CheckpointNotFound: The checkpoint was deleted or damaged since. (failed future)

@@ -6,7 +6,7 @@ No route ends in a slash, and nothing redirects: a client would send its POST as
 
 from django.urls import URLPattern, path
 
-from tinkerapi.api.sdk.views import auth, futures, models, service
+from tinkerapi.api.sdk.views import auth, futures, models, service, weights
 from tinkerapi.api.views.service import CapabilitiesView, HealthView
 
 urlpatterns: list[URLPattern] = [
@@ -30,5 +30,8 @@ urlpatterns: list[URLPattern] = [
     path("cancel_future", futures.CancelFutureView.as_view()),
     # Sampling
     # Weights
+    path("save_weights_external", weights.SaveWeightsExternalView.as_view()),
+    path("weights_info", weights.WeightsInfoView.as_view()),
+    path("copy_weights", weights.CopyWeightsView.as_view()),
     # Listings and checkpoints
 ]

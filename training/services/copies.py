@@ -1,0 +1,158 @@
+"""Copies of checkpoints, which may be another user's, as one's own.
+
+A copy needs a run to belong to. That run never had an adapter: it is deleted from the start,
+so that nothing can be asked of it but its checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+
+from training.errors import CheckpointNotFound, InvalidRequest
+from training.models import Checkpoint, Run, Session, new_session_id
+from training.paths import TinkerPath
+from training.selectors import checkpoint_get, checkpoint_path
+from training.services.sessions import session_open
+
+COPY_CLIENT = "copy"
+"""What a session that exists for one copy says of its client."""
+
+
+def checkpoint_copy(
+    *,
+    owner_id: int,
+    source: TinkerPath,
+    lender_id: int | None = None,
+    session_id: str | None = None,
+    model_seq_id: int | None = None,
+    project_id: str = "",
+    ttl_seconds: int | None = None,
+    idempotency_key: str | None = None,
+) -> TinkerPath:
+    """Copy a checkpoint that the owner may read; return the copy's path.
+
+    Files are linked, not copied, where the disk can do it: they never change. The copy expires
+    when ``ttl_seconds`` says, whatever the source does. It becomes the model ``model_seq_id``
+    of the session, or the only model of a new session in the project; asking again for the same
+    model, or with the same idempotency key, returns the first copy.
+
+    Raises:
+        CheckpointNotFound, SessionNotFound: (404)
+        InvalidRequest: One of session id and number is missing, or the number is taken. (400)
+    """
+    if (session_id is None) != (model_seq_id is None):
+        raise InvalidRequest("session_id, model_seq_id: give both of them or none")
+    if session_id is not None:
+        session_open(owner_id=owner_id, session_id=session_id)
+    else:
+        session_id = _session_id(owner_id, idempotency_key)
+    run_id = f"{session_id}:train:{model_seq_id or 0}"
+    if path := _made_before(owner_id, run_id, source):
+        return path
+    original = checkpoint_get(owner_id=owner_id, path=source, lender_id=lender_id, with_files=True)
+    directory = Path("checkpoints") / uuid.uuid4().hex
+    _link(settings.DATA_DIR / original.directory, settings.DATA_DIR / directory)
+    try:
+        with transaction.atomic():
+            session, _ = Session.objects.get_or_create(
+                id=session_id,
+                owner_id=owner_id,
+                defaults={"sdk_version": COPY_CLIENT, "project_id": project_id},
+            )
+            checkpoint = _rows(
+                original, str(source), session, run_id, model_seq_id or 0, directory, ttl_seconds
+            )
+    except IntegrityError:  # the same request, at the same time
+        shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+        if path := _made_before(owner_id, run_id, source):
+            return path
+        raise
+    return checkpoint_path(checkpoint)
+
+
+def _session_id(owner_id: int, idempotency_key: str | None) -> str:
+    """A new session's id, the same one for the same key."""
+    if idempotency_key is None:
+        return new_session_id()
+    return hashlib.sha256(f"copy:{owner_id}:{idempotency_key}".encode()).hexdigest()[:32]
+
+
+def _made_before(owner_id: int, run_id: str, source: TinkerPath) -> TinkerPath | None:
+    run = Run.objects.owned_by(owner_id).filter(id=run_id).first()
+    if run is None:
+        return None
+    if run.user_metadata.get("copy_of") != str(source):
+        raise InvalidRequest(f"model_seq_id: the session has another model under it, {run_id}")
+    return TinkerPath(run.name, source.kind, source.name)
+
+
+def _rows(
+    original: Checkpoint,
+    copy_of: str,
+    session: Session,
+    run_id: str,
+    model_seq_id: int,
+    directory: Path,
+    ttl_seconds: int | None,
+) -> Checkpoint:
+    now, of = timezone.now(), original.run
+    run = Run.objects.create(
+        id=run_id,
+        name=run_id,
+        owner_id=session.owner_id,
+        session=session,
+        model_seq_id=model_seq_id,
+        base_model=of.base_model,
+        rank=of.rank,
+        alpha=of.alpha,
+        seed=of.seed,
+        train_mlp=of.train_mlp,
+        train_attn=of.train_attn,
+        train_unembed=of.train_unembed,
+        target_modules=of.target_modules,
+        state=Run.RunState.DELETED,
+        deleted_at=now,
+        step=original.step,
+        user_metadata={"copy_of": copy_of},
+    )
+    return Checkpoint.objects.create(
+        run=run,
+        kind=original.kind,
+        name=original.name,
+        seq_id=0,
+        step=original.step,
+        directory=str(directory),
+        size_bytes=original.size_bytes,
+        user_metadata=original.user_metadata,
+        created_at=now,
+        expires_at=None if ttl_seconds is None else now + timedelta(seconds=ttl_seconds),
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """The folder again, its files by another name.
+
+    Raises:
+        CheckpointNotFound: It was deleted meanwhile.
+    """
+    try:
+        shutil.copytree(source, target, copy_function=_link_or_copy)
+    except (FileNotFoundError, shutil.Error) as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise CheckpointNotFound("source_path: it was deleted while it was copied") from error
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except PermissionError:  # a disk without hard links
+        shutil.copyfile(source, target)

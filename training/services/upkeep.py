@@ -1,0 +1,99 @@
+"""What becomes of checkpoints after they are saved: published, kept for a time, deleted.
+
+Each function is one statement or its own transaction. Only the owner may change a checkpoint;
+another's answers as one that does not exist, public or not.
+"""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+
+from django.conf import settings
+from django.db.models import Q
+from django.utils import timezone
+
+from training.errors import CheckpointNotFound, InvalidRequest
+from training.models import Checkpoint
+from training.paths import TinkerPath
+from training.selectors import checkpoint_own
+
+MIN_TTL_SECONDS = 3600
+MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
+
+SILENCE = timedelta(hours=1)
+"""A session that was not heard of for so long is over, and with it what it alone could see."""
+
+AFTER_FINISH = timedelta(minutes=15)
+"""How long a finished session's last samples may still need its weights."""
+
+
+def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> None:
+    """Let everybody read a checkpoint, or nobody else; asking for what is so already is fine.
+
+    Raises:
+        CheckpointNotFound: (404)
+    """
+    checkpoint = checkpoint_own(owner_id=owner_id, path=path)
+    Checkpoint.objects.filter(pk=checkpoint.pk).update(public=public)
+
+
+def checkpoint_set_ttl(*, owner_id: int, path: TinkerPath, ttl_seconds: int | None) -> None:
+    """Delete a checkpoint so many seconds from now, or never (None).
+
+    Raises:
+        CheckpointNotFound: (404)
+        InvalidRequest: Less than an hour or more than ten years. (400)
+    """
+    if ttl_seconds is not None and not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
+        raise InvalidRequest(
+            f"ttl_seconds: expected null or {MIN_TTL_SECONDS} to {MAX_TTL_SECONDS}; "
+            f"got {ttl_seconds}"
+        )
+    checkpoint = checkpoint_own(owner_id=owner_id, path=path)
+    expires_at = None if ttl_seconds is None else timezone.now() + timedelta(seconds=ttl_seconds)
+    Checkpoint.objects.filter(pk=checkpoint.pk).update(expires_at=expires_at)
+
+
+def checkpoint_remove(*, owner_id: int, path: TinkerPath) -> None:
+    """Delete the owner's checkpoint at this path.
+
+    Raises:
+        CheckpointNotFound: (404)
+    """
+    checkpoint = checkpoint_own(owner_id=owner_id, path=path)
+    if not checkpoint_delete(checkpoint_id=checkpoint.pk):
+        raise CheckpointNotFound(f"no checkpoint at {path}")
+
+
+def checkpoint_delete(*, checkpoint_id: int) -> bool:
+    """Delete a checkpoint: the row first, so that nobody finds it, then its files.
+
+    A crash in between leaves files that no row names, never a row without files. Says
+    whether this call did it.
+    """
+    checkpoint = Checkpoint.objects.filter(pk=checkpoint_id).first()
+    if checkpoint is None:
+        return False
+    deleted, _ = checkpoint.delete()
+    shutil.rmtree(settings.DATA_DIR / checkpoint.directory, ignore_errors=True)
+    return bool(deleted)
+
+
+def checkpoints_expire() -> int:
+    """Delete the checkpoints whose time is up; say how many. The worker calls it when idle.
+
+    An ephemeral one goes with its session: some time after it was finished or fell silent.
+    """
+    now = timezone.now()
+    session_over = Q(run__session__finished_at__lte=now - AFTER_FINISH) | Q(
+        run__session__heartbeat_at__lte=now - SILENCE
+    )
+    expired = list(
+        Checkpoint.objects.filter(
+            Q(expires_at__lte=now) | (Q(ephemeral=True) & session_over)
+        ).values_list("pk", flat=True)
+    )
+    for checkpoint_id in expired:
+        checkpoint_delete(checkpoint_id=checkpoint_id)
+    return len(expired)
