@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.conf import LazySettings
+from django.utils import timezone
 from tinker import types
 
 from futures.models import Future
@@ -141,7 +143,7 @@ def test_an_unknown_base_model_is_404(sdk: SdkClient) -> None:
     assert (answer.status_code, answer.json()["error_code"]) == (404, "BaseModelNotFound")
 
 
-def test_models_of_finished_sessions_do_not_count_against_the_limit(
+def test_models_whose_client_is_gone_do_not_count_against_the_limit(
     sdk: SdkClient, settings: LazySettings
 ) -> None:
     settings.MAX_ADAPTERS = 1
@@ -151,7 +153,8 @@ def test_models_of_finished_sessions_do_not_count_against_the_limit(
     assert sdk.post("create_model", **full).json()["error_code"] == "LimitExceeded"
 
     sdk.post(f"sessions/{session_id}/finish", reason={"type": "success"})
-
+    assert sdk.model()
+    Session.objects.update(heartbeat_at=timezone.now() - timedelta(minutes=6))
     assert sdk.model()
 
 

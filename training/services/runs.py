@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from datetime import timedelta
 
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.db import IntegrityError, transaction
+from django.db.models import Q
 from django.utils import timezone
 
 from futures.models import Future
@@ -21,6 +23,9 @@ from training.paths import check_name
 from training.selectors import run_get
 from training.services.submission import Submission, run_repeated, submit_in_lane
 from training.types import LoraConfig
+
+SILENCE = timedelta(minutes=5)
+"""The SDK's clients are heard of every ten seconds."""
 
 
 @transaction.atomic
@@ -133,15 +138,18 @@ def run_compare_submit(*, run: Run, other: Run) -> Future:
 def adapter_limit_check(owner_id: int) -> None:
     """Refuse one model more than a user may have; inside the transaction that makes it.
 
-    Models of SDK sessions that ended do not count: nothing can be asked of them any more.
+    Models of SDK sessions that ended do not count, nor those whose client is not heard of any
+    more: most scripts end without a word, and the SDK has no way to remove a model.
 
     Raises:
         LimitExceeded: (400)
     """
     # One creation at a time per owner, so that the count below cannot be overtaken.
     get_user_model().objects.select_for_update(no_key=True).get(pk=owner_id)
-    live = Run.objects.owned_by(owner_id).live().exclude(session__finished_at__isnull=False)
-    if live.count() >= settings.MAX_ADAPTERS:
+    heard_of = Q(session__isnull=True) | Q(
+        session__finished_at__isnull=True, session__heartbeat_at__gt=timezone.now() - SILENCE
+    )
+    if Run.objects.owned_by(owner_id).live().filter(heard_of).count() >= settings.MAX_ADAPTERS:
         raise LimitExceeded(
             f"you have {settings.MAX_ADAPTERS} models, as many as this server allows; remove one"
         )
