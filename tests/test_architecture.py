@@ -1,0 +1,43 @@
+"""What may import what, checked where a linter cannot: in a process that really loads it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh process holds after running a statement."""
+    script = (
+        "import os; os.environ['DJANGO_SETTINGS_MODULE'] = 'tests.settings'\n"
+        f"{statement}\n"
+        "import sys; print(' '.join({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def web_modules() -> set[str]:
+    return modules_after(
+        "from tinkerapi.asgi import application\n"
+        "from django.urls import get_resolver; get_resolver().url_patterns"
+    )
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers", "peft"])
+def test_the_web_process_loads_no(web_modules: set[str], module: str) -> None:
+    assert module not in web_modules
+
+
+def test_the_web_process_serves_the_views(web_modules: set[str]) -> None:
+    # Guards the test above: had the views not been loaded, it would say nothing.
+    assert {"rest_framework", "drf_spectacular", "futures", "training"} <= web_modules
+
+
+def test_the_fake_engine_needs_no_torch() -> None:
+    assert "torch" not in modules_after("from training.engine.fake import FakeEngine")

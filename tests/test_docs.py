@@ -1,0 +1,63 @@
+"""The README is true: it names every endpoint, setting and command, and nothing that is gone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from django.conf import settings
+from django.core.management import get_commands
+from django.urls import URLPattern
+
+from tinkerapi.api.urls import urlpatterns
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SETTINGS = (ROOT / "tinkerapi" / "settings.py").read_text()
+
+VARIABLES = sorted(set(re.findall(r'"(TINKERAPI_[A-Z_]+|DATABASE_URL)"', SETTINGS)))
+COMMANDS = sorted(
+    name for name, app in get_commands().items() if app in ("tinkerapi", "training", "futures")
+)
+ROUTES = sorted(
+    "/" + str(pattern.pattern) for pattern in urlpatterns if isinstance(pattern, URLPattern)
+)
+
+
+def documented(prefix: str) -> list[str]:
+    """First cells of the README's tables that look like ``prefix...``."""
+    return re.findall(rf"^\| `({prefix}[A-Za-z0-9_/<>:]*)`", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_every_setting_is_in_the_configuration_table(name: str) -> None:
+    assert name in documented("") or name == "TINKERAPI_ROLE"
+
+
+def test_the_configuration_table_has_no_setting_that_is_gone() -> None:
+    assert set(documented("TINKERAPI_")) <= set(VARIABLES)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_in_the_readme(name: str) -> None:
+    assert f"`{name}`" in README or f"manage.py {name}" in README
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_endpoint_is_in_the_readme(route: str) -> None:
+    assert f"`{route}`" in README or f" {route}`" in README
+
+
+def test_the_readme_names_no_file_that_is_gone() -> None:
+    paths = re.findall(r"\]\(((?!https?:)[^)#]+)\)", README)
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_defaults_in_the_configuration_table_are_the_defaults() -> None:
+    rows = re.findall(r"^\| `TINKERAPI_(\w+)` \| `?([^|`]+)`? \|", README, flags=re.MULTILINE)
+    numbers = {name: int(value) for name, value in rows if value.strip().isdigit()}
+    assert len(numbers) > 5
+    for name, value in numbers.items():
+        assert getattr(settings, name) == value, name
