@@ -28,7 +28,7 @@ from futures.errors import (
 )
 from futures.models import Future, Lane
 from futures.notify import notify_bell, notify_finished_after_commit
-from futures.payload import EncodedPayload, encode_payload
+from futures.payload import EncodedPayload, encode, encode_payload
 from futures.transitions import Category, State
 
 # One statement, for each round trip costs more than the row. It inserts nothing when the
@@ -169,6 +169,46 @@ def future_submit(
             _renumber(future)
         else:
             return future
+
+
+def future_record(
+    *,
+    owner_id: int,
+    queue: str,
+    kind: str,
+    payload: Any,
+    result: Any,
+    idempotency_key: str,
+    summary: dict[str, Any] | None = None,
+) -> Future:
+    """A future of no lane that is ready from the start; asking twice returns the same one.
+
+    For requests that are done by writing them down, by clients that expect a future. Runs in
+    the caller's transaction.
+
+    Raises:
+        IdempotencyKeyReused: The key exists with another lane, kind or payload.
+    """
+    encoded = encode_payload(kind, payload)
+    now = timezone.now()
+    future = Future(
+        owner_id=owner_id,
+        queue=queue,
+        kind=kind,
+        state=State.READY,
+        payload=encoded.data,
+        payload_digest=encoded.digest,
+        result=encode(result),
+        idempotency_key=idempotency_key,
+        summary=summary or {},
+        created_at=now,
+        finished_at=now,
+    )
+    first = _first(future)
+    if first is not None:
+        return first
+    future.save(force_insert=True)
+    return future
 
 
 def _insert(future: Future, max_pending: int | None) -> None:

@@ -21,6 +21,8 @@ class Kind(StrEnum):
     SAMPLE = "sample"
     SAVE_WEIGHTS = "save_weights"
     LOAD_WEIGHTS = "load_weights"
+    CREATE_CUSTOM_LOSS = "create_custom_loss"
+    """Done by writing it down; no worker sees it."""
     COMPARE_RUNS = "compare_runs"
     """Says whether two runs' states are equal; ``replayrun`` asks it."""
 

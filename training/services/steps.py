@@ -21,6 +21,7 @@ def forward_backward_submit(
     loss_fn_config: Mapping[str, float],
     train_on: str = "auto",
     forward_only: bool = False,
+    loss_id: str | None = None,
     patient: bool = False,
     seq_id: int | None = None,
     idempotency_key: str | None = None,
@@ -31,6 +32,7 @@ def forward_backward_submit(
     first request needs no set-up; but not if the client numbers its requests itself.
 
     Args:
+        loss_id: The uploaded loss that ``loss_fn="custom"`` means.
         patient: Nobody waits on the line: the worker may wait a moment for others that can
             share the pass.
         seq_id: The client's number in the model's order; None lets the server give the next.
@@ -44,12 +46,14 @@ def forward_backward_submit(
         run = run_get_or_create(owner_id, model_id)
     else:
         run = run_get(owner_id=owner_id, model_id=model_id)
-    payload = {
+    payload: payloads.Payload = {
         "data": payloads.data_to_payload(data),
         "loss_fn": loss_fn,
         "loss_fn_config": dict(loss_fn_config),
         "train_on": train_on,
     }
+    if loss_id is not None:
+        payload["loss_id"] = loss_id
     return submit_in_lane(
         run,
         Kind.FORWARD if forward_only else Kind.FORWARD_BACKWARD,

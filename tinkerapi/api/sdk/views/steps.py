@@ -17,6 +17,7 @@ from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids
 from tinkerapi.api.views import steps as quick_reference
 from training.errors import InvalidRequest
 from training.services import forward_backward_submit, optim_step_submit
+from training.services.custom_losses import custom_loss_check
 from training.types import AdamParams, Datum
 
 
@@ -38,7 +39,12 @@ class ForwardBackwardView(NumberedView):
             call = parse_json_forward_backward(json_fields(body), forward_only=self.forward_only)
         if call.forward_only:
             call = replace(call, data=[_with_weights(datum, call) for datum in call.data])
-        quick_reference.check_loss(call.loss_fn, call.loss_fn_config, list(call.data))
+        if call.loss_fn == "custom":
+            custom_loss_check(
+                owner_id=owner_id, model_id=model_id, loss_id=call.loss_id, data=call.data
+            )
+        else:
+            quick_reference.check_loss(call.loss_fn, call.loss_fn_config, list(call.data))
         return forward_backward_submit(
             owner_id=owner_id,
             model_id=model_id,
@@ -46,6 +52,7 @@ class ForwardBackwardView(NumberedView):
             loss_fn=call.loss_fn,
             loss_fn_config=call.loss_fn_config,
             forward_only=call.forward_only,
+            loss_id=call.loss_id,
             seq_id=seq_id,
         ).future
 
