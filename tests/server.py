@@ -143,8 +143,12 @@ class Server:
         return found
 
     def worker_pid(self) -> int:
-        """The process that holds the model: the child of ``up`` that django-q2 has renamed."""
-        [worker] = [item.pid for item in self.processes() if item.command.startswith("qcluster")]
+        """The process that holds the model; django-q2 renames it where setproctitle is there."""
+        [worker] = [
+            item.pid
+            for item in self.processes()
+            if item.command.startswith("qcluster") or " engineworker " in item.command
+        ]
         return worker
 
     def post(self, path: str, **body: Any) -> requests.Response:
