@@ -156,6 +156,18 @@ def checkpoint_own(*, owner_id: int, path: TinkerPath) -> Checkpoint:
     return checkpoint
 
 
+def checkpoint_by_id(checkpoint_id: int) -> Checkpoint:
+    """The checkpoint of this key, whoever owns it.
+
+    Raises:
+        CheckpointNotFound: It was deleted, or it expired. (404)
+    """
+    checkpoint = checkpoints_kept().filter(pk=checkpoint_id).first()
+    if checkpoint is None:
+        raise CheckpointNotFound
+    return checkpoint
+
+
 def checkpoints_kept() -> QuerySet[Checkpoint]:
     """All whose time is not up, with their runs."""
     return Checkpoint.objects.filter(

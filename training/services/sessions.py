@@ -77,6 +77,16 @@ def session_finish(*, owner_id: int, session_id: str, reason: str, detail: str =
     return session
 
 
+def session_set_project(*, owner_id: int, session_id: str, project_id: str) -> None:
+    """Move a session to a project; projects are labels and need not be made first.
+
+    Raises:
+        SessionNotFound: (404)
+    """
+    session = session_get(owner_id=owner_id, session_id=session_id)
+    Session.objects.filter(pk=session.pk).update(project_id=project_id)
+
+
 def session_open(*, owner_id: int, session_id: str) -> Session:
     """The owner's session, which must not be finished.
 

@@ -6,8 +6,20 @@ No route ends in a slash, and nothing redirects: a client would send its POST as
 
 from django.urls import URLPattern, path
 
-from tinkerapi.api.sdk.views import auth, futures, models, service, weights
+from tinkerapi.api.sdk.views import (
+    auth,
+    downloads,
+    futures,
+    models,
+    rest,
+    service,
+    sessions,
+    weights,
+)
 from tinkerapi.api.views.service import CapabilitiesView, HealthView
+
+CHECKPOINT = "training_runs/<str:run>/checkpoints/<path:checkpoint_id>"
+"""A checkpoint's id holds a slash; what follows it must stand before the bare address."""
 
 urlpatterns: list[URLPattern] = [
     # Service
@@ -34,4 +46,23 @@ urlpatterns: list[URLPattern] = [
     path("weights_info", weights.WeightsInfoView.as_view()),
     path("copy_weights", weights.CopyWeightsView.as_view()),
     # Listings and checkpoints
+    path("training_runs", rest.TrainingRunListView.as_view()),
+    path("training_runs/<str:run>", rest.TrainingRunView.as_view()),
+    path("training_runs/<str:run>/checkpoints", rest.RunCheckpointListView.as_view()),
+    path(f"{CHECKPOINT}/publish", rest.CheckpointPublishView.as_view()),
+    path(f"{CHECKPOINT}/ttl", rest.CheckpointTtlView.as_view()),
+    path(f"{CHECKPOINT}/external_weights_urls", downloads.ExternalWeightsUrlsView.as_view()),
+    path(f"{CHECKPOINT}/archive", downloads.ArchiveView.as_view()),
+    path(CHECKPOINT, rest.CheckpointView.as_view()),
+    path("checkpoints", rest.CheckpointListView.as_view()),
+    path(
+        "downloads/<str:token>/<str:file_name>",
+        downloads.DownloadView.as_view(),
+        name="sdk-download",
+    ),
+    path("sessions", sessions.SessionListView.as_view()),
+    path("sessions/search", sessions.SessionSearchView.as_view()),
+    path("sessions/<str:session_id>", sessions.SessionView.as_view()),
+    path("sessions/<str:session_id>/project", sessions.SessionProjectView.as_view()),
+    path("sessions/<str:session_id>/trace_export", sessions.SessionTraceView.as_view()),
 ]

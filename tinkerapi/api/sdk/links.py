@@ -1,0 +1,68 @@
+"""Links that speak for themselves: signed, good for an hour, fetched without a key.
+
+What a link names is in it and signed with SECRET_KEY; nothing is stored. Whoever has the link
+can fetch the one thing it names until it expires, as with any signed URL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.core import signing
+from django.urls import reverse
+from django.utils import timezone
+from rest_framework.request import Request
+
+from training.errors import InvalidRequest
+from training.models import Checkpoint, Session
+
+LIFETIME = timedelta(hours=1)
+_SALT = "tinkerapi.links"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A URL and when it stops working."""
+
+    url: str
+    expires: datetime
+
+
+def file_links(request: Request, checkpoint: Checkpoint, names: list[str]) -> dict[str, Link]:
+    """A link to each of a checkpoint's files, by its name."""
+    return {
+        name: _link(request, {"checkpoint": checkpoint.pk, "file": name}, name) for name in names
+    }
+
+
+def archive_link(request: Request, checkpoint: Checkpoint) -> Link:
+    """A link to a checkpoint's files in one tar."""
+    return _link(request, {"checkpoint": checkpoint.pk}, f"{checkpoint.name}.tar")
+
+
+def trace_link(request: Request, session: Session) -> Link:
+    """A link to the timeline of a session."""
+    return _link(request, {"session": session.pk}, f"{session.pk}.json")
+
+
+def link_target(token: str) -> dict[str, Any]:
+    """What a link names.
+
+    Raises:
+        InvalidRequest: It expired, or was not made here. (400)
+    """
+    try:
+        target: dict[str, Any] = signing.loads(token, salt=_SALT, max_age=LIFETIME)
+    except signing.SignatureExpired:
+        raise InvalidRequest("this link has expired; ask for a new one") from None
+    except signing.BadSignature:
+        raise InvalidRequest("this link was not made by this server") from None
+    return target
+
+
+def _link(request: Request, target: dict[str, Any], file_name: str) -> Link:
+    token = signing.dumps(target, salt=_SALT)
+    path = reverse("sdk-download", args=[token, file_name])
+    return Link(url=request.build_absolute_uri(path), expires=timezone.now() + LIFETIME)

@@ -1,0 +1,78 @@
+"""Downloads: links to a checkpoint's files, and what is behind the links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from django.conf import settings
+from django.http import HttpResponse, HttpResponseBase
+from rest_framework.request import Request
+
+from tinkerapi.api.renderers import JSONResponse, timestamp
+from tinkerapi.api.sdk.base import SdkView
+from tinkerapi.api.sdk.links import archive_link, file_links, link_target
+from tinkerapi.api.streaming import file_response, tar_response
+from tinkerapi.api.views.base import owner_of
+from training.errors import CheckpointNotFound
+from training.models import Checkpoint
+from training.paths import TinkerPath
+from training.selectors import checkpoint_by_id, checkpoint_own
+from training.trace import session_trace
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    """The checkpoint's files by name.
+
+    Raises:
+        CheckpointNotFound: It was deleted meanwhile. (404)
+    """
+    try:
+        return sorted((settings.DATA_DIR / checkpoint.directory).iterdir())
+    except FileNotFoundError:
+        raise CheckpointNotFound from None
+
+
+class ExternalWeightsUrlsView(SdkView):
+    """Link to each file of a checkpoint; the links need no key and expire."""
+
+    def get(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
+        path = TinkerPath.of_checkpoint_id(run, checkpoint_id)
+        checkpoint = checkpoint_own(owner_id=owner_of(request), path=path)
+        links = file_links(request, checkpoint, [file.name for file in _files(checkpoint)])
+        return JSONResponse(
+            {
+                "urls": {name: link.url for name, link in links.items()},
+                "expires": timestamp(min(link.expires for link in links.values())),
+            }
+        )
+
+
+class ArchiveView(SdkView):
+    """Link to a checkpoint's files in one tar, for clients before 0.36."""
+
+    def get(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
+        path = TinkerPath.of_checkpoint_id(run, checkpoint_id)
+        checkpoint = checkpoint_own(owner_id=owner_of(request), path=path)
+        link = archive_link(request, checkpoint)
+        return JSONResponse({"url": link.url, "expires": timestamp(link.expires)})
+
+
+class DownloadView(SdkView):
+    """Send what a link names. The link is the permission; names in it come from this server."""
+
+    authentication_classes = ()
+    permission_classes = ()
+
+    def get(self, request: Request, token: str, file_name: str) -> HttpResponseBase:
+        target = link_target(token)
+        if "session" in target:
+            return JSONResponse(session_trace(target["session"]))
+        checkpoint = checkpoint_by_id(target["checkpoint"])
+        try:
+            if "file" not in target:
+                return tar_response(_files(checkpoint))
+            name = target["file"]
+            path = settings.DATA_DIR / checkpoint.directory / name
+            return file_response(request, path, etag=f"{path.parent.name}-{name}")
+        except FileNotFoundError:
+            raise CheckpointNotFound from None
