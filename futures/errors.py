@@ -20,6 +20,10 @@ class FuturePayloadPruned(FutureError):
     """The future's payload was pruned, so it cannot be submitted again."""
 
 
+class LaneNumberedByClient(FutureError):
+    """The requests of this lane are numbered by their client, whose next number must stay free."""
+
+
 class FutureNotCancellable(FutureError):
     """Only a pending future can be cancelled; this one already runs or is final."""
 

@@ -23,6 +23,7 @@ from futures.errors import (
     FutureNotFound,
     FuturePayloadPruned,
     IdempotencyKeyReused,
+    LaneNumberedByClient,
     QueueFull,
     SeqIdReused,
 )
@@ -350,12 +351,16 @@ def future_resubmit(*, request_id: str) -> Future:
     Raises:
         FutureNotFound: No such future.
         FuturePayloadPruned: Its payload is gone.
+        LaneNumberedByClient: The server has numbered nothing in its lane.
     """
-    first = Future.objects.defer("result").filter(pk=request_id).first()
+    futures = Future.objects.defer("result").select_related("lane")
+    first = futures.filter(pk=request_id).first()
     if first is None:
         raise FutureNotFound
     if first.payload is None:
         raise FuturePayloadPruned
+    if first.lane is not None and first.lane.last_seq_id == 0:
+        raise LaneNumberedByClient
     return future_submit(
         owner_id=first.owner_id,
         queue=first.queue,

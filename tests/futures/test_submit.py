@@ -13,6 +13,7 @@ from futures.errors import (
     FutureNotFound,
     FuturePayloadPruned,
     IdempotencyKeyReused,
+    LaneNumberedByClient,
     QueueFull,
     SeqIdReused,
 )
@@ -219,8 +220,8 @@ def test_a_refused_lane_has_nothing_pending(
 def test_resubmitting_puts_the_same_request_at_the_end_of_its_lane(
     submit: SubmitFactory, lane: Lane
 ) -> None:
-    first = submit(lane, seq_id=1, cost=3)
-    submit(lane, seq_id=2)
+    first = submit(lane, cost=3)
+    submit(lane)
 
     replay = future_resubmit(request_id=first.pk)
 
@@ -228,6 +229,17 @@ def test_resubmitting_puts_the_same_request_at_the_end_of_its_lane(
     assert (row.seq_id, row.replay_of_id, row.cost, row.kind) == (3, first.pk, 3, first.kind)
     assert bytes(row.payload) == first.payload
     assert bytes(row.payload_digest) == first.payload_digest
+
+
+def test_a_number_of_the_clients_is_never_taken_by_resubmitting(
+    submit: SubmitFactory, lane: Lane
+) -> None:
+    first = submit(lane, seq_id=1)
+
+    with pytest.raises(LaneNumberedByClient):
+        future_resubmit(request_id=first.pk)
+
+    assert submit(lane, seq_id=2).seq_id == 2
 
 
 def test_a_pruned_or_unknown_future_cannot_be_resubmitted(submit: SubmitFactory) -> None:

@@ -146,3 +146,14 @@ def test_a_restarted_worker_rebuilds_a_model_whose_log_begins_at_0(
     work()
 
     assert sdk.result(step)["metrics"]["grad_norm"] > 0
+
+
+def test_the_quick_reference_takes_no_number_of_an_sdk_model(sdk: SdkClient) -> None:
+    model_id = sdk.model()
+
+    key = {"X-API-Key": sdk.headers["X-API-Key"]}
+    answer = sdk.api.post("/api/v1/optim_step_async", headers=key, model_id=model_id)
+
+    assert answer.status_code == 400
+    assert "made by the tinker SDK" in answer.json()["detail"]
+    assert sdk.optim_step(model_id, 1).status_code == 200

@@ -11,7 +11,7 @@ from django.conf import settings
 from futures.models import Future
 from futures.services import future_submit
 from training.base_models import base_model_get
-from training.errors import SessionFinished
+from training.errors import InvalidRequest, SessionFinished
 from training.kinds import Kind
 from training.models import Run
 
@@ -39,11 +39,19 @@ def submit_in_lane(
     """Submit a request of a run, under the client's seq id or the server's next one.
 
     Raises:
+        InvalidRequest: The run's requests are numbered by its SDK client, and this has no number;
+            only its removal needs none. (400)
         SessionFinished: The run's session is over; only its removal may still be asked for. (400)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
-    if run.session is not None and run.session.finished_at and kind != Kind.REMOVE_RUN:
-        raise SessionFinished
+    if run.session is not None and kind != Kind.REMOVE_RUN:
+        if run.session.finished_at:
+            raise SessionFinished
+        if seq_id is None:
+            raise InvalidRequest(
+                f"model_id: {run.name!r} was made by the tinker SDK, whose client numbers its "
+                "requests; ask through that client"
+            )
     future = future_submit(
         owner_id=run.owner_id,
         queue=base_model_get(run.base_model).queue,
