@@ -78,7 +78,7 @@ BAD_BODIES = [
     (STEPS, inputs(weights=[1, "x"]), "data[0].loss_fn_inputs.weights[1]: expected a number"),
     (STEPS, inputs(weights=[1, 1e300]), "data[0].loss_fn_inputs.weights[1]: expected a number th"),
     (STEPS, inputs(weights=[[1], [1, 2]]), "data[0].loss_fn_inputs.weights[1]: expected a list"),
-    (STEPS, inputs(advantages=[1, 1]), "data[0].loss_fn_inputs: cross_entropy takes exactly"),
+    (STEPS, inputs(advantages=[1, 1]), "data[0].loss_fn_inputs.advantages: not an input"),
     (
         STEPS,
         inputs(weights={"data": [1, 1], "shape": [3]}),

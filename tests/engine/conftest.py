@@ -91,6 +91,8 @@ def make_datum() -> Callable[..., Datum]:
         else:
             inputs["logprobs"] = (rng.normal(size=shape) - 5.5).astype(np.float32)
             inputs["advantages"] = rng.normal(size=shape).astype(np.float32)
+            if loss_fn == "gspo":
+                inputs["sequence_ratio_mask"] = (rng.random(shape) < 0.7).astype(np.float32)
         tokens = rng.integers(0, VOCAB_SIZE, num_tokens).astype(np.int32)
         return Datum(model_input=tokens, loss_fn_inputs=inputs)
 

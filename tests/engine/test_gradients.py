@@ -20,6 +20,9 @@ CONFIGS = {
 }
 
 
+WIDE = {"clip_low_threshold": 0.0, "clip_high_threshold": 1e9}
+
+
 def assert_close(ours, reference):
     np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5 * np.abs(reference).max())
 
@@ -78,6 +81,7 @@ def test_a_batch_of_many_adapters_and_losses_is_each_job_alone(make_engine, make
             ("b", "ppo", [make_datum(6, loss_fn="ppo")], {"clip_high_threshold": 2.0}),
             ("b", "ppo", [make_datum(4, loss_fn="ppo"), make_datum(6, loss_fn="ppo")], {}),
             ("a", "dro", [make_datum(3, loss_fn="dro")], {"beta": 0.1}),
+            ("a", "gspo", [make_datum(7, loss_fn="gspo"), make_datum(4, loss_fn="gspo")], WIDE),
             ("b", "cross_entropy", [make_datum(2)], {}),
         ]
     ]
@@ -133,6 +137,35 @@ def test_the_head_in_small_chunks_is_the_head_at_once(make_engine, make_datum, m
         engine.forward_backward(jobs)
         grads.append(np.concatenate([engine.grad("a"), engine.grad("b")]))
     assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 5 * 4 * 259])
+def test_gspo_is_its_formula_over_whole_datums_however_the_head_is_cut(
+    chunk_bytes, engine, make_datum, tied_folder, monkeypatch
+):
+    monkeypatch.setattr("training.engine.head.CHUNK_BYTES", chunk_bytes)
+    engine.create_adapter("a", LoraConfig(rank=4))
+    engine.randomise("a")
+    data = [make_datum(n, seed=n, loss_fn="gspo") for n in (11, 3, 11, 1)]
+    data[1].loss_fn_inputs["logprobs"][:] -= 3.0  # a ratio that is clipped
+    config = {"clip_low_threshold": 0.5, "clip_high_threshold": 2.0}
+    reference = PeftReference(tied_folder, engine, "a")
+
+    output = engine.train_one("a", data, loss_fn="gspo", loss_fn_config=config)
+
+    total = 0.0
+    for datum in data:
+        logprobs = reference.logprobs(datum)[:, 0]
+        given = {n: torch.from_numpy(v) for n, v in datum.loss_fn_inputs.items()}
+        counted = given["sequence_ratio_mask"] != 0
+        gap = (logprobs.detach() - given["logprobs"])[counted].mean() if counted.any() else 0.0
+        ratio = torch.exp(gap + logprobs - logprobs.detach())
+        clipped = torch.clamp(ratio, 0.5, 2.0)
+        loss = -torch.minimum(ratio * given["advantages"], clipped * given["advantages"]).sum()
+        loss.backward()
+        total += loss.item()
+    assert output.loss == pytest.approx(total, rel=1e-5)
+    assert_close(engine.grad("a"), reference.grad())
 
 
 def test_weights_times_two_double_the_gradient(engine, make_datum):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from training.engine.losses import LOSSES, LossInputs, find_loss
-from training.errors import InvalidRequest
+from training.engine.losses import LOSSES, LossInputs
+from training.loss_fns import LOSS_FNS
 
 N = 200
+CONFIG = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05}
 
 
 def draw():
@@ -19,45 +20,69 @@ def draw():
         "logprobs": rng.normal(size=N) * 2 - 4,
         "advantages": rng.normal(size=N),
         "weights": rng.normal(size=N),
+        "sequence_ratio_mask": (rng.random(N) < 0.6).astype(float),
     }
 
 
 def evaluate(loss_fn, values, **config):
     """Loss per token and its gradient in the log-probabilities, float64."""
     lp = torch.tensor(values["lp"], requires_grad=True)
-    inputs = {name: torch.tensor(values[name]) for name in LOSSES[loss_fn].inputs}
-    loss = LOSSES[loss_fn].function(LossInputs(target_logprobs=lp, inputs=inputs, config=config))
+    inputs = {
+        name: torch.tensor(values.get(name, np.full(len(lp), config.get(name))))
+        for name in LOSS_FNS[loss_fn].float_inputs
+    }
+    loss = LOSSES[loss_fn](LossInputs(target_logprobs=lp, inputs=inputs, config=config))
     (grad,) = torch.autograd.grad(loss.sum(), lp)
     return loss.detach().numpy(), grad.numpy()
 
 
-def closed_forms(v, lo=0.8, hi=1.2, beta=0.05):
+def closed_forms(v, clip_low_threshold=0.8, clip_high_threshold=1.2, beta=0.05):
     """Loss and gradient of every loss, as formulas, by name."""
-    lp, q, a, w = v["lp"], v["logprobs"], v["advantages"], v["weights"]
+    lp, q, a, w, mask = (v[n] for n in ("lp", "logprobs", "advantages", "weights", MASK))
+    lo, hi = v.get("clip_low_threshold", clip_low_threshold), clip_high_threshold
     r = np.exp(lp - q)
     clipped = np.clip(r, lo, hi)
     is_unclipped_smaller = r * a <= clipped * a
+    s = np.exp((lp - q)[mask != 0].mean())  # one number
+    s_clipped = np.clip(s, lo, hi)
+    is_s_smaller = s * a <= s_clipped * a
     return {
         "cross_entropy": (-w * lp, -w),
         "importance_sampling": (-r * a, -r * a),
         "ppo": (-np.minimum(r * a, clipped * a), np.where(is_unclipped_smaller, -r * a, 0)),
         "cispo": (-clipped * lp * a, -clipped * a),
         "dro": (-(lp * a - 0.5 * beta * (lp - q) ** 2), -(a - beta * (lp - q))),
+        "gspo": (-np.minimum(s * a, s_clipped * a), np.where(is_s_smaller, -s * a, 0)),
     }
+
+
+MASK = "sequence_ratio_mask"
 
 
 @pytest.mark.parametrize("loss_fn", LOSSES)
 def test_a_loss_and_its_gradient_are_the_closed_form(loss_fn):
     values = draw()
-    config = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05}
-    loss, grad = evaluate(loss_fn, values, **config)
+    loss, grad = evaluate(loss_fn, values, **CONFIG)
     expected_loss, expected_grad = closed_forms(values)[loss_fn]
     np.testing.assert_allclose(loss, expected_loss)
     np.testing.assert_allclose(grad, expected_grad)
 
 
-def test_every_loss_has_a_closed_form_here():
-    assert set(closed_forms(draw())) == set(LOSSES)
+@pytest.mark.parametrize("loss_fn", ["ppo", "cispo", "gspo"])
+def test_thresholds_per_token_replace_the_setting(loss_fn):
+    values = draw()
+    values["logprobs"] += 1.0  # so that the sequence's ratio is low, too
+    unchanged, _ = closed_forms(values)[loss_fn]
+    values["clip_low_threshold"] = np.random.default_rng(1).uniform(0.1, 1.1, N)
+    loss, grad = evaluate(loss_fn, values, **CONFIG)
+    expected_loss, expected_grad = closed_forms(values)[loss_fn]
+    np.testing.assert_allclose(loss, expected_loss)
+    np.testing.assert_allclose(grad, expected_grad)
+    assert not np.allclose(loss, unchanged)
+
+
+def test_every_loss_of_the_table_has_a_formula_and_a_closed_form_here():
+    assert set(closed_forms(draw())) == set(LOSSES) == set(LOSS_FNS)
 
 
 def test_importance_sampling_with_equal_logprobs_is_the_policy_gradient():
@@ -73,6 +98,23 @@ def test_wide_thresholds_give_importance_samplings_gradient(loss_fn):
     _, grad = evaluate(loss_fn, values, clip_low_threshold=0.0, clip_high_threshold=1e9)
     _, expected = evaluate("importance_sampling", values)
     np.testing.assert_allclose(grad, expected)
+
+
+@pytest.mark.parametrize("thresholds", [(0.0, 1e9), (0.8, 1.2)])
+def test_gspo_of_one_token_is_ppo(thresholds):
+    values = {name: array[:1] for name, array in draw().items()} | {MASK: np.ones(1)}
+    config = dict(zip(("clip_low_threshold", "clip_high_threshold"), thresholds, strict=True))
+    for ours, theirs in zip(
+        evaluate("gspo", values, **config), evaluate("ppo", values, **config), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs)
+
+
+def test_gspo_without_masked_tokens_has_a_ratio_of_one():
+    values = draw() | {MASK: np.zeros(N)}
+    loss, grad = evaluate("gspo", values, **CONFIG)
+    np.testing.assert_allclose(loss, -values["advantages"])
+    np.testing.assert_allclose(grad, -values["advantages"])
 
 
 def test_dro_without_a_penalty_is_advantage_weighted_cross_entropy():
@@ -92,8 +134,3 @@ def test_ppo_stops_pushing_a_ratio_that_left_the_thresholds_the_good_way():
     }
     _, grad = evaluate("ppo", values, clip_low_threshold=0.8, clip_high_threshold=1.2)
     np.testing.assert_allclose(grad, [0, 0, 2.0, -0.5])
-
-
-def test_an_unknown_loss_is_refused_with_the_known_names():
-    with pytest.raises(InvalidRequest, match=r"loss_fn: unknown name 'mse'; known: cross_entropy"):
-        find_loss("mse")

@@ -96,10 +96,13 @@ def test_a_wrong_model_input_is_refused_by_name(model_input, message, make_datum
 @pytest.mark.parametrize(
     ("loss_fn", "config", "message"),
     [
-        ("mse", {}, "loss_fn: unknown name 'mse'"),
-        ("cross_entropy", {"beta": 1.0}, "loss_fn_config.beta: not an option of cross_entropy"),
-        ("ppo", {"clip": 0.2}, "loss_fn_config.clip: not an option of ppo; known: clip_low"),
-        ("dro", {}, "loss_fn_config.beta: dro needs it"),
+        ("mse", {}, "loss_fn: expected one of cross_entropy, "),
+        ("stable_reinforce", {}, "loss_fn: stable_reinforce: its formula is not public"),
+        ("custom", {}, "loss_fn: custom: it needs a loss that was uploaded"),
+        ("gspo", {"clip_low_threshold": 0.9}, "loss_fn_config.clip_high_threshold: this field is"),
+        ("cross_entropy", {"beta": 1.0}, "loss_fn_config.beta: unknown for cross_entropy"),
+        ("ppo", {"clip": 0.2}, "loss_fn_config.clip: unknown for ppo; expected clip_low"),
+        ("dro", {}, "loss_fn_config.beta: this field is required for dro"),
         ("dro", {"beta": float("nan")}, "loss_fn_config.beta: nan is not finite"),
         ("ppo", {"clip_low_threshold": 1.5}, "loss_fn_config.clip_low_threshold: 1.5 is above"),
     ],
@@ -120,6 +123,15 @@ def test_a_policy_loss_takes_one_target_per_token(make_datum, tiny_info):
     job = job_of(make_datum(5, loss_fn="ppo", num_targets=2), loss_fn="ppo")
     with pytest.raises(InvalidRequest, match=r"ppo takes one target per token, shape \(N,\)"):
         check_job(job, tiny_info)
+
+
+def test_a_low_threshold_of_a_token_above_its_high_one_is_refused(make_datum, tiny_info):
+    datum = changed(make_datum(3, loss_fn="ppo"), clip_low_threshold=np.array([0.8, 1.3, 0.8]))
+    with pytest.raises(InvalidRequest) as refusal:
+        check_job(job_of(datum, loss_fn="ppo"), tiny_info)
+    assert str(refusal.value) == (
+        "data[0].loss_fn_inputs.clip_low_threshold[1]: above clip_high_threshold"
+    )
 
 
 def test_evaluating_needs_no_weights(make_datum, tiny_info):

@@ -6,8 +6,9 @@ no logits are computed twice:
 
     d loss / d logits = sum over k of g_k * (onehot(target_k) - softmax(logits))
 
-with g_k = d loss / d log p(target_k), which every loss gives elementwise. Rows whose g is zero
-(a prompt's, say) end there.
+with g_k = d loss / d log p(target_k). Rows whose g is zero (a prompt's, say) end there. A loss
+that is not elementwise needs a datum's log-probabilities all at once: the chunks that hold such
+datums are passed through the head once before, for these alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from training.engine.lora import add_product
 from training.engine.losses import LOSSES, LossInputs
 from training.engine.microbatches import LossSpan
 from training.engine.packed import MIN_ROWS, Segment
+from training.loss_fns import LOSS_FNS
 
 CHUNK_BYTES = 64 * 2**20
 """What one chunk of float32 logits may take."""
@@ -71,50 +73,81 @@ def score_targets(
         grad_hidden=torch.zeros_like(hidden),
     )
     chunk_rows = max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))
-    for rows in _chunks(segments, chunk_rows):
-        chunk_segments = _cut(segments, rows)
-        chunk_hidden = _padded(hidden[rows])  # (n, C)
-        targets = _padded(inputs.targets[rows])  # (n, K)
-        num_real = rows.stop - rows.start
-        logits = base_model.logits(chunk_hidden, chunk_segments)  # (n, V)
-        log_norm = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-        logprobs = logits.gather(1, targets) - log_norm  # (n, K)
-        output.target_logprobs[rows] = logprobs[:num_real]
-        seed = _losses_and_seeds(logprobs, rows, inputs, output.loss)  # (n, K)
-        if any(segment.grad is not None for segment in chunk_segments):
+    chunks = list(_chunks(segments, chunk_rows))
+    whole = [span for span in inputs.loss_spans if not span.is_elementwise]
+    for rows in chunks:
+        if any(span.start < rows.stop and rows.start < span.end for span in whole):
+            output.target_logprobs[rows] = _Chunk.of(base_model, hidden, segments, rows).scored(
+                inputs.targets[rows]
+            )
+    seeds = torch.zeros_like(output.target_logprobs)  # (T, K), zero at filled-up targets
+    for span in whole:
+        _differentiate(span, slice(span.start, span.end), inputs, output, seeds)
+    elementwise = [span for span in inputs.loss_spans if span.is_elementwise]
+    for rows in chunks:
+        chunk = _Chunk.of(base_model, hidden, segments, rows)
+        output.target_logprobs[rows] = chunk.scored(inputs.targets[rows])
+        for span in elementwise:
+            start, end = max(span.start, rows.start), min(span.end, rows.stop)
+            if start < end:
+                _differentiate(span, slice(start, end), inputs, output, seeds)
+        if any(segment.grad is not None for segment in chunk.segments):
             grad_chunk = _backward_chunk(
                 base_model,
-                chunk_hidden,
-                chunk_segments,
-                logits=logits.sub_(log_norm),
-                targets=targets,
-                seed=seed,
+                chunk.hidden,
+                chunk.segments,
+                logits=chunk.logits.sub_(chunk.log_norm),
+                targets=_padded(inputs.targets[rows]),
+                seed=_padded(seeds[rows]),
             )
-            output.grad_hidden[rows] = grad_chunk[:num_real]
+            output.grad_hidden[rows] = grad_chunk[: rows.stop - rows.start]
     return output
 
 
-def _losses_and_seeds(logprobs: Tensor, rows: slice, inputs: HeadInputs, loss: Tensor) -> Tensor:
-    """Write the rows' loss; return (n, K) d loss / d log p, zero at filled-up targets."""
-    seed = torch.zeros_like(logprobs)
-    for span in inputs.loss_spans:
-        start, end = max(span.start, rows.start), min(span.end, rows.stop)
-        if start >= end:
-            continue
-        local, k = slice(start - rows.start, end - rows.start), span.num_targets
-        table_entry = LOSSES[span.loss_fn]
-        with torch.enable_grad():
-            leaf = logprobs[local, :k].detach().requires_grad_()
-            values = table_entry.function(
-                LossInputs(
-                    target_logprobs=leaf,
-                    inputs={n: inputs.inputs[n][start:end, :k] for n in table_entry.inputs},
-                    config=span.config,
-                )
-            )  # (n, K)
-            (seed[local, :k],) = torch.autograd.grad(values.sum(), leaf)
-        loss[start:end] = values.detach().sum(-1)
-    return seed
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chunk:
+    """Some rows and their logits, n of them: at least ``MIN_ROWS``, zeros after the real ones."""
+
+    hidden: Tensor
+    """(n, C)"""
+    segments: Sequence[Segment]
+    logits: Tensor
+    """(n, V)"""
+    log_norm: Tensor
+    """(n, 1)"""
+
+    @classmethod
+    def of(
+        cls, base_model: BaseModel, hidden: Tensor, segments: Sequence[Segment], rows: slice
+    ) -> _Chunk:
+        segments = _cut(segments, rows)
+        hidden = _padded(hidden[rows])
+        logits = base_model.logits(hidden, segments)
+        log_norm = logits.logsumexp(-1, keepdim=True)
+        return cls(hidden=hidden, segments=segments, logits=logits, log_norm=log_norm)
+
+    def scored(self, targets: Tensor) -> Tensor:
+        """(n', K) the log-probabilities of the targets (n', K) of the real rows."""
+        return (self.logits.gather(1, _padded(targets)) - self.log_norm)[: len(targets)]
+
+
+def _differentiate(
+    span: LossSpan, rows: slice, inputs: HeadInputs, output: HeadOutput, seeds: Tensor
+) -> None:
+    """Write the loss of these rows of the span, and d loss / d log p into ``seeds`` (T, K)."""
+    k = span.num_targets
+    names = LOSS_FNS[span.loss_fn].float_inputs
+    with torch.enable_grad():
+        leaf = output.target_logprobs[rows, :k].detach().requires_grad_()
+        values = LOSSES[span.loss_fn](
+            LossInputs(
+                target_logprobs=leaf,
+                inputs={name: inputs.inputs[name][rows, :k] for name in names},
+                config=span.config,
+            )
+        )  # (n, K)
+        (seeds[rows, :k],) = torch.autograd.grad(values.sum(), leaf)
+    output.loss[rows] = values.detach().sum(-1)
 
 
 def _backward_chunk(

@@ -1,20 +1,16 @@
-"""The loss functions: one table, each a pure elementwise function of target log-probabilities.
+"""The loss functions' formulas, each a pure function of target log-probabilities.
 
 Every loss is a SUM over target tokens and datums; nothing is averaged or normalised, and the
-client's weights and advantages are where such choices belong. Elementwise means that a batch
-may be cut anywhere between two rows. Gradients come from autograd over these few numbers.
-
-Only tensor methods are used, so that this module imports no torch and whatever answers "which
-losses are there" need not either.
+client's weights and advantages are where such choices belong. Names, inputs and defaults are in
+``training.loss_fns``. An elementwise loss may be given any rows; the others (gspo) are given
+exactly one datum. Gradients come from autograd over these few numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from training.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +24,8 @@ class LossInputs:
     target_logprobs: Tensor
     """(n, K) float32, the learner's log-probability of each target token, in nats."""
     inputs: Mapping[str, Tensor]
-    """(n, K) float32 by name: what the datums brought, such as ``weights``."""
+    """(n, K) float32 by name, each that the loss may have: what the datums brought, such as
+    ``weights``, and the setting of this name where they brought none."""
     config: Mapping[str, float]
     """Complete: defaults are filled in."""
 
@@ -61,56 +58,34 @@ def dro(x: LossInputs) -> Tensor:
     return penalty - lp * x.inputs["advantages"]
 
 
+def gspo(x: LossInputs) -> Tensor:
+    """-min(s * A, clamp(s, lo, hi) * A), with s = exp(L + lp - stopgrad(lp)) and
+    L = mean over the masked tokens of (stopgrad(lp) - q): one ratio for the whole datum.
+
+    The gradient of each token is that of its own lp. A datum that masks no token has L = 0.
+    """
+    lp, advantages = x.target_logprobs, x.inputs["advantages"]
+    is_counted = x.inputs["sequence_ratio_mask"] != 0
+    gaps = (lp.detach() - x.inputs["logprobs"]).masked_fill(~is_counted, 0.0)
+    mean_gap = gaps.sum() / is_counted.sum().clamp(min=1)
+    ratio = (mean_gap + lp - lp.detach()).exp()
+    return -(ratio * advantages).minimum(_clipped(ratio, x) * advantages)
+
+
 def _ratio(x: LossInputs) -> Tensor:
     return (x.target_logprobs - x.inputs["logprobs"]).exp()
 
 
 def _clipped(ratio: Tensor, x: LossInputs) -> Tensor:
-    return ratio.clamp(x.config["clip_low_threshold"], x.config["clip_high_threshold"])
+    return ratio.clamp(x.inputs["clip_low_threshold"], x.inputs["clip_high_threshold"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """A loss function and what a request must bring for it."""
-
-    function: Callable[[LossInputs], Tensor]
-    inputs: tuple[str, ...]
-    """Float inputs that each datum must have beside ``target_tokens``."""
-    config: Mapping[str, float | None] = field(default_factory=dict)
-    """Every config key with its default; None means that the request must say it."""
-    allows_many_targets: bool = False
-    """Whether ``target_tokens`` may be (N, K)."""
-
-    @property
-    def formula(self) -> str:
-        return (self.function.__doc__ or "").strip()
-
-
-_POLICY_INPUTS = ("logprobs", "advantages")
-
-LOSSES: Mapping[str, Loss] = {
-    "cross_entropy": Loss(function=cross_entropy, inputs=("weights",), allows_many_targets=True),
-    "importance_sampling": Loss(function=importance_sampling, inputs=_POLICY_INPUTS),
-    "ppo": Loss(
-        function=ppo,
-        inputs=_POLICY_INPUTS,
-        config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
-    ),
-    "cispo": Loss(
-        function=cispo,
-        inputs=_POLICY_INPUTS,
-        config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
-    ),
-    "dro": Loss(function=dro, inputs=_POLICY_INPUTS, config={"beta": None}),
+LOSSES: Mapping[str, Callable[[LossInputs], Tensor]] = {
+    "cross_entropy": cross_entropy,
+    "importance_sampling": importance_sampling,
+    "ppo": ppo,
+    "cispo": cispo,
+    "dro": dro,
+    "gspo": gspo,
 }
-
-
-def find_loss(loss_fn: str) -> Loss:
-    """The loss of this name.
-
-    Raises:
-        InvalidRequest: There is none; the message lists those there are.
-    """
-    if loss_fn not in LOSSES:
-        raise InvalidRequest(f"loss_fn: unknown name {loss_fn!r}; known: {', '.join(LOSSES)}")
-    return LOSSES[loss_fn]
+"""One function for each name in ``training.loss_fns.LOSS_FNS``."""

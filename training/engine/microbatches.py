@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.engine.interface import ForwardBackwardJob
-from training.engine.losses import LOSSES
 from training.engine.packed import MIN_ROWS
+from training.loss_fns import LOSS_FNS
 from training.types import Datum
 
 T = TypeVar("T")
@@ -67,13 +67,18 @@ class AdapterSpan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossSpan:
-    """Rows that one loss function with one config speaks about."""
+    """Rows that one loss function with one config speaks about: exactly one datum's, unless the
+    loss is elementwise."""
 
     loss_fn: str
     config: Mapping[str, float]
     num_targets: int
     start: int
     end: int
+
+    @property
+    def is_elementwise(self) -> bool:
+        return LOSS_FNS[self.loss_fn].is_elementwise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,7 +173,7 @@ def _lay_out(items: Iterable[_Item]) -> list[PackedDatum]:
 
 def _make_batch(datums: Sequence[PackedDatum]) -> MicroBatch:
     num_targets = max(packed.num_targets for packed in datums)
-    names = {name for packed in datums for name in LOSSES[packed.planned.job.loss_fn].inputs}
+    names = {n for packed in datums for n in LOSS_FNS[packed.planned.job.loss_fn].float_inputs}
     padding = max(0, MIN_ROWS - datums[-1].end)
     shape = (datums[-1].end + padding, num_targets)
     targets = np.zeros(shape, np.int64)
@@ -189,7 +194,7 @@ def _make_batch(datums: Sequence[PackedDatum]) -> MicroBatch:
                 start=run[0].start,
                 end=run[-1].end,
             )
-            for _, run in _runs(datums, lambda p: (_loss_key(p.planned), p.num_targets))
+            for _, run in _runs(datums, _span_key)
         ],
         tokens=np.concatenate(
             [*(p.datum.model_input for p in datums), np.zeros(padding, np.int64)]
@@ -208,13 +213,22 @@ def _fill(
     rows, k = slice(packed.start, packed.end), packed.num_targets
     given = packed.datum.loss_fn_inputs
     targets[rows, :k] = given["target_tokens"].reshape(-1, k)
-    for name in LOSSES[packed.planned.job.loss_fn].inputs:
-        # Only weights may be absent, when evaluating: every token then counts once.
-        inputs[name][rows, :k] = given[name].reshape(-1, k) if name in given else 1.0
+    for name in LOSS_FNS[packed.planned.job.loss_fn].float_inputs:
+        if name in given:
+            inputs[name][rows, :k] = given[name].reshape(-1, k)
+        else:  # A setting holds for every token. Else it is the weights, when evaluating.
+            inputs[name][rows, :k] = packed.planned.config.get(name, 1.0)
 
 
 def _loss_key(planned: PlannedJob) -> tuple[Any, ...]:
     return (planned.job.loss_fn, *sorted(planned.config.items()))
+
+
+def _span_key(packed: PackedDatum) -> tuple[Any, ...]:
+    """Neighbours of one key share a loss span."""
+    is_elementwise = LOSS_FNS[packed.planned.job.loss_fn].is_elementwise
+    alone = None if is_elementwise else packed.start
+    return (_loss_key(packed.planned), packed.num_targets, alone)
 
 
 def _first_seen(values: Iterable[Any]) -> dict[Any, int]:

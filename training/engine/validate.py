@@ -14,8 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob
-from training.engine.losses import Loss, find_loss
 from training.errors import InvalidDatum, InvalidRequest
+from training.loss_fns import (
+    TARGET_TOKENS,
+    LossFnSpec,
+    check_input_names,
+    complete_config,
+    find_loss_fn,
+)
 from training.types import AdamParams, Datum, LoraConfig
 
 
@@ -29,40 +35,20 @@ def check_job(job: ForwardBackwardJob, info: BaseModelInfo) -> dict[str, float]:
         InvalidRequest: Unknown loss or config key, or no data.
         InvalidDatum: A datum is wrong.
     """
-    loss = find_loss(job.loss_fn)
-    config = _checked_config(job, loss)
+    config = complete_config(job.loss_fn, job.loss_fn_config)
     if not job.data:
         raise InvalidRequest("data: empty")
     for i, datum in enumerate(job.data):
-        _check_datum(f"data[{i}]", datum, job, loss, info)
-    return config
-
-
-def _checked_config(job: ForwardBackwardJob, loss: Loss) -> dict[str, float]:
-    for key, value in job.loss_fn_config.items():
-        if key not in loss.config:
-            known = ", ".join(loss.config) or "none"
-            raise InvalidRequest(
-                f"loss_fn_config.{key}: not an option of {job.loss_fn}; known: {known}"
-            )
-        if not math.isfinite(value):
-            raise InvalidRequest(f"loss_fn_config.{key}: {value} is not finite")
-    config: dict[str, float] = {}
-    for key, default in loss.config.items():
-        chosen = job.loss_fn_config.get(key, default)
-        if chosen is None:
-            raise InvalidRequest(f"loss_fn_config.{key}: {job.loss_fn} needs it, with no default")
-        config[key] = float(chosen)
-    low, high = config.get("clip_low_threshold"), config.get("clip_high_threshold")
-    if low is not None and high is not None and low > high:
-        raise InvalidRequest(
-            f"loss_fn_config.clip_low_threshold: {low} is above clip_high_threshold {high}"
-        )
+        _check_datum(f"data[{i}]", datum, job, config, info)
     return config
 
 
 def _check_datum(
-    where: str, datum: Datum, job: ForwardBackwardJob, loss: Loss, info: BaseModelInfo
+    where: str,
+    datum: Datum,
+    job: ForwardBackwardJob,
+    config: Mapping[str, float],
+    info: BaseModelInfo,
 ) -> None:
     tokens = datum.model_input
     _check_tokens(f"{where}.model_input", tokens, info.vocab_size)
@@ -75,27 +61,32 @@ def _check_datum(
             f"{where}.model_input: {len(tokens)} tokens, and the model reads at most"
             f" {info.max_context_tokens}"
         )
-    inputs = datum.loss_fn_inputs
+    spec, inputs = find_loss_fn(job.loss_fn), datum.loss_fn_inputs
+    check_input_names(job.loss_fn, inputs, where, weights_optional=job.forward_only)
     where = f"{where}.loss_fn_inputs"
-    for name in inputs:
-        if name != "target_tokens" and name not in loss.inputs:
-            raise InvalidDatum(f"{where}.{name}: not an input of {job.loss_fn}")
-    targets = _required(where, inputs, "target_tokens", job.loss_fn)
+    targets = inputs[TARGET_TOKENS]
     _check_tokens(f"{where}.target_tokens", targets, info.vocab_size)
-    _check_targets_shape(f"{where}.target_tokens", targets, len(tokens), job.loss_fn, loss)
-    for name in loss.inputs:
-        if name == "weights" and name not in inputs and job.forward_only:
-            continue  # Evaluating without weights means weights of 1.
-        values = _required(where, inputs, name, job.loss_fn)
-        _check_values(f"{where}.{name}", values, targets.shape)
+    _check_targets_shape(f"{where}.target_tokens", targets, len(tokens), job.loss_fn, spec)
+    for name in spec.float_inputs:
+        if name in inputs:  # weights may be absent when evaluating
+            _check_values(f"{where}.{name}", inputs[name], targets.shape)
+    if any(name in inputs for name in spec.optional_inputs):
+        _check_thresholds(where, inputs, config)
 
 
-def _required(
-    where: str, inputs: Mapping[str, NDArray[Any]], name: str, loss_fn: str
-) -> NDArray[Any]:
-    if name not in inputs:
-        raise InvalidDatum(f"{where}.{name}: missing, and {loss_fn} needs it")
-    return inputs[name]
+def _check_thresholds(
+    where: str, inputs: Mapping[str, NDArray[Any]], config: Mapping[str, float]
+) -> None:
+    """Thresholds per token, where given, against the others or against the settings."""
+    low, high = (
+        np.asarray(inputs.get(name, config[name]))
+        for name in ("clip_low_threshold", "clip_high_threshold")
+    )
+    is_wrong = low > high
+    if is_wrong.any():
+        raise InvalidDatum(
+            f"{where}.clip_low_threshold{_subscript(_first(is_wrong))}: above clip_high_threshold"
+        )
 
 
 def _check_tokens(where: str, tokens: NDArray[Any], vocab_size: int) -> None:
@@ -111,11 +102,11 @@ def _check_tokens(where: str, tokens: NDArray[Any], vocab_size: int) -> None:
 
 
 def _check_targets_shape(
-    where: str, targets: NDArray[Any], num_tokens: int, loss_fn: str, loss: Loss
+    where: str, targets: NDArray[Any], num_tokens: int, loss_fn: str, spec: LossFnSpec
 ) -> None:
     if targets.ndim not in (1, 2):
         raise InvalidDatum(f"{where}: {targets.ndim} dimensions instead of 1 or 2")
-    if targets.ndim == 2 and not loss.allows_many_targets:
+    if targets.ndim == 2 and not spec.allows_many_targets:
         raise InvalidDatum(f"{where}: {loss_fn} takes one target per token, shape (N,)")
     if len(targets) != num_tokens:
         raise InvalidDatum(f"{where}: {len(targets)} values for {num_tokens} tokens")

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 from tinkerapi.api.data import DATA_SCHEMA, check_data
 from tinkerapi.api.fields import Choice, Custom, Field, Number, Object, Schema, Text, refuse
 from tinkerapi.api.views.base import OperationView
-from training.errors import InvalidDatum, InvalidRequest
-from training.selectors import loss_functions
+from training.loss_fns import check_loss
 from training.services import Submission, forward_backward_submit, optim_step_submit
-from training.types import AdamParams, Conversation, Datum
+from training.types import AdamParams
 
 MODEL_ID = Text(
     description="The name of your model: your adapter and its optimizer state.",
@@ -46,39 +45,6 @@ def check_loss_fn_config(value: Any, where: str) -> dict[str, float]:
         raise refuse(where, "an object of numbers by name", value)
     number = Number(description="", minimum=float("-inf"))
     return {name: number.check(item, f"{where}.{name[:60]}") for name, item in value.items()}
-
-
-def check_loss(loss_fn: str, config: Mapping[str, float], data: list[Conversation | Datum]) -> None:
-    """Whether the loss function exists and gets its settings and inputs.
-
-    Raises:
-        InvalidRequest: The message names the field. (400)
-    """
-    known = loss_functions()
-    if loss_fn not in known:
-        raise refuse("loss_fn", f"one of {', '.join(known)}", loss_fn)
-    defaults, inputs = known[loss_fn]["config"], known[loss_fn]["inputs"]
-    for name in config:
-        if name not in defaults:
-            raise InvalidRequest(
-                f"loss_fn_config.{name[:60]}: unknown for {loss_fn}; "
-                f"expected {', '.join(defaults) or 'no field'}"
-            )
-    for name, default in defaults.items():
-        if default is None and name not in config:
-            raise InvalidRequest(f"loss_fn_config.{name}: this field is required for {loss_fn}")
-    for index, item in enumerate(data):
-        if isinstance(item, Conversation):
-            if loss_fn != "cross_entropy":
-                raise InvalidDatum(
-                    f"data[{index}]: {loss_fn} needs token-level datums with loss_fn_inputs "
-                    f"{', '.join(inputs)}; a conversation works with cross_entropy only"
-                )
-        elif set(item.loss_fn_inputs) != set(inputs):
-            raise InvalidDatum(
-                f"data[{index}].loss_fn_inputs: {loss_fn} takes exactly {', '.join(inputs)}; "
-                f"got {', '.join(name[:60] for name in item.loss_fn_inputs)}"
-            )
 
 
 class ForwardBackwardView(OperationView):

@@ -16,6 +16,7 @@ from tinkerapi.api.sdk.json_requests import parse_json_forward_backward
 from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids
 from tinkerapi.api.views import steps as quick_reference
 from training.errors import InvalidRequest
+from training.loss_fns import check_loss
 from training.services import forward_backward_submit, optim_step_submit
 from training.services.custom_losses import custom_loss_check
 from training.types import AdamParams, Datum
@@ -44,7 +45,7 @@ class ForwardBackwardView(NumberedView):
                 owner_id=owner_id, model_id=model_id, loss_id=call.loss_id, data=call.data
             )
         else:
-            quick_reference.check_loss(call.loss_fn, call.loss_fn_config, list(call.data))
+            check_loss(call.loss_fn, call.loss_fn_config, list(call.data))
         return forward_backward_submit(
             owner_id=owner_id,
             model_id=model_id,
