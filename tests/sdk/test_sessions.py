@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.conf import LazySettings
+from django.conf import LazySettings, settings
 from django.utils import timezone
 from tinker import types
 
@@ -14,6 +14,8 @@ from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.sdk.conftest import SdkClient
 from training.models import Run, Session
+from training.selectors import futures_prunable
+from training.services.sessions import sessions_expire
 
 
 def test_a_session_lives_and_ends_with_the_first_reason(sdk: SdkClient) -> None:
@@ -51,13 +53,45 @@ def test_a_finished_session_does_what_it_was_asked_and_takes_no_more(
     work()
 
     assert sdk.result(before).metrics["loss:sum"] != 0
-    assert sdk.result(after) == {
-        "error": "The session was finished, so nothing more can be asked in it.",
-        "category": "user",
-    }
+    assert (after.status_code, after.json()["error_code"]) == (400, "SessionFinished")
     another = sdk.post("create_model", session_id=session_id, model_seq_id=1, base_model="x")
     assert (another.status_code, another.json()["error_code"]) == (400, "SessionFinished")
     assert sdk.post("get_info", model_id=model_id).status_code == 200
+
+
+def test_a_finished_sessions_models_leave_memory_and_disk_but_not_the_lists(
+    sdk: SdkClient, work: InProcessWorker
+) -> None:
+    session_id = sdk.session()
+    model_id = sdk.model(session_id)
+    sdk.forward_backward(model_id, 1)
+    work()
+    run = Run.objects.get()
+    work.loop.residency.snapshot_all()
+    files = [settings.DATA_DIR / item.directory for item in run.snapshots.all()]
+    assert [path.exists() for path in files] == [True]
+    assert model_id in work.engine.adapter_names()
+
+    sdk.post(f"sessions/{session_id}/finish", reason={"type": "success"})
+    work()
+
+    assert model_id not in work.engine.adapter_names()
+    assert [path.exists() for path in files] == [False]
+    assert not run.snapshots.exists()
+    assert Run.objects.live().get() == run
+    assert futures_prunable(Future.objects.all()).count() == Future.objects.count()
+
+
+def test_a_session_that_is_silent_for_a_week_is_over(sdk: SdkClient) -> None:
+    silent, heard_of = sdk.session(), sdk.session()
+    Session.objects.filter(pk=silent).update(heartbeat_at=timezone.now() - timedelta(days=8))
+
+    assert sessions_expire() == 1
+    assert sessions_expire() == 0
+
+    assert Session.objects.get(pk=silent).finish_reason == "interrupted"
+    assert sdk.post("session_heartbeat", session_id=silent).status_code == 410
+    assert sdk.post("session_heartbeat", session_id=heard_of).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["session_heartbeat", "create_model"])

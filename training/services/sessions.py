@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 from django.db import IntegrityError, transaction
@@ -29,6 +30,9 @@ from training.types import LoraConfig
 
 CREATION_SEQ_ID = 0
 """Of a model's creation, by ``create_model`` or by loading a checkpoint."""
+
+SILENCE = timedelta(days=7)
+"""A client sends a heartbeat every ten seconds; a computer may sleep for days and go on."""
 
 
 def session_create(
@@ -63,18 +67,43 @@ def session_heartbeat(*, owner_id: int, session_id: str) -> Session:
     return session
 
 
+@transaction.atomic
 def session_finish(*, owner_id: int, session_id: str, reason: str, detail: str = "") -> Session:
     """End a session; the first reason stays. What was submitted before still runs.
+
+    After that its models' memory and snapshots are freed, for nothing can be asked of them any
+    more. The models stay in lists, and their checkpoints stay.
 
     Raises:
         SessionNotFound: (404)
     """
     session = session_get(owner_id=owner_id, session_id=session_id)
-    Session.objects.filter(pk=session.pk, finished_at__isnull=True).update(
+    finished = Session.objects.filter(pk=session.pk, finished_at__isnull=True).update(
         finished_at=timezone.now(), finish_reason=reason, finish_detail=detail
     )
+    if finished:
+        for run in session.runs.live():
+            submit_in_lane(run, Kind.REMOVE_RUN, {})
     session.refresh_from_db()
     return session
+
+
+def sessions_expire() -> int:
+    """Finish the sessions that were not heard of for very long; say how many.
+
+    The worker calls it every now and then. A client that comes back later is told.
+    """
+    silent = Session.objects.filter(
+        finished_at__isnull=True, heartbeat_at__lt=timezone.now() - SILENCE
+    )
+    for session in silent:
+        session_finish(
+            owner_id=session.owner_id,
+            session_id=session.pk,
+            reason=Session.FinishReason.INTERRUPTED,
+            detail=f"Its client was not heard of for {SILENCE.days} days.",
+        )
+    return len(silent)
 
 
 def session_set_project(*, owner_id: int, session_id: str, project_id: str) -> None:

@@ -24,6 +24,7 @@ from training import tasks
 from training.base_models import BaseModel
 from training.engine.interface import Engine
 from training.services import checkpoints_expire
+from training.services.sessions import sessions_expire
 from training.worker.loop import WorkLoop
 
 logger = logging.getLogger(__name__)
@@ -102,13 +103,14 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
 def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> None:
     """Say every few seconds that the worker lives; leave the process if it was replaced.
 
-    Also does what a clock starts: deletes checkpoints whose time is up, and fails requests that
-    wait for a number that does not come.
+    Also does what a clock starts: deletes checkpoints whose time is up, finishes sessions whose
+    client is gone, and fails requests that wait for a number that does not come.
     """
     while not over.wait(HEARTBEAT_SECONDS):
         try:
             worker_heartbeat(worker, {**figures, "memory_bytes": _memory_bytes()})
             checkpoints_expire()
+            sessions_expire()
             gaps_refuse(queue=worker.queue, patience_seconds=settings.GAP_SECONDS)
         except Fenced:
             logger.error("another worker has taken over; leaving")

@@ -33,7 +33,7 @@ from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.calls import check_ids
 from tinkerapi.api.sdk.compression import decompress_body
 from tinkerapi.api.views.base import owner_of
-from training.errors import InvalidRequest, RunNotFound, TrainingError
+from training.errors import InvalidRequest, RunNotFound, SessionFinished, TrainingError
 from training.services.sessions import refused_submit
 
 
@@ -98,8 +98,8 @@ class NumberedView(SdkView):
                 model_id=model_id,
                 seq_id=seq_id,
             )
-        except RunNotFound:
-            raise  # there is no order in which the number could be used up
+        except (RunNotFound, SessionFinished):
+            raise  # no later number will ever wait for this one
         except (TrainingError, PayloadTooLarge, APIException) as error:
             future = refused_submit(
                 owner_id=owner_id,
