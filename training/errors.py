@@ -34,6 +34,10 @@ class SessionFinished(InvalidRequest):
     """The session was finished, so nothing more can be asked in it."""
 
 
+class SamplingSessionNotFound(TrainingError):
+    """No sampling session of this id exists."""
+
+
 class RunNotFound(TrainingError):
     """No model of this name exists."""
 

@@ -15,11 +15,12 @@ from training.errors import (
     InvalidRequest,
     RunLost,
     RunNotFound,
+    SamplingSessionNotFound,
     SessionNotFound,
 )
 from training.kinds import LOGGED
 from training.loss_fns import LOSS_FNS
-from training.models import Checkpoint, CustomLoss, Run, Session, Snapshot
+from training.models import Checkpoint, CustomLoss, Run, SamplingSession, Session, Snapshot
 from training.paths import TinkerPath
 
 
@@ -33,6 +34,22 @@ def session_get(*, owner_id: int, session_id: str) -> Session:
     if session is None:
         raise SessionNotFound(f"session_id: no session {session_id[:64]!r}")
     return session
+
+
+def sampling_session_get(*, owner_id: int, sampling_session_id: str) -> SamplingSession:
+    """The owner's sampling session, with its session.
+
+    Raises:
+        SamplingSessionNotFound: There is none; another owner's answers the same. (404)
+    """
+    found = SamplingSession.objects.select_related("session").filter(
+        session__owner_id=owner_id, id=sampling_session_id
+    )
+    if sampling_session := found.first():
+        return sampling_session
+    raise SamplingSessionNotFound(
+        f"sampling_session_id: no sampling session {sampling_session_id[:120]!r}"
+    )
 
 
 def custom_loss_get(*, session_id: str | None, loss_id: str) -> CustomLoss:

@@ -34,6 +34,7 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.LimitExceeded: 400,
     training_errors.SessionNotFound: 404,
     training_errors.SessionFinished: 400,
+    training_errors.SamplingSessionNotFound: 404,
     training_errors.RunNotFound: 404,
     training_errors.RunExists: 409,
     training_errors.CheckpointNotFound: 404,

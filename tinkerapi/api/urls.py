@@ -7,6 +7,7 @@ from django.urls import URLPattern, path
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
 
 from tinkerapi.api.sdk.dispatch import by_dialect
+from tinkerapi.api.sdk.views import sampling as sdk_sampling
 from tinkerapi.api.sdk.views import steps as sdk_steps
 from tinkerapi.api.sdk.views import weights as sdk_weights
 from tinkerapi.api.views import futures, runs, sampling, service, steps, weights
@@ -49,7 +50,10 @@ urlpatterns: list[URLPattern] = [
     path("api/v1/adapters/<str:model_id>", runs.AdapterView.as_view()),
     # Sampling
     path("api/v1/sample", sampling.SampleView.as_view()),
-    path("api/v1/asample", sampling.SampleView.as_view(waits=False)),
+    path(
+        "api/v1/asample",
+        by_dialect(sampling.SampleView.as_view(waits=False), sdk_sampling.SampleView.as_view()),
+    ),
     # Weights
     path(
         "api/v1/save_weights",

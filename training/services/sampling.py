@@ -50,18 +50,13 @@ def sample_submit(
         raise InvalidRequest(
             "model_id, base_model, model_path: give exactly one of them to say what to sample from"
         )
-    sampling_params = replace(
-        sampling_params,
-        seed=_new_seed(idempotency_key) if sampling_params.seed is None else sampling_params.seed,
-        max_tokens=sampling_params.max_tokens or settings.DEFAULT_MAX_TOKENS,
+    payload = sample_payload(
+        prompts=prompts,
+        num_samples=num_samples,
+        sampling_params=sampling_params,
+        prompt_logprobs=prompt_logprobs,
+        request_name=idempotency_key,
     )
-    payload: dict[str, Any] = {
-        "prompts": [payloads.prompt_to_payload(prompt) for prompt in prompts],
-        "num_samples": num_samples,
-        "sampling_params": payloads.sampling_params_to_payload(sampling_params),
-        "prompt_logprobs": prompt_logprobs,
-        "checkpoint": None,
-    }
     cost = sum(payloads.prompt_cost(prompt) for prompt in prompts)
     summary: dict[str, Any] = {"prompts": len(prompts), "samples": num_samples}
     if model_id is not None:
@@ -88,9 +83,37 @@ def sample_submit(
     return Submission(future=future, model_id=None)
 
 
-def _new_seed(idempotency_key: str | None) -> int:
-    """31 random bits, or the same ones for the same key: a repeat must be the same request."""
-    if idempotency_key is None:
+def sample_payload(
+    *,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    sampling_params: SamplingParams,
+    prompt_logprobs: bool,
+    request_name: str | None,
+) -> dict[str, Any]:
+    """What a sample future stores, of no checkpoint yet.
+
+    Args:
+        request_name: What the client calls this request, which decides the seed if it named none:
+            a repeat must be the same request.
+    """
+    sampling_params = replace(
+        sampling_params,
+        seed=_new_seed(request_name) if sampling_params.seed is None else sampling_params.seed,
+        max_tokens=sampling_params.max_tokens or settings.DEFAULT_MAX_TOKENS,
+    )
+    return {
+        "prompts": [payloads.prompt_to_payload(prompt) for prompt in prompts],
+        "num_samples": num_samples,
+        "sampling_params": payloads.sampling_params_to_payload(sampling_params),
+        "prompt_logprobs": prompt_logprobs,
+        "checkpoint": None,
+    }
+
+
+def _new_seed(request_name: str | None) -> int:
+    """31 random bits, or the same ones for the same name."""
+    if request_name is None:
         return secrets.randbits(_SEED_BITS)
-    digest = hashlib.sha256(idempotency_key.encode()).digest()
+    digest = hashlib.sha256(request_name.encode()).digest()
     return int.from_bytes(digest[:4], "little") >> (32 - _SEED_BITS)

@@ -12,6 +12,7 @@ from tinkerapi.api.sdk.views import (
     futures,
     models,
     rest,
+    sampling,
     service,
     sessions,
     weights,
@@ -41,6 +42,9 @@ urlpatterns: list[URLPattern] = [
     path("retrieve_future", futures.RetrieveFutureView.as_view()),
     path("cancel_future", futures.CancelFutureView.as_view()),
     # Sampling
+    path("create_sampling_session", sampling.CreateSamplingSessionView.as_view()),
+    path("samplers/<str:sampling_session_id>", sampling.SamplerView.as_view()),
+    path("join_sampling_session", sampling.JoinSamplingSessionView.as_view()),
     # Weights
     path("save_weights_external", weights.SaveWeightsExternalView.as_view()),
     path("weights_info", weights.WeightsInfoView.as_view()),

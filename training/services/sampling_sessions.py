@@ -1,0 +1,147 @@
+"""The SDK's sampling sessions: what to sample from, settled once, and samples of it.
+
+A session samples from a base model or from one checkpoint, and from no other later: a name that
+comes to mean something else does not change it. Its lane has no order, so its numbers, of 64
+bits, only say which request is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.db.models import F
+
+from futures.errors import SeqIdReused
+from futures.models import Future
+from futures.services import future_submit, lane_create
+from training import payloads
+from training.base_models import base_model_get
+from training.errors import CheckpointNotFound, InvalidRequest, SessionFinished
+from training.kinds import Kind
+from training.models import SamplingSession
+from training.paths import TinkerPath
+from training.selectors import checkpoint_get, checkpoints_kept, sampling_session_get
+from training.services.sampling import sample_payload
+from training.services.sessions import session_open
+from training.types import SamplingParams
+
+
+@transaction.atomic
+def sampling_session_create(
+    *,
+    owner_id: int,
+    session_id: str,
+    sampling_session_seq_id: int,
+    base_model: str | None,
+    model_path: str | None,
+) -> SamplingSession:
+    """The session's sampling session of this number; asking twice makes one.
+
+    A path of either kind will do: a training checkpoint's weights can be sampled from too.
+
+    Raises:
+        SessionNotFound, CheckpointNotFound, BaseModelNotFound: (404)
+        SessionFinished: (400)
+        InvalidRequest: Neither a model nor a path, or a path of another model. (400)
+        SeqIdReused: The number means another sampling session. (422)
+    """
+    session = session_open(owner_id=owner_id, session_id=session_id)
+    checkpoint = None
+    if model_path is not None:
+        path = TinkerPath.parse(model_path, field="model_path")
+        checkpoint = checkpoint_get(owner_id=owner_id, path=path)
+        if base_model not in (None, checkpoint.run.base_model):
+            raise InvalidRequest(
+                f"base_model: {path} is of base model {checkpoint.run.base_model}, not {base_model}"
+            )
+        base_model = checkpoint.run.base_model
+    elif base_model is None:
+        raise InvalidRequest("base_model, model_path: give one of them to say what to sample from")
+    served = base_model_get(base_model)
+    sampling_session_id = f"{session.id}:sample:{sampling_session_seq_id}"
+    try:
+        with transaction.atomic():
+            made = SamplingSession.objects.create(
+                id=sampling_session_id,
+                session=session,
+                seq_id=sampling_session_seq_id,
+                base_model=served.name,
+                checkpoint=checkpoint,
+                model_path=model_path or "",
+            )
+            lane_create(lane_id=made.id, owner_id=owner_id, queue=served.queue, ordered=False)
+    except IntegrityError:
+        made = SamplingSession.objects.get(pk=sampling_session_id)
+        if (made.base_model, made.model_path) != (served.name, model_path or ""):
+            raise SeqIdReused(
+                f"sampling_session_seq_id: {sampling_session_seq_id} already means another "
+                "sampling session"
+            ) from None
+    return made
+
+
+@transaction.atomic
+def sampling_session_join(*, owner_id: int, sampling_session_id: str) -> int:
+    """A number for one more client of a sampling session; no other client has it.
+
+    Raises:
+        SamplingSessionNotFound: (404)
+    """
+    found = sampling_session_get(owner_id=owner_id, sampling_session_id=sampling_session_id)
+    row = SamplingSession.objects.filter(pk=found.pk)
+    row.update(num_clients=F("num_clients") + 1)
+    return row.values_list("num_clients", flat=True).get() - 1
+
+
+def session_sample_submit(
+    *,
+    owner_id: int,
+    sampling_session_id: str,
+    seq_id: int,
+    prompt: Sequence[int],
+    num_samples: int,
+    sampling_params: SamplingParams,
+    prompt_logprobs: bool,
+) -> Future:
+    """Ask for completions of one prompt; asking twice under one number is asking once.
+
+    Raises:
+        SamplingSessionNotFound, CheckpointNotFound: (404)
+        SessionFinished: (400)
+        SeqIdReused: The number was used for another request. (422)
+        QueueFull: The owner has as many waiting as one may have. (429)
+    """
+    sampling_session = sampling_session_get(
+        owner_id=owner_id, sampling_session_id=sampling_session_id
+    )
+    if sampling_session.session.finished_at is not None:
+        raise SessionFinished
+    checkpoint_id = sampling_session.checkpoint_id
+    if sampling_session.model_path and (
+        checkpoint_id is None or not checkpoints_kept().filter(pk=checkpoint_id).exists()
+    ):
+        raise CheckpointNotFound(f"the checkpoint {sampling_session.model_path} was deleted")
+    payload = sample_payload(
+        prompts=[tuple(prompt)],
+        num_samples=num_samples,
+        sampling_params=sampling_params,
+        prompt_logprobs=prompt_logprobs,
+        request_name=f"{sampling_session_id}:{seq_id}",
+    )
+    payload["checkpoint"] = checkpoint_id
+    summary = {"prompts": 1, "samples": num_samples}
+    return future_submit(
+        owner_id=owner_id,
+        queue=base_model_get(sampling_session.base_model).queue,
+        kind=Kind.SAMPLE,
+        payload=payload,
+        lane_id=sampling_session_id,
+        seq_id=seq_id,
+        cost=payloads.prompt_cost(tuple(prompt)),
+        summary={**summary, "path": sampling_session.model_path}
+        if sampling_session.model_path
+        else summary,
+        max_pending=settings.MAX_PENDING,
+    )
