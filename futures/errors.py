@@ -1,5 +1,7 @@
 """What can go wrong with a future, each class with the sentence its reader needs."""
 
+from __future__ import annotations
+
 
 class FutureError(Exception):
     """The future cannot be used like this."""
@@ -10,6 +12,11 @@ class FutureError(Exception):
 
 class FutureNotFound(FutureError):
     """No future has this request id."""
+
+    @classmethod
+    def named(cls, request_id: str) -> FutureNotFound:
+        """The error with the id that was asked for."""
+        return cls(f"request_id: you have no future {request_id[:60]!r}")
 
 
 class FuturePurged(FutureError):

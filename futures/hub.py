@@ -146,5 +146,5 @@ def _read(request_id: str, owner_id: int) -> Future:
     finally:
         connections[alias()].close()
     if future is None:
-        raise FutureNotFound
+        raise FutureNotFound.named(request_id)
     return future

@@ -39,7 +39,7 @@ def future_get(*, request_id: str, owner_id: int, with_result: bool = False) -> 
     hidden = ("payload",) if with_result else ("payload", "result")
     future = Future.objects.defer(*hidden).filter(pk=request_id, owner_id=owner_id).first()
     if future is None:
-        raise FutureNotFound(f"request_id: you have no future {request_id[:60]!r}")
+        raise FutureNotFound.named(request_id)
     if with_result and future.state == State.READY and future.pruned_at is not None:
         raise FuturePurged
     return future

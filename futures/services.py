@@ -310,7 +310,7 @@ def future_cancel(*, request_id: str, owner_id: int) -> Future:
         )
         future = future_of_owner.first()
         if future is None:
-            raise FutureNotFound
+            raise FutureNotFound.named(request_id)
         if future.state != State.CANCELLED:
             raise FutureNotCancellable
         if cancelled:
@@ -356,7 +356,7 @@ def future_resubmit(*, request_id: str) -> Future:
     futures = Future.objects.defer("result").select_related("lane")
     first = futures.filter(pk=request_id).first()
     if first is None:
-        raise FutureNotFound
+        raise FutureNotFound.named(request_id)
     if first.payload is None:
         raise FuturePayloadPruned
     if first.lane is not None and first.lane.last_seq_id == 0:

@@ -127,7 +127,7 @@ class Server:
         """Everything below ``up``."""
         assert self.process is not None
         listing = subprocess.run(
-            ["/usr/bin/env", "ps", "-A", "-o", "pid=,ppid=,rss=,args="],
+            ["/usr/bin/env", "ps", "-ww", "-A", "-o", "pid=,ppid=,rss=,args="],
             capture_output=True,
             text=True,
             check=True,

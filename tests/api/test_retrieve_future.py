@@ -95,7 +95,7 @@ def test_an_unknown_future_is_a_404(api):
     for path in ("/retrieve_future", "/cancel_future"):
         answer = api.post(path, request_id="future_abc123")
         assert answer.status_code == 404
-        assert answer.json()["detail"] == "No future has this request id."
+        assert answer.json()["detail"] == "request_id: you have no future 'future_abc123'"
 
 
 def test_a_pruned_future_is_a_410(api, work):
