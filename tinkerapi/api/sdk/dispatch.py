@@ -6,7 +6,7 @@ the body is parsed for that only where the bytes could hold the SDK's ``seq_id``
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, cast
 
@@ -16,10 +16,8 @@ from django.http import HttpRequest, HttpResponseBase
 
 from tinkerapi.api.dialect import is_sdk_dialect
 
-AsyncView = Callable[..., Awaitable[HttpResponseBase]]
 
-
-def by_dialect(quick_reference: Callable[..., Any], sdk: Callable[..., Any]) -> AsyncView:
+def by_dialect(quick_reference: Callable[..., Any], sdk: Callable[..., Any]) -> Callable[..., Any]:
     """A view that is the SDK's for the SDK and the quick reference's for everybody else.
 
     To whatever reads the route table it is the quick reference's, which is documented.
