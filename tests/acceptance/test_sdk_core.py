@@ -11,6 +11,7 @@ import signal
 
 import pytest
 
+from tests.acceptance.lossy_proxy import lossy_proxy
 from tests.acceptance.official_sdk import finish_script, run_cli, run_script, start_script
 from tests.server import Server
 
@@ -142,6 +143,28 @@ def test_a_custom_loss_in_the_client_is_differentiated_there(sdk_server: Server)
     # minus the sum of the log-probabilities is cross_entropy with weights of 1
     assert facts["custom"] == pytest.approx(facts["built_in"], rel=1e-5)
     assert facts["norms"][0] == pytest.approx(facts["norms"][1], rel=1e-5)
+
+
+def test_a_lost_answer_is_asked_for_again_and_nothing_happens_twice(sdk_server: Server) -> None:
+    script = """
+        model = new_model(seed=6)
+        data = [datum([3 + i, 5, 8, 13, 21 + i]) for i in range(3)]
+        losses, norms = [], []
+        for _ in range(3):
+            loss = model.forward_backward(data, "cross_entropy")
+            step = model.optim_step(types.AdamParams(learning_rate=1e-3))
+            losses.append(loss.result().metrics["loss:sum"])
+            norms.append(step.result().metrics["grad_norm"])
+        report(losses=losses, norms=norms)
+        """
+    direct = run_script(sdk_server, script)
+    paths = "/api/v1/(?:create_model|forward_backward|optim_step)"
+    with lossy_proxy(sdk_server.port, paths=paths) as proxy:
+        lossy = run_script(sdk_server, script, TINKER_BASE_URL=f"http://localhost:{proxy.port}")
+
+    assert proxy.lost >= 5
+    assert lossy["losses"] == pytest.approx(direct["losses"], rel=1e-4)
+    assert lossy["norms"] == pytest.approx(direct["norms"], rel=1e-3)
 
 
 def test_a_killed_worker_loses_nothing_of_a_pipeline(sdk_server: Server) -> None:
