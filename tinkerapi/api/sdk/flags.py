@@ -26,6 +26,9 @@ def client_flags() -> dict[str, Any]:
         # What one request may hold here; the estimate leaves out names and shapes, hence the half.
         "fwdbwd_max_chunk_len": min(1024, settings.MAX_DATUMS),
         "fwdbwd_max_chunk_bytes_count": min(CHUNK_BYTES, settings.MAX_BODY_BYTES // 2),
+        # Clones of a sampling client number their requests from the server's count of them, so
+        # that no two ever use one number.
+        "sample_join_sampling_session": True,
     }
 
 
