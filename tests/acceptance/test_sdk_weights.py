@@ -1,0 +1,190 @@
+"""The official SDK and its command line on checkpoints: kept, loaded, published, downloaded."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.acceptance.official_sdk import run_cli, run_script
+from tests.server import Server
+
+pytestmark = pytest.mark.acceptance
+
+TOKENS = [5, 6, 7, 8, 9, 40, 41]
+
+_TRAIN = """
+    import numpy as np
+
+    TOKENS = [5, 6, 7, 8, 9, 40, 41]
+
+    def train(model, steps):
+        losses = []
+        for _ in range(steps):
+            loss = model.forward_backward([datum(TOKENS)], "cross_entropy")
+            model.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+            losses.append(loss.result().metrics["loss:sum"])
+        return losses
+
+    def logprobs(model):
+        output = model.forward([datum(TOKENS)], "cross_entropy").result()
+        return output.loss_fn_outputs[0]["logprobs"].tolist()
+"""
+
+
+def cli(server: Server, *arguments: str, cwd: Path | None = None) -> Any:
+    """The command's answer as JSON, None if it gave none."""
+    done = run_cli(server, "-f", "json", *arguments)
+    assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+    return json.loads(done.stdout) if done.stdout.strip() else None
+
+
+def peft_logprobs(server: Server, adapter: Path) -> list[float]:
+    """Of TOKENS, by stock transformers and peft: what the adapter's files say to others."""
+    folder = server.environment["TINKERAPI_BASE_MODEL"]
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(adapter))
+    tokens = torch.tensor([TOKENS])
+    with torch.no_grad():
+        logprobs = model(tokens[:, :-1]).logits.log_softmax(-1)
+    return logprobs.gather(-1, tokens[:, 1:, None])[0, :, 0].tolist()
+
+
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(sdk_server: Server) -> None:
+    facts = run_script(
+        sdk_server,
+        _TRAIN
+        + """
+    model = new_model(seed=1)
+    train(model, 3)
+    path = model.save_state("middle", ttl_seconds=7200, user_metadata={"k": "v"}).result().path
+    unbroken = train(model, 3)
+
+    resumed = service.create_training_client_from_state_with_optimizer(path).result()
+    report(path=path, unbroken=unbroken, resumed=train(resumed, 3),
+           resumed_id=resumed.get_info().model_id, rank=resumed.get_info().lora_rank)
+
+    fresh = service.create_training_client_from_state(path, user_metadata={"a": "b"}).result()
+    report(fresh=train(fresh, 3))
+
+    model.load_state_with_optimizer(path).result()
+    report(loaded=train(model, 3))
+
+    try:
+        model.save_state("middle").result()
+    except tinker.RequestFailedError as error:
+        report(taken=[str(error), str(error.category)])
+    replaced = model.save_state("middle", overwrite=True).result().path
+    report(replaced=replaced)
+    try:
+        service.create_training_client_from_state("tinker://nobody/weights/x").result()
+    except tinker.NotFoundError as error:
+        report(missing=str(error))
+        """,
+    )
+
+    assert facts["path"].endswith("/weights/middle")
+    assert facts["resumed"] == facts["unbroken"] == facts["loaded"]
+    assert facts["fresh"][0] == facts["unbroken"][0]  # the same weights
+    assert facts["fresh"][2] != facts["unbroken"][2]  # another optimizer
+    assert facts["resumed_id"].endswith(":train:1")
+    assert facts["rank"] == 8
+    assert "overwrite" in facts["taken"][0]
+    assert facts["replaced"] == facts["path"]
+    assert "tinker://nobody/weights/x" in facts["missing"]
+
+
+@pytest.fixture(scope="module")
+def kept(sdk_server: Server) -> dict[str, Any]:
+    """A trained model's checkpoints ``weights/final`` and ``external_weights/final``, and what
+    the server computes with it."""
+    return run_script(
+        sdk_server,
+        _TRAIN
+        + """
+    model = new_model(seed=2, user_metadata={"purpose": "command line"})
+    train(model, 5)
+    training = model.save_state("final").result().path
+    external = model.save_weights_external("final").result()
+    report(model_id=model.get_info().model_id, training=training, external=external.path,
+           logprobs=logprobs(model))
+        """,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_downloaded_files_load_in_stock_peft_and_compute_the_same(
+    sdk_server: Server, kept: dict[str, Any], tmp_path: Path
+) -> None:
+    for kind in ("external", "training"):
+        cli(sdk_server, "checkpoint", "download", kept[kind], "--output", str(tmp_path / kind))
+        [folder] = (tmp_path / kind).iterdir()
+        assert peft_logprobs(sdk_server, folder) == pytest.approx(kept["logprobs"], rel=1e-4)
+        files = {path.name for path in folder.iterdir()}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_runs_and_checkpoints_are_listed_and_described(
+    sdk_server: Server, kept: dict[str, Any]
+) -> None:
+    runs = cli(sdk_server, "run", "list")["runs"]
+    run = cli(sdk_server, "run", "info", kept["model_id"])
+    of_run = cli(sdk_server, "checkpoint", "list", "--run-id", kept["model_id"])["checkpoints"]
+    everything = cli(sdk_server, "checkpoint", "list")["checkpoints"]
+    info = cli(sdk_server, "checkpoint", "info", kept["training"])
+
+    assert kept["model_id"] in [item["training_run_id"] for item in runs]
+    assert (run["base_model"], run["lora_rank"]) == ("tiny", 8)
+    paths = {kept["training"], kept["external"]}
+    assert paths <= {item["tinker_path"] for item in of_run}
+    assert paths <= {item["tinker_path"] for item in everything}
+    assert info["tinker_path"] == kept["training"]
+
+
+def test_a_checkpoint_is_published_given_a_time_and_deleted(
+    sdk_server: Server, kept: dict[str, Any]
+) -> None:
+    path = run_script(
+        sdk_server,
+        """
+    rest = service.create_rest_client()
+    model = new_model()
+    path = model.save_state("passing").result().path
+    rest.publish_checkpoint_from_tinker_path(path).result()
+    rest.publish_checkpoint_from_tinker_path(path).result()  # once more is no error
+    report(path=path)
+        """,
+    )["path"]
+
+    def described() -> Any:
+        return cli(sdk_server, "checkpoint", "info", path)
+
+    assert described()["public"] is True
+    cli(sdk_server, "checkpoint", "unpublish", path)
+    assert described()["public"] is False
+    cli(sdk_server, "checkpoint", "set-ttl", path, "--ttl", "7200")
+    expires = datetime.fromisoformat(described()["expires_at"])
+    assert timedelta(minutes=100) < expires - datetime.now(UTC) <= timedelta(hours=2)
+    cli(sdk_server, "checkpoint", "set-ttl", path, "--remove")
+    assert described()["expires_at"] is None
+    cli(sdk_server, "checkpoint", "delete", path, "--yes")
+    gone = run_cli(sdk_server, "-f", "json", "checkpoint", "info", path)
+    assert gone.returncode != 0
+
+
+def test_a_sessions_trace_is_exported(
+    sdk_server: Server, kept: dict[str, Any], tmp_path: Path
+) -> None:
+    session_id = kept["model_id"].partition(":")[0]
+    target = tmp_path / "trace.json"
+    cli(sdk_server, "session", "export-trace", session_id, "--output", str(target))
+
+    bars = [item for item in json.loads(target.read_text())["traceEvents"] if item["ph"] == "X"]
+    assert [bar["name"] for bar in bars].count("optim_step") == 5
