@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from tinkerapi.preflight import (
     resolve_host,
     running_server,
 )
+
+NOBODY = 65534
 
 SERVER = RunningServer(pid=4711, host="127.0.0.1", port=8123)
 
@@ -167,16 +171,34 @@ def test_a_model_folder_that_is_none_is_named(model_folder: Path, tmp_path: Path
     assert "is not JSON" in str(base_model_problem(model_folder))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_weights_that_this_user_may_not_read_are_named(model_folder: Path) -> None:
-    (model_folder / "model.safetensors").chmod(0)
+def test_weights_that_this_user_may_not_read_are_named(ordinary_user: Path) -> None:
+    folder = make_model_folder(ordinary_user / "model")
+    (folder / "model.safetensors").chmod(0)
 
-    assert "model.safetensors cannot be read" in str(base_model_problem(model_folder))
+    assert "model.safetensors cannot be read" in str(base_model_problem(folder))
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[Path]:
+    """Be nobody for a test, for root may read everything; yields a folder nobody can reach."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name), os.geteuid()
+        folder.chmod(0o777)
+        if user == 0:
+            os.seteuid(NOBODY)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    folder = make(tmp_path / "model")
+    return make_model_folder(tmp_path / "model")
+
+
+def make_model_folder(folder: Path) -> Path:
+    make(folder)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").touch()
     (folder / "tokenizer.json").touch()
