@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -25,6 +26,8 @@ from futures.models import Future
 from futures.notify import FINISHED_CHANNEL
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _READERS = 4
 """Threads that read rows; as many pooled connections can be in use here at once."""
@@ -42,20 +45,21 @@ class Hub:
         self._listening: asyncio.Task[None] | None = None
 
     @contextmanager
-    def waiting(self, request_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever the future may have become final."""
+    def waiting(self, name: str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever this future, or one of this unordered lane, may have
+        become final."""
         if self._listening is None or self._listening.done():
             self._listening = asyncio.create_task(self._listen(), name="futures hub")
             self._listening.add_done_callback(self._forget)
         event = asyncio.Event()
-        self._waiting.setdefault(request_id, set()).add(event)
+        self._waiting.setdefault(name, set()).add(event)
         try:
             yield event
         finally:
-            events = self._waiting[request_id]
+            events = self._waiting[name]
             events.discard(event)
             if not events:
-                del self._waiting[request_id]
+                del self._waiting[name]
 
     def _forget(self, listening: asyncio.Task[None]) -> None:
         """Let go of a task that ended: it holds its loop, and the loop is what holds us."""
@@ -89,9 +93,9 @@ class Hub:
                 lost = True
             await asyncio.sleep(_RECONNECT_SECONDS)
 
-    def _wake(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            for event in self._waiting.get(request_id, ()):
+    def _wake(self, names: list[str]) -> None:
+        for name in names:
+            for event in self._waiting.get(name, ()):
                 event.set()
 
 
@@ -106,32 +110,55 @@ def hub() -> Hub:
 async def future_wait(request_id: str, *, owner_id: int, timeout_seconds: float) -> Future | None:
     """The future with its result once it is final, or None when the time is up.
 
-    Holds no connection and no transaction while it waits, so giving up is free and waiting
-    twice is harmless. If Postgres goes away meanwhile, it waits for it to come back.
-
     Raises:
         FutureNotFound: The owner has no such future. (404)
         OperationalError: Django's; Postgres could not be asked even once.
     """
+
+    def read() -> Future | None:
+        future = Future.objects.defer("payload").filter(pk=request_id, owner_id=owner_id).first()
+        if future is None:
+            raise FutureNotFound.named(request_id)
+        return future if future.is_final else None
+
+    return await read_when_woken(request_id, read, timeout_seconds=timeout_seconds)
+
+
+async def read_when_woken(
+    name: str, read: Callable[[], T | None], *, timeout_seconds: float
+) -> T | None:
+    """What ``read`` finds, as soon as it finds something, or None when the time is up.
+
+    Holds no connection and no transaction while it waits, so giving up is free and waiting
+    twice is harmless. If Postgres goes away meanwhile, it waits for it to come back.
+
+    Args:
+        name: A request id, or an unordered lane's id, which is woken with each of its futures.
+        read: Asks the database, in a reader's thread.
+
+    Raises:
+        OperationalError: Django's; Postgres could not be asked even once.
+        Exception: What ``read`` raises.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
     asked = False
-    with hub().waiting(request_id) as event:
+    with hub().waiting(name) as event:
         while True:
             event.clear()
             over = loop.time() >= deadline
             try:
-                future = await loop.run_in_executor(_readers, _read, request_id, owner_id)
+                found = await loop.run_in_executor(_readers, _then_close, read)
                 asked = True
             except (OperationalError, InterfaceError):
                 if not asked:
                     raise
             else:
-                if future.is_final:
-                    return future
+                if found is not None:
+                    return found
             if over:
                 return None
-            # When the time is up the row is read once more, in case a notification was lost.
+            # When the time is up the rows are read once more, in case a notification was lost.
             try:
                 async with asyncio.timeout_at(deadline):
                     await event.wait()
@@ -139,12 +166,9 @@ async def future_wait(request_id: str, *, owner_id: int, timeout_seconds: float)
                 continue
 
 
-def _read(request_id: str, owner_id: int) -> Future:
+def _then_close(read: Callable[[], T]) -> T:
     """Read in a reader's thread, and give the connection back before anybody waits."""
     try:
-        future = Future.objects.defer("payload").filter(pk=request_id, owner_id=owner_id).first()
+        return read()
     finally:
         connections[alias()].close()
-    if future is None:
-        raise FutureNotFound.named(request_id)
-    return future

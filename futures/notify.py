@@ -20,7 +20,7 @@ from psycopg import sql
 from futures.database import alias, execute, psycopg_connection
 
 FINISHED_CHANNEL = "futures_finished"
-"""Payload: request ids with spaces between."""
+"""Payload: request ids with spaces between, or the id of an unordered lane."""
 
 _IDS_PER_NOTIFICATION = 150  # of 39 characters each; Postgres allows 8000 bytes
 
@@ -43,7 +43,8 @@ def notify_bell(queue: str) -> None:
 
 
 def notify_finished(request_ids: Iterable[str]) -> None:
-    """Wake the waiters of these futures when the current transaction commits."""
+    """Wake the waiters of these futures, and of the unordered lanes that they are in, when the
+    current transaction commits."""
     ids = list(request_ids)
     packs = [
         " ".join(ids[begin : begin + _IDS_PER_NOTIFICATION])
@@ -51,8 +52,16 @@ def notify_finished(request_ids: Iterable[str]) -> None:
     ]
     if packs:
         execute(
-            "SELECT pg_notify(%(channel)s, pack) FROM unnest(%(packs)s::text[]) AS pack",
-            {"channel": FINISHED_CHANNEL, "packs": packs},
+            """
+            SELECT pg_notify(%(channel)s, pack) FROM unnest(%(packs)s::text[]) AS pack
+            UNION ALL
+            SELECT pg_notify(%(channel)s, lane.id) FROM (
+                SELECT DISTINCT l.id
+                FROM futures_future AS f JOIN futures_lane AS l ON l.id = f.lane_id
+                WHERE f.id = ANY (%(ids)s::text[]) AND NOT l.ordered
+            ) AS lane
+            """,
+            {"channel": FINISHED_CHANNEL, "packs": packs, "ids": ids},
         )
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from typing import cast
 
 from django.db.models import Count, QuerySet
 from django.utils import timezone
 
 from futures.errors import FutureNotFound, FuturePurged
 from futures.models import Future, Worker
-from futures.transitions import State
+from futures.transitions import FINAL_STATES, State
 
 HEARTBEAT_TIMEOUT = timedelta(seconds=30)
 """A worker that has said nothing for so long serves nobody."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _MAX_POSITION = 1000
 """Nobody who waits behind a thousand needs to know exactly, and counting costs."""
@@ -27,6 +30,15 @@ class QueueState:
     """``active`` or ``paused_capacity``, in the SDK's words."""
     reason: str
     """A sentence; empty while active."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """That a future is final."""
+
+    request_id: str
+    is_ready: bool
+    """False: it failed or was cancelled."""
 
 
 def future_get(*, request_id: str, owner_id: int, with_result: bool = False) -> Future:
@@ -43,6 +55,39 @@ def future_get(*, request_id: str, owner_id: int, with_result: bool = False) -> 
     if with_result and future.state == State.READY and future.pruned_at is not None:
         raise FuturePurged
     return future
+
+
+def lane_completions(
+    *, lane_id: str, seq_ids: range, after: int, limit: int = 2000
+) -> tuple[list[Completion], int]:
+    """Futures of an unordered lane that became final after a cursor, and the cursor after them.
+
+    A cursor is the microsecond of the last one told. The worker commits one batch after another,
+    each later than the last, so none of its results can appear behind a cursor. A cancellation
+    is another's commit: whoever must not miss a result that was committed while a cancellation
+    passed it by looks back a moment now and then.
+
+    Args:
+        seq_ids: Only these.
+        after: 0 for all.
+        limit: Most to tell at one time, except that what has one moment is not parted.
+    """
+    final = Future.objects.filter(
+        lane_id=lane_id,
+        seq_id__gte=seq_ids.start,
+        seq_id__lt=seq_ids.stop,
+        state__in=FINAL_STATES,
+        finished_at__gt=_EPOCH + timedelta(microseconds=after),
+    )
+    rows = list(final.order_by("finished_at").only("state", "finished_at")[:limit])
+    if not rows:
+        return [], after
+    last = cast(datetime, rows[-1].finished_at)
+    if len(rows) == limit:
+        told = [future.id for future in rows]
+        rows += final.filter(finished_at=last).exclude(id__in=told).only("state", "finished_at")
+    completions = [Completion(future.id, future.state == State.READY) for future in rows]
+    return completions, (last - _EPOCH) // timedelta(microseconds=1)
 
 
 def queue_position(future: Future) -> int:

@@ -105,21 +105,33 @@ except tinker.TinkerError as error:
     assert "vocabulary" in facts["failed"]
 
 
-def test_two_hundred_samples_at_once_all_arrive(sdk_server: Server) -> None:
+def test_two_hundred_samples_at_once_all_arrive_through_one_poller(sdk_server: Server) -> None:
     facts = run_script(
         sdk_server,
         _PROLOGUE
         + """
+from tinker.resources.futures import AsyncFuturesResource
+
+polls = {"retrieve_multi": 0}
+retrieve_multi = AsyncFuturesResource.retrieve_multi
+
+async def counted(self, *args, **more):
+    polls["retrieve_multi"] += 1
+    return await retrieve_multi(self, *args, **more)
+
+AsyncFuturesResource.retrieve_multi = counted
 client = service.create_sampling_client(base_model=BASE_MODEL)
 futures = [
     client.sample(prompt=prompt, num_samples=1, sampling_params=params(seed=i % 100))
     for i in range(200)
 ]
 texts = [list(future.result().sequences[0].tokens) for future in futures]
-report(number=len(texts), same=texts[:100] == texts[100:], different=len(set(map(tuple, texts))))
+report(number=len(texts), same=texts[:100] == texts[100:], different=len(set(map(tuple, texts))),
+       polls=polls["retrieve_multi"])
 """,
     )
 
     assert facts["number"] == 200
+    assert facts["polls"] > 0
     assert facts["same"]
     assert facts["different"] > 50

@@ -23,6 +23,8 @@ def client_flags() -> dict[str, Any]:
         "parallel_fwdbwd_chunks": True,
         # Bodies are opened here, and 64 datums of 512 tokens shrink to a fifth.
         "proto_compress_fwdbwd": True,
+        # One held poll for a client's samples instead of one for each of up to 2000.
+        "sample_use_retrieve_futures": True,
         # What one request may hold here; the estimate leaves out names and shapes, hence the half.
         "fwdbwd_max_chunk_len": min(1024, settings.MAX_DATUMS),
         "fwdbwd_max_chunk_bytes_count": min(CHUNK_BYTES, settings.MAX_BODY_BYTES // 2),

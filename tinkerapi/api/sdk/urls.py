@@ -40,6 +40,7 @@ urlpatterns: list[URLPattern] = [
     path("unload_model", models.UnloadModelView.as_view()),
     # Futures
     path("retrieve_future", futures.RetrieveFutureView.as_view()),
+    path("retrieve_futures", sampling.RetrieveFuturesView.as_view()),
     path("cancel_future", futures.CancelFutureView.as_view()),
     # Sampling
     path("create_sampling_session", sampling.CreateSamplingSessionView.as_view()),

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar
 
 from django.http import HttpResponse
 from rest_framework.request import Request
 
-from tinkerapi.api.fields import Custom, Field, Flag, Integer, Text
+from futures.hub import read_when_woken
+from futures.selectors import Completion, lane_completions
+from tinkerapi.api import async_view
+from tinkerapi.api.fields import (
+    Choice,
+    Custom,
+    Field,
+    Flag,
+    Integer,
+    Number,
+    Text,
+    check_object,
+    refuse,
+)
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView
 from tinkerapi.api.sdk.json_requests import parse_model_input, parse_sampling_params
+from tinkerapi.api.sdk.views.futures import POLL_SECONDS
 from tinkerapi.api.sdk.views.service import SESSION_ID
 from tinkerapi.api.views.base import owner_of
 from tinkerapi.api.views.sampling import check_num_samples
@@ -23,6 +37,16 @@ from training.services.sampling_sessions import (
     session_sample_submit,
 )
 from training.types import SamplingParams
+
+SEQ_IDS_PER_CLIENT = 10**9
+"""A client's number times this is where its seq ids begin; the SDK counts so."""
+
+MAX_CLIENT = 2**63 // SEQ_IDS_PER_CLIENT - 1
+
+MAX_CURSOR = 2**53
+"""Microseconds; what any JSON reader holds exactly, and two centuries from now."""
+
+LOOK_BACK_MICROSECONDS = 5_000_000
 
 SAMPLING_SESSION_ID = Text(description="The sampling session.", required=True, max_length=120)
 
@@ -125,6 +149,84 @@ class SampleView(SdkView):
                 ],
             }
         )
+
+
+def _check_target(value: Any, where: str) -> dict[str, Any]:
+    fields: Mapping[str, Field] = {
+        "type": Choice(description="", choices=("sampling_session",), required=True),
+        "sampling_session_id": SAMPLING_SESSION_ID,
+        "cloned_sampler_id": Integer(description="Its client.", maximum=MAX_CLIENT, default=0),
+    }
+    return check_object(fields, value, where)
+
+
+def _check_request_ids(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise refuse(where, "a list of request ids", value)
+    return value
+
+
+class RetrieveFuturesView(SdkView):
+    """Which samples of one client of a sampling session are final, held back until one is.
+
+    The client keeps the cursor, so nothing is kept here and a restart changes nothing.
+    """
+
+    fields: ClassVar[Mapping[str, Field]] = {
+        "target": Custom(
+            description="Whose samples.", required=True, checker=_check_target, json={}
+        ),
+        "prev_cursor": Integer(description="What was told.", maximum=MAX_CURSOR, default=0),
+        "timeout": Number(description="Most seconds to hold the answer; 0 is a look."),
+        # Results are kept as long as the retention says, whether they were fetched or not.
+        "retrieved_request_ids": Custom(
+            description="Fetched.", default=[], checker=_check_request_ids, json={}
+        ),
+    }
+
+    def post(self, request: Request) -> HttpResponse | Awaitable[HttpResponse]:
+        body = self.checked_body(request)
+        target, cursor = body["target"], body["prev_cursor"]
+        lane_id = sampling_session_get(
+            owner_id=owner_of(request), sampling_session_id=target["sampling_session_id"]
+        ).id
+        first = target["cloned_sampler_id"] * SEQ_IDS_PER_CLIENT
+        seq_ids = range(first, first + SEQ_IDS_PER_CLIENT)
+
+        def completions(after: int) -> HttpResponse | None:
+            found, newest = lane_completions(lane_id=lane_id, seq_ids=seq_ids, after=after)
+            return _completions_answer(found, max(newest, cursor)) if found else None
+
+        if answer := completions(cursor):
+            return answer
+        if body["timeout"] == 0:
+            return _completions_answer([], cursor)
+        return self._waited(lane_id, completions, cursor, body["timeout"])
+
+    async def _waited(
+        self,
+        lane_id: str,
+        completions: Callable[[int], HttpResponse | None],
+        cursor: int,
+        timeout_seconds: float | None,
+    ) -> HttpResponse:
+        answer = await read_when_woken(
+            lane_id,
+            lambda: completions(cursor),
+            timeout_seconds=min(POLL_SECONDS, timeout_seconds or POLL_SECONDS),
+        )
+        if answer is None:  # what a cancellation may have passed by; to be told twice is harmless
+            look_back = max(cursor - LOOK_BACK_MICROSECONDS, 0)
+            answer = await async_view.in_database_thread(completions, look_back)
+        return answer or _completions_answer([], cursor)
+
+
+def _completions_answer(found: list[Completion], cursor: int) -> HttpResponse:
+    completions = [
+        {"request_id": item.request_id, "state": "finished" if item.is_ready else "failed"}
+        for item in found
+    ]
+    return JSONResponse({"completions": completions, "cursor": cursor})
 
 
 def _is_refused(field: Field) -> bool:
