@@ -1,0 +1,254 @@
+"""Custom losses, traced by the official SDK, against the Python functions they were traced from."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tinker.lib.public_interfaces.custom_loss import encode_graph, trace_loss
+from torch.nn import functional as F  # noqa: N812  # as everyone writes it
+
+from training.custom_loss_graph import check_graph
+from training.custom_loss_ops import FUNCTIONS, METHODS
+from training.engine import custom_loss
+from training.engine.custom_loss import run_custom_loss
+from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult
+
+N, K = 12, 3
+
+
+def policy_gradient(logprobs, advantages):
+    return -(logprobs * advantages).sum(), {}
+
+
+def ppo(logprobs, q, advantages):
+    ratio = torch.exp(logprobs - q)
+    clipped = torch.clamp(ratio, 0.8, 1.2)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages).sum()
+    is_clipped = ((ratio < 0.8) | (ratio > 1.2)).float()
+    return loss, {"custom/clip_fraction:mean": is_clipped.mean()}
+
+
+def dpo(logprobs, q, mask):
+    chosen = ((logprobs - q) * mask).sum()
+    rejected = ((logprobs - q) * (1 - mask)).sum()
+    margin = 0.1 * (chosen - rejected)
+    return -F.logsigmoid(margin), {
+        "custom/margin:mean": margin.detach(),
+        "custom/correct:sum": (margin > 0).float(),
+    }
+
+
+def bradley_terry(logprobs, mask):
+    scores = torch.stack([(logprobs * mask).sum(), (logprobs * (1.0 - mask)).sum()])
+    return -torch.log_softmax(scores, dim=0)[0], {}
+
+
+def kl_k3(logprobs, q, mask):
+    gap = q - logprobs
+    kl = (gap.exp() - gap - 1) * mask
+    return kl.sum() / mask.sum().clamp(min=1), {"custom/kl:mean": kl.sum() / mask.sum()}
+
+
+def entropy_like(logprobs):
+    p = logprobs.exp()
+    return (p * logprobs).sum() + torch.special.entr(p).mean(), {}
+
+
+def masked_mean(logprobs, mask):
+    n = logprobs.shape[0]
+    kept = torch.where(mask > 0, logprobs, torch.zeros_like(logprobs))
+    return -kept.sum() / math.sqrt(n), {"custom/n:sum": mask.sum()}
+
+
+def selected(logprobs, mask):
+    return -logprobs[mask > 0].mean() + logprobs[1:].sum() - logprobs[..., None].squeeze(-1)[0], {}
+
+
+def contracted(logprobs, advantages):
+    return -torch.einsum("i,i->", logprobs, advantages) + (logprobs @ advantages) ** 2, {}
+
+
+def pairwise(logprobs, advantages):
+    gaps = logprobs.unsqueeze(0) - logprobs.unsqueeze(1)
+    better = (advantages.unsqueeze(0) > advantages.unsqueeze(1)).to(torch.float32)
+    return (F.softplus(-gaps) * better).sum() / torch.clamp(better.sum(), min=1.0), {}
+
+
+def discounted(logprobs, advantages):
+    n = logprobs.size(0)
+    position = torch.arange(n, device=logprobs.device, dtype=logprobs.dtype)
+    returns = torch.cumsum(advantages.flip(0), dim=0).flip(0) * 0.9**position
+    normal = (returns - returns.mean()) / (returns.std() + 1e-6)
+    return -(logprobs * normal.detach()).sum(), {"custom/return:mean": returns[0]}
+
+
+def library_losses(logprobs, q, advantages):
+    loss = F.mse_loss(logprobs, q, reduction="sum") + F.huber_loss(logprobs, q)
+    loss = loss + F.kl_div(logprobs, q.exp(), reduction="batchmean") + F.relu(logprobs - q).sum()
+    loss = loss + F.binary_cross_entropy_with_logits(logprobs, torch.sigmoid(advantages))
+    return loss + F.gelu(logprobs).sum() + logprobs.max(dim=0).values + logprobs.norm(), {}
+
+
+def many_targets(logprobs, weights):
+    p = logprobs.softmax(dim=-1)
+    k = logprobs.shape[-1]
+    masked = logprobs.masked_fill(weights <= 0, -1e4)
+    loss = -(weights * torch.logsumexp(masked, dim=-1, keepdim=True)).sum() + (p / k).amax(1).sum()
+    return loss, {"custom/p.max:mean": p.max()}
+
+
+def scaled(logprobs, scale):
+    return -(scale * logprobs).sum(), {"custom/scale:sum": scale}
+
+
+LOSSES = [
+    policy_gradient,
+    ppo,
+    dpo,
+    bradley_terry,
+    kl_k3,
+    entropy_like,
+    masked_mean,
+    selected,
+    contracted,
+    pairwise,
+    discounted,
+    library_losses,
+    many_targets,
+    scaled,
+]
+
+
+def draw(name, *, many=False):
+    rng = np.random.default_rng(sum(map(ord, name)))
+    shape = () if name == "scale" else (N, K) if many else (N,)
+    if name == "mask":
+        return torch.tensor((rng.random(shape) < 0.6).astype(np.float32))
+    shift = -2.0 if name in ("logprobs", "q") else 0.0
+    return torch.tensor(rng.normal(size=shape) + shift, dtype=torch.float32)
+
+
+def traced(function, **ranks):
+    """The loss's graph as it arrives at the server, checked."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    handle = trace_loss(function, {name: ranks.get(name, 1) for name in names}, "session")
+    body = json.loads(json.dumps(encode_graph(handle).model_dump()))
+    return check_graph(handle.name, [item.model_dump() for item in handle.inputs], body)
+
+
+def graph_of(function, *names):
+    many = function is many_targets
+    return traced(function, **{name: draw(name, many=many).ndim for name in names})
+
+
+@pytest.mark.parametrize("function", LOSSES, ids=lambda function: function.__name__)
+def test_a_traced_loss_computes_what_its_function_computes(function):
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    values = {name: draw(name, many=function is many_targets) for name in names}
+    output = run_custom_loss(
+        graph_of(function, *names),
+        values["logprobs"],
+        {name: values[name] for name in names[1:]},
+    )
+    leaf = values["logprobs"].clone().requires_grad_()
+    loss, metrics = function(*(values | {"logprobs": leaf}).values())
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert output.loss == loss.detach().item()
+    torch.testing.assert_close(output.grad, grad, rtol=0, atol=0)
+    assert output.metrics == {name: value.detach().item() for name, value in metrics.items()}
+
+
+def test_everything_on_the_list_has_a_callable_and_nothing_else_has():
+    assert set(custom_loss._FUNCTIONS) == set(FUNCTIONS)
+    assert set(custom_loss._METHODS) == set(METHODS)
+
+
+def too_large(logprobs):
+    grown = logprobs.unsqueeze(0).expand(10**9, 12)
+    return logprobs.sum() + grown.sum(), {}
+
+
+def too_large_to_make(logprobs):
+    return logprobs.sum() + torch.zeros(logprobs.shape[0] * 10**11).sum(), {}
+
+
+def too_large_inside(logprobs, many):
+    return logprobs.sum() + F.mse_loss(many.unsqueeze(0), many.unsqueeze(1)), {}
+
+
+def too_much_work(logprobs, many):
+    square = many.unsqueeze(0) * many.unsqueeze(1)
+    return logprobs.sum() + (square @ square).sum(), {}
+
+
+def number_without_end(logprobs):
+    n = logprobs.shape[0] + 10**9
+    return logprobs.sum() * (n * n * n), {}
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (too_large, LimitExceeded, "node expand (expand): 12000000000 elements"),
+        (too_large_to_make, LimitExceeded, "node zeros (torch.zeros): 1200000000000 elements"),
+        (too_large_inside, LimitExceeded, "node mse_loss (torch.nn.functional.mse_loss): 25000000"),
+        (too_much_work, LimitExceeded, "node matmul (operator.matmul): more than"),
+        (number_without_end, InvalidRequest, "node mul_1 (operator.mul): the result is no number"),
+    ],
+)
+def test_what_would_grow_too_large_is_refused_before_it_runs(function, error, message):
+    size = 2500 if function is too_much_work else 5000
+    with pytest.raises(error) as refusal:
+        run_custom_loss(traced(function), draw("logprobs"), {"many": torch.ones(size)})
+    assert str(refusal.value).startswith(f"custom loss {function.__name__!r}, {message}")
+
+
+def no_scalar(logprobs):
+    return logprobs * 2, {}
+
+
+def no_gradient(logprobs, advantages):
+    return advantages.sum(), {}
+
+
+def not_finite(logprobs):
+    return (logprobs - 1e9).exp().log().sum(), {}
+
+
+def infinite_slope(logprobs):
+    return (logprobs - logprobs).sqrt().sum(), {}
+
+
+def metric_not_finite(logprobs):
+    return logprobs.sum(), {"custom/x:mean": (logprobs / 0).sum()}
+
+
+def metric_no_scalar(logprobs):
+    return logprobs.sum(), {"custom/x:mean": logprobs * 1}
+
+
+def shapes_that_do_not_fit(logprobs):
+    return (logprobs + logprobs[1:]).sum(), {}
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (no_scalar, InvalidRequest, "the loss is a tensor of shape [12] and dtype float32"),
+        (no_gradient, InvalidRequest, "the loss does not depend on logprobs"),
+        (not_finite, NonFiniteResult, "the loss is -inf"),
+        (infinite_slope, NonFiniteResult, "the gradient of the loss in logprobs is not finite"),
+        (metric_not_finite, NonFiniteResult, "metric custom/x:mean is -inf"),
+        (metric_no_scalar, InvalidRequest, "metric custom/x:mean is a tensor of shape [12]"),
+        (shapes_that_do_not_fit, InvalidRequest, "node add (operator.add): "),
+    ],
+)
+def test_a_loss_that_goes_wrong_says_where(function, error, message):
+    with pytest.raises(error) as refusal:
+        run_custom_loss(traced(function), draw("logprobs"), {"advantages": draw("advantages")})
+    assert str(refusal.value).startswith(f"custom loss {function.__name__!r}")
+    assert message in str(refusal.value)
