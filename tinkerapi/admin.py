@@ -162,7 +162,12 @@ class ApiKeyAdmin(ConsoleAdmin):
             self.revoke_one(request, api_key)
 
     def revoke_one(self, request: HttpRequest, api_key: ApiKey) -> None:
-        self.attempt(request, api_key, "revoked", lambda: api_key_revoke(api_key_id=api_key.pk))
+        self.attempt(
+            request,
+            api_key,
+            "revoked",
+            lambda: api_key_revoke(api_key_id=api_key.pk, actor_id=request.user.pk),
+        )
 
     @verb(
         "New key",
@@ -179,6 +184,7 @@ class ApiKeyAdmin(ConsoleAdmin):
             user=form.cleaned_data["user"],
             name=form.cleaned_data["name"],
             expires_in=timedelta(days=days) if days else None,
+            actor_id=request.user.pk,
         )
         self.log_addition(request, api_key, "made")
         response = render(request, "admin/tinkerapi/apikey/new_key.html", {"key": key})

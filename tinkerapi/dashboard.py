@@ -228,7 +228,10 @@ def navigation(request: HttpRequest) -> list[Context]:
         {"title": "Access", "items": [item("API keys", "key", "tinkerapi_apikey_changelist")]},
     ]
     if superuser:
-        groups[-1]["items"].append(item("Users", "person", "auth_user_changelist"))
+        groups[-1]["items"] += [
+            item("Users", "person", "auth_user_changelist"),
+            item("Audit log", "history", "training_auditevent_changelist"),
+        ]
         groups.append(
             {
                 "title": "Task queue",

@@ -17,6 +17,7 @@ from django.utils import timezone
 
 from tinkerapi.models import ApiKey
 from tinkerapi.selectors import api_key_get, api_key_hash
+from training.audit import audit_record
 
 KEY_PREFIX = "tml-"
 """The official SDK refuses a key that begins otherwise."""
@@ -32,12 +33,18 @@ ADMIN_USERNAME = "admin"
 LAST_USED_RESOLUTION = timedelta(minutes=1)
 
 
+@transaction.atomic
 def api_key_create(
-    *, user: AbstractBaseUser, name: str, expires_in: timedelta | None = None
+    *,
+    user: AbstractBaseUser,
+    name: str,
+    expires_in: timedelta | None = None,
+    actor_id: int | None = None,
 ) -> tuple[ApiKey, str]:
     """Make a key for a user and return its row with the key itself, which is shown this once.
 
     The key is ``tml-`` and 256 random bits. ``expires_in`` None: it never expires.
+    ``actor_id`` says who wanted it; None: somebody at the console.
     """
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     api_key = ApiKey.objects.create(
@@ -47,6 +54,7 @@ def api_key_create(
         key_hash=api_key_hash(key),
         expires_at=timezone.now() + expires_in if expires_in is not None else None,
     )
+    audit_record("key_create", actor_id=actor_id, owner_id=user.pk, prefix=api_key.prefix)
     return api_key, key
 
 
@@ -69,12 +77,17 @@ def api_key_verify(key: str) -> ApiKey | None:
     return api_key
 
 
-def api_key_revoke(*, api_key_id: int) -> bool:
+@transaction.atomic
+def api_key_revoke(*, api_key_id: int, actor_id: int | None = None) -> bool:
     """Close a key for good; True if this call did it, False if it was closed or unknown."""
     revoked = ApiKey.objects.filter(pk=api_key_id, revoked_at__isnull=True).update(
         revoked_at=timezone.now()
     )
-    return revoked == 1
+    if not revoked:
+        return False
+    closed = ApiKey.objects.get(pk=api_key_id)
+    audit_record("key_revoke", actor_id=actor_id, owner_id=closed.user_id, prefix=closed.prefix)
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,7 +124,10 @@ class CheckpointAdmin(ConsoleAdmin):
     def delete_checkpoint(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         checkpoint = self.row(request, object_id)
         self.attempt(
-            request, checkpoint, "deleted", lambda: checkpoint_delete(checkpoint_id=checkpoint.pk)
+            request,
+            checkpoint,
+            "deleted",
+            lambda: checkpoint_delete(checkpoint_id=checkpoint.pk, actor_id=request.user.pk),
         )
         return redirect(request, changelist_url(Checkpoint))
 

@@ -10,6 +10,7 @@ from django.db import transaction
 
 from training import payloads
 from training.age import check_recipients
+from training.audit import audit_checkpoint
 from training.errors import InvalidRequest
 from training.kinds import Kind
 from training.models import Checkpoint
@@ -125,6 +126,7 @@ def load_weights_submit(
             "modules to load it"
         )
     _check_optimizer(checkpoint, parsed, optimizer)
+    _audit_read(checkpoint, owner_id)
     return submit_in_lane(
         run,
         Kind.LOAD_WEIGHTS,
@@ -170,6 +172,7 @@ def model_load_submit(
             f"base_model: {parsed} is of base model {checkpoint.run.base_model}, not {base_model}"
         )
     _check_optimizer(checkpoint, parsed, optimizer)
+    _audit_read(checkpoint, owner_id)
     config = run_lora_config(checkpoint.run)
     run = session_run_create(
         owner_id=owner_id,
@@ -189,6 +192,12 @@ def model_load_submit(
     return submit_in_lane(
         run, Kind.CREATE_RUN, payload, summary={"path": str(parsed)}, seq_id=CREATION_SEQ_ID
     )
+
+
+def _audit_read(checkpoint: Checkpoint, reader_id: int) -> None:
+    """Tell its owner that somebody else loads it."""
+    if checkpoint.run.owner_id != reader_id:
+        audit_checkpoint("read", checkpoint, actor_id=reader_id, purpose="load")
 
 
 def _check_optimizer(checkpoint: Checkpoint, path: TinkerPath, optimizer: bool) -> None:

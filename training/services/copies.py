@@ -17,6 +17,7 @@ from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
+from training.audit import audit_checkpoint
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.models import Checkpoint, Run, Session, new_session_id
 from training.paths import TinkerPath
@@ -68,6 +69,7 @@ def checkpoint_copy(
                 owner_id=owner_id,
                 defaults={"sdk_version": COPY_CLIENT, "project_id": project_id},
             )
+            audit_checkpoint("copy", original, actor_id=owner_id)
             checkpoint = _rows(
                 original, str(source), session, run_id, model_seq_id or 0, directory, ttl_seconds
             )

@@ -10,9 +10,11 @@ import shutil
 from datetime import timedelta
 
 from django.conf import settings
+from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
+from training.audit import audit_checkpoint
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.models import Checkpoint
 from training.paths import TinkerPath
@@ -28,6 +30,7 @@ AFTER_FINISH = timedelta(minutes=15)
 """How long a finished session's last samples may still need its weights."""
 
 
+@transaction.atomic
 def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> None:
     """Let everybody read a checkpoint, or nobody else; asking for what is so already is fine.
 
@@ -35,9 +38,11 @@ def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> None
         CheckpointNotFound: (404)
     """
     checkpoint = checkpoint_own(owner_id=owner_id, path=path)
-    Checkpoint.objects.filter(pk=checkpoint.pk).update(public=public)
+    if Checkpoint.objects.filter(pk=checkpoint.pk, public=not public).update(public=public):
+        audit_checkpoint("publish" if public else "unpublish", checkpoint, actor_id=owner_id)
 
 
+@transaction.atomic
 def checkpoint_set_ttl(*, owner_id: int, path: TinkerPath, ttl_seconds: int | None) -> None:
     """Delete a checkpoint so many seconds from now, or never (None).
 
@@ -53,6 +58,7 @@ def checkpoint_set_ttl(*, owner_id: int, path: TinkerPath, ttl_seconds: int | No
     checkpoint = checkpoint_own(owner_id=owner_id, path=path)
     expires_at = None if ttl_seconds is None else timezone.now() + timedelta(seconds=ttl_seconds)
     Checkpoint.objects.filter(pk=checkpoint.pk).update(expires_at=expires_at)
+    audit_checkpoint("set_ttl", checkpoint, actor_id=owner_id, ttl_seconds=ttl_seconds)
 
 
 def checkpoint_remove(*, owner_id: int, path: TinkerPath) -> None:
@@ -62,22 +68,29 @@ def checkpoint_remove(*, owner_id: int, path: TinkerPath) -> None:
         CheckpointNotFound: (404)
     """
     checkpoint = checkpoint_own(owner_id=owner_id, path=path)
-    if not checkpoint_delete(checkpoint_id=checkpoint.pk):
+    if not checkpoint_delete(checkpoint_id=checkpoint.pk, actor_id=owner_id):
         raise CheckpointNotFound(f"no checkpoint at {path}")
 
 
-def checkpoint_delete(*, checkpoint_id: int) -> bool:
+def checkpoint_delete(*, checkpoint_id: int, actor_id: int | None = None) -> bool:
     """Delete a checkpoint: the row first, so that nobody finds it, then its files.
 
     A crash in between leaves files that no row names, never a row without files. Says
     whether this call did it.
+
+    Args:
+        actor_id: Who wants it; None for the server itself, when its time is up.
     """
-    checkpoint = Checkpoint.objects.filter(pk=checkpoint_id).first()
-    if checkpoint is None:
-        return False
-    deleted, _ = checkpoint.delete()
+    with transaction.atomic():
+        locked = Checkpoint.objects.select_for_update(of=("self",)).select_related("run")
+        checkpoint = locked.filter(pk=checkpoint_id).first()
+        if checkpoint is None:
+            return False
+        if not checkpoint.ephemeral:
+            audit_checkpoint("delete", checkpoint, actor_id=actor_id)
+        checkpoint.delete()
     shutil.rmtree(settings.DATA_DIR / checkpoint.directory, ignore_errors=True)
-    return bool(deleted)
+    return True
 
 
 def checkpoints_expire() -> int:

@@ -20,6 +20,7 @@ from futures.claiming import Outcome
 from futures.models import Future
 from futures.services import lane_create
 from training.age import SUFFIX, encrypt_file
+from training.audit import audit_checkpoint
 from training.engine.interface import Engine
 from training.engine.storage import new_directory
 from training.errors import CheckpointExists, InvalidRequest
@@ -62,6 +63,7 @@ class CheckpointOperations:
             if old is not None:
                 files = settings.DATA_DIR / old.directory
                 transaction.on_commit(lambda: shutil.rmtree(files, ignore_errors=True))
+                audit_checkpoint("overwrite", old, actor_id=run.owner_id)
                 old.delete()
             row.save(force_insert=True)
 
@@ -93,7 +95,7 @@ class CheckpointOperations:
         number = payload["sampling_session_seq_id"]
         session_id = f"{run.session_id}:sample:{number}"
         made = SamplingSession.objects.filter(
-            id=session_id, checkpoint__run=run, checkpoint__seq_id=future.seq_id
+            id=session_id, checkpoint__run=run, checkpoint__seq_id=future.seq_id or 0
         )
         result = {"sampling_session_id": session_id, "model_id": run.name}
         if made.exists():
@@ -106,7 +108,7 @@ class CheckpointOperations:
                 row.save(force_insert=True)
                 SamplingSession.objects.create(
                     id=session_id,
-                    session_id=run.session_id,
+                    session_id=run.session_id or "",
                     seq_id=number,
                     base_model=run.base_model,
                     checkpoint=row,

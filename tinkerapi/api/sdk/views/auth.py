@@ -43,7 +43,7 @@ class OwnKeyView(SdkView):
         )
 
     def delete(self, request: Request) -> HttpResponse:
-        api_key_revoke(api_key_id=_api_key(request).pk)
+        api_key_revoke(api_key_id=_api_key(request).pk, actor_id=request.user.pk)
         return empty_response()
 
 

@@ -1,0 +1,68 @@
+"""The audit log: one function that adds to it, one that reads it.
+
+An event is written in the transaction of what it tells of, so that neither is there without
+the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal
+
+from django.db.models import QuerySet
+
+from training.models import AuditEvent, Checkpoint
+from training.selectors import checkpoint_path
+
+EventType = Literal["all", "checkpoints", "projects", "teams", "organizations"]
+
+_PREFIXES: Mapping[str, str] = {"checkpoints": "checkpoint_", "projects": "project_"}
+"""Teams and organizations do not exist here, so nothing of them is ever logged."""
+
+
+def audit_record(
+    event: str, *, actor_id: int | None, owner_id: int | None, **details: str | int | None
+) -> None:
+    """Note that ``actor_id`` did something to what is ``owner_id``'s.
+
+    Args:
+        event: ``<thing>_<verb>``.
+        actor_id: None for somebody at the console, or the server itself.
+        details: What it was done to; names and numbers, never a secret.
+    """
+    AuditEvent.objects.create(event=event, actor_id=actor_id, owner_id=owner_id, details=details)
+
+
+def audit_checkpoint(
+    verb: str, checkpoint: Checkpoint, *, actor_id: int | None, **more: Any
+) -> None:
+    """Note what was done to a checkpoint."""
+    audit_record(
+        f"checkpoint_{verb}",
+        actor_id=actor_id,
+        owner_id=checkpoint.run.owner_id,
+        tinker_path=str(checkpoint_path(checkpoint)),
+        model_id=checkpoint.run.name,
+        **more,
+    )
+
+
+def audit_events(
+    *, owner_id: int | None, event_type: EventType = "all", day: date | None = None
+) -> QuerySet[AuditEvent]:
+    """What was done to the owner's things, the oldest first; ``owner_id`` None: to anybody's.
+
+    Args:
+        day: Of UTC.
+    """
+    events = AuditEvent.objects.select_related("actor", "owner").order_by("created_at", "pk")
+    if owner_id is not None:
+        events = events.filter(owner_id=owner_id)
+    if event_type != "all":
+        prefix = _PREFIXES.get(event_type)
+        events = events.filter(event__startswith=prefix) if prefix else events.none()
+    if day is not None:
+        begin = datetime(day.year, day.month, day.day, tzinfo=UTC)
+        events = events.filter(created_at__gte=begin, created_at__lt=begin + timedelta(days=1))
+    return events
