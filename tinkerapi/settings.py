@@ -258,6 +258,9 @@ SDK_JWT = env_bool("TINKERAPI_SDK_JWT", False)
 """Have tinker SDK clients exchange their key for a token of an hour; ``tinker auth whoami``
 needs it."""
 
+WORKER_HOUR_CENTS = env_int("TINKERAPI_WORKER_HOUR_CENTS", 0, minimum=0)
+"""What an hour of one worker (its GPU) costs, in US cents; 0: usage is reported without a price."""
+
 KEEP_RESULTS_DAYS = env_int("TINKERAPI_KEEP_RESULTS_DAYS", 30)
 """How long ``prunefutures`` keeps payloads and results of finished futures."""
 

@@ -101,6 +101,11 @@ def session_ids(*, owner_id: int, offset: int, limit: int) -> list[str]:
     return list(sessions.values_list("id", flat=True)[offset : offset + limit])
 
 
+def sessions_by_id(ids: Iterable[str]) -> list[Session]:
+    """These sessions; the caller has seen to whose they are."""
+    return list(Session.objects.filter(id__in=list(ids)).order_by("id"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SessionStatus:
     """One of the states in which a search looks for sessions."""

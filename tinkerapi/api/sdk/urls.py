@@ -7,6 +7,7 @@ No route ends in a slash, and nothing redirects: a client would send its POST as
 from django.urls import URLPattern, path
 
 from tinkerapi.api.sdk.views import (
+    admin,
     auth,
     downloads,
     futures,
@@ -70,4 +71,7 @@ urlpatterns: list[URLPattern] = [
     path("sessions/<str:session_id>", sessions.SessionView.as_view()),
     path("sessions/<str:session_id>/project", sessions.SessionProjectView.as_view()),
     path("sessions/<str:session_id>/trace_export", sessions.SessionTraceView.as_view()),
+    path("audit", admin.AuditView.as_view()),
+    path("billing/usage/events", admin.UsageView.as_view()),
+    path("billing/usage/checkpoints/current", admin.StorageUsageView.as_view()),
 ]

@@ -1,0 +1,173 @@
+"""What was used, by the hour: counted from the futures themselves, so that nothing can be missed.
+
+Tokens are those of finished requests. What they cost is estimated from worker time, if the
+server's owner has set the price of an hour: the time between one batch and the next is shared
+among the batch's requests by their estimated work, so that busy time adds up and idle time is
+nobody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from django.db import connection
+from django.db.models import Count, Sum
+
+from training.kinds import Kind
+from training.models import Run, SamplingSession
+from training.selectors import checkpoints_kept
+
+WINDOW = timedelta(days=14)
+"""The longest one that can be asked for."""
+
+LONGEST_WAIT = timedelta(days=2)
+"""Requests that were submitted earlier than this before the window are not looked for in it."""
+
+_USAGE = """
+WITH finished AS (
+    SELECT owner_id, lane_id, kind, state, summary, cost, worker_id, batch, started_at,
+           finished_at
+    FROM futures_future
+    WHERE created_at >= %(earliest)s AND finished_at >= %(begin)s - interval '1 hour'
+      AND finished_at < %(end)s AND worker_id IS NOT NULL AND batch IS NOT NULL
+), batches AS (
+    SELECT worker_id, batch, max(finished_at) AS ended, min(started_at) AS began,
+           greatest(sum(cost), 1) AS cost
+    FROM finished GROUP BY worker_id, batch
+), timed AS (
+    SELECT worker_id, batch, cost, extract(epoch FROM ended - greatest(
+        began, coalesce(lag(ended) OVER (PARTITION BY worker_id ORDER BY batch), began)
+    )) AS seconds
+    FROM batches
+)
+SELECT date_trunc('hour', f.finished_at, 'UTC') AS bucket, f.lane_id, f.kind,
+       count(*) FILTER (WHERE f.state = 'ready') AS requests,
+       coalesce(sum((f.summary->>'tokens')::bigint) FILTER (WHERE f.state = 'ready'), 0) AS tokens,
+       coalesce(sum(f.cost) FILTER (WHERE f.state = 'ready'), 0) AS work,
+       coalesce(sum(greatest(t.seconds, 0) * f.cost / t.cost), 0)::float8 AS seconds
+FROM finished f JOIN timed t USING (worker_id, batch)
+WHERE f.owner_id = %(owner_id)s AND f.finished_at >= %(begin)s
+GROUP BY 1, 2, 3 ORDER BY 1, tokens DESC, 2, 3
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What one run or sampling session used in one hour of one kind of work."""
+
+    hour: datetime
+    """Its beginning, UTC."""
+    type: str
+    """``training``, ``sampling_prefill``, ``sampling_sample`` or ``checkpoint``."""
+    count: int
+    """Tokens; of ``checkpoint``, how many were saved."""
+    seconds: float
+    """Worker time; that of a sample is split between prefill and sampling by their tokens."""
+    base_model: str | None
+    session_id: str | None
+    project_id: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a lane belongs to."""
+
+    base_model: str | None = None
+    session_id: str | None = None
+    project_id: str | None = None
+
+
+_NOWHERE = Place()
+
+
+def usage_by_hour(*, owner_id: int, begin: datetime, end: datetime) -> list[Usage]:
+    """The owner's usage from ``begin`` until before ``end``, whole hours of UTC, in order.
+
+    The prompt tokens of a sample whose prompt was text are an estimate.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(
+            _USAGE,
+            {
+                "owner_id": owner_id,
+                "begin": begin,
+                "end": end,
+                "earliest": begin - LONGEST_WAIT,
+            },
+        )
+        rows = cursor.fetchall()
+    places = _places({row[1] for row in rows if row[1]})
+    found = []
+    for hour, lane_id, kind, requests, tokens, work, seconds in rows:
+        place = places.get(lane_id, _NOWHERE)
+        for type_, count, share in _parts(kind, int(requests), int(tokens), int(work)):
+            found.append(
+                Usage(
+                    hour=hour,
+                    type=type_,
+                    count=count,
+                    seconds=seconds * share,
+                    base_model=place.base_model,
+                    session_id=place.session_id,
+                    project_id=place.project_id,
+                )
+            )
+    return sorted(found, key=lambda usage: (usage.hour, -usage.count))
+
+
+def _parts(kind: str, requests: int, tokens: int, work: int) -> list[tuple[str, int, float]]:
+    """Type, count and share of the time."""
+    if kind in (Kind.FORWARD, Kind.FORWARD_BACKWARD):
+        return [("training", tokens, 1.0)] if tokens else []
+    if kind == Kind.SAVE_WEIGHTS:
+        return [("checkpoint", requests, 1.0)] if requests else []
+    if kind == Kind.SAMPLE and work + tokens:
+        total = work + tokens
+        return [
+            ("sampling_prefill", work, work / total),
+            ("sampling_sample", tokens, tokens / total),
+        ]
+    return []
+
+
+def _places(lane_ids: set[str]) -> Mapping[str, Place]:
+    places = {
+        row[0]: Place(base_model=row[1], session_id=row[2], project_id=row[3])
+        for row in Run.objects.filter(id__in=lane_ids).values_list(
+            "id", "base_model", "session_id", "session__project_id"
+        )
+    }
+    sampled = SamplingSession.objects.filter(id__in=lane_ids).values_list(
+        "id", "base_model", "session_id", "session__project_id"
+    )
+    return places | {
+        row[0]: Place(base_model=row[1], session_id=row[2], project_id=row[3]) for row in sampled
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredCheckpoints:
+    """What a project's checkpoints take now."""
+
+    project_id: str | None
+    count: int
+    size_bytes: int
+
+
+def checkpoints_stored(*, owner_id: int, project_id: str | None = None) -> list[StoredCheckpoints]:
+    """The owner's checkpoints that are listed, by project, the largest first."""
+    kept = checkpoints_kept().filter(run__owner_id=owner_id, ephemeral=False)
+    if project_id is not None:
+        kept = kept.filter(run__session__project_id=project_id)
+    rows = kept.order_by().values("run__session__project_id")
+    totals = rows.annotate(count=Count("pk"), size=Sum("size_bytes")).order_by("-size")
+    return [
+        StoredCheckpoints(
+            project_id=row["run__session__project_id"] or None,
+            count=row["count"],
+            size_bytes=row["size"],
+        )
+        for row in totals
+    ]
