@@ -236,6 +236,13 @@ class FakeEngine(Engine):
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def token_texts(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+        ends = [token == END_TOKEN for token in tokens]
+        return [
+            ("<end>" if end else chr(token), index - sum(ends[:index]))
+            for index, (token, end) in enumerate(zip(tokens, ends, strict=True))
+        ]
+
     def _weight_bytes(self, adapter_name: str) -> bytes:
         return self.find(adapter_name).weights.tobytes()
 

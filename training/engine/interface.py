@@ -224,3 +224,9 @@ class Engine(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Text as token ids, without a chat template and without added special tokens."""
+
+    @abstractmethod
+    def token_texts(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+        """Each sampled token's own text, special tokens written out, and where it begins in the
+        sequence's text, in characters. Where bytes are part of a character only, the token's own
+        text has U+FFFD for them."""

@@ -207,6 +207,9 @@ class TorchEngine(Engine):
     def encode(self, text: str) -> list[int]:
         return self._text.encode(text)
 
+    def token_texts(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+        return self._text.token_texts(tokens)
+
     def _peek(self, adapter_name: str) -> Adapter:
         if adapter_name not in self._adapters:
             raise InvalidRequest(f"No adapter named {adapter_name} is resident.")

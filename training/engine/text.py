@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from training.engine.stopping import StreamedText
 from training.errors import InvalidRequest
 from training.types import Datum
 
@@ -99,6 +100,18 @@ class ChatText:
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+    def token_texts(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+        """Each token's own text, special tokens written out, and its offset in the whole text."""
+        stream, offset = StreamedText(self.decode), 0
+        seen: list[int] = []
+        placed: list[tuple[str, int]] = []
+        for token in tokens:
+            seen.append(token)
+            own = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            placed.append((str(own), offset))
+            offset += len(stream.next_piece(seen))
+        return placed
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as the T tokens of a prompt that ends where the assistant speaks.

@@ -33,6 +33,7 @@ def sample_submit(
     num_samples: int,
     sampling_params: SamplingParams,
     prompt_logprobs: bool = False,
+    token_texts: bool = False,
     idempotency_key: str | None = None,
 ) -> Submission:
     """Ask for completions of one or more prompts.
@@ -41,6 +42,9 @@ def sample_submit(
     submitted before it and none after. A path or a base model has no order to keep.
     A seed and a length are chosen here if the client named none, so that a repeat after a
     crash says the same.
+
+    Args:
+        token_texts: The result says each token's text and where it begins.
 
     Raises:
         InvalidRequest: Not exactly one of model_id, base_model and model_path. (400)
@@ -57,6 +61,8 @@ def sample_submit(
         prompt_logprobs=prompt_logprobs,
         request_name=idempotency_key,
     )
+    if token_texts:
+        payload["token_texts"] = True
     cost = sum(payloads.prompt_cost(prompt) for prompt in prompts)
     summary: dict[str, Any] = {"prompts": len(prompts), "samples": num_samples}
     if model_id is not None:

@@ -45,6 +45,10 @@ class _Sampling:
     model_id: str | None
     outputs: list[SampleOutput | None] = field(default_factory=list)
     """One per prompt, None until it is finished."""
+    prompt_tokens: int = 0
+    """Of all prompts together."""
+    with_token_texts: bool = False
+    """Whether the result holds each token's text too, which the web process cannot make."""
 
 
 class WorkLoop:
@@ -152,6 +156,7 @@ class WorkLoop:
         payload = decode(bytes(future.payload or b""))
         run = self._runs.get(future.lane_id or "")
         keys: list[str] = []
+        prompt_tokens = 0
         try:
             adapter_name = None
             if run is not None:
@@ -170,6 +175,7 @@ class WorkLoop:
                 key = f"{future.id}:{index}"
                 self._engine.sampler.admit(key, job)
                 keys.append(key)
+                prompt_tokens += len(job.prompt)
         except TrainingError as error:
             for key in keys:
                 self._engine.sampler.cancel(key)
@@ -180,6 +186,8 @@ class WorkLoop:
             future=future,
             model_id=run.name if run else None,
             outputs=[None] * len(payload["prompts"]),
+            prompt_tokens=prompt_tokens,
+            with_token_texts=payload.get("token_texts", False),
         )
 
     def _tokens(self, prompt: Prompt) -> list[int]:
@@ -218,7 +226,11 @@ class WorkLoop:
             if len(done) < len(sampling.outputs):
                 return
             outcome = outcomes.sample_ready(
-                sampling.future, model_id=sampling.model_id, outputs=done
+                sampling.future,
+                model_id=sampling.model_id,
+                outputs=done,
+                prompt_tokens=sampling.prompt_tokens,
+                token_texts=self._engine.token_texts if sampling.with_token_texts else None,
             )
         effects.outcomes.append(outcome)
         del self._sampling[request_id]

@@ -7,7 +7,7 @@ renders them in whichever dialect the client speaks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,13 +98,22 @@ def optim_step_ready(
 
 
 def sample_ready(
-    future: Future, *, model_id: str | None, outputs: Sequence[SampleOutput]
+    future: Future,
+    *,
+    model_id: str | None,
+    outputs: Sequence[SampleOutput],
+    prompt_tokens: int,
+    token_texts: Callable[[Sequence[int]], list[tuple[str, int]]] | None = None,
 ) -> Outcome:
     """All sequences, those of the first prompt first; ``prompt_logprobs`` per prompt.
 
     With one prompt ``prompt_logprobs`` is that prompt's list; None when not asked for.
+
+    Args:
+        prompt_tokens: Tokens of all prompts; noted in the summary.
+        token_texts: The engine's; given, each sequence also says its tokens' texts and offsets.
     """
-    sequences = [
+    sequences: list[dict[str, Any]] = [
         {
             "stop_reason": sequence.stop_reason,
             "tokens": np.asarray(sequence.tokens, dtype=np.int32),
@@ -114,6 +123,11 @@ def sample_ready(
         for output in outputs
         for sequence in output.sequences
     ]
+    if token_texts is not None:
+        for sequence in sequences:
+            placed = token_texts(sequence["tokens"].tolist())
+            sequence["token_texts"] = [text for text, _ in placed]
+            sequence["text_offsets"] = [offset for _, offset in placed]
     prompt_logprobs = [
         None
         if output.prompt_logprobs is None
@@ -128,4 +142,9 @@ def sample_ready(
         "prompt_logprobs": prompt_logprobs[0] if len(outputs) == 1 else prompt_logprobs,
         "model_id": model_id,
     }
-    return ready(future, result, tokens=sum(len(sequence["tokens"]) for sequence in sequences))
+    return ready(
+        future,
+        result,
+        tokens=sum(len(sequence["tokens"]) for sequence in sequences),
+        prompt_tokens=prompt_tokens,
+    )
