@@ -216,16 +216,28 @@ def main() -> None:
     parser.add_argument("--model-folder", type=Path, help="the default model, prepared before")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--pairs", type=int, default=30, help="for the overhead of a sync call")
+    parser.add_argument(
+        "--threads",
+        default="0",
+        help="TINKERAPI_NUM_THREADS of the worker and of the engine alone; 0: torch's choice, which "
+        "measures little when anything else runs on the machine",
+    )
     results_option(parser)
     options = parser.parse_args()
     report = Report(
         benchmark="quickref",
-        settings={"repetitions": options.repetitions, "pairs": options.pairs},
+        settings={
+            "repetitions": options.repetitions,
+            "pairs": options.pairs,
+            "threads": int(options.threads),
+        },
     )
     for model in ("tiny", "default") if options.model == "both" else (options.model,):
         with (
             tempfile.TemporaryDirectory(prefix="tinkerapi-bench-") as data_dir,
-            served(model, Path(data_dir), options.model_folder) as (server, folder),
+            served(
+                model, Path(data_dir), options.model_folder, TINKERAPI_NUM_THREADS=options.threads
+            ) as (server, folder),
         ):
             use_database_of(server)
             client, bare = Client(server), Bare(bare_engine(folder))

@@ -18,17 +18,20 @@ DEFAULT_FOLDER = Path("models") / "HuggingFaceTB--SmolLM2-135M-Instruct"
 
 
 @contextmanager
-def served(model: str, data_dir: Path, folder: Path | None = None) -> Iterator[tuple[Server, Path]]:
+def served(
+    model: str, data_dir: Path, folder: Path | None = None, **settings: str
+) -> Iterator[tuple[Server, Path]]:
     """A ready server on a fresh data folder, and the folder of its base model.
 
     Args:
         model: ``tiny`` (a few thousand parameters) or ``default`` (SmolLM2-135M-Instruct).
         data_dir: An empty folder.
         folder: Where the default model was prepared before; None prepares it again.
+        settings: The server's environment variables.
     """
     if model == "tiny":
         folder = make_tiny_model(data_dir / "tiny")
-    environment = {} if folder is None else {"TINKERAPI_BASE_MODEL": str(folder)}
+    environment = settings if folder is None else {**settings, "TINKERAPI_BASE_MODEL": str(folder)}
     server = Server(data_dir, free_port(), environment)
     try:
         server.start()
