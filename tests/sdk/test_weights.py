@@ -245,6 +245,46 @@ def test_weights_of_a_sampling_session_go_some_time_after_their_session(
     assert [row.name for row in Checkpoint.objects.all()] == ["kept"]
 
 
+def test_weights_that_a_loop_left_behind_go_before_their_session(
+    sdk: SdkClient, work: InProcessWorker
+) -> None:
+    model_id = trained(sdk, work)
+    for number in range(4):
+        sdk.post(
+            "save_weights_for_sampler",
+            model_id=model_id,
+            sampling_session_seq_id=number,
+            seq_id=3 + number,
+        )
+    work()
+    session_id = model_id.partition(":")[0]
+
+    def sample(number: int) -> None:
+        answer = sdk.post(
+            "asample",
+            sampling_session_id=f"{session_id}:sample:{number}",
+            seq_id=0,
+            prompt={"chunks": [{"type": "encoded_text", "tokens": [1]}]},
+            sampling_params={"max_tokens": 1},
+        )
+        assert answer.status_code == 200, answer.content
+
+    sample(0)
+    work()
+    sample(1)  # waits
+    long_ago = timezone.now() - timedelta(hours=2)
+    Future.objects.update(created_at=long_ago)
+    sample(2)
+    for place, row in enumerate(Checkpoint.objects.order_by("seq_id")):
+        row.created_at = long_ago + timedelta(seconds=place)
+        row.save(update_fields=["created_at"])
+
+    # Sampled from long ago; with a sample that waits; sampled from just now; and the newest.
+    assert checkpoints_expire() == 1
+    left = SamplingSession.objects.filter(checkpoint__isnull=False).order_by("seq_id")
+    assert [sampler.seq_id for sampler in left] == [1, 2, 3]
+
+
 def test_weights_info_tells_base_model_and_shape(sdk: SdkClient, work: InProcessWorker) -> None:
     path = save(sdk, work, trained(sdk, work), 3, "a")
 

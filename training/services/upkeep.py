@@ -11,9 +11,11 @@ from datetime import timedelta
 
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Q
+from django.db.models import Exists, OuterRef, Q
 from django.utils import timezone
 
+from futures.models import Future
+from futures.transitions import State
 from training.audit import audit_checkpoint
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.models import Checkpoint
@@ -25,6 +27,10 @@ MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
 
 SILENCE = timedelta(hours=1)
 """A session that was not heard of for so long is over, and with it what it alone could see."""
+
+UNUSED = timedelta(hours=1)
+"""A training loop makes a sampling session at every step and leaves the last one behind: weights
+that were superseded and that nobody sampled from for so long are dropped."""
 
 AFTER_FINISH = timedelta(minutes=15)
 """How long a finished session's last samples may still need its weights."""
@@ -96,15 +102,24 @@ def checkpoint_delete(*, checkpoint_id: int, actor_id: int | None = None) -> boo
 def checkpoints_expire() -> int:
     """Delete the checkpoints whose time is up; say how many. The worker calls it when idle.
 
-    An ephemeral one goes with its session: some time after it was finished or fell silent.
+    An ephemeral one goes with its session, some time after that was finished or fell silent; and
+    before it, when a newer one of the same run exists and nobody samples from it any more.
     """
     now = timezone.now()
+    newer = Checkpoint.objects.filter(
+        run_id=OuterRef("run_id"), ephemeral=True, created_at__gt=OuterRef("created_at")
+    )
+    samples = Future.objects.filter(lane_id=OuterRef("samplingsession__pk"))
+    used = samples.filter(
+        Q(created_at__gt=now - UNUSED) | Q(state__in=[State.PENDING, State.RUNNING])
+    )
+    left_behind = Q(created_at__lte=now - UNUSED) & Exists(newer) & ~Exists(used)
     session_over = Q(run__session__finished_at__lte=now - AFTER_FINISH) | Q(
         run__session__heartbeat_at__lte=now - SILENCE
     )
     expired = list(
         Checkpoint.objects.filter(
-            Q(expires_at__lte=now) | (Q(ephemeral=True) & session_over)
+            Q(expires_at__lte=now) | (Q(ephemeral=True) & (session_over | left_behind))
         ).values_list("pk", flat=True)
     )
     for checkpoint_id in expired:
