@@ -9,6 +9,7 @@ from django.urls import URLPattern, path
 from tinkerapi.api.sdk.views import (
     admin,
     auth,
+    custom_losses,
     downloads,
     futures,
     models,
@@ -39,6 +40,7 @@ urlpatterns: list[URLPattern] = [
     path("create_model", models.CreateModelView.as_view()),
     path("get_info", models.GetInfoView.as_view()),
     path("unload_model", models.UnloadModelView.as_view()),
+    path("create_custom_loss", custom_losses.CreateCustomLossView.as_view()),
     # Futures
     path("retrieve_future", futures.RetrieveFutureView.as_view()),
     path("retrieve_futures", sampling.RetrieveFuturesView.as_view()),
