@@ -15,7 +15,9 @@ from training.custom_loss_graph import check_graph
 from training.custom_loss_ops import FUNCTIONS, METHODS
 from training.engine import custom_loss
 from training.engine.custom_loss import run_custom_loss
-from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult
+from training.engine.interface import ForwardBackwardJob
+from training.errors import InvalidDatum, InvalidRequest, LimitExceeded, NonFiniteResult
+from training.types import LoraConfig
 
 N, K = 12, 3
 
@@ -252,3 +254,107 @@ def test_a_loss_that_goes_wrong_says_where(function, error, message):
         run_custom_loss(traced(function), draw("logprobs"), {"advantages": draw("advantages")})
     assert str(refusal.value).startswith(f"custom loss {function.__name__!r}")
     assert message in str(refusal.value)
+
+
+def weighted(logprobs, weights):
+    loss = -(logprobs * weights).sum()
+    return loss, {"custom/nll:sum": loss, "custom/weight:mean": weights.sum()}
+
+
+def custom_job(graph, data, **kwargs):
+    return ForwardBackwardJob(
+        adapter_name="a", data=data, loss_fn="custom", custom_loss=graph, **kwargs
+    )
+
+
+@pytest.fixture
+def trained(make_engine):
+    """A factory of engines with the same adapter."""
+
+    def make():
+        engine = make_engine()
+        engine.create_adapter("a", LoraConfig(rank=4))
+        engine.randomise("a")
+        return engine
+
+    return make
+
+
+@pytest.mark.parametrize("num_targets", [0, 3])
+def test_cross_entropy_as_a_custom_loss_is_cross_entropy(num_targets, trained, make_datum):
+    ours, theirs = trained(), trained()
+    data = [make_datum(n, seed=n, num_targets=num_targets) for n in (9, 4, 9)]
+    rank = 2 if num_targets else 1
+    graph = traced(weighted, logprobs=rank, weights=rank)
+
+    output = ours.train_one("a", data, "custom", custom_loss=graph)
+    expected = theirs.train_one("a", data)
+
+    assert output.loss == pytest.approx(expected.loss, rel=1e-5)
+    np.testing.assert_allclose(ours.grad("a"), theirs.grad("a"), rtol=1e-5, atol=1e-7)
+    for logprobs, reference in zip(output.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_array_equal(logprobs, reference)
+    weight = sum(datum.loss_fn_inputs["weights"].sum() for datum in data)
+    assert output.metrics == {
+        "loss:sum": output.loss,
+        "custom/nll:sum": pytest.approx(output.loss, rel=1e-5),
+        "custom/weight:mean": pytest.approx(weight / 3, rel=1e-5),
+    }
+
+
+def out_of_range(logprobs, index):
+    return logprobs[index].sum(), {}
+
+
+def test_a_custom_loss_that_fails_leaves_its_batch_mates_alone(trained, make_datum):
+    together, alone = trained(), trained()
+    good = ForwardBackwardJob(adapter_name="a", data=[make_datum(5)], loss_fn="cross_entropy")
+    bad = make_datum(6)
+    bad.loss_fn_inputs["index"] = np.array([0, 99])
+    jobs = [good, custom_job(traced(out_of_range), [bad]), good]
+
+    first, failed, second = together.forward_backward(jobs)
+    expected = alone.forward_backward([good, good])
+
+    assert type(failed) is InvalidRequest
+    assert str(failed).startswith(
+        "data[0]: custom loss 'out_of_range', node getitem (operator.getitem): index 99"
+    )
+    assert [first.loss, second.loss] == [output.loss for output in expected]
+    np.testing.assert_array_equal(together.grad("a"), alone.grad("a"))
+
+
+def test_a_custom_loss_can_be_evaluated_without_a_gradient(trained, make_datum):
+    engine = trained()
+    (output,) = engine.forward_backward(
+        [custom_job(traced(weighted), [make_datum(5)], forward_only=True)]
+    )
+    assert output.metrics["custom/nll:sum"] == pytest.approx(output.loss)
+    assert not engine.grad("a").any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": None}, "data[0].loss_fn_inputs.weights: missing"),
+        ({"weights": np.ones((5, 2))}, "data[0].loss_fn_inputs.weights: 2 dimensions instead of 1"),
+        ({"target_tokens": np.zeros((5, 2), int)}, "data[0].loss_fn_inputs.target_tokens: 2 dim"),
+        ({"weights": np.array([1, np.inf])}, "data[0].loss_fn_inputs.weights[1]: inf is not fini"),
+    ],
+)
+def test_a_datum_without_what_a_custom_loss_reads_is_refused(change, message, trained, make_datum):
+    datum = make_datum(5)
+    for name, value in change.items():
+        datum.loss_fn_inputs.pop(name)
+        if value is not None:
+            datum.loss_fn_inputs[name] = value
+    (error,) = trained().forward_backward([custom_job(traced(weighted), [datum])])
+    assert isinstance(error, InvalidDatum)
+    assert str(error).startswith(message)
+
+
+def test_more_steps_than_one_request_may_take_are_refused(trained, make_datum, monkeypatch):
+    monkeypatch.setattr("training.engine.validate.MAX_CUSTOM_STEPS", 20)
+    (error,) = trained().forward_backward([custom_job(traced(weighted), [make_datum(2)] * 4)])
+    assert isinstance(error, LimitExceeded)
+    assert str(error).startswith("data: 4 datums for a custom loss of ")

@@ -28,6 +28,7 @@ from training.engine.interface import (
 from training.engine.storage import new_directory, read_meta, write_meta
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import CheckpointNotFound, InvalidRequest, NonFiniteResult, TrainingError
+from training.loss_fns import CUSTOM
 from training.types import (
     AdamParams,
     Datum,
@@ -125,7 +126,7 @@ class FakeEngine(Engine):
             columns = targets.reshape(len(targets), -1) % CLASSES  # (N, K)
             # A class's tokens share its probability equally.
             lp = np.take_along_axis(rows, columns, axis=1) - SPREAD  # (N, K)
-            seed = _loss_seed(datum).reshape(columns.shape)  # (N, K)
+            seed = _loss_seed(datum, job.loss_fn).reshape(columns.shape)  # (N, K)
             loss -= float((seed * lp).sum())
             for k in range(columns.shape[1]):
                 onehot = np.eye(CLASSES)[columns[:, k]]
@@ -266,9 +267,11 @@ def _log_softmax(weights: FloatArray) -> NDArray[np.float64]:
     return result
 
 
-def _loss_seed(datum: Datum) -> NDArray[Any]:
-    """What each target counts: its weight, its advantage, or 1."""
+def _loss_seed(datum: Datum, loss_fn: str) -> NDArray[Any]:
+    """What each target counts: its weight, its advantage, or 1. A custom loss is not run here."""
     inputs = datum.loss_fn_inputs
+    if loss_fn == CUSTOM:
+        return np.ones(inputs["target_tokens"].shape)
     for name in ("weights", "advantages"):
         if name in inputs:
             return inputs[name]

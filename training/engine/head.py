@@ -14,18 +14,21 @@ datums are passed through the head once before, for these alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from training.custom_loss_graph import CustomLossGraph
 from training.engine.base_model import BaseModel
+from training.engine.custom_loss import CustomLossOutput, run_custom_loss
 from training.engine.lora import add_product
 from training.engine.losses import LOSSES, LossInputs
-from training.engine.microbatches import LossSpan
+from training.engine.microbatches import LossSpan, PackedDatum
 from training.engine.packed import MIN_ROWS, Segment
-from training.loss_fns import LOSS_FNS
+from training.errors import TrainingError
+from training.loss_fns import LOSS_FNS, TARGET_TOKENS
 
 CHUNK_BYTES = 64 * 2**20
 """What one chunk of float32 logits may take."""
@@ -52,6 +55,8 @@ class HeadOutput:
     """(T,) float32, summed over K"""
     grad_hidden: Tensor
     """(T, C), d loss / d hidden; zero where no row trains."""
+    custom: dict[PackedDatum, CustomLossOutput | TrainingError] = field(default_factory=dict)
+    """What custom losses said of their datums. An error's rows have no loss and no gradient."""
 
 
 @torch.no_grad()
@@ -74,16 +79,22 @@ def score_targets(
     )
     chunk_rows = max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))
     chunks = list(_chunks(segments, chunk_rows))
-    whole = [span for span in inputs.loss_spans if not span.is_elementwise]
+    whole = [span for span in inputs.loss_spans if span.whole is not None]
     for rows in chunks:
         if any(span.start < rows.stop and rows.start < span.end for span in whole):
             output.target_logprobs[rows] = _Chunk.of(base_model, hidden, segments, rows).scored(
                 inputs.targets[rows]
             )
     seeds = torch.zeros_like(output.target_logprobs)  # (T, K), zero at filled-up targets
-    for span in whole:
-        _differentiate(span, slice(span.start, span.end), inputs, output, seeds)
-    elementwise = [span for span in inputs.loss_spans if span.is_elementwise]
+    for span in inputs.loss_spans:
+        if span.whole is None:
+            continue
+        graph = span.whole.planned.job.custom_loss
+        if graph is None:
+            _differentiate(span, slice(span.start, span.end), inputs, output, seeds)
+        else:
+            _run_custom(span.whole, graph, output, seeds)
+    elementwise = [span for span in inputs.loss_spans if span.whole is None]
     for rows in chunks:
         chunk = _Chunk.of(base_model, hidden, segments, rows)
         output.target_logprobs[rows] = chunk.scored(inputs.targets[rows])
@@ -148,6 +159,30 @@ def _differentiate(
         )  # (n, K)
         (seeds[rows, :k],) = torch.autograd.grad(values.sum(), leaf)
     output.loss[rows] = values.detach().sum(-1)
+
+
+def _run_custom(
+    packed: PackedDatum, graph: CustomLossGraph, output: HeadOutput, seeds: Tensor
+) -> None:
+    """The same for a client's own loss of one datum; the datum's first row gets the loss.
+
+    It runs on the CPU, where an index out of range is an error and not the end of the device.
+    """
+    rows, k = slice(packed.start, packed.end), packed.num_targets
+    given = packed.datum.loss_fn_inputs
+    logprobs = output.target_logprobs[rows, :k].cpu().reshape(given[TARGET_TOKENS].shape)
+    inputs = {}
+    for item in graph.inputs[1:]:
+        tensor = torch.tensor(given[item.name])  # a copy: the array may be read-only
+        inputs[item.name] = tensor.reshape(()) if item.rank == 0 else tensor
+    try:
+        result = run_custom_loss(graph, logprobs, inputs)
+    except TrainingError as error:
+        output.custom[packed] = type(error)(f"data[{packed.index}]: {error}")
+        return
+    output.custom[packed] = result
+    output.loss[packed.start] = result.loss
+    seeds[rows, :k] = result.grad.reshape(-1, k).to(seeds.device)
 
 
 def _backward_chunk(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.custom_loss_graph import CustomLossGraph
 from training.errors import TrainingError
 from training.types import (
     AdamParams,
@@ -51,6 +52,8 @@ class ForwardBackwardJob:
     loss_fn_config: Mapping[str, float] = field(default_factory=dict)
     forward_only: bool = False
     """True computes the same numbers and leaves the accumulated gradient alone."""
+    custom_loss: CustomLossGraph | None = None
+    """What ``loss_fn="custom"`` means; None for the others."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

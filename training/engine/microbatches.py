@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from training.engine.interface import ForwardBackwardJob
 from training.engine.packed import MIN_ROWS
-from training.loss_fns import LOSS_FNS
+from training.loss_fns import CUSTOM, LOSS_FNS
 from training.types import Datum
 
 T = TypeVar("T")
@@ -33,6 +33,17 @@ class PlannedJob:
 
     job: ForwardBackwardJob
     config: Mapping[str, float]
+
+    @property
+    def float_inputs(self) -> tuple[str, ...]:
+        """Inputs with a value for each target; what a custom loss reads, it reads by datum."""
+        loss_fn = self.job.loss_fn
+        return () if loss_fn == CUSTOM else LOSS_FNS[loss_fn].float_inputs
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the loss of a token depends on that token alone."""
+        return self.job.loss_fn != CUSTOM and LOSS_FNS[self.job.loss_fn].is_elementwise
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,18 +78,15 @@ class AdapterSpan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossSpan:
-    """Rows that one loss function with one config speaks about: exactly one datum's, unless the
-    loss is elementwise."""
+    """Rows that one loss function with one config speaks about."""
 
     loss_fn: str
     config: Mapping[str, float]
     num_targets: int
     start: int
     end: int
-
-    @property
-    def is_elementwise(self) -> bool:
-        return LOSS_FNS[self.loss_fn].is_elementwise
+    whole: PackedDatum | None
+    """The one datum of a loss that is not elementwise; None if the rows may be cut anywhere."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,7 +181,7 @@ def _lay_out(items: Iterable[_Item]) -> list[PackedDatum]:
 
 def _make_batch(datums: Sequence[PackedDatum]) -> MicroBatch:
     num_targets = max(packed.num_targets for packed in datums)
-    names = {n for packed in datums for n in LOSS_FNS[packed.planned.job.loss_fn].float_inputs}
+    names = {name for packed in datums for name in packed.planned.float_inputs}
     padding = max(0, MIN_ROWS - datums[-1].end)
     shape = (datums[-1].end + padding, num_targets)
     targets = np.zeros(shape, np.int64)
@@ -193,6 +201,7 @@ def _make_batch(datums: Sequence[PackedDatum]) -> MicroBatch:
                 num_targets=run[0].num_targets,
                 start=run[0].start,
                 end=run[-1].end,
+                whole=None if run[0].planned.is_elementwise else run[0],
             )
             for _, run in _runs(datums, _span_key)
         ],
@@ -213,7 +222,7 @@ def _fill(
     rows, k = slice(packed.start, packed.end), packed.num_targets
     given = packed.datum.loss_fn_inputs
     targets[rows, :k] = given["target_tokens"].reshape(-1, k)
-    for name in LOSS_FNS[packed.planned.job.loss_fn].float_inputs:
+    for name in packed.planned.float_inputs:
         if name in given:
             inputs[name][rows, :k] = given[name].reshape(-1, k)
         else:  # A setting holds for every token. Else it is the weights, when evaluating.
@@ -226,8 +235,7 @@ def _loss_key(planned: PlannedJob) -> tuple[Any, ...]:
 
 def _span_key(packed: PackedDatum) -> tuple[Any, ...]:
     """Neighbours of one key share a loss span."""
-    is_elementwise = LOSS_FNS[packed.planned.job.loss_fn].is_elementwise
-    alone = None if is_elementwise else packed.start
+    alone = None if packed.planned.is_elementwise else packed.start
     return (_loss_key(packed.planned), packed.num_targets, alone)
 
 

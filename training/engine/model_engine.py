@@ -115,8 +115,8 @@ class TorchEngine(Engine):
                 )
             except torch.OutOfMemoryError:
                 return outcome | self._run_smaller(jobs, trains=trains)
-            bad = [planned for planned in jobs if not result.scores[planned].is_finite]
-            outcome |= {planned: NonFiniteResult() for planned in bad}
+            bad = {p: error for p in jobs if (error := result.scores[p].error) is not None}
+            outcome |= bad
             jobs = [planned for planned in jobs if planned not in outcome]
             if not bad or not trains:
                 outcome |= {planned: result.scores[planned].output() for planned in jobs}

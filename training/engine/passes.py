@@ -17,9 +17,11 @@ from torch import Tensor
 from training.engine.adapters import Adapter, AdapterTensors
 from training.engine.attention import SequenceAttention
 from training.engine.base_model import BaseModel
+from training.engine.custom_loss import CustomLossOutput
 from training.engine.head import HeadInputs, HeadOutput, score_targets
 from training.engine.microbatches import MicroBatch, PlannedJob, plan_micro_batches
 from training.engine.packed import PackedContext, Segment
+from training.errors import NonFiniteResult, TrainingError
 from training.types import ForwardBackwardOutput
 
 
@@ -32,16 +34,38 @@ class JobScores:
     losses: list[float]
     """Per datum, summed over its tokens."""
 
+    metric_sums: dict[str, float] = field(default_factory=dict)
+    """Of a custom loss, over the datums, by metric name."""
+    custom_error: TrainingError | None = None
+    """Why a custom loss could not be computed."""
+
     @property
-    def is_finite(self) -> bool:
-        return bool(
-            np.isfinite(self.losses).all()
-            and all(np.isfinite(logprobs).all() for logprobs in self.logprobs)
+    def error(self) -> TrainingError | None:
+        """Why this job has no result, if it has none."""
+        if self.custom_error is not None:
+            return self.custom_error
+        is_finite = np.isfinite(self.losses).all() and all(
+            np.isfinite(logprobs).all() for logprobs in self.logprobs
         )
+        return None if is_finite else NonFiniteResult()
 
     def output(self) -> ForwardBackwardOutput:
         loss = float(sum(self.losses))
-        return ForwardBackwardOutput(loss=loss, logprobs=self.logprobs, metrics={"loss:sum": loss})
+        metrics = {
+            name: total / len(self.losses) if name.endswith(":mean") else total
+            for name, total in self.metric_sums.items()
+        }
+        return ForwardBackwardOutput(
+            loss=loss, logprobs=self.logprobs, metrics={**metrics, "loss:sum": loss}
+        )
+
+    def add_custom(self, result: CustomLossOutput | TrainingError) -> None:
+        """Count in what a custom loss said of one datum."""
+        if isinstance(result, TrainingError):
+            self.custom_error = self.custom_error or result
+            return
+        for name, value in result.metrics.items():
+            self.metric_sums[name] = self.metric_sums.get(name, 0.0) + value
 
 
 @dataclass(kw_only=True, eq=False)
@@ -130,6 +154,8 @@ def _scatter_scores(
             logprobs[rows, : packed.num_targets].reshape(shape).copy()
         )
         job_scores.losses[packed.index] = float(losses[rows].sum())
+        if packed in head.custom:
+            job_scores.add_custom(head.custom[packed])
 
 
 def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:

@@ -13,16 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.custom_loss_graph import CustomLossGraph
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob
-from training.errors import InvalidDatum, InvalidRequest
+from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
 from training.loss_fns import (
+    CUSTOM,
     TARGET_TOKENS,
-    LossFnSpec,
     check_input_names,
     complete_config,
     find_loss_fn,
 )
 from training.types import AdamParams, Datum, LoraConfig
+
+MAX_CUSTOM_STEPS = 200_000
+"""Nodes of a custom loss times datums; each step takes some 30 microseconds."""
 
 
 def check_job(job: ForwardBackwardJob, info: BaseModelInfo) -> dict[str, float]:
@@ -35,9 +39,12 @@ def check_job(job: ForwardBackwardJob, info: BaseModelInfo) -> dict[str, float]:
         InvalidRequest: Unknown loss or config key, or no data.
         InvalidDatum: A datum is wrong.
     """
-    config = complete_config(job.loss_fn, job.loss_fn_config)
     if not job.data:
         raise InvalidRequest("data: empty")
+    if job.loss_fn == CUSTOM and job.custom_loss is not None:
+        _check_custom_job(job, job.custom_loss, info)
+        return {}
+    config = complete_config(job.loss_fn, job.loss_fn_config)
     for i, datum in enumerate(job.data):
         _check_datum(f"data[{i}]", datum, job, config, info)
     return config
@@ -50,7 +57,54 @@ def _check_datum(
     config: Mapping[str, float],
     info: BaseModelInfo,
 ) -> None:
-    tokens = datum.model_input
+    _check_model_input(where, datum.model_input, info)
+    spec, inputs = find_loss_fn(job.loss_fn), datum.loss_fn_inputs
+    check_input_names(job.loss_fn, inputs, where, weights_optional=job.forward_only)
+    where = f"{where}.loss_fn_inputs"
+    targets = inputs[TARGET_TOKENS]
+    _check_tokens(f"{where}.target_tokens", targets, info.vocab_size)
+    num_tokens = len(datum.model_input)
+    _check_targets_shape(f"{where}.target_tokens", targets, num_tokens)
+    if targets.ndim == 2 and not spec.allows_many_targets:
+        raise InvalidDatum(
+            f"{where}.target_tokens: {job.loss_fn} takes one target per token, shape (N,)"
+        )
+    for name in spec.float_inputs:
+        if name in inputs:  # weights may be absent when evaluating
+            _check_values(f"{where}.{name}", inputs[name], targets.shape)
+    if any(name in inputs for name in spec.optional_inputs):
+        _check_thresholds(where, inputs, config)
+
+
+def _check_custom_job(job: ForwardBackwardJob, graph: CustomLossGraph, info: BaseModelInfo) -> None:
+    """What a custom loss reads must be there, of the rank it declared; the rest it leaves alone."""
+    if job.loss_fn_config:
+        name = next(iter(job.loss_fn_config))
+        raise InvalidRequest(f"loss_fn_config.{name[:60]}: unknown for a custom loss")
+    if len(graph.nodes) * len(job.data) > MAX_CUSTOM_STEPS:
+        raise LimitExceeded(
+            f"data: {len(job.data)} datums for a custom loss of {len(graph.nodes)} operations; "
+            f"this server takes {MAX_CUSTOM_STEPS // len(graph.nodes)} in one request"
+        )
+    ranks = {item.name: item.rank for item in graph.inputs[1:]}
+    ranks[TARGET_TOKENS] = graph.inputs[0].rank  # logprobs have the targets' shape
+    for i, datum in enumerate(job.data):
+        _check_model_input(f"data[{i}]", datum.model_input, info)
+        where = f"data[{i}].loss_fn_inputs"
+        for name, rank in ranks.items():
+            if name not in datum.loss_fn_inputs:
+                raise InvalidDatum(f"{where}.{name}: missing, and the custom loss needs it")
+            array = datum.loss_fn_inputs[name]
+            if array.ndim != rank and not (rank == 0 and array.size == 1):
+                raise InvalidDatum(f"{where}.{name}: {array.ndim} dimensions instead of {rank}")
+            if name != TARGET_TOKENS:
+                _check_values(f"{where}.{name}", array, array.shape)
+        targets = datum.loss_fn_inputs[TARGET_TOKENS]
+        _check_tokens(f"{where}.target_tokens", targets, info.vocab_size)
+        _check_targets_shape(f"{where}.target_tokens", targets, len(datum.model_input))
+
+
+def _check_model_input(where: str, tokens: NDArray[Any], info: BaseModelInfo) -> None:
     _check_tokens(f"{where}.model_input", tokens, info.vocab_size)
     if tokens.ndim != 1:
         raise InvalidDatum(f"{where}.model_input: {tokens.ndim} dimensions instead of 1")
@@ -61,17 +115,6 @@ def _check_datum(
             f"{where}.model_input: {len(tokens)} tokens, and the model reads at most"
             f" {info.max_context_tokens}"
         )
-    spec, inputs = find_loss_fn(job.loss_fn), datum.loss_fn_inputs
-    check_input_names(job.loss_fn, inputs, where, weights_optional=job.forward_only)
-    where = f"{where}.loss_fn_inputs"
-    targets = inputs[TARGET_TOKENS]
-    _check_tokens(f"{where}.target_tokens", targets, info.vocab_size)
-    _check_targets_shape(f"{where}.target_tokens", targets, len(tokens), job.loss_fn, spec)
-    for name in spec.float_inputs:
-        if name in inputs:  # weights may be absent when evaluating
-            _check_values(f"{where}.{name}", inputs[name], targets.shape)
-    if any(name in inputs for name in spec.optional_inputs):
-        _check_thresholds(where, inputs, config)
 
 
 def _check_thresholds(
@@ -101,13 +144,9 @@ def _check_tokens(where: str, tokens: NDArray[Any], vocab_size: int) -> None:
         )
 
 
-def _check_targets_shape(
-    where: str, targets: NDArray[Any], num_tokens: int, loss_fn: str, spec: LossFnSpec
-) -> None:
+def _check_targets_shape(where: str, targets: NDArray[Any], num_tokens: int) -> None:
     if targets.ndim not in (1, 2):
         raise InvalidDatum(f"{where}: {targets.ndim} dimensions instead of 1 or 2")
-    if targets.ndim == 2 and not spec.allows_many_targets:
-        raise InvalidDatum(f"{where}: {loss_fn} takes one target per token, shape (N,)")
     if len(targets) != num_tokens:
         raise InvalidDatum(f"{where}: {len(targets)} values for {num_tokens} tokens")
     if targets.size == 0:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from futures.models import Future
 from futures.payload import decode
 from training import payloads
+from training.custom_loss_graph import CustomLossGraph, check_graph
 from training.engine.interface import Engine, ForwardBackwardJob
 from training.errors import TrainingError
 from training.kinds import Kind
+from training.selectors import custom_loss_get
 from training.types import Conversation, Datum, ForwardBackwardOutput
 
 
@@ -40,6 +42,7 @@ def run_passes(engine: Engine, requests: Sequence[tuple[str, Future]]) -> list[P
         payload = decode(bytes(future.payload or b""))
         try:
             data = _render(engine, payload)
+            custom_loss = _custom_loss(payload.get("loss_id"))
         except TrainingError as error:
             answers.append(
                 PassAnswer(future=future, loss_fn=payload["loss_fn"], data=[], output=error)
@@ -53,6 +56,7 @@ def run_passes(engine: Engine, requests: Sequence[tuple[str, Future]]) -> list[P
                 loss_fn=payload["loss_fn"],
                 loss_fn_config=payload["loss_fn_config"],
                 forward_only=future.kind == Kind.FORWARD,
+                custom_loss=custom_loss,
             )
         )
     outputs = iter(zip(jobs, engine.forward_backward(jobs) if jobs else [], strict=True))
@@ -78,3 +82,17 @@ def _render(engine: Engine, payload: payloads.Payload) -> list[Datum]:
                 raise type(error)(f"data[{index}]: {error}") from error
         data.append(item)
     return data
+
+
+def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:
+    """The uploaded loss that a request names; that it may, was checked when it was submitted.
+
+    Its session is part of its id: a replay asks for it from a run of no session.
+
+    Raises:
+        InvalidRequest: It is gone.
+    """
+    if loss_id is None:
+        return None
+    row = custom_loss_get(session_id=loss_id.rpartition(":loss:")[0], loss_id=loss_id)
+    return check_graph(row.name, row.inputs, row.graph)
