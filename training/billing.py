@@ -45,7 +45,8 @@ WITH finished AS (
 SELECT date_trunc('hour', f.finished_at, 'UTC') AS bucket, f.lane_id, f.kind,
        count(*) FILTER (WHERE f.state = 'ready') AS requests,
        coalesce(sum((f.summary->>'tokens')::bigint) FILTER (WHERE f.state = 'ready'), 0) AS tokens,
-       coalesce(sum(f.cost) FILTER (WHERE f.state = 'ready'), 0) AS work,
+       coalesce(sum((f.summary->>'prompt_tokens')::bigint)
+                FILTER (WHERE f.state = 'ready'), 0) AS prompt_tokens,
        coalesce(sum(greatest(t.seconds, 0) * f.cost / t.cost), 0)::float8 AS seconds
 FROM finished f JOIN timed t USING (worker_id, batch)
 WHERE f.owner_id = %(owner_id)s AND f.finished_at >= %(begin)s
@@ -83,10 +84,7 @@ _NOWHERE = Place()
 
 
 def usage_by_hour(*, owner_id: int, begin: datetime, end: datetime) -> list[Usage]:
-    """The owner's usage from ``begin`` until before ``end``, whole hours of UTC, in order.
-
-    The prompt tokens of a sample whose prompt was text are an estimate.
-    """
+    """The owner's usage from ``begin`` until before ``end``, whole hours of UTC, in order."""
     with connection.cursor() as cursor:
         cursor.execute(
             _USAGE,
@@ -100,9 +98,9 @@ def usage_by_hour(*, owner_id: int, begin: datetime, end: datetime) -> list[Usag
         rows = cursor.fetchall()
     places = _places({row[1] for row in rows if row[1]})
     found = []
-    for hour, lane_id, kind, requests, tokens, work, seconds in rows:
+    for hour, lane_id, kind, requests, tokens, prompt_tokens, seconds in rows:
         place = places.get(lane_id, _NOWHERE)
-        for type_, count, share in _parts(kind, int(requests), int(tokens), int(work)):
+        for type_, count, share in _parts(kind, int(requests), int(tokens), int(prompt_tokens)):
             found.append(
                 Usage(
                     hour=hour,
@@ -117,16 +115,18 @@ def usage_by_hour(*, owner_id: int, begin: datetime, end: datetime) -> list[Usag
     return sorted(found, key=lambda usage: (usage.hour, -usage.count))
 
 
-def _parts(kind: str, requests: int, tokens: int, work: int) -> list[tuple[str, int, float]]:
+def _parts(
+    kind: str, requests: int, tokens: int, prompt_tokens: int
+) -> list[tuple[str, int, float]]:
     """Type, count and share of the time."""
     if kind in (Kind.FORWARD, Kind.FORWARD_BACKWARD):
         return [("training", tokens, 1.0)] if tokens else []
     if kind == Kind.SAVE_WEIGHTS:
         return [("checkpoint", requests, 1.0)] if requests else []
-    if kind == Kind.SAMPLE and work + tokens:
-        total = work + tokens
+    if kind == Kind.SAMPLE and prompt_tokens + tokens:
+        total = prompt_tokens + tokens
         return [
-            ("sampling_prefill", work, work / total),
+            ("sampling_prefill", prompt_tokens, prompt_tokens / total),
             ("sampling_sample", tokens, tokens / total),
         ]
     return []

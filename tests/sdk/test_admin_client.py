@@ -210,3 +210,28 @@ def test_storage_is_what_the_listed_checkpoints_take(sdk: SdkClient, work: InPro
     assert item.checkpoint_count == 1
     assert item.size_bytes == Checkpoint.objects.get(name="a").size_bytes
     assert get(sdk, "billing/usage/checkpoints/current?project_id=p").json()["data"] == []
+
+
+def test_a_sample_counts_its_prompt_and_its_own_tokens(
+    sdk: SdkClient, work: InProcessWorker
+) -> None:
+    model_id = sdk.model()
+    sdk.post("save_weights_for_sampler", model_id=model_id, seq_id=1, sampling_session_seq_id=0)
+    work()
+    sampler_id = f"{model_id.partition(':')[0]}:sample:0"
+    sdk.post(
+        "asample",
+        sampling_session_id=sampler_id,
+        seq_id=0,
+        num_samples=2,
+        prompt={"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]},
+        sampling_params={"max_tokens": 4, "stop": []},
+    )
+    work()
+
+    counted = {
+        event.event_info.type: event.event_info.token_count
+        for event in usage(sdk).data
+        if event.event_info.type.startswith("sampling")
+    }
+    assert counted == {"sampling_prefill": 3, "sampling_sample": 8}
