@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812  # as everyone writes it
 from training.custom_loss_graph import check_graph
 from training.custom_loss_ops import FUNCTIONS, METHODS
 from training.engine import custom_loss
-from training.engine.custom_loss import run_custom_loss
+from training.engine.custom_loss import Work, run_custom_loss
 from training.engine.interface import ForwardBackwardJob
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded, NonFiniteResult
 from training.types import LoraConfig
@@ -155,6 +155,7 @@ def test_a_traced_loss_computes_what_its_function_computes(function):
         graph_of(function, *names),
         values["logprobs"],
         {name: values[name] for name in names[1:]},
+        Work(),
     )
     leaf = values["logprobs"].clone().requires_grad_()
     loss, metrics = function(*(values | {"logprobs": leaf}).values())
@@ -184,7 +185,7 @@ def too_large_inside(logprobs, many):
 
 def too_much_work(logprobs, many):
     square = many.unsqueeze(0) * many.unsqueeze(1)
-    return logprobs.sum() + (square @ square).sum(), {}
+    return logprobs.sum() + (square @ square @ square @ square).sum(), {}
 
 
 def number_without_end(logprobs):
@@ -198,15 +199,29 @@ def number_without_end(logprobs):
         (too_large, LimitExceeded, "node expand (expand): 12000000000 elements"),
         (too_large_to_make, LimitExceeded, "node zeros (torch.zeros): 1200000000000 elements"),
         (too_large_inside, LimitExceeded, "node mse_loss (torch.nn.functional.mse_loss): 25000000"),
-        (too_much_work, LimitExceeded, "node matmul (operator.matmul): more than"),
+        (too_much_work, LimitExceeded, "node matmul_2 (operator.matmul): more than"),
         (number_without_end, InvalidRequest, "node mul_1 (operator.mul): the result is no number"),
     ],
 )
-def test_what_would_grow_too_large_is_refused_before_it_runs(function, error, message):
-    size = 2500 if function is too_much_work else 5000
+def test_what_would_grow_too_large_is_refused_before_it_runs(function, error, message, monkeypatch):
+    size = 5000
+    if function is too_much_work:
+        size = 20
+        monkeypatch.setattr(custom_loss, "MAX_MULTIPLICATIONS", 3 * size**3 - 1)
     with pytest.raises(error) as refusal:
-        run_custom_loss(traced(function), draw("logprobs"), {"many": torch.ones(size)})
+        run_custom_loss(traced(function), draw("logprobs"), {"many": torch.ones(size)}, Work())
     assert str(refusal.value).startswith(f"custom loss {function.__name__!r}, {message}")
+
+
+def test_the_datums_of_a_request_share_its_limit(trained, make_datum, monkeypatch):
+    graph = traced(weighted)
+    data = [make_datum(5), make_datum(7), make_datum(7)]
+    monkeypatch.setattr(custom_loss, "MAX_WORK", 20)
+    engine = trained()
+    first, failed = engine.forward_backward([custom_job(graph, data[:2]), custom_job(graph, data)])
+    assert first.loss
+    assert isinstance(failed, LimitExceeded)
+    assert str(failed).endswith("more than 20 elements in all for a request")
 
 
 def no_scalar(logprobs):
@@ -251,7 +266,9 @@ def shapes_that_do_not_fit(logprobs):
 )
 def test_a_loss_that_goes_wrong_says_where(function, error, message):
     with pytest.raises(error) as refusal:
-        run_custom_loss(traced(function), draw("logprobs"), {"advantages": draw("advantages")})
+        run_custom_loss(
+            traced(function), draw("logprobs"), {"advantages": draw("advantages")}, Work()
+        )
     assert str(refusal.value).startswith(f"custom loss {function.__name__!r}")
     assert message in str(refusal.value)
 

@@ -26,8 +26,10 @@ MAX_ELEMENTS = 2**24
 """Of one intermediate value."""
 MAX_TOTAL_ELEMENTS = 2**26
 """Of all intermediate values of one datum together; autograd keeps them."""
-MAX_MULTIPLICATIONS = 2**33
-"""Of all matrix products of one datum together."""
+MAX_WORK = 2**30
+"""Elements of all intermediate values of one request together; some seconds of one CPU."""
+MAX_MULTIPLICATIONS = 2**35
+"""Of all matrix products of one request together; some seconds likewise."""
 
 _Value = Any
 """A tensor, a number, a size, a dtype, a device, or a tuple of these."""
@@ -35,6 +37,14 @@ _Value = Any
 
 class _Refused(Exception):
     """Why an operation may not run as it was called; its caller names the node."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Work:
+    """What the datums of one request have cost so far."""
+
+    num_elements: int = 0
+    num_multiplications: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,13 +59,14 @@ class CustomLossOutput:
 
 
 def run_custom_loss(
-    graph: CustomLossGraph, logprobs: Tensor, inputs: Mapping[str, Tensor]
+    graph: CustomLossGraph, logprobs: Tensor, inputs: Mapping[str, Tensor], work: Work
 ) -> CustomLossOutput:
     """Value, gradient and metrics of one datum.
 
     Args:
         logprobs: (N,) or (N, K) float32, in nats.
         inputs: The graph's other inputs by name, on the same device.
+        work: The request's; counted on.
 
     Raises:
         InvalidRequest: An operation cannot take what it is given, or the loss is no scalar that
@@ -65,7 +76,7 @@ def run_custom_loss(
     """
     leaf = logprobs.detach().requires_grad_()
     with torch.enable_grad():
-        values = _Run(graph, leaf, inputs).values()
+        values = _Run(graph, leaf, inputs, work).values()
         loss = values[graph.loss]
         where = f"custom loss {graph.name!r}"
         if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
@@ -95,14 +106,14 @@ class _Run:
     """One datum's way through the graph."""
 
     def __init__(
-        self, graph: CustomLossGraph, logprobs: Tensor, inputs: Mapping[str, Tensor]
+        self, graph: CustomLossGraph, logprobs: Tensor, inputs: Mapping[str, Tensor], work: Work
     ) -> None:
         self._graph = graph
         self._given = {**inputs, "logprobs": logprobs}
         self._device = logprobs.device
         self._values: dict[str, _Value] = {}
         self._num_elements = 0
-        self._num_multiplications = 0
+        self._work = work
 
     def values(self) -> dict[str, _Value]:
         """Every node's value by name."""
@@ -158,9 +169,9 @@ class _Run:
             LimitExceeded: It is too much.
         """
         if function in _PRODUCTS:
-            self._num_multiplications += _PRODUCTS[function](args)
-            if self._num_multiplications > MAX_MULTIPLICATIONS:
-                raise LimitExceeded(f"more than {MAX_MULTIPLICATIONS} multiplications for a datum")
+            self._work.num_multiplications += _PRODUCTS[function](args)
+            if self._work.num_multiplications > MAX_MULTIPLICATIONS:
+                raise LimitExceeded(f"more than {MAX_MULTIPLICATIONS} multiplications in a request")
         if function in _BROADCASTING:
             self._count(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)).numel())
         if _is_selection(function, args):
@@ -174,10 +185,13 @@ class _Run:
 
     def _count(self, num_elements: int) -> None:
         self._num_elements += num_elements
+        self._work.num_elements += num_elements
         if num_elements > MAX_ELEMENTS:
             raise LimitExceeded(f"{num_elements} elements; a value may have {MAX_ELEMENTS}")
         if self._num_elements > MAX_TOTAL_ELEMENTS:
             raise LimitExceeded(f"more than {MAX_TOTAL_ELEMENTS} elements in all for a datum")
+        if self._work.num_elements > MAX_WORK:
+            raise LimitExceeded(f"more than {MAX_WORK} elements in all for a request")
 
     def _decoded(self, value: Any) -> _Value:
         """An argument from the form in which it travels."""

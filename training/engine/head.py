@@ -22,10 +22,10 @@ from torch.nn.functional import pad
 
 from training.custom_loss_graph import CustomLossGraph
 from training.engine.base_model import BaseModel
-from training.engine.custom_loss import CustomLossOutput, run_custom_loss
+from training.engine.custom_loss import CustomLossOutput, Work, run_custom_loss
 from training.engine.lora import add_product
 from training.engine.losses import LOSSES, LossInputs
-from training.engine.microbatches import LossSpan, PackedDatum
+from training.engine.microbatches import LossSpan, PackedDatum, PlannedJob
 from training.engine.packed import MIN_ROWS, Segment
 from training.errors import TrainingError
 from training.loss_fns import LOSS_FNS, TARGET_TOKENS
@@ -43,6 +43,8 @@ class HeadInputs:
     inputs: Mapping[str, Tensor]
     """(T, K) float32 by name"""
     loss_spans: Sequence[LossSpan]
+    work: Mapping[PlannedJob, Work]
+    """What jobs with custom losses have cost so far, in earlier micro-batches too."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +95,7 @@ def score_targets(
         if graph is None:
             _differentiate(span, slice(span.start, span.end), inputs, output, seeds)
         else:
-            _run_custom(span.whole, graph, output, seeds)
+            _run_custom(span.whole, graph, inputs, output, seeds)
     elementwise = [span for span in inputs.loss_spans if span.whole is None]
     for rows in chunks:
         chunk = _Chunk.of(base_model, hidden, segments, rows)
@@ -162,7 +164,11 @@ def _differentiate(
 
 
 def _run_custom(
-    packed: PackedDatum, graph: CustomLossGraph, output: HeadOutput, seeds: Tensor
+    packed: PackedDatum,
+    graph: CustomLossGraph,
+    inputs: HeadInputs,
+    output: HeadOutput,
+    seeds: Tensor,
 ) -> None:
     """The same for a client's own loss of one datum; the datum's first row gets the loss.
 
@@ -171,12 +177,12 @@ def _run_custom(
     rows, k = slice(packed.start, packed.end), packed.num_targets
     given = packed.datum.loss_fn_inputs
     logprobs = output.target_logprobs[rows, :k].cpu().reshape(given[TARGET_TOKENS].shape)
-    inputs = {}
+    values = {}
     for item in graph.inputs[1:]:
         tensor = torch.tensor(given[item.name])  # a copy: the array may be read-only
-        inputs[item.name] = tensor.reshape(()) if item.rank == 0 else tensor
+        values[item.name] = tensor.reshape(()) if item.rank == 0 else tensor
     try:
-        result = run_custom_loss(graph, logprobs, inputs)
+        result = run_custom_loss(graph, logprobs, values, inputs.work[packed.planned])
     except TrainingError as error:
         output.custom[packed] = type(error)(f"data[{packed.index}]: {error}")
         return

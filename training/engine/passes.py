@@ -17,7 +17,7 @@ from torch import Tensor
 from training.engine.adapters import Adapter, AdapterTensors
 from training.engine.attention import SequenceAttention
 from training.engine.base_model import BaseModel
-from training.engine.custom_loss import CustomLossOutput
+from training.engine.custom_loss import CustomLossOutput, Work
 from training.engine.head import HeadInputs, HeadOutput, score_targets
 from training.engine.microbatches import MicroBatch, PlannedJob, plan_micro_batches
 from training.engine.packed import PackedContext, Segment
@@ -101,6 +101,7 @@ def run_pass(
             adapter = adapters[name]
             zeros = torch.zeros_like(adapter.grad.flat)
             result.grads[name] = AdapterTensors(adapter.layout, zeros)
+    work = {planned: Work() for planned in jobs}
     for batch in plan_micro_batches(jobs, token_budget):
         segments = [
             Segment(
@@ -112,13 +113,16 @@ def run_pass(
             for span in batch.adapter_spans
         ]
         with torch.set_grad_enabled(trains):
-            head = _run_micro_batch(base_model, batch, segments)
+            head = _run_micro_batch(base_model, batch, segments, work)
         _scatter_scores(batch, head, result.scores)
     return result
 
 
 def _run_micro_batch(
-    base_model: BaseModel, batch: MicroBatch, segments: Sequence[Segment]
+    base_model: BaseModel,
+    batch: MicroBatch,
+    segments: Sequence[Segment],
+    work: Mapping[PlannedJob, Work],
 ) -> HeadOutput:
     context = PackedContext(segments=segments, attention=SequenceAttention(batch.lengths))
     hidden = base_model.hidden_states(
@@ -134,6 +138,7 @@ def _run_micro_batch(
             targets=_to_device(batch.targets, base_model.device),
             inputs={n: _to_device(v, base_model.device) for n, v in batch.inputs.items()},
             loss_spans=batch.loss_spans,
+            work=work,
         ),
     )
     if hidden.requires_grad:

@@ -25,8 +25,8 @@ from training.loss_fns import (
 )
 from training.types import AdamParams, Datum, LoraConfig
 
-MAX_CUSTOM_STEPS = 200_000
-"""Nodes of a custom loss times datums; each step takes some 30 microseconds."""
+MAX_CUSTOM_STEPS = 100_000
+"""Nodes of a custom loss times datums; a step on a few numbers takes about 100 microseconds."""
 
 
 def check_job(job: ForwardBackwardJob, info: BaseModelInfo) -> dict[str, float]:
