@@ -11,6 +11,7 @@ urlpatterns = [
     path("docs/<slug:name>", manual.page, name="docs-page"),
     path("", include("tinkerapi.api.urls")),
     path("api/v1/", include("tinkerapi.api.sdk.urls")),
+    path("v1/", include("tinkerapi.api.openai.urls")),
 ]
 
 handler400 = "tinkerapi.api.errors.bad_request"

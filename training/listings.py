@@ -77,6 +77,12 @@ def newest_checkpoints(runs: Iterable[Run]) -> dict[tuple[str, str], Checkpoint]
     return {(checkpoint.run_id, checkpoint.kind): checkpoint for checkpoint in newest}
 
 
+def samplers_listed(owner_id: int) -> list[Checkpoint]:
+    """The owner's checkpoints that can be sampled from by their path, newest first."""
+    found = checkpoints_kept().filter(LISTED, run__owner_id=owner_id, kind=Checkpoint.Kind.SAMPLER)
+    return list(found.select_related("run__owner").order_by("-created_at", "-id"))
+
+
 def checkpoints_of_run(*, owner_id: int, run_name: str) -> list[Checkpoint]:
     """All listed checkpoints of the owner's runs of this name.
 

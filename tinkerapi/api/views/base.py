@@ -97,7 +97,7 @@ class OperationView(ApiView):
     ) -> HttpResponse | Awaitable[HttpResponse]:
         """Submit a checked body and answer as the route says."""
         owner_id = owner_of(request)
-        submission = self.submit(body, owner_id=owner_id, idempotency_key=_idempotency_key(request))
+        submission = self.submit(body, owner_id=owner_id, idempotency_key=idempotency_key_of(request))
         future, model_id = submission.future, submission.model_id
         if not self.waits:
             return JSONResponse({"request_id": future.id, "model_id": model_id})
@@ -111,7 +111,8 @@ def owner_of(request: Request) -> int:
     return cast(int, request.user.pk)
 
 
-def _idempotency_key(request: Request) -> str | None:
+def idempotency_key_of(request: Request) -> str | None:
+    """The client's own name of this request: a repeat returns the first future."""
     key = request.headers.get("Idempotency-Key")
     if key is None:
         return None

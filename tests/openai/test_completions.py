@@ -1,0 +1,183 @@
+"""Completions and chat completions through the official client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+from tests.conftest import ApiClient
+from tests.openai.conftest import OpenAIUser
+from tinkerapi.api.openai.options import CHAT_FIELDS, COMPLETION_FIELDS
+from training.base_models import base_model_get
+
+MODEL = base_model_get(None).name
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+def complete(user: OpenAIUser, /, **more: Any) -> Any:
+    fields = {"model": MODEL, "prompt": "hello", "seed": 7, **more}
+    return user(lambda client: client.completions.create(**fields))
+
+
+def chat(user: OpenAIUser, /, **more: Any) -> Any:
+    fields = {"model": MODEL, "messages": HELLO, "seed": 7, **more}
+    return user(lambda client: client.chat.completions.create(**fields))
+
+
+def sampled(api: ApiClient, **more: Any) -> Any:
+    """The quick reference's answer to the same question."""
+    params = {"seed": 7, **more.pop("sampling_params", {})}
+    answer = api.post("/api/v1/sample", base_model=MODEL, sampling_params=params, **more)
+    assert answer.status_code == 200, answer.content
+    return answer.json()
+
+
+def test_a_completion_is_what_sampling_says(user, served_api):
+    completion = complete(user, n=2, max_tokens=9)
+    sample = sampled(served_api, prompt="hello", num_samples=2, sampling_params={"max_tokens": 9})
+
+    assert completion.id.startswith("future_")
+    assert (completion.object, completion.model) == ("text_completion", MODEL)
+    assert [choice.text for choice in completion.choices] == sample["completions"]
+    assert [choice.index for choice in completion.choices] == [0, 1]
+    reasons = [sequence["stop_reason"] for sequence in sample["sequences"]]
+    assert [choice.finish_reason for choice in completion.choices] == reasons
+    num_tokens = sum(len(sequence["tokens"]) for sequence in sample["sequences"])
+    assert completion.usage.prompt_tokens == len("hello")
+    assert completion.usage.completion_tokens == num_tokens
+    assert completion.usage.total_tokens == len("hello") + num_tokens
+
+
+def test_several_prompts_of_either_kind_make_their_choices_in_order(user):
+    both = complete(user, prompt=["hello", "yes"], n=2)
+    tokens = complete(user, prompt=[list(b"hello"), list(b"yes")], n=2)
+    alone = complete(user, prompt=list(b"yes"), n=2)
+
+    texts = [choice.text for choice in both.choices]
+    assert [choice.text for choice in tokens.choices] == texts
+    assert [choice.text for choice in alone.choices] == texts[2:]
+    assert both.usage.prompt_tokens == len("helloyes")
+    assert max(len(text) for text in texts) <= 16  # a completion's own default
+
+
+def test_a_chat_completion_is_what_sampling_says(user, served_api):
+    completion = chat(user, max_completion_tokens=12, temperature=0.5, top_p=0.9)
+    sample = sampled(
+        served_api,
+        messages=HELLO,
+        sampling_params={"max_tokens": 12, "temperature": 0.5, "top_p": 0.9},
+    )
+
+    [choice] = completion.choices
+    assert completion.object == "chat.completion"
+    assert (choice.message.role, choice.message.content) == ("assistant", sample["generated_text"])
+    assert choice.finish_reason == sample["sequences"][0]["stop_reason"]
+    assert completion.usage.completion_tokens == len(sample["sequences"][0]["tokens"])
+
+
+def test_text_parts_and_a_message_of_the_client_are_messages(user):
+    said = chat(user).choices[0].message
+    longer = [*HELLO, said.model_dump(), {"role": "user", "content": "more"}]
+    parts = [
+        *HELLO,
+        {"role": "assistant", "content": said.content},
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("mo", "re")]},
+    ]
+
+    assert chat(user, messages=longer).choices == chat(user, messages=parts).choices
+
+
+def test_a_stop_string_ends_a_choice_and_is_not_in_it(user):
+    whole = complete(user, max_tokens=30).choices[0].text
+    stop = whole[3:5]
+
+    for value in (stop, [stop, "\n\n"]):
+        [choice] = complete(user, max_tokens=30, stop=value).choices
+        assert choice.text == whole.partition(stop)[0]
+        assert choice.finish_reason == "stop"
+    assert complete(user, max_tokens=30, stop=[]).choices[0].text == whole
+
+
+def test_log_probabilities_are_those_of_the_sampled_tokens(user, served_api):
+    sample = sampled(served_api, messages=HELLO, sampling_params={"max_tokens": 40})
+    content = chat(user, max_tokens=40, logprobs=True).choices[0].logprobs.content
+    prompt = [*b"user: hello", 256, *b"assistant: "]
+    logprobs = complete(user, prompt=prompt, max_tokens=40, logprobs=0).choices[0].logprobs
+
+    [sequence] = sample["sequences"]
+    values = sequence["logprobs"]
+    assert [item.logprob for item in content] == pytest.approx(values)
+    assert logprobs.token_logprobs == pytest.approx(values)
+    texts = ["<end>" if token == 256 else chr(token) for token in sequence["tokens"]]
+    assert [item.token for item in content] == logprobs.tokens == texts
+    assert [bytes(item.bytes).decode() for item in content] == texts
+    assert [sample["generated_text"][offset : offset + 1] for offset in logprobs.text_offset] == [
+        "" if text == "<end>" else text for text in texts
+    ]
+    assert complete(user).choices[0].logprobs is None
+
+
+REFUSED: list[Any] = [
+    (chat, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    (chat, {"response_format": {"type": "json_object"}}, "response_format"),
+    (chat, {"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
+    (chat, {"presence_penalty": 0.5}, "presence_penalty"),
+    (chat, {"reasoning_effort": "high"}, "reasoning_effort"),
+    (chat, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    (chat, {"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
+    (chat, {"messages": []}, "messages"),
+    (chat, {"stream_options": {"include_usage": True}}, "stream_options"),
+    (chat, {"extra_body": {"top_k": 3}}, "top_k"),
+    (complete, {"best_of": 3}, "best_of"),
+    (complete, {"echo": True}, "echo"),
+    (complete, {"suffix": "."}, "suffix"),
+    (complete, {"logit_bias": {"7": 1}}, "logit_bias"),
+    (complete, {"temperature": -1}, "temperature"),
+    (complete, {"n": 0}, "n"),
+    (complete, {"logprobs": 2}, "logprobs"),
+    (complete, {"prompt": []}, "prompt"),
+    (complete, {"prompt": ["fine", 7]}, "prompt[1]"),
+    (complete, {"prompt": [999]}, "prompt"),  # found by the worker: not in its vocabulary
+]
+
+
+def test_what_is_not_honoured_is_refused_by_name(user):
+    for create, fields, param in REFUSED:
+        with pytest.raises(openai.BadRequestError) as refused:
+            create(user, **fields)
+
+        assert refused.value.param == param
+        assert refused.value.type == "invalid_request_error"
+        assert param in refused.value.message
+
+
+def test_what_asks_for_nothing_is_accepted(user):
+    off = {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "response_format": {"type": "text"},
+        "tools": [],
+        "store": False,
+        "user": "someone",
+    }
+
+    assert chat(user, **off).choices == chat(user).choices
+    assert complete(user, n=2, best_of=2, echo=False).choices == complete(user, n=2).choices
+
+
+@pytest.mark.parametrize(
+    ("params", "fields"),
+    [
+        (completion_create_params, COMPLETION_FIELDS),
+        (chat_create_params, CHAT_FIELDS),
+    ],
+)
+def test_every_field_of_the_official_client_is_in_the_tables(params, fields):
+    known = set(params.CompletionCreateParamsBase.__annotations__)
+    known |= set(params.CompletionCreateParamsStreaming.__annotations__)
+
+    assert known == set(fields)

@@ -1,0 +1,90 @@
+"""What the OpenAI-compatible views share: the error shape, and what a client may send again.
+
+Statuses come from the one table in ``tinkerapi.api.errors``; only the body's shape is OpenAI's:
+``{"error": {"message", "type", "param", "code"}}``. OpenAI's clients send 408, 409, 429 and 5xx
+again unless ``x-should-retry`` says no; where the same request would fail the same way, it does.
+"""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from django.http import HttpResponse
+from rest_framework.exceptions import APIException
+
+from futures.models import Future
+from futures.transitions import Category, State
+from tinkerapi.api.async_view import AsyncAPIView
+from tinkerapi.api.renderers import JSONResponse
+
+_PARAM = re.compile(r"([a-z][\w.\[\]]*): ")
+"""The field that a message is about."""
+
+
+class ModelNotFound(APIException):
+    """No such model; another owner's answers the same."""
+
+    status_code = HTTPStatus.NOT_FOUND
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"model: {model[:200]!r} does not exist, or it is not yours")
+
+
+class SampleFailed(APIException):
+    """An accepted request that has failed, or that took too long to wait for."""
+
+    def __init__(self, status: int, detail: str, error_code: str) -> None:
+        super().__init__(detail)
+        self.status_code = status
+        self.error_code = error_code
+
+
+def sample_failed(future: Future) -> SampleFailed:
+    """What a future that ended without a result raises."""
+    if future.state == State.CANCELLED:
+        return SampleFailed(
+            HTTPStatus.CONFLICT, "The request was cancelled before it began.", "FutureCancelled"
+        )
+    is_users = future.category == Category.USER
+    status = HTTPStatus.BAD_REQUEST if is_users else HTTPStatus.INTERNAL_SERVER_ERROR
+    return SampleFailed(status, future.error, future.error_code or "ServerError")
+
+
+class OpenAIView(AsyncAPIView):
+    """A view with OpenAI's errors; it is not in the OpenAPI description."""
+
+    schema = None
+
+    def handle_exception(self, exc: Exception) -> Any:
+        planned: HttpResponse = super().handle_exception(exc)
+        body = orjson.loads(planned.content)
+        code = exc.error_code if isinstance(exc, SampleFailed) else body["error_code"]
+        response = JSONResponse(
+            error_body(planned.status_code, body["detail"], code), status=planned.status_code
+        )
+        for header in ("WWW-Authenticate", "Retry-After"):
+            if header in planned:
+                response[header] = planned[header]
+        if isinstance(exc, SampleFailed):
+            response["x-should-retry"] = "false"
+        return response
+
+
+def error_body(status: int, message: str, code: str) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    if status == HTTPStatus.UNAUTHORIZED:
+        code = "invalid_api_key"
+    elif code == ModelNotFound.__name__:
+        code = "model_not_found"
+    param = _PARAM.match(message)
+    return {
+        "error": {
+            "message": message,
+            "type": "invalid_request_error" if status < 500 else "server_error",
+            "param": param[1] if param else None,
+            "code": code,
+        }
+    }

@@ -1,0 +1,176 @@
+"""OpenAI's endpoints: models, completions, chat completions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Awaitable, Mapping
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from django.conf import settings
+from django.http import HttpResponse, HttpResponseBase
+from rest_framework.request import Request
+
+from futures.hub import future_wait
+from futures.models import Future
+from futures.transitions import State
+from tinkerapi.api.answers import LARGE_RESULT_BYTES
+from tinkerapi.api.async_view import in_database_thread
+from tinkerapi.api.fields import Field, check_object
+from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
+from tinkerapi.api.openai.base import ModelNotFound, OpenAIView, SampleFailed, sample_failed
+from tinkerapi.api.openai.options import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    Options,
+    chat_options,
+    completion_options,
+)
+from tinkerapi.api.parsers import json_object
+from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.views.base import idempotency_key_of, owner_of
+from training.base_models import base_model_get, base_models
+from training.errors import BaseModelNotFound, CheckpointNotFound, InvalidRequest
+from training.listings import samplers_listed
+from training.models import Checkpoint
+from training.paths import TinkerPath
+from training.selectors import checkpoint_get, checkpoint_path
+from training.services import sample_submit
+
+BASE_MODEL_CREATED = 0  # nobody knows
+BASE_MODEL_OWNER = "tinkerapi"
+
+
+class ModelListView(OpenAIView):
+    """List what can be sampled from: base models, then your sampler checkpoints, newest first."""
+
+    def get(self, request: Request) -> HttpResponse:
+        entries = [_base_model_entry(model.name) for model in base_models()]
+        entries += map(_checkpoint_entry, samplers_listed(owner_of(request)))
+        return JSONResponse({"object": "list", "data": entries})
+
+
+class ModelView(OpenAIView):
+    """Describe one model."""
+
+    def get(self, request: Request, model: str) -> HttpResponse:
+        path = _model_path(model)
+        try:
+            if path is None:
+                return JSONResponse(_base_model_entry(base_model_get(model).name))
+            found = checkpoint_get(owner_id=owner_of(request), path=path)
+        except (BaseModelNotFound, CheckpointNotFound):
+            raise ModelNotFound(model) from None
+        return JSONResponse({**_checkpoint_entry(found), "id": model})
+
+
+class SamplingView(OpenAIView):
+    """A request for text."""
+
+    fields: ClassVar[Mapping[str, Field]]
+    form: ClassVar[AnswerForm]
+
+    @abstractmethod
+    def options_of(self, body: Mapping[str, Any]) -> Options:
+        """What a checked body asks for."""
+
+    def post(self, request: Request) -> Awaitable[HttpResponseBase]:
+        body = check_object(self.fields, json_object(request._request))
+        options = self.options_of(body)
+        if options.stream:
+            raise InvalidRequest("stream: this server does not stream yet")
+        owner_id = owner_of(request)
+        path = _model_path(options.model)
+        try:
+            future = sample_submit(
+                owner_id=owner_id,
+                model_id=None,
+                base_model=None if path else options.model,
+                model_path=str(path) if path else None,
+                prompts=options.prompts,
+                num_samples=options.num_samples,
+                sampling_params=options.sampling_params,
+                token_texts=options.logprobs,
+                idempotency_key=idempotency_key_of(request),
+            ).future
+        except (BaseModelNotFound, CheckpointNotFound):
+            raise ModelNotFound(options.model) from None
+        return self._answer(future, options, owner_id=owner_id)
+
+    async def _answer(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
+        """Wait without a thread and without a connection; a client that leaves loses nothing."""
+        final = await future_wait(
+            future.id, owner_id=owner_id, timeout_seconds=settings.SYNC_TIMEOUT_SECONDS
+        )
+        if final is None:
+            raise SampleFailed(
+                HTTPStatus.GATEWAY_TIMEOUT,
+                f"Not finished after {settings.SYNC_TIMEOUT_SECONDS} s; it goes on, and "
+                f"/retrieve_future has its result under {future.id}.",
+                "Timeout",
+            )
+        if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
+            return await in_database_thread(self._finished, final, options)
+        return self._finished(final, options)
+
+    def _finished(self, future: Future, options: Options) -> JSONResponse:
+        if future.state != State.READY:
+            raise sample_failed(future)
+        return JSONResponse(
+            self.form.answer(future, model=options.model, logprobs=options.logprobs)
+        )
+
+
+class CompletionView(SamplingView):
+    """Continue text or tokens."""
+
+    fields = COMPLETION_FIELDS
+    form = CompletionForm()
+
+    def options_of(self, body: Mapping[str, Any]) -> Options:
+        return completion_options(body)
+
+
+class ChatCompletionView(SamplingView):
+    """Continue a conversation as the assistant."""
+
+    fields = CHAT_FIELDS
+    form = ChatForm()
+
+    def options_of(self, body: Mapping[str, Any]) -> Options:
+        return chat_options(body)
+
+
+def _model_path(model: str) -> TinkerPath | None:
+    """The sampler path that a model's name is, or None if it can only be a base model.
+
+    Raises:
+        ModelNotFound: A path of another kind, or of another form. (404)
+    """
+    if not model.startswith("tinker://"):
+        return None
+    try:
+        path = TinkerPath.parse(model, field="model")
+    except InvalidRequest:
+        raise ModelNotFound(model) from None
+    if path.kind != Checkpoint.Kind.SAMPLER:
+        raise ModelNotFound(model)
+    return path
+
+
+def _base_model_entry(name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": BASE_MODEL_CREATED,
+        "owned_by": BASE_MODEL_OWNER,
+    }
+
+
+def _checkpoint_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "id": str(checkpoint_path(checkpoint)),
+        "object": "model",
+        "created": int(checkpoint.created_at.timestamp()),
+        "owned_by": checkpoint.run.owner.get_username(),
+    }
