@@ -18,6 +18,7 @@ from training.types import (
     Message,
     Prompt,
     SamplingParams,
+    ScoringParams,
 )
 
 Payload = dict[str, Any]
@@ -86,6 +87,20 @@ def sampling_params_to_payload(params: SamplingParams) -> Payload:
 def sampling_params_from_payload(item: Mapping[str, Any]) -> SamplingParams:
     stop = item["stop"]
     return SamplingParams(**{**item, "stop": None if stop is None else tuple(stop)})
+
+
+def scoring_params_to_payload(params: ScoringParams) -> Payload:
+    """Only what was asked for; nothing asked is an empty dictionary."""
+    asked = vars(params).items()
+    return {
+        name: value
+        for name, value in asked
+        if not (value is None or (type(value) is int and not value))
+    }
+
+
+def scoring_params_from_payload(item: Mapping[str, Any]) -> ScoringParams:
+    return ScoringParams(**item)
 
 
 def data_cost(data: Sequence[Conversation | Datum]) -> int:

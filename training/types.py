@@ -99,6 +99,56 @@ class SamplingParams:
     top_p: float = 1.0
 
 
+NO_DATA_LOGPROB = -99999.0
+"""With token id 0: a cell of ``TopLogprobs`` that holds nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoringParams:
+    """Which log-probabilities a sample returns besides those of its tokens and of its prompt's.
+
+    P is the prompt's length. What speaks of the P - 1 positions after the first begins at
+    position 1.
+    """
+
+    prompt_logprobs_last_n: int | None = None
+    """Score only so many of the prompt's last tokens; None all but the first."""
+    topk_prompt_logprobs: int = 0
+    """So many of the likeliest tokens at each scored prompt position."""
+    topk_sample_logprobs: int = 0
+    """And at each sampled position, of the tempered distribution."""
+    target_prompt_logprobs: NDArray[np.int64] | None = None
+    """(P - 1, K) token ids to score; -1 asks for nothing."""
+    target_indices: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    """(P,) crow and (n,) col indices, if the answer is to be a CSR array like the request."""
+    prompt_alt_tokens_k: int = 0
+    """So many tokens drawn at each prompt position, at the request's temperature."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TopLogprobs:
+    """The k likeliest tokens at each of L positions, likeliest first."""
+
+    token_ids: NDArray[np.int32]
+    """(L, k); 0 where there is no data."""
+    logprobs: NDArray[np.float32]
+    """(L, k); ``NO_DATA_LOGPROB`` where there is no data."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptScores:
+    """What ``ScoringParams`` asked of a prompt of P tokens; None what was not asked for."""
+
+    logprobs: NDArray[np.float32] | None = None
+    """(P,) of its own tokens; NaN where not scored, and at the first always."""
+    top: TopLogprobs | None = None
+    """(P, k)"""
+    target_logprobs: NDArray[np.float32] | None = None
+    """(P - 1, K); 0 where nothing was asked for."""
+    alternatives: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
+    """(P - 1, k) drawn tokens and their log-probabilities."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampledSequence:
     """One completion."""
@@ -111,6 +161,8 @@ class SampledSequence:
     """``stop`` or ``length``."""
     text: str = ""
     """The tokens as text, without special tokens and without a matched stop string."""
+    top: TopLogprobs | None = None
+    """The likeliest tokens at each position, if asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

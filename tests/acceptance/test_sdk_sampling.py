@@ -135,3 +135,45 @@ report(number=len(texts), same=texts[:100] == texts[100:], different=len(set(map
     assert facts["polls"] > 0
     assert facts["same"]
     assert facts["different"] > 50
+
+
+def test_every_score_can_be_asked_for_and_agrees_with_compute_logprobs(sdk_server: Server) -> None:
+    facts = run_script(
+        sdk_server,
+        _PROLOGUE
+        + """
+import torch
+
+client = service.create_sampling_client(base_model=BASE_MODEL)
+ids = torch.full((3, 2), -1, dtype=torch.int64)
+ids[0, 1], ids[2, 0] = 6, 8  # the prompt's own tokens at 1 and 3
+forms = {
+    "dense": types.TensorData.from_torch(ids),
+    "sparse": types.TensorData.from_torch_sparse(ids, pad_value=-1),
+}
+for name, target in forms.items():
+    result = client.sample(
+        prompt=prompt, num_samples=1, sampling_params=params(temperature=0.0),
+        include_prompt_logprobs=True, prompt_logprobs_last_n=2, topk_prompt_logprobs=300,
+        topk_sample_logprobs=2, target_prompt_logprobs=target, prompt_alt_tokens_k=2,
+    ).result()
+    report(**{name: result.target_prompt_logprobs.to_torch().to_dense().tolist()})
+report(
+    prompt=list(result.prompt_logprobs), top=result.topk_prompt_logprobs,
+    sampled=result.sequences[0].topk_logprobs, tokens=list(result.sequences[0].tokens),
+    alternatives=result.prompt_alt_tokens.tokens.to_torch().tolist(),
+    scored=list(client.compute_logprobs(prompt).result()),
+)
+""",
+    )
+
+    scored = facts["scored"]
+    for name in ("dense", "sparse"):
+        expected = [[0.0, scored[1]], [0.0, 0.0], [scored[3], 0.0]]
+        for row, wanted in zip(facts[name], expected, strict=True):
+            assert row == pytest.approx(wanted, abs=1e-4)
+    assert facts["prompt"][:2] == facts["top"][:2] == [None, None]
+    assert facts["prompt"][2:] == pytest.approx(scored[2:], abs=1e-4)
+    assert dict(facts["top"][3])[8] == pytest.approx(scored[3], abs=1e-4)
+    assert [row[0][0] for row in facts["sampled"]] == facts["tokens"]  # greedy
+    assert facts["alternatives"][2] == [facts["top"][3][0][0]] * 2

@@ -99,6 +99,52 @@ def test_samples_are_what_was_asked_for_each_with_a_name(
     assert np.isnan(scores).tolist() == [True, False, False, False]
 
 
+def test_every_score_has_its_place_in_the_answer(sdk: SdkClient, work: InProcessWorker) -> None:
+    dense = {"data": [1, -1, -1, -1, 2, 3], "dtype": "int64", "shape": [3, 2]}
+    sparse = {
+        **{"data": [1, 2, 3], "dtype": "int64", "shape": [3, 2]},
+        **{"sparse_crow_indices": [0, 1, 1, 3], "sparse_col_indices": [0, 0, 1]},
+    }
+    sampler = new_sampler(sdk)
+    answers = [
+        sample(
+            sdk,
+            sampler,
+            seq_id,
+            prompt_logprobs=True,
+            prompt_logprobs_last_n=2,
+            topk_prompt_logprobs=3,
+            topk_sample_logprobs=2,
+            prompt_alt_tokens_k=5,
+            target_prompt_logprobs=target,
+        )
+        for seq_id, target in enumerate((dense, sparse))
+    ]
+    work()
+
+    one, other = (response(sdk, answer) for answer in answers)
+    assert np.isnan(np.frombuffer(one.prompt_logprobs, "<f4")).tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    top = one.topk_prompt_logprobs
+    assert (top.length, top.k) == (4, 3)
+    assert np.frombuffer(top.logprobs, "<f4")[:6].tolist() == [-99999.0] * 6
+    sequence = one.sequences[0]
+    assert sequence.topk_sampled_logprobs.length == len(sequence.tokens) // 4
+    assert list(one.prompt_alt_tokens.tokens.shape) == [3, 5]
+    assert list(one.prompt_alt_tokens.logprobs.shape) == [3, 5]
+    scores = np.frombuffer(one.target_prompt_logprobs.dense, "<f4").reshape(3, 2)
+    assert (scores < 0).tolist() == [[True, False], [False, False], [True, True]]
+    csr = other.target_prompt_logprobs.sparse_csr
+    np.testing.assert_array_equal(np.frombuffer(csr.values, "<f4"), scores[scores < 0])
+    assert np.frombuffer(csr.crow_indices, "<i8").tolist() == [0, 1, 1, 3]
+    assert np.frombuffer(csr.col_indices, "<i8").tolist() == [0, 0, 1]
+    assert list(other.target_prompt_logprobs.shape) == [3, 2]
+
+
 def test_a_repeat_is_the_same_request_and_another_under_its_number_is_refused(
     sdk: SdkClient, work: InProcessWorker
 ) -> None:
@@ -224,6 +270,21 @@ def test_a_number_means_one_sampling_session(sdk: SdkClient, work: InProcessWork
         ({"sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
         ({"sampling_params": {"min_p": 0.1}}, "sampling_params.min_p"),
         ({"record_stability_info": True}, "record_stability_info"),
+        ({"prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n"),
+        ({"prompt_logprobs_last_n": 4, "prompt_logprobs": True}, "prompt_logprobs_last_n"),
+        ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs"),
+        ({"topk_prompt_logprobs": 10**7}, "topk_prompt_logprobs"),
+        ({"topk_sample_logprobs": 10**7}, "topk_sample_logprobs"),
+        ({"prompt_alt_tokens_k": 10**7}, "prompt_alt_tokens_k"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs"),
+        (
+            {"target_prompt_logprobs": {"data": [1, 2], "dtype": "int64", "shape": [2, 1]}},
+            "2 rows for a prompt of 4 tokens",
+        ),
+        (
+            {"target_prompt_logprobs": {"data": [-1] * 3, "dtype": "int64", "shape": [3, 1]}},
+            "names no token",
+        ),
         ({"base_model": "a"}, "base_model"),
         ({"something": 1}, "something"),
     ],

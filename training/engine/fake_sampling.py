@@ -14,7 +14,7 @@ import numpy as np
 
 from training.engine.interface import SampleJob, SampleOutput, Sampler
 from training.errors import InvalidRequest, TrainingError
-from training.types import SampledSequence
+from training.types import NO_DATA_LOGPROB, PromptScores, SampledSequence, TopLogprobs
 
 END_TOKEN = 256
 VOCAB_SIZE = 257
@@ -97,14 +97,48 @@ def _finish(sampling: _FakeSampling) -> SampleOutput:
             logprobs=[-float(np.log(VOCAB_SIZE))] * len(tokens),
             stop_reason=reason or "length",
             text=_before_stop(_text(tokens), sampling.job.sampling_params.stop),
+            top=_top(len(tokens), sampling.job.scoring.topk_sample_logprobs),
         )
         for tokens, reason in zip(sampling.tokens, sampling.stop_reasons, strict=True)
     ]
-    prompt_logprobs = None
-    if sampling.job.prompt_logprobs:
-        rest = [-float(np.log(VOCAB_SIZE))] * (len(sampling.job.prompt) - 1)
-        prompt_logprobs = [float("nan"), *rest]
-    return SampleOutput(sequences=sequences, prompt_logprobs=prompt_logprobs)
+    scores = _scores(sampling.job)
+    prompt_logprobs = None if scores.logprobs is None else scores.logprobs.tolist()
+    return SampleOutput(sequences=sequences, prompt_logprobs=prompt_logprobs, scores=scores)
+
+
+def _scores(job: SampleJob) -> PromptScores:
+    """Every token is as likely as any other; drawn alternatives are all token 0."""
+    length, scoring = len(job.prompt), job.scoring
+    scored_from = length - (scoring.prompt_logprobs_last_n or length - 1)
+    logprobs = np.full(length, -np.log(VOCAB_SIZE), np.float32)
+    logprobs[:scored_from] = np.nan
+    targets = scoring.target_prompt_logprobs
+    alternatives = (length - 1, scoring.prompt_alt_tokens_k)
+    return PromptScores(
+        logprobs=logprobs if job.prompt_logprobs else None,
+        top=_top(length, scoring.topk_prompt_logprobs, scored_from),
+        target_logprobs=None
+        if targets is None
+        else np.where(targets >= 0, -np.log(VOCAB_SIZE), 0.0).astype(np.float32),
+        alternatives=(
+            np.zeros(alternatives, np.int64),
+            np.full(alternatives, -np.log(VOCAB_SIZE), np.float32),
+        )
+        if scoring.prompt_alt_tokens_k
+        else None,
+    )
+
+
+def _top(length: int, k: int, scored_from: int = 0) -> TopLogprobs | None:
+    """The first k tokens at every position from ``scored_from`` on."""
+    if not k:
+        return None
+    token_ids = np.tile(np.arange(k, dtype=np.int32), (length, 1))
+    logprobs = np.full((length, k), -np.log(VOCAB_SIZE), np.float32)
+    empty = np.s_[:scored_from], np.s_[:, VOCAB_SIZE:]
+    for cells in empty:
+        token_ids[cells], logprobs[cells] = 0, NO_DATA_LOGPROB
+    return TopLogprobs(token_ids=token_ids, logprobs=logprobs)
 
 
 def _text(tokens: Sequence[int]) -> str:

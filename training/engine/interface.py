@@ -25,8 +25,10 @@ from training.types import (
     ForwardBackwardOutput,
     LoraConfig,
     OptimStepOutput,
+    PromptScores,
     SampledSequence,
     SamplingParams,
+    ScoringParams,
 )
 
 
@@ -68,6 +70,8 @@ class SampleJob:
     """A resident adapter (its weights as they are when the job is admitted), or None for the
     base model."""
     prompt_logprobs: bool = False
+    scoring: ScoringParams = field(default_factory=ScoringParams)
+    """The log-probabilities that few ask for."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,6 +81,8 @@ class SampleOutput:
     sequences: list[SampledSequence]
     prompt_logprobs: list[float] | None
     """One per prompt token when asked for; the first is NaN, since nothing precedes it."""
+    scores: PromptScores = field(default_factory=PromptScores)
+    """What else was asked of the prompt."""
 
 
 class Sampler(ABC):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, nan
 
 from training.engine.adapters import AdapterTensors
 from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
 from training.engine.kv_cache import Region
+from training.engine.prompt_scores import PromptScorer, top_logprobs
 from training.engine.stopping import StopWatch
 from training.engine.text import ChatText
 from training.engine.token_choice import Choice, UniformNumbers, check_choice_params
@@ -30,6 +30,7 @@ class ActiveSequence:
     """None if the job has no stop strings."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
     stop_reason: str | None = None
     """None while the sequence goes on."""
 
@@ -46,7 +47,7 @@ class ActiveRequest:
     end_token_ids: frozenset[int]
     """A sequence that samples one of these has ended."""
     sequences: list[ActiveSequence]
-    prompt_logprobs: list[float] = field(default_factory=lambda: [nan])
+    scorer: PromptScorer
     region: Region | None = None
     """Its rows in the cache, once it has started."""
     num_prefilled: int = 0
@@ -64,6 +65,7 @@ class ActiveRequest:
         """Add a token to one of the sequences, which may end with it."""
         sequence.tokens.append(choice.token)
         sequence.logprobs.append(choice.logprob)
+        sequence.top.append(choice.top)
         if choice.token in self.end_token_ids or (
             sequence.stop_watch is not None and sequence.stop_watch.has_stopped(sequence.tokens)
         ):
@@ -73,19 +75,21 @@ class ActiveRequest:
 
     def output(self, text: ChatText) -> SampleOutput | TrainingError:
         """What the client is told once all sequences have ended."""
-        prompt_logprobs = self.prompt_logprobs if self.job.prompt_logprobs else None
-        if prompt_logprobs is not None and not all(map(isfinite, prompt_logprobs[1:])):
+        if not self.scorer.is_finite:
             return NonFiniteResult()
+        scores = self.scorer.scores()
         sequences = [
             SampledSequence(
                 tokens=sequence.tokens,
                 logprobs=sequence.logprobs,
                 stop_reason=sequence.stop_reason or "length",
                 text=_text_of(sequence, text),
+                top=top_logprobs(sequence.top, self.job.scoring.topk_sample_logprobs),
             )
             for sequence in self.sequences
         ]
-        return SampleOutput(sequences=sequences, prompt_logprobs=prompt_logprobs)
+        prompt_logprobs = None if scores.logprobs is None else scores.logprobs.tolist()
+        return SampleOutput(sequences=sequences, prompt_logprobs=prompt_logprobs, scores=scores)
 
 
 def _text_of(sequence: ActiveSequence, text: ChatText) -> str:
@@ -130,6 +134,7 @@ def new_request(
         job=job,
         weights=weights,
         max_tokens=max_tokens,
+        scorer=PromptScorer(job, info.vocab_size),
         end_token_ids=frozenset(text.end_token_ids if natural_end else stop_ids),
         sequences=[
             ActiveSequence(

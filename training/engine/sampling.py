@@ -201,12 +201,7 @@ class ContinuousSampler(Sampler):
         hidden = self._hidden_states(tokens, positions, segments, attention)  # (T, H)
         for request, chunk in chunks:
             request.num_prefilled = chunk.end
-            if request.job.prompt_logprobs:
-                request.prompt_logprobs += self._target_logprobs(
-                    hidden[chunk.first_row :],
-                    request.job.prompt[chunk.start + 1 : chunk.end + 1],
-                    request.weights,
-                )
+            self._score(request, chunk, hidden)
         return self._sample_first(
             {
                 request: hidden[chunk.first_row + chunk.num_tokens - 1]
@@ -248,18 +243,15 @@ class ContinuousSampler(Sampler):
             logits_rows += [i] * len(request.sequences)
         return self._sample(rows, logits[logits_rows])
 
-    def _target_logprobs(
-        self, hidden: Tensor, targets: Sequence[int], weights: AdapterTensors | None
-    ) -> list[float]:
-        """Log-probability of each target after the row of ``hidden`` (C, H) in its place."""
-        logprobs: list[float] = []
-        for start in range(0, len(targets), LOGITS_ROWS):
-            chunk = torch.tensor(targets[start : start + LOGITS_ROWS], device=hidden.device)
-            rows = hidden[start : start + len(chunk)]  # (n, H)
-            logits = self._base_model.logits(rows, uniform_segments(len(chunk), weights))  # (n, V)
-            chosen = logits.log_softmax(-1).gather(1, chunk[:, None])[:, 0]  # (n,)
-            logprobs += chosen.tolist()
-        return logprobs
+    def _score(self, request: ActiveRequest, chunk: PrefillChunk, hidden: Tensor) -> None:
+        """Tell the request's scorer what its chunk's rows of ``hidden`` (T, H) say of the prompt;
+        the row of position i speaks of the token at i + 1."""
+        end = min(chunk.end, len(request.job.prompt) - 1)
+        for start in range(max(chunk.start, request.scorer.first_position - 1), end, LOGITS_ROWS):
+            first = chunk.first_row + start - chunk.start
+            rows = hidden[first : first + min(LOGITS_ROWS, end - start)]  # (n, H)
+            segments = uniform_segments(len(rows), request.weights)
+            request.scorer.add(start + 1, self._base_model.logits(rows, segments))  # (n, V)
 
     # -- decode ------------------------------------------------------------------------------------
 
@@ -311,6 +303,7 @@ class ContinuousSampler(Sampler):
             logits,
             [request.job.sampling_params for request, _ in rows],
             [sequence.uniforms.next() for _, sequence in rows],
+            [request.job.scoring.topk_sample_logprobs for request, _ in rows],
         )
         failed: set[str] = set()
         for (request, sequence), choice in zip(rows, choices, strict=True):

@@ -39,6 +39,8 @@ class Choice:
     """In nats, of the tempered distribution; untempered for temperature 0."""
     is_finite: bool
     """False if the logits hold NaN or infinity; then token and log-probability mean nothing."""
+    top: tuple[list[int], list[float]]
+    """The likeliest tokens and their log-probabilities, as many as were asked for."""
 
 
 class UniformNumbers:
@@ -73,8 +75,28 @@ def check_choice_params(params: SamplingParams) -> None:
         raise InvalidRequest(f"top_p: {params.top_p} is not above 0 and at most 1")
 
 
+def draw_tokens(logits: Tensor, temperature: float, uniforms: Sequence[Sequence[float]]) -> Tensor:
+    """Tokens (n, k) drawn with replacement, k from each row.
+
+    Args:
+        logits: (n, V) float32.
+        temperature: 0 gives the likeliest token each time.
+        uniforms: (n, k) in [0, 1).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True).expand(-1, len(uniforms[0]))
+    smallest = torch.finfo(torch.float32).tiny
+    tempered = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, smallest)
+    logprobs = tempered.log_softmax(dim=-1)  # (n, V)
+    numbers = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)  # (n, k)
+    return torch.stack([_invert(logprobs, column) for column in numbers.unbind(1)], dim=1)
+
+
 def choose_tokens(
-    logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    uniforms: Sequence[float],
+    num_top: Sequence[int] = (),
 ) -> list[Choice]:
     """Choose the next token of n sequences.
 
@@ -82,6 +104,7 @@ def choose_tokens(
         logits: (n, V) float32.
         params: Of each row.
         uniforms: In [0, 1), of each row; greedy rows ignore theirs.
+        num_top: How many of the likeliest tokens to tell of each row; empty for none of any.
     """
     device = logits.device
     temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=device)
@@ -100,16 +123,26 @@ def choose_tokens(
         if not _is_greedy(p) and _is_cut(p):
             chosen[i] = _choose_from_cut(logprobs[i], p, uniforms[i])
     chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0]  # (n,)
+    tops = [_top(row, k) for row, k in zip(logprobs, num_top or [0] * len(params), strict=True)]
     return [
-        Choice(token, logprob, is_finite)
-        for token, logprob, is_finite in zip(
+        Choice(token, logprob, is_finite, top)
+        for token, logprob, is_finite, top in zip(
             chosen.tolist(),
             chosen_logprobs.tolist(),
             # A NaN or +inf anywhere in a row makes all its log-probabilities NaN.
             logprobs.amax(dim=-1).isfinite().tolist(),
+            tops,
             strict=True,
         )
     ]
+
+
+def _top(logprobs: Tensor, k: int) -> tuple[list[int], list[float]]:
+    """The k likeliest of a row (V,), or all of them if it has fewer."""
+    if not k:
+        return [], []
+    values, tokens = logprobs.topk(min(k, len(logprobs)))
+    return tokens.tolist(), values.tolist()
 
 
 def _is_greedy(params: SamplingParams) -> bool:

@@ -18,7 +18,9 @@ from training.kinds import Kind
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get, run_get
 from training.services.submission import Submission, submit_in_lane
-from training.types import Prompt, SamplingParams
+from training.types import Prompt, SamplingParams, ScoringParams
+
+NO_SCORING = ScoringParams()
 
 _SEED_BITS = 31  # any client and any generator can hold it
 
@@ -96,6 +98,7 @@ def sample_payload(
     sampling_params: SamplingParams,
     prompt_logprobs: bool,
     request_name: str | None,
+    scoring: ScoringParams = NO_SCORING,
 ) -> dict[str, Any]:
     """What a sample future stores, of no checkpoint yet.
 
@@ -114,6 +117,7 @@ def sample_payload(
         "sampling_params": payloads.sampling_params_to_payload(sampling_params),
         "prompt_logprobs": prompt_logprobs,
         "checkpoint": None,
+        **({"scoring": asked} if (asked := payloads.scoring_params_to_payload(scoring)) else {}),
     }
 
 

@@ -25,7 +25,7 @@ from training.paths import TinkerPath
 from training.selectors import checkpoint_get, checkpoints_kept, sampling_session_get
 from training.services.sampling import sample_payload
 from training.services.sessions import session_open
-from training.types import SamplingParams
+from training.types import SamplingParams, ScoringParams
 
 
 @transaction.atomic
@@ -104,6 +104,7 @@ def session_sample_submit(
     num_samples: int,
     sampling_params: SamplingParams,
     prompt_logprobs: bool,
+    scoring: ScoringParams,
 ) -> Future:
     """Ask for completions of one prompt; asking twice under one number is asking once.
 
@@ -128,6 +129,7 @@ def session_sample_submit(
         num_samples=num_samples,
         sampling_params=sampling_params,
         prompt_logprobs=prompt_logprobs,
+        scoring=scoring,
         request_name=f"{sampling_session_id}:{seq_id}",
     )
     payload["checkpoint"] = checkpoint_id

@@ -24,7 +24,7 @@ from training import payloads
 from training.engine.interface import Engine, SampleJob, SampleOutput
 from training.errors import TrainingError
 from training.models import Run
-from training.types import Conversation, Prompt
+from training.types import Conversation, Prompt, ScoringParams
 from training.worker import outcomes
 from training.worker.operations import Effects, Operations
 from training.worker.residency import Residency
@@ -43,6 +43,7 @@ class _Sampling:
 
     future: Future
     model_id: str | None
+    scoring: ScoringParams
     outputs: list[SampleOutput | None] = field(default_factory=list)
     """One per prompt, None until it is finished."""
     prompt_tokens: int = 0
@@ -155,6 +156,7 @@ class WorkLoop:
         """Hand a sample's prompts to the sampler, or fail it by name."""
         payload = decode(bytes(future.payload or b""))
         run = self._runs.get(future.lane_id or "")
+        scoring = payloads.scoring_params_from_payload(payload.get("scoring", {}))
         keys: list[str] = []
         prompt_tokens = 0
         try:
@@ -171,6 +173,7 @@ class WorkLoop:
                     num_samples=payload["num_samples"],
                     adapter_name=adapter_name,
                     prompt_logprobs=payload["prompt_logprobs"],
+                    scoring=scoring,
                 )
                 key = f"{future.id}:{index}"
                 self._engine.sampler.admit(key, job)
@@ -185,6 +188,7 @@ class WorkLoop:
         self._sampling[future.id] = _Sampling(
             future=future,
             model_id=run.name if run else None,
+            scoring=scoring,
             outputs=[None] * len(payload["prompts"]),
             prompt_tokens=prompt_tokens,
             with_token_texts=payload.get("token_texts", False),
@@ -231,6 +235,7 @@ class WorkLoop:
                 outputs=done,
                 prompt_tokens=sampling.prompt_tokens,
                 token_texts=self._engine.token_texts if sampling.with_token_texts else None,
+                scoring=sampling.scoring,
             )
         effects.outcomes.append(outcome)
         del self._sampling[request_id]

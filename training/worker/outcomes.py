@@ -17,7 +17,15 @@ from futures.models import Future
 from futures.payload import encode
 from training.engine.interface import SampleOutput
 from training.errors import TrainingError
-from training.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepOutput
+from training.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    OptimStepOutput,
+    PromptScores,
+    ScoringParams,
+    TopLogprobs,
+)
 
 
 def ready(future: Future, result: Mapping[str, Any], **summary: Any) -> Outcome:
@@ -103,11 +111,13 @@ def sample_ready(
     model_id: str | None,
     outputs: Sequence[SampleOutput],
     prompt_tokens: int,
+    scoring: ScoringParams,
     token_texts: Callable[[Sequence[int]], list[tuple[str, int]]] | None = None,
 ) -> Outcome:
     """All sequences, those of the first prompt first; ``prompt_logprobs`` per prompt.
 
-    With one prompt ``prompt_logprobs`` is that prompt's list; None when not asked for.
+    With one prompt ``prompt_logprobs`` is that prompt's list; None when not asked for. What
+    ``scoring`` asked for, of one prompt, is there under the names of the SDK's answer.
 
     Args:
         prompt_tokens: Tokens of all prompts; noted in the summary.
@@ -119,6 +129,7 @@ def sample_ready(
             "tokens": np.asarray(sequence.tokens, dtype=np.int32),
             "logprobs": np.asarray(sequence.logprobs, dtype=np.float32),
             "text": sequence.text,
+            **_top("topk_logprobs", sequence.top),
         }
         for output in outputs
         for sequence in output.sequences
@@ -141,6 +152,7 @@ def sample_ready(
         "sequences": sequences,
         "prompt_logprobs": prompt_logprobs[0] if len(outputs) == 1 else prompt_logprobs,
         "model_id": model_id,
+        **_scores(outputs[0].scores, scoring),
     }
     return ready(
         future,
@@ -148,3 +160,26 @@ def sample_ready(
         tokens=sum(len(sequence["tokens"]) for sequence in sequences),
         prompt_tokens=prompt_tokens,
     )
+
+
+def _scores(scores: PromptScores, scoring: ScoringParams) -> dict[str, Any]:
+    result = _top("topk_prompt_logprobs", scores.top)
+    if scores.target_logprobs is not None:
+        result["target_prompt_logprobs"] = scores.target_logprobs
+        if scoring.target_indices is not None:
+            crow, col = scoring.target_indices
+            rows = np.repeat(np.arange(len(crow) - 1), np.diff(crow))
+            result["target_prompt_logprobs"] = {
+                "values": scores.target_logprobs[rows, col],
+                "crow_indices": crow,
+                "col_indices": col,
+                "shape": list(scores.target_logprobs.shape),
+            }
+    if scores.alternatives is not None:
+        tokens, logprobs = scores.alternatives
+        result["prompt_alt_tokens"] = {"tokens": tokens, "logprobs": logprobs}
+    return result
+
+
+def _top(name: str, top: TopLogprobs | None) -> dict[str, Any]:
+    return {} if top is None else {name: {"token_ids": top.token_ids, "logprobs": top.logprobs}}

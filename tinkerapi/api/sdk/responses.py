@@ -55,7 +55,8 @@ def encode_sample_response(result: Mapping[str, Any]) -> bytes:
             Besides, when they were asked for: in a sequence ``topk_logprobs``, a dictionary of
             ``token_ids`` (L, k) and ``logprobs`` (L, k), where a cell without data holds token 0
             and -99999; in the result ``topk_prompt_logprobs``, the same with (P, k),
-            ``target_prompt_logprobs`` (P - 1, K), dense, 0 where the request had -1,
+            ``target_prompt_logprobs`` (P - 1, K), 0 where the request had -1, or for a CSR request
+            a dictionary of ``values``, ``crow_indices``, ``col_indices`` and ``shape``,
             ``prompt_alt_tokens``, a dictionary of ``tokens`` and ``logprobs``, both (P - 1, k),
             and ``prompt_cache_hit_tokens``. None is as good as absent.
     """
@@ -121,6 +122,14 @@ def _add_record(record: pb.ArrayRecord, outputs: Sequence[Fields]) -> None:
 
 
 def _tensor(value: Any, dtype: str) -> pb.Tensor:
+    if isinstance(value, Mapping):
+        values = np.asarray(value["values"], dtype)
+        csr = pb.SparseCsr(
+            values=values.tobytes(),
+            crow_indices=_bytes(value["crow_indices"], "<i8"),
+            col_indices=_bytes(value["col_indices"], "<i8"),
+        )
+        return pb.Tensor(sparse_csr=csr, dtype=_dtype(values), shape=value["shape"])
     array = np.asarray(value, dtype)
     return pb.Tensor(dense=array.tobytes(), dtype=_dtype(array), shape=array.shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, ClassVar
 
+from django.conf import settings
 from django.http import HttpResponse
 from rest_framework.request import Request
 
@@ -25,6 +26,7 @@ from tinkerapi.api.fields import (
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView
 from tinkerapi.api.sdk.json_requests import parse_model_input, parse_sampling_params
+from tinkerapi.api.sdk.scoring import SCORING_FIELDS, check_scoring
 from tinkerapi.api.sdk.views.futures import POLL_SECONDS
 from tinkerapi.api.sdk.views.service import SESSION_ID
 from tinkerapi.api.views.base import owner_of
@@ -55,10 +57,6 @@ def _refuse_option(value: Any, where: str) -> None:
     """An option that does nothing as long as it is off; ignoring it otherwise would be wrong."""
     if value not in (0, False):
         raise InvalidRequest(f"{where}: this server does not have this option")
-
-
-def _refused(description: str) -> Custom:
-    return Custom(description=description, checker=_refuse_option, json={})
 
 
 class CreateSamplingSessionView(SdkView):
@@ -127,20 +125,26 @@ class SampleView(SdkView):
             description="Sequences.", checker=check_num_samples, json={}, default=1
         ),
         "prompt_logprobs": Flag(description="Score the prompt.", default=False),
-        "topk_prompt_logprobs": _refused("Likeliest tokens of each prompt position."),
-        "topk_sample_logprobs": _refused("Likeliest tokens of each sampled position."),
-        "target_prompt_logprobs": _refused("Scores of other tokens in the prompt."),
-        "prompt_alt_tokens_k": _refused("Sampled alternatives to the prompt's tokens."),
-        "prompt_logprobs_last_n": _refused("Score the end of the prompt only."),
-        "record_stability_info": _refused("For the loss stable_reinforce."),
+        **SCORING_FIELDS,
+        "record_stability_info": Custom(
+            description="For the loss stable_reinforce.", checker=_refuse_option, json={}
+        ),
     }
 
     def post(self, request: Request) -> HttpResponse:
         body = self.checked_body(request)
-        for name in [name for name, field in self.fields.items() if _is_refused(field)]:
-            del body[name]
-        body["prompt"] = body["prompt"].tolist()
-        future = session_sample_submit(owner_id=owner_of(request), **body)
+        del body["record_stability_info"]
+        prompt = body.pop("prompt").tolist()
+        scoring = check_scoring(
+            {name: body.pop(name) for name in SCORING_FIELDS},
+            num_prompt_tokens=len(prompt),
+            prompt_logprobs=body["prompt_logprobs"],
+            num_sampled_tokens=body["num_samples"]
+            * (body["sampling_params"].max_tokens or settings.DEFAULT_MAX_TOKENS),
+        )
+        future = session_sample_submit(
+            owner_id=owner_of(request), prompt=prompt, scoring=scoring, **body
+        )
         return JSONResponse(
             {
                 "request_id": future.id,
@@ -227,7 +231,3 @@ def _completions_answer(found: list[Completion], cursor: int) -> HttpResponse:
         for item in found
     ]
     return JSONResponse({"completions": completions, "cursor": cursor})
-
-
-def _is_refused(field: Field) -> bool:
-    return isinstance(field, Custom) and field.checker is _refuse_option
