@@ -216,6 +216,10 @@ def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
 def loss_functions() -> dict[str, dict[str, Any]]:
     """Each loss function's inputs and settings with their defaults, by name."""
     return {
-        name: {"inputs": list(spec.inputs), "config": dict(spec.config)}
+        name: {
+            "inputs": list(spec.inputs),
+            "optional_inputs": list(spec.optional_inputs),
+            "config": dict(spec.config),
+        }
         for name, spec in LOSS_FNS.items()
     }
