@@ -21,6 +21,8 @@ def client_flags() -> dict[str, Any]:
         "pjwt_auth_enabled": settings.SDK_JWT,
         # Requests may arrive out of order, so nothing is gained by sending them one by one.
         "parallel_fwdbwd_chunks": True,
+        # A loss that the client traced is kept, and run beside the model in one request.
+        "custom_loss_server_side": True,
         # Bodies are opened here, and 64 datums of 512 tokens shrink to a fifth.
         "proto_compress_fwdbwd": True,
         # One held poll for a client's samples instead of one for each of up to 2000.
