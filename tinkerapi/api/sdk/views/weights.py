@@ -21,6 +21,7 @@ from tinkerapi.api.sdk.views.service import METADATA, SESSION_ID
 from tinkerapi.api.views import weights as quick_reference
 from tinkerapi.api.views.base import owner_of
 from tinkerapi.services import api_key_verify
+from tinkerapi.tokens import TOKEN_PREFIX, token_verify
 from training.errors import InvalidRequest
 from training.paths import TinkerPath, check_name
 from training.selectors import checkpoint_get
@@ -45,8 +46,10 @@ def check_recipient_list(value: Any, where: str) -> list[str]:
 
 
 def check_lender(value: Any, where: str) -> int:
-    """The id of the user whose key this is, whose checkpoints may be read with it."""
-    api_key = api_key_verify(Text(description="", max_length=4000).check(value, where))
+    """The id of the user whose key, or token for a key, this is: with it what is theirs may be
+    read."""
+    given = Text(description="", max_length=4000).check(value, where)
+    api_key = token_verify(given) if given.startswith(TOKEN_PREFIX) else api_key_verify(given)
     if api_key is None:
         raise InvalidRequest(f"{where}: the key is unknown, expired or revoked")
     return api_key.user_id
