@@ -252,6 +252,10 @@ def shapes_that_do_not_fit(logprobs):
     return (logprobs + logprobs[1:]).sum(), {}
 
 
+def bad_setting(logprobs):
+    return F.huber_loss(logprobs, logprobs, delta=-1.0), {}
+
+
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
@@ -261,6 +265,7 @@ def shapes_that_do_not_fit(logprobs):
         (infinite_slope, NonFiniteResult, "the gradient of the loss in logprobs is not finite"),
         (metric_not_finite, NonFiniteResult, "metric custom/x:mean is -inf"),
         (metric_no_scalar, InvalidRequest, "metric custom/x:mean is a tensor of shape [12]"),
+        (bad_setting, InvalidRequest, "node huber_loss (torch.nn.functional.huber_loss): "),
         (shapes_that_do_not_fit, InvalidRequest, "node add (operator.add): "),
     ],
 )

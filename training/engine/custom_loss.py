@@ -83,7 +83,12 @@ def run_custom_loss(
             raise InvalidRequest(f"{where}: the loss is {_described(loss)} instead of a scalar")
         if not loss.requires_grad:
             raise InvalidRequest(f"{where}: the loss does not depend on logprobs")
-        (grad,) = torch.autograd.grad(loss, leaf)
+        try:
+            (grad,) = torch.autograd.grad(loss, leaf)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # an operation that has no derivative, say
+            raise InvalidRequest(f"{where}, its gradient: {_reason(error)}") from None
     loss = loss.detach()
     if not loss.isfinite():
         raise NonFiniteResult(f"{where}: the loss is {loss.item()}")
@@ -127,16 +132,10 @@ class _Run:
                 raise LimitExceeded(f"{where}: {limit}") from None
             except torch.OutOfMemoryError:
                 raise
-            except (
-                ArithmeticError,
-                AttributeError,
-                LookupError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise InvalidRequest(f"{where}: {reason[:300]}") from None
+            except Exception as error:
+                # Whatever torch raises: these are pure operations on the client's own numbers, so
+                # it is the client's error, and the engine's memory is not in doubt.
+                raise InvalidRequest(f"{where}: {_reason(error)}") from None
         return self._values
 
     def _value(self, node: GraphNode) -> _Value:
@@ -213,6 +212,12 @@ class _Run:
         if kind == "dtype":
             return _DTYPES[content]
         return self._device if kind == "device" else ...
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what torch says."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def _flat(values: Any) -> list[_Value]:
