@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -23,7 +23,7 @@ from psycopg import sql
 from futures.database import alias, dedicated_parameters
 from futures.errors import FutureNotFound
 from futures.models import Future
-from futures.notify import FINISHED_CHANNEL
+from futures.notify import FINISHED_CHANNEL, PROGRESS_CHANNEL
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +42,14 @@ class Hub:
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._following: dict[str, set[asyncio.Queue[str | None]]] = {}
         self._listening: asyncio.Task[None] | None = None
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[asyncio.Event]:
         """An event that is set whenever this future, or one of this unordered lane, may have
         become final."""
-        if self._listening is None or self._listening.done():
-            self._listening = asyncio.create_task(self._listen(), name="futures hub")
-            self._listening.add_done_callback(self._forget)
+        self._begin_to_listen()
         event = asyncio.Event()
         self._waiting.setdefault(name, set()).add(event)
         try:
@@ -60,6 +59,25 @@ class Hub:
             events.discard(event)
             if not events:
                 del self._waiting[name]
+
+    @contextmanager
+    def following(self, request_id: str) -> Iterator[asyncio.Queue[str | None]]:
+        """A queue of the notes about a future that arrive from now on; None is never one."""
+        self._begin_to_listen()
+        notes: asyncio.Queue[str | None] = asyncio.Queue()
+        self._following.setdefault(request_id, set()).add(notes)
+        try:
+            yield notes
+        finally:
+            followers = self._following[request_id]
+            followers.discard(notes)
+            if not followers:
+                del self._following[request_id]
+
+    def _begin_to_listen(self) -> None:
+        if self._listening is None or self._listening.done():
+            self._listening = asyncio.create_task(self._listen(), name="futures hub")
+            self._listening.add_done_callback(self._forget)
 
     def _forget(self, listening: asyncio.Task[None]) -> None:
         """Let go of a task that ended: it holds its loop, and the loop is what holds us."""
@@ -80,13 +98,17 @@ class Hub:
                 async with await psycopg.AsyncConnection.connect(
                     **dedicated_parameters()
                 ) as connection:
-                    await connection.execute(
-                        sql.SQL("LISTEN {}").format(sql.Identifier(FINISHED_CHANNEL))
-                    )
+                    for channel in (PROGRESS_CHANNEL, FINISHED_CHANNEL):
+                        await connection.execute(
+                            sql.SQL("LISTEN {}").format(sql.Identifier(channel))
+                        )
                     lost = False
                     self._wake(list(self._waiting))
                     async for notification in connection.notifies():
-                        self._wake(notification.payload.split())
+                        if notification.channel == PROGRESS_CHANNEL:
+                            self._tell(notification.payload)
+                        else:
+                            self._wake(notification.payload.split())
             except psycopg.Error as error:
                 if not lost:  # once for each outage
                     logger.warning("Postgres does not answer; trying again (%s)", error)
@@ -97,6 +119,11 @@ class Hub:
         for name in names:
             for event in self._waiting.get(name, ()):
                 event.set()
+
+    def _tell(self, payload: str) -> None:
+        request_id, _, note = payload.partition(" ")
+        for notes in self._following.get(request_id, ()):
+            notes.put_nowait(note)
 
 
 _hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = WeakKeyDictionary()
@@ -122,6 +149,34 @@ async def future_wait(request_id: str, *, owner_id: int, timeout_seconds: float)
         return future if future.is_final else None
 
     return await read_when_woken(request_id, read, timeout_seconds=timeout_seconds)
+
+
+async def future_progress(
+    request_id: str, *, owner_id: int, timeout_seconds: float
+) -> AsyncGenerator[str, None]:
+    """What the worker notes about a future, until it is final or the time is up.
+
+    Notes come in order, but some may be lost, and those before this call are; ``future_wait``
+    then has the result, which says everything.
+
+    Raises:
+        FutureNotFound: The owner has no such future. (404)
+        OperationalError: Django's; Postgres could not be asked.
+    """
+    with hub().following(request_id) as notes:
+        # Asked first, so that nobody hears of another owner's future.
+        if await future_wait(request_id, owner_id=owner_id, timeout_seconds=0) is not None:
+            return
+        waiting = asyncio.create_task(
+            future_wait(request_id, owner_id=owner_id, timeout_seconds=timeout_seconds)
+        )
+        waiting.add_done_callback(lambda _: notes.put_nowait(None))
+        try:
+            while (note := await notes.get()) is not None:
+                yield note
+            waiting.result()  # raises what it raised
+        finally:
+            waiting.cancel()
 
 
 async def read_when_woken(

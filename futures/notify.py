@@ -1,9 +1,10 @@
 """LISTEN and NOTIFY: hints that something changed. A lost one costs time, never a future.
 
-Two channels: one per queue says that its bell was rung, one for all says which futures are
-final. NOTIFY takes a server-wide lock until its transaction has been flushed, so submitters
-send theirs after their commit, as a statement of its own (three to five times more commits
-per second, measured); a worker, one per queue, may send it inside.
+Three channels: one per queue says that its bell was rung, one for all says which futures are
+final, and one for all tells those who follow a future how far it is. NOTIFY takes a server-wide
+lock until its transaction has been flushed, so submitters send theirs after their commit, as a
+statement of its own (three to five times more commits per second, measured); a worker, one per
+queue, may send it inside.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from futures.database import alias, execute, psycopg_connection
 
 FINISHED_CHANNEL = "futures_finished"
 """Payload: request ids with spaces between, or the id of an unordered lane."""
+
+PROGRESS_CHANNEL = "futures_progress"
+"""Payload: a request id, a space, and whatever the worker has to say of it."""
+
+MAX_NOTE_BYTES = 7900  # together with the id; Postgres allows 8000 bytes
 
 _IDS_PER_NOTIFICATION = 150  # of 39 characters each; Postgres allows 8000 bytes
 
@@ -63,6 +69,24 @@ def notify_finished(request_ids: Iterable[str]) -> None:
             """,
             {"channel": FINISHED_CHANNEL, "packs": packs, "ids": ids},
         )
+
+
+def notify_progress(notes: Iterable[tuple[str, str]]) -> None:
+    """Tell those who follow these futures; for a statement of its own, in no transaction.
+
+    Nobody keeps a note: what a follower must not miss belongs into the result.
+
+    Args:
+        notes: Request id and note, each of at most MAX_NOTE_BYTES together, in UTF-8 without
+            the character U+0000.
+    """
+    execute(
+        "SELECT pg_notify(%(channel)s, note) FROM unnest(%(notes)s::text[]) AS note",
+        {
+            "channel": PROGRESS_CHANNEL,
+            "notes": [f"{request_id} {note}" for request_id, note in notes],
+        },
+    )
 
 
 def notify_finished_after_commit(request_ids: Iterable[str]) -> None:

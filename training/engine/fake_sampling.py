@@ -67,6 +67,13 @@ class FakeSampler(Sampler):
                 del self._active[key]
         return finished
 
+    def progress(self, key: str) -> list[str]:
+        sampling = self._active[key]
+        stop = sampling.job.sampling_params.stop
+        texts = [_before_stop(_text(tokens), stop) for tokens in sampling.tokens]
+        held_back = max((len(s) for s in stop or () if isinstance(s, str)), default=1) - 1
+        return [text[: max(0, len(text) - held_back)] for text in texts]
+
     def cancel(self, key: str) -> None:
         self._active.pop(key, None)
 

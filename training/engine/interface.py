@@ -110,6 +110,14 @@ class Sampler(ABC):
         """
 
     @abstractmethod
+    def progress(self, key: str) -> list[str]:
+        """The text of each sequence of an active job, as far as it will not change any more.
+
+        Held back are bytes that are no character yet and whatever may still turn out to be the
+        beginning of a stop string: each text is a beginning of the finished one.
+        """
+
+    @abstractmethod
     def cancel(self, key: str) -> None:
         """Forget a job; its sequences leave the batch before the next step."""
 

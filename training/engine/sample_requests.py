@@ -12,7 +12,7 @@ from training.engine.adapters import AdapterTensors
 from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
 from training.engine.kv_cache import Region
 from training.engine.prompt_scores import PromptScorer, top_logprobs
-from training.engine.stopping import StopWatch
+from training.engine.stopping import StopWatch, TextSoFar
 from training.engine.text import ChatText
 from training.engine.token_choice import Choice, UniformNumbers, check_choice_params
 from training.errors import InvalidRequest, NonFiniteResult, TrainingError
@@ -33,6 +33,16 @@ class ActiveSequence:
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
     stop_reason: str | None = None
     """None while the sequence goes on."""
+    text_so_far: TextSoFar | None = None
+    """Made when somebody asks how far a sequence without stop strings is."""
+
+    def progress(self, text: ChatText) -> str:
+        """Its text as far as it is certain."""
+        if self.stop_watch is not None:
+            return self.stop_watch.certain_text
+        if self.text_so_far is None:
+            self.text_so_far = TextSoFar(text.decode)
+        return self.text_so_far.read(self.tokens)
 
 
 @dataclass(kw_only=True, eq=False)

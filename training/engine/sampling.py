@@ -108,6 +108,12 @@ class ContinuousSampler(Sampler):
         self._keys.add(key)
         self._waiting.append(request)
 
+    def progress(self, key: str) -> list[str]:
+        for request in (*self._waiting, *self._prefilling, *self._decoding):
+            if request.key == key:
+                return [sequence.progress(self._text) for sequence in request.sequences]
+        raise ValueError(f"no job is active under the key {key!r}")
+
     def cancel(self, key: str) -> None:
         if key not in self._keys:
             return

@@ -53,7 +53,8 @@ class StopScanner:
         self._stops = stops
         self._overlap = max(map(len, stops)) - 1
         self._tail = ""
-        self._num_passed = 0
+        self.num_passed = 0
+        """Characters from the start in which no stop string begins."""
 
     def find(self, piece: str) -> int | None:
         """Where the stop string that this piece completes begins, in characters from the start.
@@ -65,12 +66,28 @@ class StopScanner:
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             _, at = min(ends)
-            return self._num_passed + at
+            return self.num_passed + at
         # A stop string that begins in here may be completed by the next piece.
         cut = max(0, len(text) - self._overlap)
-        self._num_passed += cut
+        self.num_passed += cut
         self._tail = text[cut:]
         return None
+
+
+class TextSoFar:
+    """The certain text of a growing list of tokens, for who looks at it now and then."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._stream = StreamedText(decode)
+        self._num_read = 0
+        self._text = ""
+
+    def read(self, tokens: Sequence[int]) -> str:
+        """The text of all of the sequence's tokens so far, without half a character at its end."""
+        for count in range(self._num_read + 1, len(tokens) + 1):  # one by one: see MOST_TOKENS
+            self._text += self._stream.next_piece(tokens[:count])
+        self._num_read = len(tokens)
+        return self._text
 
 
 class StopWatch:
@@ -91,3 +108,8 @@ class StopWatch:
         if at is not None:
             self.text_before_stop = self._text[:at]
         return at is not None
+
+    @property
+    def certain_text(self) -> str:
+        """The text in which no stop string can begin any more."""
+        return self._text[: self._scanner.num_passed]

@@ -36,6 +36,7 @@ def sample_submit(
     sampling_params: SamplingParams,
     prompt_logprobs: bool = False,
     token_texts: bool = False,
+    stream: bool = False,
     idempotency_key: str | None = None,
 ) -> Submission:
     """Ask for completions of one or more prompts.
@@ -47,6 +48,7 @@ def sample_submit(
 
     Args:
         token_texts: The result says each token's text and where it begins.
+        stream: The worker notes the texts while they grow (``training.text_pieces``).
 
     Raises:
         InvalidRequest: Not exactly one of model_id, base_model and model_path. (400)
@@ -65,6 +67,8 @@ def sample_submit(
     )
     if token_texts:
         payload["token_texts"] = True
+    if stream:
+        payload["stream"] = True
     cost = sum(payloads.prompt_cost(prompt) for prompt in prompts)
     summary: dict[str, Any] = {"prompts": len(prompts), "samples": num_samples}
     if model_id is not None:

@@ -8,27 +8,32 @@ loop raises and the process must end: the next one rebuilds from snapshot and lo
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from django.conf import settings
-from django.db import transaction
+from django.db import DatabaseError, transaction
 from django.utils import timezone
 
 from futures.claiming import future_claim, futures_finish, futures_release
 from futures.models import Future, Worker
+from futures.notify import notify_progress
 from futures.payload import decode
 from training import payloads
 from training.engine.interface import Engine, SampleJob, SampleOutput
 from training.errors import TrainingError
 from training.models import Run
+from training.text_pieces import Told
 from training.types import Conversation, Prompt, ScoringParams
 from training.worker import outcomes
 from training.worker.operations import Effects, Operations
 from training.worker.residency import Residency
 from training.worker.scheduler import Batch, Scheduler
+
+logger = logging.getLogger(__name__)
 
 CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
@@ -48,6 +53,8 @@ class _Sampling:
     """One per prompt, None until it is finished."""
     prompt_tokens: int = 0
     """Of all prompts together."""
+    told: Told | None = None
+    """How much of the texts was noted for those who follow; None if nobody is to follow."""
     with_token_texts: bool = False
     """Whether the result holds each token's text too, which the web process cannot make."""
 
@@ -191,6 +198,7 @@ class WorkLoop:
             scoring=scoring,
             outputs=[None] * len(payload["prompts"]),
             prompt_tokens=prompt_tokens,
+            told=Told() if payload.get("stream", False) else None,
             with_token_texts=payload.get("token_texts", False),
         )
 
@@ -209,6 +217,7 @@ class WorkLoop:
                 self._sampled(key, output, effects)
             if time.monotonic() > deadline:
                 break
+        self._tell_progress()
         if not effects.outcomes:
             return False
         self._batch += 1
@@ -240,6 +249,25 @@ class WorkLoop:
         effects.outcomes.append(outcome)
         del self._sampling[request_id]
         self._scheduler.sample_finished(sampling.future)
+
+    def _tell_progress(self) -> None:
+        """Note the new text of samples that are followed."""
+        notes: list[tuple[str, str]] = []
+        for request_id, sampling in self._sampling.items():
+            if sampling.told is None:
+                continue
+            texts: list[str] = []
+            for index, output in enumerate(sampling.outputs):
+                if output is None:
+                    texts += self._engine.sampler.progress(f"{request_id}:{index}")
+                else:
+                    texts += [sequence.text for sequence in output.sequences]
+            notes += [(request_id, piece.to_note()) for piece in sampling.told.pieces(texts)]
+        if notes:
+            try:
+                notify_progress(notes)
+            except DatabaseError as error:  # only a hint; the result will say it all
+                logger.warning("progress could not be noted: %s", error)
 
     def _commit(self, effects: Effects) -> None:
         """The commit point: results, states, run rows and waiters, all or nothing."""

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
+from django.conf import settings
 from django.http import HttpResponse
 from rest_framework.exceptions import APIException
 
@@ -51,6 +52,16 @@ def sample_failed(future: Future) -> SampleFailed:
     is_users = future.category == Category.USER
     status = HTTPStatus.BAD_REQUEST if is_users else HTTPStatus.INTERNAL_SERVER_ERROR
     return SampleFailed(status, future.error, future.error_code or "ServerError")
+
+
+def not_finished(future: Future) -> SampleFailed:
+    """What a future raises that was waited for too long."""
+    return SampleFailed(
+        HTTPStatus.GATEWAY_TIMEOUT,
+        f"Not finished after {settings.SYNC_TIMEOUT_SECONDS} s; it goes on, and "
+        f"/retrieve_future has its result under {future.id}.",
+        "Timeout",
+    )
 
 
 class OpenAIView(AsyncAPIView):

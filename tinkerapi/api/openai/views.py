@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Awaitable, Mapping
-from http import HTTPStatus
 from typing import Any, ClassVar
 
 from django.conf import settings
@@ -18,7 +17,7 @@ from tinkerapi.api.answers import LARGE_RESULT_BYTES
 from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.fields import Field, check_object
 from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
-from tinkerapi.api.openai.base import ModelNotFound, OpenAIView, SampleFailed, sample_failed
+from tinkerapi.api.openai.base import ModelNotFound, OpenAIView, not_finished, sample_failed
 from tinkerapi.api.openai.options import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
@@ -26,6 +25,7 @@ from tinkerapi.api.openai.options import (
     chat_options,
     completion_options,
 )
+from tinkerapi.api.openai.streams import answer_chunks, event_stream
 from tinkerapi.api.parsers import json_object
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.views.base import idempotency_key_of, owner_of
@@ -77,8 +77,6 @@ class SamplingView(OpenAIView):
     def post(self, request: Request) -> Awaitable[HttpResponseBase]:
         body = check_object(self.fields, json_object(request._request))
         options = self.options_of(body)
-        if options.stream:
-            raise InvalidRequest("stream: this server does not stream yet")
         owner_id = owner_of(request)
         path = _model_path(options.model)
         try:
@@ -91,11 +89,18 @@ class SamplingView(OpenAIView):
                 num_samples=options.num_samples,
                 sampling_params=options.sampling_params,
                 token_texts=options.logprobs,
+                stream=options.stream,
                 idempotency_key=idempotency_key_of(request),
             ).future
         except (BaseModelNotFound, CheckpointNotFound):
             raise ModelNotFound(options.model) from None
-        return self._answer(future, options, owner_id=owner_id)
+        answer = self._stream if options.stream else self._answer
+        return answer(future, options, owner_id=owner_id)
+
+    async def _stream(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
+        """Begin once there is something to send: a request that fails before has its status."""
+        chunks = answer_chunks(future, options, self.form, owner_id=owner_id)
+        return event_stream(await anext(chunks), chunks, self.handle_exception)
 
     async def _answer(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
         """Wait without a thread and without a connection; a client that leaves loses nothing."""
@@ -103,12 +108,7 @@ class SamplingView(OpenAIView):
             future.id, owner_id=owner_id, timeout_seconds=settings.SYNC_TIMEOUT_SECONDS
         )
         if final is None:
-            raise SampleFailed(
-                HTTPStatus.GATEWAY_TIMEOUT,
-                f"Not finished after {settings.SYNC_TIMEOUT_SECONDS} s; it goes on, and "
-                f"/retrieve_future has its result under {future.id}.",
-                "Timeout",
-            )
+            raise not_finished(future)
         if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
             return await in_database_thread(self._finished, final, options)
         return self._finished(final, options)

@@ -1,0 +1,130 @@
+"""Streams through the official client: pieces while the worker samples, and the whole text always.
+
+The client's transport here hands the stream over when it is over, so that pieces come while the
+sample grows is seen by their number, and from outside in ``tests/acceptance/test_openai.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import openai
+import pytest
+
+from tests.openai.conftest import OpenAIUser
+from tests.openai.test_completions import HELLO, MODEL, chat, complete
+from training.worker import loop
+
+NOTE = tuple[str, str]
+
+
+@pytest.fixture(autouse=True)
+def _a_note_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAMPLING_SLICE_SECONDS", 0.0)
+
+
+def stream_chat(user: OpenAIUser, /, **more: Any) -> list[Any]:
+    """All chunks of a chat's stream."""
+    fields = {"model": MODEL, "messages": HELLO, "seed": 7, **more}
+
+    async def read(client: openai.AsyncOpenAI) -> list[Any]:
+        stream = await client.chat.completions.create(stream=True, **fields)
+        return [chunk async for chunk in stream]
+
+    chunks: list[Any] = user(read)
+    return chunks
+
+
+def stream_complete(user: OpenAIUser, /, **more: Any) -> list[Any]:
+    fields = {"model": MODEL, "prompt": "hello", "seed": 7, **more}
+
+    async def read(client: openai.AsyncOpenAI) -> list[Any]:
+        stream = await client.completions.create(stream=True, **fields)
+        return [chunk async for chunk in stream]
+
+    chunks: list[Any] = user(read)
+    return chunks
+
+
+def said(chunks: list[Any], index: int = 0) -> str:
+    choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+    return "".join(choice.delta.content or "" for choice in choices)
+
+
+def test_a_chat_streams_as_many_pieces_and_is_the_whole_text(user):
+    whole = chat(user, max_tokens=60, stop=["~~~"], logprobs=True)
+    chunks = stream_chat(
+        user,
+        max_tokens=60,
+        stop=["~~~"],
+        logprobs=True,
+        stream_options={"include_usage": True},
+    )
+
+    *pieces, counts = chunks
+    assert said(chunks) == whole.choices[0].message.content
+    assert len(pieces) > 5
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert [c.delta.role for chunk in pieces[1:] for c in chunk.choices] == [None] * (
+        len(pieces) - 1
+    )
+    reasons = [choice.finish_reason for chunk in pieces for choice in chunk.choices]
+    assert reasons == [None] * (len(pieces) - 1) + [whole.choices[0].finish_reason]
+    assert pieces[-1].choices[0].logprobs.content == whole.choices[0].logprobs.content
+    assert counts.choices == []
+    assert counts.usage == whole.usage
+    assert all(chunk.usage is None for chunk in pieces)
+    assert {(chunk.id, chunk.object) for chunk in chunks} == {
+        (chunks[0].id, "chat.completion.chunk")
+    }
+
+
+def test_several_choices_of_several_prompts_stream_side_by_side(user):
+    fields = {"prompt": ["hello", "yes"], "n": 2, "max_tokens": 30}
+    whole = complete(user, **fields)
+    chunks = stream_complete(user, **fields)
+
+    texts = [""] * 4
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert len(chunks) > 8
+
+
+@pytest.mark.parametrize("kept", ["none", "every other", "all but the first two"])
+def test_what_lost_notes_said_is_made_up_for(user, monkeypatch, kept):
+    monkeypatch.setattr("training.text_pieces.REPEATED_CHARACTERS", 0)
+    notify, seen = loop.notify_progress, []
+
+    def lossy(notes: Iterable[NOTE]) -> None:
+        seen.append(notes)
+        number = len(seen)
+        if (kept == "every other" and number % 2) or (kept[:3] == "all" and number > 2):
+            notify(notes)
+
+    monkeypatch.setattr(loop, "notify_progress", lossy)
+    chunks = stream_chat(user, max_tokens=60)
+
+    assert seen
+    assert said(chunks) == chat(user, max_tokens=60).choices[0].message.content
+
+
+def test_a_request_that_fails_before_it_says_anything_has_its_status(user):
+    with pytest.raises(openai.BadRequestError) as refused:
+        stream_complete(user, prompt=[999])
+    assert refused.value.param == "prompt"
+
+
+def test_a_text_that_turns_out_otherwise_ends_in_an_error(user, monkeypatch):
+    """As after a crash on a machine whose numbers depend on what shares a batch."""
+    notify = loop.notify_progress
+
+    def before_the_crash(notes: Iterable[NOTE]) -> None:
+        notify([(request_id, '[0, 0, "another life"]') for request_id, _ in notes])
+
+    monkeypatch.setattr(loop, "notify_progress", before_the_crash)
+
+    with pytest.raises(openai.APIError, match="differs from what was sent"):
+        stream_chat(user, max_tokens=60)
