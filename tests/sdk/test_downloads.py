@@ -152,9 +152,12 @@ def test_an_archive_is_a_tar_of_the_checkpoint(
     sdk: SdkClient, model_id: str, fetch: Callable[..., Any], settings: Any
 ) -> None:
     path = f"/api/v1/training_runs/{model_id}/checkpoints/weights/a/archive"
-    response, content = fetch(sdk.api.get(path, **sdk.headers).json()["url"])
+    url = sdk.api.get(path, **sdk.headers).json()["url"]
+    response, content = fetch(url)
 
     assert response["Content-Length"] == str(len(content))
+    head, nothing = fetch(url, "head")
+    assert (nothing, head["Content-Length"]) == (b"", str(len(content)))
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         packed = {member.name: archive.extractfile(member).read() for member in archive}
     on_disk = {path.name: path.read_bytes() for path in folder("training", settings).iterdir()}

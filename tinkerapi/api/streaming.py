@@ -60,32 +60,36 @@ def file_response(request: Request, path: Path, *, etag: str) -> HttpResponseBas
     return _with_headers(response, quoted)
 
 
-def tar_response(paths: Sequence[Path]) -> HttpResponseBase:
+def tar_response(request: Request, paths: Sequence[Path]) -> HttpResponseBase:
     """The files, by their bare names, in one uncompressed tar that is made as it is sent.
 
     Raises:
         FileNotFoundError: One of them is gone.
     """
     members = []
-    length = 2 * tarfile.BLOCKSIZE
     for path in paths:
         entry = tarfile.TarInfo(path.name)
         entry.size = path.stat().st_size
-        header = entry.tobuf()
-        padding = -entry.size % tarfile.BLOCKSIZE
-        members.append((header, path.open("rb"), entry.size, padding))
-        length += len(header) + entry.size + padding
+        members.append((path, entry.tobuf(), entry.size, -entry.size % tarfile.BLOCKSIZE))
+    end = bytes(2 * tarfile.BLOCKSIZE)
 
-    async def pieces() -> AsyncIterator[bytes]:
-        for header, file, size, padding in members:
+    async def pieces(files: Sequence[BinaryIO]) -> AsyncIterator[bytes]:
+        for file, (_, header, size, padding) in zip(files, members, strict=True):
             yield header
             async for piece in _pieces(file, 0, size):
                 yield piece
             yield bytes(padding)
-        yield bytes(2 * tarfile.BLOCKSIZE)
+        yield end
 
-    response = StreamingHttpResponse(pieces(), content_type="application/x-tar")
-    response["Content-Length"] = str(length)
+    response: HttpResponseBase
+    if request.method == "HEAD":
+        response = HttpResponse()
+    else:
+        response = StreamingHttpResponse(pieces([path.open("rb") for path in paths]))
+    response["Content-Type"] = "application/x-tar"
+    response["Content-Length"] = str(
+        sum(len(header) + size + padding for _, header, size, padding in members) + len(end)
+    )
     return response
 
 

@@ -70,7 +70,7 @@ class DownloadView(SdkView):
         checkpoint = checkpoint_by_id(target["checkpoint"])
         try:
             if "file" not in target:
-                return tar_response(_files(checkpoint))
+                return tar_response(request, _files(checkpoint))
             name = target["file"]
             path = settings.DATA_DIR / checkpoint.directory / name
             return file_response(request, path, etag=f"{path.parent.name}-{name}")
