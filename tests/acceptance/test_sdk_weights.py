@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.acceptance.official_sdk import run_cli, run_script
+from tests.acceptance.official_sdk import api_key, run_cli, run_script
 from tests.server import Server
 
 pytestmark = pytest.mark.acceptance
@@ -188,3 +191,124 @@ def test_a_sessions_trace_is_exported(
 
     bars = [item for item in json.loads(target.read_text())["traceEvents"] if item["ph"] == "X"]
     assert [bar["name"] for bar in bars].count("optim_step") == 5
+
+
+def colleague_key(server: Server) -> str:
+    """A key of the server's other user, its administrator."""
+    done = subprocess.run(
+        [sys.executable, "manage.py", "createapikey", "admin"],
+        cwd=server.root,
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
+            "TINKERAPI_DATA_DIR": str(server.data_dir),
+            **server.environment,
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_colleague_borrows_copies_and_reads_what_is_public(
+    sdk_server: Server, kept: dict[str, Any]
+) -> None:
+    facts = run_script(
+        sdk_server,
+        _TRAIN
+        + """
+    rest = service.create_rest_client()
+    path, lender = os.environ["KEPT"], os.environ["LENDER"]
+
+    def missing(call):
+        try:
+            call().result()
+        except tinker.NotFoundError:
+            return True
+
+    report(closed=missing(lambda: rest.get_weights_info_by_tinker_path(path)))
+    borrowed = service.create_training_client_from_state(
+        path, weights_access_token=lender
+    ).result()
+    copy = rest.copy_weights(path, "shared", weights_access_token=lender).result()
+    copied = service.create_training_client_from_state(copy).result()
+    report(borrowed=logprobs(borrowed), copied=logprobs(copied), copy=copy)
+
+    owner = tinker.ServiceClient(api_key=lender)
+    own_rest = owner.create_rest_client()
+    own_rest.publish_checkpoint_from_tinker_path(path).result()
+    info = rest.get_weights_info_by_tinker_path(path).result()
+    report(rank=info.lora_rank, delete=missing(
+        lambda: rest.delete_checkpoint_from_tinker_path(path)
+    ))
+    own_rest.unpublish_checkpoint_from_tinker_path(path).result()
+    report(closed_again=missing(lambda: rest.get_weights_info_by_tinker_path(path)))
+    log = tinker.AdminClient(api_key=lender).get_audit_log("checkpoints").result()
+    report(log=[entry.event for entry in log.entries if entry.tinker_path == path])
+        """,
+        TINKER_API_KEY=colleague_key(sdk_server),
+        KEPT=kept["training"],
+        LENDER=api_key(sdk_server),
+    )
+
+    assert facts["closed"] is facts["delete"] is facts["closed_again"] is True
+    assert facts["borrowed"] == facts["copied"] == kept["logprobs"]
+    assert facts["copy"] != kept["training"]
+    assert facts["rank"] == 8
+    assert facts["log"] == [
+        "checkpoint_read",
+        "checkpoint_copy",
+        "checkpoint_publish",
+        "checkpoint_unpublish",
+    ]
+
+
+def test_saved_weights_are_sampled_from_while_training_goes_on(sdk_server: Server) -> None:
+    facts = run_script(
+        sdk_server,
+        _TRAIN
+        + """
+    model = new_model(seed=3)
+    train(model, 3)
+    now = logprobs(model)
+    path = model.save_weights_for_sampler("three").result().path
+    ephemeral = model.save_weights_and_get_sampling_client()
+    train(model, 3)
+    named = service.create_sampling_client(model_path=path)
+    prompt = types.ModelInput.from_ints(TOKENS)
+    report(path=path, now=now,
+           named=named.compute_logprobs(prompt).result(),
+           ephemeral=ephemeral.compute_logprobs(prompt).result())
+
+    rest = service.create_rest_client()
+    model_id = model.get_info().model_id
+    listed = rest.list_checkpoints(model_id).result().checkpoints
+    session = rest.get_session(model_id.partition(":")[0]).result()
+    report(listed=[item.checkpoint_id for item in listed], runs=session.training_run_ids,
+           samplers=len(session.sampler_ids), model_id=model_id)
+        """,
+    )
+
+    assert facts["path"].endswith("/sampler_weights/three")
+    for kind in ("named", "ephemeral"):
+        assert facts[kind][0] is None
+        assert facts[kind][1:] == pytest.approx(facts["now"], rel=1e-4)
+    assert facts["listed"] == ["sampler_weights/three"]
+    assert facts["runs"] == [facts["model_id"]]
+    assert facts["samplers"] == 2
+
+
+def test_usage_and_storage_are_told_on_the_command_line(
+    sdk_server: Server, kept: dict[str, Any]
+) -> None:
+    session_id = kept["model_id"].partition(":")[0]
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    window = [hour - timedelta(hours=1), hour + timedelta(hours=1)]
+    usage = cli(
+        sdk_server, "billing", "usage", *(f"{moment:%Y-%m-%dT%H:%M:%SZ}" for moment in window)
+    )
+    storage = cli(sdk_server, "billing", "checkpoint-storage")
+
+    assert session_id in json.dumps(usage)
+    assert "checkpoint_count" in json.dumps(storage)
