@@ -153,7 +153,11 @@ def session_run_create(
     made = Run.objects.filter(session_id=session_id, owner_id=owner_id, model_seq_id=model_seq_id)
     if run := made.first():
         return run
-    session = session_open(owner_id=owner_id, session_id=session_id)
+    session_get(owner_id=owner_id, session_id=session_id)
+    # Held until the commit: a session that is being finished waits for this model, or ends first.
+    session = Session.objects.select_for_update(no_key=True).get(pk=session_id)
+    if session.finished_at is not None:
+        raise SessionFinished
     served = base_model_get(base_model)
     adapter_limit_check(owner_id)
     run_id = f"{session.id}:train:{model_seq_id}"
