@@ -1,0 +1,99 @@
+"""Every field that the SDK can send, from its own models, and the table of what becomes of it.
+
+    python -m tests.compat.sdk_fields
+
+brings the rows of the table in ``tinkerapi/docs/sdk.md`` up to the installed SDK: what is known of
+a field is kept, a new one says "?", and a test fails as long as one does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args
+
+import tinker
+from pydantic import BaseModel
+from tinker._models import StrictBase
+
+from tests.server import ROOT
+
+DOCS = ROOT / "tinkerapi" / "docs" / "sdk.md"
+BEGIN, END = "<!-- fields: begin -->\n", "<!-- fields: end -->"
+UNKNOWN = ("?", "")
+
+DATACLASSES = ("Datum", "TensorData", "ForwardBackwardInput", "ForwardBackwardRequest")
+"""Request types that the SDK holds as dataclasses and writes as protobuf."""
+
+WIRE_NAMES = {"_numpy": "data"}
+
+Fates = dict[tuple[str, str], tuple[str, str]]
+
+
+def request_fields() -> Iterator[tuple[str, str]]:
+    """(type, field) of all that the SDK's request types hold, ``type`` markers apart."""
+    for module in pkgutil.walk_packages(tinker.types.__path__, "tinker.types."):
+        importlib.import_module(module.name)
+    for name in DATACLASSES:
+        request: Any = getattr(tinker.types, name)
+        assert is_dataclass(request), name
+        yield from ((name, WIRE_NAMES.get(field.name, field.name)) for field in fields(request))
+    for model in sorted(_request_models(), key=lambda item: item.__name__):
+        for field in model.model_fields:
+            if model.__name__ not in DATACLASSES and field != "type":
+                yield model.__name__, field
+
+
+def _request_models() -> set[type[BaseModel]]:
+    """The SDK's request types and all that they hold, but for what telemetry holds."""
+    found: set[type[BaseModel]] = set()
+    waiting = list(_subclasses(StrictBase))
+    while waiting:
+        model = waiting.pop()
+        if model in found:
+            continue
+        found.add(model)
+        if model.__name__ != "TelemetrySendRequest":
+            for field in model.model_fields.values():
+                waiting += _models_of(field.annotation)
+    return found
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_of(inner)]
+
+
+def _subclasses(model: type[BaseModel]) -> set[type[BaseModel]]:
+    found = set(model.__subclasses__())
+    return found.union(*(_subclasses(item) for item in found))
+
+
+def documented_fates() -> Fates:
+    """What the table says of each (type, field): its fate and a remark."""
+    table = DOCS.read_text().split(BEGIN)[1].split(END)[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*?) \| ?(.*?) ?\|$", table, flags=re.MULTILINE)
+    return {(model, field): (fate, remark) for model, field, fate, remark in rows}
+
+
+def fields_table(known: Fates) -> str:
+    """Markdown: a row for each field of the installed SDK."""
+    lines = ["| Type | Field | Here | |", "|---|---|---|---|"]
+    for key in dict.fromkeys(request_fields()):
+        fate, remark = known.get(key, UNKNOWN)
+        lines.append(f"| `{key[0]}` | `{key[1]}` | {fate} | {remark} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    before, rest = DOCS.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    DOCS.write_text(before + BEGIN + fields_table(documented_fates()) + END + after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The table of the SDK's fields in the manual: complete, and true."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.compat.sdk_fields import documented_fates, request_fields
+from tests.sdk.conftest import SdkClient
+from tinkerapi.api.fields import Field
+from tinkerapi.api.sdk.views import models, sampling, service, weights
+from training.base_models import base_model_get
+
+FATES = documented_fates()
+PLACE = {"model_id", "seq_id"}
+"""What the views of numbered requests read before their fields."""
+VIEWS: Mapping[str, Mapping[str, Field]] = {
+    "CopyWeightsRequest": weights.CopyWeightsView.fields,
+    "CreateModelRequest": models.CreateModelView.fields,
+    "CreateSamplingSessionRequest": sampling.CreateSamplingSessionView.fields,
+    "CreateSessionRequest": service.CreateSessionView.fields,
+    "FuturesRetrieveRequest": sampling.RetrieveFuturesView.fields,
+    "LoadWeightsRequest": weights.LoadWeightsView.creation_fields,
+    "SampleRequest": sampling.SampleView.fields,
+    "SaveWeightsExternalRequest": weights.SaveWeightsExternalView.fields,
+    "SaveWeightsForSamplerRequest": weights.SaveWeightsForSamplerView.fields,
+    "SaveWeightsRequest": weights.SaveWeightsView.fields,
+}
+DIMUON = {"type": "dimuon", "version": 1}
+
+
+def test_the_table_has_every_field_of_the_sdk_and_no_other() -> None:
+    fields = list(request_fields())
+
+    assert len(fields) > 100
+    assert set(FATES) == set(fields)
+    assert {fate for fate, _ in FATES.values()} == {"honoured", "refused", "without effect"}
+
+
+@pytest.mark.parametrize("model", VIEWS)
+def test_a_view_knows_the_fields_that_the_table_does_not_call_refused(model: str) -> None:
+    served = {field for (name, field), (fate, _) in FATES.items() if name == model} - {
+        field
+        for (name, field), (fate, remark) in FATES.items()
+        if name == model and fate == "refused" and "unknown field" in remark
+    }
+
+    assert served - PLACE == set(VIEWS[model]) - PLACE - {"after"}
+
+
+def remark(model: str, field: str) -> str:
+    """The sentence that the table quotes."""
+    fate, text = FATES[model, field]
+    assert fate == "refused"
+    return text.split("`")[1]
+
+
+def sample(**more: Any) -> dict[str, Any]:
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
+    fields = {"sampling_session_id": "s:sample:0", "seq_id": 0, "prompt": prompt}
+    return {**fields, "sampling_params": {}, **more}
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("model", "field", "body"),
+    [
+        ("SampleRequest", "base_model", sample(base_model="tiny")),
+        ("SampleRequest", "model_path", sample(model_path="tinker://r/weights/a")),
+        ("SampleRequest", "record_stability_info", sample(record_stability_info=True)),
+        ("ImageChunk", "data", sample(prompt={"chunks": [{"type": "image", "data": "AA=="}]})),
+        ("DmelChunk", "dmel", sample(prompt={"chunks": [{"type": "dmel", "dmel": "AA=="}]})),
+        (
+            "ImageAssetPointerChunk",
+            "location",
+            sample(prompt={"chunks": [{"type": "image_asset_pointer", "location": "x"}]}),
+        ),
+    ],
+)
+def test_a_sample_is_refused_with_the_sentence_of_the_table(
+    sdk: SdkClient, model: str, field: str, body: dict[str, Any]
+) -> None:
+    answer = sdk.post("asample", **body)
+
+    assert answer.status_code == 400
+    assert remark(model, field) in answer.content.decode()
+
+
+@pytest.mark.django_db
+def test_another_optimizer_is_refused_with_the_sentences_of_the_table(sdk: SdkClient) -> None:
+    created = sdk.post(
+        "create_model",
+        session_id=sdk.session(),
+        model_seq_id=0,
+        base_model=base_model_get(None).name,
+        lora_config={"rank": 4},
+        optimizer_config=DIMUON,
+    )
+    assert created.status_code == 400
+    assert remark("DimuonOptimizerConfig", "version") in created.content.decode()
+
+    model_id = sdk.model()
+    step = sdk.post("optim_step", model_id=model_id, seq_id=1, optimizer_params=DIMUON)
+    assert remark("DimuonParams", "beta1") in sdk.retrieve(step).json()["error"]
