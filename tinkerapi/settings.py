@@ -150,6 +150,8 @@ DATABASES = {
         "CONN_MAX_AGE": 0 if ROLE == "web" else None,
         "CONN_HEALTH_CHECKS": True,
         "OPTIONS": {
+            # The ORM never prepares; the queue's own statements take longer to plan than to run.
+            "prepare_threshold": 2,
             **database.get("OPTIONS", {}),
             **({"pool": {"min_size": 2, "max_size": 8, "timeout": 10}} if ROLE == "web" else {}),
         },
