@@ -17,12 +17,13 @@ from training.services.runs import (
 from training.services.sampling import sample_submit
 from training.services.steps import forward_backward_submit, optim_step_submit
 from training.services.submission import Submission
-from training.services.upkeep import checkpoint_delete, checkpoints_expire
+from training.services.upkeep import checkpoint_delete, checkpoints_expire, files_unnamed
 
 __all__ = [
     "Submission",
     "checkpoint_delete",
     "checkpoints_expire",
+    "files_unnamed",
     "forward_backward_submit",
     "load_weights_submit",
     "optim_step_submit",

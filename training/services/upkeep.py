@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from datetime import timedelta
+from pathlib import Path
 
 from django.conf import settings
 from django.db import transaction
@@ -18,7 +19,7 @@ from futures.models import Future
 from futures.transitions import State
 from training.audit import audit_checkpoint
 from training.errors import CheckpointNotFound, InvalidRequest
-from training.models import Checkpoint
+from training.models import Checkpoint, Snapshot
 from training.paths import TinkerPath
 from training.selectors import checkpoint_own
 
@@ -31,6 +32,9 @@ SILENCE = timedelta(hours=1)
 UNUSED = timedelta(hours=1)
 """A training loop makes a sampling session at every step and leaves the last one behind: weights
 that were superseded and that nobody sampled from for so long are dropped."""
+
+UNNAMED = timedelta(days=1)
+"""Longer than any folder waits for the row that names it."""
 
 AFTER_FINISH = timedelta(minutes=15)
 """How long a finished session's last samples may still need its weights."""
@@ -125,3 +129,23 @@ def checkpoints_expire() -> int:
     for checkpoint_id in expired:
         checkpoint_delete(checkpoint_id=checkpoint_id)
     return len(expired)
+
+
+def files_unnamed() -> list[Path]:
+    """Folders of checkpoints and snapshots that no row of this database names.
+
+    A process that dies between writing files and committing their row leaves such a folder, and so
+    does one that dies between deleting a row and its files. A folder younger than ``UNNAMED`` may
+    still be waiting for its row. Nothing is deleted here or by any worker: in front of another
+    database, every folder would look like one of these.
+    """
+    found: list[Path] = []
+    youngest = (timezone.now() - UNNAMED).timestamp()
+    for folder, rows in (("checkpoints", Checkpoint.objects), ("snapshots", Snapshot.objects)):
+        parent = settings.DATA_DIR / folder
+        paths = sorted(parent.iterdir()) if parent.is_dir() else []
+        old = [path for path in paths if path.stat().st_mtime < youngest]
+        # Read after the listing, so that what was named meanwhile is named.
+        named = set(rows.values_list("directory", flat=True))
+        found += [path for path in old if f"{folder}/{path.name}" not in named]
+    return found
