@@ -121,10 +121,23 @@ def test_log_probabilities_are_those_of_the_sampled_tokens(user, served_api):
     assert complete(user).choices[0].logprobs is None
 
 
+def test_the_likeliest_tokens_come_with_log_probabilities_if_asked_for(user):
+    content = chat(user, max_tokens=5, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    logprobs = complete(user, max_tokens=5, logprobs=2).choices[0].logprobs
+
+    # To the fake engine every token is as likely as any other, and it names the first.
+    for item in content:
+        assert [top.token for top in item.top_logprobs] == ["\x00", "\x01", "\x02"]
+        assert [top.logprob for top in item.top_logprobs] == [item.logprob] * 3
+    assert len(logprobs.top_logprobs) == len(logprobs.tokens) == 5
+    assert set(logprobs.top_logprobs[0]) == {"\x00", "\x01"}
+
+
 REFUSED: list[Any] = [
     (chat, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (chat, {"response_format": {"type": "json_object"}}, "response_format"),
-    (chat, {"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
+    (chat, {"top_logprobs": 3}, "top_logprobs"),
+    (chat, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     (chat, {"presence_penalty": 0.5}, "presence_penalty"),
     (chat, {"reasoning_effort": "high"}, "reasoning_effort"),
     (chat, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
@@ -138,7 +151,7 @@ REFUSED: list[Any] = [
     (complete, {"logit_bias": {"7": 1}}, "logit_bias"),
     (complete, {"temperature": -1}, "temperature"),
     (complete, {"n": 0}, "n"),
-    (complete, {"logprobs": 2}, "logprobs"),
+    (complete, {"logprobs": 21}, "logprobs"),
     (complete, {"prompt": []}, "prompt"),
     (complete, {"prompt": ["fine", 7]}, "prompt[1]"),
     (complete, {"prompt": [999]}, "prompt"),  # found by the worker: not in its vocabulary

@@ -35,6 +35,7 @@ def sample_submit(
     num_samples: int,
     sampling_params: SamplingParams,
     prompt_logprobs: bool = False,
+    topk_sample_logprobs: int = 0,
     token_texts: bool = False,
     stream: bool = False,
     idempotency_key: str | None = None,
@@ -47,6 +48,7 @@ def sample_submit(
     crash says the same.
 
     Args:
+        topk_sample_logprobs: So many of the likeliest tokens at each sampled position.
         token_texts: The result says each token's text and where it begins.
         stream: The worker notes the texts while they grow (``training.text_pieces``).
 
@@ -64,6 +66,7 @@ def sample_submit(
         sampling_params=sampling_params,
         prompt_logprobs=prompt_logprobs,
         request_name=idempotency_key,
+        scoring=ScoringParams(topk_sample_logprobs=topk_sample_logprobs),
     )
     if token_texts:
         payload["token_texts"] = True

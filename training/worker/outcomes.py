@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from futures.claiming import Outcome
 from futures.models import Future
@@ -139,6 +140,8 @@ def sample_ready(
             placed = token_texts(sequence["tokens"].tolist())
             sequence["token_texts"] = [text for text, _ in placed]
             sequence["text_offsets"] = [offset for _, offset in placed]
+            if "topk_logprobs" in sequence:
+                sequence["topk_texts"] = _texts(sequence["topk_logprobs"]["token_ids"], token_texts)
     prompt_logprobs = [
         None
         if output.prompt_logprobs is None
@@ -179,6 +182,15 @@ def _scores(scores: PromptScores, scoring: ScoringParams) -> dict[str, Any]:
         tokens, logprobs = scores.alternatives
         result["prompt_alt_tokens"] = {"tokens": tokens, "logprobs": logprobs}
     return result
+
+
+def _texts(
+    token_ids: NDArray[np.int32], token_texts: Callable[[Sequence[int]], list[tuple[str, int]]]
+) -> list[list[str]]:
+    """Every token's own text, in the array's shape."""
+    ids = np.unique(token_ids).tolist()
+    texts = dict(zip(ids, (text for text, _ in token_texts(ids)), strict=True))
+    return [[texts[token] for token in row] for row in token_ids.tolist()]
 
 
 def _top(name: str, top: TopLogprobs | None) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class CompletionForm(AnswerForm):
         return {
             "tokens": sequence["token_texts"],
             "token_logprobs": sequence["logprobs"],
-            "top_logprobs": None,
+            "top_logprobs": _tops(sequence) or None,
             "text_offset": sequence["text_offsets"],
         }
 
@@ -142,19 +142,39 @@ class ChatForm(AnswerForm):
         return {"delta": {"content": text} if text else {}}
 
     def logprobs(self, sequence: Sequence) -> dict[str, Any]:
-        tokens = zip(sequence["token_texts"], sequence["logprobs"].tolist(), strict=True)
+        values = sequence["logprobs"].tolist()
+        tops = _tops(sequence) or [{}] * len(values)
         return {
             "content": [
                 {
-                    "token": text,
-                    "bytes": _bytes(text),
-                    "logprob": logprob,
-                    "top_logprobs": [],
+                    **_token(text, logprob),
+                    "top_logprobs": [_token(*likely) for likely in top.items()],
                 }
-                for text, logprob in tokens
+                for text, logprob, top in zip(sequence["token_texts"], values, tops, strict=True)
             ],
             "refusal": None,
         }
+
+
+def _tops(sequence: Sequence) -> list[dict[str, float]]:
+    """The likeliest tokens' texts and log-probabilities at each position, likeliest first.
+
+    Of tokens with one text, which are parts of characters, the likeliest is there.
+    """
+    if "topk_texts" not in sequence:
+        return []
+    rows = zip(sequence["topk_texts"], sequence["topk_logprobs"]["logprobs"].tolist(), strict=True)
+    tops = []
+    for texts, values in rows:
+        top: dict[str, float] = {}
+        for text, value in zip(texts, values, strict=True):
+            top.setdefault(text, value)
+        tops.append(top)
+    return tops
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "bytes": _bytes(text), "logprob": logprob}
 
 
 def _bytes(text: str) -> list[int] | None:

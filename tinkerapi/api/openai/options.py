@@ -26,6 +26,8 @@ SMALLEST_SEED = -(2**63)
 
 MAX_USER_CHARACTERS = 1000
 
+MAX_TOP_LOGPROBS = 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -37,6 +39,8 @@ class Options:
     """For each prompt."""
     sampling_params: SamplingParams
     logprobs: bool
+    top_logprobs: int
+    """So many of the likeliest tokens at each position."""
     stream: bool
     include_usage: bool
     """Whether a stream ends with the number of tokens."""
@@ -157,7 +161,10 @@ COMPLETION_FIELDS: Mapping[str, Field] = {
     "prompt": Custom(
         description="What to continue.", required=True, checker=_check_prompts, json={}
     ),
-    "logprobs": Integer(description="Log-probabilities of the tokens.", maximum=0),
+    "logprobs": Integer(
+        description="Log-probabilities: the tokens', and so many likeliest ones.",
+        maximum=MAX_TOP_LOGPROBS,
+    ),
     "echo": _off(False),
     "suffix": _off(),
     "best_of": Integer(description="Must equal n.", minimum=1),
@@ -170,7 +177,7 @@ CHAT_FIELDS: Mapping[str, Field] = {
     ),
     "max_completion_tokens": _max_tokens(),
     "logprobs": Flag(description="Log-probabilities of the tokens.", default=False),
-    "top_logprobs": _off(0),
+    "top_logprobs": Integer(description="Likeliest tokens too.", maximum=MAX_TOP_LOGPROBS),
     "response_format": _off({"type": "text"}),
     "modalities": _off(["text"]),
     "service_tier": _off("auto", "default"),
@@ -213,6 +220,7 @@ def completion_options(body: Mapping[str, Any]) -> Options:
         prompts=body["prompt"],
         max_tokens=body["max_tokens"] or COMPLETION_MAX_TOKENS,
         logprobs=body["logprobs"] is not None,
+        top_logprobs=body["logprobs"] or 0,
     )
 
 
@@ -222,6 +230,8 @@ def chat_options(body: Mapping[str, Any]) -> Options:
     Raises:
         InvalidRequest: (400)
     """
+    if body["top_logprobs"] and not body["logprobs"]:
+        raise InvalidRequest("top_logprobs: only with logprobs")
     given = {body["max_tokens"], body["max_completion_tokens"]} - {None}
     if len(given) > 1:
         raise InvalidRequest("max_tokens: not what max_completion_tokens says; give one of them")
@@ -230,11 +240,17 @@ def chat_options(body: Mapping[str, Any]) -> Options:
         prompts=[body["messages"]],
         max_tokens=given.pop() if given else None,
         logprobs=body["logprobs"],
+        top_logprobs=body["top_logprobs"] or 0,
     )
 
 
 def _options(
-    body: Mapping[str, Any], *, prompts: list[Prompt], max_tokens: int | None, logprobs: bool
+    body: Mapping[str, Any],
+    *,
+    prompts: list[Prompt],
+    max_tokens: int | None,
+    logprobs: bool,
+    top_logprobs: int,
 ) -> Options:
     if body["stream_options"] is not None and not body["stream"]:
         raise InvalidRequest("stream_options: only with stream")
@@ -256,6 +272,7 @@ def _options(
             top_p=body["top_p"],
         ),
         logprobs=logprobs,
+        top_logprobs=top_logprobs,
         stream=body["stream"],
         include_usage=bool(body["stream_options"] and body["stream_options"]["include_usage"]),
     )

@@ -88,6 +88,7 @@ class SamplingView(OpenAIView):
                 prompts=options.prompts,
                 num_samples=options.num_samples,
                 sampling_params=options.sampling_params,
+                topk_sample_logprobs=options.top_logprobs,
                 token_texts=options.logprobs,
                 stream=options.stream,
                 idempotency_key=idempotency_key_of(request),

@@ -1,0 +1,116 @@
+"""What may be told of a text while it is sampled is a beginning of what it turns out to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny_model import VOCAB_SIZE
+from training.engine.base_model import BaseModel
+from training.engine.fake import FakeEngine
+from training.engine.interface import SampleJob, Sampler
+from training.engine.sampling import ContinuousSampler
+from training.engine.stopping import StopWatch, TextSoFar
+from training.engine.text import ChatText
+from training.types import SamplingParams
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return bytes(tokens).decode(errors="replace")
+
+
+@given(
+    text=st.text(alphabet="aé€😀", max_size=60),
+    stops=st.lists(st.text(alphabet="aé€😀", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+@settings(max_examples=100)
+def test_nothing_of_a_stop_string_is_told_before_it_is_known_not_to_be_one(
+    text: str, stops: list[str]
+) -> None:
+    watch = StopWatch(decode, stops)
+    tokens: list[int] = []
+    told = [""]
+    for token in text.encode():
+        tokens.append(token)
+        stopped = watch.has_stopped(tokens)
+        told.append(watch.certain_text)
+        if stopped:
+            break
+    final = decode(tokens) if watch.text_before_stop is None else watch.text_before_stop
+    assert all(later.startswith(earlier) for earlier, later in pairwise(told))
+    assert final.startswith(told[-1])
+    if watch.text_before_stop is None:
+        assert len(final) - len(told[-1]) < max(map(len, stops))
+
+
+@given(
+    tokens=st.lists(
+        st.one_of(st.text(alphabet="aé€😀").map(str.encode), st.binary(max_size=5)), max_size=30
+    ).map(b"".join),
+    looks=st.sets(st.integers(0, 200), max_size=8),
+)
+@settings(max_examples=100)
+def test_whenever_one_looks_the_text_so_far_is_a_beginning_of_the_text(
+    tokens: bytes, looks: set[int]
+) -> None:
+    so_far = TextSoFar(decode)
+    for count in [*sorted(look for look in looks if look < len(tokens)), len(tokens)]:
+        told = so_far.read(list(tokens[:count]))
+        assert decode(tokens).startswith(told)
+    assert decode(tokens).rstrip("\ufffd") == told.rstrip("\ufffd")
+
+
+def told_while_sampling(
+    sampler: Sampler, params: SamplingParams
+) -> tuple[list[list[str]], list[str]]:
+    """What was told of two sequences after each step, and their finished texts."""
+    sampler.admit("job", SampleJob(prompt=[5, 6, 7], sampling_params=params, num_samples=2))
+    told = [sampler.progress("job")]
+    while not (finished := sampler.step()):
+        told.append(sampler.progress("job"))
+    output = finished["job"]
+    assert not isinstance(output, Exception)
+    return told, [sequence.text for sequence in output.sequences]
+
+
+def check(sampler: Sampler, *stops: str) -> None:
+    params = SamplingParams(max_tokens=24, seed=3, stop=stops)
+    told, texts = told_while_sampling(sampler, params)
+    for number, text in enumerate(texts):
+        so_far = [texts[number] for texts in told]
+        assert so_far[0] == ""
+        assert len(set(so_far)) > 5
+        assert text.startswith(so_far[-1])
+        assert all(b.startswith(a) for a, b in pairwise(so_far))
+
+
+def test_the_sampler_tells_growing_beginnings_of_its_texts(tied_base_model: BaseModel) -> None:
+    text = ChatText(tied_base_model.tokenizer, VOCAB_SIZE)
+
+    def no_adapter(name: str) -> None:
+        raise KeyError(name)
+
+    check(ContinuousSampler(tied_base_model, text, no_adapter))
+    check(ContinuousSampler(tied_base_model, text, no_adapter), "not said")
+
+
+def test_the_fake_sampler_does_too() -> None:
+    check(FakeEngine().sampler)
+    check(FakeEngine().sampler, "not said")
+
+
+def test_each_token_has_its_own_text_and_its_place(tied_base_model: BaseModel) -> None:
+    text = ChatText(tied_base_model.tokenizer, VOCAB_SIZE)
+    said = "aé€😀 b"
+    tokens = [*text.encode(said), *text.end_token_ids[:1]]
+    placed = text.token_texts(tokens)
+
+    assert [offset for _, offset in placed] == [
+        len(text.decode(tokens[:count]).rstrip("\ufffd")) for count in range(len(tokens))
+    ]
+    for own, offset in placed[:-1]:
+        assert "\ufffd" in own or said[offset:].startswith(own)
+    assert placed[-1][0] == tied_base_model.tokenizer.convert_ids_to_tokens(tokens[-1])
