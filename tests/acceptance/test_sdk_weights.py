@@ -161,7 +161,6 @@ def test_a_checkpoint_is_published_given_a_time_and_deleted(
     model = new_model()
     path = model.save_state("passing").result().path
     rest.publish_checkpoint_from_tinker_path(path).result()
-    rest.publish_checkpoint_from_tinker_path(path).result()  # once more is no error
     report(path=path)
         """,
     )["path"]
@@ -170,6 +169,7 @@ def test_a_checkpoint_is_published_given_a_time_and_deleted(
         return cli(sdk_server, "checkpoint", "info", path)
 
     assert described()["public"] is True
+    cli(sdk_server, "checkpoint", "publish", path)  # once more is no error
     cli(sdk_server, "checkpoint", "unpublish", path)
     assert described()["public"] is False
     cli(sdk_server, "checkpoint", "set-ttl", path, "--ttl", "7200")
