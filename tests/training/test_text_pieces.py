@@ -37,3 +37,13 @@ def test_a_note_makes_up_for_the_one_before_it():
     assert piece.after("") == "once upon a time"
     assert piece.after("once upon a time") == ""
     assert piece.after("once more") == ""
+
+
+@given(TEXT, st.integers(0, 1500), st.integers(1, 400))
+def test_a_repetition_after_a_crash_goes_on_where_the_text_was(text, length, step):
+    known = text[:length]
+    told = Told()
+    for count in range(0, len(text) + step, step):
+        for piece in told.pieces([text[:count]]):
+            known += piece.after(known)
+    assert known == text
