@@ -97,7 +97,9 @@ class OperationView(ApiView):
     ) -> HttpResponse | Awaitable[HttpResponse]:
         """Submit a checked body and answer as the route says."""
         owner_id = owner_of(request)
-        submission = self.submit(body, owner_id=owner_id, idempotency_key=idempotency_key_of(request))
+        submission = self.submit(
+            body, owner_id=owner_id, idempotency_key=idempotency_key_of(request)
+        )
         future, model_id = submission.future, submission.model_id
         if not self.waits:
             return JSONResponse({"request_id": future.id, "model_id": model_id})
