@@ -24,14 +24,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tests.compat.tables import markdown_table, write_table
 from tests.server import ROOT, Server, free_port
 from tests.tiny_model import make_tiny_model
 
 CURRENT = version("tinker")
 OLD = ("0.5.1", "0.18.2", "0.24.1", "0.30.4", "0.36.0")
 RESULTS = Path(__file__).parent / "results.json"
-DOCS = ROOT / "tinkerapi" / "docs" / "sdk.md"
-TABLE_BEGIN, TABLE_END = "<!-- versions: begin -->\n", "<!-- versions: end -->"
 FLOW_SECONDS = 300
 
 Outcomes = dict[str, bool | str]
@@ -90,19 +89,11 @@ def compatibility_table(outcomes: dict[str, Outcomes]) -> str:
     """Markdown: a row for each step, a column for each version."""
     versions = sorted(outcomes, key=lambda name: tuple(map(int, name.split("."))))
     steps = list(max(outcomes.values(), key=len))
-    rows = [["", *versions], ["---"] * (len(versions) + 1)]
+    rows = [["", *versions]]
     for step in steps:
         cells = [outcomes[name].get(step, "not reached") for name in versions]
         rows.append([step.replace("_", " "), *("works" if c is True else str(c) for c in cells)])
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in rows)
-
-
-def write_table(outcomes: dict[str, Outcomes]) -> None:
-    """Replace the table between its two marks."""
-    text = DOCS.read_text()
-    before, rest = text.split(TABLE_BEGIN)
-    _, after = rest.split(TABLE_END)
-    DOCS.write_text(before + TABLE_BEGIN + compatibility_table(outcomes) + TABLE_END + after)
+    return markdown_table(rows)
 
 
 def main() -> None:
@@ -135,7 +126,7 @@ def main() -> None:
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    write_table(results["versions"])
+    write_table("versions", compatibility_table(results["versions"]))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ import tinker
 from pydantic import BaseModel
 from tinker._models import StrictBase
 
-from tests.server import ROOT
+from tests.compat.tables import markdown_table, read_table, write_table
 
-DOCS = ROOT / "tinkerapi" / "docs" / "sdk.md"
-BEGIN, END = "<!-- fields: begin -->\n", "<!-- fields: end -->"
 UNKNOWN = ("?", "")
 
 DATACLASSES = ("Datum", "TensorData", "ForwardBackwardInput", "ForwardBackwardRequest")
@@ -75,24 +73,21 @@ def _subclasses(model: type[BaseModel]) -> set[type[BaseModel]]:
 
 def documented_fates() -> Fates:
     """What the table says of each (type, field): its fate and a remark."""
-    table = DOCS.read_text().split(BEGIN)[1].split(END)[0]
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*?) \| ?(.*?) ?\|$", table, flags=re.MULTILINE)
+    pattern = r"^\| `(\w+)` \| `(\w+)` \| (.*?) \| ?(.*?) ?\|$"
+    rows = re.findall(pattern, read_table("fields"), flags=re.MULTILINE)
     return {(model, field): (fate, remark) for model, field, fate, remark in rows}
 
 
 def fields_table(known: Fates) -> str:
     """Markdown: a row for each field of the installed SDK."""
-    lines = ["| Type | Field | Here | |", "|---|---|---|---|"]
-    for key in dict.fromkeys(request_fields()):
-        fate, remark = known.get(key, UNKNOWN)
-        lines.append(f"| `{key[0]}` | `{key[1]}` | {fate} | {remark} |")
-    return "\n".join(lines) + "\n"
+    rows = [["Type", "Field", "Here", ""]]
+    for model, field in dict.fromkeys(request_fields()):
+        rows.append([f"`{model}`", f"`{field}`", *known.get((model, field), UNKNOWN)])
+    return markdown_table(rows)
 
 
 def main() -> None:
-    before, rest = DOCS.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    DOCS.write_text(before + BEGIN + fields_table(documented_fates()) + END + after)
+    write_table("fields", fields_table(documented_fates()))
 
 
 if __name__ == "__main__":
