@@ -6,14 +6,19 @@ sample grows is seen by their number, and from outside in ``tests/acceptance/tes
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Iterable
 from typing import Any
 
 import openai
 import pytest
 
+from futures.hub import future_wait, hub
+from futures.transitions import State
 from tests.openai.conftest import OpenAIUser
 from tests.openai.test_completions import HELLO, MODEL, chat, complete
+from tinkerapi.asgi import application
 from training.worker import loop
 
 NOTE = tuple[str, str]
@@ -128,3 +133,45 @@ def test_a_text_that_turns_out_otherwise_ends_in_an_error(user, monkeypatch):
 
     with pytest.raises(openai.APIError, match="differs from what was sent"):
         stream_chat(user, max_tokens=60)
+
+
+def test_a_client_that_leaves_stops_following_and_the_future_goes_on(user):
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 400, "stop": ["~~~~"], "stream": True}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"authorization", f"Bearer {user.key}".encode()),
+        ],
+    }
+
+    async def leave_after_the_first_piece() -> tuple[str, str]:
+        messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+        seen, sent = asyncio.Event(), []
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await seen.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+            if sent[-1]:
+                seen.set()
+                await asyncio.sleep(60)  # a client that reads no more, until it is gone
+
+        await application(scope, receive, send)
+        assert hub()._following == {}
+        first = json.loads(sent[-1].removeprefix(b"data: "))
+        final = await future_wait(first["id"], owner_id=user.owner.pk, timeout_seconds=20)
+        assert final is not None
+        return first["choices"][0]["text"], final.state
+
+    text, state = asyncio.run(leave_after_the_first_piece())
+    assert text
+    assert state == State.READY

@@ -83,6 +83,18 @@ async def answer_chunks(
         yield {**form.chunk(future, options.model, []), "usage": usage(final)}
 
 
+class _EventStream(StreamingHttpResponse):
+    """Hands its generator over as it is, so that it is closed as soon as the client has left;
+    Django's own wraps it, and leaves closing it to the garbage collector."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(events, content_type="text/event-stream")
+        self._events = events
+
+    def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        return self._events
+
+
 def _with_usage(chunk: Chunk, options: Options) -> Chunk:
     """Where the counts were asked for, every chunk has the field; only the last one fills it."""
     return {**chunk, "usage": None} if options.include_usage else chunk
@@ -110,7 +122,7 @@ def event_stream(
             else:
                 yield _event(b"[DONE]")
 
-    response = StreamingHttpResponse(events(), content_type="text/event-stream")
+    response = _EventStream(events())
     response["Cache-Control"] = "no-cache"
     response["X-Accel-Buffering"] = "no"  # nginx would keep the pieces until there are many
     response["X-Content-Type-Options"] = "nosniff"
