@@ -4,9 +4,12 @@ Run by ``old_clients`` in a client's own environment, so it knows the SDK alone.
 writes is JSON: for each step either true or the sentence with which it failed.
 """
 
+import io
 import json
 import os
 import sys
+import tarfile
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +116,18 @@ class Flow:
         value(made.forward_backward([datum(TOKENS[0])], "cross_entropy"))
         value(made.optim_step(types.AdamParams(learning_rate=1e-3)))
 
+    def resume(self) -> None:
+        """A model that goes on where the saved one was, its optimizer's state too."""
+        make = getattr(self.service, "create_training_client_from_state_with_optimizer", None)
+        if make is None:
+            raise NotImplementedError
+        made = value(make(self.path))
+        value(made.forward_backward([datum(TOKENS[0])], "cross_entropy"))
+        value(made.optim_step(types.AdamParams(learning_rate=1e-3)))
+        output = value(made.forward([datum(TOKENS[0])], "cross_entropy"))
+        logprobs = list(output.loss_fn_outputs[0]["logprobs"].data)
+        expect(not near(logprobs, self.saved_logprobs), "a step changed nothing")
+
     def sample(self) -> None:
         self.sampler = value(self.service.create_sampling_client(model_path=self.sampler_path))
         self.check_sampler(self.sampler)
@@ -147,6 +162,19 @@ class Flow:
         paths = sorted(checkpoint.tinker_path for checkpoint in found)
         expect(paths == sorted([self.path, self.sampler_path]), f"checkpoints: {paths}")
 
+    def download(self) -> None:
+        """The archive that versions before 0.36 fetch."""
+        rest = self.service.create_rest_client()
+        if not hasattr(rest, "get_checkpoint_archive_url"):
+            raise NotImplementedError
+        run_id, kind, name = self.sampler_path.removeprefix("tinker://").split("/")
+        url = value(rest.get_checkpoint_archive_url(run_id, f"{kind}/{name}")).url
+        with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310  # our server's
+            content = io.BytesIO(answer.read())
+        with tarfile.open(fileobj=content) as archive:
+            names = archive.getnames()
+        expect(any(name.endswith(".safetensors") for name in names), f"the archive has {names}")
+
     def delete(self) -> None:
         rest = self.service.create_rest_client()
         run_id, kind, name = self.path.removeprefix("tinker://").split("/")
@@ -180,10 +208,12 @@ STEPS: tuple[Callable[[Flow], None], ...] = (
     Flow.save,
     Flow.load,
     Flow.create_from_state,
+    Flow.resume,
     Flow.sample,
     Flow.sample_base,
     Flow.score,
     Flow.list,
+    Flow.download,
     Flow.delete,
     Flow.custom_loss,
     Flow.close,

@@ -32,6 +32,7 @@ CURRENT = version("tinker")
 OLD = ("0.5.1", "0.18.2", "0.24.1", "0.30.4", "0.36.0")
 RESULTS = Path(__file__).parent / "results.json"
 FLOW_SECONDS = 300
+SKIPPED, NOT_REACHED = "not in this version", "not reached"
 
 Outcomes = dict[str, bool | str]
 
@@ -91,9 +92,15 @@ def compatibility_table(outcomes: dict[str, Outcomes]) -> str:
     steps = list(max(outcomes.values(), key=len))
     rows = [["", *versions]]
     for step in steps:
-        cells = [outcomes[name].get(step, "not reached") for name in versions]
-        rows.append([step.replace("_", " "), *("works" if c is True else str(c) for c in cells)])
+        cells = [outcomes[name].get(step, NOT_REACHED) for name in versions]
+        rows.append([step.replace("_", " "), *map(_cell, cells)])
     return markdown_table(rows)
+
+
+def _cell(outcome: bool | str) -> str:
+    if outcome is True or outcome in (SKIPPED, NOT_REACHED):
+        return "works" if outcome is True else str(outcome)
+    return f"fails: {str(outcome).split(':')[0]}"
 
 
 def main() -> None:
