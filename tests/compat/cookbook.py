@@ -183,15 +183,14 @@ def main() -> None:
             make_folder(folder, server.data_dir / "models")
             for recipe in chosen.recipes:
                 outcome = run_recipe(server, chosen.python, recipe, folder)
-                results.setdefault("recipes", {})[recipe] = outcome
+                outcome["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+                results.setdefault("recipes", {})[recipe] = outcome | {"commit": commit()}
         finally:
             server.stop()
     results |= {
         "model": MODEL,
-        "commit": commit(),
         "installed": installed(chosen.python),
         "python": platform.python_version(),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     write_table("recipes", recipe_table(results["recipes"]))

@@ -22,7 +22,6 @@ import venv
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from tests.compat.tables import markdown_table, write_table
 from tests.server import ROOT, Server, free_port
@@ -107,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("versions", nargs="*", default=[*OLD, CURRENT])
     chosen: list[str] = parser.parse_args().versions
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    outcomes: dict[str, Outcomes] = {}
     with tempfile.TemporaryDirectory() as folder:
         base = make_tiny_model(Path(folder) / "tiny")
         server = Server(
@@ -124,16 +123,17 @@ def main() -> None:
                     if name == CURRENT
                     else make_environment(Path(folder) / name, name)
                 )
-                results.setdefault("versions", {})[name] = run_flow(server, python)
+                outcomes[name] = run_flow(server, python)
         finally:
             server.stop()
-    results |= {
+    results = {
+        "versions": outcomes,
         "commit": commit(),
         "python": platform.python_version(),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    write_table("versions", compatibility_table(results["versions"]))
+    write_table("versions", compatibility_table(outcomes))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""The table of the SDK's fields in the manual: complete, and true."""
+"""The manual's tables of the SDK's fields and versions: complete, and true."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from tests.compat.sdk_fields import documented_fates, request_fields
+from tests.compat import cookbook, old_clients
+from tests.compat.sdk_fields import documented_fates, fields_table, request_fields
+from tests.compat.tables import read_table
 from tests.sdk.conftest import SdkClient
 from tinkerapi.api.fields import Field
 from tinkerapi.api.sdk.views import models, sampling, service, weights
@@ -37,6 +40,15 @@ def test_the_table_has_every_field_of_the_sdk_and_no_other() -> None:
     assert len(fields) > 100
     assert set(FATES) == set(fields)
     assert {fate for fate, _ in FATES.values()} == {"honoured", "refused", "without effect"}
+    assert read_table("fields") == fields_table(FATES)
+
+
+def test_the_other_tables_say_what_was_measured() -> None:
+    versions = json.loads(old_clients.RESULTS.read_text())["versions"]
+    recipes = json.loads(cookbook.RESULTS.read_text())["recipes"]
+
+    assert read_table("versions") == old_clients.compatibility_table(versions)
+    assert read_table("recipes") == cookbook.recipe_table(recipes)
 
 
 @pytest.mark.parametrize("model", VIEWS)
