@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
 import openai
 import pytest
 
-from futures.hub import future_wait, hub
+from futures.hub import Hub, future_wait, hub
 from futures.transitions import State
 from tests.openai.conftest import OpenAIUser
 from tests.openai.test_completions import HELLO, MODEL, chat, complete
@@ -25,8 +26,26 @@ NOTE = tuple[str, str]
 
 
 @pytest.fixture(autouse=True)
-def _a_note_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def _a_note_per_token_to_a_hub_that_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake engine is faster than the hub, whose first listening takes some milliseconds."""
     monkeypatch.setattr(loop, "SAMPLING_SLICE_SECONDS", 0.0)
+    notify, wake = loop.notify_progress, Hub._wake
+    listening, followed = set[Hub](), set[str]()
+
+    def wakes_when_it_listens(self: Hub, names: list[str]) -> None:
+        listening.add(self)
+        wake(self, names)
+
+    def notify_who_listens(notes: list[NOTE]) -> None:
+        deadline = time.monotonic() + 10
+        while notes[0][0] not in followed:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+            followed.update(*(hub._following for hub in listening.copy()))
+        notify(notes)
+
+    monkeypatch.setattr(Hub, "_wake", wakes_when_it_listens)
+    monkeypatch.setattr(loop, "notify_progress", notify_who_listens)
 
 
 def stream_chat(user: OpenAIUser, /, **more: Any) -> list[Any]:

@@ -29,34 +29,41 @@ class ModelNotFound(APIException):
     """No such model; another owner's answers the same."""
 
     status_code = HTTPStatus.NOT_FOUND
-
-    def __init__(self, model: str) -> None:
-        super().__init__(f"model: {model[:200]!r} does not exist, or it is not yours")
+    default_detail = "model: no such model"
 
 
 class SampleFailed(APIException):
     """An accepted request that has failed, or that took too long to wait for."""
 
-    def __init__(self, status: int, detail: str, error_code: str) -> None:
-        super().__init__(detail)
-        self.status_code = status
-        self.error_code = error_code
+    default_code = "ServerError"
+
+
+def model_not_found(model: str) -> ModelNotFound:
+    """The error with the name that was asked for."""
+    return ModelNotFound(f"model: {model[:200]!r} does not exist, or it is not yours")
+
+
+def failure(status: int, detail: str, code: str) -> SampleFailed:
+    """The error with its status and the name of its cause."""
+    error = SampleFailed(detail, code)
+    error.status_code = status
+    return error
 
 
 def sample_failed(future: Future) -> SampleFailed:
     """What a future that ended without a result raises."""
     if future.state == State.CANCELLED:
-        return SampleFailed(
+        return failure(
             HTTPStatus.CONFLICT, "The request was cancelled before it began.", "FutureCancelled"
         )
     is_users = future.category == Category.USER
     status = HTTPStatus.BAD_REQUEST if is_users else HTTPStatus.INTERNAL_SERVER_ERROR
-    return SampleFailed(status, future.error, future.error_code or "ServerError")
+    return failure(status, future.error, future.error_code or SampleFailed.default_code)
 
 
 def not_finished(future: Future) -> SampleFailed:
     """What a future raises that was waited for too long."""
-    return SampleFailed(
+    return failure(
         HTTPStatus.GATEWAY_TIMEOUT,
         f"Not finished after {settings.SYNC_TIMEOUT_SECONDS} s; it goes on, and "
         f"/retrieve_future has its result under {future.id}.",
@@ -72,7 +79,7 @@ class OpenAIView(AsyncAPIView):
     def handle_exception(self, exc: Exception) -> Any:
         planned: HttpResponse = super().handle_exception(exc)
         body = orjson.loads(planned.content)
-        code = exc.error_code if isinstance(exc, SampleFailed) else body["error_code"]
+        code = str(exc.get_codes()) if isinstance(exc, SampleFailed) else body["error_code"]
         response = JSONResponse(
             error_body(planned.status_code, body["detail"], code), status=planned.status_code
         )

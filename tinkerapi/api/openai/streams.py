@@ -19,7 +19,7 @@ from futures.hub import future_progress, future_wait
 from futures.models import Future
 from futures.transitions import State
 from tinkerapi.api.openai.answers import AnswerForm, sequences_of, usage
-from tinkerapi.api.openai.base import SampleFailed, not_finished, sample_failed
+from tinkerapi.api.openai.base import failure, not_finished, sample_failed
 from tinkerapi.api.openai.options import Options
 from tinkerapi.api.renderers import to_json
 from training.text_pieces import TextPiece
@@ -66,7 +66,7 @@ async def answer_chunks(
     sequences = sequences_of(final)
     for sequence, text in zip(sequences, sent, strict=True):
         if not sequence["text"].startswith(text):
-            raise SampleFailed(
+            raise failure(
                 HTTPStatus.INTERNAL_SERVER_ERROR,
                 "The sample was repeated after a crash and differs from what was sent; "
                 f"/retrieve_future has it under {future.id}.",

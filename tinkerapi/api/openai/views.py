@@ -17,7 +17,7 @@ from tinkerapi.api.answers import LARGE_RESULT_BYTES
 from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.fields import Field, check_object
 from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
-from tinkerapi.api.openai.base import ModelNotFound, OpenAIView, not_finished, sample_failed
+from tinkerapi.api.openai.base import OpenAIView, model_not_found, not_finished, sample_failed
 from tinkerapi.api.openai.options import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
@@ -60,7 +60,7 @@ class ModelView(OpenAIView):
                 return JSONResponse(_base_model_entry(base_model_get(model).name))
             found = checkpoint_get(owner_id=owner_of(request), path=path)
         except (BaseModelNotFound, CheckpointNotFound):
-            raise ModelNotFound(model) from None
+            raise model_not_found(model) from None
         return JSONResponse({**_checkpoint_entry(found), "id": model})
 
 
@@ -94,7 +94,7 @@ class SamplingView(OpenAIView):
                 idempotency_key=idempotency_key_of(request),
             ).future
         except (BaseModelNotFound, CheckpointNotFound):
-            raise ModelNotFound(options.model) from None
+            raise model_not_found(options.model) from None
         answer = self._stream if options.stream else self._answer
         return answer(future, options, owner_id=owner_id)
 
@@ -153,9 +153,9 @@ def _model_path(model: str) -> TinkerPath | None:
     try:
         path = TinkerPath.parse(model, field="model")
     except InvalidRequest:
-        raise ModelNotFound(model) from None
+        raise model_not_found(model) from None
     if path.kind != Checkpoint.Kind.SAMPLER:
-        raise ModelNotFound(model)
+        raise model_not_found(model)
     return path
 
 
