@@ -176,7 +176,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "recipes"
         folder.mkdir()
-        server = Server(Path(name) / "data", free_port())
+        # One thread: the recipes compute too, and threads that wait for each other are slow.
+        server = Server(Path(name) / "data", free_port(), {"TINKERAPI_NUM_THREADS": "1"})
         server.data_dir.mkdir()
         server.start()
         try:
