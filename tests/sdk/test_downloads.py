@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -162,6 +162,19 @@ def test_an_archive_is_a_tar_of_the_checkpoint(
         packed = {member.name: archive.extractfile(member).read() for member in archive}
     on_disk = {path.name: path.read_bytes() for path in folder("training", settings).iterdir()}
     assert packed == on_disk
+
+
+def test_a_client_of_the_redirect_is_redirected_to_the_same_archive(
+    sdk: SdkClient, model_id: str, fetch: Callable[..., Any]
+) -> None:
+    path = f"/api/v1/training_runs/{model_id}/checkpoints/weights/a/archive"
+    answer = sdk.api.get(path, **sdk.headers, Accept="application/gzip")
+
+    assert answer.status_code == 302
+    expires = datetime.strptime(answer["Expires"], "%a, %d %b %Y %H:%M:%S GMT")
+    assert expires.replace(tzinfo=UTC) > timezone.now()
+    with tarfile.open(fileobj=io.BytesIO(fetch(answer["Location"])[1])) as archive:
+        assert archive.getnames()
 
 
 def test_a_trace_shows_every_finished_request_of_the_session(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from pathlib import Path
 
 from django.conf import settings
 from django.http import HttpResponse, HttpResponseBase
+from django.utils.http import http_date
 from rest_framework.request import Request
 
 from tinkerapi.api.renderers import JSONResponse, timestamp
@@ -48,12 +50,21 @@ class ExternalWeightsUrlsView(SdkView):
 
 
 class ArchiveView(SdkView):
-    """Link to a checkpoint's files in one tar, for clients before 0.36."""
+    """Link to a checkpoint's files in one tar, for clients before 0.36.
+
+    The first of them ask for gzip, but mean a redirect, of which they read the address. Later ones
+    take JSON, and may follow a redirect by themselves.
+    """
 
     def get(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
         path = TinkerPath.of_checkpoint_id(run, checkpoint_id)
         checkpoint = checkpoint_own(owner_id=owner_of(request), path=path)
         link = archive_link(request, checkpoint)
+        if "application/gzip" in request.headers.get("Accept", ""):
+            return HttpResponse(
+                status=HTTPStatus.FOUND,
+                headers={"Location": link.url, "Expires": http_date(link.expires.timestamp())},
+            )
         return JSONResponse({"url": link.url, "expires": timestamp(link.expires)})
 
 
