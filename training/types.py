@@ -46,6 +46,10 @@ class Conversation:
 
     messages: tuple[Message, ...]
 
+    def to_dicts(self) -> list[dict[str, str]]:
+        """``[{"role", "content"}, ...]``, as chat templates take them."""
+        return [{"role": message.role, "content": message.content} for message in self.messages]
+
 
 Prompt = Conversation | str | tuple[int, ...]
 """What sampling continues: a conversation, plain text, or token ids."""

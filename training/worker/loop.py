@@ -204,8 +204,7 @@ class WorkLoop:
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, Conversation):
-            messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-            return self._engine.render_prompt(messages)
+            return self._engine.render_prompt(prompt.to_dicts())
         return self._engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _sample(self) -> bool:
@@ -230,8 +229,7 @@ class WorkLoop:
         if sampling is None:  # a prompt beside it failed, and with it the future
             return
         if isinstance(output, TrainingError):
-            for other in range(len(sampling.outputs)):
-                self._engine.sampler.cancel(f"{request_id}:{other}")
+            self._cancel(sampling)
             outcome = outcomes.failed(sampling.future, output)
         else:
             sampling.outputs[int(index)] = output
@@ -249,6 +247,11 @@ class WorkLoop:
         effects.outcomes.append(outcome)
         del self._sampling[request_id]
         self._scheduler.sample_finished(sampling.future)
+
+    def _cancel(self, sampling: _Sampling) -> None:
+        """Take all prompts of a future out of the sampler."""
+        for index in range(len(sampling.outputs)):
+            self._engine.sampler.cancel(f"{sampling.future.id}:{index}")
 
     def _tell_progress(self) -> None:
         """Note the new text of samples that are followed."""
@@ -300,10 +303,9 @@ class WorkLoop:
         """The end: what has not begun or is being sampled waits for the next worker, and what
         is not on disk is written, so that it need not be repeated."""
         futures = self._scheduler.held()
-        for request_id, sampling in self._sampling.items():
+        for sampling in self._sampling.values():
             futures.append(sampling.future)
-            for index in range(len(sampling.outputs)):
-                self._engine.sampler.cancel(f"{request_id}:{index}")
+            self._cancel(sampling)
         self._sampling.clear()
         futures_release(worker=self._worker, request_ids=[future.id for future in futures])
         self.residency.snapshot_all()

@@ -75,9 +75,8 @@ def _render(engine: Engine, payload: payloads.Payload) -> list[Datum]:
     data = []
     for index, item in enumerate(payloads.data_from_payload(payload["data"])):
         if isinstance(item, Conversation):
-            messages = [{"role": m.role, "content": m.content} for m in item.messages]
             try:
-                item = engine.render_conversation(messages, train_on=payload["train_on"])
+                item = engine.render_conversation(item.to_dicts(), train_on=payload["train_on"])
             except TrainingError as error:
                 raise type(error)(f"data[{index}]: {error}") from error
         data.append(item)
