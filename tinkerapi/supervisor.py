@@ -143,10 +143,16 @@ class Supervisor:
     """Runs parts; ``tick`` often, ``stop`` at the end."""
 
     def __init__(
-        self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+        self,
+        say: Callable[[str], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        max_delay_seconds: float = MAX_DELAY_SECONDS,
     ) -> None:
+        """``max_delay_seconds``: the longest that a part which keeps ending has to wait."""
         self.say = say
         self.clock = clock
+        self.max_delay_seconds = max_delay_seconds
         self._watched: list[_Watched] = []
 
     def add(self, part: Part) -> None:
@@ -190,6 +196,6 @@ class Supervisor:
         now = self.clock()
         steady = now - watched.started_at >= STEADY_SECONDS
         watched.failures = 1 if steady else watched.failures + 1
-        delay = min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** (watched.failures - 1))
+        delay = min(self.max_delay_seconds, FIRST_DELAY_SECONDS * 2 ** (watched.failures - 1))
         watched.start_at = now + delay
         self.say(f"{watched.part.name} {how}; starting it again in {delay:g} s")

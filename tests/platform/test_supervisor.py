@@ -110,6 +110,19 @@ def test_each_failure_in_a_row_doubles_the_delay_up_to_a_limit(
     assert delays[6:] == [MAX_DELAY_SECONDS] * 3
 
 
+def test_the_longest_delay_can_be_chosen(lines: list[str], calls: list[str], clock: Clock) -> None:
+    supervisor = Supervisor(lines.append, clock=clock, max_delay_seconds=1.0)
+    part = FakePart("worker", calls)
+    supervisor.add(part)
+    for _ in range(4):
+        part.end = "ended"
+        supervisor.tick()
+        clock.now += 1.0
+        supervisor.tick()
+
+    assert [line.rsplit("in ", 1)[1] for line in lines] == ["0.5 s", "1 s", "1 s", "1 s"]
+
+
 def test_a_steady_life_forgives_earlier_failures(
     supervisor: Supervisor, calls: list[str], lines: list[str], clock: Clock
 ) -> None:

@@ -39,7 +39,7 @@ from tinkerapi.preflight import (
 )
 from tinkerapi.schema import SchemaError, schema_migrate
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
-from tinkerapi.supervisor import Child, Supervisor, parent_death_prefix
+from tinkerapi.supervisor import MAX_DELAY_SECONDS, Child, Supervisor, parent_death_prefix
 from training.base_models import BaseModel, base_models
 
 TICK_SECONDS = 0.1
@@ -61,11 +61,19 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
         parser.add_argument("--port", type=int, default=8000, help="port to listen on")
+        parser.add_argument(
+            "--max-restart-delay",
+            type=float,
+            default=MAX_DELAY_SECONDS,
+            metavar="SECONDS",
+            help="longest wait before a part that keeps ending is started again; "
+            "default: %(default)s",
+        )
 
     def handle(self, *args: Any, host: str, port: int, **options: Any) -> None:
         self.started_at = time.monotonic()
         self.stops_requested = 0
-        self.supervisor = Supervisor(self.say)
+        self.supervisor = Supervisor(self.say, max_delay_seconds=options["max_restart_delay"])
         self.preparations: dict[str, subprocess.Popen[bytes]] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup keeps its meaning
