@@ -65,6 +65,9 @@ DATA_DIR = Path(os.environ.get("TINKERAPI_DATA_DIR") or BASE_DIR / "var").resolv
 ROLE = env_choice("TINKERAPI_ROLE", "cli", ("cli", "web", "worker"))
 """Which process this is; set by ``up``, never by hand. Decides how connections are kept."""
 
+PULSE_FD = env_int("TINKERAPI_PULSE_FD", -1, minimum=-1)
+"""Where a worker tells its supervisor that it gets on; set by ``up``, never by hand."""
+
 # --- Django -----------------------------------------------------------------------------
 
 DEBUG = env_bool("TINKERAPI_DEBUG", False)
@@ -229,6 +232,10 @@ RESIDENT_ADAPTERS = env_int("TINKERAPI_RESIDENT_ADAPTERS", 32)
 
 SNAPSHOT_SECONDS = env_int("TINKERAPI_SNAPSHOT_SECONDS", 30)
 """Work of a run, in seconds, that a crash may make the server compute again."""
+
+HANG_SECONDS = env_int("TINKERAPI_HANG_SECONDS", 300)
+"""A worker that does not get on for so long is killed and replaced. One layer of one pass, one
+snapshot or one statement must fit in; a pass or a request as a whole need not."""
 
 # --- Ours: access and limits ------------------------------------------------------------
 

@@ -4,6 +4,9 @@ Knows nothing of what they do. Everything runs in one thread, the main one: the 
 takes a child down with a killed parent is tied to the thread that forked it. A child gets its
 own process group, so that Ctrl+C in the terminal reaches only the supervisor, which stops the
 parts in order, and so that what a killed child leaves behind can be removed with it.
+
+A child can hang as well as die. One that has a ``Watch`` writes to a pipe whenever it gets on;
+when the pipe has been silent for too long, by this process's clock alone, it is killed.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Protocol
 FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # who lived this long starts again without back-off
+LAST_WORDS_SECONDS = 2.0  # for a hung child to write where it hangs, before it is killed
 MAX_LOG_BYTES = 10 * 1024 * 1024
 
 
@@ -47,6 +51,47 @@ class Part(Protocol):
 
 
 @dataclass
+class Watch:
+    """Tells a child that gets on from one that hangs, by what it writes to a pipe."""
+
+    variable: str
+    """Environment variable in which the child finds the pipe's descriptor."""
+    silence_seconds: float
+    """How long it may write nothing."""
+    clock: Callable[[], float] = time.monotonic
+    reader: int | None = field(default=None, init=False)
+    heard_at: float = field(default=0.0, init=False)
+
+    def open(self) -> int:
+        """Begin with a fresh pipe; returns the descriptor for the child, to be closed here."""
+        self.close()
+        self.reader, writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        self.heard_at = self.clock()
+        return writer
+
+    def close(self) -> None:
+        if self.reader is not None:
+            os.close(self.reader)
+            self.reader = None
+
+    def silent_seconds(self) -> float:
+        """How long ago the child last wrote."""
+        # Read before the clock: whoever looks late, after a sleep, finds what was written.
+        if self.reader is not None and _drained(self.reader):
+            self.heard_at = self.clock()
+        return self.clock() - self.heard_at
+
+
+def _drained(reader: int) -> bool:
+    """Whether there was anything to read."""
+    try:
+        return bool(os.read(reader, 65536))
+    except BlockingIOError:
+        return False
+
+
+@dataclass
 class Child:
     """A part that is a command; what it prints goes to a log file."""
 
@@ -59,21 +104,33 @@ class Child:
     parent_death_signal: str
     """What it gets when the supervisor is killed: KILL, or TERM if it has children to stop."""
     stop_rank: int
+    watch: Watch | None = None
+    """None: it is trusted to get on as long as it runs."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    hung: bool = field(default=False, init=False)
     log_start: int = field(default=0, init=False)
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
             self.log.rename(self.log.with_suffix(".log.1"))
-        with self.log.open("ab") as log:
+        self.hung = False
+        environment = dict(self.environment)
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(self.log.open("ab"))
             self.log_start = log.tell()
+            pipes: tuple[int, ...] = ()
+            if self.watch is not None:
+                pipes = (self.watch.open(),)
+                stack.callback(os.close, pipes[0])
+                environment[self.watch.variable] = str(pipes[0])
             self.process = subprocess.Popen(  # noqa: S603
                 [*parent_death_prefix(self.parent_death_signal), *self.command],
-                env=dict(self.environment),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=pipes,
                 process_group=0,
             )
 
@@ -82,14 +139,28 @@ class Child:
             return "was not started"
         status = self.process.poll()
         if status is None:
+            self._end_if_hung(self.process)
             return None
         # A killed server leaves its own children, and they hold the port.
         self._kill_group(self.process)
         self.process = None
+        if self.hung and self.watch is not None:
+            return f"made no progress for {self.watch.silence_seconds:g} s and was killed"
         if status < 0:
             return f"was ended by {signal.Signals(-status).name}"
         words = self.last_words()
         return f"ended with exit code {status}" + (f": {words}" if words else "")
+
+    def _end_if_hung(self, process: subprocess.Popen[bytes]) -> None:
+        """Make a silent child write where it hangs and end (ABRT), then kill it if it does not."""
+        if self.watch is None:
+            return
+        excess = self.watch.silent_seconds() - self.watch.silence_seconds
+        if excess > 0 and not self.hung:
+            self.hung = True
+            process.send_signal(signal.SIGABRT)
+        elif self.hung and excess > LAST_WORDS_SECONDS:
+            process.kill()
 
     def ask_to_stop(self) -> None:
         if self.process is not None:
@@ -97,6 +168,8 @@ class Child:
 
     def stop(self, hurry: Callable[[], bool]) -> None:
         process, self.process = self.process, None
+        if self.watch is not None:
+            self.watch.close()
         if process is None:
             return
         deadline = time.monotonic() + self.stop_seconds

@@ -7,7 +7,7 @@ silently leave out (a scaled or capped output head, another attention) is refuse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,10 @@ class BaseModel:
             )
         hidden: Tensor = output.last_hidden_state[0]  # (T, C)
         return hidden
+
+    def report_progress(self, to: Callable[[], None]) -> None:
+        """Have ``to`` called at every layer of every pass."""
+        self._holder.on_progress = to
 
     def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Next-token logits of some rows.

@@ -84,6 +84,9 @@ class FakeEngine(Engine):
         self._before_verb = before_verb or (lambda verb, adapter_names: None)
         self._adapters: dict[str, _FakeAdapter] = {}
 
+    def report_progress(self, to: Callable[[], None]) -> None:
+        """Nothing here takes long."""
+
     def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         self._before_verb("create_adapter", (adapter_name,))
         if adapter_name in self._adapters:

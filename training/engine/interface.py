@@ -12,7 +12,7 @@ from their logs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,14 @@ class Engine(ABC):
 
     info: BaseModelInfo
     sampler: Sampler
+
+    @abstractmethod
+    def report_progress(self, to: Callable[[], None]) -> None:
+        """Have ``to`` called every now and then while a verb takes long.
+
+        It says that the computation moves, which no thread beside it could know. An engine
+        whose verbs take no time need not.
+        """
 
     @abstractmethod
     def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:

@@ -24,14 +24,15 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base = base
         self.name = name
-        self._holder = holder
+        self.holder = holder
         # Makes the output require a gradient where the input does not: in the first layer that
         # is trained. Layers before it take no part in the backward pass.
         self._anchor = torch.zeros((), requires_grad=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., T, in) -> (..., T, out)."""
-        context = self._holder.current
+        context = self.holder.current
+        self.holder.on_progress()
         if context is None:
             output: Tensor = self.base(x)
             return output
@@ -39,7 +40,7 @@ class LoraLinear(nn.Module):
         anchor = self._anchor if self._is_trained_by(context) else None
         if torch.is_grad_enabled() and (anchor is not None or rows.requires_grad):
             output = _LoraFunction.apply(  # type: ignore[no-untyped-call]  # torch has no types
-                rows, anchor, self.base, self.name, context
+                rows, anchor, self, context
             )
         else:
             output, _ = _forward(rows, self.base, self.name, context)
@@ -77,32 +78,33 @@ class _LoraFunction(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         anchor: Tensor | None,
-        base: nn.Linear,
-        name: str,
+        layer: LoraLinear,
         context: PackedContext,
     ) -> Tensor:
-        output, inner = _forward(x, base, name, context)
+        output, inner = _forward(x, layer.base, layer.name, context)
         ctx.save_for_backward(x if inner else None, *(xa for _, xa in inner))
         ctx.segments = [segment for segment, _ in inner]
-        ctx.base, ctx.name = base, name
+        ctx.layer = layer
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, *inner = ctx.saved_tensors
-        grad_x = grad_output @ ctx.base.weight if ctx.needs_input_grad[0] else None  # (T, in)
+        layer: LoraLinear = ctx.layer
+        layer.holder.on_progress()
+        grad_x = grad_output @ layer.base.weight if ctx.needs_input_grad[0] else None  # (T, in)
         for segment, xa in zip(ctx.segments, inner, strict=True):
             g = grad_output[segment.rows]  # (n, out)
             scale = segment.weights.layout.scale
-            a, b = segment.weights.pair(ctx.name, g.dtype)
+            a, b = segment.weights.pair(layer.name, g.dtype)
             gb = (g @ b).mul_(scale)  # (n, R)
             if grad_x is not None:
                 grad_x[segment.rows].addmm_(gb, a)
             if segment.grad is not None:
-                grad_a, grad_b = segment.grad.pair(ctx.name, torch.float32)
+                grad_a, grad_b = segment.grad.pair(layer.name, torch.float32)
                 add_product(grad_a, gb.T, x[segment.rows])
                 add_product(grad_b, g.T, xa, scale)
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ class TorchEngine(Engine):
         )
         # In order of use: the least recently used first.
         self._adapters: dict[str, Adapter] = {}
+
+    def report_progress(self, to: Callable[[], None]) -> None:
+        self._base_model.report_progress(to)
 
     def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         if adapter_name in self._adapters:

@@ -22,7 +22,7 @@ transformers passes down; LoRA layers get only their input, so they read it from
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -93,6 +93,8 @@ class ContextHolder:
 
     def __init__(self) -> None:
         self.current: PackedContext | None = None
+        self.on_progress: Callable[[], None] = _nothing
+        """Called by every LoRA layer, in both directions: a long pass shows that it moves."""
 
     @contextmanager
     def active(self, context: PackedContext) -> Iterator[None]:
@@ -102,6 +104,10 @@ class ContextHolder:
             yield
         finally:
             self.current = None
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def uniform_segments(num_rows: int, weights: AdapterTensors | None) -> tuple[Segment, ...]:

@@ -70,6 +70,7 @@ class WorkLoop:
         stopping: Callable[[], bool],
         bell_rang: Callable[[float], bool],
         figures: dict[str, Any] | None = None,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin with nothing held.
 
@@ -78,6 +79,7 @@ class WorkLoop:
             bell_rang: Whether something was submitted since it was last asked, waiting for it
                 up to so many seconds; 0 is a cheap look.
             figures: Where the loop writes what it has to say of itself.
+            on_turn: Called whenever the loop has got on; see ``training.worker.pulse``.
         """
         self._engine = engine
         self._worker = worker
@@ -86,7 +88,8 @@ class WorkLoop:
         self._scheduler = Scheduler(
             batch_cost=settings.BATCH_TOKENS, batch_lanes=settings.RESIDENT_ADAPTERS
         )
-        self.residency = Residency(engine, worker)
+        self._on_turn = on_turn
+        self.residency = Residency(engine, worker, on_turn=on_turn)
         self._operations = Operations(engine, self.residency)
         self._sampling: dict[str, _Sampling] = {}
         self._figures = figures if figures is not None else {}
@@ -102,6 +105,7 @@ class WorkLoop:
         """
         claim = True
         while not self._stopping():
+            self._on_turn()
             if claim or self._bell_rang(0):
                 # Anything left behind by the budget, or freed by a commit, has no new bell.
                 claim = self._claim()
@@ -151,6 +155,7 @@ class WorkLoop:
             self._admit(future, effects)
         for future in batch.barriers:
             self._operations.run_barrier(future, self._runs, effects)
+            self._on_turn()
         self._commit(effects)
         self._snapshot(effects)
 
@@ -214,6 +219,7 @@ class WorkLoop:
         while self._engine.sampler.active and not effects.outcomes:
             for key, output in self._engine.sampler.step().items():
                 self._sampled(key, output, effects)
+            self._on_turn()
             if time.monotonic() > deadline:
                 break
         self._tell_progress()

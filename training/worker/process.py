@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import resource
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,6 +28,7 @@ from training.engine.interface import Engine
 from training.services import checkpoints_expire
 from training.services.sessions import sessions_expire
 from training.worker.loop import WorkLoop
+from training.worker.pulse import EVERY_SECONDS, Pulse
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         QueueTaken: Another live worker serves this base model.
         BaseModelNotFound: The model cannot be loaded.
     """
+    faulthandler.enable()  # a supervisor that takes us for hung first asks where (ABRT)
+    pulse = Pulse(settings.PULSE_FD)
     figures: dict[str, Any] = {"base_model": base_model.name}
     worker = worker_start(queue=base_model.queue, figures=figures)
     over = threading.Event()
@@ -74,20 +79,23 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
     )
     beating.start()
     try:
-        engine = build(base_model)
+        with _pulsing(pulse):
+            engine = build(base_model)
+        engine.report_progress(pulse)
         figures |= {
             "device": engine.info.device,
             "dtype": engine.info.dtype,
             "num_parameters": engine.info.num_parameters,
             "max_context_tokens": engine.info.max_context_tokens,
         }
-        consumer = Consumer(base_model.queue)
+        consumer = Consumer(base_model.queue, on_turn=pulse)
         loop = WorkLoop(
             engine,
             worker,
             stopping=consumer.stopping.is_set,
             bell_rang=partial(bell_rang, base_model.queue),
             figures=figures,
+            on_turn=pulse,
         )
         tasks.serve(base_model.queue, loop.run_until_idle)
         worker_live(worker, figures)
@@ -98,6 +106,24 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         over.set()
         beating.join()
         worker_stop(worker)
+
+
+@contextmanager
+def _pulsing(pulse: Pulse) -> Iterator[None]:
+    """Give the sign of life from a thread, while reading a model, which has no turns to count."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(EVERY_SECONDS):
+            pulse()
+
+    beating = threading.Thread(target=beat, name="pulse", daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beating.join()
 
 
 def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> None:

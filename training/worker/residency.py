@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -52,7 +52,11 @@ class _Resident:
 class Residency:
     """The adapters of one engine, by run."""
 
-    def __init__(self, engine: Engine, worker: Worker) -> None:
+    def __init__(
+        self, engine: Engine, worker: Worker, *, on_turn: Callable[[], None] = lambda: None
+    ) -> None:
+        """``on_turn`` is called whenever a replay, or writing them all, has got on."""
+        self._on_turn = on_turn
         self._engine = engine
         self._worker = worker
         self._residents: dict[str, _Resident] = {}
@@ -152,6 +156,7 @@ class Residency:
         """Write whatever is not on disk yet, so that the next worker need not repeat it."""
         for run in Run.objects.live().filter(id__in=self._residents):
             self.snapshot(run)
+            self._on_turn()
 
     def _delete_snapshots(self, run: Run, *, keep: int) -> None:
         # Row first: a crash in between leaves files that no row names.
@@ -212,6 +217,7 @@ class Residency:
         ):
             raise RunLost("its snapshots are gone and the beginning of its log was pruned")
         for (_, _, kind), group in groupby(log, key=lambda f: (f.worker_id, f.batch, f.kind)):
+            self._on_turn()
             futures = list(group)
             if kind == Kind.FORWARD_BACKWARD:
                 for answer in run_passes(self._engine, [(run.id, future) for future in futures]):

@@ -39,7 +39,7 @@ from tinkerapi.preflight import (
 )
 from tinkerapi.schema import SchemaError, schema_migrate
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
-from tinkerapi.supervisor import MAX_DELAY_SECONDS, Child, Supervisor, parent_death_prefix
+from tinkerapi.supervisor import MAX_DELAY_SECONDS, Child, Supervisor, Watch, parent_death_prefix
 from training.base_models import BaseModel, base_models
 
 TICK_SECONDS = 0.1
@@ -214,6 +214,7 @@ class Command(BaseCommand):
                 WORKER_STOP_SECONDS,
                 parent_death_signal="KILL",  # a batch may be long, and nothing is lost
                 stop_rank=1,
+                watch=Watch("TINKERAPI_PULSE_FD", silence_seconds=settings.HANG_SECONDS),
             )
         )
 
