@@ -230,8 +230,9 @@ CACHE_TOKENS = env_int("TINKERAPI_CACHE_TOKENS", 32768)
 RESIDENT_ADAPTERS = env_int("TINKERAPI_RESIDENT_ADAPTERS", 32)
 """Adapters kept in a worker's memory; the least recently used go to their snapshot."""
 
-SNAPSHOT_SECONDS = env_int("TINKERAPI_SNAPSHOT_SECONDS", 30)
-"""Work of a run, in seconds, that a crash may make the server compute again."""
+SNAPSHOT_SECONDS = env_int("TINKERAPI_SNAPSHOT_SECONDS", 30, minimum=0)
+"""Work of a run, in seconds, that a crash may make the server compute again; never less than
+ten times what a snapshot takes to write."""
 
 HANG_SECONDS = env_int("TINKERAPI_HANG_SECONDS", 300)
 """A worker that does not get on for so long is killed and replaced. One layer of one pass, one
