@@ -1,0 +1,225 @@
+"""When whom to kill: a plan fixed by a seed, and the thread that carries it out.
+
+Kills are spread over the whole job by its progress, and within a step aimed at what is hardest:
+the moment after a submission or an answer, a snapshot or a checkpoint that is half written, and
+a recovery that has not ended. The signal is SIGKILL, which nobody can prepare for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from tinkerapi.drill.server import DrilledServer, Process
+from tinkerapi.drill.transport import Progress
+
+Target = Literal["worker", "web", "web child", "postgres", "postgres backend", "everything"]
+Moment = Literal["anytime", "submission", "answer", "snapshot", "checkpoint", "recovery"]
+
+TARGETS: dict[Target, int] = {
+    "worker": 50,
+    "postgres": 14,
+    "web": 10,
+    "web child": 8,
+    "postgres backend": 8,
+    "everything": 10,
+}
+"""How often, in a hundred."""
+
+MOMENTS: dict[Moment, float] = {
+    "anytime": 0.3,
+    "submission": 0.02,
+    "answer": 0.01,
+    "snapshot": 0.002,
+    "checkpoint": 0.002,
+    "recovery": 5.0,
+}
+"""Longest time from the moment to the kill, in seconds."""
+
+FOLDERS: dict[Moment, str] = {"snapshot": "snapshots", "checkpoint": "checkpoints"}
+MOMENT_SECONDS = 5.0  # a moment that does not come is not waited for any longer
+LOOK_SECONDS = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """One kill of the plan."""
+
+    target: Target
+    moment: Moment
+    after_answers: int
+    """Progress of the job that it waits for."""
+    delay_seconds: float
+    """From the moment on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Killed:
+    """One kill as it was."""
+
+    kill: Kill
+    at: datetime
+    aimed: bool
+    """Whether its moment came; else it was any time."""
+
+
+def plan_kills(*, seed: int, kills: int, requests: int) -> list[Kill]:
+    """``kills`` kills in order of progress; every target in its share, the moments drawn."""
+    random = Random(f"{seed} kills")  # noqa: S311  (a plan that can be repeated)
+    targets = _shares(kills)
+    random.shuffle(targets)
+    # The last tenth is left alone, so that no kill finds the job done.
+    places = sorted(random.randrange(max(1, requests * 9 // 10)) for _ in targets)
+    plan: list[Kill] = []
+    for target, place in zip(targets, places, strict=True):
+        moment = random.choice(list(MOMENTS))
+        if not plan and moment == "recovery":
+            moment = "anytime"
+        longest = MOMENTS[moment]
+        plan.append(
+            Kill(
+                target=target,
+                moment=moment,
+                after_answers=plan[-1].after_answers if moment == "recovery" else place,
+                delay_seconds=random.uniform(0, longest),
+            )
+        )
+    return plan
+
+
+def _shares(kills: int) -> list[Target]:
+    """So many targets, in the proportions of TARGETS, the largest remainders rounded up."""
+    exact = {target: kills * share / 100 for target, share in TARGETS.items()}
+    counts = {target: int(number) for target, number in exact.items()}
+    by_remainder = sorted(exact, key=lambda target: counts[target] - exact[target])
+    for target in by_remainder[: kills - sum(counts.values())]:
+        counts[target] += 1
+    return [target for target, count in counts.items() for _ in range(count)]
+
+
+Say = Callable[[int, Killed], None]
+"""Told of each kill, and of how many answers there were by then."""
+
+
+class Killer:
+    """Carries out a plan against one server while its clients work."""
+
+    def __init__(
+        self,
+        server: DrilledServer,
+        progress: Progress,
+        *,
+        seed: int,
+        say: Say,
+    ) -> None:
+        self._server = server
+        self._progress = progress
+        self._random = Random(f"{seed} victims")  # noqa: S311
+        self._say = say
+        self.done: list[Killed] = []
+        self.error = ""
+        """Why the plan could not be carried out to its end."""
+
+    def run(self, plan: Iterable[Kill]) -> None:
+        """All kills, one after another; ends early when the clients do. Never raises."""
+        try:
+            for kill in plan:
+                self._wait_for_answers(kill.after_answers)
+                if self._progress.is_over:
+                    return
+                self._carry_out(kill)
+        except Exception as error:  # a thread's end must be told
+            self.error = f"killer: {type(error).__name__}: {error}"
+
+    def _wait_for_answers(self, number: int) -> None:
+        self._progress.wait_for(lambda: self._progress.answered >= number, None)
+
+    def _carry_out(self, kill: Kill) -> None:
+        pid = self._find(kill.target)
+        aimed = self._wait_for(kill.moment)
+        time.sleep(kill.delay_seconds)
+        while not self._strike(kill.target, pid):  # it has died of something else meanwhile
+            if self._progress.is_over:
+                return
+            pid = self._find(kill.target)
+        killed = Killed(kill=kill, at=datetime.now(UTC), aimed=aimed)
+        self.done.append(killed)
+        self._say(self._progress.answered, killed)
+
+    def _strike(self, target: Target, pid: int) -> bool:
+        """Kill; False if nobody was there any more."""
+        if target == "everything":
+            self._server.kill()
+            return True
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            return True
+        return False
+
+    def _find(self, target: Target) -> int:
+        """A process of this kind, waiting until there is one; 0 when all is over."""
+        while not self._progress.is_over:
+            found = [p.pid for p in self._server.processes() if _is(target, p, self._server)]
+            if found:
+                return self._random.choice(found)
+            time.sleep(0.05)
+        return 0
+
+    def _wait_for(self, moment: Moment) -> bool:
+        """Wait for the moment, not for long; say whether it came."""
+        progress = self._progress
+        if moment == "submission":
+            before = progress.submitted
+            return progress.wait_for(lambda: progress.submitted > before, MOMENT_SECONDS)
+        if moment == "answer":
+            before = progress.answered
+            return progress.wait_for(lambda: progress.answered > before, MOMENT_SECONDS)
+        if moment in FOLDERS:
+            return self._wait_for_folder(self._server.data_dir / FOLDERS[moment])
+        return True
+
+    def _wait_for_folder(self, folder: Path) -> bool:
+        """Wait until something new is being written there."""
+        known = _names(folder)
+        deadline = time.monotonic() + MOMENT_SECONDS
+        while time.monotonic() < deadline and not self._progress.is_over:
+            if _names(folder) - known:
+                return True
+            time.sleep(LOOK_SECONDS)
+        return False
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:  # nothing was ever written
+        return set()
+
+
+def _is(target: Target, process: Process, server: DrilledServer) -> bool:
+    """Whether the process is one of these; ``up``'s own children are the supervised parts."""
+    assert server.process is not None  # noqa: S101
+    is_part = process.parent == server.process.pid
+    command = process.command
+    match target:
+        case "worker":
+            # django-q2 renames the process where setproctitle is there.
+            return is_part and (command.startswith("qcluster") or " engineworker" in command)
+        case "web":
+            return is_part and "granian" in command
+        case "web child":
+            return not is_part and "granian" in command
+        case "postgres":
+            return is_part and "/postgres " in command
+        case "postgres backend":
+            return command.startswith("postgres: ") and " tinkerapi " in command
+        case "everything":
+            return is_part

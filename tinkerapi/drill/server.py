@@ -1,0 +1,141 @@
+"""``manage.py up`` in a scratch folder, and the processes below it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinkerapi.preflight import RunningServer
+from tinkerapi.settings import BASE_DIR
+from tinkerapi.supervisor import parent_death_prefix
+
+READY_SECONDS = 300.0
+STOP_SECONDS = 150.0
+LOOK_SECONDS = 0.05
+HOST = "127.0.0.1"
+
+
+class ServerFailed(Exception):
+    """The server did not do in time what it should; its log is named."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One line of the process table."""
+
+    pid: int
+    parent: int
+    command: str
+
+
+@dataclass
+class DrilledServer:
+    """One data folder, and the server that runs on it now."""
+
+    data_dir: Path
+    environment: Mapping[str, str]
+    port: int = field(default_factory=lambda: _free_port())
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start ``up`` and return at once; call it from the main thread.
+
+        It ends with this process, however that ends, and its parts end with it.
+        """
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        with (self.data_dir / "up.log").open("ab") as log:
+            self.process = subprocess.Popen(  # noqa: S603
+                [
+                    *parent_death_prefix("TERM"),
+                    *(sys.executable, "manage.py", "up"),
+                    *("--host", HOST, "--port", str(self.port)),
+                    # Dozens of kills in a minute are no sign that a part cannot live.
+                    *("--max-restart-delay", "0.5"),
+                ],
+                cwd=BASE_DIR,
+                env={**os.environ, **self.environment, "TINKERAPI_DATA_DIR": str(self.data_dir)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,  # Ctrl+C is for the drill, which stops it
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return once a worker takes requests. Raises ServerFailed."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._is_ready():
+            if self.has_ended() or time.monotonic() > deadline:
+                raise ServerFailed(f"the server did not get ready; see {self.data_dir}/up.log")
+            time.sleep(LOOK_SECONDS)
+
+    def has_ended(self) -> bool:
+        """Whether ``up`` is gone."""
+        return self.process is None or self.process.poll() is not None
+
+    def stop(self) -> None:
+        """Stop it cleanly, as Ctrl+C does; without mercy if that takes too long."""
+        if self.process is None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.process.wait()
+        self.process = None
+
+    def kill(self) -> None:
+        """SIGKILL ``up``; everything below follows by itself."""
+        if self.process is not None:
+            self.process.kill()
+
+    def processes(self) -> list[Process]:
+        """Everything below ``up``, parents before children; empty if it does not run."""
+        if self.process is None:
+            return []
+        listing = subprocess.run(
+            ["/usr/bin/env", "ps", "-ww", "-A", "-o", "pid=,ppid=,args="],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        children: dict[int, list[Process]] = {}
+        for line in listing.stdout.splitlines():
+            pid, parent, command = line.split(maxsplit=2)
+            children.setdefault(int(parent), []).append(Process(int(pid), int(parent), command))
+        found = list(children.get(self.process.pid, []))
+        for process in found:  # which grows meanwhile
+            found += children.get(process.pid, [])
+        return found
+
+    def command(self, *arguments: str) -> str:
+        """What another ``manage.py`` command prints on this data folder."""
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "manage.py", *arguments],
+            cwd=BASE_DIR,
+            env={**os.environ, **self.environment, "TINKERAPI_DATA_DIR": str(self.data_dir)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    def _is_ready(self) -> bool:
+        server = RunningServer(pid=0, host=HOST, port=self.port)
+        try:
+            return server.answer("/readyz", timeout_seconds=5) == 200
+        except OSError:
+            return False
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])

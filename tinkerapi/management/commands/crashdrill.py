@@ -1,0 +1,126 @@
+"""``manage.py crashdrill``: prove that nothing is lost, and that not one bit is different."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from tinkerapi.drill.evidence import differences
+from tinkerapi.drill.job import Trainee, make_job, num_requests
+from tinkerapi.drill.kills import Killed, plan_kills
+from tinkerapi.drill.model import make_drill_model
+from tinkerapi.drill.report import DrillReport
+from tinkerapi.drill.run import DrillFailed, Outcome, run_job
+from tinkerapi.drill.server import ServerFailed
+
+ENVIRONMENT = {
+    "DATABASE_URL": "",  # only the embedded Postgres is ours to kill
+    "TINKERAPI_SNAPSHOT_SECONDS": "0",  # as often as their cost allows, so that kills meet them
+    "TINKERAPI_RESIDENT_ADAPTERS": "3",  # fewer than there are: they come and go
+}
+"""What the drilled servers run with; the rest is as it is for everybody."""
+SHOWN_DIFFERENCES = 20
+
+
+class Command(BaseCommand):
+    help = (
+        "Train several adapters over HTTP twice, on a server of its own in a scratch folder: once "
+        "unbroken, once with SIGKILLs to worker, web, Postgres and everything. Then compare every "
+        "answer, every future and every checkpoint, byte by byte. Exits with 1 if anything "
+        "differs. The server that you run is not touched."
+    )
+    requires_system_checks = ()
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--kills", type=int, default=20, help="how many (default %(default)s)")
+        parser.add_argument("--seed", type=int, default=0, help="of job and kills (default 0)")
+        parser.add_argument(
+            "--steps", type=int, help="optimizer steps of each adapter (default: kills + 8)"
+        )
+        parser.add_argument(
+            "--adapters", type=int, default=6, help="trained side by side (default %(default)s)"
+        )
+        parser.add_argument(
+            "--model-folder", type=Path, help="base model; default: a tiny one made for the drill"
+        )
+        parser.add_argument("--json", type=Path, help="write the table to this file too")
+        parser.add_argument(
+            "--keep", action="store_true", help="keep the scratch folder with data and logs"
+        )
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        if options["kills"] < 0 or options["adapters"] < 1:
+            raise CommandError("expected at least 0 --kills and 1 of --adapters")
+        steps = options["kills"] + 8 if options["steps"] is None else options["steps"]
+        scratch = Path(tempfile.mkdtemp(prefix="tinkerapi-drill-"))
+        keep = options["keep"]
+        try:
+            report = self._drill(scratch, steps, options)
+            keep = keep or not report.is_good
+        except (DrillFailed, ServerFailed) as error:
+            keep = True
+            raise CommandError(str(error)) from error
+        finally:
+            if keep:
+                self.stdout.write(f"data and logs: {scratch}")
+            else:
+                shutil.rmtree(scratch, ignore_errors=True)
+        for name, value in report.rows():
+            self.stdout.write(f"{name:<50}{value}")
+        for sentence in report.differences[:SHOWN_DIFFERENCES]:
+            self.stderr.write(sentence)
+        if options["json"]:
+            options["json"].write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        if not report.is_good:
+            raise CommandError("the broken run is not the same as the unbroken one")
+        self.stdout.write(self.style.SUCCESS("no difference"))
+
+    def _drill(self, scratch: Path, steps: int, options: dict[str, Any]) -> DrillReport:
+        seed = options["seed"]
+        folder = options["model_folder"] or make_drill_model(scratch / "tiny", seed=seed)
+        job = make_job(seed=seed, steps=steps, trainees=options["adapters"])
+        plan = plan_kills(seed=seed, kills=options["kills"], requests=num_requests(job))
+        self._kills = len(plan)
+        self._requests = num_requests(job)
+        self.stdout.write(f"{self._requests} requests of {len(job)} adapters, unbroken ...")
+        unbroken = self._run(scratch / "unbroken", folder, job, seed=seed)
+        self.stdout.write(f"took {unbroken.seconds:.1f} s; the same with {len(plan)} kills ...")
+        self._count = 0
+        broken = self._run(scratch / "broken", folder, job, seed=seed, plan=plan, say=self._say)
+        return DrillReport(
+            unbroken=unbroken,
+            broken=broken,
+            plan=plan,
+            differences=differences(unbroken.evidence, broken.evidence),
+            replays=_replays(scratch / "broken"),
+            settings={
+                "seed": seed,
+                "steps": steps,
+                "adapters": options["adapters"],
+                "model": folder.name,
+            },
+        )
+
+    def _run(self, data_dir: Path, folder: Path, job: list[Trainee], **more: Any) -> Outcome:
+        return run_job(job, data_dir=data_dir, model_folder=folder, environment=ENVIRONMENT, **more)
+
+    def _say(self, answered: int, killed: Killed) -> None:
+        self._count += 1
+        moment = killed.kill.moment if killed.aimed else "anytime"
+        self.stdout.write(
+            f"{self._count:4} of {self._kills}: {killed.kill.target} ({moment}), "
+            f"{answered} of {self._requests} answers"
+        )
+        self.stdout.flush()
+
+
+def _replays(data_dir: Path) -> int:
+    """As the workers' logs say."""
+    logs = (data_dir / "logs").glob("engine-*")
+    return sum(len(re.findall(r": replaying \d+ requests", log.read_text())) for log in logs)
