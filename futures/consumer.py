@@ -38,15 +38,15 @@ _STOP = "STOP"  # what django-q's loops end at
 class Consumer:
     """Runs the tasks of one queue, one at a time, in order of arrival."""
 
-    def __init__(self, queue: str, *, on_turn: Callable[[], None] = lambda: None) -> None:
-        """``on_turn`` is called several times a second while there is nothing to do."""
+    def __init__(self, queue: str) -> None:
         self.stopping = threading.Event()
         """Set it, or send SIGTERM or SIGINT, to end after the current task. A task that takes
         long may look at it and return early."""
         self._queue = queue
         self._broker = PostgresBroker(list_key=queue)
         self._failures = 0
-        self._on_turn = on_turn
+        self.on_turn: Callable[[], None] = lambda: None
+        """Called several times a second while there is nothing to do; it may use the database."""
 
     def run(self) -> None:
         """Serve until stopped; returns with every finished task acknowledged.
@@ -70,7 +70,7 @@ class Consumer:
         """The next task, or STOP; django-q's worker calls it as its queue."""
         while not self.stopping.is_set():
             try:
-                self._on_turn()
+                self.on_turn()
                 task = self._next()
             except (DatabaseError, InterfaceError):
                 self._back_off()
@@ -85,7 +85,7 @@ class Consumer:
         tasks = self._broker.claim()
         deadline = time.monotonic() + Conf.POLL
         while not tasks and not self.stopping.is_set() and time.monotonic() < deadline:
-            self._on_turn()
+            self.on_turn()
             if self._broker.wait(_SLICE_SECONDS):
                 tasks = self._broker.claim()
         for task_id, package in tasks:

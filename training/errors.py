@@ -74,6 +74,12 @@ class StorageFull(TrainingError):
     category = "server"
 
 
+class StorageFailed(TrainingError):
+    """The data folder cannot be written; see to its disk and send the request again."""
+
+    category = "server"
+
+
 class RunLost(TrainingError):
     """The run's state cannot be rebuilt; load its last checkpoint into a new run."""
 

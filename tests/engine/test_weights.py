@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import peft
@@ -14,7 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.reference import peft_warnings_ignored
 from tests.engine.test_model_engine import STEP, assert_same_state
-from training.errors import CheckpointExists, CheckpointNotFound, InvalidRequest, StorageFull
+from training.errors import (
+    CheckpointExists,
+    CheckpointNotFound,
+    InvalidRequest,
+    StorageFailed,
+    StorageFull,
+)
 from training.types import LoraConfig
 
 
@@ -75,7 +82,8 @@ def test_meta_can_be_read_by_eye(trained, tmp_path):
     assert meta["base_model"] == trained.info.name
     assert meta["versions"]["torch"]
     assert set(meta["sha256"]) == {
-        f"{name}.safetensors" for name in ("weights", "grad", "exp_avg", "exp_avg_sq")
+        "meta.json",
+        *(f"{name}.safetensors" for name in ("weights", "grad", "exp_avg", "exp_avg_sq")),
     }
 
 
@@ -89,7 +97,11 @@ def test_a_missing_or_damaged_checkpoint_is_refused(trained, tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointNotFound, match=r"exp_avg\.safetensors is damaged"):
         trained.load_adapter("b", tmp_path / "c")
-    (tmp_path / "c" / "meta.json").write_text("{")
+    meta_path = tmp_path / "c" / "meta.json"
+    meta_path.write_text(meta_path.read_text().replace('"step": 2', '"step": 3'))
+    with pytest.raises(CheckpointNotFound, match=r"meta\.json is damaged"):
+        trained.load_adapter("b", tmp_path / "c")
+    meta_path.write_text("{")
     with pytest.raises(CheckpointNotFound, match=r"meta\.json is damaged"):
         trained.load_adapter("b", tmp_path / "c")
     assert trained.adapter_names() == ["a"]
@@ -117,10 +129,36 @@ def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, monkeypatch, code)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS])
+def test_a_disk_that_fails_otherwise_is_said_by_name(trained, tmp_path, monkeypatch, code):
+    def fail(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageFailed, match=os.strerror(code)):
+        trained.save_adapter("a", tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_captured_is_written_however_the_adapter_trains_on(trained, make_datum, tmp_path):
+    before = trained.adapter_state("a")
+    assert before["grad"].any()
+    write = trained.capture_adapter("a")
+    trained.train_one("a", [make_datum(7)])
+    trained.optim_step("a", STEP)
+    trained.train_one("a", [make_datum(5)])
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(write, tmp_path / "c").result()
+    trained.load_adapter("b", tmp_path / "c")
+    assert_same_state(trained.adapter_state("b"), before)
+
+
 def test_an_adapter_for_another_base_model_is_refused(trained, tmp_path):
     trained.save_adapter("a", tmp_path / "c")
     path = tmp_path / "c" / "meta.json"
-    path.write_text(path.read_text().replace("model.layers.1.mlp", "model.layers.7.mlp"))
+    meta = json.loads(path.read_text().replace("model.layers.1.mlp", "model.layers.7.mlp"))
+    del meta["sha256"]["meta.json"]
+    path.write_text(json.dumps(meta))
     with pytest.raises(InvalidRequest, match=r"whose model\.layers\.7\.mlp\.gate_proj"):
         trained.load_adapter("b", tmp_path / "c")
 

@@ -43,6 +43,7 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.NonFiniteResult: 400,
     training_errors.OutOfMemory: 503,
     training_errors.StorageFull: 507,
+    training_errors.StorageFailed: 500,
     training_errors.RunLost: 410,
     futures_errors.FutureError: 400,
     futures_errors.FutureNotFound: 404,

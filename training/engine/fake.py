@@ -164,19 +164,24 @@ class FakeEngine(Engine):
         adapter.exp_avg_sq = exp_avg_sq.astype(np.float32)
         return OptimStepOutput(step=step, grad_norm=norm)
 
-    def save_adapter(
-        self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
-    ) -> int:
-        self._before_verb("save_adapter", (adapter_name,))
+    def capture_adapter(
+        self, adapter_name: str, *, with_optimizer: bool = True
+    ) -> Callable[[Path], int]:
+        self._before_verb("capture_adapter", (adapter_name,))
         state = self.adapter_state(adapter_name)
         step = state.pop("step")
         if not with_optimizer:
             state = {"weights": state["weights"]}
         config = self.find(adapter_name).config
-        with new_directory(directory) as temporary:
-            for name, array in state.items():
-                np.save(temporary / f"{name}.npy", array)
-            return write_meta(temporary, {"step": step, "config": vars(config)})
+
+        def write(directory: Path) -> int:
+            self._before_verb("save_adapter", (adapter_name,))
+            with new_directory(directory) as temporary:
+                for name, array in state.items():
+                    np.save(temporary / f"{name}.npy", array)
+                return write_meta(temporary, {"step": step, "config": vars(config)})
+
+        return write
 
     def load_adapter(
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True

@@ -189,23 +189,29 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def capture_adapter(
+        self, adapter_name: str, *, with_optimizer: bool = True
+    ) -> Callable[[Path], int]:
+        """The adapter as it is now, as a function that writes it into a new directory.
+
+        Taking it is quick; the function may be called later and from another thread, while the
+        adapter trains on, and writes weights, Adam moments, accumulated gradient and step of
+        the moment of capture. Without ``with_optimizer`` the weights only: enough to sample
+        from, and a directory that ``load_adapter`` takes with ``with_optimizer=False``.
+
+        Written beside it, fsynced, then renamed, so that the directory is whole or absent.
+        ``meta.json`` in it can be read by eye and carries a checksum of every file.
+
+        Returns:
+            A function that returns the bytes written. It raises StorageFull or StorageFailed, and
+            then nothing is left behind.
+        """
+
     def save_adapter(
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
     ) -> int:
-        """Write weights, Adam moments, accumulated gradient and step into a new directory.
-
-        Without ``with_optimizer`` the weights only: enough to sample from, and a directory that
-        ``load_adapter`` takes with ``with_optimizer=False``.
-
-        Written beside it, fsynced, then renamed, so that the directory is whole or absent.
-        ``meta.json`` in it can be read by eye and carries a checksum of every other file.
-
-        Returns:
-            Bytes written.
-
-        Raises:
-            StorageFull: The disk is full; nothing is left behind.
-        """
+        """Capture the adapter and write it at once; see ``capture_adapter``."""
+        return self.capture_adapter(adapter_name, with_optimizer=with_optimizer)(directory)
 
     @abstractmethod
     def load_adapter(

@@ -164,12 +164,11 @@ class TorchEngine(Engine):
         check_adam_params(adam_params)
         return optim.adamw_step(self._use(adapter_name), adam_params)
 
-    def save_adapter(
-        self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
-    ) -> int:
-        return weights.save_adapter(
+    def capture_adapter(
+        self, adapter_name: str, *, with_optimizer: bool = True
+    ) -> Callable[[Path], int]:
+        return weights.capture_adapter(
             self._use(adapter_name),
-            directory,
             base_model_name=self.info.name,
             with_optimizer=with_optimizer,
         )

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training.errors import CheckpointExists, CheckpointNotFound, StorageFull
+from training.errors import CheckpointExists, CheckpointNotFound, StorageFailed, StorageFull
 
 META_NAME = "meta.json"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -32,6 +32,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     Raises:
         CheckpointExists: ``directory`` exists; it is not touched.
         StorageFull: The disk or the quota is full.
+        StorageFailed: It cannot be written for another reason.
     """
     if directory.exists():
         raise CheckpointExists(f"{directory.name} already exists.")
@@ -50,20 +51,21 @@ def new_directory(directory: Path) -> Iterator[Path]:
             raise StorageFull from error
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise CheckpointExists(f"{directory.name} already exists.") from error
-        raise
+        raise StorageFailed(f"The data folder cannot be written: {error.strerror}.") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_meta(directory: Path, meta: Mapping[str, Any]) -> int:
-    """Write ``meta.json``: ``meta`` and the SHA-256 of every file that is there already.
+    """Write ``meta.json``: ``meta``, and the SHA-256 of it and of every file there already.
 
     Returns:
         Bytes of all files in the directory.
     """
     files = sorted(path for path in directory.iterdir() if path.is_file())
-    content = {**meta, "sha256": {path.name: _sha256(path) for path in files}}
+    digests = {META_NAME: _meta_sha256(meta), **{path.name: _sha256(path) for path in files}}
+    content = {**meta, "sha256": digests}
     (directory / META_NAME).write_text(json.dumps(content, indent=2) + "\n")
     return sum(path.stat().st_size for path in directory.iterdir())
 
@@ -72,18 +74,29 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """``meta.json`` of a directory whose every file is as it was written.
 
     Raises:
-        CheckpointNotFound: There is no such directory, or a checksum does not match.
+        CheckpointNotFound: There is no such directory, it cannot be read, or a checksum does
+            not match.
     """
     try:
         meta: dict[str, Any] = json.loads((directory / META_NAME).read_text())
         for name, digest in meta["sha256"].items():
-            if _sha256(directory / name) != digest:
+            if name == META_NAME:
+                found = _meta_sha256({key: meta[key] for key in meta if key != "sha256"})
+            else:
+                found = _sha256(directory / name)
+            if found != digest:
                 raise CheckpointNotFound(f"{directory.name}/{name} is damaged: checksum differs.")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFound(f"No checkpoint at {directory.name}.") from error
-    except (ValueError, KeyError) as error:
+    except OSError as error:
+        raise CheckpointNotFound(f"{directory.name} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointNotFound(f"{directory.name}/{META_NAME} is damaged.") from error
     return meta
+
+
+def _meta_sha256(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ the step, what it was made with, and a SHA-256 of every file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,18 +27,19 @@ FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 
-def save_adapter(
-    adapter: Adapter, directory: Path, *, base_model_name: str, with_optimizer: bool = True
-) -> int:
-    """Write everything that the next step depends on; see ``Engine.save_adapter``.
+def capture_adapter(
+    adapter: Adapter, *, base_model_name: str, with_optimizer: bool = True
+) -> Callable[[Path], int]:
+    """Everything that the next step depends on, to be written; see ``Engine.capture_adapter``.
 
+    Only the gradient is copied: the other buffers are replaced by a step, never written into.
     An all-zero gradient, as it is after every optimizer step, is left out.
     """
     buffers = {"weights": adapter.weights.flat}
     if with_optimizer:
         buffers |= {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
         if adapter.grad.flat.any():
-            buffers["grad"] = adapter.grad.flat
+            buffers["grad"] = adapter.grad.flat.clone()
     places = adapter.layout.places.items()
     meta = {
         "format": FORMAT,
@@ -48,10 +49,14 @@ def save_adapter(
         "modules": {name: [p.shape.in_features, p.shape.out_features] for name, p in places},
         "versions": {name: version(name) for name in LIBRARIES},
     }
-    with new_directory(directory) as temporary:
-        for name, flat in buffers.items():
-            _write(temporary / f"{name}.safetensors", {name: flat})
-        return write_meta(temporary, meta)
+
+    def write(directory: Path) -> int:
+        with new_directory(directory) as temporary:
+            for name, flat in buffers.items():
+                _write(temporary / f"{name}.safetensors", {name: flat})
+            return write_meta(temporary, meta)
+
+    return write
 
 
 def load_adapter(

@@ -30,6 +30,7 @@ from training.text_pieces import Told
 from training.types import Conversation, Prompt, ScoringParams
 from training.worker import outcomes
 from training.worker.operations import Effects, Operations
+from training.worker.pace import Pace
 from training.worker.residency import Residency
 from training.worker.scheduler import Batch, Scheduler
 
@@ -94,6 +95,7 @@ class WorkLoop:
         self._sampling: dict[str, _Sampling] = {}
         self._figures = figures if figures is not None else {}
         self._batch = 0
+        self._pace = Pace()
         self._runs: dict[str, Run] = {}
 
     def run_until_idle(self) -> None:
@@ -104,8 +106,9 @@ class WorkLoop:
             Exception: Memory is suspect or the commit is impossible; leave the process.
         """
         claim = True
+        self._pace.work_begins()
         while not self._stopping():
-            self._on_turn()
+            self.turn()
             if claim or self._bell_rang(0):
                 # Anything left behind by the budget, or freed by a commit, has no new bell.
                 claim = self._claim()
@@ -118,6 +121,11 @@ class WorkLoop:
                 claim = self._sample() or claim
             elif not batch and not claim:
                 return
+
+    def turn(self) -> None:
+        """What is done beside the work, between batches or while there is none."""
+        self._on_turn()
+        self.residency.keep_up()
 
     def _claim(self) -> bool:
         """Take what may run, unless enough is held already; say if anything was there."""
@@ -157,7 +165,8 @@ class WorkLoop:
             self._operations.run_barrier(future, self._runs, effects)
             self._on_turn()
         self._commit(effects)
-        self._snapshot(effects)
+        for run_id, seconds in effects.seconds.items():
+            self.residency.worked(run_id, seconds)
 
     def _load_runs(self, batch: Batch) -> None:
         lanes = {f.lane_id for f in [*batch.passes, *batch.samples, *batch.barriers] if f.lane_id}
@@ -293,17 +302,13 @@ class WorkLoop:
                 write()
         for act in effects.after_commit:
             act()
+        self._pace.finished(len(effects.outcomes))
         self._figures |= {
             "batches": self._batch,
             "resident_adapters": len(self._engine.adapter_names()),
             "sampling": len(self._sampling),
+            "futures_per_second": self._pace.futures_per_second,
         }
-
-    def _snapshot(self, effects: Effects) -> None:
-        for run_id, seconds in effects.seconds.items():
-            self.residency.worked(run_id, seconds)
-            if self.residency.snapshot_due(run_id):
-                self.residency.snapshot(self._runs[run_id])
 
     def give_back(self) -> None:
         """The end: what has not begun or is being sampled waits for the next worker, and what

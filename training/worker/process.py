@@ -88,7 +88,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             "num_parameters": engine.info.num_parameters,
             "max_context_tokens": engine.info.max_context_tokens,
         }
-        consumer = Consumer(base_model.queue, on_turn=pulse)
+        consumer = Consumer(base_model.queue)
         loop = WorkLoop(
             engine,
             worker,
@@ -97,6 +97,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             figures=figures,
             on_turn=pulse,
         )
+        consumer.on_turn = loop.turn
         tasks.serve(base_model.queue, loop.run_until_idle)
         worker_live(worker, figures)
         logger.info("%s: ready on %s", base_model.name, engine.info.device)

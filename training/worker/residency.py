@@ -4,21 +4,21 @@ A run's log is its futures of the kinds that change it (``LOGGED``), in the orde
 seq ids. An adapter in memory always is what the run's committed futures made it, and the
 caller drops it when an operation of it was not committed. So memory is a cache: the least
 recently used adapters leave for their snapshot and come back on use.
+
+A snapshot saves time, not data: while the disk takes none, runs go on, and what a crash would
+have to repeat grows until it takes one again.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
+import math
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 from django.conf import settings
-from django.db import transaction
 
 from futures.models import Future, Worker
 from futures.payload import decode
@@ -26,14 +26,15 @@ from training import payloads
 from training.engine.interface import Engine
 from training.errors import CheckpointNotFound, RunLost, TrainingError
 from training.kinds import Kind
-from training.models import Checkpoint, Run, Snapshot
+from training.models import Checkpoint, Run
 from training.selectors import run_log
 from training.worker.passes import run_passes
+from training.worker.snapshots import SnapshotFailed, SnapshotWriter
 
 logger = logging.getLogger(__name__)
 
-KEPT_SNAPSHOTS = 2  # the newest may turn out to be unreadable
 WRITE_COST_FACTOR = 10  # snapshots may take a tenth of the time at most
+PAUSE_SECONDS = 60.0  # after a snapshot that could not be written
 
 
 @dataclass
@@ -43,10 +44,14 @@ class _Resident:
     snapshot_seq_id: int = -1
     """Last request that the newest snapshot holds; -1 without one."""
     debt_seconds: float = 0.0
-    """Work since then, which a crash would repeat."""
+    """Work since then, which a crash would repeat; infinite if it could not."""
+    captured_seconds: float = 0.0
+    """Of that work, what the snapshot that is being written holds."""
     write_seconds: float = 0.0
     """What the last snapshot took."""
     used_at: float = 0.0
+    unreadable: tuple[int, ...] = ()
+    """Snapshots that could not be read, to be deleted once there is a newer one."""
 
 
 class Residency:
@@ -62,6 +67,8 @@ class Residency:
         self._residents: dict[str, _Resident] = {}
         self._checkpoints: dict[str, float] = {}
         self._pinned: frozenset[str] = frozenset()
+        self._snapshots = SnapshotWriter(engine, worker)
+        self._paused_until = 0.0
 
     def pin(self, run_ids: Iterable[str]) -> None:
         """Keep these runs in memory until the next call: a batch changes them, and what is not
@@ -111,46 +118,83 @@ class Residency:
     def remove_run(self, run: Run) -> None:
         """Free all that a removed run holds: its memory and its snapshots."""
         self.drop_run(run.id)
-        self._delete_snapshots(run, keep=0)
+        self._snapshots.delete(run, keep=0)
 
     def worked(self, run_id: str, seconds: float) -> None:
         """Add to what a crash would have to repeat for this run, if it is still there."""
         if run_id in self._residents:
             self._residents[run_id].debt_seconds += seconds
 
-    def snapshot_due(self, run_id: str) -> bool:
+    def keep_up(self) -> None:
+        """Name the snapshot that was written meanwhile, and begin the one that is most due.
+
+        What a crash could not repeat is not left to chance: its snapshot is waited for. Call
+        this between batches, when memory is what is committed.
+        """
+        if self._snapshots.is_over():
+            self._finish()
+        due = [run_id for run_id in self._residents if self._is_due(run_id)]
+        for run_id in sorted(due, key=lambda run_id: -self._residents[run_id].debt_seconds):
+            if time.monotonic() < self._paused_until:
+                return
+            if math.isinf(self._residents[run_id].debt_seconds):
+                self._write_now(run_id)
+            elif self._snapshots.begun is None:
+                self._begin(run_id)
+
+    def _is_due(self, run_id: str) -> bool:
         """Whether the work since the last snapshot is worth more than writing one."""
-        resident = self._residents.get(run_id)
-        return resident is not None and resident.debt_seconds > max(
+        resident = self._residents[run_id]
+        return resident.debt_seconds > max(
             settings.SNAPSHOT_SECONDS, WRITE_COST_FACTOR * resident.write_seconds
         )
 
-    def snapshot(self, run: Run) -> None:
-        """Write the run's state as its committed futures made it; drop superseded snapshots.
+    def _begin(self, run_id: str) -> None:
+        resident = self._residents[run_id]
+        run = Run.objects.live().filter(id=run_id).first()
+        if run is None or run.applied_seq_id == resident.snapshot_seq_id:
+            resident.debt_seconds = 0.0
+            return
+        try:
+            self._snapshots.begin(run)
+        except SnapshotFailed as error:
+            self._failed(run_id, error)
+            return
+        resident.captured_seconds, resident.debt_seconds = resident.debt_seconds, 0.0
+
+    def _finish(self) -> None:
+        begun = self._snapshots.begun
+        if begun is None:
+            return
+        resident = self._residents.get(begun.run_id, _Resident())  # it may have left
+        try:
+            resident.write_seconds = self._snapshots.finish(unreadable=resident.unreadable)
+        except SnapshotFailed as error:
+            resident.debt_seconds += resident.captured_seconds
+            self._failed(begun.run_id, error)
+        else:
+            resident.snapshot_seq_id = begun.seq_id
+            resident.unreadable = ()
+        resident.captured_seconds = 0.0
+
+    def _failed(self, run_id: str, error: SnapshotFailed) -> None:
+        self._paused_until = time.monotonic() + PAUSE_SECONDS
+        logger.warning("run %s: no snapshot, a crash would repeat more: %s", run_id, error)
+
+    def snapshot(self, run: Run) -> bool:
+        """Write the run's state now and wait for it; say whether it is on disk.
 
         Call it between a commit and the run's next operation, with a fresh row.
         """
-        resident = self._residents[run.id]
-        if resident.snapshot_seq_id == run.applied_seq_id:
-            return
-        begin = time.monotonic()
-        directory = Path("snapshots") / uuid.uuid4().hex
-        size = self._engine.save_adapter(run.id, settings.DATA_DIR / directory)
-        seconds = time.monotonic() - begin
-        with transaction.atomic():
-            Snapshot.objects.create(
-                run=run,
-                seq_id=run.applied_seq_id,
-                step=run.step,
-                directory=str(directory),
-                size_bytes=size,
-                write_seconds=seconds,
-                epoch=self._worker.pk,
-            )
-        resident.snapshot_seq_id = run.applied_seq_id
-        resident.debt_seconds = 0.0
-        resident.write_seconds = seconds
-        self._delete_snapshots(run, keep=KEPT_SNAPSHOTS)
+        self._write_now(run.id)
+        return self._residents[run.id].snapshot_seq_id == run.applied_seq_id
+
+    def _write_now(self, run_id: str) -> None:
+        self._snapshots.wait()
+        self._finish()
+        self._begin(run_id)
+        self._snapshots.wait()
+        self._finish()
 
     def snapshot_all(self) -> None:
         """Write whatever is not on disk yet, so that the next worker need not repeat it."""
@@ -158,18 +202,16 @@ class Residency:
             self.snapshot(run)
             self._on_turn()
 
-    def _delete_snapshots(self, run: Run, *, keep: int) -> None:
-        # Row first: a crash in between leaves files that no row names.
-        for old in run.snapshots.order_by("-seq_id")[keep:]:
-            old.delete()
-            shutil.rmtree(settings.DATA_DIR / old.directory, ignore_errors=True)
-
     def make_room(self) -> None:
-        """Evict the least recently used adapters until one more may be made."""
+        """Evict the least recently used adapters until one more may be made.
+
+        Where the disk takes no snapshot, one leaves without it if its log can rebuild it.
+        """
+        stay = set(self._pinned)
         while len(self._residents) + len(self._checkpoints) >= settings.RESIDENT_ADAPTERS:
             used = {key: resident.used_at for key, resident in self._residents.items()}
             used |= self._checkpoints
-            evictable = used.keys() - self._pinned
+            evictable = used.keys() - stay
             if not evictable:
                 return
             name = min(evictable, key=used.__getitem__)
@@ -178,9 +220,11 @@ class Residency:
                 self._engine.drop_adapter(name)
                 continue
             run = Run.objects.get(id=name)
-            if run.deleted_at is None:
-                self.snapshot(run)
-            self.drop_run(run.id)
+            is_safe = run.deleted_at is not None or self.snapshot(run)
+            if is_safe or math.isfinite(self._residents[name].debt_seconds):
+                self.drop_run(name)
+            else:
+                stay.add(name)
 
     def _rebuild(self, run: Run) -> _Resident:
         resident = _Resident()
@@ -191,6 +235,7 @@ class Residency:
                 logger.warning(
                     "run %s: snapshot at %s is unreadable: %s", run.id, snapshot.seq_id, error
                 )
+                resident.unreadable += (snapshot.pk,)
                 continue
             resident.snapshot_seq_id = snapshot.seq_id
             resident.write_seconds = snapshot.write_seconds

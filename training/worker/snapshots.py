@@ -1,0 +1,155 @@
+"""Snapshots on disk: written by a thread beside the work, named by a row once they are whole.
+
+A snapshot is a run's state that the server keeps for itself, so that a crash need not repeat the
+whole log. Nobody waits for it: what is written is captured first, between two batches, and the
+run trains on meanwhile. At most one is being written. Its row is committed after its folder
+has its name, by the thread that also commits the work, so that a row never lies; a crash in
+between leaves a folder that no row names.
+
+Writing only reads the engine's memory. When it fails, the snapshot has failed and nothing else.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Collection
+from concurrent.futures import Future as Writing
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from django.conf import settings
+from django.db import transaction
+
+from futures.models import Worker
+from training.engine.interface import Engine
+from training.models import Run, Snapshot
+
+FOLDER = Path("snapshots")
+"""Below the data folder."""
+
+KEPT = 2  # of a run: the newest may turn out to be unreadable
+
+
+class SnapshotFailed(Exception):
+    """A snapshot could not be written; the run is as it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A snapshot that is being written."""
+
+    run_id: str
+    seq_id: int
+    step: int
+    directory: Path
+    """Relative to the data folder."""
+    writing: Writing[tuple[int, float]]
+    """Bytes and seconds."""
+
+
+class SnapshotWriter:
+    """Writes the snapshots of one engine's runs, one at a time."""
+
+    def __init__(self, engine: Engine, worker: Worker) -> None:
+        self._engine = engine
+        self._worker = worker
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self.begun: Begun | None = None
+
+    def begin(self, run: Run) -> None:
+        """Capture the run as its committed futures made it, and start to write it.
+
+        Call it between a commit and the run's next operation, with a fresh row, while nothing
+        else is being written.
+
+        Raises:
+            SnapshotFailed: There is no memory for the copy, for instance.
+        """
+        directory = FOLDER / uuid.uuid4().hex
+        try:
+            write = self._engine.capture_adapter(run.id)
+        except Exception as error:
+            raise SnapshotFailed(str(error)) from error
+        self.begun = Begun(
+            run_id=run.id,
+            seq_id=run.applied_seq_id,
+            step=run.step,
+            directory=directory,
+            writing=self._thread.submit(_timed, write, settings.DATA_DIR / directory),
+        )
+
+    def is_over(self) -> bool:
+        """Whether ``finish`` need not wait."""
+        return self.begun is not None and self.begun.writing.done()
+
+    def wait(self) -> None:
+        """Wait for what is being written, if anything is."""
+        if self.begun is not None:
+            wait([self.begun.writing])
+
+    def finish(self, *, unreadable: Collection[int] = ()) -> float:
+        """Name what was written by a row, and delete the snapshots that it supersedes.
+
+        A snapshot of a run that was removed meanwhile is deleted. When the database does not
+        answer, the same may be tried again.
+
+        Args:
+            unreadable: Older snapshots that turned out to be; they do not count as kept.
+
+        Returns:
+            The seconds it took to write.
+
+        Raises:
+            SnapshotFailed: It could not be written.
+        """
+        begun = self.begun
+        if begun is None:
+            raise RuntimeError("no snapshot was begun")
+        try:
+            size, seconds = begun.writing.result()
+        except Exception as error:
+            self.begun = None
+            raise SnapshotFailed(str(error)) from error
+        run = Run.objects.live().filter(id=begun.run_id).first()
+        if run is not None:
+            self._name(begun, size, seconds)
+            self.delete(run, keep=KEPT, unreadable=unreadable)
+        else:
+            shutil.rmtree(settings.DATA_DIR / begun.directory, ignore_errors=True)
+        self.begun = None
+        return seconds
+
+    def _name(self, begun: Begun, size: int, seconds: float) -> None:
+        """Write the row, in the place of an unreadable one of the same point, if there is one."""
+        with transaction.atomic():
+            old = Snapshot.objects.filter(run_id=begun.run_id, seq_id=begun.seq_id)
+            replaced = set(old.values_list("directory", flat=True)) - {str(begun.directory)}
+            old.delete()
+            Snapshot.objects.create(
+                run_id=begun.run_id,
+                seq_id=begun.seq_id,
+                step=begun.step,
+                directory=str(begun.directory),
+                size_bytes=size,
+                write_seconds=seconds,
+                epoch=self._worker.pk,
+            )
+        for directory in replaced:
+            shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+
+    def delete(self, run: Run, *, keep: int, unreadable: Collection[int] = ()) -> None:
+        """Delete all but the run's newest readable snapshots, files after rows: a crash in
+        between leaves files that no row names."""
+        rows = list(run.snapshots.order_by("-seq_id"))
+        readable = [row for row in rows if row.pk not in unreadable]
+        for old in set(rows) - set(readable[:keep]):
+            old.delete()
+            shutil.rmtree(settings.DATA_DIR / old.directory, ignore_errors=True)
+
+
+def _timed(write: Callable[[Path], int], directory: Path) -> tuple[int, float]:
+    begin = time.monotonic()
+    return write(directory), time.monotonic() - begin
