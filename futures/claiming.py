@@ -8,7 +8,9 @@ Which futures may run
     that begins at ``next_seq_id`` and in which every seq id has a row. A missing seq id ends
     the stretch, for requests may arrive out of order; final rows in it are passed over.
 In which order
-    Owners take turns. An owner's own come in the order in which they could first have run:
+    Owners take turns, and among those whose turn it is, the one whom this worker has served least
+    recently comes first: a claim that is too small for everybody goes on where the last one
+    ended. An owner's own come in the order in which they could first have run:
     when they and all before them in their lane had arrived. So a cut through that order never
     separates a future from an earlier one of its lane.
 How many
@@ -36,6 +38,9 @@ from futures.notify import notify_finished
 MIN_WINDOW, MAX_WINDOW = 32, 256
 """Rows of one lane (or, without lane, of one owner) that a claim looks at: as many as it may
 take, within these bounds. So its work does not grow with what waits in a lane."""
+
+MAX_SERVED = 1000
+"""Owners of whom a worker remembers when it served them; who is forgotten comes first."""
 
 # Locks the epoch, so that a claim and a takeover by a new worker come one after the other.
 # And no compiling: Postgres thinks the claim far dearer than it is, and would take longer to
@@ -122,11 +127,13 @@ WITH RECURSIVE lane_with_work (lane_id) AS (                                    
 ), in_order AS MATERIALIZED (                                                             -- 4
     SELECT *, sum(cost) OVER (ORDER BY place) AS spent
     FROM (
-        SELECT *, row_number() OVER (ORDER BY turn, runnable_at, lane_id, seq_id, id) AS place
+        SELECT *, row_number() OVER (
+            ORDER BY turn, served, runnable_at, lane_id, seq_id, id
+        ) AS place
         FROM (
             SELECT *, row_number() OVER (
                 PARTITION BY owner_id ORDER BY runnable_at, lane_id, seq_id, id
-            ) AS turn
+            ) AS turn, coalesce(array_position(%(served)s::bigint[], owner_id), 0) AS served
             FROM runnable
         ) AS in_turns
     ) AS placed
@@ -253,13 +260,22 @@ def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Fut
                     "holds": holding > 0,
                     "max_futures": max_futures,
                     "max_cost": max_cost,
+                    "served": list(worker.owners_served),
                 },
             )
         if rows[0][_ID] is not None:
-            return [_future(row) for row in rows]
+            claimed = [_future(row) for row in rows]
+            _note_served(worker, claimed)
+            return claimed
         if not rows[0][0]:
             return []
         # Only final rows were passed over; what lies behind them may run.
+
+
+def _note_served(worker: Worker, claimed: Sequence[Future]) -> None:
+    now = list(dict.fromkeys(future.owner_id for future in claimed))
+    before = [owner_id for owner_id in worker.owners_served if owner_id not in now]
+    worker.owners_served = (before + now)[-MAX_SERVED:]
 
 
 def _future(row: tuple[Any, ...]) -> Future:

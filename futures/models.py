@@ -8,6 +8,7 @@ This app knows nothing of training: a kind is a word and a payload is bytes to i
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.conf import settings
@@ -63,9 +64,12 @@ class Worker(models.Model):
     heartbeat_at = models.DateTimeField(default=timezone.now)
     stopped_at = models.DateTimeField(null=True, blank=True)
     figures = models.JSONField(default=dict, blank=True)
-    """What the worker says of itself: base model, device, memory, resident adapters."""
+    """What the worker says of itself: base model, device, memory, resident adapters,
+    ``futures_per_second`` (``futures.places`` reads it)."""
     queue_lock: QueueLock | None = None
     """The advisory lock, in the process that lives this life; not a column."""
+    owners_served: Sequence[int] = ()
+    """Whose futures this process claimed, the least recently served first; not a column."""
 
     class Meta:
         constraints: ClassVar = [

@@ -218,6 +218,42 @@ def test_an_owner_cannot_get_more_turns_by_more_lanes(
     assert owners == [greedy.pk, modest.pk, greedy.pk, modest.pk]
 
 
+def test_claims_too_small_for_everybody_go_round(
+    submit: SubmitFactory,
+    lane_factory: Callable[..., Lane],
+    owner_factory: Callable[[], Any],
+    worker: Worker,
+) -> None:
+    greedy, modest, late = (owner_factory() for _ in range(3))
+    lane = lane_factory(owner_id=greedy.pk)
+    for _ in range(4):
+        submit(lane, cost=9)
+    for owner in (modest, modest, late):
+        submit(owner_id=owner.pk, cost=9)
+
+    # The budget has room for one at a time.
+    owners = [claim(worker, max_cost=10)[0].owner_id for _ in range(7)]
+
+    g, m, z = greedy.pk, modest.pk, late.pk
+    assert owners == [g, m, z, g, m, g, g]
+
+
+def test_a_large_request_is_not_passed_by_for_ever(
+    submit: SubmitFactory,
+    lane_factory: Callable[..., Lane],
+    owner_factory: Callable[[], Any],
+    worker: Worker,
+) -> None:
+    lane = lane_factory(owner_id=owner_factory().pk)
+    for _ in range(5):
+        submit(lane, cost=4)
+    large = submit(owner_id=owner_factory().pk, cost=8)
+
+    claims = [[future.pk for future in claim(worker, max_cost=10)] for _ in range(2)]
+
+    assert large.pk in claims[1]
+
+
 def test_the_budgets_cut_the_claim_and_the_rest_comes_next(
     submit: SubmitFactory, lane: Lane, worker: Worker
 ) -> None:
@@ -376,11 +412,16 @@ def queues(draw: st.DrawFn) -> list[Request]:
 
 
 def expected_claim(
-    waiting: list[Request], begins: dict[int, int], max_futures: int, max_cost: int
+    waiting: list[Request],
+    begins: dict[int, int],
+    served: list[int],
+    max_futures: int,
+    max_cost: int,
 ) -> list[Request]:
     """The rules of the claim in plain words, for requests in their order of arrival.
 
     ``begins`` says where each lane goes on: at its first number neither claimed nor final.
+    ``served`` lists the owners that were served, the least recently served first.
     """
     by_number = {(r.lane, r.seq_id): r for r in waiting if r.lane is not None}
     since: dict[Request, tuple[int, int, int]] = {}
@@ -398,10 +439,11 @@ def expected_claim(
     order = []
     for request in sorted(since, key=since.__getitem__):
         turns[request.owner] += 1
-        order.append((turns[request.owner], since[request], request))
+        recently = served.index(request.owner) if request.owner in served else -1
+        order.append((turns[request.owner], recently, since[request], request))
     taken: list[Request] = []
     spent = 0
-    for _, _, request in sorted(order, key=lambda item: item[:2]):
+    for *_, request in sorted(order, key=lambda item: item[:3]):
         spent += request.cost
         if len(taken) == max_futures or (taken and spent > max_cost):
             break
@@ -444,12 +486,16 @@ def test_claims_follow_the_rules_until_nothing_may_run(
 
         waiting = list(future_of.values())
         begins = dict.fromkeys(lanes, 1)
+        served: list[int] = []
+        worker.owners_served = ()
         while True:
-            expected = expected_claim(waiting, begins, max_futures, max_cost)
+            expected = expected_claim(waiting, begins, served, max_futures, max_cost)
             claimed = claim(worker, max_futures, max_cost)
             assert [future_of[future.pk] for future in claimed] == expected
             if not claimed:
                 break
+            for owner in dict.fromkeys(request.owner for request in expected):
+                served = [other for other in served if other != owner] + [owner]
             gone = {request for request in waiting if request.cancelled} | set(expected)
             for lane, begin in begins.items():
                 passed = {request.seq_id for request in gone if request.lane == lane}
