@@ -18,9 +18,6 @@ HEARTBEAT_TIMEOUT = timedelta(seconds=30)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-_MAX_POSITION = 1000
-"""Nobody who waits behind a thousand needs to know exactly, and counting costs."""
-
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
@@ -30,6 +27,8 @@ class QueueState:
     """``active`` or ``paused_capacity``, in the SDK's words."""
     reason: str
     """A sentence; empty while active."""
+    futures_per_second: float | None = None
+    """What its worker finished lately while it had work; None until it has finished something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +89,13 @@ def lane_completions(
     return completions, (last - _EPOCH) // timedelta(microseconds=1)
 
 
-def queue_position(future: Future) -> int:
-    """How many open futures of its queue were submitted before it; 0 when it is final.
-
-    An estimate: owners take turns, lanes wait for their own order. At most 1000.
-    """
-    if future.is_final:
-        return 0
-    before = Future.objects.open().filter(queue=future.queue, created_at__lt=future.created_at)
-    return before[:_MAX_POSITION].count()
-
-
 def queue_state(queue: str) -> QueueState:
     """Whether a worker serves the queue now, and if not, why."""
     worker = (
         Worker.objects.filter(
             queue=queue, state__in=[Worker.WorkerState.STARTING, Worker.WorkerState.LIVE]
         )
-        .only("state", "heartbeat_at")
+        .only("state", "heartbeat_at", "figures")
         .first()
     )
     if worker is None:
@@ -116,7 +104,7 @@ def queue_state(queue: str) -> QueueState:
         return QueueState("paused_capacity", "The worker is starting.")
     if worker.heartbeat_at < timezone.now() - HEARTBEAT_TIMEOUT:
         return QueueState("paused_capacity", "The worker does not answer.")
-    return QueueState("active", "")
+    return QueueState("active", "", worker.figures.get("futures_per_second"))
 
 
 def live_workers() -> QuerySet[Worker]:

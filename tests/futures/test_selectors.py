@@ -16,10 +16,8 @@ from futures.selectors import (
     future_get,
     live_workers,
     queue_counts,
-    queue_position,
     queue_state,
 )
-from futures.services import future_cancel
 from futures.workers import worker_live, worker_stop
 from tests.futures.conftest import QUEUE, SubmitFactory, finish
 
@@ -61,21 +59,6 @@ def test_a_pruned_result_is_gone_for_those_who_want_it(
     assert future_get(request_id=future.pk, owner_id=future.owner_id).state == "ready"
     with pytest.raises(FuturePurged):
         future_get(request_id=future.pk, owner_id=future.owner_id, with_result=True)
-
-
-def test_the_position_counts_open_futures_of_the_queue_before_it(
-    submit: SubmitFactory, worker: Worker
-) -> None:
-    futures = [submit() for _ in range(4)]
-    submit(queue="other")
-    assert [queue_position(future) for future in futures] == [0, 1, 2, 3]
-
-    [first] = future_claim(worker=worker, max_futures=1, max_cost=1)
-    assert queue_position(futures[3]) == 3
-    finish(worker, first)
-    cancelled = future_cancel(request_id=futures[1].pk, owner_id=futures[1].owner_id)
-    assert queue_position(futures[3]) == 1
-    assert queue_position(cancelled) == 0
 
 
 def test_a_queue_is_active_while_its_worker_beats(worker_factory: Callable[..., Worker]) -> None:

@@ -35,6 +35,8 @@ def test_a_pending_future_answers_408_with_the_queues_state(
         "request_id": step.json()["request_id"],
         "queue_state": "paused_capacity",
         "queue_state_reason": "No worker serves this queue at the moment.",
+        "queue_position": 1,  # the model's creation
+        "estimated_wait_seconds": None,
     }
 
 

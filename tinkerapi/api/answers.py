@@ -12,7 +12,7 @@ from futures import payload
 from futures.errors import FuturePurged
 from futures.hub import future_wait
 from futures.models import Future
-from futures.selectors import queue_position, queue_state
+from futures.places import future_place
 from futures.transitions import State
 from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.errors import error_response
@@ -52,13 +52,14 @@ def final_answer(future: Future) -> JSONResponse:
 
 def pending_answer(future: Future, **more: Any) -> JSONResponse:
     """202: come back later. Needs the database."""
-    queue = queue_state(future.queue)
+    place = future_place(future)
     body = {
         "status": "pending",
         "request_id": future.id,
-        "queue_position": queue_position(future),
-        "queue_state": queue.state,
-        "queue_state_reason": queue.reason,
+        "queue_position": place.position,
+        "estimated_wait_seconds": place.estimated_wait_seconds,
+        "queue_state": place.queue.state,
+        "queue_state_reason": place.queue.reason,
         **more,
     }
     response = JSONResponse(body, status=202)

@@ -43,17 +43,29 @@ PENDING_SCHEMA: Schema = {
         "model_id": {"type": "string", "nullable": True},
         "queue_position": {
             "type": "integer",
-            "description": "How many futures of the same queue are before it.",
+            "description": "How many futures of the same queue come before it; users take turns.",
+        },
+        "estimated_wait_seconds": {
+            "type": "number",
+            "nullable": True,
+            "description": "Until it is finished, at the worker's recent pace; null if unknown.",
         },
         "queue_state": {"type": "string", "enum": ["active", "paused_capacity"]},
         "queue_state_reason": {"type": "string", "description": "Why it is not active."},
     },
-    "required": ["status", "request_id", "queue_position", "queue_state"],
+    "required": [
+        "status",
+        "request_id",
+        "queue_position",
+        "estimated_wait_seconds",
+        "queue_state",
+    ],
 }
 PENDING_EXAMPLE = {
     "status": "pending",
     "request_id": "future_0123456789abcdef0123456789abcdef",
     "queue_position": 2,
+    "estimated_wait_seconds": 0.4,
     "queue_state": "active",
     "queue_state_reason": "",
 }

@@ -18,7 +18,8 @@ from futures import payload
 from futures.errors import FutureNotCancellable, FuturePurged
 from futures.hub import future_wait
 from futures.models import Future
-from futures.selectors import future_get, queue_state
+from futures.places import future_place
+from futures.selectors import future_get
 from futures.services import future_cancel
 from futures.transitions import Category, State
 from tinkerapi.api import async_view
@@ -87,14 +88,19 @@ def _rendered(kind: str, stored: bytes, accepts_protobuf: bool) -> tuple[bytes, 
 
 
 def pending_answer(future: Future) -> HttpResponse:
-    """408: ask again. Needs the database."""
-    queue = queue_state(future.queue)
+    """408: ask again. Needs the database.
+
+    The SDK reads the state and its reason; the rest is for people, in the quick reference's words.
+    """
+    place = future_place(future)
     return JSONResponse(
         {
             "type": "try_again",
             "request_id": future.id,
-            "queue_state": queue.state,
-            "queue_state_reason": queue.reason,
+            "queue_state": place.queue.state,
+            "queue_state_reason": place.queue.reason,
+            "queue_position": place.position,
+            "estimated_wait_seconds": place.estimated_wait_seconds,
         },
         status=408,
     )
