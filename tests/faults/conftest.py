@@ -30,7 +30,7 @@ def owner(db: None) -> User:
 
 @pytest.fixture
 def train(owner: User) -> Callable[..., list[Future]]:
-    """``train("m", 3)``: submit three steps of one forward_backward each; ``first`` numbers them."""
+    """``train("m", 3, first=2)``: submit steps 2 to 4, of one forward_backward each."""
 
     def submit(name: str, steps: int = 1, *, first: int = 0) -> list[Future]:
         futures = []
