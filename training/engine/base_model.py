@@ -21,6 +21,7 @@ from training.engine.adapters import AdapterTensors, LoraShape
 from training.engine.attention import ATTENTION_NAME, SequenceAttention, UnsupportedAttention
 from training.engine.interface import BaseModelInfo
 from training.engine.lora import LoraLinear
+from training.engine.memory import keep_freed_memory
 from training.engine.packed import ContextHolder, PackedContext, Segment, uniform_segments
 from training.errors import BaseModelNotFound
 
@@ -109,6 +110,8 @@ def load_base_model(
 ) -> BaseModel:
     """Load a model folder (or hub name) and make it ready for adapters.
 
+    On a CPU the process keeps its freed memory from then on.
+
     Args:
         path: What transformers' ``from_pretrained`` takes.
         name: What clients call it; the path if None.
@@ -133,6 +136,8 @@ def load_base_model(
     expected = _probe_stock(model)
     base_model = _wrap(model, tokenizer, name or path)
     _check_probe(base_model, expected)
+    if torch_device.type == "cpu":
+        keep_freed_memory()
     return base_model
 
 
