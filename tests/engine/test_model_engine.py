@@ -270,6 +270,45 @@ def test_a_jobs_bits_do_not_tell_who_shared_its_batch(engine_with_two, make_datu
     assert_same_state(shared.adapter_state("a"), alone.adapter_state("a"))
 
 
+@pytest.mark.parametrize("groups", [[3], [1, 2], [2, 1], [1, 1, 1]], ids=str)
+def test_an_adapters_bits_do_not_tell_which_of_its_jobs_shared_a_call(
+    engine_with_two, make_datum, groups
+):
+    jobs = [job("a", make_datum(n), make_datum(n + 3, seed=n)) for n in (4, 17, 1)]
+    alone, grouped = engine_with_two(token_budget=32), engine_with_two(token_budget=32)
+    expected = [alone.forward_backward([one])[0] for one in jobs]
+    rest, outputs = iter(jobs), []
+    for size in groups:
+        call = [next(rest) for _ in range(size)]
+        outputs += grouped.forward_backward([job("b", make_datum(9)), *call])[1:]
+    assert [output.loss for output in outputs] == [output.loss for output in expected]
+    assert_same_state(grouped.adapter_state("a"), alone.adapter_state("a"))
+
+
+def test_more_jobs_than_there_is_scratch_memory_for_change_no_bit(
+    engine_with_two, make_datum, monkeypatch
+):
+    jobs = [job(name, make_datum(n)) for n in (4, 17, 1) for name in ("a", "b")]
+    roomy, tight = engine_with_two(), engine_with_two()
+    expected = roomy.forward_backward(jobs)
+    monkeypatch.setattr("training.engine.model_engine.SCRATCH_BYTES", 1)
+    outputs = tight.forward_backward(jobs)
+    assert [output.loss for output in outputs] == [output.loss for output in expected]
+    for name in ("a", "b"):
+        assert_same_state(tight.adapter_state(name), roomy.adapter_state(name))
+
+
+def test_where_kernels_differ_an_adapters_jobs_are_summed_in_one_go(engine_with_two, make_datum):
+    jobs = [job("a", make_datum(n)) for n in (4, 17, 1)]
+    bad = poisoned(make_datum(6), weights=np.full(6, 3e37, np.float32))
+    each, merged = engine_with_two(), engine_with_two()
+    merged._sums_by_job = False  # as on a GPU
+    each.forward_backward(jobs)
+    outputs = merged.forward_backward([*jobs, job("a", bad)])
+    assert isinstance(outputs[3], NonFiniteResult)
+    np.testing.assert_allclose(merged.grad("a"), each.grad("a"), rtol=1e-4, atol=1e-5)
+
+
 def test_a_taken_name_and_targets_that_match_nothing_are_refused(engine):
     engine.create_adapter("a", LoraConfig(rank=2))
     with pytest.raises(InvalidRequest, match="An adapter named a is resident already"):

@@ -1,12 +1,13 @@
 """Jobs of many adapters cut into packed micro-batches under a token budget.
 
-A micro-batch is one stream of whole datums without padding. Datums of one adapter are adjacent
-(its LoRA matrices are then applied once), within it those of one loss, and within that the
+A micro-batch is one stream of whole datums without padding. Datums of one part are adjacent
+(LoRA matrices are applied part by part), within it those of one loss, and within that the
 longest first, so that equal lengths meet and attention can take them together.
 
-Each adapter's datums are first cut into pieces by themselves, and micro-batches are made of
-whole pieces. So which of its datums are summed together, and in which order, does not depend on
-the other adapters in the call.
+A part is what is summed together: one job where bits count, all jobs of an adapter where speed
+does. Each part's datums are first cut into pieces by themselves, and micro-batches are made of
+whole pieces. So which datums are summed, and in which order, does not depend on the other parts
+of the call.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ class PlannedJob:
 
     job: ForwardBackwardJob
     config: Mapping[str, float]
+    part: tuple[str, int]
+    """Jobs of one part are summed in one gradient. The adapter's name, and a number that tells
+    its parts apart."""
 
     @property
     def float_inputs(self) -> tuple[str, ...]:
@@ -68,10 +72,10 @@ class PackedDatum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSpan:
-    """Rows of one adapter."""
+class PartSpan:
+    """Rows of one part."""
 
-    adapter_name: str
+    part: tuple[str, int]
     start: int
     end: int
 
@@ -94,12 +98,12 @@ class MicroBatch:
     """T rows that pass through the model together.
 
     A batch of fewer than ``MIN_ROWS`` tokens ends in padding, a sequence that belongs to no
-    adapter and no loss.
+    part and no loss.
     """
 
     datums: Sequence[PackedDatum]
     """In stream order, from row 0, without gaps."""
-    adapter_spans: Sequence[AdapterSpan]
+    part_spans: Sequence[PartSpan]
     loss_spans: Sequence[LossSpan]
     tokens: NDArray[np.int64]
     """(T,)"""
@@ -126,13 +130,13 @@ def plan_micro_batches(jobs: Sequence[PlannedJob], token_budget: int) -> list[Mi
         token_budget: Most tokens in a micro-batch, unless one datum alone is longer.
     """
     loss_order = _first_seen(_loss_key(planned) for planned in jobs)
-    by_adapter: dict[str, list[_Item]] = {}
+    by_part: dict[tuple[str, int], list[_Item]] = {}
     for planned in jobs:
-        items = by_adapter.setdefault(planned.job.adapter_name, [])
+        items = by_part.setdefault(planned.part, [])
         items += [_Item(planned, index) for index in range(len(planned.job.data))]
     pieces = [
         piece
-        for items in by_adapter.values()
+        for items in by_part.values()
         for piece in _cut(
             sorted(items, key=lambda i: (loss_order[_loss_key(i.planned)], -i.num_tokens)),
             lambda item: item.num_tokens,
@@ -190,9 +194,9 @@ def _make_batch(datums: Sequence[PackedDatum]) -> MicroBatch:
         _fill(packed, targets, inputs)
     return MicroBatch(
         datums=datums,
-        adapter_spans=[
-            AdapterSpan(adapter_name=name, start=run[0].start, end=run[-1].end)
-            for name, run in _runs(datums, lambda p: p.planned.job.adapter_name)
+        part_spans=[
+            PartSpan(part=part, start=run[0].start, end=run[-1].end)
+            for part, run in _runs(datums, lambda p: p.planned.part)
         ],
         loss_spans=[
             LossSpan(

@@ -13,7 +13,7 @@ from training.engine.adapters import Adapter, AdapterLayout, AdapterTensors, new
 from training.engine.base_model import BaseModel
 from training.engine.interface import Engine, ForwardBackwardJob, Sampler
 from training.engine.microbatches import PlannedJob
-from training.engine.passes import run_pass
+from training.engine.passes import PassResult, run_pass
 from training.engine.sampling import ContinuousSampler
 from training.engine.targets import select_modules
 from training.engine.text import ChatText
@@ -23,15 +23,19 @@ from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig,
 
 JobResult = ForwardBackwardOutput | TrainingError
 
+SCRATCH_BYTES = 2**30
+"""What the gradients of one pass may take beside those of the adapters."""
+
 
 class TorchEngine(Engine):
     """One base model on one device; see ``Engine`` for the verbs.
 
-    What an adapter's jobs compute depends on the adapter, on these jobs in this order and on the
-    token budget. On a CPU it does not depend, to the bit, on the other adapters in the call
-    (measured in float32 and bfloat16, with one and two threads). How one adapter's own requests
-    are divided into calls does show in the last bits, and on a GPU the number of rows may
-    choose another kernel; a replay that must be exact repeats the calls.
+    On a CPU, what a job computes depends, to the bit, on the adapter and the job and the token
+    budget, and not on what shares its call: neither on other adapters nor on other jobs of its
+    own (measured in float32 and bfloat16, with one and two threads). So each job's gradient is
+    summed by itself, then added to the adapter's in the order of the jobs. On a GPU the number
+    of rows may choose another kernel, so that would buy nothing: there an adapter's jobs are
+    summed in one go, and a replay that must come close repeats the calls.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class TorchEngine(Engine):
         self.info = base_model.info
         self._base_model = base_model
         self._token_budget = token_budget
+        self._sums_by_job = base_model.device.type == "cpu"
         self._text = ChatText(
             base_model.tokenizer,
             base_model.info.vocab_size,
@@ -90,7 +95,11 @@ class TorchEngine(Engine):
         for i, job in enumerate(jobs):
             try:
                 self._use(job.adapter_name)
-                checked[i] = PlannedJob(job=job, config=check_job(job, self.info))
+                checked[i] = PlannedJob(
+                    job=job,
+                    config=check_job(job, self.info),
+                    part=(job.adapter_name, i if self._sums_by_job else 0),
+                )
             except TrainingError as error:
                 results[i] = error
         for trains in (True, False):
@@ -100,54 +109,65 @@ class TorchEngine(Engine):
         return [results[i] for i in range(len(jobs))]
 
     def _run(self, jobs: Sequence[PlannedJob], *, trains: bool) -> dict[PlannedJob, JobResult]:
-        """Run jobs together and add their gradients.
-
-        What fails, fails alone. A job whose result is not finite may have spoilt the gradient
-        it shares with others of its adapter, so the pass is thrown away and the others run
-        again, exactly as if that job had not been there.
-        """
+        """Run jobs together and add their gradients, part by part in order; what fails, fails
+        alone."""
         outcome: dict[PlannedJob, JobResult] = {}
-        while jobs:
+        for together in self._rounds(jobs) if trains else [list(jobs)]:
+            if not together:
+                continue
             try:
                 result = run_pass(
                     self._base_model,
-                    jobs,
+                    together,
                     self._adapters,
                     token_budget=self._token_budget,
                     trains=trains,
                 )
             except torch.OutOfMemoryError:
-                return outcome | self._run_smaller(jobs, trains=trains)
-            bad = {p: error for p in jobs if (error := result.scores[p].error) is not None}
-            outcome |= bad
-            jobs = [planned for planned in jobs if planned not in outcome]
-            if not bad or not trains:
-                outcome |= {planned: result.scores[planned].output() for planned in jobs}
-                break
-        else:
-            return outcome
-        return outcome | self._add_grads(jobs, result.grads)
-
-    def _add_grads(
-        self, jobs: Sequence[PlannedJob], grads: Mapping[str, AdapterTensors]
-    ) -> dict[PlannedJob, JobResult]:
-        """Add a pass's gradients to their adapters; return the jobs whose outcome that changed.
-
-        A finite loss can still have an infinite gradient. If several jobs share it, each runs
-        again alone to find out whose it is.
-        """
-        changed: dict[PlannedJob, JobResult] = {}
-        for name, grad in grads.items():
-            if grad.flat.isfinite().all():
-                self._adapters[name].grad.flat.add_(grad.flat)
+                outcome |= self._run_smaller(together, trains=trains)
                 continue
-            sharing = [planned for planned in jobs if planned.job.adapter_name == name]
-            if len(sharing) == 1:
-                changed[sharing[0]] = NonFiniteResult()
-            else:
-                for planned in sharing:
-                    changed |= self._run([planned], trains=True)
-        return changed
+            for part, sharing in _by_part(together).items():
+                outcome |= self._settle(sharing, result, result.grads.get(part))
+        return outcome
+
+    def _rounds(self, jobs: Sequence[PlannedJob]) -> list[list[PlannedJob]]:
+        """Jobs that may share a pass: each part has a gradient of its own while it lasts, and
+        those of one round take SCRATCH_BYTES at most."""
+        rounds: list[list[PlannedJob]] = [[]]
+        held = 0
+        for (name, _), sharing in _by_part(jobs).items():
+            size = self._adapters[name].grad.flat.nbytes
+            if rounds[-1] and held + size > SCRATCH_BYTES:
+                rounds.append([])
+                held = 0
+            rounds[-1] += sharing
+            held += size
+        return rounds
+
+    def _settle(
+        self, sharing: Sequence[PlannedJob], result: PassResult, grad: AdapterTensors | None
+    ) -> dict[PlannedJob, JobResult]:
+        """Add one part's gradient, if it has one; what became of the part's jobs.
+
+        A job whose result is not finite may have spoilt the gradient that it shares, so that
+        is thrown away, and the others run again, exactly as if that job had not been there. A
+        finite loss can still have an infinite gradient: then each runs again alone.
+        """
+        bad: dict[PlannedJob, JobResult] = {
+            planned: error
+            for planned in sharing
+            if (error := result.scores[planned].error) is not None
+        }
+        good = [planned for planned in sharing if planned not in bad]
+        if grad is None or (not bad and grad.flat.isfinite().all()):
+            if grad is not None:
+                self._adapters[sharing[0].job.adapter_name].grad.flat.add_(grad.flat)
+            return bad | {planned: result.scores[planned].output() for planned in good}
+        if bad:
+            return bad | self._run(good, trains=True)
+        if len(sharing) == 1:
+            return {sharing[0]: NonFiniteResult()}
+        return {k: v for planned in sharing for k, v in self._run([planned], trains=True).items()}
 
     def _run_smaller(
         self, jobs: Sequence[PlannedJob], *, trains: bool
@@ -222,3 +242,11 @@ class TorchEngine(Engine):
         adapter = self._peek(adapter_name)
         self._adapters[adapter_name] = self._adapters.pop(adapter_name)
         return adapter
+
+
+def _by_part(jobs: Sequence[PlannedJob]) -> dict[tuple[str, int], list[PlannedJob]]:
+    """The jobs of each part, both in the order of the call."""
+    parts: dict[tuple[str, int], list[PlannedJob]] = {}
+    for planned in jobs:
+        parts.setdefault(planned.part, []).append(planned)
+    return parts

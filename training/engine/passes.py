@@ -70,10 +70,10 @@ class JobScores:
 
 @dataclass(kw_only=True, eq=False)
 class PassResult:
-    """Scores by job, and the scratch gradients by adapter name (empty if the pass only scored)."""
+    """Scores by job, and the scratch gradients by part (empty if the pass only scored)."""
 
     scores: dict[PlannedJob, JobScores] = field(default_factory=dict)
-    grads: dict[str, AdapterTensors] = field(default_factory=dict)
+    grads: dict[tuple[str, int], AdapterTensors] = field(default_factory=dict)
 
 
 def run_pass(
@@ -96,21 +96,20 @@ def run_pass(
         result.scores[planned] = JobScores(
             logprobs=[np.empty(0, np.float32)] * num_datums, losses=[0.0] * num_datums
         )
-        name = planned.job.adapter_name
-        if trains and name not in result.grads:
-            adapter = adapters[name]
+        if trains and planned.part not in result.grads:
+            adapter = adapters[planned.job.adapter_name]
             zeros = torch.zeros_like(adapter.grad.flat)
-            result.grads[name] = AdapterTensors(adapter.layout, zeros)
+            result.grads[planned.part] = AdapterTensors(adapter.layout, zeros)
     work = {planned: Work() for planned in jobs}
     for batch in plan_micro_batches(jobs, token_budget):
         segments = [
             Segment(
                 start=span.start,
                 end=span.end,
-                weights=adapters[span.adapter_name].weights,
-                grad=result.grads.get(span.adapter_name),
+                weights=adapters[span.part[0]].weights,
+                grad=result.grads.get(span.part),
             )
-            for span in batch.adapter_spans
+            for span in batch.part_spans
         ]
         with torch.set_grad_enabled(trains):
             head = _run_micro_batch(base_model, batch, segments, work)
