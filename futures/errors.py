@@ -44,7 +44,7 @@ class IdempotencyKeyReused(FutureError):
 
 
 class QueueFull(FutureError):
-    """Too many of your futures are waiting; retrieve some, then send the request again."""
+    """As many of your requests wait as one user may have; send it again when some are done."""
 
 
 class PayloadTooLarge(FutureError):
