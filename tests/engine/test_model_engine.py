@@ -285,19 +285,6 @@ def test_an_adapters_bits_do_not_tell_which_of_its_jobs_shared_a_call(
     assert_same_state(grouped.adapter_state("a"), alone.adapter_state("a"))
 
 
-def test_more_jobs_than_there_is_scratch_memory_for_change_no_bit(
-    engine_with_two, make_datum, monkeypatch
-):
-    jobs = [job(name, make_datum(n)) for n in (4, 17, 1) for name in ("a", "b")]
-    roomy, tight = engine_with_two(), engine_with_two()
-    expected = roomy.forward_backward(jobs)
-    monkeypatch.setattr("training.engine.model_engine.SCRATCH_BYTES", 1)
-    outputs = tight.forward_backward(jobs)
-    assert [output.loss for output in outputs] == [output.loss for output in expected]
-    for name in ("a", "b"):
-        assert_same_state(tight.adapter_state(name), roomy.adapter_state(name))
-
-
 def test_where_kernels_differ_an_adapters_jobs_are_summed_in_one_go(engine_with_two, make_datum):
     jobs = [job("a", make_datum(n)) for n in (4, 17, 1)]
     bad = poisoned(make_datum(6), weights=np.full(6, 3e37, np.float32))

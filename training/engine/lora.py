@@ -108,8 +108,9 @@ class _LoraFunction(torch.autograd.Function):
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """target += scale * left @ right; ``target`` is float32, the factors may be narrower."""
-    if left.dtype == target.dtype:
-        target.addmm_(left, right, alpha=scale)
-    else:
-        target.add_(left @ right, alpha=scale)
+    """target += scale * left @ right; ``target`` is float32, the factors may be narrower.
+
+    The product is complete before it is added: a kernel that adds to what is there may do so
+    between two parts of a long sum, and the last bits would tell how the sum came about.
+    """
+    target.add_(left @ right, alpha=scale)

@@ -4,10 +4,10 @@ A micro-batch is one stream of whole datums without padding. Datums of one part 
 (LoRA matrices are applied part by part), within it those of one loss, and within that the
 longest first, so that equal lengths meet and attention can take them together.
 
-A part is what is summed together: one job where bits count, all jobs of an adapter where speed
-does. Each part's datums are first cut into pieces by themselves, and micro-batches are made of
-whole pieces. So which datums are summed, and in which order, does not depend on the other parts
-of the call.
+A part is what shares its products with LoRA matrices: one job where bits count, all jobs of an
+adapter where speed does. Each part's datums are first cut into pieces by themselves, and
+micro-batches are made of whole pieces, in order. So which datums are summed, and in which order,
+does not depend on the other parts of the call.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PlannedJob:
     job: ForwardBackwardJob
     config: Mapping[str, float]
     part: tuple[str, int]
-    """Jobs of one part are summed in one gradient. The adapter's name, and a number that tells
+    """Jobs of one part share their matrix products. The adapter's name, and a number that tells
     its parts apart."""
 
     @property

@@ -13,7 +13,7 @@ from training.engine.adapters import Adapter, AdapterLayout, AdapterTensors, new
 from training.engine.base_model import BaseModel
 from training.engine.interface import Engine, ForwardBackwardJob, Sampler
 from training.engine.microbatches import PlannedJob
-from training.engine.passes import PassResult, run_pass
+from training.engine.passes import run_pass
 from training.engine.sampling import ContinuousSampler
 from training.engine.targets import select_modules
 from training.engine.text import ChatText
@@ -23,19 +23,17 @@ from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig,
 
 JobResult = ForwardBackwardOutput | TrainingError
 
-SCRATCH_BYTES = 2**30
-"""What the gradients of one pass may take beside those of the adapters."""
-
 
 class TorchEngine(Engine):
     """One base model on one device; see ``Engine`` for the verbs.
 
     On a CPU, what a job computes depends, to the bit, on the adapter and the job and the token
     budget, and not on what shares its call: neither on other adapters nor on other jobs of its
-    own (measured in float32 and bfloat16, with one and two threads). So each job's gradient is
-    summed by itself, then added to the adapter's in the order of the jobs. On a GPU the number
-    of rows may choose another kernel, so that would buy nothing: there an adapter's jobs are
-    summed in one go, and a replay that must come close repeats the calls.
+    own (measured in float32 and bfloat16, with one and two threads). So each job has
+    matrix products of its own, whose results are added to the adapter's gradient in the order
+    of the jobs. On a GPU the number of rows may choose another kernel, so that would buy
+    nothing: there an adapter's jobs share theirs, and a replay that must come close repeats the
+    calls.
     """
 
     def __init__(
@@ -109,65 +107,54 @@ class TorchEngine(Engine):
         return [results[i] for i in range(len(jobs))]
 
     def _run(self, jobs: Sequence[PlannedJob], *, trains: bool) -> dict[PlannedJob, JobResult]:
-        """Run jobs together and add their gradients, part by part in order; what fails, fails
-        alone."""
+        """Run jobs together and add their gradients.
+
+        What fails, fails alone. A job whose result is not finite may have spoilt the gradient
+        it shares with others of its adapter, so the pass is thrown away and the others run
+        again, exactly as if that job had not been there.
+        """
         outcome: dict[PlannedJob, JobResult] = {}
-        for together in self._rounds(jobs) if trains else [list(jobs)]:
-            if not together:
-                continue
+        while jobs:
             try:
                 result = run_pass(
                     self._base_model,
-                    together,
+                    jobs,
                     self._adapters,
                     token_budget=self._token_budget,
                     trains=trains,
                 )
             except torch.OutOfMemoryError:
-                outcome |= self._run_smaller(together, trains=trains)
-                continue
-            for part, sharing in _by_part(together).items():
-                outcome |= self._settle(sharing, result, result.grads.get(part))
-        return outcome
+                return outcome | self._run_smaller(jobs, trains=trains)
+            bad = {p: error for p in jobs if (error := result.scores[p].error) is not None}
+            outcome |= bad
+            jobs = [planned for planned in jobs if planned not in outcome]
+            if not bad or not trains:
+                outcome |= {planned: result.scores[planned].output() for planned in jobs}
+                break
+        else:
+            return outcome
+        return outcome | self._keep_grads(jobs, result.grads)
 
-    def _rounds(self, jobs: Sequence[PlannedJob]) -> list[list[PlannedJob]]:
-        """Jobs that may share a pass: each part has a gradient of its own while it lasts, and
-        those of one round take SCRATCH_BYTES at most."""
-        rounds: list[list[PlannedJob]] = [[]]
-        held = 0
-        for (name, _), sharing in _by_part(jobs).items():
-            size = self._adapters[name].grad.flat.nbytes
-            if rounds[-1] and held + size > SCRATCH_BYTES:
-                rounds.append([])
-                held = 0
-            rounds[-1] += sharing
-            held += size
-        return rounds
-
-    def _settle(
-        self, sharing: Sequence[PlannedJob], result: PassResult, grad: AdapterTensors | None
+    def _keep_grads(
+        self, jobs: Sequence[PlannedJob], grads: Mapping[str, AdapterTensors]
     ) -> dict[PlannedJob, JobResult]:
-        """Add one part's gradient, if it has one; what became of the part's jobs.
+        """Give a pass's gradients to their adapters; return the jobs whose outcome that changed.
 
-        A job whose result is not finite may have spoilt the gradient that it shares, so that
-        is thrown away, and the others run again, exactly as if that job had not been there. A
-        finite loss can still have an infinite gradient: then each runs again alone.
+        A finite loss can still have an infinite gradient. If several jobs share it, each runs
+        again alone to find out whose it is.
         """
-        bad: dict[PlannedJob, JobResult] = {
-            planned: error
-            for planned in sharing
-            if (error := result.scores[planned].error) is not None
-        }
-        good = [planned for planned in sharing if planned not in bad]
-        if grad is None or (not bad and grad.flat.isfinite().all()):
-            if grad is not None:
-                self._adapters[sharing[0].job.adapter_name].grad.flat.add_(grad.flat)
-            return bad | {planned: result.scores[planned].output() for planned in good}
-        if bad:
-            return bad | self._run(good, trains=True)
-        if len(sharing) == 1:
-            return {sharing[0]: NonFiniteResult()}
-        return {k: v for planned in sharing for k, v in self._run([planned], trains=True).items()}
+        changed: dict[PlannedJob, JobResult] = {}
+        for name, grad in grads.items():
+            if grad.flat.isfinite().all():
+                self._adapters[name].grad = grad
+                continue
+            sharing = [planned for planned in jobs if planned.job.adapter_name == name]
+            if len(sharing) == 1:
+                changed[sharing[0]] = NonFiniteResult()
+            else:
+                for planned in sharing:
+                    changed |= self._run([planned], trains=True)
+        return changed
 
     def _run_smaller(
         self, jobs: Sequence[PlannedJob], *, trains: bool
@@ -242,11 +229,3 @@ class TorchEngine(Engine):
         adapter = self._peek(adapter_name)
         self._adapters[adapter_name] = self._adapters.pop(adapter_name)
         return adapter
-
-
-def _by_part(jobs: Sequence[PlannedJob]) -> dict[tuple[str, int], list[PlannedJob]]:
-    """The jobs of each part, both in the order of the call."""
-    parts: dict[tuple[str, int], list[PlannedJob]] = {}
-    for planned in jobs:
-        parts.setdefault(planned.part, []).append(planned)
-    return parts

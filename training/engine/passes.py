@@ -1,7 +1,7 @@
 """One packed pass over the base model for a list of checked jobs, and what each job gets from it.
 
-Gradients go into scratch buffers of this pass. The caller adds them to the adapters when
-everything has turned out well, or drops them: a pass that fails has changed nothing.
+Gradients are added up in copies. The caller gives those to the adapters when everything has
+turned out well, or drops them: a pass that fails has changed nothing.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ class JobScores:
 
 @dataclass(kw_only=True, eq=False)
 class PassResult:
-    """Scores by job, and the scratch gradients by part (empty if the pass only scored)."""
+    """Scores by job, and each adapter's gradient with this pass added, by name (empty if the
+    pass only scored)."""
 
     scores: dict[PlannedJob, JobScores] = field(default_factory=dict)
-    grads: dict[tuple[str, int], AdapterTensors] = field(default_factory=dict)
+    grads: dict[str, AdapterTensors] = field(default_factory=dict)
 
 
 def run_pass(
@@ -96,10 +97,11 @@ def run_pass(
         result.scores[planned] = JobScores(
             logprobs=[np.empty(0, np.float32)] * num_datums, losses=[0.0] * num_datums
         )
-        if trains and planned.part not in result.grads:
-            adapter = adapters[planned.job.adapter_name]
-            zeros = torch.zeros_like(adapter.grad.flat)
-            result.grads[planned.part] = AdapterTensors(adapter.layout, zeros)
+        name = planned.job.adapter_name
+        if trains and name not in result.grads:
+            # A copy of what there is, not zeros: a sum's last bits depend on where it begins.
+            grad = adapters[name].grad
+            result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
     work = {planned: Work() for planned in jobs}
     for batch in plan_micro_batches(jobs, token_budget):
         segments = [
@@ -107,7 +109,7 @@ def run_pass(
                 start=span.start,
                 end=span.end,
                 weights=adapters[span.part[0]].weights,
-                grad=result.grads.get(span.part),
+                grad=result.grads.get(span.part[0]),
             )
             for span in batch.part_spans
         ]
