@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from training.custom_loss_graph import CustomLossGraph, GraphNode, is_neutral
 from training.custom_loss_ops import DTYPES, FUNCTIONS, METHODS
+from training.engine.out_of_memory import is_out_of_memory
 from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult
 
 MAX_ELEMENTS = 2**24
@@ -85,9 +86,9 @@ def run_custom_loss(
             raise InvalidRequest(f"{where}: the loss does not depend on logprobs")
         try:
             (grad,) = torch.autograd.grad(loss, leaf)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # an operation that has no derivative, say
+            if is_out_of_memory(error):
+                raise
             raise InvalidRequest(f"{where}, its gradient: {_reason(error)}") from None
     loss = loss.detach()
     if not loss.isfinite():
@@ -130,9 +131,9 @@ class _Run:
                 raise InvalidRequest(f"{where}: {refusal}") from None
             except LimitExceeded as limit:
                 raise LimitExceeded(f"{where}: {limit}") from None
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 # Whatever torch raises: these are pure operations on the client's own numbers, so
                 # it is the client's error, and the engine's memory is not in doubt.
                 raise InvalidRequest(f"{where}: {_reason(error)}") from None

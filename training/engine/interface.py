@@ -184,8 +184,9 @@ class Engine(ABC):
         momentum still act, as in torch.optim.AdamW.
 
         Raises:
-            NonFiniteResult: The gradient or the new weights would not be finite. Weights,
-                moments, step and gradient are as before.
+            NonFiniteResult: The gradient or the new weights would not be finite.
+            OutOfMemory: No room for the new weights and moments.
+                After either, weights, moments, step and gradient are as before.
         """
 
     @abstractmethod

@@ -51,8 +51,9 @@ def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
     weights.addcdiv_(exp_avg, denominator, value=-step_size)
     if not _all_finite(weights, exp_avg, exp_avg_sq):
         raise NonFiniteResult("The new weights would not be finite; nothing was changed.")
-    adapter.weights = AdapterTensors(adapter.layout, weights)
-    adapter.grad = AdapterTensors(adapter.layout, torch.zeros_like(weights))
+    no_grad = AdapterTensors(adapter.layout, torch.zeros_like(weights))
+    # From here on nothing is allocated, so nothing can fail half-way.
+    adapter.weights, adapter.grad = AdapterTensors(adapter.layout, weights), no_grad
     adapter.exp_avg, adapter.exp_avg_sq, adapter.step = exp_avg, exp_avg_sq, step
     return OptimStepOutput(step=step, grad_norm=grad_norm)
 
