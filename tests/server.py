@@ -64,16 +64,20 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "manage.py", "up", "--port", str(self.port)],
                 cwd=self.root,
-                env={
-                    **{k: v for k, v in os.environ.items() if not k.startswith("TINKERAPI_")},
-                    "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
-                    "TINKERAPI_DATA_DIR": str(self.data_dir),
-                    **self.environment,
-                },
+                env=self.full_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+
+    def full_environment(self) -> dict[str, str]:
+        """Of ``up``, and of any other command on this server's data folder."""
+        return {
+            **{k: v for k, v in os.environ.items() if not k.startswith("TINKERAPI_")},
+            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
+            "TINKERAPI_DATA_DIR": str(self.data_dir),
+            **self.environment,
+        }
 
     def wait_until(self, path: str) -> None:
         """Return as soon as a GET of ``path`` is answered with 200.

@@ -34,6 +34,15 @@ def installed_binaries() -> list[Binaries]:
     return found
 
 
+def program(name: str, *, major: int) -> Path | None:
+    """A client program such as ``pg_dump``, of the server's version or the next later one."""
+    fitting = [item for item in installed_binaries() if item.major >= major]
+    for binaries in sorted(fitting, key=lambda item: item.major):
+        if (binaries.folder / name).exists():
+            return binaries.folder / name
+    return None
+
+
 def _complete(folder: Path) -> bool:
     return (folder / "postgres").exists() and (folder / "initdb").exists()
 

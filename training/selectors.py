@@ -192,6 +192,12 @@ def checkpoints_kept() -> QuerySet[Checkpoint]:
     ).select_related("run")
 
 
+def directories_named() -> set[str]:
+    """The folders of all checkpoints and snapshots, relative to the data folder."""
+    directories: set[str] = set(Checkpoint.objects.values_list("directory", flat=True))
+    return directories | set(Snapshot.objects.values_list("directory", flat=True))
+
+
 def checkpoint_path(checkpoint: Checkpoint) -> TinkerPath:
     """The path under which its owner's clients know it."""
     return TinkerPath(checkpoint.run.name, checkpoint.kind, checkpoint.name)
