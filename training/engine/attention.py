@@ -8,25 +8,26 @@ keys and values to the ``Attention`` of the current ``PackedContext``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from training.engine.packed import Attention, PackedContext
+from training.engine.short_attention import (
+    SHORT_TOKENS,
+    Bucket,
+    make_buckets,
+    short_attention,
+)
 
 ATTENTION_NAME = "packed"
 
 REFUSED_ARGUMENTS = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
 """Attention variants whose arguments we would have to honour and do not."""
-
-MATH_TOKENS = 256
-"""Up to this length the fused bfloat16 kernel of a CPU takes longer than plain matrix products: its
-backward is two to four times slower at 40 to 128 tokens, and faster again at 512 (measured)."""
 
 
 class UnsupportedAttention(Exception):
@@ -38,42 +39,71 @@ class SequenceAttention(Attention):
 
     def __init__(self, lengths: Sequence[int]) -> None:
         """``lengths``: tokens of each sequence, in stream order; they add up to T."""
-        # Neighbours of equal length share one kernel call.
-        self._groups = [(length, len(list(run))) for length, run in groupby(lengths)]
-        self._group_rows = [length * count for length, count in self._groups]
+        self._lengths = lengths
+        self._runs: list[_Run] = []
+        self._buckets: list[Bucket] = []
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        # split, not slicing: its backward is one concatenation however many sequences there are.
-        outputs = [
-            _causal_attention(q, k, v, group, scaling)
-            for q, k, v, group in zip(
-                query.split(self._group_rows),
-                key.split(self._group_rows),
-                value.split(self._group_rows),
-                self._groups,
-                strict=True,
-            )
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)  # (T, Hq, D)
+        if not self._runs:
+            self._divide(on_cpu=query.device.type == "cpu")
+        rows = [run.num_rows for run in self._runs]
+        short = [i for i, run in enumerate(self._runs) if run.is_short]
+        if len(short) == len(rows):
+            return short_attention(query, key, value, self._buckets, scaling)
+        # split, not slicing: its backward is one concatenation however many runs there are.
+        q, k, v = (x.split(rows) for x in (query, key, value))
+        outputs = {
+            i: _long_attention(q[i], k[i], v[i], run, scaling)
+            for i, run in enumerate(self._runs)
+            if not run.is_short
+        }
+        if short:
+            sq, sk, sv = (torch.cat([x[i] for i in short]) for x in (q, k, v))
+            together = short_attention(sq, sk, sv, self._buckets, scaling)
+            outputs |= zip(short, together.split([rows[i] for i in short]), strict=True)
+        return torch.cat([outputs[i] for i in range(len(rows))])  # (T, Hq, D)
+
+    def _divide(self, *, on_cpu: bool) -> None:
+        """On a CPU short sequences are taken together and the others one by one (its fused
+        float32 kernel gives some shapes other last bits in a batch); on a GPU neighbours of
+        equal length share a call."""
+
+        def company(numbered: tuple[int, int]) -> tuple[bool, int]:
+            index, length = numbered
+            if not on_cpu:
+                return False, length
+            return (True, 0) if length <= SHORT_TOKENS else (False, index)
+
+        for (is_short, _), run in groupby(enumerate(self._lengths), company):
+            lengths = [length for _, length in run]
+            self._runs.append(_Run(tuple(lengths), is_short))
+        self._buckets = make_buckets([n for run in self._runs if run.is_short for n in run.lengths])
 
 
-def _causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, group: tuple[int, int], scaling: float
-) -> Tensor:
-    """``count`` sequences of one length, adjacent in the stream: (rows, H, D) in and out."""
-    length, count = group
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring sequences of the stream: short ones, or others of one length."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each."""
+    is_short: bool
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.lengths)
+
+
+def _long_attention(query: Tensor, key: Tensor, value: Tensor, run: _Run, scaling: float) -> Tensor:
+    """Sequences of one length, adjacent in the stream: (rows, H, D) in and out."""
     q, k, v = (
-        rows.unflatten(0, (count, length)).transpose(1, 2)  # (count, H, length, D)
+        rows.unflatten(0, (-1, run.lengths[0])).transpose(1, 2)  # (count, H, length, D)
         for rows in (query, key, value)
     )
-    slow_backward = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    use_math = slow_backward and length <= MATH_TOKENS
-    with sdpa_kernel(SDPBackend.MATH) if use_math else nullcontext():
-        output = scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    output = scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return output.transpose(1, 2).flatten(0, 1)  # (rows, Hq, D)
 
 
