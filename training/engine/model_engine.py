@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from training.engine import optim, weights
 from training.engine.adapters import Adapter, AdapterLayout, AdapterTensors, new_adapter
 from training.engine.base_model import BaseModel
 from training.engine.interface import Engine, ForwardBackwardJob, Sampler
 from training.engine.microbatches import PlannedJob
+from training.engine.out_of_memory import out_of_memory_by_name
 from training.engine.passes import run_pass
 from training.engine.sampling import ContinuousSampler
 from training.engine.targets import select_modules
@@ -68,10 +67,8 @@ class TorchEngine(Engine):
             raise InvalidRequest(f"An adapter named {adapter_name} is resident already.")
         check_lora_config(config)
         modules = select_modules(config, self._base_model.linear_shapes, self._base_model.head_name)
-        try:
+        with out_of_memory_by_name():
             adapter = new_adapter(AdapterLayout(config, modules), self._base_model.device)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory from error
         self._adapters[adapter_name] = adapter
 
     def drop_adapter(self, adapter_name: str) -> None:
@@ -116,14 +113,15 @@ class TorchEngine(Engine):
         outcome: dict[PlannedJob, JobResult] = {}
         while jobs:
             try:
-                result = run_pass(
-                    self._base_model,
-                    jobs,
-                    self._adapters,
-                    token_budget=self._token_budget,
-                    trains=trains,
-                )
-            except torch.OutOfMemoryError:
+                with out_of_memory_by_name():
+                    result = run_pass(
+                        self._base_model,
+                        jobs,
+                        self._adapters,
+                        token_budget=self._token_budget,
+                        trains=trains,
+                    )
+            except OutOfMemory:
                 return outcome | self._run_smaller(jobs, trains=trains)
             bad = {p: error for p in jobs if (error := result.scores[p].error) is not None}
             outcome |= bad
@@ -169,7 +167,8 @@ class TorchEngine(Engine):
 
     def optim_step(self, adapter_name: str, adam_params: AdamParams) -> OptimStepOutput:
         check_adam_params(adam_params)
-        return optim.adamw_step(self._use(adapter_name), adam_params)
+        with out_of_memory_by_name():
+            return optim.adamw_step(self._use(adapter_name), adam_params)
 
     def capture_adapter(
         self, adapter_name: str, *, with_optimizer: bool = True
@@ -183,12 +182,13 @@ class TorchEngine(Engine):
     def load_adapter(
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
     ) -> None:
-        adapter = weights.load_adapter(
-            directory,
-            self._base_model.linear_shapes,
-            self._base_model.device,
-            with_optimizer=with_optimizer,
-        )
+        with out_of_memory_by_name():
+            adapter = weights.load_adapter(
+                directory,
+                self._base_model.linear_shapes,
+                self._base_model.device,
+                with_optimizer=with_optimizer,
+            )
         self._adapters.pop(adapter_name, None)
         self._adapters[adapter_name] = adapter
 
