@@ -1,0 +1,118 @@
+"""A database of each older version, with requests in flight, is brought to this one.
+
+The rows are made by this version and the schema is taken back to the older one under them: a
+migration must cope with rows, and a worker must finish what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.db import connection
+from django.db.migrations.executor import MigrationExecutor
+
+from futures.claiming import future_claim
+from futures.models import Future
+from futures.payload import decode
+from tests.conftest import InProcessWorker
+from tinkerapi.schema import schema_migrate, unapplied_migrations
+from training.models import Checkpoint, Run
+from training.services import (
+    forward_backward_submit,
+    optim_step_submit,
+    sample_submit,
+    save_weights_submit,
+)
+from training.types import AdamParams, Conversation, Message, SamplingParams
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+OURS = ("futures", "training", "tinkerapi")
+
+
+def older_states() -> list[tuple[str, str]]:
+    """Every migration of ours that another one follows in its app."""
+    loader = MigrationExecutor(None).loader
+    names = sorted(key for key in loader.disk_migrations if key[0] in OURS)
+    return [
+        key
+        for key, following in zip(names, [*names[1:], ("", "")], strict=True)
+        if key[0] == following[0]
+    ]
+
+
+@pytest.fixture
+def newest_again() -> Iterator[None]:
+    """Whatever the test did, the next one finds this version's tables."""
+    yield
+    connection.close()
+    schema_migrate()
+
+
+def migrate_back(target: tuple[str, str]) -> None:
+    """The schema as it was after this migration."""
+    MigrationExecutor(connection).migrate([target])
+
+
+def submit(owner: User, steps: range) -> list[Future]:
+    """Steps of a run, a sample in each, and a checkpoint."""
+    mine: dict[str, Any] = {"owner_id": owner.pk, "model_id": "m"}
+    submitted = []
+    for step in steps:
+        turns = (Message("user", f"step {step}"), Message("assistant", "yes"))
+        submitted += [
+            forward_backward_submit(
+                **mine, data=[Conversation(turns)], loss_fn="cross_entropy", loss_fn_config={}
+            ),
+            optim_step_submit(**mine, adam_params=AdamParams(learning_rate=0.1)),
+            sample_submit(
+                **mine,
+                base_model=None,
+                model_path=None,
+                prompts=["so"],
+                num_samples=1,
+                sampling_params=SamplingParams(max_tokens=5, seed=step),
+            ),
+            save_weights_submit(**mine, name=f"step-{step}", kind="training"),
+        ]
+    return [submission.future for submission in submitted]
+
+
+def results(futures: list[Future]) -> list[Any]:
+    rows = Future.objects.in_bulk([future.pk for future in futures])
+    assert {row.state for row in rows.values()} == {"ready"}
+    return [bytes(rows[future.pk].result or b"") for future in futures]
+
+
+@pytest.mark.parametrize("state", older_states(), ids=".".join)
+def test_a_worker_of_this_version_finishes_what_waited_in_an_older_database(
+    start_worker: Callable[..., InProcessWorker], newest_again: None, state: tuple[str, str]
+) -> None:
+    unbroken, owner = (User.objects.create_user(name) for name in ("twin", "ada"))
+    work = start_worker()
+    expected = submit(unbroken, range(4))
+    done = submit(owner, range(2))
+    work()
+    waiting = submit(owner, range(2, 4))
+    assert future_claim(worker=work.worker, max_futures=3, max_cost=10**6)
+    work.die()
+
+    migrate_back(state)
+    count = unapplied_migrations()
+    assert count >= 1
+    assert schema_migrate() == count
+
+    start_worker()()
+    assert decode(results(done)[0])["loss"] > 0
+    assert results(done + waiting) == results(expected)
+    steps = Run.objects.values_list("step", flat=True)
+    assert list(steps) == [4, 4]
+    assert Checkpoint.objects.filter(run__owner=owner).count() == 4
+
+
+def test_every_older_version_is_tried() -> None:
+    assert ("futures", "0001_initial") in older_states()
+    assert ("training", "0001_initial") in older_states()
