@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from django.db import connections, transaction
+from django.db import OperationalError, connections, transaction
 from django_q.models import OrmQ
 
+from futures import notify
 from futures.broker import PostgresBroker
 from futures.claiming import future_claim
 from futures.errors import Fenced, FutureNotCancellable
@@ -225,3 +226,33 @@ def test_no_doorbell_is_lost_when_the_submitter_commits_after_the_claim(
         assert claimed == []
     assert len(broker.claim()) == 1
     assert len(claim(worker)) == 1
+
+
+def test_a_submission_whose_bell_cannot_ring_stands(
+    submit: SubmitFactory,
+    lane: Lane,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def lost(sql: str, parameters: object) -> None:
+        raise OperationalError("the connection is lost")
+
+    monkeypatch.setattr(notify, "execute", lost)
+    future = submit(lane)
+
+    assert Future.objects.get().pk == future.pk
+    assert "the connection is lost" in caplog.text
+
+
+def test_a_cancellation_that_nobody_can_be_told_of_stands(
+    submit: SubmitFactory, lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = submit(lane)
+
+    def lost(sql: str, parameters: object) -> None:
+        raise OperationalError("the connection is lost")
+
+    monkeypatch.setattr(notify, "execute", lost)
+    future_cancel(request_id=future.pk, owner_id=future.owner_id)
+
+    assert Future.objects.get().state == State.CANCELLED
