@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg
@@ -25,9 +25,13 @@ from futures.models import Worker
 from futures.notify import notify_bell, notify_finished
 
 MAX_ATTEMPTS = 3
-"""Workers that a future may stop before it is failed by name."""
+"""Workers that may crash under a future before it is failed by name."""
 
-CRASHED = f"This request stopped the worker {MAX_ATTEMPTS} times, so it is not tried again."
+MAX_INTERRUPTIONS = 10
+"""Workers that may be ended from outside while a future runs alone. Nothing speaks against it,
+but what ends the whole machine each time looks just like this, and must not go on for ever."""
+
+CRASHED = "This request stopped the worker %d times, so it is not tried again."
 
 _PATIENCE_SECONDS = 5.0
 """How long a start waits for the lock of a predecessor that is just going."""
@@ -35,30 +39,43 @@ _PATIENCE_SECONDS = 5.0
 _OPEN = (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
 
 # Of what the queue's former epochs hold, nothing is visible yet: all of it waits again, except
-# what has now stopped too many workers.
+# what has now stopped too many workers. A worker's end says little of each of many that it held,
+# so those only become suspects, which run alone; from then on an end counts.
 _TAKE_OVER = """
 WITH held AS (
-    UPDATE futures_future
-    SET attempts = attempts + 1,
-        state = CASE WHEN attempts + 1 >= %(max_attempts)s THEN 'failed' ELSE 'pending' END,
-        worker_id = CASE WHEN attempts + 1 >= %(max_attempts)s THEN worker_id END,
-        started_at = CASE WHEN attempts + 1 >= %(max_attempts)s THEN started_at END,
-        finished_at = CASE WHEN attempts + 1 >= %(max_attempts)s THEN statement_timestamp() END,
-        error = CASE WHEN attempts + 1 >= %(max_attempts)s THEN %(error)s ELSE '' END,
-        category = CASE WHEN attempts + 1 >= %(max_attempts)s THEN 'server' ELSE '' END,
-        error_code = CASE WHEN attempts + 1 >= %(max_attempts)s THEN 'CrashedWorker' ELSE '' END
+    SELECT id, CASE WHEN count(*) OVER () = 1 THEN attempts + 1 ELSE greatest(attempts, 1) END
+        AS attempts
+    FROM futures_future
     WHERE state = 'running'
         AND worker_id IN (SELECT id FROM futures_worker WHERE queue = %(queue)s)
-    RETURNING id, lane_id, seq_id, state
+), judged AS (
+    SELECT id, attempts, attempts >= %(limit)s AS is_spent FROM held
+), taken AS (
+    UPDATE futures_future AS f
+    SET attempts = judged.attempts,
+        state = CASE WHEN is_spent THEN 'failed' ELSE 'pending' END,
+        worker_id = CASE WHEN is_spent THEN worker_id END,
+        started_at = CASE WHEN is_spent THEN started_at END,
+        finished_at = CASE WHEN is_spent THEN statement_timestamp() END,
+        error = CASE WHEN is_spent THEN %(error)s ELSE '' END,
+        category = CASE WHEN is_spent THEN 'server' ELSE '' END,
+        error_code = CASE WHEN is_spent THEN 'CrashedWorker' ELSE '' END
+    FROM judged WHERE f.id = judged.id AND f.state = 'running'
+    RETURNING f.id, f.lane_id, f.seq_id, f.state
 ), moved AS (
     UPDATE futures_lane AS l SET next_seq_id = least(l.next_seq_id, first.seq_id)
     FROM (
-        SELECT lane_id, min(seq_id) AS seq_id FROM held WHERE state = 'pending' GROUP BY lane_id
+        SELECT lane_id, min(seq_id) AS seq_id FROM taken WHERE state = 'pending' GROUP BY lane_id
     ) AS first
     WHERE l.id = first.lane_id AND l.ordered
 )
-SELECT id FROM held WHERE state = 'failed'
+SELECT id FROM taken WHERE state = 'failed'
 """
+
+
+def _crashed(before: Worker) -> bool:
+    """What is said of a worker whose end nobody knows anything about."""
+    return True
 
 
 class QueueLock:
@@ -109,12 +126,24 @@ class QueueLock:
         return connection
 
 
-def worker_start(*, queue: str, figures: Mapping[str, Any]) -> Worker:
+def worker_start(
+    *,
+    queue: str,
+    figures: Mapping[str, Any],
+    crashed: Callable[[Worker], bool] = _crashed,
+) -> Worker:
     """Begin a worker's life as the only one of its queue, and recover from the last one.
 
-    What former epochs held is pending again with one attempt more, and failed by name at the
-    third; the doorbells they had locked are replaced by a fresh one. The worker returned
-    holds the queue's lock until ``worker_stop`` or the end of the process.
+    What the last one held is pending again: as suspects if it was several futures, with one
+    attempt more if it was one, which is failed by name at the third crash. The doorbells it had
+    locked are replaced by a fresh one. The worker returned holds the queue's lock until
+    ``worker_stop`` or the end of the process.
+
+    Args:
+        queue: Whose futures it runs.
+        figures: What it has to say of itself.
+        crashed: Asked about a last worker that did not stop: False if it is known that nothing
+            it did ended it, so that a future may be interrupted more often.
 
     Raises:
         QueueTaken: Another live process serves the queue.
@@ -122,12 +151,10 @@ def worker_start(*, queue: str, figures: Mapping[str, Any]) -> Worker:
     lock = QueueLock(queue)
     try:
         with transaction.atomic(using=alias()):
-            Worker.objects.filter(queue=queue, state__in=_OPEN).update(
-                state=Worker.WorkerState.LOST, stopped_at=timezone.now()
-            )
-            failed = execute(
-                _TAKE_OVER, {"queue": queue, "max_attempts": MAX_ATTEMPTS, "error": CRASHED}
-            )
+            last = Worker.objects.filter(queue=queue, state__in=_OPEN)
+            limit = MAX_ATTEMPTS if any(crashed(worker) for worker in last) else MAX_INTERRUPTIONS
+            last.update(state=Worker.WorkerState.LOST, stopped_at=timezone.now())
+            failed = execute(_TAKE_OVER, {"queue": queue, "limit": limit, "error": CRASHED % limit})
             notify_finished(request_id for (request_id,) in failed)
             worker = Worker.objects.create(
                 queue=queue, hostname=socket.gethostname(), pid=os.getpid(), figures=dict(figures)

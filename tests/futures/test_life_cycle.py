@@ -150,7 +150,10 @@ class LifeCycle(RuleBasedStateMachine):
     def crash(self) -> None:
         kill(self.worker)
         for future in self.held:
-            self.attempts[future.pk] += 1
+            # Of several, nobody knows which one it was.
+            alone = len(self.held) == 1
+            before = self.attempts[future.pk]
+            self.attempts[future.pk] = before + 1 if alone else max(before, 1)
             spent = self.attempts[future.pk] == MAX_ATTEMPTS
             self.state[future.pk] = "failed" if spent else "pending"
         self.held = []

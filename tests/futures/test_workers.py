@@ -18,7 +18,14 @@ from futures.database import dedicated_parameters
 from futures.errors import Fenced, QueueTaken
 from futures.models import Future, Lane, Worker
 from futures.transitions import State
-from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
+from futures.workers import (
+    MAX_ATTEMPTS,
+    MAX_INTERRUPTIONS,
+    worker_heartbeat,
+    worker_live,
+    worker_start,
+    worker_stop,
+)
 from tests.futures.conftest import QUEUE, SubmitFactory, finish, kill
 
 pytestmark = pytest.mark.django_db
@@ -105,6 +112,54 @@ def test_the_third_crash_fails_a_future_by_name_and_its_lane_goes_on(
     assert "3 times" in row.error
     assert (row.attempts, row.finished_at is not None) == (3, True)
     assert [future.seq_id for future in claim(worker)] == [2]
+
+
+def test_ends_of_workers_that_held_others_too_fail_nothing(
+    submit: SubmitFactory, lane_factory: Callable[..., Lane], worker_factory: Callable[..., Worker]
+) -> None:
+    futures = [submit(lane_factory()) for _ in range(2)]
+    for _ in range(2 * MAX_ATTEMPTS):
+        worker = worker_factory()
+        # As if both were claimed before either was suspected.
+        Future.objects.update(state="running", worker=worker, started_at=timezone.now())
+        kill(worker)
+    worker_factory()
+
+    rows = Future.objects.filter(pk__in=[future.pk for future in futures])
+    assert set(rows.values_list("state", "attempts")) == {("pending", 1)}
+
+
+def test_a_worker_ended_from_outside_speaks_against_its_future_only_in_the_long_run(
+    submit: SubmitFactory, lane: Lane
+) -> None:
+    future = submit(lane)
+    states = []
+    for _ in range(MAX_INTERRUPTIONS + 1):
+        worker = worker_start(queue=QUEUE, figures={}, crashed=lambda before: False)
+        future.refresh_from_db()
+        states.append(future.state)
+        claim(worker)
+        kill(worker)
+
+    assert states == ["pending"] * MAX_INTERRUPTIONS + ["failed"]
+    assert f"{MAX_INTERRUPTIONS} times" in future.error
+
+
+def test_the_next_worker_judges_the_last_one_and_no_other(
+    submit: SubmitFactory, worker_factory: Callable[..., Worker]
+) -> None:
+    worker_stop(worker_factory())
+    dead = worker_factory()
+    kill(worker_factory("another queue"))
+    kill(dead)
+    asked: list[int] = []
+
+    def judge(before: Worker) -> bool:
+        asked.append(before.pk)
+        return True
+
+    kill(worker_start(queue=QUEUE, figures={}, crashed=judge))
+    assert asked == [dead.pk]
 
 
 def test_a_stopping_worker_gives_back_what_it_holds_without_blame(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import resource
@@ -27,6 +26,7 @@ from training.base_models import BaseModel
 from training.engine.interface import Engine
 from training.services import checkpoints_expire
 from training.services.sessions import sessions_expire
+from training.worker.last_words import LastWords, crashed, oom_kills
 from training.worker.loop import WorkLoop
 from training.worker.pulse import EVERY_SECONDS, Pulse
 
@@ -69,10 +69,10 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         QueueTaken: Another live worker serves this base model.
         BaseModelNotFound: The model cannot be loaded.
     """
-    faulthandler.enable()  # a supervisor that takes us for hung first asks where (ABRT)
     pulse = Pulse(settings.PULSE_FD)
-    figures: dict[str, Any] = {"base_model": base_model.name}
-    worker = worker_start(queue=base_model.queue, figures=figures)
+    figures: dict[str, Any] = {"base_model": base_model.name, "oom_kills": oom_kills()}
+    worker = worker_start(queue=base_model.queue, figures=figures, crashed=crashed)
+    last_words = LastWords(worker)  # also when a supervisor that takes us for hung asks where
     over = threading.Event()
     beating = threading.Thread(
         target=_beat, args=(worker, figures, over), name="heartbeat", daemon=True
@@ -98,7 +98,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             on_turn=pulse,
         )
         consumer.on_turn = loop.turn
-        tasks.serve(base_model.queue, loop.run_until_idle)
+        tasks.serve(base_model.queue, last_words.noted()(loop.run_until_idle))
         worker_live(worker, figures)
         logger.info("%s: ready on %s", base_model.name, engine.info.device)
         consumer.run()
@@ -107,6 +107,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         over.set()
         beating.join()
         worker_stop(worker)
+    last_words.close()
 
 
 @contextmanager
