@@ -1,0 +1,37 @@
+"""Ten kills in a real training job: not one bit is different afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server import ROOT
+from tinkerapi.drill.kills import TARGETS
+
+pytestmark = pytest.mark.acceptance
+
+KILLS = 10
+
+
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    result = tmp_path / "drill.json"
+    arguments = ["--kills", str(KILLS), "--steps", "14", "--seed", "4", "--json", str(result)]
+    done = subprocess.run(
+        [sys.executable, "manage.py", "crashdrill", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["figure"]: row["value"] for row in json.loads(result.read_text())["rows"]}
+    assert rows["kills"] == f"{KILLS} of {KILLS} planned"
+    assert rows["differences"] == "0"
+    assert int(rows["of worker"]) == KILLS * TARGETS["worker"] / 100
+    assert int(rows["rebuilds by replay"]) > 0
+    assert int(rows["futures that ran again"]) > 0
+    assert int(rows["requests sent again"]) > 0

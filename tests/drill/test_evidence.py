@@ -1,0 +1,51 @@
+"""One bit, one future, one file: each difference is found and named."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tinkerapi.drill.evidence import Evidence, History, differences
+
+SAME = {
+    "answers": {"a/0/forward_backward": '{"loss": 0.5}'},
+    "futures": {"a 1 key": "forward_backward ready"},
+    "checkpoints": {"a/training/final step 3 weights.safetensors": "00ff"},
+}
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def at(seconds: float) -> datetime:
+    return BEGIN + timedelta(seconds=seconds)
+
+
+def test_equal_runs_differ_in_nothing() -> None:
+    assert differences(Evidence(**SAME), Evidence(**SAME)) == []
+
+
+@pytest.mark.parametrize("what", SAME)
+@pytest.mark.parametrize("change", ["another", "missing", "added"])
+def test_a_difference_is_named(what: str, change: str) -> None:
+    [(name, value)] = SAME[what].items()
+    changed = {
+        "another": {name: value + "x"},
+        "missing": {},
+        "added": {name: value, "one more": value},
+    }[change]
+    [sentence] = differences(Evidence(**SAME), Evidence(**{**SAME, what: changed}))
+    assert sentence.startswith(f"{what}: {'one more' if change == 'added' else name}: ")
+
+
+def history(*results: tuple[float, float]) -> History:
+    return History(workers=2, repeated=0, results=[(at(a), at(b)) for a, b in results])
+
+
+def test_a_recovery_ends_with_the_first_result_of_a_later_worker() -> None:
+    # What the dead worker had committed comes to light after its end, and does not count.
+    assert history((0, 4.9), (0, 5.1), (7, 9), (7, 10)).recovery_seconds(at(5), None) == 4
+
+
+def test_a_recovery_that_the_next_kill_cut_short_is_not_measured() -> None:
+    assert history((0, 4.9), (7, 9)).recovery_seconds(at(5), at(8)) is None
+    assert history((0, 4.9)).recovery_seconds(at(5), None) is None
