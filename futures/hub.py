@@ -24,6 +24,7 @@ from futures.database import alias, dedicated_parameters
 from futures.errors import FutureNotFound
 from futures.models import Future
 from futures.notify import FINISHED_CHANNEL, PROGRESS_CHANNEL
+from futures.outage import outage
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +225,7 @@ async def read_when_woken(
 def _then_close(read: Callable[[], T]) -> T:
     """Read in a reader's thread, and give the connection back before anybody waits."""
     try:
-        return read()
+        outage.check()
+        return outage.noting(read)
     finally:
         connections[alias()].close()

@@ -145,6 +145,15 @@ else:
 
     database = embedded_database(DATA_DIR)
 
+POOL = {
+    "min_size": 2,
+    "max_size": 8,  # as many threads ask, so nobody waits for another
+    "timeout": 4,  # seconds: what a restarted Postgres needs to be back
+    # Seconds for which one lost connection is tried again, each time twice as long after the last.
+    # Later ones are opened on demand: with the default 300, web would miss the end of an outage.
+    "reconnect_timeout": 2,
+}
+
 # The web serves many threads from a small pool. The worker keeps one connection for ever:
 # django-q2 closes old connections around each call, and with 0 it would reconnect each time.
 DATABASES = {
@@ -156,7 +165,7 @@ DATABASES = {
             # The ORM never prepares; the queue's own statements take longer to plan than to run.
             "prepare_threshold": 2,
             **database.get("OPTIONS", {}),
-            **({"pool": {"min_size": 2, "max_size": 8, "timeout": 10}} if ROLE == "web" else {}),
+            **({"pool": POOL} if ROLE == "web" else {}),
         },
     }
 }

@@ -20,6 +20,8 @@ from rest_framework.exceptions import MethodNotAllowed
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
+from futures.outage import outage
+
 T = TypeVar("T")
 
 DATABASE_THREADS = 4
@@ -30,7 +32,7 @@ _executor = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
 
 def _then_close(function: Callable[..., T], *args: Any) -> T:
     try:
-        return function(*args)
+        return outage.noting(function, *args)
     finally:
         connection.close()  # to the pool; a thread that kept it would starve the others
 
@@ -68,6 +70,8 @@ class AsyncAPIView(APIView):
         return self.response
 
     def _handle(self, request: Request) -> Any:
+        if self.authentication_classes:  # who asks is a question for the database
+            outage.check()
         self.initial(request, *self.args, **self.kwargs)
         method = (request.method or "").lower()
         handler = self.http_method_not_allowed
