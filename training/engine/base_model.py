@@ -22,7 +22,13 @@ from training.engine.attention import ATTENTION_NAME, SequenceAttention, Unsuppo
 from training.engine.interface import BaseModelInfo
 from training.engine.lora import LoraLinear
 from training.engine.memory import keep_freed_memory
-from training.engine.packed import ContextHolder, PackedContext, Segment, uniform_segments
+from training.engine.packed import (
+    ContextHolder,
+    PackedContext,
+    Segment,
+    join,
+    uniform_segments,
+)
 from training.errors import BaseModelNotFound
 
 PROBE_TOKENS = 8
@@ -92,12 +98,13 @@ class BaseModel:
             (n, V) float32.
         """
         logits = linear(hidden, self.head_weight, self.head_bias).float()  # (n, V)
-        for segment in segments:
-            pair = self.head_pair(segment.weights)
-            if segment.weights is not None and pair is not None:
+        for group in join(segments):
+            weights, rows = group[0].weights, slice(group[0].start, group[-1].end)
+            pair = self.head_pair(weights)
+            if weights is not None and pair is not None:
                 a, b = pair
-                xa = hidden[segment.rows] @ a.T  # (n, R)
-                logits[segment.rows].add_(xa @ b.T, alpha=segment.weights.layout.scale)
+                xa = hidden[rows] @ a.T  # (n, R)
+                logits[rows].add_(xa @ b.T, alpha=weights.layout.scale)
         return logits
 
     def head_pair(self, weights: AdapterTensors | None) -> tuple[Tensor, Tensor] | None:

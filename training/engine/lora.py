@@ -55,21 +55,26 @@ class LoraLinear(nn.Module):
 
 def _forward(
     x: Tensor, base: nn.Linear, name: str, context: PackedContext
-) -> tuple[Tensor, list[tuple[Segment, Tensor]]]:
-    """(T, out), and x A^T (n, R) of each segment that has this module."""
+) -> tuple[Tensor, list[tuple[list[Segment], Tensor]]]:
+    """(T, out), and x A^T (n, R) of each group of joined segments that has this module."""
     output = linear(x, base.weight, base.bias)  # (T, out)
     inner = []
-    for segment in context.segments:
-        if segment.weights is None:
+    for group in context.joined:
+        weights, rows = group[0].weights, _rows(group)
+        if weights is None:
             continue
-        pair = segment.weights.pair(name, x.dtype)
+        pair = weights.pair(name, x.dtype)
         if pair is None:
             continue
         a, b = pair
-        xa = x[segment.rows] @ a.T  # (n, R)
-        output[segment.rows].addmm_(xa, b.T, alpha=segment.weights.layout.scale)
-        inner.append((segment, xa))
+        xa = x[rows] @ a.T  # (n, R)
+        output[rows].addmm_(xa, b.T, alpha=weights.layout.scale)
+        inner.append((group, xa))
     return output, inner
+
+
+def _rows(group: list[Segment]) -> slice:
+    return slice(group[0].start, group[-1].end)
 
 
 class _LoraFunction(torch.autograd.Function):
@@ -83,7 +88,7 @@ class _LoraFunction(torch.autograd.Function):
     ) -> Tensor:
         output, inner = _forward(x, layer.base, layer.name, context)
         ctx.save_for_backward(x if inner else None, *(xa for _, xa in inner))
-        ctx.segments = [segment for segment, _ in inner]
+        ctx.groups = [group for group, _ in inner]
         ctx.layer = layer
         return output
 
@@ -93,24 +98,26 @@ class _LoraFunction(torch.autograd.Function):
         layer: LoraLinear = ctx.layer
         layer.holder.on_progress()
         grad_x = grad_output @ layer.base.weight if ctx.needs_input_grad[0] else None  # (T, in)
-        for segment, xa in zip(ctx.segments, inner, strict=True):
-            g = grad_output[segment.rows]  # (n, out)
-            scale = segment.weights.layout.scale
-            a, b = segment.weights.pair(layer.name, g.dtype)
+        for group, xa in zip(ctx.groups, inner, strict=True):
+            weights, rows = group[0].weights, _rows(group)
+            g = grad_output[rows]  # (n, out)
+            scale = weights.layout.scale
+            a, b = weights.pair(layer.name, g.dtype)
             gb = (g @ b).mul_(scale)  # (n, R)
             if grad_x is not None:
-                grad_x[segment.rows].addmm_(gb, a)
-            if segment.grad is not None:
-                grad_a, grad_b = segment.grad.pair(layer.name, torch.float32)
-                add_product(grad_a, gb.T, x[segment.rows])
-                add_product(grad_b, g.T, xa, scale)
+                grad_x[rows].addmm_(gb, a)
+            for segment in group:
+                if segment.grad is not None:
+                    own = slice(segment.start - rows.start, segment.end - rows.start)
+                    grad_a, grad_b = segment.grad.pair(layer.name, torch.float32)
+                    add_product(grad_a, gb[own].T, x[segment.rows])
+                    add_product(grad_b, g[own].T, xa[own], scale)
         return grad_x, None, None, None
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """target += scale * left @ right; ``target`` is float32, the factors may be narrower.
-
-    The product is complete before it is added: a kernel that adds to what is there may do so
-    between two parts of a long sum, and the last bits would tell how the sum came about.
-    """
-    target.add_(left @ right, alpha=scale)
+    """target += scale * left @ right; ``target`` is float32, the factors may be narrower."""
+    if left.dtype == target.dtype:
+        target.addmm_(left, right, alpha=scale)
+    else:
+        target.add_(left @ right, alpha=scale)
