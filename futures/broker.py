@@ -71,6 +71,22 @@ class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
             execute("DELETE FROM django_q_ormq WHERE id = %(id)s", {"id": task_id})
 
 
+def doorbells_unlock(queue: str) -> None:
+    """Let every doorbell of an engine queue be claimed now.
+
+    A task is visible from a time of the wall clock on. When that is set back, one that was
+    rung before would be invisible until the clock catches up. An engine queue has one
+    consumer, so nothing is lost if it finds one that it is answering already.
+    """
+    execute(
+        """
+        UPDATE django_q_ormq SET lock = statement_timestamp()
+        WHERE key = %(queue)s AND lock > statement_timestamp()
+        """,
+        {"queue": queue},
+    )
+
+
 def commit_without_waiting() -> None:
     """Let the current transaction commit without waiting for the disk."""
     execute("SET LOCAL synchronous_commit = off", {})

@@ -1,4 +1,4 @@
-"""What a clock starts: the worker's heartbeat thread looks after numbers and sessions."""
+"""What a clock starts: the worker looks after numbers and sessions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,10 @@ from futures.models import Future
 from tests.conftest import ApiClient
 from tests.sdk.conftest import SdkClient
 from training.models import Session
-from training.worker import process
+from training.worker.chores import SETTLE_SECONDS, Chores, SteadyClock
 
 
-class OneBeat:
-    """An event that lets one beat pass."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def wait(self, seconds: float) -> bool:
-        self.asked += 1
-        return self.asked > 1
-
-
-def test_a_beat_fails_who_waits_for_nothing_and_finishes_who_is_gone(
+def test_the_chores_fail_who_waits_for_nothing_and_finish_who_is_gone(
     served_api: ApiClient, settings: LazySettings
 ) -> None:
     settings.GAP_SECONDS = 60
@@ -38,9 +27,16 @@ def test_a_beat_fails_who_waits_for_nothing_and_finishes_who_is_gone(
     future.update(created_at=timezone.now() - timedelta(seconds=61))
     gone = sdk.session()
     Session.objects.filter(pk=gone).update(heartbeat_at=timezone.now() - timedelta(days=8))
-    [worker] = process.Worker.objects.filter(state="starting")
+    seconds = iter([0.0, SETTLE_SECONDS])
+    chores = Chores(
+        future.get().queue,
+        steady=SteadyClock(stopwatch=lambda: next(seconds)),
+        wall_clocks=lambda: (),
+    )
 
-    process._beat(worker, {}, OneBeat())  # type: ignore[arg-type]  # all it asks of an event
+    chores.do()
+    assert future.get().state == "pending"
+    chores.do()
 
     assert sdk.result(waiting) == {
         "error": "This request waited for seq_id 2, which never arrived.",

@@ -18,14 +18,12 @@ from django.db import DatabaseError, InterfaceError, connection
 from futures.broker import bell_rang
 from futures.consumer import Consumer
 from futures.errors import Fenced
-from futures.gaps import gaps_refuse
 from futures.models import Worker
 from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
 from training import tasks
 from training.base_models import BaseModel
 from training.engine.interface import Engine
-from training.services import checkpoints_expire
-from training.services.sessions import sessions_expire
+from training.worker.chores import Chores
 from training.worker.last_words import LastWords, crashed, oom_kills
 from training.worker.loop import WorkLoop
 from training.worker.pulse import EVERY_SECONDS, Pulse
@@ -131,15 +129,13 @@ def _pulsing(pulse: Pulse) -> Iterator[None]:
 def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> None:
     """Say every few seconds that the worker lives; leave the process if it was replaced.
 
-    Also does what a clock starts: deletes checkpoints whose time is up, finishes sessions whose
-    client is gone, and fails requests that wait for a number that does not come.
+    Also does the queue's chores, which a clock starts.
     """
+    chores = Chores(worker.queue)
     while not over.wait(HEARTBEAT_SECONDS):
         try:
             worker_heartbeat(worker, {**figures, "memory_bytes": _memory_bytes()})
-            checkpoints_expire()
-            sessions_expire()
-            gaps_refuse(queue=worker.queue, patience_seconds=settings.GAP_SECONDS)
+            chores.do()
         except Fenced:
             logger.error("another worker has taken over; leaving")
             logging.shutdown()
