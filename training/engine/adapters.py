@@ -132,3 +132,10 @@ def _module_generator(seed: int, name: str) -> torch.Generator:
     """A generator of its own per (seed, module), so that no module's draw depends on another."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def all_finite(*buffers: Tensor) -> bool:
+    """Whether every number is finite. Reads each buffer once and writes none, unlike isfinite()."""
+    # aminmax() hands a NaN on.
+    bounds = torch.stack([bound for buffer in buffers for bound in buffer.aminmax()])
+    return bool(bounds.isfinite().all())

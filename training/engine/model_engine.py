@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from training.engine import optim, weights
-from training.engine.adapters import Adapter, AdapterLayout, AdapterTensors, new_adapter
+from training.engine.adapters import (
+    Adapter,
+    AdapterLayout,
+    AdapterTensors,
+    all_finite,
+    new_adapter,
+)
 from training.engine.base_model import BaseModel
 from training.engine.interface import Engine, ForwardBackwardJob, Sampler
 from training.engine.microbatches import PlannedJob
@@ -143,7 +149,7 @@ class TorchEngine(Engine):
         """
         changed: dict[PlannedJob, JobResult] = {}
         for name, grad in grads.items():
-            if grad.flat.isfinite().all():
+            if all_finite(grad.flat):
                 self._adapters[name].grad = grad
                 continue
             sharing = [planned for planned in jobs if planned.job.adapter_name == name]

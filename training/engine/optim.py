@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
-from training.engine.adapters import Adapter, AdapterTensors
+from training.engine.adapters import Adapter, AdapterTensors, all_finite
 from training.errors import NonFiniteResult
 from training.types import AdamParams, OptimStepOutput
 
@@ -49,16 +48,10 @@ def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
     weights = adapter.weights.flat * (1 - params.learning_rate * params.weight_decay)
     step_size = params.learning_rate / (1 - params.beta1**step)
     weights.addcdiv_(exp_avg, denominator, value=-step_size)
-    if not _all_finite(weights, exp_avg, exp_avg_sq):
+    if not all_finite(weights, exp_avg, exp_avg_sq):
         raise NonFiniteResult("The new weights would not be finite; nothing was changed.")
     no_grad = AdapterTensors(adapter.layout, torch.zeros_like(weights))
     # From here on nothing is allocated, so nothing can fail half-way.
     adapter.weights, adapter.grad = AdapterTensors(adapter.layout, weights), no_grad
     adapter.exp_avg, adapter.exp_avg_sq, adapter.step = exp_avg, exp_avg_sq, step
     return OptimStepOutput(step=step, grad_norm=grad_norm)
-
-
-def _all_finite(*buffers: Tensor) -> bool:
-    # A float64 sum of float32 values is finite exactly if all of them are.
-    total = torch.stack([buffer.sum(dtype=torch.float64) for buffer in buffers]).sum()
-    return math.isfinite(float(total))
