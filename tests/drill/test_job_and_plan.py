@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from tinkerapi.drill.job import STYLES, Request, make_job, num_requests
-from tinkerapi.drill.kills import MOMENTS, TARGETS, plan_kills
+from tinkerapi.drill.kills import TARGETS, plan_kills
+from tinkerapi.drill.moments import MOMENTS
 
 
 def requests(seed: int) -> list[Request]:

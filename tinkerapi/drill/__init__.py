@@ -10,6 +10,8 @@ server
     ``manage.py up`` in a scratch folder, and the processes below it.
 kills
     When whom to kill, fixed by the seed too, and the thread that does it.
+moments
+    When a kill hurts most, and how that is told from outside.
 evidence
     What a run left behind, and how two of them differ.
 report

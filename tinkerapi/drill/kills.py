@@ -1,8 +1,7 @@
 """When whom to kill: a plan fixed by a seed, and the thread that carries it out.
 
-Kills are spread over the whole job by its progress, and within a step aimed at what is hardest:
-the moment after a submission or an answer, a snapshot or a checkpoint that is half written, and
-a recovery that has not ended. The signal is SIGKILL, which nobody can prepare for.
+Kills are spread over the whole job by its progress, and within a step aimed at what is hardest
+(``moments``). The signal is SIGKILL, which nobody can prepare for.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from random import Random
 from typing import Literal
 
+from tinkerapi.drill.moments import MOMENTS, Aim, Moment
 from tinkerapi.drill.server import DrilledServer, Process
 from tinkerapi.drill.transport import Progress
 
 Target = Literal["worker", "web", "web child", "postgres", "postgres backend", "everything"]
-Moment = Literal["anytime", "submission", "answer", "snapshot", "checkpoint", "recovery"]
 
 TARGETS: dict[Target, int] = {
     "worker": 50,
@@ -33,20 +31,6 @@ TARGETS: dict[Target, int] = {
     "everything": 10,
 }
 """How often, in a hundred."""
-
-MOMENTS: dict[Moment, float] = {
-    "anytime": 0.3,
-    "submission": 0.02,
-    "answer": 0.01,
-    "snapshot": 0.002,
-    "checkpoint": 0.002,
-    "recovery": 5.0,
-}
-"""Longest time from the moment to the kill, in seconds."""
-
-FOLDERS: dict[Moment, str] = {"snapshot": "snapshots", "checkpoint": "checkpoints"}
-MOMENT_SECONDS = 5.0  # a moment that does not come is not waited for any longer
-LOOK_SECONDS = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +106,7 @@ class Killer:
     ) -> None:
         self._server = server
         self._progress = progress
+        self._aim = Aim(server.data_dir, progress)
         self._random = Random(f"{seed} victims")  # noqa: S311
         self._say = say
         self.done: list[Killed] = []
@@ -144,7 +129,7 @@ class Killer:
 
     def _carry_out(self, kill: Kill) -> None:
         pid = self._find(kill.target)
-        aimed = self._wait_for(kill.moment)
+        aimed = self._aim.wait_for(kill.moment)
         time.sleep(kill.delay_seconds)
         while not self._strike(kill.target, pid):  # it has died of something else meanwhile
             if self._progress.is_over:
@@ -172,36 +157,6 @@ class Killer:
                 return self._random.choice(found)
             time.sleep(0.05)
         return 0
-
-    def _wait_for(self, moment: Moment) -> bool:
-        """Wait for the moment, not for long; say whether it came."""
-        progress = self._progress
-        if moment == "submission":
-            before = progress.submitted
-            return progress.wait_for(lambda: progress.submitted > before, MOMENT_SECONDS)
-        if moment == "answer":
-            before = progress.answered
-            return progress.wait_for(lambda: progress.answered > before, MOMENT_SECONDS)
-        if moment in FOLDERS:
-            return self._wait_for_folder(self._server.data_dir / FOLDERS[moment])
-        return True
-
-    def _wait_for_folder(self, folder: Path) -> bool:
-        """Wait until something new is being written there."""
-        known = _names(folder)
-        deadline = time.monotonic() + MOMENT_SECONDS
-        while time.monotonic() < deadline and not self._progress.is_over:
-            if _names(folder) - known:
-                return True
-            time.sleep(LOOK_SECONDS)
-        return False
-
-
-def _names(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except FileNotFoundError:  # nothing was ever written
-        return set()
 
 
 def _is(target: Target, process: Process, server: DrilledServer) -> bool:

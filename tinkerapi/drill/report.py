@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from tinkerapi.drill.kills import MOMENTS, TARGETS, Kill
+from tinkerapi.drill.kills import TARGETS, Kill
+from tinkerapi.drill.moments import MOMENTS
 from tinkerapi.drill.run import Outcome
 
 
