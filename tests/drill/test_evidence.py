@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tinkerapi.drill.evidence import Evidence, History, differences
+from tinkerapi.drill.evidence import Evidence, History, differences, incomplete
 
 SAME = {
     "answers": {"a/0/forward_backward": '{"loss": 0.5}'},
@@ -35,6 +35,17 @@ def test_a_difference_is_named(what: str, change: str) -> None:
     }[change]
     [sentence] = differences(Evidence(**SAME), Evidence(**{**SAME, what: changed}))
     assert sentence.startswith(f"{what}: {'one more' if change == 'added' else name}: ")
+
+
+def test_runs_that_both_lost_something_do_not_pass_for_equal() -> None:
+    assert incomplete(Evidence(**SAME), requests=1, failures=0) == []
+    lost = {**SAME, "futures": {"a 1 key": "forward_backward failed CrashedWorker"}}
+    sentences = incomplete(Evidence(**lost), requests=2, failures=0)
+    assert [sentence.partition(":")[0] for sentence in sentences] == [
+        "answers",
+        "futures",
+        "failed futures",
+    ]
 
 
 def history(*results: tuple[float, float]) -> History:

@@ -109,6 +109,22 @@ def collect(
     return evidence, History(workers=workers, repeated=repeated, results=results)
 
 
+def incomplete(evidence: Evidence, *, requests: int, failures: int) -> list[str]:
+    """A sentence for each count that is not what the job asked for: two runs that both lost
+    everything would be equal too."""
+    failed = sum(" failed " in value for value in evidence.futures.values())
+    counts = {
+        "answers": (len(evidence.answers), requests),
+        "futures": (len(evidence.futures), requests),
+        "failed futures": (failed, failures),
+    }
+    return [
+        f"{what}: there are {there}, and there should be {wanted}"
+        for what, (there, wanted) in counts.items()
+        if there != wanted
+    ]
+
+
 def differences(unbroken: Evidence, broken: Evidence) -> list[str]:
     """A sentence for each difference; none if the runs are the same."""
     return [

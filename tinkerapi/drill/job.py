@@ -8,7 +8,7 @@ Every result must depend on the requests alone, so each names its seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
@@ -44,6 +44,11 @@ class Request:
     ``keep`` (weights to sample from) or ``sample_kept``."""
     fields: dict[str, Any]
 
+    @property
+    def must_fail(self) -> bool:
+        """Whether its own data are wrong."""
+        return any(BAD_TOKEN in datum.targets for datum in self.fields.get("data", ()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
@@ -65,8 +70,13 @@ def make_job(*, seed: int, steps: int, trainees: int) -> list[Trainee]:
     return [_trainee(index, seed=seed, steps=steps) for index in range(trainees)]
 
 
-def num_requests(job: list[Trainee]) -> int:
+def num_requests(job: Sequence[Trainee]) -> int:
     return sum(len(trainee.requests) for trainee in job)
+
+
+def num_failures(job: Sequence[Trainee]) -> int:
+    """Requests that must fail, and by their own fault."""
+    return sum(request.must_fail for trainee in job for request in trainee.requests)
 
 
 def _trainee(index: int, *, seed: int, steps: int) -> Trainee:

@@ -11,8 +11,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from tinkerapi.drill.evidence import differences
-from tinkerapi.drill.job import Trainee, make_job, num_requests
+from tinkerapi.drill.evidence import differences, incomplete
+from tinkerapi.drill.job import Trainee, make_job, num_failures, num_requests
 from tinkerapi.drill.kills import Killed, plan_kills
 from tinkerapi.drill.model import make_drill_model
 from tinkerapi.drill.report import DrillReport
@@ -97,7 +97,10 @@ class Command(BaseCommand):
             unbroken=unbroken,
             broken=broken,
             plan=plan,
-            differences=differences(unbroken.evidence, broken.evidence),
+            differences=[
+                *incomplete(unbroken.evidence, requests=self._requests, failures=num_failures(job)),
+                *differences(unbroken.evidence, broken.evidence),
+            ],
             replays=_replays(scratch / "broken"),
             settings={
                 "seed": seed,
