@@ -2,8 +2,9 @@
 
 Two strategies behind ``packed.Attention``. A prefill pass reads a chunk of each of some prompts; a
 decode pass reads one new token of many sequences. Neither lets what shares a pass touch the
-arithmetic of a sequence: every kernel call below sees whole sequences of one job, and gives each
-the same numbers whether it comes alone or with others.
+arithmetic of a sequence: every kernel call sees whole sequences, of one job or, where they are
+short, of many (``gathered_attention``), and gives each the same numbers whether it comes alone or
+with others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from training.engine.gathered_attention import SHORT_TOKENS, Newest, gather_by_length
 from training.engine.kv_cache import KvCache, Region
 from training.engine.packed import Attention
 
@@ -97,7 +99,11 @@ class DecodeAttention(Attention):
 
     def __init__(self, cache: KvCache, runs: Sequence[DecodeRun], num_rows: int) -> None:
         self._cache = cache
-        self._runs = runs
+        short_tokens = SHORT_TOKENS if cache.device.type == "cpu" else 0
+        self._runs = [run for run in runs if run.length > short_tokens]
+        self._gathered = gather_by_length(
+            [each for run in runs if run.length <= short_tokens for each in _newest(run)]
+        )
         rows = [run.first_row + n for run in runs for n in range(run.count)]
         cache_rows = [
             run.region.row(run.first_sequence + n, run.length - 1)
@@ -121,7 +127,20 @@ class DecodeAttention(Attention):
                 layer_idx, run.region, run.first_sequence, run.count, run.length
             )
             output[rows] = _attend_newest(query[rows], keys, values, scaling)
+        for together in self._gathered:
+            together.attend(self._cache, layer_idx, query, scaling, output)
         return output  # (T, Hq, D)
+
+
+def _newest(run: DecodeRun) -> list[Newest]:
+    return [
+        Newest(
+            row=run.first_row + n,
+            first_cache_row=run.region.row(run.first_sequence + n, 0),
+            length=run.length,
+        )
+        for n in range(run.count)
+    ]
 
 
 def _attend_newest(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

@@ -107,6 +107,17 @@ class KvCache:
         )
         return keys, values
 
+    def num_heads(self, layer_idx: int) -> int:
+        """Hkv of a layer that has stored something."""
+        return self._layers[layer_idx][0].shape[1]
+
+    def gather(self, layer_idx: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values (n, D); place ``row * Hkv + head`` is that head of that row."""
+        keys, values = (
+            buffer.flatten(0, 1).index_select(0, places) for buffer in self._layers[layer_idx]
+        )
+        return keys, values
+
     def share_prompt(self, region: Region, length: int) -> None:
         """Copy what the region's first sequence has read to all its other sequences."""
         for layer_idx in self._layers:

@@ -1,0 +1,103 @@
+"""The newest tokens of many sequences are attended together, and each is what it is alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from training.engine.cached_attention import DecodeAttention, DecodeRun
+from training.engine.gathered_attention import SHORT_TOKENS
+from training.engine.kv_cache import KvCache, Region
+
+LENGTHS = [3, 32, 33, 1, 60, SHORT_TOKENS, SHORT_TOKENS + 1, 31, 2, 100, 64]
+SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}
+"""Query heads, key heads, head size."""
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class Cached:
+    """Sequences in a cache, all but their newest token."""
+
+    def __init__(self, shape: str, dtype: torch.dtype, lengths: Sequence[int] = LENGTHS) -> None:
+        num_heads, num_key_heads, head_size = SHAPES[shape]
+        generator = torch.Generator().manual_seed(len(lengths))
+
+        def random(rows: int, heads: int) -> torch.Tensor:
+            return torch.randn(rows, heads, head_size, generator=generator).to(dtype)
+
+        self.lengths = lengths
+        self.keys = [random(length, num_key_heads) for length in lengths]
+        self.values = [random(length, num_key_heads) for length in lengths]
+        self.query = random(len(lengths), num_heads)
+        self.cache = KvCache(4096, torch.device("cpu"))
+        self.regions: list[Region] = []
+        for length, keys, values in zip(lengths, self.keys, self.values, strict=True):
+            region = self.cache.reserve(1, length + 7)
+            assert region is not None
+            rows = torch.arange(region.start, region.start + length)
+            self.cache.store(0, rows, keys, values)
+            self.regions.append(region)
+
+    def attend(self, chosen: Sequence[int]) -> torch.Tensor:
+        """One decode step of these sequences, in this order."""
+        runs = [
+            DecodeRun(
+                first_row=row,
+                region=self.regions[i],
+                first_sequence=0,
+                count=1,
+                length=self.lengths[i],
+            )
+            for row, i in enumerate(chosen)
+        ]
+        key, value = (torch.stack([x[i][-1] for i in chosen]) for x in (self.keys, self.values))
+        attention = DecodeAttention(self.cache, runs, len(runs))
+        return attention.attend(0, self.query[list(chosen)], key, value, 0.3)
+
+    def plain(self, i: int) -> torch.Tensor:
+        """The formula, in float64."""
+        group = self.query.shape[1] // self.keys[i].shape[1]
+        keys, values = (x[i].double().repeat_interleave(group, 1) for x in (self.keys, self.values))
+        scores = torch.einsum("hd,khd->hk", self.query[i].double(), keys) * 0.3
+        return torch.einsum("hk,khd->hd", scores.softmax(-1), values)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_formula(shape: str) -> None:
+    cached = Cached(shape, torch.float32)
+    got = cached.attend(range(len(LENGTHS)))
+    for i in range(len(LENGTHS)):
+        torch.testing.assert_close(got[i].double(), cached.plain(i), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sequences_bits_are_those_it_has_alone(shape: str, dtype: torch.dtype) -> None:
+    cached = Cached(shape, dtype)
+    everything = list(range(len(LENGTHS)))
+    together, reversed_ = cached.attend(everything), cached.attend(everything[::-1]).flip(0)
+    for i in everything:
+        alone = cached.attend([i])[0]
+        assert torch.equal(together[i], alone), LENGTHS[i]
+        assert torch.equal(reversed_[i], alone), LENGTHS[i]
+
+
+def test_a_sequence_that_is_not_finite_spares_the_others() -> None:
+    cached = Cached("tiny", torch.float32, [5, 9, 7])
+    expected = cached.attend([0, 1, 2])
+    region = cached.regions[1]
+    broken = torch.full((region.size, 2, 4), float("nan"))
+    cached.cache.store(0, torch.arange(region.start, region.start + region.size), broken, broken)
+    got = cached.attend([0, 1, 2])
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2]], expected[[0, 2]])
