@@ -2,9 +2,9 @@
 
 One buffer of ``capacity_tokens`` rows per layer for keys and one for values. A job reserves one
 region for its whole life: S sequences side by side, each with room for its prompt and all that
-it may sample. So a job that has started can always finish, and attention reads plain views of
-the buffers: nothing is gathered or copied to decode a token, and the samples of one job, which
-have equal lengths, share one kernel call.
+it may sample. So a job that has started can always finish, and attention reads a long sequence
+in plain views of the buffers, without a copy; the samples of one job, which have equal lengths,
+share one kernel call.
 
 The buffers are made when a layer stores its first key, since only then are the number of heads,
 their size and the dtype known. On a CPU the operating system gives memory only for rows in use.
