@@ -101,15 +101,19 @@ class Ledger:
         """By how many the requests since this ledger was opened differ from what was asked."""
         return abs(self.requests() - self._begin - asked)
 
-    def wrong(self, request_ids: Sequence[str]) -> int:
+    def wrong(self, request_ids: Sequence[str], *, answered: int = 0) -> int:
         """Accepted requests that are not there, not ready, or there twice; and what nobody asked
-        for since this ledger was opened."""
+        for since this ledger was opened.
+
+        Args:
+            answered: Requests beside these whose clients have their result already.
+        """
         ready = self._number(
             "SELECT count(*) FROM futures_future WHERE id = ANY (%s) AND state = 'ready'",
             list(request_ids),
         )
         repeated = len(request_ids) - len(set(request_ids))
-        return len(request_ids) - ready + repeated + self.wrong_number(len(request_ids))
+        return len(request_ids) - ready + repeated + self.wrong_number(len(request_ids) + answered)
 
     def wrong_steps(self, prefix: str, models: int, steps: int) -> int:
         """Models of this prefix that did not make so many optimizer steps, or are missing."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 from django.test import RequestFactory
+from pytest_django import Settings
 
 from tests.conftest import ApiClient
+from tinkerapi.api.body_limit import HOLDS_SEQ_ID, limit_body
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.sdk.dispatch import speaks_sdk
 
@@ -34,11 +39,57 @@ def test_headers_and_the_number_tell_the_dialect(
     assert speaks_sdk(request) is expected
 
 
-def test_a_body_that_is_too_large_is_the_quick_references_to_refuse(settings) -> None:
+def test_a_body_that_is_too_large_is_the_quick_references_to_refuse(
+    settings: Settings,
+) -> None:
     settings.DATA_UPLOAD_MAX_MEMORY_SIZE = 10
     request = RequestFactory().post("/", b'{"seq_id": 1}', content_type=JSON)
 
     assert not speaks_sdk(request)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "held"),
+    [
+        ([b'{"seq_id": 1}'], True),
+        ([b'{"se', b'q_id": 1}'], True),
+        ([b'{"', b"s", b"e", b"q", b"_", b"i", b"d", b'": 1}'], True),
+        ([b'{"seq_', b"id", b'" : 1}'], True),
+        ([b'{"seq_', b"xx", b'id": 1}'], False),
+        ([b'{"model_id": "m"}'], False),
+        ([b""], False),
+    ],
+)
+def test_the_number_is_seen_as_the_body_passes_however_it_is_cut(
+    pieces: list[bytes], held: bool
+) -> None:
+    scope: Any = {"type": "http", "headers": []}
+    arriving = iter(pieces)
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        for _ in pieces:
+            await receive()
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": next(arriving), "more_body": True}
+
+    async def send(message: Any) -> None:
+        """Nothing is answered."""
+
+    async def run() -> None:
+        await limit_body(application)(scope, receive, send)
+
+    asyncio.run(run())
+
+    assert scope[HOLDS_SEQ_ID] is held
+
+
+def test_a_body_without_the_number_is_not_read_to_tell_the_dialect() -> None:
+    request: Any = RequestFactory().post("/", b'{"model_id": "m"}', content_type=JSON)
+    request.scope = {HOLDS_SEQ_ID: False}
+
+    assert not speaks_sdk(request)
+    assert not hasattr(request, "_body")
 
 
 def test_the_quick_reference_still_has_its_answers_at_the_shared_addresses(

@@ -72,8 +72,10 @@ async def waited_answer(
 ) -> JSONResponse:
     """The answer once the future is final, or 202 when the time is up.
 
-    Holds no thread and no connection meanwhile; a client that goes away loses nothing.
+    Holds no thread and no connection meanwhile, nor what was asked; a client that goes away loses
+    nothing.
     """
+    vars(future).pop("payload", None)  # as if deferred
     final = await future_wait(future.id, owner_id=owner_id, timeout_seconds=timeout_seconds)
     if final is None:
         return await in_database_thread(lambda: pending_answer(future, **more))

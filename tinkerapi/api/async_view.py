@@ -63,6 +63,8 @@ class AsyncAPIView(APIView):
             request.get_host()  # raises for a host that is not in ALLOWED_HOSTS
             response = await in_database_thread(self._handle, drf_request)
             if inspect.isawaitable(response):
+                # The wait may be long and the body large; it was read, and nobody reads it again.
+                vars(request).pop("_body", None)
                 response = await response
         except Exception as exc:
             response = self.handle_exception(exc)

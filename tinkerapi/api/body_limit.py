@@ -3,6 +3,9 @@
 Django reads a request's whole body into a temporary file before any view sees the request,
 so a view cannot protect memory or disk. This stands in front of Django: by Content-Length a
 body is refused unread, and without one it is cut off at the limit.
+
+It also notes, as the body passes, whether it could hold the SDK's number: to look for that later
+would bring the bodies of all clients into memory at once, before their turn.
 """
 
 from __future__ import annotations
@@ -12,8 +15,12 @@ from typing import Any
 
 from django.conf import settings
 
+from tinkerapi.api.dialect import SEQ_ID_WORD
 from tinkerapi.api.errors import BodyTooLarge, error_response
 from tinkerapi.api.parsers import too_large_sentence
+
+HOLDS_SEQ_ID = "tinkerapi.holds_seq_id"
+"""In a request's scope: whether its body holds ``SEQ_ID_WORD``, once all of it has arrived."""
 
 Scope = dict[str, Any]
 Message = Mapping[str, Any]
@@ -32,12 +39,17 @@ def limit_body(application: Application) -> Application:
         if _declared_length(scope) > settings.MAX_BODY_BYTES:
             await _refuse(send)
             return
-        received = 0
+        received, end, word = 0, b"", len(SEQ_ID_WORD)
+        scope[HOLDS_SEQ_ID] = False
 
         async def counted() -> Message:
-            nonlocal received
+            nonlocal received, end
             message = await receive()
-            received += len(message.get("body", b""))
+            body = message.get("body", b"")
+            received += len(body)
+            if SEQ_ID_WORD in body or SEQ_ID_WORD in end + body[:word]:
+                scope[HOLDS_SEQ_ID] = True
+            end = (end + body[-word:])[-word:]
             # To Django the client has gone: it drops the body and answers nothing.
             return message if received <= settings.MAX_BODY_BYTES else {"type": "http.disconnect"}
 

@@ -13,6 +13,9 @@ from django.http import HttpRequest
 
 PROTOBUF = "application/x-protobuf"
 
+SEQ_ID_WORD = b'"seq_id"'
+"""What a JSON body of the SDK's holds, and hardly another."""
+
 
 def is_sdk_dialect(request: HttpRequest, body: Mapping[str, Any] | None = None) -> bool:
     """Whether the official SDK sent this; ``body`` is the decoded JSON, once there is one."""

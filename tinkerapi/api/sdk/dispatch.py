@@ -1,7 +1,7 @@
 """One address, two dialects: a path that both know goes to the view of whoever asks.
 
 The rule is ``is_sdk_dialect``. A client that does not name itself is told by its body, and
-the body is parsed for that only where the bytes could hold the SDK's ``seq_id``.
+the body is read and parsed for that only where the bytes could hold the SDK's ``seq_id``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import orjson
 from django.core.exceptions import RequestDataTooBig
 from django.http import HttpRequest, HttpResponseBase
 
-from tinkerapi.api.dialect import is_sdk_dialect
+from tinkerapi.api.body_limit import HOLDS_SEQ_ID
+from tinkerapi.api.dialect import SEQ_ID_WORD, is_sdk_dialect
 
 
 def by_dialect(quick_reference: Callable[..., Any], sdk: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,11 +36,14 @@ def speaks_sdk(request: HttpRequest) -> bool:
     """Whether the official SDK sent this, by its headers or by its body."""
     if is_sdk_dialect(request):
         return True
+    scope = getattr(request, "scope", {})
+    if not scope.get(HOLDS_SEQ_ID, True):
+        return False
     try:
         body = request.body
     except (RequestDataTooBig, OSError):
         return False  # the quick reference's view says what is wrong with it
-    if b'"seq_id"' not in body:
+    if SEQ_ID_WORD not in body:
         return False
     try:
         value = orjson.loads(body)
