@@ -1,0 +1,113 @@
+"""A whole server whose worker stops, or may not write: its clients see a pause or a name."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.platform.processes import wait_for
+from tests.server import Json, Server, free_port
+from tests.tiny_model import make_tiny_model
+
+pytestmark = [
+    pytest.mark.acceptance,
+    pytest.mark.skipif(sys.platform != "linux", reason="sets another process's limits"),
+]
+
+CONVERSATION = [{"role": "user", "content": "test"}, {"role": "assistant", "content": "passed"}]
+RANK = 64  # 200 KiB of weights: more than the limit below, which the log stays under
+LIMIT_BYTES = 100_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("faults")
+    server = Server(
+        folder,
+        free_port(),
+        {
+            "TINKERAPI_BASE_MODEL": str(make_tiny_model(folder / "tiny")),
+            "TINKERAPI_DTYPE": "float32",
+            "TINKERAPI_NUM_THREADS": "1",
+            "TINKERAPI_HANG_SECONDS": "15",
+            "TINKERAPI_SNAPSHOT_SECONDS": "0",
+        },
+    )
+    server.start()
+    yield server
+    server.stop()
+
+
+def step(server: Server, model_id: str) -> list[str]:
+    """Submit one step; its request ids."""
+    ids = []
+    for path, fields in (
+        ("/api/v1/forward_backward_async", {"data": [CONVERSATION]}),
+        ("/api/v1/optim_step_async", {"adam_params": {"learning_rate": 0.1}}),
+    ):
+        answer = server.post(path, model_id=model_id, **fields)
+        assert answer.status_code == 200, answer.text
+        ids.append(answer.json()["request_id"])
+    return ids
+
+
+def metrics(server: Server, ids: list[str]) -> list[Json]:
+    answers = [server.retrieve(request_id) for request_id in ids]
+    assert [answer.status_code for answer in answers] == [200] * len(ids)
+    return [answer.json()["metrics"] for answer in answers]
+
+
+def create(server: Server, model_id: str) -> None:
+    answer = server.post("/api/v1/add_lora", model_id=model_id, rank=RANK, seed=7)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture(scope="module")
+def unbroken(server: Server) -> list[Json]:
+    """The metrics of four steps in peace."""
+    create(server, "unbroken")
+    ids = [request_id for _ in range(4) for request_id in step(server, "unbroken")]
+    return metrics(server, ids)
+
+
+def test_a_stopped_worker_is_replaced_and_the_run_goes_on_to_the_same_bits(
+    server: Server, unbroken: list[Json]
+) -> None:
+    create(server, "stopped")
+    ids = step(server, "stopped")
+    metrics(server, ids)
+    stopped = server.worker_pid()
+    os.kill(stopped, signal.SIGSTOP)
+    ids += [request_id for _ in range(3) for request_id in step(server, "stopped")]
+    assert metrics(server, ids) == unbroken
+    assert "made no progress for 15 s and was killed" in server.log()
+    assert server.worker_pid() != stopped
+
+
+def test_a_worker_that_may_not_write_trains_on_and_fails_saves_by_name(
+    server: Server, unbroken: list[Json]
+) -> None:
+    worker = server.worker_pid()
+    before = resource.prlimit(worker, resource.RLIMIT_FSIZE)
+    resource.prlimit(worker, resource.RLIMIT_FSIZE, (LIMIT_BYTES, before[1]))
+    create(server, "full")
+    ids = [request_id for _ in range(3) for request_id in step(server, "full")]
+    metrics(server, ids)
+    log = next((server.data_dir / "logs").glob("engine-*.log"))
+    wait_for(lambda: "no snapshot" in log.read_text())
+    failed = server.post("/api/v1/save_weights", model_id="full", name="kept")
+    assert failed.json()["error_code"] == "StorageFull", failed.text
+
+    resource.prlimit(worker, resource.RLIMIT_FSIZE, before)
+    saved = server.post("/api/v1/save_weights", model_id="full", name="kept")
+    assert saved.status_code == 200, saved.text
+    ids += step(server, "full")
+    assert metrics(server, ids) == unbroken
+    assert server.worker_pid() == worker
+    assert not list(Path(server.data_dir / "snapshots").glob(".*"))
