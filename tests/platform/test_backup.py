@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import psycopg
 import pytest
 from django.contrib.auth.models import User
 from django.db import connection, connections
 
+from tests.server import ROOT
 from tinkerapi import backup as module
 from tinkerapi.backup import BackupError, backup_make
 from tinkerapi.postgres_binaries import program
@@ -191,6 +196,53 @@ def test_what_was_made_and_deleted_in_a_blink_makes_it_look_again(
     backup_make(tmp_path / "backup")
 
     assert folders(tmp_path / "backup") == dumped(tmp_path / "backup") == {"kept"}
+
+
+def test_a_database_of_ones_own_is_restored_if_it_is_new(
+    tmp_path: Path, save: Callable[[str], None]
+) -> None:
+    save("kept")
+    backup_make(tmp_path / "backup")
+    with connection.cursor() as cursor:
+        cursor.execute("DROP DATABASE IF EXISTS restored")
+        cursor.execute("CREATE DATABASE restored")
+    parameters = {
+        name: value
+        for name, value in connection.get_connection_params().items()
+        if name in ("host", "port", "user", "password") and value
+    }
+    password = f":{quote(str(parameters['password']))}" if "password" in parameters else ""
+    port = f":{parameters['port']}" if "port" in parameters else ""
+    host = quote(str(parameters["host"]), safe="") + port
+
+    def restore(data_dir: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "manage.py", "restore", str(tmp_path / "backup")],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
+                "DATABASE_URL": f"postgresql://{parameters['user']}{password}@{host}/restored",
+                "TINKERAPI_DATA_DIR": str(tmp_path / data_dir),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    try:
+        first, second = restore("there"), restore("elsewhere")
+        with psycopg.connect(**parameters, dbname="restored") as restored:
+            rows = restored.execute("SELECT directory FROM training_checkpoint").fetchall()
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("DROP DATABASE restored WITH (FORCE)")
+
+    assert first.returncode == 0, first.stderr
+    assert rows == [("checkpoints/kept",)]
+    assert (tmp_path / "there" / "checkpoints" / "kept" / "weights.npy").read_text() == "kept"
+    assert second.returncode == 1
+    assert "has tables already" in second.stderr
 
 
 def test_a_missing_folder_is_said_and_nothing_is_left(
