@@ -10,32 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import psycopg
-from django.db import InterfaceError, OperationalError, connections
+from django.db import InterfaceError, OperationalError
 from psycopg import sql
 
-from futures.database import alias, dedicated_parameters
+from futures.database import dedicated_parameters
 from futures.errors import FutureNotFound
 from futures.models import Future
 from futures.notify import FINISHED_CHANNEL, PROGRESS_CHANNEL
-from futures.outage import outage
+from futures.reader import FutureReader
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_READERS = 4
-"""Threads that read rows; as many pooled connections can be in use here at once."""
-
 _RECONNECT_SECONDS = 1.0
-
-_readers = ThreadPoolExecutor(_READERS, thread_name_prefix="futures-hub")
 
 
 class Hub:
@@ -45,6 +39,7 @@ class Hub:
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._following: dict[str, set[asyncio.Queue[str | None]]] = {}
         self._listening: asyncio.Task[None] | None = None
+        self.reader = FutureReader()
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[asyncio.Event]:
@@ -86,7 +81,8 @@ class Hub:
             self._listening = None
 
     async def close(self) -> None:
-        """Stop listening; the next waiter begins again."""
+        """Stop listening and reading; the next waiter begins again."""
+        await self.reader.close()
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
@@ -142,10 +138,11 @@ async def future_wait(request_id: str, *, owner_id: int, timeout_seconds: float)
         FutureNotFound: The owner has no such future. (404)
         OperationalError: Django's; Postgres could not be asked even once.
     """
+    reader = hub().reader
 
-    def read() -> Future | None:
-        future = Future.objects.defer("payload").filter(pk=request_id, owner_id=owner_id).first()
-        if future is None:
+    async def read() -> Future | None:
+        future = await reader.read(request_id)
+        if future is None or future.owner_id != owner_id:
             raise FutureNotFound.named(request_id)
         return future if future.is_final else None
 
@@ -181,7 +178,7 @@ async def future_progress(
 
 
 async def read_when_woken(
-    name: str, read: Callable[[], T | None], *, timeout_seconds: float
+    name: str, read: Callable[[], Awaitable[T | None]], *, timeout_seconds: float
 ) -> T | None:
     """What ``read`` finds, as soon as it finds something, or None when the time is up.
 
@@ -190,12 +187,14 @@ async def read_when_woken(
 
     Args:
         name: A request id, or an unordered lane's id, which is woken with each of its futures.
-        read: Asks the database, in a reader's thread.
+        read: Asks the database.
 
     Raises:
         OperationalError: Django's; Postgres could not be asked even once.
         Exception: What ``read`` raises.
     """
+    if timeout_seconds <= 0:
+        return await read()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
     asked = False
@@ -204,7 +203,7 @@ async def read_when_woken(
             event.clear()
             over = loop.time() >= deadline
             try:
-                found = await loop.run_in_executor(_readers, _then_close, read)
+                found = await read()
                 asked = True
             except (OperationalError, InterfaceError):
                 if not asked:
@@ -220,12 +219,3 @@ async def read_when_woken(
                     await event.wait()
             except TimeoutError:
                 continue
-
-
-def _then_close(read: Callable[[], T]) -> T:
-    """Read in a reader's thread, and give the connection back before anybody waits."""
-    try:
-        outage.check()
-        return outage.noting(read)
-    finally:
-        connections[alias()].close()

@@ -1,6 +1,6 @@
-"""While Postgres is down, one request finds out and the others are told at once.
+"""While Postgres is down, one request waits for it and the others are told at once.
 
-A request that needs a connection waits a few seconds for one, which hides a restart. But a
+A request that finds no Postgres waits a few seconds for it, which hides a restart. But a
 process has few threads for its database; with every request waiting in turn, a hundredth
 client would hear nothing for minutes. So whoever has waited in vain speaks for all who come
 in the next moment.
@@ -10,40 +10,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
 from django.db import OperationalError
-from psycopg_pool import PoolTimeout
 
-T = TypeVar("T")
+PATIENCE_SECONDS = 4.0
+"""What a restarted Postgres needs to be back."""
 
+LOOK_SECONDS = 0.1
 BELIEVED_SECONDS = 1.0
 
 
 class Outage:
     """What one process knows about Postgres not answering; for all of its threads."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._clock = clock
+        self._sleep = sleep
         self._believed_until = 0.0
 
-    def check(self) -> None:
-        """To be asked before something that needs a connection.
+    def wait_out(self, connect: Callable[[], None]) -> None:
+        """``connect()``, again and again until it succeeds or the patience ends.
 
         Raises:
-            OperationalError: Django's; somebody has just waited for one in vain.
+            OperationalError: Django's; in vain, or somebody has just waited in vain.
         """
         if self._clock() < self._believed_until:
             raise OperationalError("Postgres did not answer a moment ago")
-
-    def noting(self, question: Callable[..., T], *args: object) -> T:
-        """``question(*args)``; when it waits for a connection in vain, ``check`` will know."""
-        try:
-            return question(*args)
-        except OperationalError as error:
-            if isinstance(error.__cause__, PoolTimeout):
-                self._believed_until = self._clock() + BELIEVED_SECONDS
-            raise
+        deadline = self._clock() + PATIENCE_SECONDS
+        while True:
+            try:
+                connect()
+                return
+            except OperationalError:
+                if self._clock() >= deadline:
+                    self._believed_until = self._clock() + BELIEVED_SECONDS
+                    raise
+            self._sleep(LOOK_SECONDS)
 
 
 outage = Outage()

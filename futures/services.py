@@ -8,6 +8,7 @@ futures is in ``futures.claiming`` and ``futures.workers``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 import orjson
@@ -33,38 +34,43 @@ from futures.payload import EncodedPayload, encode, encode_payload
 from futures.transitions import Category, State
 
 # One statement, for each round trip costs more than the row. It inserts nothing when the
-# request was submitted before, and nothing where an ordered lane has already passed.
+# request was submitted before, where an ordered lane has already passed, and when too many of
+# the owner's futures wait. The doorbell stands or falls with the future.
 _SUBMIT = """
-WITH numbered AS (
+WITH waiting AS MATERIALIZED (
+    SELECT %(max_pending)s::bigint IS NULL OR (
+        SELECT count(*) FROM (
+            SELECT FROM futures_future WHERE owner_id = %(owner_id)s AND state = 'pending'
+            LIMIT %(max_pending)s::bigint
+        ) AS pending
+    ) < %(max_pending)s::bigint AS has_room
+), numbered AS (
     UPDATE futures_lane SET last_seq_id = last_seq_id + 1
-    WHERE id = %(lane_id)s AND %(seq_id)s::bigint IS NULL
+    WHERE id = %(lane_id)s AND %(seq_id)s::bigint IS NULL AND (SELECT has_room FROM waiting)
     RETURNING last_seq_id
+), inserted AS (
+    INSERT INTO futures_future (
+        id, owner_id, queue, lane_id, seq_id, idempotency_key, kind, state, payload,
+        payload_digest, summary, cost, patient, error, category, error_code, attempts,
+        replay_of_id, created_at, finished_at
+    )
+    SELECT
+        %(id)s, %(owner_id)s, %(queue)s, %(lane_id)s,
+        coalesce(%(seq_id)s::bigint, (SELECT last_seq_id FROM numbered)),
+        %(idempotency_key)s, %(kind)s, %(state)s, %(payload)b, %(payload_digest)b,
+        %(summary)s::jsonb, %(cost)s, %(patient)s, %(error)s, %(category)s, %(error_code)s, 0,
+        %(replay_of_id)s, %(created_at)s, %(finished_at)s
+    WHERE (SELECT has_room FROM waiting) AND NOT EXISTS (
+        SELECT FROM futures_lane
+        WHERE id = %(lane_id)s AND ordered AND next_seq_id > %(seq_id)s::bigint
+    )
+    ON CONFLICT DO NOTHING
+    RETURNING seq_id
 ), doorbell AS (
     INSERT INTO django_q_ormq (key, payload, lock)
-    VALUES (%(queue)s, %(doorbell)s, statement_timestamp())
+    SELECT %(queue)s, %(doorbell)s, statement_timestamp() FROM inserted
 )
-INSERT INTO futures_future (
-    id, owner_id, queue, lane_id, seq_id, idempotency_key, kind, state, payload,
-    payload_digest, summary, cost, patient, error, category, error_code, attempts, replay_of_id,
-    created_at, finished_at
-)
-SELECT
-    %(id)s, %(owner_id)s, %(queue)s, %(lane_id)s,
-    coalesce(%(seq_id)s::bigint, (SELECT last_seq_id FROM numbered)),
-    %(idempotency_key)s, %(kind)s, %(state)s, %(payload)b, %(payload_digest)b,
-    %(summary)s::jsonb, %(cost)s, %(patient)s, %(error)s, %(category)s, %(error_code)s, 0,
-    %(replay_of_id)s, %(created_at)s, %(finished_at)s
-WHERE NOT EXISTS (
-    SELECT FROM futures_lane
-    WHERE id = %(lane_id)s AND ordered AND next_seq_id > %(seq_id)s::bigint
-)
-ON CONFLICT DO NOTHING
-RETURNING seq_id, (
-    SELECT count(*) FROM (
-        SELECT FROM futures_future WHERE owner_id = %(owner_id)s AND state = 'pending'
-        LIMIT %(max_pending)s
-    ) AS waiting
-)
+SELECT has_room, (SELECT count(*) FROM inserted), (SELECT seq_id FROM inserted) FROM waiting
 """
 
 
@@ -78,8 +84,11 @@ class Refusal:
     """Class name of the domain error."""
 
 
-class _NotInserted(Exception):
-    """A unique constraint already holds this request; the transaction is to be undone."""
+class _Inserted(Enum):
+    YES = auto()
+    NO = auto()
+    """A unique constraint holds this request already, or its lane is past it."""
+    FULL = auto()
 
 
 def lane_create(
@@ -159,17 +168,16 @@ def future_submit(
         future.error_code = refusal.error_code
         future.finished_at = now
     while True:
-        try:
-            with transaction.atomic(using=alias()):
-                _insert(future, max_pending)
-        except _NotInserted:
-            first = _first(future)
-            if first is not None:
-                return first
-            # The first one was undone, or the server's number met a client's in this lane.
-            _renumber(future)
-        else:
+        inserted = _insert(future, max_pending)
+        if inserted == _Inserted.YES:
             return future
+        first = _first(future)
+        if first is not None:
+            return first
+        if inserted == _Inserted.FULL:
+            raise QueueFull
+        # The first one was undone, or the server's number met a client's in this lane.
+        _renumber(future)
 
 
 def future_record(
@@ -212,9 +220,20 @@ def future_record(
     return future
 
 
-def _insert(future: Future, max_pending: int | None) -> None:
-    """Insert the future and its doorbell, or raise _NotInserted or QueueFull."""
-    rows = execute(
+def _insert(future: Future, max_pending: int | None) -> _Inserted:
+    """Insert the future and its doorbell, or neither."""
+    if future.lane_id is None or future.seq_id is not None or future.idempotency_key is None:
+        return _insert_once(future, max_pending)
+    # Only here can a repeat use up one of the lane's numbers, which must then be given back.
+    with transaction.atomic(using=alias()):
+        inserted = _insert_once(future, max_pending)
+        if inserted != _Inserted.YES:
+            transaction.set_rollback(True, using=alias())
+    return inserted
+
+
+def _insert_once(future: Future, max_pending: int | None) -> _Inserted:
+    [(has_room, count, seq_id)] = execute(
         _SUBMIT,
         {
             "id": future.id,
@@ -237,18 +256,16 @@ def _insert(future: Future, max_pending: int | None) -> None:
             "created_at": future.created_at,
             "finished_at": future.finished_at,
             "doorbell": doorbell(future.queue),
-            "max_pending": max_pending or 0,
+            "max_pending": max_pending,
         },
     )
-    if not rows:
-        raise _NotInserted
-    [(seq_id, pending)] = rows
-    if max_pending is not None and pending >= max_pending:
-        raise QueueFull
+    if not count:
+        return _Inserted.NO if has_room else _Inserted.FULL
     future.seq_id = seq_id
     future._state.adding = False
     future._state.db = alias()
     notify_bell(future.queue)
+    return _Inserted.YES
 
 
 def _first(future: Future) -> Future | None:

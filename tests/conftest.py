@@ -16,6 +16,8 @@ from django.db import connections
 from django.test import Client
 
 from futures.broker import PostgresBroker
+from futures.models import Future
+from futures.reader import FutureReader
 from futures.workers import worker_start
 from tinkerapi.api import answers, async_view
 from tinkerapi.postgres import EmbeddedPostgres
@@ -49,6 +51,14 @@ def django_db_setup(django_db_setup: None) -> Iterator[None]:
     """
     yield
     gc.collect()
+    every_thread = threading.Barrier(async_view.DATABASE_THREADS)
+
+    def close() -> None:
+        every_thread.wait()
+        connections.close_all()
+
+    for closing in [async_view.executor.submit(close) for _ in range(every_thread.parties)]:
+        closing.result()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -124,8 +134,13 @@ def api(db: None, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
     async def in_this_thread(function: Callable[..., Any], *args: Any) -> Any:
         return await sync_to_async(function, thread_sensitive=True)(*args)
 
+    async def read(self: FutureReader, request_id: str) -> Future | None:
+        found = Future.objects.defer("payload").filter(pk=request_id)
+        return await in_this_thread(found.first)
+
     for module in (async_view, answers):
         monkeypatch.setattr(module, "in_database_thread", in_this_thread)
+    monkeypatch.setattr(FutureReader, "read", read)
     return ApiClient(Client(raise_request_exception=False))
 
 

@@ -30,3 +30,9 @@ class ApiKey(models.Model):
 
     def __str__(self) -> str:
         return f"{self.prefix}… ({self.name})"
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether it opens the door now: not revoked, not expired, of an active user."""
+        is_current = self.expires_at is None or self.expires_at > timezone.now()
+        return self.revoked_at is None and is_current and self.user.is_active

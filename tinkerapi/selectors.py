@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
-from django.db.models import Q, QuerySet
-from django.utils import timezone
+from django.contrib.auth.models import User
 
+from futures.database import row_get
 from tinkerapi.models import ApiKey
 
 
@@ -15,15 +17,27 @@ def api_key_hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def api_keys_valid() -> QuerySet[ApiKey]:
-    """Keys that open the door now: not revoked, not expired, of an active user."""
-    return ApiKey.objects.filter(
-        Q(expires_at__isnull=True) | Q(expires_at__gt=timezone.now()),
-        revoked_at__isnull=True,
-        user__is_active=True,
-    )
-
-
 def api_key_get(key: str) -> ApiKey | None:
-    """The valid key with its user loaded, in one query; None for every other string."""
-    return api_keys_valid().select_related("user").filter(key_hash=api_key_hash(key)).first()
+    """The valid key with its user loaded; None for every other string."""
+    return _valid("key_hash = %(key_hash)s", {"key_hash": api_key_hash(key)})
+
+
+def api_key_by_id(api_key_id: int) -> ApiKey | None:
+    """The key of this id, if it is valid, with its user loaded."""
+    return _valid("id = %(id)s", {"id": api_key_id})
+
+
+def user_by_name(username: str) -> User | None:
+    """The user of this name, active or not."""
+    return row_get(User, "username = %(username)s", {"username": username})
+
+
+def _valid(condition: str, parameters: Mapping[str, Any]) -> ApiKey | None:
+    api_key = row_get(ApiKey, condition, parameters)
+    if api_key is None:
+        return None
+    user = row_get(User, "id = %(id)s", {"id": api_key.user_id})
+    if user is None:  # removed between our two reads, and the key with it
+        return None
+    api_key.user = user
+    return api_key if api_key.is_valid else None

@@ -145,17 +145,9 @@ else:
 
     database = embedded_database(DATA_DIR)
 
-POOL = {
-    "min_size": 2,
-    "max_size": 8,  # as many threads ask, so nobody waits for another
-    "timeout": 4,  # seconds: what a restarted Postgres needs to be back
-    # Seconds for which one lost connection is tried again, each time twice as long after the last.
-    # Later ones are opened on demand: with the default 300, web would miss the end of an outage.
-    "reconnect_timeout": 2,
-}
-
-# The web serves many threads from a small pool. The worker keeps one connection for ever:
-# django-q2 closes old connections around each call, and with 0 it would reconnect each time.
+# Pages get a connection for each request; the threads that serve the API keep theirs, whatever
+# this says. The worker keeps one connection for ever: django-q2 closes old connections around
+# each call, and with 0 it would reconnect each time.
 DATABASES = {
     "default": {
         **database,
@@ -164,8 +156,8 @@ DATABASES = {
         "OPTIONS": {
             # The ORM never prepares; the queue's own statements take longer to plan than to run.
             "prepare_threshold": 2,
+            "connect_timeout": 4,  # seconds; without it a host that is gone takes two minutes
             **database.get("OPTIONS", {}),
-            **({"pool": POOL} if ROLE == "web" else {}),
         },
     }
 }

@@ -17,7 +17,7 @@ import orjson
 from django.conf import settings
 
 from tinkerapi.models import ApiKey
-from tinkerapi.selectors import api_keys_valid
+from tinkerapi.selectors import api_key_by_id
 
 TOKEN_PREFIX = "eyJ"  # noqa: S105 - what base64 makes of the beginning of every header
 """How a token is told from a key."""
@@ -60,7 +60,7 @@ def token_verify(token: str) -> ApiKey | None:
     claims: dict[str, Any] = orjson.loads(base64.urlsafe_b64decode(payload + "=="))
     if claims["exp"] <= time.time():
         return None
-    return api_keys_valid().select_related("user").filter(pk=claims["key_id"]).first()
+    return api_key_by_id(claims["key_id"])
 
 
 def _encode(data: bytes) -> str:

@@ -8,6 +8,7 @@ from django.db.models import F, OuterRef, Q, QuerySet, Subquery
 from django.db.models.functions import Coalesce
 from django.utils import timezone
 
+from futures.database import row_get
 from futures.models import Future
 from futures.transitions import State
 from training.errors import (
@@ -77,10 +78,21 @@ def run_get(*, owner_id: int, model_id: str) -> Run:
     Raises:
         RunNotFound: There is none; another owner's run answers the same. (404)
     """
-    live = Run.objects.owned_by(owner_id).live().select_related("session")
-    run = live.filter(name=model_id).first()
+    run = run_live(owner_id=owner_id, name=model_id)
     if run is None:
         raise RunNotFound(f"model_id: no model named {model_id!r}")
+    return run
+
+
+def run_live(*, owner_id: int, name: str) -> Run | None:
+    """The owner's live run of this name, with its session; None if there is none."""
+    run = row_get(
+        Run,
+        "owner_id = %(owner_id)s AND name = %(name)s AND deleted_at IS NULL",
+        {"owner_id": owner_id, "name": name},
+    )
+    if run is not None and run.session_id is not None:
+        run.session = row_get(Session, "id = %(id)s", {"id": run.session_id})
     return run
 
 

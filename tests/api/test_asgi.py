@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from django.db import connection
 
+from futures.hub import hub
+from tinkerapi.api.async_view import DATABASE_THREADS
 from tinkerapi.asgi import application
 from tinkerapi.handlers import ApiHandler
 
@@ -17,13 +20,11 @@ class Unread(AssertionError):
     """The application read a body that it should have refused unread."""
 
 
-def call(
-    path: str, *, method: str = "POST", headers: dict[str, str] | None = None, body: Iterable[bytes]
-) -> tuple[int, dict[str, str], bytes]:
-    """One request through the application; body chunks are only made when they are read."""
-    chunks, sent = iter(body), []
+def scope_of(
+    path: str, method: str = "POST", headers: dict[str, str] | None = None
+) -> dict[str, Any]:
     names = {"host": "localhost", "content-type": "application/json", **(headers or {})}
-    scope = {
+    return {
         "type": "http",
         "method": method,
         "path": path,
@@ -33,6 +34,14 @@ def call(
         "server": ("127.0.0.1", 8000),
         "scheme": "http",
     }
+
+
+def call(
+    path: str, *, method: str = "POST", headers: dict[str, str] | None = None, body: Iterable[bytes]
+) -> tuple[int, dict[str, str], bytes]:
+    """One request through the application; body chunks are only made when they are read."""
+    chunks, sent = iter(body), []
+    scope = scope_of(path, method, headers)
 
     async def run() -> None:
         over = asyncio.Event()
@@ -109,3 +118,44 @@ def test_an_unknown_address_is_json_without_middleware_too(path):
     assert status == 404
     assert headers["content-type"] == "application/json"
     assert json.loads(body)["error_code"] == "NotFound"
+
+
+def test_a_database_thread_notices_that_its_connection_was_lost(transactional_db):
+    def ask() -> int:
+        return call("/cancel_future", body=[b'{"request_id": "unknown"}', b""])[0]
+
+    answers = [ask() for _ in range(DATABASE_THREADS)]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        assert cursor.fetchall()
+    answers += [ask() for _ in range(DATABASE_THREADS)]
+
+    assert answers == [404] * 2 * DATABASE_THREADS
+
+
+def test_a_wait_ends_when_its_client_goes_away(transactional_db):
+    """The answer would come after five minutes, for no worker is there."""
+    body = {"model_id": "m", "data": [[{"role": "user", "content": "hi"}]]}
+    waiting: list[int] = []
+
+    async def run() -> None:
+        async def receive() -> dict[str, Any]:
+            if not waiting:
+                waiting.append(0)
+                return {"type": "http.request", "body": json.dumps(body).encode()}
+            while not (known := len(hub()._waiting)):
+                await asyncio.sleep(0.01)
+            waiting.append(known)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            raise AssertionError(message)
+
+        await application(scope_of("/api/v1/forward_backward"), receive, send)
+        waiting.append(len(hub()._waiting))
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert waiting == [0, 1, 0]

@@ -4,46 +4,63 @@ from __future__ import annotations
 
 import pytest
 from django.db import OperationalError
-from psycopg_pool import PoolTimeout
 
 from futures import outage
-from futures.outage import BELIEVED_SECONDS, Outage
+from futures.outage import BELIEVED_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, Outage
 from tests.conftest import ApiClient
 
 
 class Clock:
+    """Time that passes while somebody sleeps."""
+
     now = 10.0
 
     def __call__(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
-def wait_in_vain() -> None:
-    raise OperationalError("no connection") from PoolTimeout("after 4.00 sec")
+
+class Postgres:
+    """Refuses connections until a time."""
+
+    def __init__(self, clock: Clock, back_at: float) -> None:
+        self._clock, self._back_at = clock, back_at
+        self.asked = 0
+
+    def connect(self) -> None:
+        self.asked += 1
+        if self._clock.now < self._back_at:
+            raise OperationalError("connection refused")
+
+
+def test_a_restart_is_waited_out() -> None:
+    clock = Clock()
+    postgres = Postgres(clock, back_at=clock.now + PATIENCE_SECONDS / 2)
+
+    Outage(clock=clock, sleep=clock.sleep).wait_out(postgres.connect)
+
+    assert postgres.asked > 2
+    assert clock.now < 10.0 + PATIENCE_SECONDS
 
 
 def test_who_waited_in_vain_speaks_for_all_who_come_in_the_next_moment() -> None:
     clock = Clock()
-    known = Outage(clock=clock)
-    known.check()
-    with pytest.raises(OperationalError, match="no connection"):
-        known.noting(wait_in_vain)
+    postgres = Postgres(clock, back_at=10.0 + PATIENCE_SECONDS + BELIEVED_SECONDS)
+    known = Outage(clock=clock, sleep=clock.sleep)
+
+    with pytest.raises(OperationalError, match="connection refused"):
+        known.wait_out(postgres.connect)
+    assert clock.now < 10.0 + PATIENCE_SECONDS + 2 * LOOK_SECONDS
+    asked = postgres.asked
     with pytest.raises(OperationalError, match="a moment ago"):
-        known.check()
+        known.wait_out(postgres.connect)
+    assert postgres.asked == asked
+
     clock.now += BELIEVED_SECONDS
-    known.check()
-    assert known.noting(lambda value: value, "found") == "found"
-
-
-def test_an_error_of_one_statement_is_no_outage() -> None:
-    known = Outage()
-
-    def fail() -> None:
-        raise OperationalError("deadlock detected")
-
-    with pytest.raises(OperationalError):
-        known.noting(fail)
-    known.check()
+    known.wait_out(postgres.connect)
+    assert postgres.asked == asked + 1
 
 
 @pytest.mark.parametrize("path", ["/fwdbwd", "/api/v1/forward_backward_async", "/v1/completions"])

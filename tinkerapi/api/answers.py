@@ -13,6 +13,7 @@ from futures.errors import FuturePurged
 from futures.hub import future_wait
 from futures.models import Future
 from futures.places import future_place
+from futures.selectors import future_get
 from futures.transitions import State
 from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.errors import error_response
@@ -68,17 +69,23 @@ def pending_answer(future: Future, **more: Any) -> JSONResponse:
 
 
 async def waited_answer(
-    future: Future, *, owner_id: int, timeout_seconds: float, **more: Any
+    request_id: str, *, owner_id: int, timeout_seconds: float, **more: Any
 ) -> JSONResponse:
     """The answer once the future is final, or 202 when the time is up.
 
-    Holds no thread and no connection meanwhile, nor what was asked; a client that goes away loses
-    nothing.
+    Holds no thread and no connection meanwhile, nor what was asked; a client that goes away
+    loses nothing.
+
+    Raises:
+        FutureNotFound: The owner has no such future. (404)
     """
-    vars(future).pop("payload", None)  # as if deferred
-    final = await future_wait(future.id, owner_id=owner_id, timeout_seconds=timeout_seconds)
+    final = await future_wait(request_id, owner_id=owner_id, timeout_seconds=timeout_seconds)
     if final is None:
-        return await in_database_thread(lambda: pending_answer(future, **more))
+
+        def pending() -> JSONResponse:
+            return pending_answer(future_get(request_id=request_id, owner_id=owner_id), **more)
+
+        return await in_database_thread(pending)
     if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
         return await in_database_thread(final_answer, final)
     return final_answer(final)

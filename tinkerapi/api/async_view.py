@@ -1,9 +1,9 @@
 """A DRF view whose waiting costs no thread of ours and no database connection.
 
 The synchronous part of a request (authentication, parsing, one service call) runs in one of
-a few threads that own database connections. If the handler returns an awaitable, that is
-awaited on the event loop, after the thread and its connection were given back: thousands of
-requests may wait for their futures on a pool of eight connections.
+a few threads, each of which keeps its own database connection. If the handler returns an
+awaitable, that is awaited on the event loop, after the thread was given back: thousands of
+requests may wait for their futures on four threads.
 """
 
 from __future__ import annotations
@@ -14,32 +14,40 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
+from django.db import Error as DatabaseFailure
 from django.db import connection
 from django.http import HttpRequest, HttpResponseBase
 from rest_framework.exceptions import MethodNotAllowed
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
+from futures.database import is_lost
 from futures.outage import outage
 
 T = TypeVar("T")
 
 DATABASE_THREADS = 4
-"""More would wait for Python's lock, or for a connection."""
+"""More would wait for Python's lock."""
 
-_executor = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
+executor = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
 
 
-def _then_close(function: Callable[..., T], *args: Any) -> T:
+def _with_connection(function: Callable[..., T], *args: Any) -> T:
+    """Call it on this thread's connection, and leave that one fit for the next call."""
+    raw = connection.connection
+    if raw is not None and is_lost(raw):
+        connection.close()
     try:
-        return outage.noting(function, *args)
-    finally:
-        connection.close()  # to the pool; a thread that kept it would starve the others
+        return function(*args)
+    except DatabaseFailure:
+        connection.close()  # it may be what failed
+        raise
 
 
 async def in_database_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run a function that uses the database, and give its connection back."""
-    return await asyncio.get_running_loop().run_in_executor(_executor, _then_close, function, *args)
+    """Run a function that uses the database."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(executor, _with_connection, function, *args)
 
 
 class AsyncAPIView(APIView):
@@ -73,7 +81,7 @@ class AsyncAPIView(APIView):
 
     def _handle(self, request: Request) -> Any:
         if self.authentication_classes:  # who asks is a question for the database
-            outage.check()
+            outage.wait_out(connection.ensure_connection)
         self.initial(request, *self.args, **self.kwargs)
         method = (request.method or "").lower()
         handler = self.http_method_not_allowed

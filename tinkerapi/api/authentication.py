@@ -21,8 +21,7 @@ from __future__ import annotations
 import ipaddress
 
 from django.conf import settings
-from django.contrib.auth import get_user_model
-from django.contrib.auth.models import AbstractBaseUser
+from django.contrib.auth.models import AbstractBaseUser, User
 from django.http import HttpRequest
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import AuthenticationFailed, UnsupportedMediaType
@@ -30,6 +29,7 @@ from rest_framework.request import Request
 
 from tinkerapi.api.parsers import JSON
 from tinkerapi.models import ApiKey
+from tinkerapi.selectors import user_by_name
 from tinkerapi.services import LOCAL_USERNAME, api_key_verify
 from tinkerapi.tokens import TOKEN_PREFIX, token_verify
 
@@ -67,7 +67,9 @@ def local_user() -> AbstractBaseUser:
 
     It has no password, so nobody can log in to the admin as it.
     """
-    user, _ = get_user_model().objects.get_or_create(username=LOCAL_USERNAME)
+    user = user_by_name(LOCAL_USERNAME)
+    if user is None:
+        user, _ = User.objects.get_or_create(username=LOCAL_USERNAME)
     if not user.is_active:
         raise AuthenticationFailed("Keyless requests are closed: the user 'local' is inactive.")
     return user

@@ -20,7 +20,7 @@ from training.errors import LimitExceeded, RunExists, RunNotFound
 from training.kinds import Kind
 from training.models import Run
 from training.paths import check_name
-from training.selectors import run_get
+from training.selectors import run_get, run_live
 from training.services.submission import Submission, run_repeated, submit_in_lane
 from training.types import LoraConfig
 
@@ -90,8 +90,7 @@ def run_get_or_create(owner_id: int, model_id: str) -> Run:
         LimitExceeded: The owner has as many adapters as one may have. (400)
     """
     name = check_name(model_id, field="model_id")
-    live = Run.objects.owned_by(owner_id).live().filter(name=name)
-    if run := live.first():
+    if run := run_live(owner_id=owner_id, name=name):
         return run
     config = LoraConfig()
     # One transaction: nobody may see the run before its creation leads its lane.
@@ -99,7 +98,9 @@ def run_get_or_create(owner_id: int, model_id: str) -> Run:
         if run := _run_create(owner_id, name, None, config):
             _submit_creation(run, name, config, None)
             return run
-    return live.get()  # another request made it between our read and our write
+    return run_get(
+        owner_id=owner_id, model_id=name
+    )  # another request made it between our read and our write
 
 
 @transaction.atomic

@@ -9,9 +9,8 @@ from django.conf import settings
 from django.http import HttpResponse
 from rest_framework.request import Request
 
-from futures.selectors import future_get
 from futures.services import future_cancel
-from tinkerapi.api.answers import final_answer, pending_answer, waited_answer
+from tinkerapi.api.answers import waited_answer
 from tinkerapi.api.fields import Field, Schema, Text
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.views.base import WAIT, ApiView, owner_of
@@ -46,16 +45,10 @@ class RetrieveFutureView(ApiView):
         500: "The operation failed; `detail` says why.",
     }
 
-    def post(self, request: Request) -> HttpResponse | Awaitable[HttpResponse]:
+    def post(self, request: Request) -> Awaitable[HttpResponse]:
         body = self.checked_body(request)
-        owner_id = owner_of(request)
-        future = future_get(request_id=body["request_id"], owner_id=owner_id, with_result=True)
-        if future.is_final:
-            return final_answer(future)
-        if not body["wait"]:
-            return pending_answer(future)
-        wait = min(body["wait"], settings.MAX_WAIT_SECONDS)
-        return waited_answer(future, owner_id=owner_id, timeout_seconds=wait)
+        wait = min(body["wait"] or 0, settings.MAX_WAIT_SECONDS)
+        return waited_answer(body["request_id"], owner_id=owner_of(request), timeout_seconds=wait)
 
 
 class CancelFutureView(ApiView):

@@ -114,22 +114,20 @@ class RetrieveFutureView(SdkView):
         "allow_metadata_only": Flag(description="A size will do.", default=False),
     }
 
-    def post(self, request: Request) -> HttpResponse | Awaitable[HttpResponse]:
+    def post(self, request: Request) -> Awaitable[HttpResponse]:
         body = self.checked_body(request)
-        owner_id = owner_of(request)
-        future = future_get(request_id=body["request_id"], owner_id=owner_id, with_result=True)
         form = {
             "accepts_protobuf": PROTOBUF in request.headers.get("Accept", ""),
             "allow_metadata_only": body["allow_metadata_only"],
         }
-        if future.is_final:
-            return final_answer(future, **form)
-        return self._waited(future, owner_id, form)
+        return self._waited(body["request_id"], owner_of(request), form)
 
-    async def _waited(self, future: Future, owner_id: int, form: dict[str, bool]) -> HttpResponse:
-        final = await future_wait(future.id, owner_id=owner_id, timeout_seconds=POLL_SECONDS)
+    async def _waited(self, request_id: str, owner_id: int, form: dict[str, bool]) -> HttpResponse:
+        final = await future_wait(request_id, owner_id=owner_id, timeout_seconds=POLL_SECONDS)
         if final is None:
-            return await async_view.in_database_thread(pending_answer, future)
+            return await async_view.in_database_thread(
+                lambda: pending_answer(future_get(request_id=request_id, owner_id=owner_id))
+            )
         if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
             return await async_view.in_database_thread(lambda: final_answer(final, **form))
         return final_answer(final, **form)

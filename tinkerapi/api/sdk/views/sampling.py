@@ -216,7 +216,7 @@ class RetrieveFuturesView(SdkView):
     ) -> HttpResponse:
         answer = await read_when_woken(
             lane_id,
-            lambda: completions(cursor),
+            lambda: async_view.in_database_thread(completions, cursor),
             timeout_seconds=min(POLL_SECONDS, timeout_seconds or POLL_SECONDS),
         )
         if answer is None:  # what a cancellation may have passed by; to be told twice is harmless

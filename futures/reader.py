@@ -1,0 +1,103 @@
+"""Futures by id, for those who wait in an event loop, on one connection of their own.
+
+Whoever asks while a statement is on its way shares the next one. So a commit that wakes five
+hundred waiters is followed by eight statements instead of five hundred, and a reading waiter
+needs neither a thread nor a turn with a connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import psycopg
+from django.db import OperationalError
+
+from futures.database import alias, dedicated_parameters, is_lost
+from futures.models import Future
+
+MAX_IDS = 64
+"""Of one statement; a result may have megabytes."""
+
+_COLUMNS = tuple(
+    column.attname for column in Future._meta.concrete_fields if column.attname != "payload"
+)
+_READ = f"SELECT {', '.join(_COLUMNS)} FROM futures_future WHERE id = ANY (%s)"  # noqa: S608
+_ID = _COLUMNS.index("id")
+
+
+class FutureReader:
+    """Reads for the tasks of one event loop."""
+
+    def __init__(self) -> None:
+        self._asked: dict[str, asyncio.Future[Future | psycopg.Error | None]] = {}
+        self._some_asked = asyncio.Event()
+        self._reading: asyncio.Task[None] | None = None
+
+    async def read(self, request_id: str) -> Future | None:
+        """The future as it is now, without its payload; None if there is none.
+
+        Raises:
+            OperationalError: Django's; Postgres does not answer.
+        """
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read(), name="futures reader")
+            self._reading.add_done_callback(self._forget)
+        asked = self._asked.get(request_id)
+        if asked is None:
+            asked = self._asked[request_id] = asyncio.get_running_loop().create_future()
+            self._some_asked.set()
+        found = await asyncio.shield(asked)  # others may await it too
+        if isinstance(found, psycopg.Error):
+            raise OperationalError(str(found)) from found
+        return found
+
+    async def close(self) -> None:
+        """Stop reading; the next one who asks begins again."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    def _forget(self, reading: asyncio.Task[None]) -> None:
+        """Let go of a task that ended: it holds its loop, and the loop is what holds us."""
+        if self._reading is reading:
+            self._reading = None
+
+    async def _read(self) -> None:
+        connection: psycopg.AsyncConnection[Any] | None = None
+        try:
+            while True:
+                await self._some_asked.wait()
+                asked = self._take()
+                found: dict[str, Future] = {}
+                failure: psycopg.Error | None = None
+                try:
+                    if connection is not None and is_lost(connection):
+                        await connection.close()
+                    if connection is None or connection.closed:
+                        connection = await psycopg.AsyncConnection.connect(**dedicated_parameters())
+                    found = await futures_by_id(connection, list(asked))
+                except psycopg.Error as error:
+                    failure = error
+                    if connection is not None:
+                        await connection.close()
+                for request_id, waiting in asked.items():
+                    waiting.set_result(failure or found.get(request_id))
+        finally:
+            if connection is not None:
+                await connection.close()
+
+    def _take(self) -> dict[str, asyncio.Future[Future | psycopg.Error | None]]:
+        """The first of those that are asked for; who asks for one again waits for the next."""
+        taken = {name: self._asked.pop(name) for name in list(self._asked)[:MAX_IDS]}
+        if not self._asked:
+            self._some_asked.clear()
+        return taken
+
+
+async def futures_by_id(
+    connection: psycopg.AsyncConnection[Any], request_ids: list[str]
+) -> dict[str, Future]:
+    """Those that exist, without their payloads."""
+    rows = await (await connection.execute(_READ, (request_ids,), binary=True)).fetchall()
+    return {row[_ID]: Future.from_db(alias(), _COLUMNS, row) for row in rows}
