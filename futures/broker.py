@@ -20,8 +20,11 @@ from django_q.tasks import async_task
 from futures.database import alias, execute
 from futures.notify import Listener, bell_channel, notify_bell
 
+# Neither commit waits for the disk.
 _CLAIM = """
+WITH quick AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE django_q_ormq SET lock = statement_timestamp() + make_interval(secs => %(retry)s)
+FROM quick
 WHERE id = ANY (ARRAY(
     SELECT id FROM django_q_ormq
     WHERE key = %(queue)s AND lock <= statement_timestamp()
@@ -29,6 +32,11 @@ WHERE id = ANY (ARRAY(
     FOR UPDATE SKIP LOCKED
 ))
 RETURNING id, payload
+"""
+
+_DELETE = """
+WITH quick AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+DELETE FROM django_q_ormq USING quick WHERE id = %(id)s
 """
 
 _listeners = threading.local()
@@ -54,11 +62,7 @@ class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
 
     def claim(self) -> list[tuple[int, str]]:
         """Claim up to ``bulk`` tasks, oldest first; each stays invisible for ``retry`` seconds."""
-        with transaction.atomic(using=alias()):
-            commit_without_waiting()
-            rows = execute(
-                _CLAIM, {"queue": self.list_key, "retry": Conf.RETRY, "limit": Conf.BULK}
-            )
+        rows = execute(_CLAIM, {"queue": self.list_key, "retry": Conf.RETRY, "limit": Conf.BULK})
         return sorted((int(task_id), str(payload)) for task_id, payload in rows)
 
     def wait(self, timeout_seconds: float) -> bool:
@@ -66,9 +70,7 @@ class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
         return _listener(self.list_key).wait(timeout_seconds)
 
     def delete(self, task_id: int) -> None:
-        with transaction.atomic(using=alias()):
-            commit_without_waiting()
-            execute("DELETE FROM django_q_ormq WHERE id = %(id)s", {"id": task_id})
+        execute(_DELETE, {"id": task_id})
 
 
 def doorbells_unlock(queue: str) -> None:
@@ -85,11 +87,6 @@ def doorbells_unlock(queue: str) -> None:
         """,
         {"queue": queue},
     )
-
-
-def commit_without_waiting() -> None:
-    """Let the current transaction commit without waiting for the disk."""
-    execute("SET LOCAL synchronous_commit = off", {})
 
 
 def bell_rang(queue: str, timeout_seconds: float = 0.0) -> bool:

@@ -29,7 +29,6 @@ from typing import Any
 import orjson
 from django.db import transaction
 
-from futures.broker import commit_without_waiting
 from futures.database import alias, execute
 from futures.errors import Fenced
 from futures.models import Future, Worker
@@ -42,21 +41,11 @@ take, within these bounds. So its work does not grow with what waits in a lane."
 MAX_SERVED = 1000
 """Owners of whom a worker remembers when it served them; who is forgotten comes first."""
 
-# Locks the epoch, so that a claim and a takeover by a new worker come one after the other.
-# And no compiling: Postgres thinks the claim far dearer than it is, and would take longer to
-# compile it than to run it.
-_HOLD = """
-SELECT count(held.id), coalesce(bool_or(held.attempts > 0), false), set_config('jit', 'off', true)
-FROM (
-    SELECT id FROM futures_worker
-    WHERE id = %(worker_id)s AND state IN ('starting', 'live')
-    FOR NO KEY UPDATE
-) AS worker
-LEFT JOIN futures_future AS held ON held.worker_id = worker.id AND held.state = 'running'
-GROUP BY worker.id
-"""
-
 # Numbered as in the statement:
+# 0. The epoch, locked, so that a claim and a takeover by a new worker come one after the other:
+#    a claim that had to wait for a takeover finds no epoch, and takes nothing. What the epoch
+#    holds. The doorbells, of which one that this statement does not see keeps its own. Its
+#    commit does not wait for the disk.
 # 1. The lanes and the owners that have pending futures, found by skipping from one to the next
 #    in the partial indexes, so that ten thousand rows of one lane cost one step.
 # 2. The rows of each lane from where it goes on, and of each owner without a lane.
@@ -64,11 +53,24 @@ GROUP BY worker.id
 # 4. The order of all of it, and how far the budgets reach.
 # 5. A suspect, alone, or what must run before it in its lane.
 # 6. The compare-and-set, and the lanes moved past what was claimed or already final.
+# 7. Whether anything is left that may run, now or when what is held has ended.
 # ``= ANY (ARRAY(...))`` makes Postgres look rows up by key whatever it guesses of their number.
 _CLAIM = """
-WITH RECURSIVE lane_with_work (lane_id) AS (                                              -- 1
+WITH RECURSIVE epoch AS MATERIALIZED (                                                    -- 0
+    SELECT id, set_config('synchronous_commit', 'off', true) FROM futures_worker
+    WHERE id = %(worker_id)s AND state IN ('starting', 'live')
+    FOR NO KEY UPDATE
+), held AS MATERIALIZED (
+    SELECT count(*) > 0 AS holds, coalesce(bool_or(attempts > 0), false) AS suspect
+    FROM futures_future WHERE worker_id = %(worker_id)s AND state = 'running'
+), may_claim AS MATERIALIZED (
+    SELECT FROM epoch, held WHERE NOT held.suspect
+), rung AS (
+    DELETE FROM django_q_ormq WHERE key = %(queue)s AND EXISTS (SELECT FROM epoch)
+), lane_with_work (lane_id) AS (                                                          -- 1
     (SELECT lane_id FROM futures_future
      WHERE queue = %(queue)s AND state = 'pending' AND lane_id IS NOT NULL
+        AND EXISTS (SELECT FROM may_claim)
      ORDER BY lane_id LIMIT 1)
     UNION ALL
     SELECT (
@@ -79,6 +81,7 @@ WITH RECURSIVE lane_with_work (lane_id) AS (                                    
 ), owner_without_lane (owner_id) AS (
     (SELECT owner_id FROM futures_future
      WHERE queue = %(queue)s AND state = 'pending' AND lane_id IS NULL
+        AND EXISTS (SELECT FROM may_claim)
      ORDER BY owner_id LIMIT 1)
     UNION ALL
     SELECT (
@@ -143,7 +146,7 @@ WITH RECURSIVE lane_with_work (lane_id) AS (                                    
     (SELECT in_order.id, in_order.place
      FROM in_order JOIN suspect
         ON in_order.id = suspect.id OR (suspect.ordered AND in_order.lane_id = suspect.lane_id)
-     WHERE NOT %(holds)s
+     WHERE NOT (SELECT holds FROM held)
      ORDER BY in_order.place LIMIT 1)
     UNION ALL
     SELECT id, place FROM in_order
@@ -166,15 +169,24 @@ WITH RECURSIVE lane_with_work (lane_id) AS (                                    
     WHERE futures_lane.id = goes_on.lane_id AND futures_lane.next_seq_id < goes_on.next_seq_id
     RETURNING futures_lane.id
 )
-SELECT (SELECT count(*) FROM moved), {columns}
+SELECT EXISTS (SELECT FROM epoch), (SELECT count(*) FROM moved),
+    (SELECT suspect FROM held)                                                            -- 7
+    OR (SELECT count(*) FROM in_order) > (SELECT count(*) FROM chosen)
+    OR EXISTS (SELECT FROM stretch WHERE position = %(window)s - 1)
+    OR EXISTS (
+        SELECT FROM runnable WHERE NOT ordered
+        GROUP BY lane_id, owner_id HAVING count(*) >= %(window)s
+    ),
+    {columns}
 FROM (SELECT) AS always
 LEFT JOIN (claimed JOIN chosen USING (id)) ON true
 ORDER BY chosen.place
 """
 _COLUMNS = tuple(column.attname for column in Future._meta.concrete_fields)
 _CLAIM = _CLAIM.replace("{columns}", ", ".join(f"claimed.{column}" for column in _COLUMNS))
-_ID = 1 + _COLUMNS.index("id")
-_SUMMARY = 1 + _COLUMNS.index("summary")
+_FACTS = 3  # about the claim as a whole, in front of each row's columns
+_ID = _FACTS + _COLUMNS.index("id")
+_SUMMARY = _FACTS + _COLUMNS.index("summary")
 
 _FINISH = """
 UPDATE futures_future AS f
@@ -228,10 +240,10 @@ class Outcome:
 def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Future]:
     """Take what may run now, in the order in which to run it, with payloads.
 
-    Deletes the queue's doorbells first, so whoever claims goes on claiming until the list is
-    empty, and again after it has finished what it held. A request submitted after the
-    deletion keeps its own doorbell. Opens its own transaction, whose commit does not wait
-    for the disk: a claim that a power failure undoes is found out by ``futures_finish``.
+    Answers the queue's doorbells, so whoever claims goes on claiming while ``worker.more_waits``
+    says that something was left, and after that when a bell rings. One statement, whose commit
+    does not wait for the disk: a claim that a power failure undoes is found out by
+    ``futures_finish``.
 
     Args:
         worker: Whose epoch takes them.
@@ -242,32 +254,25 @@ def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Fut
         Fenced: The worker was replaced.
     """
     while True:
-        with transaction.atomic(using=alias()):
-            commit_without_waiting()
-            held = execute(_HOLD, {"worker_id": worker.pk})
-            if not held:
-                raise Fenced
-            [(holding, holding_suspect, _)] = held
-            execute("DELETE FROM django_q_ormq WHERE key = %(queue)s", {"queue": worker.queue})
-            if holding_suspect:
-                return []
-            rows = execute(
-                _CLAIM,
-                {
-                    "queue": worker.queue,
-                    "worker_id": worker.pk,
-                    "window": min(max(MIN_WINDOW, max_futures), MAX_WINDOW),
-                    "holds": holding > 0,
-                    "max_futures": max_futures,
-                    "max_cost": max_cost,
-                    "served": list(worker.owners_served),
-                },
-            )
+        rows = execute(
+            _CLAIM,
+            {
+                "queue": worker.queue,
+                "worker_id": worker.pk,
+                "window": min(max(MIN_WINDOW, max_futures), MAX_WINDOW),
+                "max_futures": max_futures,
+                "max_cost": max_cost,
+                "served": list(worker.owners_served),
+            },
+        )
+        is_live, moved, worker.more_waits = rows[0][:_FACTS]
+        if not is_live:
+            raise Fenced
         if rows[0][_ID] is not None:
             claimed = [_future(row) for row in rows]
             _note_served(worker, claimed)
             return claimed
-        if not rows[0][0]:
+        if not moved:
             return []
         # Only final rows were passed over; what lies behind them may run.
 
@@ -281,7 +286,7 @@ def _note_served(worker: Worker, claimed: Sequence[Future]) -> None:
 def _future(row: tuple[Any, ...]) -> Future:
     values = list(row)
     values[_SUMMARY] = orjson.loads(values[_SUMMARY])
-    return Future.from_db(alias(), _COLUMNS, values[1:])
+    return Future.from_db(alias(), _COLUMNS, values[_FACTS:])
 
 
 def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -> None:

@@ -47,8 +47,8 @@ def execute(sql: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         return cursor.fetchall() if cursor.description else []
 
 
-def row_get(model: type[M], condition: str, parameters: Mapping[str, Any]) -> M | None:
-    """The row that a condition of SQL finds by a unique key, as the ORM would give it.
+def rows_get(model: type[M], condition: str, parameters: Mapping[str, Any]) -> list[M]:
+    """The rows that a condition of SQL finds by a key, as the ORM would give them.
 
     For the few lookups that every request makes: composing the query costs the ORM five times
     what a prepared statement costs in all (0.6 against 0.1 ms for a run).
@@ -56,13 +56,19 @@ def row_get(model: type[M], condition: str, parameters: Mapping[str, Any]) -> M 
     columns, converters = _row_shape(model)
     names = ", ".join(columns)
     sql = f"SELECT {names} FROM {model._meta.db_table} WHERE {condition}"  # noqa: S608
-    rows = execute(sql, parameters)
-    if not rows:
-        return None
-    values = list(rows[0])
-    for index, convert in converters:
-        values[index] = convert(values[index], None, connections[alias()])
-    return model.from_db(alias(), columns, values)
+    found = []
+    for row in execute(sql, parameters):
+        values = list(row)
+        for index, convert in converters:
+            values[index] = convert(values[index], None, connections[alias()])
+        found.append(model.from_db(alias(), columns, values))
+    return found
+
+
+def row_get(model: type[M], condition: str, parameters: Mapping[str, Any]) -> M | None:
+    """The one row of ``rows_get``, or None."""
+    rows = rows_get(model, condition, parameters)
+    return rows[0] if rows else None
 
 
 @cache

@@ -70,6 +70,9 @@ class Worker(models.Model):
     """The advisory lock, in the process that lives this life; not a column."""
     owners_served: Sequence[int] = ()
     """Whose futures this process claimed, the least recently served first; not a column."""
+    more_waits: bool = False
+    """Whether this process's last claim left anything behind that may run, now or when what it
+    holds has ended; not a column."""
 
     class Meta:
         constraints: ClassVar = [

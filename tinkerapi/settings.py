@@ -157,6 +157,9 @@ DATABASES = {
             # The ORM never prepares; the queue's own statements take longer to plan than to run.
             "prepare_threshold": 2,
             "connect_timeout": 4,  # seconds; without it a host that is gone takes two minutes
+            # Postgres thinks the claim far dearer than it is, and would take longer to compile
+            # it than to run it.
+            "options": "-c jit=off",
             **database.get("OPTIONS", {}),
         },
     }

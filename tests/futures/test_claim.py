@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from futures.broker import PostgresBroker
-from futures.claiming import MAX_WINDOW, future_claim, futures_release
+from futures.claiming import MAX_WINDOW, MIN_WINDOW, future_claim, futures_release
 from futures.errors import Fenced
 from futures.models import Future, Lane, Worker
 from futures.payload import decode
@@ -265,6 +265,29 @@ def test_the_budgets_cut_the_claim_and_the_rest_comes_next(
     assert numbers(claim(worker)) == [4]
 
 
+@pytest.mark.parametrize("lane_kind", ["ordered", "unordered", "none"])
+def test_a_claim_says_whether_it_left_something_behind(
+    lane_kind: str, submit: SubmitFactory, lane_factory: Callable[..., Lane], worker: Worker
+) -> None:
+    lane = None if lane_kind == "none" else lane_factory(ordered=lane_kind == "ordered")
+    for _ in range(MIN_WINDOW + 1):  # one more than the claim looks at
+        submit(lane)
+
+    said = [(len(claim(worker, MIN_WINDOW)), worker.more_waits) for _ in range(2)]
+
+    assert said == [(MIN_WINDOW, True), (1, False)]
+
+
+def test_what_waits_behind_a_gap_is_not_left_behind(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    submit(lane, seq_id=1)
+    submit(lane, seq_id=3)
+
+    assert numbers(claim(worker)) == [1]
+    assert not worker.more_waits
+
+
 def test_a_future_above_the_cost_budget_is_claimed_alone(
     submit: SubmitFactory, lane: Lane, worker: Worker
 ) -> None:
@@ -300,6 +323,7 @@ def test_nothing_joins_a_suspect_while_it_runs(submit: SubmitFactory, worker: Wo
     submit()
 
     assert claim(worker) == []
+    assert worker.more_waits
     finish(worker, running)
     assert len(claim(worker)) == 1
 
@@ -314,6 +338,7 @@ def test_a_suspect_waits_until_the_worker_holds_nothing(
     submit()
 
     assert claim(worker) == []
+    assert worker.more_waits
     finish(worker, *held)
     assert keys(claim(worker)) == [suspicious.pk]
 
@@ -488,10 +513,13 @@ def test_claims_follow_the_rules_until_nothing_may_run(
         begins = dict.fromkeys(lanes, 1)
         served: list[int] = []
         worker.owners_served = ()
+        more_waits = True
         while True:
             expected = expected_claim(waiting, begins, served, max_futures, max_cost)
             claimed = claim(worker, max_futures, max_cost)
             assert [future_of[future.pk] for future in claimed] == expected
+            assert more_waits or not claimed
+            more_waits = worker.more_waits
             if not claimed:
                 break
             for owner in dict.fromkeys(request.owner for request in expected):

@@ -111,7 +111,7 @@ def test_racing_claims_share_no_future_and_keep_the_order(
     assert len({future.pk for future in claimed}) == 27
 
 
-def test_a_claim_waits_for_another_of_its_worker_and_goes_on_after_it(
+def test_a_claim_that_waited_for_another_of_its_worker_takes_nothing_twice_and_nothing_early(
     submit: SubmitFactory, lane: Lane, worker: Worker
 ) -> None:
     for _ in range(4):
@@ -123,7 +123,9 @@ def test_a_claim_waits_for_another_of_its_worker_and_goes_on_after_it(
         wait_until_somebody_waits()
     [second] = claiming.result()
 
-    assert [future.seq_id for future in [*first, *second]] == [1, 2, 3, 4]
+    assert worker.more_waits
+    third = claim(worker, 4)
+    assert [future.seq_id for future in [*first, *second, *third]] == [1, 2, 3, 4]
 
 
 def test_a_takeover_waits_for_a_claim_and_gets_back_what_it_took(

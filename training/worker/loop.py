@@ -16,9 +16,9 @@ from typing import Any
 
 from django.conf import settings
 from django.db import DatabaseError, transaction
-from django.utils import timezone
 
 from futures.claiming import future_claim, futures_finish, futures_release
+from futures.database import execute, rows_get
 from futures.models import Future, Worker
 from futures.notify import notify_progress
 from futures.payload import decode
@@ -41,6 +41,16 @@ CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
 GATHER_SECONDS = 0.02  # a pause in what arrives that ends the waiting
 GATHER_LIMIT_SECONDS = 0.1
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
+
+_ADVANCE = """
+UPDATE training_run AS r
+SET step = o.step, applied_seq_id = o.applied, tokens = o.tokens,
+    last_request_at = statement_timestamp()
+FROM unnest(
+    %(ids)s::text[], %(steps)s::int[], %(applied)s::bigint[], %(tokens)s::bigint[]
+) AS o (id, step, applied, tokens)
+WHERE r.id = o.id
+"""
 
 
 @dataclass
@@ -110,15 +120,13 @@ class WorkLoop:
         while not self._stopping():
             self.turn()
             if claim or self._bell_rang(0):
-                # Anything left behind by the budget, or freed by a commit, has no new bell.
-                claim = self._claim()
+                claim = self._claim()  # what was left behind has no new bell
                 self._gather()
             batch = self._scheduler.next_batch()
             if batch:
                 self._run(batch)
-                claim = True
             if self._engine.sampler.active:
-                claim = self._sample() or claim
+                self._sample()
             elif not batch and not claim:
                 return
 
@@ -128,7 +136,7 @@ class WorkLoop:
         self.residency.keep_up()
 
     def _claim(self) -> bool:
-        """Take what may run, unless enough is held already; say if anything was there."""
+        """Take what may run, unless enough is held already; say if anything was left."""
         if self._scheduler.held_cost > settings.BATCH_TOKENS:
             return True
         claimed = future_claim(
@@ -137,7 +145,7 @@ class WorkLoop:
             max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
         )
         self._scheduler.add(claimed)
-        return bool(claimed)
+        return self._worker.more_waits
 
     def _gather(self) -> None:
         """Wait while others that can share a pass keep arriving, if nobody minds.
@@ -170,7 +178,8 @@ class WorkLoop:
 
     def _load_runs(self, batch: Batch) -> None:
         lanes = {f.lane_id for f in [*batch.passes, *batch.samples, *batch.barriers] if f.lane_id}
-        self._runs = {run.id: run for run in Run.objects.filter(id__in=lanes)}
+        runs = rows_get(Run, "id = ANY (%(ids)s::text[])", {"ids": list(lanes)})
+        self._runs = {run.id: run for run in runs}
         self.residency.pin(self._runs)
 
     def _admit(self, future: Future, effects: Effects) -> None:
@@ -221,8 +230,8 @@ class WorkLoop:
             return self._engine.render_prompt(prompt.to_dicts())
         return self._engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _sample(self) -> bool:
-        """Step the sampler for a slice of time or until something finished; say if it did."""
+    def _sample(self) -> None:
+        """Step the sampler for a slice of time or until something finished."""
         effects = Effects()
         deadline = time.monotonic() + SAMPLING_SLICE_SECONDS
         while self._engine.sampler.active and not effects.outcomes:
@@ -232,11 +241,9 @@ class WorkLoop:
             if time.monotonic() > deadline:
                 break
         self._tell_progress()
-        if not effects.outcomes:
-            return False
-        self._batch += 1
-        self._commit(effects)
-        return True
+        if effects.outcomes:
+            self._batch += 1
+            self._commit(effects)
 
     def _sampled(self, key: str, output: SampleOutput | TrainingError, effects: Effects) -> None:
         request_id, _, index = key.rpartition(":")
@@ -291,13 +298,15 @@ class WorkLoop:
         """The commit point: results, states, run rows and waiters, all or nothing."""
         with transaction.atomic():
             futures_finish(worker=self._worker, outcomes=effects.outcomes, batch=self._batch)
-            for run in effects.runs:
-                Run.objects.filter(id=run.id).update(
-                    step=run.step,
-                    applied_seq_id=run.applied_seq_id,
-                    tokens=run.tokens,
-                    last_request_at=timezone.now(),
-                )
+            execute(
+                _ADVANCE,
+                {
+                    "ids": [run.id for run in effects.runs],
+                    "steps": [run.step for run in effects.runs],
+                    "applied": [run.applied_seq_id for run in effects.runs],
+                    "tokens": [run.tokens for run in effects.runs],
+                },
+            )
             for write in effects.writes:
                 write()
         for act in effects.after_commit:
