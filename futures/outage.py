@@ -45,12 +45,17 @@ class Outage:
         while True:
             try:
                 connect()
-                return
             except OperationalError:
                 if self._clock() >= deadline:
                     self._believed_until = self._clock() + BELIEVED_SECONDS
                     raise
+            else:
+                return
             self._sleep(LOOK_SECONDS)
+
+    def is_over(self) -> None:
+        """Somebody was answered: there is nothing to believe any more."""
+        self._believed_until = 0.0
 
 
 outage = Outage()

@@ -63,6 +63,19 @@ def test_who_waited_in_vain_speaks_for_all_who_come_in_the_next_moment() -> None
     assert postgres.asked == asked + 1
 
 
+def test_one_who_was_answered_speaks_for_all_too() -> None:
+    clock = Clock()
+    postgres = Postgres(clock, back_at=10.0 + PATIENCE_SECONDS + BELIEVED_SECONDS / 2)
+    known = Outage(clock=clock, sleep=clock.sleep)
+    with pytest.raises(OperationalError):
+        known.wait_out(postgres.connect)
+    clock.now += BELIEVED_SECONDS / 2
+
+    known.is_over()
+
+    known.wait_out(postgres.connect)
+
+
 @pytest.mark.parametrize("path", ["/fwdbwd", "/api/v1/forward_backward_async", "/v1/completions"])
 def test_meanwhile_requests_are_answered_503_with_a_time_to_come_back(
     api: ApiClient, monkeypatch: pytest.MonkeyPatch, path: str

@@ -38,10 +38,13 @@ def _with_connection(function: Callable[..., T], *args: Any) -> T:
     if raw is not None and is_lost(raw):
         connection.close()
     try:
-        return function(*args)
+        answer = function(*args)
     except DatabaseFailure:
         connection.close()  # it may be what failed
         raise
+    if connection.connection is not None:
+        outage.is_over()
+    return answer
 
 
 async def in_database_thread(function: Callable[..., T], *args: Any) -> T:
