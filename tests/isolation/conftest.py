@@ -12,6 +12,7 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.db.models import Model
 
+from futures.hub import future_wait
 from futures.models import Future, Lane
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
@@ -97,13 +98,13 @@ def tenant(api: ApiClient) -> Callable[[str], Tenant]:
 
 @pytest.fixture
 def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls that wait answer at once that they waited too long."""
+    """Calls that wait look once, and answer that their time is up."""
 
-    async def time_is_up(*args: object, **more: object) -> None:
-        return None
+    async def look(request_id: str, *, owner_id: int, timeout_seconds: float) -> Future | None:
+        return await future_wait(request_id, owner_id=owner_id, timeout_seconds=0)
 
     for module in (answers, sdk_futures, openai_views):
-        monkeypatch.setattr(module, "future_wait", time_is_up)
+        monkeypatch.setattr(module, "future_wait", look)
 
 
 def furnished(tenant: Tenant, work: InProcessWorker) -> Ids:
