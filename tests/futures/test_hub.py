@@ -143,6 +143,27 @@ def test_anothers_future_is_not_found(
         run(future_wait(future.pk, owner_id=owner_factory().pk, timeout_seconds=1))
 
 
+def test_a_stranger_who_waits_beside_the_owner_learns_nothing(
+    held: Callable[[], Future], worker: Worker, owner_factory: Callable[[], Any]
+) -> None:
+    future, stranger = held(), owner_factory().pk
+
+    async def together() -> list[Any]:
+        waiting = [
+            wait(future),
+            asyncio.create_task(future_wait(future.pk, owner_id=stranger, timeout_seconds=15)),
+            wait(future),
+        ]
+        await listening()
+        await in_thread(partial(finish, worker, future))
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    first, other, second = run(together())
+
+    assert isinstance(other, FutureNotFound)
+    assert first.state == second.state == "ready"
+
+
 def test_waiters_survive_the_loss_of_the_connection_and_of_what_it_missed(
     held: Callable[[], Future], worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
