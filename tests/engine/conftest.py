@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from tests.engine.reference import TinyEngine
+from tests.engine.sampling_jobs import MakeSampler, job
 from tests.tiny_model import VOCAB_SIZE, make_tiny_model
 from training.engine.base_model import BaseModel, load_base_model
-from training.engine.interface import BaseModelInfo
-from training.types import Datum
+from training.engine.interface import BaseModelInfo, SampleJob
+from training.engine.sampling import ContinuousSampler
+from training.engine.text import ChatText
+from training.types import Datum, LoraConfig
 
 torch.set_num_threads(1)
 
@@ -97,3 +100,47 @@ def make_datum() -> Callable[..., Datum]:
         return Datum(model_input=tokens, loss_fn_inputs=inputs)
 
     return make
+
+
+@pytest.fixture
+def trained(make_engine: Callable[..., TinyEngine]) -> TinyEngine:
+    """An engine with three adapters of different shapes, each far from the base model."""
+    engine = make_engine()
+    engine.create_adapter("narrow", LoraConfig(rank=2, alpha=4.0, train_unembed=False))
+    engine.create_adapter("wide", LoraConfig(rank=4, alpha=6.0))
+    engine.create_adapter("other", LoraConfig(rank=2, alpha=4.0, train_mlp=False))
+    for seed, name in enumerate(["narrow", "wide", "other"]):
+        engine.randomise(name, seed)
+    return engine
+
+
+@pytest.fixture
+def make_sampler(trained: TinyEngine, tied_base_model: BaseModel) -> MakeSampler:
+    """A factory of samplers over the trained engine's adapters."""
+
+    def make(**options: int) -> ContinuousSampler:
+        return ContinuousSampler(
+            tied_base_model,
+            ChatText(tied_base_model.tokenizer, VOCAB_SIZE),
+            trained.adapter_weights,
+            **options,
+        )
+
+    return make
+
+
+@pytest.fixture
+def sampler(make_sampler: MakeSampler) -> ContinuousSampler:
+    return make_sampler()
+
+
+@pytest.fixture
+def crowd() -> dict[str, SampleJob]:
+    """Jobs of every adapter and kind, of different lengths."""
+    return {
+        "base": job(seed=1, num_samples=2),
+        "narrow": job([7, 8], adapter_name="narrow", max_tokens=20, temperature=0.7),
+        "wide": job([1] * 30, adapter_name="wide", num_samples=3, top_k=9, max_tokens=5),
+        "other": job([3, 2, 1], adapter_name="other", top_p=0.8, seed=8),
+        "narrow too": job([250], adapter_name="narrow", temperature=0.0),
+    }

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from tests.engine.reference import PeftReference, TinyEngine
-from tests.engine.test_sampling import MakeSampler, job, make_sampler, run, trained
+from tests.engine.sampling_jobs import MakeSampler, job, run
 from tests.tiny_model import VOCAB_SIZE
 from training.engine.interface import SampleJob, SampleOutput
 from training.errors import InvalidRequest
 from training.types import NO_DATA_LOGPROB, ScoringParams
-
-__all__ = ["make_sampler", "trained"]  # fixtures
 
 PROMPT = [5, 77, 130, 9, 200, 31, 8, 64, 90, 12]
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
