@@ -29,6 +29,7 @@ from training.models import Run
 from training.text_pieces import Told
 from training.types import Conversation, Prompt, ScoringParams
 from training.worker import outcomes
+from training.worker.gathering import gather
 from training.worker.operations import Effects, Operations
 from training.worker.pace import Pace
 from training.worker.residency import Residency
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
-GATHER_SECONDS = 0.02  # a pause in what arrives that ends the waiting
-GATHER_LIMIT_SECONDS = 0.1
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
 
 _ADVANCE = """
@@ -105,6 +104,8 @@ class WorkLoop:
         self._sampling: dict[str, _Sampling] = {}
         self._figures = figures if figures is not None else {}
         self._batch = 0
+        self._unclaimed = True
+        """Whether something may run that has no new bell: it was left behind by a claim."""
         self._pace = Pace()
         self._runs: dict[str, Run] = {}
 
@@ -115,19 +116,19 @@ class WorkLoop:
             Fenced: Another worker took over.
             Exception: Memory is suspect or the commit is impossible; leave the process.
         """
-        claim = True
+        self._unclaimed = True
         self._pace.work_begins()
         while not self._stopping():
             self.turn()
-            if claim or self._bell_rang(0):
-                claim = self._claim()  # what was left behind has no new bell
-                self._gather()
+            if self._unclaimed or self._bell_rang(0):
+                self._claim()
+                gather(may_wait=self._may_wait, bell_rang=self._bell_rang, claim=self._claim)
             batch = self._scheduler.next_batch()
             if batch:
                 self._run(batch)
             if self._engine.sampler.active:
                 self._sample()
-            elif not batch and not claim:
+            elif not batch and not self._unclaimed:
                 return
 
     def turn(self) -> None:
@@ -135,32 +136,22 @@ class WorkLoop:
         self._on_turn()
         self.residency.keep_up()
 
-    def _claim(self) -> bool:
-        """Take what may run, unless enough is held already; say if anything was left."""
+    def _claim(self) -> None:
+        """Take what may run, unless enough is held already."""
         if self._scheduler.held_cost > settings.BATCH_TOKENS:
-            return True
+            self._unclaimed = True
+            return
         claimed = future_claim(
             worker=self._worker,
             max_futures=CLAIM_FUTURES,
             max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
         )
         self._scheduler.add(claimed)
-        return self._worker.more_waits
+        self._unclaimed = self._worker.more_waits
 
-    def _gather(self) -> None:
-        """Wait while others that can share a pass keep arriving, if nobody minds.
-
-        A client that submits five batches one after another has sent the second when the first
-        could begin: without this the first would run alone, and merging would gain less.
-        """
-        deadline = time.monotonic() + GATHER_LIMIT_SECONDS
-        while (
-            self._scheduler.is_patient
-            and not self._engine.sampler.active
-            and time.monotonic() < deadline
-            and self._bell_rang(GATHER_SECONDS)
-        ):
-            self._claim()
+    def _may_wait(self) -> bool:
+        """Whether nobody minds if what is held waits for company."""
+        return self._scheduler.is_patient and not self._engine.sampler.active
 
     def _run(self, batch: Batch) -> None:
         self._batch += 1
