@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 from django.contrib.auth.models import User
@@ -19,16 +20,16 @@ Start = Callable[..., InProcessWorker]
 Train = Callable[..., list[Future]]
 Files = Callable[[str], list[Path]]
 
-KINDS = ["training", "sampler", "external"]
+Kind = Literal["training", "sampler", "external"]
 
 
-def save(owner: User, kind: str, *, overwrite: bool = False) -> Future:
+def save(owner: User, kind: Kind, *, overwrite: bool = False) -> Future:
     return services.save_weights_submit(
         owner_id=owner.pk, model_id="m", name="kept", kind=kind, overwrite=overwrite
     ).future
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize(
     ("code", "name"), [(errno.ENOSPC, "StorageFull"), (errno.EIO, "StorageFailed")]
 )
@@ -38,7 +39,7 @@ def test_a_save_fails_by_name_and_training_goes_on_to_the_same_bits(
     disk: Disk,
     files: Files,
     owner: User,
-    kind: str,
+    kind: Kind,
     code: int,
     name: str,
 ) -> None:

@@ -71,7 +71,7 @@ def load(owner: User, name: str) -> Future:
 
 def let_it_finish(worker: InProcessWorker) -> None:
     """The disk is done, and the worker takes its next turn."""
-    worker.loop.residency._snapshots.wait()
+    worker.loop.residency.settle()
     worker.loop.turn()
 
 

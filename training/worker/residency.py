@@ -189,12 +189,15 @@ class Residency:
         self._write_now(run.id)
         return self._residents[run.id].snapshot_seq_id == run.applied_seq_id
 
+    def settle(self) -> None:
+        """Wait for the snapshot that is being written, and name it."""
+        self._snapshots.wait()
+        self._finish()
+
     def _write_now(self, run_id: str) -> None:
-        self._snapshots.wait()
-        self._finish()
+        self.settle()
         self._begin(run_id)
-        self._snapshots.wait()
-        self._finish()
+        self.settle()
 
     def snapshot_all(self) -> None:
         """Write whatever is not on disk yet, so that the next worker need not repeat it."""
