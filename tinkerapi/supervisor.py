@@ -26,6 +26,7 @@ from typing import Protocol
 FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # who lived this long starts again without back-off
+LONGEST_LOOK_SECONDS = 5.0  # what a silence may grow by between two looks
 LAST_WORDS_SECONDS = 2.0  # for a hung child to write where it hangs, before it is killed
 MAX_LOG_BYTES = 10 * 1024 * 1024
 
@@ -60,14 +61,15 @@ class Watch:
     """How long it may write nothing."""
     clock: Callable[[], float] = time.monotonic
     reader: int | None = field(default=None, init=False)
-    heard_at: float = field(default=0.0, init=False)
+    looked_at: float = field(default=0.0, init=False)
+    silent: float = field(default=0.0, init=False)
 
     def open(self) -> int:
         """Begin with a fresh pipe; returns the descriptor for the child, to be closed here."""
         self.close()
         self.reader, writer = os.pipe()
         os.set_blocking(self.reader, False)
-        self.heard_at = self.clock()
+        self.looked_at, self.silent = self.clock(), 0.0
         return writer
 
     def close(self) -> None:
@@ -76,11 +78,17 @@ class Watch:
             self.reader = None
 
     def silent_seconds(self) -> float:
-        """How long ago the child last wrote."""
-        # Read before the clock: whoever looks late, after a sleep, finds what was written.
+        """How long the child has written nothing, as far as was looked; look often.
+
+        Who looks late, because the machine was paused or there was other work, knows nothing
+        of the time between: the child may have been paused as well.
+        """
+        now = self.clock()
+        self.silent += min(now - self.looked_at, LONGEST_LOOK_SECONDS)
+        self.looked_at = now
         if self.reader is not None and _drained(self.reader):
-            self.heard_at = self.clock()
-        return self.clock() - self.heard_at
+            self.silent = 0.0
+        return self.silent
 
 
 def _drained(reader: int) -> bool:
