@@ -16,11 +16,11 @@ of. Hence:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,9 +68,7 @@ def backup_make(target: Path) -> Backup:
     if target.exists():
         raise BackupError(f"{target} exists already; name a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # In the data folder, for links do not leave their disk.
-    stage = Path(tempfile.mkdtemp(prefix=".backup-", dir=settings.DATA_DIR))
-    try:
+    with _stage() as stage:
         _link_new(stage)
         named = _dump_moment(stage)
         for path in [path for folder in FOLDERS for path in (stage / folder).iterdir()]:
@@ -91,8 +89,6 @@ def backup_make(target: Path) -> Backup:
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.move(stage, unfinished)
         unfinished.rename(target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return backup
 
 
@@ -128,6 +124,24 @@ def backup_restore(source: Path) -> Backup:
         )
         connection.close()
     return backup
+
+
+@contextmanager
+def _stage() -> Iterator[Path]:
+    """An empty folder to put a backup together in; in the data folder, for links do not leave
+    their disk."""
+    stage = settings.DATA_DIR / ".backup"
+    with (settings.DATA_DIR / ".backup.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BackupError("another backup is being made; wait for it") from None
+        shutil.rmtree(stage, ignore_errors=True)  # of one that was killed
+        stage.mkdir(mode=0o700)
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _link_new(stage: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_backup_has_what_the_database_names_and_nothing_else(
     assert (tmp_path / "backup" / "checkpoints" / "kept" / "weights.npy").read_text() == "kept"
     assert (tmp_path / "backup" / "secret_key").read_text() == "hush"
     assert made.folders == 1
-    assert not list(data_dir.glob(".backup-*"))
+    assert not (data_dir / ".backup").exists()
 
 
 def test_what_is_deleted_while_the_backup_is_made_is_in_it(
@@ -255,7 +255,36 @@ def test_a_missing_folder_is_said_and_nothing_is_left(
         backup_make(tmp_path / "backup")
 
     assert not (tmp_path / "backup").exists()
-    assert not list(data_dir.glob(".backup-*"))
+    assert not (data_dir / ".backup").exists()
+
+
+def test_what_a_killed_backup_left_is_gone_after_the_next(
+    tmp_path: Path, data_dir: Path, save: Callable[[str], None]
+) -> None:
+    save("kept")
+    (data_dir / ".backup" / "checkpoints" / "left").mkdir(parents=True)
+
+    backup_make(tmp_path / "backup")
+
+    assert folders(tmp_path / "backup") == {"kept"}
+    assert not (data_dir / ".backup").exists()
+
+
+def test_two_backups_at_once_are_one_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        with pytest.raises(BackupError) as error:
+            backup_make(tmp_path / "second")
+        refused.append(str(error.value))
+
+    during(monkeypatch, "directories_named", 1, second)
+    backup_make(tmp_path / "first")
+
+    assert refused == ["another backup is being made; wait for it"]
+    assert (tmp_path / "first").is_dir()
 
 
 def test_a_backup_is_never_written_over(tmp_path: Path) -> None:

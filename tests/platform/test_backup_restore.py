@@ -162,4 +162,4 @@ def test_without_a_database_there_is_no_backup(
     refused = manage(servers[0], "backup", str(tmp_path / "backup"))
     assert refused.returncode == 1
     assert "start it with" in refused.stderr
-    assert not list(servers[0].data_dir.glob(".backup-*"))
+    assert not (servers[0].data_dir / ".backup").exists()
