@@ -242,6 +242,12 @@ HANG_SECONDS = env_int("TINKERAPI_HANG_SECONDS", 300)
 """A worker that does not get on for so long is killed and replaced. One layer of one pass, one
 snapshot or one statement must fit in; a pass or a request as a whole need not."""
 
+# --- Ours: processes --------------------------------------------------------------------
+
+WEB_PROCESSES = env_int("TINKERAPI_WEB_PROCESSES", 1)
+"""Processes that answer HTTP. One takes some 300 submissions a second and holds thousands of
+waits; a second helps where cores are idle."""
+
 # --- Ours: access and limits ------------------------------------------------------------
 
 REQUIRE_API_KEY = env_bool("TINKERAPI_REQUIRE_API_KEY", False)

@@ -184,6 +184,7 @@ class Command(BaseCommand):
         command = [
             *(sys.executable, "-m", "granian", "tinkerapi.asgi:application"),
             *("--interface", "asginl", "--host", self.server.host, "--port", str(self.server.port)),
+            *("--workers", str(settings.WEB_PROCESSES)),
             *("--backlog", str(OPEN_REQUESTS), "--backpressure", str(OPEN_REQUESTS)),
             *("--static-path-route", settings.STATIC_URL.rstrip("/")),
             *("--static-path-mount", str(settings.STATIC_ROOT)),
