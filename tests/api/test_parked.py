@@ -19,6 +19,7 @@ def test_what_was_asked_is_let_go_of_before_the_wait(
     held: list[Future] = []
 
     async def time_is_up(request_id: str, **more: object) -> None:
+        gc.collect()
         futures = [item for item in gc.get_objects() if type(item) is Future]
         held.extend(f for f in futures if f.pk == request_id and "payload" in vars(f))
 
