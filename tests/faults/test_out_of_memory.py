@@ -19,6 +19,7 @@ from tests.faults.conftest import State, assert_all_ready, assert_same, state_of
 from tests.tiny_model import make_tiny_model
 from training import services
 from training.engine.base_model import BaseModel, load_base_model
+from training.engine.fake import FakeEngine
 from training.engine.interface import ForwardBackwardJob
 from training.engine.model_engine import TorchEngine
 from training.errors import OutOfMemory
@@ -187,6 +188,32 @@ def test_a_step_a_creation_and_a_load_without_room_change_nothing(
     monkeypatch.undo()
     assert engine.adapter_names() == ["a"]
     assert_same(engine.adapter_state("a"), before)
+
+
+@pytest.mark.parametrize("verb", ["create_adapter", "load_adapter", "optim_step"])
+def test_a_run_that_cannot_be_rebuilt_for_want_of_memory_is_not_lost(
+    start_worker: Start, train: Callable[..., list[Future]], files: object, verb: str
+) -> None:
+    work = start_worker()
+    train("m", 2)
+    work()
+    before = state_of(work, "m")
+    if verb == "load_adapter":
+        work.loop.give_back()
+    room = False
+
+    def full(name: str, adapter_names: tuple[str, ...]) -> None:
+        if name == verb and not room:
+            raise OutOfMemory
+
+    work = start_worker(FakeEngine(before_verb=full))
+    futures = train("m", 1, first=2)
+    work()
+    for future in futures:
+        future.refresh_from_db()
+        assert (future.state, future.error_code) == ("failed", "OutOfMemory")
+    room = True
+    assert_same(state_of(work, "m"), before)
 
 
 def test_another_runtime_error_is_not_taken_for_one(

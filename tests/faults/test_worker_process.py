@@ -19,7 +19,7 @@ from tinkerapi.supervisor import Child, Supervisor, Watch
 from training import services
 from training.types import Conversation, Message
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
 
 LIMIT = 30.0
 COMMAND = [sys.executable, "-m", "tests.faults.faulty_worker"]

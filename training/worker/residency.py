@@ -24,7 +24,7 @@ from futures.models import Future, Worker
 from futures.payload import decode
 from training import payloads
 from training.engine.interface import Engine
-from training.errors import CheckpointNotFound, RunLost, TrainingError
+from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingError
 from training.kinds import Kind
 from training.models import Checkpoint, Run
 from training.selectors import run_log
@@ -80,6 +80,7 @@ class Residency:
 
         Raises:
             RunLost: Neither a snapshot nor the log can rebuild it. (failed future)
+            OutOfMemory: There is no room to rebuild it now. (failed future)
         """
         resident = self._residents.get(run.id)
         if resident is None:
@@ -249,6 +250,9 @@ class Residency:
             if log:
                 logger.info("run %s: replaying %d requests", run.id, len(log))
             self._replay(run, log)
+        except OutOfMemory:  # another time there may be room
+            self._engine.drop_adapter(run.id)
+            raise
         except TrainingError as error:
             self._engine.drop_adapter(run.id)
             raise RunLost(
