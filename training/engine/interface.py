@@ -72,6 +72,8 @@ class SampleJob:
     prompt_logprobs: bool = False
     scoring: ScoringParams = field(default_factory=ScoringParams)
     """The log-probabilities that few ask for."""
+    group: str = ""
+    """Whom it is for: where not all jobs fit at once, groups share what there is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ Waiting jobs start in the order of their admission, each when the cache has room
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -34,7 +34,13 @@ from training.engine.cached_attention import (
 )
 from training.engine.interface import SampleJob, SampleOutput, Sampler
 from training.engine.kv_cache import KvCache
-from training.engine.packed import Attention, PackedContext, Segment, uniform_segments
+from training.engine.packed import (
+    Attention,
+    PackedContext,
+    Segment,
+    fewest_rows,
+    uniform_segments,
+)
 from training.engine.sample_requests import (
     ActiveRequest,
     ActiveSequence,
@@ -87,11 +93,16 @@ class ContinuousSampler(Sampler):
         self._max_tokens_limit = max_tokens_limit
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._rows_multiple = ROWS_MULTIPLE.get(base_model.dtype, 1)
+        smallest = min(s.in_features * s.out_features for s in base_model.linear_shapes.values())
+        self._fewest_rows = fewest_rows(base_model.device, base_model.dtype, smallest)
         self._keys: set[str] = set()
         self._waiting: deque[ActiveRequest] = deque()
         self._prefilling: deque[ActiveRequest] = deque()
         self._decoding: list[ActiveRequest] = []
         self._prefilled_last = False
+        self._num_started = 0
+        self._last_started: dict[str, int] = {}
+        """Group to which job of all, by number, its last one to start was."""
 
     def admit(self, key: str, job: SampleJob) -> None:
         if key in self._keys:
@@ -170,18 +181,31 @@ class ContinuousSampler(Sampler):
         return max_tokens
 
     def _start_waiting(self) -> None:
-        """Let waiting jobs start, in order, while the cache and the decode pass have room."""
-        num_started = sum(r.job.num_samples for r in (*self._prefilling, *self._decoding))
-        while self._waiting:
-            request = self._waiting[0]
+        """Let waiting jobs start while the cache and the decode pass have room.
+
+        The next is the oldest of the group that has the fewest sequences under way, and among such
+        groups of the one that has waited longest. It is not passed by when it does not fit, so
+        that a large one comes to its turn as well.
+        """
+        started = Counter[str]()
+        for request in (*self._prefilling, *self._decoding):
+            started[request.job.group] += request.job.num_samples
+        while self._waiting and started.total() < self._max_sequences:
+            request = min(
+                self._waiting,
+                key=lambda r: (started[r.job.group], self._last_started.get(r.job.group, 0)),
+            )
             num_samples = request.job.num_samples
-            if num_started + num_samples > self._max_sequences:
+            if started.total() + num_samples > self._max_sequences:
                 break
             request.region = self._cache.reserve(num_samples, request.rows_each)
             if request.region is None:
                 break
-            num_started += num_samples
-            self._prefilling.append(self._waiting.popleft())
+            started[request.job.group] += num_samples
+            self._num_started += 1
+            self._last_started[request.job.group] = self._num_started
+            self._waiting.remove(request)
+            self._prefilling.append(request)
 
     # -- prefill -----------------------------------------------------------------------------------
 
@@ -203,6 +227,9 @@ class ContinuousSampler(Sampler):
             segments.append(
                 Segment(start=chunk.first_row, end=len(tokens), weights=request.weights)
             )
+        missing = [0] * self._pad(segments)
+        tokens += missing
+        positions += missing
         attention = PrefillAttention(self._cache, [chunk for _, chunk in chunks])
         hidden = self._hidden_states(tokens, positions, segments, attention)  # (T, H)
         for request, chunk in chunks:
@@ -274,6 +301,7 @@ class ContinuousSampler(Sampler):
             rows += [(request, s) for request in requests for s in request.unfinished()]
             rows += [None] * (-(len(rows) - start) % self._rows_multiple)
             segments.append(Segment(start=start, end=len(rows), weights=requests[0].weights))
+        rows += [None] * self._pad(segments)
         attention = DecodeAttention(self._cache, _decode_runs(rows), len(rows))
         tokens = [0 if row is None else row[1].tokens[-1] for row in rows]
         positions = [
@@ -286,6 +314,14 @@ class ContinuousSampler(Sampler):
         return self._sample([row for row in rows if row is not None], logits)
 
     # -- both --------------------------------------------------------------------------------------
+
+    def _pad(self, segments: list[Segment]) -> int:
+        """Add a segment of the rows that a pass still needs; say how many those are."""
+        start = segments[-1].end
+        missing = max(0, self._fewest_rows - start)
+        if missing:
+            segments.append(Segment(start=start, end=start + missing, weights=None))
+        return missing
 
     def _hidden_states(
         self,

@@ -195,6 +195,7 @@ class WorkLoop:
                     adapter_name=adapter_name,
                     prompt_logprobs=payload["prompt_logprobs"],
                     scoring=scoring,
+                    group=str(future.owner_id),
                 )
                 key = f"{future.id}:{index}"
                 self._engine.sampler.admit(key, job)
