@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from training.engine.adapters import AdapterTensors, LoraShape
 from training.engine.attention import ATTENTION_NAME, SequenceAttention, UnsupportedAttention
 from training.engine.interface import BaseModelInfo
-from training.engine.lora import LoraLinear
+from training.engine.lora import LoraLinear, times
 from training.engine.memory import keep_freed_memory
 from training.engine.packed import (
     ContextHolder,
@@ -103,8 +103,8 @@ class BaseModel:
             pair = self.head_pair(weights)
             if weights is not None and pair is not None:
                 a, b = pair
-                xa = hidden[rows] @ a.T  # (n, R)
-                logits[rows].add_(xa @ b.T, alpha=weights.layout.scale)
+                xa = times(hidden[rows], a.T)  # (n, R)
+                logits[rows].add_(times(xa, b.T), alpha=weights.layout.scale)
         return logits
 
     def head_pair(self, weights: AdapterTensors | None) -> tuple[Tensor, Tensor] | None:

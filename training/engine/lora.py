@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-from training.engine.packed import ContextHolder, PackedContext, Segment
+from training.engine.packed import ContextHolder, PackedContext, Segment, fewest_rows
 
 
 class LoraLinear(nn.Module):
@@ -67,8 +67,8 @@ def _forward(
         if pair is None:
             continue
         a, b = pair
-        xa = x[rows] @ a.T  # (n, R)
-        output[rows].addmm_(xa, b.T, alpha=weights.layout.scale)
+        xa = times(x[rows], a.T)  # (n, R)
+        add_times(output[rows], xa, b.T, weights.layout.scale)
         inner.append((group, xa))
     return output, inner
 
@@ -103,9 +103,9 @@ class _LoraFunction(torch.autograd.Function):
             g = grad_output[rows]  # (n, out)
             scale = weights.layout.scale
             a, b = weights.pair(layer.name, g.dtype)
-            gb = (g @ b).mul_(scale)  # (n, R)
+            gb = times(g, b).mul_(scale)  # (n, R)
             if grad_x is not None:
-                grad_x[rows].addmm_(gb, a)
+                add_times(grad_x[rows], gb, a)
             for segment in group:
                 if segment.grad is not None:
                     own = slice(segment.start - rows.start, segment.end - rows.start)
@@ -113,6 +113,26 @@ class _LoraFunction(torch.autograd.Function):
                     add_product(grad_a, gb[own].T, x[segment.rows])
                     add_product(grad_b, g[own].T, xa[own], scale)
         return grad_x, None, None, None
+
+
+def times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(n, N) = rows (n, K) @ matrix (K, N); a row's bits do not tell how many rows there are."""
+    fewest = fewest_rows(rows.device, rows.dtype, matrix.numel())
+    if len(rows) >= fewest:
+        return rows @ matrix
+    return (pad(rows, (0, 0, 0, fewest - len(rows))) @ matrix)[: len(rows)]
+
+
+def add_times(target: Tensor, rows: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
+    """target (n, N) += scale * rows (n, K) @ matrix (K, N); a row's bits do not tell how many
+    rows there are."""
+    missing = fewest_rows(rows.device, rows.dtype, matrix.numel()) - len(rows)
+    if missing <= 0:
+        target.addmm_(rows, matrix, alpha=scale)
+        return
+    padded = pad(target, (0, 0, 0, missing))
+    padded.addmm_(pad(rows, (0, 0, 0, missing)), matrix, alpha=scale)
+    target.copy_(padded[: len(rows)])
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:

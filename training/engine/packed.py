@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from training.engine.adapters import AdapterTensors
@@ -39,6 +40,18 @@ without this a small request's last bits would tell whether others shared its pa
 RANK_MULTIPLE = 8
 """At these ranks a row of a product with A or B has the same bits among few rows, at least
 ``MIN_ROWS``, and among many; at ranks 1 and 5 it was found not to (float32, MKL)."""
+
+SMALL_PRODUCT = 16**3
+"""Multiplications up to which torch gives a bfloat16 product on a CPU to another kernel, which sums
+in another order: few rows of low rank, or of a small model, get there."""
+
+
+def fewest_rows(device: torch.device, dtype: torch.dtype, matrix_size: int) -> int:
+    """Rows that a product with a matrix of so many elements must have, so that their number does
+    not show in any row's bits."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return 0
+    return max(2, SMALL_PRODUCT // matrix_size + 1)  # one row alone has a kernel of its own
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

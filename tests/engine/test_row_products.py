@@ -1,0 +1,63 @@
+"""How many rows share a bfloat16 product shows in none of their bits, however small it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.engine.lora import add_times, times
+from training.engine.packed import SMALL_PRODUCT, fewest_rows
+
+CPU = torch.device("cpu")
+FEW, MOST = 2, 40  # rows
+ROUNDS = 1000  # plain products of these shapes differ in a few of them
+
+SHAPES = [(64, 16), (64, 32), (128, 16)]  # of so many elements that two rows are few
+
+
+def rows_and_matrix(inner: int, outer: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        tuple(
+            torch.randn(shape, generator=generator).bfloat16()
+            for shape in ((MOST, inner), (inner, outer))
+        )
+        for _ in range(ROUNDS)
+    ]
+
+
+@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+def test_few_rows_times_a_matrix_are_what_they_are_among_many(inner: int, outer: int) -> None:
+    for rows, matrix in rows_and_matrix(inner, outer):
+        torch.testing.assert_close(
+            times(rows[:FEW], matrix), times(rows, matrix)[:FEW], rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+def test_what_few_rows_are_added_to_is_what_it_is_among_many(inner: int, outer: int) -> None:
+    for rows, matrix in rows_and_matrix(inner, outer):
+        few = torch.linspace(-3, 3, MOST * outer).view(MOST, outer).bfloat16()
+        many = few.clone()
+        add_times(few[:FEW], rows[:FEW], matrix, 1.37)
+        add_times(many, rows, matrix, 1.37)
+        torch.testing.assert_close(few[:FEW], many[:FEW], rtol=0, atol=0)
+
+
+def test_a_product_is_the_product() -> None:
+    for rows, matrix in rows_and_matrix(64, 16)[:3]:
+        expected = rows.double() @ matrix.double()
+        torch.testing.assert_close(
+            times(rows[:2], matrix).double(), expected[:2], rtol=1e-2, atol=0.1
+        )
+
+
+def test_only_products_of_few_rows_are_filled_up() -> None:
+    assert fewest_rows(CPU, torch.bfloat16, 576 * 32) == 2
+    assert fewest_rows(CPU, torch.bfloat16, 64 * 16) * 64 * 16 > SMALL_PRODUCT
+    assert (
+        fewest_rows(CPU, torch.float32, 16)
+        == fewest_rows(torch.device("cuda"), torch.bfloat16, 16)
+        == 0
+    )
