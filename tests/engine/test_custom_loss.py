@@ -15,6 +15,7 @@ from training.custom_loss_graph import check_graph
 from training.custom_loss_ops import FUNCTIONS, METHODS
 from training.engine import custom_loss
 from training.engine.custom_loss import Work, run_custom_loss
+from training.engine.custom_loss_table import FUNCTION_TABLE, METHOD_TABLE
 from training.engine.interface import ForwardBackwardJob
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded, NonFiniteResult
 from training.types import LoraConfig
@@ -166,8 +167,8 @@ def test_a_traced_loss_computes_what_its_function_computes(function):
 
 
 def test_everything_on_the_list_has_a_callable_and_nothing_else_has():
-    assert set(custom_loss._FUNCTIONS) == set(FUNCTIONS)
-    assert set(custom_loss._METHODS) == set(METHODS)
+    assert set(FUNCTION_TABLE) == set(FUNCTIONS)
+    assert set(METHOD_TABLE) == set(METHODS)
 
 
 def too_large(logprobs):
