@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -46,6 +47,14 @@ def test_runs_that_both_lost_something_do_not_pass_for_equal() -> None:
         "futures",
         "failed futures",
     ]
+
+
+def test_a_difference_at_the_end_of_a_long_answer_is_shown() -> None:
+    long = {"a": 1000 * "0" + "1"}, {"a": 1000 * "0" + "2"}
+    one, other = (Evidence(**{**SAME, "answers": answers}) for answers in long)
+    [sentence] = differences(one, other)
+    assert re.fullmatch(r"answers: a: unbroken \.\.\.0+1, broken \.\.\.0+2", sentence)
+    assert len(sentence) < 200
 
 
 def history(*results: tuple[float, float]) -> History:

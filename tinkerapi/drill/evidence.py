@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from os.path import commonprefix
 from pathlib import Path
 
 import psycopg
@@ -17,6 +18,7 @@ import psycopg
 from tinkerapi.postgres import embedded_database
 
 SHOWN = 160  # characters of each side of a difference
+BEFORE = 40  # of these, that are equal
 
 _FUTURES = """
 SELECT coalesce(run.name, future.lane_id, ''), future.seq_id,
@@ -128,7 +130,7 @@ def incomplete(evidence: Evidence, *, requests: int, failures: int) -> list[str]
 def differences(unbroken: Evidence, broken: Evidence) -> list[str]:
     """A sentence for each difference; none if the runs are the same."""
     return [
-        f"{what}: {name}: unbroken {_short(one)}, broken {_short(other)}"
+        f"{what}: {name}: " + _contrast(one, other)
         for what in ("answers", "futures", "checkpoints")
         for name, one, other in _unequal(getattr(unbroken, what), getattr(broken, what))
     ]
@@ -142,8 +144,11 @@ def _unequal(
             yield name, one.get(name), other.get(name)
 
 
-def _short(value: str | None) -> str:
-    return "nothing" if value is None else value[:SHOWN]
+def _contrast(unbroken: str | None, broken: str | None) -> str:
+    """Both sides, from shortly before they begin to differ."""
+    one, other = unbroken or "nothing", broken or "nothing"
+    begin = max(0, len(commonprefix([one, other])) - BEFORE)
+    return f"unbroken ...{one[begin:][:SHOWN]}, broken ...{other[begin:][:SHOWN]}"
 
 
 def _alias(name: str, aliases: Mapping[str, str]) -> str:
