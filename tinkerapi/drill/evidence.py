@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from os.path import commonprefix
 from pathlib import Path
 
 import psycopg
@@ -147,7 +146,9 @@ def _unequal(
 def _contrast(unbroken: str | None, broken: str | None) -> str:
     """Both sides, from shortly before they begin to differ."""
     one, other = unbroken or "nothing", broken or "nothing"
-    begin = max(0, len(commonprefix([one, other])) - BEFORE)
+    pairs = enumerate(zip(one, other, strict=False))
+    equal = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    begin = max(0, equal - BEFORE)
     return f"unbroken ...{one[begin:][:SHOWN]}, broken ...{other[begin:][:SHOWN]}"
 
 
