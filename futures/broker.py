@@ -18,7 +18,7 @@ from django_q.conf import Conf
 from django_q.tasks import async_task
 
 from futures.database import alias, execute
-from futures.notify import Listener, bell_channel, notify_bell
+from futures.notify import Bell, Listener, bell_channel, notify_bell
 
 # Neither commit waits for the disk.
 _CLAIM = """
@@ -67,7 +67,7 @@ class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
 
     def wait(self, timeout_seconds: float) -> bool:
         """Wait for the queue's bell; True if it rang or if that cannot be known."""
-        return _listener(self.list_key).wait(timeout_seconds)
+        return bool(_listener(self.list_key).wait(timeout_seconds))
 
     def delete(self, task_id: int) -> None:
         execute(_DELETE, {"id": task_id})
@@ -89,11 +89,11 @@ def doorbells_unlock(queue: str) -> None:
     )
 
 
-def bell_rang(queue: str, timeout_seconds: float = 0.0) -> bool:
-    """Whether the queue's bell rang since this thread last asked, waiting for it so long.
+def bell_rang(queue: str, timeout_seconds: float = 0.0) -> Bell:
+    """What was heard of the queue's bell since this thread last asked, waiting for it so long.
 
-    Takes the notification, so who is told True must claim. Without waiting it costs one look
-    at the socket.
+    Takes the notification, so who is told that it rang must claim. Without waiting it costs one
+    look at the socket.
     """
     return _listener(queue).wait(timeout_seconds)
 

@@ -12,11 +12,13 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import psycopg
 from django.db import InterfaceError, OperationalError
+from django.utils import timezone
 from psycopg import sql
 
 from futures.database import dedicated_parameters
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _RECONNECT_SECONDS = 1.0
+
+PATIENCE = timedelta(seconds=0.5)
+"""More than the longest time for which a worker holds a patient future back."""
 
 
 class Hub:
@@ -139,14 +144,26 @@ async def future_wait(request_id: str, *, owner_id: int, timeout_seconds: float)
         OperationalError: Django's; Postgres could not be asked even once.
     """
     reader = hub().reader
+    is_first = True
 
     async def read() -> Future | None:
+        nonlocal is_first
         future = await reader.read(request_id)
         if future is None or future.owner_id != owner_id:
             raise FutureNotFound.named(request_id)
-        return future if future.is_final else None
+        if future.is_final:
+            return future
+        if is_first and timeout_seconds > 0 and _may_be_held_back(future):
+            reader.hurry(future.queue)
+        is_first = False
+        return None
 
     return await read_when_woken(request_id, read, timeout_seconds=timeout_seconds)
+
+
+def _may_be_held_back(future: Future) -> bool:
+    """Whether its worker may be waiting for company for it, which it does for a moment only."""
+    return future.patient and timezone.now() - future.created_at < PATIENCE
 
 
 async def future_progress(

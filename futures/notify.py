@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from enum import IntFlag
 from weakref import ref
 
 import psycopg
@@ -94,11 +95,24 @@ def notify_finished_after_commit(request_ids: Iterable[str]) -> None:
     transaction.on_commit(lambda: notify_finished(ids), using=alias(), robust=True)
 
 
+class Bell(IntFlag):
+    """What was heard of a queue's bell; nothing is false."""
+
+    SILENT = 0
+    RANG = 1
+    """Something was submitted."""
+    HURRY = 2
+    """Somebody has begun to wait for what was submitted just now."""
+
+
+HURRY_NOTE = "hurry"
+
+
 class Listener:
     """LISTEN on this thread's Django connection, renewed whenever that connection is.
 
     psycopg keeps notifications that arrive during other statements, so none is missed while
-    the connection lives; after a reconnect ``wait`` says yes once, because
+    the connection lives; after a reconnect ``wait`` says once that it rang, because
     anything may have been missed. Not for use inside a transaction.
     """
 
@@ -106,8 +120,8 @@ class Listener:
         self._channel = channel
         self._listening: ref[psycopg.Connection[object]] | None = None
 
-    def wait(self, timeout_seconds: float) -> bool:
-        """Wait for a notification and take all that have arrived; False when time is up.
+    def wait(self, timeout_seconds: float) -> Bell:
+        """Wait for a notification and take all that have arrived; SILENT when time is up.
 
         Zero seconds only look.
 
@@ -119,8 +133,11 @@ class Listener:
             if self._listening is None or self._listening() is not connection:
                 connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
                 self._listening = ref(connection)
-                return True
+                return Bell.RANG
             # One at a time: the generator must be exhausted before the connection is used again.
             arrived = list(connection.notifies(timeout=timeout_seconds, stop_after=1))
             arrived += connection.notifies(timeout=0)
-            return bool(arrived)
+        heard = Bell.SILENT
+        for notification in arrived:
+            heard |= Bell.HURRY if notification.payload == HURRY_NOTE else Bell.RANG
+        return heard

@@ -15,6 +15,7 @@ from django.db import OperationalError
 
 from futures.database import alias, dedicated_parameters, is_lost
 from futures.models import Future
+from futures.notify import HURRY_NOTE, bell_channel
 
 MAX_IDS = 64
 """Of one statement; a result may have megabytes."""
@@ -32,6 +33,7 @@ class FutureReader:
     def __init__(self) -> None:
         self._asked: dict[str, asyncio.Future[Future | psycopg.Error | None]] = {}
         self._some_asked = asyncio.Event()
+        self._hurried: set[str] = set()
         self._reading: asyncio.Task[None] | None = None
 
     async def read(self, request_id: str) -> Future | None:
@@ -40,9 +42,7 @@ class FutureReader:
         Raises:
             OperationalError: Django's; Postgres does not answer.
         """
-        if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._read(), name="futures reader")
-            self._reading.add_done_callback(self._forget)
+        self._begin()
         asked = self._asked.get(request_id)
         if asked is None:
             asked = self._asked[request_id] = asyncio.get_running_loop().create_future()
@@ -51,6 +51,17 @@ class FutureReader:
         if isinstance(found, psycopg.Error):
             raise OperationalError(str(found)) from found
         return found
+
+    def hurry(self, queue: str) -> None:
+        """Tell the queue's worker that somebody waits; a hint, which may be lost."""
+        self._begin()
+        self._hurried.add(queue)
+        self._some_asked.set()
+
+    def _begin(self) -> None:
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read(), name="futures reader")
+            self._reading.add_done_callback(self._forget)
 
     async def close(self) -> None:
         """Stop reading; the next one who asks begins again."""
@@ -68,7 +79,7 @@ class FutureReader:
         try:
             while True:
                 await self._some_asked.wait()
-                asked = self._take()
+                asked, hurried = self._take()
                 found: dict[str, Future] = {}
                 failure: psycopg.Error | None = None
                 try:
@@ -76,7 +87,12 @@ class FutureReader:
                         await connection.close()
                     if connection is None or connection.closed:
                         connection = await psycopg.AsyncConnection.connect(**dedicated_parameters())
-                    found = await futures_by_id(connection, list(asked))
+                    if asked:
+                        found = await futures_by_id(connection, list(asked))
+                    for queue in hurried:
+                        await connection.execute(
+                            "SELECT pg_notify(%s, %s)", (bell_channel(queue), HURRY_NOTE)
+                        )
                 except psycopg.Error as error:
                     failure = error
                     if connection is not None:
@@ -87,12 +103,14 @@ class FutureReader:
             if connection is not None:
                 await connection.close()
 
-    def _take(self) -> dict[str, asyncio.Future[Future | psycopg.Error | None]]:
-        """The first of those that are asked for; who asks for one again waits for the next."""
+    def _take(self) -> tuple[dict[str, asyncio.Future[Future | psycopg.Error | None]], set[str]]:
+        """The first of those that are asked for, and who is to hurry; who asks for one again
+        waits for the next."""
         taken = {name: self._asked.pop(name) for name in list(self._asked)[:MAX_IDS]}
+        hurried, self._hurried = self._hurried, set()
         if not self._asked:
             self._some_asked.clear()
-        return taken
+        return taken, hurried
 
 
 async def futures_by_id(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,13 +12,15 @@ import psycopg
 import pytest
 
 from futures import hub as hub_module
+from futures.broker import bell_rang
 from futures.claiming import future_claim
 from futures.database import dedicated_parameters
 from futures.errors import FutureNotFound
 from futures.hub import future_wait, hub
 from futures.models import Future, Worker
+from futures.notify import Bell
 from futures.services import future_cancel
-from tests.futures.conftest import SubmitFactory, finish, race
+from tests.futures.conftest import QUEUE, SubmitFactory, finish, race
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -180,6 +183,46 @@ def test_waiters_survive_the_loss_of_the_connection_and_of_what_it_missed(
         return [first, await waiters[1]]
 
     assert [future.state for future in run(main()) if future] == ["ready", "ready"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "timeout_seconds", "heard"),
+    [
+        ({"patient": True}, 0.3, Bell.HURRY),
+        ({"patient": True}, 0, Bell.SILENT),  # only looks
+        ({}, 0.3, Bell.SILENT),
+    ],
+)
+def test_who_waits_for_what_a_worker_may_hold_back_says_so(
+    submit: SubmitFactory,
+    fields: dict[str, bool],
+    timeout_seconds: float,
+    heard: Bell,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hub_module, "PATIENCE", timedelta(minutes=1))
+    bell_rang(QUEUE)  # begins to listen
+    future = submit(**fields)
+    rang = bell_rang(QUEUE, 5.0)
+    waited = future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=timeout_seconds)
+
+    assert run(waited) is None
+
+    assert rang == Bell.RANG
+    assert bell_rang(QUEUE, 5.0 if heard else 0.0) == heard
+
+
+def test_nobody_is_hurried_for_what_was_submitted_long_ago(
+    submit: SubmitFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PATIENCE", timedelta(0))
+    bell_rang(QUEUE)
+    future = submit(patient=True)
+    assert bell_rang(QUEUE, 5.0) == Bell.RANG
+
+    assert run(future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=0.3)) is None
+
+    assert bell_rang(QUEUE) == Bell.SILENT
 
 
 def test_who_gives_up_leaves_nothing_behind(submit: SubmitFactory) -> None:

@@ -6,23 +6,29 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from futures.notify import Bell
 from training.worker.gathering import FIRST_SECONDS, LEAST_SECONDS, LIMIT_SECONDS, gather
 
 
 class Arrivals:
     """A bell that rings at given times."""
 
-    def __init__(self, times: Sequence[float]) -> None:
+    def __init__(self, times: Sequence[float], hurry_at: float = float("inf")) -> None:
         self._times = list(times)
+        self._hurry_at = hurry_at
         self.now = 0.0
         self.claimed = 0
 
-    def bell_rang(self, seconds: float) -> bool:
-        if self._times and self._times[0] <= self.now + seconds:
-            self.now = max(self.now, self._times.pop(0))
-            return True
-        self.now += seconds
-        return False
+    def bell_rang(self, seconds: float) -> Bell:
+        heard = min([*self._times[:1], self._hurry_at])
+        if heard > self.now + seconds:
+            self.now += seconds
+            return Bell.SILENT
+        self.now = max(self.now, heard)
+        if heard == self._hurry_at:
+            return Bell.HURRY
+        del self._times[0]
+        return Bell.RANG
 
     def claim(self) -> None:
         self.claimed += 1
@@ -53,6 +59,13 @@ def test_a_quick_client_may_be_slower_once() -> None:
     arrivals.gather()
 
     assert arrivals.claimed == 2
+
+
+def test_who_begins_to_wait_has_sent_everything() -> None:
+    arrivals = Arrivals([0.004, 0.008, 0.030], hurry_at=0.010)
+    arrivals.gather()
+
+    assert (arrivals.claimed, arrivals.now) == (2, 0.010)
 
 
 def test_a_stream_without_end_is_cut_off() -> None:

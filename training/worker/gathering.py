@@ -3,13 +3,15 @@
 A client that submits five batches one after another has sent the second when the first could
 begin: without this the first would run alone, and merging would gain less. How long the next
 one may take is known from the one before: a pause of several times the last one means that
-there is no next one.
+there is no next one. And a client that begins to wait for a result has sent what it had.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+
+from futures.notify import Bell
 
 FIRST_SECONDS = 0.02
 """The longest pause, and the only one of which nothing is known."""
@@ -24,7 +26,7 @@ LIMIT_SECONDS = 0.1  # in all, however many keep arriving
 def gather(
     *,
     may_wait: Callable[[], bool],
-    bell_rang: Callable[[float], bool],
+    bell_rang: Callable[[float], Bell],
     claim: Callable[[], object],
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
@@ -32,12 +34,15 @@ def gather(
 
     Args:
         may_wait: Whether nobody minds; asked again after each claim.
-        bell_rang: Whether something arrives within so many seconds.
+        bell_rang: What is heard within so many seconds.
     """
     begun = last = clock()
     pause = FIRST_SECONDS
-    while may_wait() and clock() - begun < LIMIT_SECONDS and bell_rang(pause):
+    heard = Bell.RANG
+    while heard == Bell.RANG and may_wait() and clock() - begun < LIMIT_SECONDS:
+        heard = bell_rang(pause)
         now = clock()
         pause = min(FIRST_SECONDS, max(LEAST_SECONDS, PAUSES * (now - last)))
         last = now
-        claim()
+        if heard & Bell.RANG:
+            claim()

@@ -20,7 +20,7 @@ from django.db import DatabaseError, transaction
 from futures.claiming import future_claim, futures_finish, futures_release
 from futures.database import execute, rows_get
 from futures.models import Future, Worker
-from futures.notify import notify_progress
+from futures.notify import Bell, notify_progress
 from futures.payload import decode
 from training import payloads
 from training.engine.interface import Engine, SampleJob, SampleOutput
@@ -78,7 +78,7 @@ class WorkLoop:
         worker: Worker,
         *,
         stopping: Callable[[], bool],
-        bell_rang: Callable[[float], bool],
+        bell_rang: Callable[[float], Bell],
         figures: dict[str, Any] | None = None,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
@@ -86,7 +86,7 @@ class WorkLoop:
 
         Args:
             stopping: Asked between batches; True makes ``run_until_idle`` return.
-            bell_rang: Whether something was submitted since it was last asked, waiting for it
+            bell_rang: What was heard of the queue's bell since it was last asked, waiting for it
                 up to so many seconds; 0 is a cheap look.
             figures: Where the loop writes what it has to say of itself.
             on_turn: Called whenever the loop has got on; see ``training.worker.pulse``.
@@ -120,7 +120,7 @@ class WorkLoop:
         self._pace.work_begins()
         while not self._stopping():
             self.turn()
-            if self._unclaimed or self._bell_rang(0):
+            if self._unclaimed or self._bell_rang(0) & Bell.RANG:
                 self._claim()
                 gather(may_wait=self._may_wait, bell_rang=self._bell_rang, claim=self._claim)
             batch = self._scheduler.next_batch()
