@@ -216,14 +216,17 @@ def checkpoint_path(checkpoint: Checkpoint) -> TinkerPath:
 
 
 def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
-    """Those whose payload no crash recovery can need: covered by the oldest kept snapshot.
+    """Those whose payload no crash recovery can need: covered by two snapshots, of which one may
+    turn out to be unreadable.
 
     Futures outside a live run's lane are always prunable, and those of a run whose session is
     finished. ``prunefutures`` asks this.
     """
     live = Run.objects.live().filter(id=OuterRef("lane_id"), session__finished_at__isnull=True)
     covered = (
-        Snapshot.objects.filter(run_id=OuterRef("lane_id")).order_by("seq_id").values("seq_id")[:1]
+        Snapshot.objects.filter(run_id=OuterRef("lane_id"))
+        .order_by("-seq_id")
+        .values("seq_id")[1:2]
     )
     return futures.annotate(
         live_run_id=Subquery(live.values("id")[:1]),

@@ -46,6 +46,16 @@ def test_a_run_without_snapshot_keeps_its_whole_log(
     assert kinds_with_payload() == ["create_run", "forward_backward", "optim_step"]
 
 
+def test_one_snapshot_covers_nothing_for_it_may_be_unreadable(
+    work: InProcessWorker, forward_backward: Submit, prune_everything: Callable[[], None]
+) -> None:
+    forward_backward("m", "hi")
+    work()
+    work.loop.give_back()
+    prune_everything()
+    assert kinds_with_payload() == ["create_run", "forward_backward"]
+
+
 def test_what_the_older_of_two_snapshots_covers_is_dropped(
     work: InProcessWorker,
     forward_backward: Submit,
