@@ -32,14 +32,14 @@ def capture_adapter(
 ) -> Callable[[Path], int]:
     """Everything that the next step depends on, to be written; see ``Engine.capture_adapter``.
 
-    Only the gradient is copied: the other buffers are replaced by a step, never written into.
-    An all-zero gradient, as it is after every optimizer step, is left out.
+    Nothing is copied: passes and steps replace an adapter's buffers and write into none of them. An
+    all-zero gradient, as it is after every optimizer step, is left out.
     """
     buffers = {"weights": adapter.weights.flat}
     if with_optimizer:
         buffers |= {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
         if adapter.grad.flat.any():
-            buffers["grad"] = adapter.grad.flat.clone()
+            buffers["grad"] = adapter.grad.flat
     places = adapter.layout.places.items()
     meta = {
         "format": FORMAT,
