@@ -7,13 +7,15 @@ import os
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import psycopg
 from django.conf import settings
-from django.db import DatabaseError, InterfaceError, connection
+from django.db import DatabaseError, InterfaceError, OperationalError, connection
 
 from futures.broker import bell_rang
 from futures.consumer import Consumer
@@ -31,6 +33,8 @@ from training.worker.pulse import EVERY_SECONDS, Pulse
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
+LOOK_SECONDS = 1.0  # between two tries to reach Postgres at the start
+OUTAGE_SECONDS = 120.0  # after which somebody should hear of it
 
 
 def build_engine(base_model: BaseModel) -> Engine:
@@ -69,7 +73,8 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
     """
     pulse = Pulse(settings.PULSE_FD)
     figures: dict[str, Any] = {"base_model": base_model.name, "oom_kills": oom_kills()}
-    worker = worker_start(queue=base_model.queue, figures=figures, crashed=crashed)
+    start = partial(worker_start, queue=base_model.queue, figures=figures, crashed=crashed)
+    worker = when_postgres_answers(start, meanwhile=pulse)
     last_words = LastWords(worker)  # also when a supervisor that takes us for hung asks where
     over = threading.Event()
     beating = threading.Thread(
@@ -106,6 +111,36 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         beating.join()
         worker_stop(worker)
     last_words.close()
+
+
+def when_postgres_answers(
+    start: Callable[[], Worker],
+    *,
+    meanwhile: Callable[[], None],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Worker:
+    """``start()`` as soon as Postgres answers: it may have gone away with the last worker.
+
+    Ending instead would leave it to the supervisor, who waits longer after each failure.
+
+    Raises:
+        OperationalError: Django's or psycopg's; it has not answered for OUTAGE_SECONDS.
+    """
+    deadline = clock() + OUTAGE_SECONDS
+    told = False
+    while True:
+        try:
+            return start()
+        except (OperationalError, InterfaceError, psycopg.OperationalError) as error:
+            connection.close()
+            if clock() >= deadline:
+                raise
+            if not told:
+                logger.warning("Postgres does not answer; trying again: %s", str(error).strip())
+            told = True
+        meanwhile()
+        sleep(LOOK_SECONDS)
 
 
 @contextmanager
