@@ -74,8 +74,9 @@ class FakeSampler(Sampler):
         held_back = max((len(s) for s in stop or () if isinstance(s, str)), default=1) - 1
         return [text[: max(0, len(text) - held_back)] for text in texts]
 
-    def cancel(self, key: str) -> None:
-        self._active.pop(key, None)
+    def cancel(self, key: str) -> int:
+        sampling = self._active.pop(key, None)
+        return sum(map(len, sampling.tokens)) if sampling else 0
 
     @property
     def active(self) -> int:

@@ -120,8 +120,12 @@ class Sampler(ABC):
         """
 
     @abstractmethod
-    def cancel(self, key: str) -> None:
-        """Forget a job; its sequences leave the batch before the next step."""
+    def cancel(self, key: str) -> int:
+        """Forget a job; its sequences leave the batch before the next step.
+
+        Returns:
+            How many tokens had been sampled for it; 0 for a key that is not active.
+        """
 
     @property
     @abstractmethod

@@ -125,16 +125,20 @@ class ContinuousSampler(Sampler):
                 return [sequence.progress(self._text) for sequence in request.sequences]
         raise ValueError(f"no job is active under the key {key!r}")
 
-    def cancel(self, key: str) -> None:
+    def cancel(self, key: str) -> int:
         if key not in self._keys:
-            return
+            return 0
         self._keys.remove(key)
+        num_sampled = 0
         for request in (*self._prefilling, *self._decoding):
-            if request.key == key and request.region is not None:
-                self._cache.release(request.region)
+            if request.key == key:
+                num_sampled += sum(len(sequence.tokens) for sequence in request.sequences)
+                if request.region is not None:
+                    self._cache.release(request.region)
         self._waiting = deque(r for r in self._waiting if r.key != key)
         self._prefilling = deque(r for r in self._prefilling if r.key != key)
         self._decoding = [r for r in self._decoding if r.key != key]
+        return num_sampled
 
     @property
     def active(self) -> int:
