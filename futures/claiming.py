@@ -29,6 +29,7 @@ from typing import Any
 import orjson
 from django.db import transaction
 
+from futures.cancelled import futures_cancelled
 from futures.database import alias, execute
 from futures.errors import Fenced
 from futures.models import Future, Worker
@@ -208,13 +209,13 @@ WITH released AS (
     UPDATE futures_future
     SET state = 'pending', worker_id = NULL, started_at = NULL
     WHERE id = ANY (%(ids)s::text[]) AND state = 'running' AND worker_id = %(worker_id)s
-    RETURNING lane_id, seq_id
+    RETURNING id, lane_id, seq_id
 ), moved AS (
     UPDATE futures_lane AS l SET next_seq_id = least(l.next_seq_id, first.seq_id)
     FROM (SELECT lane_id, min(seq_id) AS seq_id FROM released GROUP BY lane_id) AS first
     WHERE l.id = first.lane_id AND l.ordered
 )
-SELECT count(*) FROM released
+SELECT id FROM released
 """
 
 
@@ -292,7 +293,8 @@ def _future(row: tuple[Any, ...]) -> Future:
 def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -> None:
     """Write outcomes inside the caller's transaction, whose commit makes them true.
 
-    Waiters are notified by that same commit.
+    Waiters are notified by that same commit. The outcome of one that its owner has cancelled
+    is dropped.
 
     Args:
         worker: The epoch that claimed them.
@@ -300,8 +302,8 @@ def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -
         batch: Number of the engine batch within the worker's life.
 
     Raises:
-        Fenced: One of them is not running under this epoch. The caller's transaction must
-            be rolled back and the worker must end.
+        Fenced: One of them is neither running nor cancelled under this epoch. The caller's
+            transaction must be rolled back and the worker must end.
     """
     if not transaction.get_connection(alias()).in_atomic_block:
         raise transaction.TransactionManagementError("futures_finish needs a transaction")
@@ -320,21 +322,26 @@ def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -
             "error_codes": [outcome.error_code for outcome in outcomes],
         },
     )
-    if len(rows) != len(outcomes):
+    finished = {request_id for (request_id,) in rows}
+    late = [o.request_id for o in outcomes if o.request_id not in finished]
+    dropped = futures_cancelled(worker=worker, request_ids=late, must_live=True)
+    if len(finished) + len(dropped) != len(outcomes):
         raise Fenced
-    notify_finished(outcome.request_id for outcome in outcomes)
+    notify_finished(finished)
 
 
 def futures_release(*, worker: Worker, request_ids: Sequence[str]) -> None:
     """Give claimed futures back, to be claimed again; counts no attempt. Own transaction.
 
     Of a lane, give back what was not begun and everything after it: the next claim begins
-    at the first of them. Rings no bell.
+    at the first of them. One that its owner has cancelled stays so. Rings no bell.
 
     Raises:
-        Fenced: One of them is not running under this epoch; none was released.
+        Fenced: One of them is neither running nor cancelled under this epoch; none was released.
     """
     with transaction.atomic(using=alias()):
-        [(released,)] = execute(_RELEASE, {"worker_id": worker.pk, "ids": list(request_ids)})
-        if released != len(set(request_ids)):
+        rows = execute(_RELEASE, {"worker_id": worker.pk, "ids": list(request_ids)})
+        kept = list(set(request_ids) - {request_id for (request_id,) in rows})
+        # A statement of its own, for it must see what the first one waited for.
+        if len(futures_cancelled(worker=worker, request_ids=kept)) != len(kept):
             raise Fenced

@@ -32,7 +32,7 @@ class LaneNumberedByClient(FutureError):
 
 
 class FutureNotCancellable(FutureError):
-    """Only a pending future can be cancelled; this one already runs or is final."""
+    """The future is finished, so there is nothing to cancel."""
 
 
 class SeqIdReused(FutureError):

@@ -101,6 +101,10 @@ class FutureQuerySet(models.QuerySet["Future"]):
         """Not final."""
         return self.filter(state__in=[State.PENDING, State.RUNNING])
 
+    def cancellable(self) -> FutureQuerySet:
+        """Not begun, or interruptible and not final."""
+        return self.filter(Q(state=State.PENDING) | Q(state=State.RUNNING, interruptible=True))
+
     def without_bodies(self) -> FutureQuerySet:
         """For lists: payload and result stay in the database."""
         return self.defer("payload", "result")
@@ -136,6 +140,8 @@ class Future(models.Model):
     """Estimated work in tokens; a claim takes futures up to a budget of it."""
     patient = models.BooleanField(default=False)
     """Nobody waits on the line: a worker may wait a moment for others to run beside it."""
+    interruptible = models.BooleanField(default=False)
+    """It changes nothing but its own result, so its owner may cancel it while it runs."""
 
     error = models.TextField(blank=True, default="")
     category = models.CharField(max_length=10, choices=Category.choices, blank=True, default="")
@@ -201,6 +207,13 @@ class Future(models.Model):
                 condition=(Q(state=State.FAILED) & ~Q(error="") & ~Q(category=""))
                 | (~Q(state=State.FAILED) & Q(error="", category="")),
                 name="future_failed_iff_error",
+            ),
+            # What changes anything is never torn apart.
+            models.CheckConstraint(
+                condition=~Q(state=State.CANCELLED)
+                | Q(worker__isnull=True)
+                | Q(interruptible=True),
+                name="future_interrupted_if_it_may_be",
             ),
             models.CheckConstraint(
                 condition=Q(state__in=FINAL_STATES, finished_at__isnull=False)

@@ -95,6 +95,19 @@ def notify_finished_after_commit(request_ids: Iterable[str]) -> None:
     transaction.on_commit(lambda: notify_finished(ids), using=alias(), robust=True)
 
 
+def notify_cancelled_after_commit(request_id: str, *, queue: str) -> None:
+    """Wake this future's waiters, and tell the queue's worker to let go of it."""
+
+    def tell() -> None:
+        notify_finished([request_id])
+        execute(
+            "SELECT pg_notify(%(channel)s, %(note)s)",
+            {"channel": bell_channel(queue), "note": CANCELLED_NOTE},
+        )
+
+    transaction.on_commit(tell, using=alias(), robust=True)
+
+
 class Bell(IntFlag):
     """What was heard of a queue's bell; nothing is false."""
 
@@ -103,17 +116,22 @@ class Bell(IntFlag):
     """Something was submitted."""
     HURRY = 2
     """Somebody has begun to wait for what was submitted just now."""
+    CANCELLED = 4
+    """Something that a worker held was cancelled."""
 
 
 HURRY_NOTE = "hurry"
+CANCELLED_NOTE = "cancelled"
+
+_HEARD = {HURRY_NOTE: Bell.HURRY, CANCELLED_NOTE: Bell.CANCELLED}
 
 
 class Listener:
     """LISTEN on this thread's Django connection, renewed whenever that connection is.
 
     psycopg keeps notifications that arrive during other statements, so none is missed while
-    the connection lives; after a reconnect ``wait`` says once that it rang, because
-    anything may have been missed. Not for use inside a transaction.
+    the connection lives; after a reconnect ``wait`` says once that it rang and that something
+    was cancelled, because anything may have been missed. Not for use inside a transaction.
     """
 
     def __init__(self, channel: str) -> None:
@@ -133,11 +151,11 @@ class Listener:
             if self._listening is None or self._listening() is not connection:
                 connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
                 self._listening = ref(connection)
-                return Bell.RANG
+                return Bell.RANG | Bell.CANCELLED
             # One at a time: the generator must be exhausted before the connection is used again.
             arrived = list(connection.notifies(timeout=timeout_seconds, stop_after=1))
             arrived += connection.notifies(timeout=0)
         heard = Bell.SILENT
         for notification in arrived:
-            heard |= Bell.HURRY if notification.payload == HURRY_NOTE else Bell.RANG
+            heard |= _HEARD.get(notification.payload, Bell.RANG)
         return heard

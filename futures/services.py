@@ -29,7 +29,11 @@ from futures.errors import (
     SeqIdReused,
 )
 from futures.models import Future, Lane
-from futures.notify import notify_bell, notify_finished_after_commit
+from futures.notify import (
+    notify_bell,
+    notify_cancelled_after_commit,
+    notify_finished_after_commit,
+)
 from futures.payload import EncodedPayload, encode, encode_payload
 from futures.transitions import Category, State
 
@@ -51,15 +55,15 @@ WITH waiting AS MATERIALIZED (
 ), inserted AS (
     INSERT INTO futures_future (
         id, owner_id, queue, lane_id, seq_id, idempotency_key, kind, state, payload,
-        payload_digest, summary, cost, patient, error, category, error_code, attempts,
-        replay_of_id, created_at, finished_at
+        payload_digest, summary, cost, patient, interruptible, error, category, error_code,
+        attempts, replay_of_id, created_at, finished_at
     )
     SELECT
         %(id)s, %(owner_id)s, %(queue)s, %(lane_id)s,
         coalesce(%(seq_id)s::bigint, (SELECT last_seq_id FROM numbered)),
         %(idempotency_key)s, %(kind)s, %(state)s, %(payload)b, %(payload_digest)b,
-        %(summary)s::jsonb, %(cost)s, %(patient)s, %(error)s, %(category)s, %(error_code)s, 0,
-        %(replay_of_id)s, %(created_at)s, %(finished_at)s
+        %(summary)s::jsonb, %(cost)s, %(patient)s, %(interruptible)s, %(error)s, %(category)s,
+        %(error_code)s, 0, %(replay_of_id)s, %(created_at)s, %(finished_at)s
     WHERE (SELECT has_room FROM waiting) AND NOT EXISTS (
         SELECT FROM futures_lane
         WHERE id = %(lane_id)s AND ordered AND next_seq_id > %(seq_id)s::bigint
@@ -72,6 +76,9 @@ WITH waiting AS MATERIALIZED (
 )
 SELECT has_room, (SELECT count(*) FROM inserted), (SELECT seq_id FROM inserted) FROM waiting
 """
+
+
+_NOT_TORN_APART = "It runs already, and what it changes is not torn apart: it goes on to its end."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +118,7 @@ def future_submit(
     idempotency_key: str | None = None,
     cost: int = 1,
     patient: bool = False,
+    interruptible: bool = False,
     summary: dict[str, Any] | None = None,
     replay_of: Future | None = None,
     max_pending: int | None = None,
@@ -132,6 +140,7 @@ def future_submit(
         idempotency_key: The client's name for this request.
         cost: Estimated tokens of work.
         patient: A worker may wait a moment for others to run beside it.
+        interruptible: It changes nothing but its own result, so it may be cancelled while it runs.
         summary: Small facts for lists and charts.
         replay_of: The future whose request this is.
         max_pending: How many futures of the owner may wait. Submitters that race may pass
@@ -157,6 +166,7 @@ def future_submit(
         idempotency_key=idempotency_key,
         cost=cost,
         patient=patient,
+        interruptible=interruptible,
         summary=summary or {},
         replay_of=replay_of,
         created_at=now,
@@ -249,6 +259,7 @@ def _insert_once(future: Future, max_pending: int | None) -> _Inserted:
             "summary": orjson.dumps(future.summary).decode(),
             "cost": future.cost,
             "patient": future.patient,
+            "interruptible": future.interruptible,
             "error": future.error,
             "category": str(future.category),
             "error_code": future.error_code,
@@ -314,24 +325,30 @@ def _renumber(future: Future) -> None:
 
 
 def future_cancel(*, request_id: str, owner_id: int) -> Future:
-    """Cancel a pending future and return it; cancelling twice is the same as once.
+    """Cancel a future that waits, or runs and is interruptible, and return it.
+
+    It is cancelled for good when this returns; cancelling twice is the same as once. Whoever
+    runs it is told after the commit and may spend another moment on it. A worker that finishes
+    it meanwhile finds that it came too late (``futures.cancelled``).
 
     Raises:
         FutureNotFound: The owner has no such future.
-        FutureNotCancellable: It already runs or is finished.
+        FutureNotCancellable: It is finished, or it runs and must not be torn apart.
     """
     future_of_owner = Future.objects.without_bodies().filter(pk=request_id, owner_id=owner_id)
     with transaction.atomic(using=alias()):
-        cancelled = future_of_owner.filter(state=State.PENDING).update(
+        cancelled = future_of_owner.cancellable().update(
             state=State.CANCELLED, finished_at=timezone.now()
         )
         future = future_of_owner.first()
         if future is None:
             raise FutureNotFound.named(request_id)
         if future.state != State.CANCELLED:
-            raise FutureNotCancellable
-        if cancelled:
+            raise FutureNotCancellable(*([] if future.is_final else [_NOT_TORN_APART]))
+        if cancelled and future.worker_id is None:
             notify_finished_after_commit([request_id])
+        elif cancelled:
+            notify_cancelled_after_commit(request_id, queue=future.queue)
     return future
 
 
@@ -385,5 +402,6 @@ def future_resubmit(*, request_id: str) -> Future:
         payload=EncodedPayload(bytes(first.payload), bytes(first.payload_digest)),
         lane_id=first.lane_id,
         cost=first.cost,
+        interruptible=first.interruptible,
         replay_of=first,
     )

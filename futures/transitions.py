@@ -4,11 +4,12 @@
 
                     claim               finish
       pending ───────────────> running ────────> ready
-         │  ^                   │   │
-         │  └───── release ─────┘   │ fail
-         │                          v
-         ├────────── refuse ─────> failed
-         └────────── cancel ─────> cancelled
+         │  ^                   │ │ │
+         │  └───── release ─────┘ │ └─ fail ───> failed
+         │                        │                ^
+         ├──────── refuse ────────┼────────────────┘
+         │                        │ interrupt
+         └──────── cancel ────────┴────────────> cancelled
 
 claim
     A worker takes the future under its epoch.
@@ -20,6 +21,9 @@ refuse
     The request can never run: it was invalid, its run was deleted, or it killed three workers.
 cancel
     Its owner no longer wants it, and it had not begun.
+interrupt
+    Its owner no longer wants it, and it is one that changes nothing: what was done of it is
+    dropped. The row is final at once; the worker hears of it and lets go.
 """
 
 from django.db.models import TextChoices
@@ -44,6 +48,7 @@ MOVES: dict[str, tuple[State, State]] = {
     "release": (State.RUNNING, State.PENDING),
     "refuse": (State.PENDING, State.FAILED),
     "cancel": (State.PENDING, State.CANCELLED),
+    "interrupt": (State.RUNNING, State.CANCELLED),
 }
 """Verb to (from, to)."""
 

@@ -178,7 +178,7 @@ class FutureAdmin(ConsoleAdmin):
         return queue_position(future) if future.state == State.PENDING else None
 
     def has_cancel_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
-        return self.matches(request, object_id, state=State.PENDING)
+        return self.matches(request, object_id, pk__in=Future.objects.cancellable())
 
     def has_replay_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, state__in=FINAL_STATES, payload__isnull=False)
@@ -190,7 +190,7 @@ class FutureAdmin(ConsoleAdmin):
         danger=True,
         question="Cancel this request?",
         answer="Cancel the request",
-        explanation="It has not begun. Whoever waits for it is told that it was cancelled.",
+        explanation="It has no result then. Whoever waits for it is told that it was cancelled.",
     )
     def cancel(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         future = self.row(request, object_id)
@@ -210,7 +210,9 @@ class FutureAdmin(ConsoleAdmin):
         future = self.row(request, object_id)
         return redirect(request, page_url(self.replay_one(request, future) or future))
 
-    @admin.action(description="Cancel selected requests that still wait", permissions=["cancel"])
+    @admin.action(
+        description="Cancel selected requests that may be cancelled", permissions=["cancel"]
+    )
     def cancel_selected(self, request: HttpRequest, queryset: QuerySet[Future]) -> None:
         for future in queryset:
             self.cancel_one(request, future)

@@ -41,6 +41,20 @@ def test_a_future_that_contradicts_itself_is_refused(
         Future.objects.filter(pk=future.pk).update(**changes)
 
 
+def test_what_may_not_be_interrupted_is_not_cancelled_once_a_worker_has_it(
+    submit: SubmitFactory, worker: Worker
+) -> None:
+    future, sample = submit(), submit(interruptible=True)
+    cancelled = {"state": "cancelled", "worker": worker, **FINAL}
+
+    with (
+        pytest.raises(IntegrityError, match="future_interrupted_if_it_may_be"),
+        transaction.atomic(),
+    ):
+        Future.objects.filter(pk=future.pk).update(**cancelled)
+    Future.objects.filter(pk=sample.pk).update(**cancelled)
+
+
 def test_a_negative_seq_id_is_refused(submit: SubmitFactory, lane: Any) -> None:
     future = submit(lane)
 

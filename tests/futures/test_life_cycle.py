@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from futures.cancelled import futures_cancelled
 from futures.claiming import Outcome, future_claim, futures_finish, futures_release
 from futures.errors import FutureNotCancellable, SeqIdReused
 from futures.models import Future, Worker
@@ -46,9 +47,11 @@ class LifeCycle(RuleBasedStateMachine):
         """(lane, seq id) -> (request id, value)"""
         self.where: dict[str, tuple[int, int]] = {}
         self.attempts: dict[str, int] = defaultdict(int)
+        self.interruptible: set[str] = set()
         self.effects: dict[int, list[int]] = defaultdict(list)
         """Lane -> seq ids whose result is committed, in the order of the commits."""
         self.held: list[Future] = []
+        """By the worker, which has not heard yet what of it was cancelled."""
         self.worker: Worker = worker_start(queue=QUEUE, figures={})
 
     def teardown(self) -> None:
@@ -56,8 +59,13 @@ class LifeCycle(RuleBasedStateMachine):
         transaction.set_rollback(True)
         self.atomic.__exit__(None, None, None)
 
-    @rule(lane=st.integers(0, LANES - 1), seq_id=st.integers(1, 6), value=st.integers(0, 1))
-    def submit(self, lane: int, seq_id: int, value: int) -> None:
+    @rule(
+        lane=st.integers(0, LANES - 1),
+        seq_id=st.integers(1, 6),
+        value=st.integers(0, 1),
+        interruptible=st.booleans(),
+    )
+    def submit(self, lane: int, seq_id: int, value: int, interruptible: bool) -> None:
         first = self.named.get((lane, seq_id))
         try:
             future = future_submit(
@@ -67,6 +75,7 @@ class LifeCycle(RuleBasedStateMachine):
                 payload={"value": value},
                 lane_id=f"lane {lane}",
                 seq_id=seq_id,
+                interruptible=interruptible,
             )
         except SeqIdReused:
             assert first is not None
@@ -78,19 +87,33 @@ class LifeCycle(RuleBasedStateMachine):
         self.named[lane, seq_id] = (future.pk, value)
         self.where[future.pk] = (lane, seq_id)
         self.state[future.pk] = "pending"
+        if interruptible:
+            self.interruptible.add(future.pk)
 
     @precondition(lambda self: self.state)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         # By position: request ids are random, and a run must be repeatable.
         request_id = list(self.state)[data.draw(st.integers(0, len(self.state) - 1))]
+        may_be = self.state[request_id] in ("pending", "cancelled") or (
+            self.state[request_id] == "running" and request_id in self.interruptible
+        )
         try:
             future_cancel(request_id=request_id, owner_id=self.owner.pk)
         except FutureNotCancellable:
-            assert self.state[request_id] not in ("pending", "cancelled")
+            assert not may_be
         else:
-            assert self.state[request_id] in ("pending", "cancelled")
+            assert may_be
             self.state[request_id] = "cancelled"
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def hear(self) -> None:
+        """The worker lets go of what was cancelled."""
+        held = [future.pk for future in self.held]
+        cancelled = futures_cancelled(worker=self.worker, request_ids=held)
+        assert cancelled == {pk for pk in held if self.state[pk] == "cancelled"}
+        self.held = [future for future in self.held if future.pk not in cancelled]
 
     @rule(max_futures=st.integers(1, 5))
     def claim(self, max_futures: int) -> None:
@@ -100,8 +123,9 @@ class LifeCycle(RuleBasedStateMachine):
         for future in claimed:
             assert self.state[future.pk] == "pending"
             assert future.pk in runnable
-        if suspects or any(self.attempts[future.pk] for future in self.held):
-            assert len(claimed) == (0 if self.held else 1)
+        held = self.running(self.held)
+        if suspects or any(self.attempts[future.pk] for future in held):
+            assert len(claimed) == (0 if held else 1)
         else:
             assert len(claimed) == min(max_futures, len(runnable))
         for future in claimed:
@@ -129,12 +153,15 @@ class LifeCycle(RuleBasedStateMachine):
         for future in batch:
             lane, seq_id = self.where[future.pk]
             assert decode(bytes(future.payload)) == {"value": self.named[lane, seq_id][1]}
+            was_cancelled = self.state[future.pk] == "cancelled"
             if fails:
                 outcomes.append(Outcome(request_id=future.pk, error="bad", category="user"))
             else:
                 outcomes.append(Outcome(request_id=future.pk, result=encode(seq_id)))
-                self.effects[lane].append(seq_id)
-            self.state[future.pk] = "failed" if fails else "ready"
+                if not was_cancelled:
+                    self.effects[lane].append(seq_id)
+            if not was_cancelled:
+                self.state[future.pk] = "failed" if fails else "ready"
         with transaction.atomic():
             futures_finish(worker=self.worker, outcomes=outcomes, batch=1)
 
@@ -143,15 +170,15 @@ class LifeCycle(RuleBasedStateMachine):
     def release(self, kept: int) -> None:
         released, self.held = self.held[kept:], self.held[:kept]
         futures_release(worker=self.worker, request_ids=[future.pk for future in released])
-        for future in released:
+        for future in self.running(released):
             self.state[future.pk] = "pending"
 
     @rule()
     def crash(self) -> None:
         kill(self.worker)
-        for future in self.held:
+        for future in (running := self.running(self.held)):
             # Of several, nobody knows which one it was.
-            alone = len(self.held) == 1
+            alone = len(running) == 1
             before = self.attempts[future.pk]
             self.attempts[future.pk] = before + 1 if alone else max(before, 1)
             spent = self.attempts[future.pk] == MAX_ATTEMPTS
@@ -162,10 +189,14 @@ class LifeCycle(RuleBasedStateMachine):
     @rule()
     def stop_and_start(self) -> None:
         worker_stop(self.worker)
-        for future in self.held:
+        for future in self.running(self.held):
             self.state[future.pk] = "pending"
         self.held = []
         self.worker = worker_start(queue=QUEUE, figures={})
+
+    def running(self, held: list[Future]) -> list[Future]:
+        """What the worker holds and nobody has cancelled."""
+        return [future for future in held if self.state[future.pk] == "running"]
 
     @invariant()
     def the_rows_are_as_the_model_says(self) -> None:

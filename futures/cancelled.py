@@ -1,0 +1,71 @@
+"""What a worker does about futures that were cancelled while it held them.
+
+The cancellation is a commit of the owner's (``futures.services.future_cancel``), so a worker
+may find at any time that a row it holds is final. It learns so from the bell, or when it wants
+to finish or release the row. It never undoes it: what it did for the row is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from futures.database import execute
+from futures.models import Worker
+
+_CANCELLED = """
+SELECT id FROM futures_future
+WHERE id = ANY (%(ids)s::text[]) AND state = 'cancelled' AND worker_id = %(worker_id)s
+"""
+
+# Locks nothing: a takeover locks the worker before its futures, and who finishes the other way.
+_CANCELLED_WHILE_LIVE = f"""
+{_CANCELLED} AND EXISTS (
+    SELECT FROM futures_worker WHERE id = %(worker_id)s AND state IN ('starting', 'live')
+)
+"""
+
+_NOTE = """
+UPDATE futures_future AS f SET summary = f.summary || o.summary::jsonb, batch = %(batch)s
+FROM unnest(%(ids)s::text[], %(summaries)s::text[]) AS o (id, summary)
+WHERE f.id = o.id AND f.id = ANY (%(ids)s::text[])
+    AND f.state = 'cancelled' AND f.worker_id = %(worker_id)s
+"""
+
+
+def futures_cancelled(
+    *, worker: Worker, request_ids: Sequence[str], must_live: bool = False
+) -> set[str]:
+    """Which of these, that the worker claimed, were cancelled since.
+
+    Args:
+        must_live: None is named if the worker was replaced.
+    """
+    if not request_ids:
+        return set()
+    statement = _CANCELLED_WHILE_LIVE if must_live else _CANCELLED
+    rows = execute(statement, {"ids": list(request_ids), "worker_id": worker.pk})
+    return {request_id for (request_id,) in rows}
+
+
+def futures_note_cancelled(
+    *, worker: Worker, summaries: Mapping[str, Mapping[str, Any]], batch: int
+) -> None:
+    """Write down what was done for cancelled futures before the worker let go of them.
+
+    Args:
+        summaries: Request id to what is merged into its summary.
+        batch: Number of the engine batch within the worker's life.
+    """
+    if summaries:
+        execute(
+            _NOTE,
+            {
+                "ids": list(summaries),
+                "summaries": [orjson.dumps(summary).decode() for summary in summaries.values()],
+                "batch": batch,
+                "worker_id": worker.pk,
+            },
+        )
