@@ -1,9 +1,9 @@
 """What was used, by the hour: counted from the futures themselves, so that nothing can be missed.
 
-Tokens are those of finished requests. What they cost is estimated from worker time, if the
-server's owner has set the price of an hour: the time between one batch and the next is shared
-among the batch's requests by their estimated work, so that busy time adds up and idle time is
-nobody's.
+Tokens are those of finished requests, and what had been sampled for one when it was cancelled.
+What they cost is estimated from worker time, if the server's owner has set the price of an hour:
+the time between one batch and the next is shared among the batch's requests by their estimated
+work, so that busy time adds up and idle time is nobody's.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ WITH finished AS (
 )
 SELECT date_trunc('hour', f.finished_at, 'UTC') AS bucket, f.lane_id, f.kind,
        count(*) FILTER (WHERE f.state = 'ready') AS requests,
-       coalesce(sum((f.summary->>'tokens')::bigint) FILTER (WHERE f.state = 'ready'), 0) AS tokens,
+       coalesce(sum((f.summary->>'tokens')::bigint)
+                FILTER (WHERE f.state <> 'failed'), 0) AS tokens,
        coalesce(sum((f.summary->>'prompt_tokens')::bigint)
-                FILTER (WHERE f.state = 'ready'), 0) AS prompt_tokens,
+                FILTER (WHERE f.state <> 'failed'), 0) AS prompt_tokens,
        coalesce(sum(greatest(t.seconds, 0) * f.cost / t.cost), 0)::float8 AS seconds
 FROM finished f JOIN timed t USING (worker_id, batch)
 WHERE f.owner_id = %(owner_id)s AND f.finished_at >= %(begin)s

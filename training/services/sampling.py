@@ -77,7 +77,13 @@ def sample_submit(
     if model_id is not None:
         run = run_get(owner_id=owner_id, model_id=model_id)
         return submit_in_lane(
-            run, Kind.SAMPLE, payload, cost=cost, summary=summary, idempotency_key=idempotency_key
+            run,
+            Kind.SAMPLE,
+            payload,
+            cost=cost,
+            interruptible=True,
+            summary=summary,
+            idempotency_key=idempotency_key,
         )
     if model_path is not None:
         path = TinkerPath.parse(model_path, field="model_path")
@@ -91,6 +97,7 @@ def sample_submit(
         kind=Kind.SAMPLE,
         payload=payload,
         cost=cost,
+        interruptible=True,
         summary=summary,
         idempotency_key=idempotency_key,
         max_pending=settings.MAX_PENDING,

@@ -142,6 +142,7 @@ def session_sample_submit(
         lane_id=sampling_session_id,
         seq_id=seq_id,
         cost=payloads.prompt_cost(tuple(prompt)),
+        interruptible=True,
         summary={**summary, "path": sampling_session.model_path}
         if sampling_session.model_path
         else summary,

@@ -17,6 +17,7 @@ from typing import Any
 from django.conf import settings
 from django.db import DatabaseError, transaction
 
+from futures.cancelled import futures_cancelled, futures_note_cancelled
 from futures.claiming import future_claim, futures_finish, futures_release
 from futures.database import execute, rows_get
 from futures.models import Future, Worker
@@ -108,6 +109,8 @@ class WorkLoop:
         """Whether something may run that has no new bell: it was left behind by a claim."""
         self._pace = Pace()
         self._runs: dict[str, Run] = {}
+        self._some_cancelled = False
+        """Whether the bell has said so since the last look."""
 
     def run_until_idle(self) -> None:
         """Work until nothing may run; what the doorbell task calls.
@@ -120,9 +123,10 @@ class WorkLoop:
         self._pace.work_begins()
         while not self._stopping():
             self.turn()
-            if self._unclaimed or self._bell_rang(0) & Bell.RANG:
+            if self._listen(0) & Bell.RANG or self._unclaimed:
                 self._claim()
-                gather(may_wait=self._may_wait, bell_rang=self._bell_rang, claim=self._claim)
+                gather(may_wait=self._may_wait, bell_rang=self._listen, claim=self._claim)
+            self._let_go_of_cancelled()
             batch = self._scheduler.next_batch()
             if batch:
                 self._run(batch)
@@ -135,6 +139,12 @@ class WorkLoop:
         """What is done beside the work, between batches or while there is none."""
         self._on_turn()
         self.residency.keep_up()
+
+    def _listen(self, timeout_seconds: float) -> Bell:
+        """What is heard of the queue's bell, noting for later that something was cancelled."""
+        heard = self._bell_rang(timeout_seconds)
+        self._some_cancelled |= bool(heard & Bell.CANCELLED)
+        return heard
 
     def _claim(self) -> None:
         """Take what may run, unless enough is held already."""
@@ -262,10 +272,39 @@ class WorkLoop:
         del self._sampling[request_id]
         self._scheduler.sample_finished(sampling.future)
 
-    def _cancel(self, sampling: _Sampling) -> None:
-        """Take all prompts of a future out of the sampler."""
-        for index in range(len(sampling.outputs)):
-            self._engine.sampler.cancel(f"{sampling.future.id}:{index}")
+    def _cancel(self, sampling: _Sampling) -> int:
+        """Take all prompts of a future out of the sampler; returns how many tokens it sampled."""
+        num_sampled = 0
+        for index, output in enumerate(sampling.outputs):
+            num_sampled += self._engine.sampler.cancel(f"{sampling.future.id}:{index}")
+            if output is not None:
+                num_sampled += sum(len(sequence.tokens) for sequence in output.sequences)
+        return num_sampled
+
+    def _let_go_of_cancelled(self) -> None:
+        """Drop the samples that their owners have cancelled; costs nothing while nobody does.
+
+        Their rows are final already. What was sampled for them is noted, for it was used.
+        """
+        if not self._some_cancelled:
+            return
+        self._some_cancelled = False
+        waiting = [future.id for future in self._scheduler.held() if future.interruptible]
+        cancelled = futures_cancelled(worker=self._worker, request_ids=[*self._sampling, *waiting])
+        self._scheduler.withdraw(cancelled)
+        summaries: dict[str, dict[str, int]] = {}
+        for request_id in cancelled & self._sampling.keys():
+            sampling = self._sampling.pop(request_id)
+            self._scheduler.sample_finished(sampling.future)
+            # A prompt is read before anything of it is sampled.
+            if tokens := self._cancel(sampling):
+                summaries[request_id] = {
+                    "tokens": tokens,
+                    "prompt_tokens": sampling.prompt_tokens,
+                }
+        if summaries:
+            self._batch += 1
+            futures_note_cancelled(worker=self._worker, summaries=summaries, batch=self._batch)
 
     def _tell_progress(self) -> None:
         """Note the new text of samples that are followed."""

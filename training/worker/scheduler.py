@@ -15,7 +15,7 @@ is one commit; its size is bounded by a budget of tokens so that no commit waits
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from futures.models import Future
@@ -100,6 +100,15 @@ class Scheduler:
         ids.discard(future.id)
         if not ids:
             del self._sampling[lane]
+
+    def withdraw(self, request_ids: Set[str]) -> None:
+        """Let go of futures that were cancelled before they began; others may be named too."""
+        for lane, queue in list(self._lanes.items()):
+            kept = deque(future for future in queue if future.id not in request_ids)
+            if kept:
+                self._lanes[lane] = kept
+            else:
+                del self._lanes[lane]
 
     def held(self) -> list[Future]:
         """Everything claimed and not begun."""
