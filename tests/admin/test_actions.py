@@ -12,7 +12,9 @@ from django.contrib.auth.models import User
 from django.contrib.messages import get_messages
 from django.test import Client
 
+from futures.claiming import future_claim
 from futures.models import Future
+from futures.services import future_resubmit
 from tests.admin.conftest import list_page, page
 from tests.conftest import InProcessWorker
 from tinkerapi.admin import key_state
@@ -84,6 +86,23 @@ def test_only_what_waits_can_be_cancelled(console: Client, traces: SimpleNamespa
     assert page(traces.waiting, "cancel") in console.get(page(traces.waiting)).content.decode()
 
 
+def test_a_sample_may_be_cancelled_while_it_runs(
+    console: Client, traces: SimpleNamespace, work: InProcessWorker
+) -> None:
+    again = future_resubmit(request_id=traces.sample.pk)
+    future_claim(worker=work.worker, max_futures=100, max_cost=10**6)
+    running = {future.kind: future for future in Future.objects.filter(state="running")}
+
+    assert (
+        page(running["optim_step"], "cancel")
+        not in console.get(page(running["optim_step"])).content.decode()
+    )
+    assert page(again, "cancel") in console.get(page(again)).content.decode()
+    console.post(page(again, "cancel"), SUBMITTED)
+    again.refresh_from_db()
+    assert again.state == "cancelled"
+
+
 def test_a_list_cancels_what_waits_and_says_what_it_could_not(
     console: Client, traces: SimpleNamespace
 ) -> None:
@@ -94,7 +113,7 @@ def test_a_list_cancels_what_waits_and_says_what_it_could_not(
     traces.waiting.refresh_from_db()
     traces.sample.refresh_from_db()
     assert (traces.waiting.state, traces.sample.state) == ("cancelled", "ready")
-    assert any("Only a pending future can be cancelled" in line for line in said(answer))
+    assert any("finished, so there is nothing to cancel" in line for line in said(answer))
 
 
 def test_replay_submits_the_same_request_again_and_shows_it(

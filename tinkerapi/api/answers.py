@@ -38,7 +38,7 @@ def final_answer(future: Future) -> JSONResponse:
     if future.state == State.CANCELLED:
         return error_response(
             409,
-            "Job cancelled: its owner withdrew it before it began.",
+            "Job cancelled: its owner withdrew it.",
             error_code="FutureCancelled",
             request_id=future.id,
         )

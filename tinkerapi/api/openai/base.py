@@ -53,9 +53,7 @@ def failure(status: int, detail: str, code: str) -> SampleFailed:
 def sample_failed(future: Future) -> SampleFailed:
     """What a future that ended without a result raises."""
     if future.state == State.CANCELLED:
-        return failure(
-            HTTPStatus.CONFLICT, "The request was cancelled before it began.", "FutureCancelled"
-        )
+        return failure(HTTPStatus.CONFLICT, "The request was cancelled.", "FutureCancelled")
     is_users = future.category == Category.USER
     status = HTTPStatus.BAD_REQUEST if is_users else HTTPStatus.INTERNAL_SERVER_ERROR
     return failure(status, future.error, future.error_code or SampleFailed.default_code)

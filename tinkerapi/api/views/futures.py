@@ -52,7 +52,11 @@ class RetrieveFutureView(ApiView):
 
 
 class CancelFutureView(ApiView):
-    """Withdraw a request that has not begun; its place in the order is skipped."""
+    """Withdraw a request that has not begun, or a sample that is being sampled.
+
+    Its place in the order is skipped. A sample that was begun has no result then. Training
+    that was begun goes on to its end.
+    """
 
     group = "Futures"
     fields: ClassVar[Mapping[str, Field]] = {"request_id": REQUEST_ID}
@@ -70,7 +74,7 @@ class CancelFutureView(ApiView):
     }
     errors: ClassVar[Mapping[int, str]] = {
         404: "You have no future of this id.",
-        409: "It already runs or is final.",
+        409: "It is finished, or it is training that runs already and goes on to its end.",
     }
 
     def post(self, request: Request) -> HttpResponse:

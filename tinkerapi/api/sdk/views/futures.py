@@ -64,9 +64,7 @@ def final_answer(
         FuturePurged: It was ready, and its result is no longer kept. (410)
     """
     if future.state == State.CANCELLED:
-        return JSONResponse(
-            {"error": "The request was cancelled before it ran.", "category": Category.USER}
-        )
+        return JSONResponse({"error": "The request was cancelled.", "category": Category.USER})
     if future.state == State.FAILED:
         return JSONResponse({"error": future.error, "category": future.category})
     if future.result is None:
