@@ -139,6 +139,23 @@ def test_cancelling_frees_the_cache_and_leaves_the_others_alone(
     assert len(sample(sampler, whole_cache).tokens) == 57
 
 
+def test_cancelling_says_how_many_tokens_had_been_sampled(make_sampler: MakeSampler) -> None:
+    asked = job(num_samples=2, max_tokens=9, stop=[])
+    sampler = make_sampler()
+    sampler.admit("whole", asked)
+    steps = 0
+    while sampler.active:
+        finished = sampler.step()
+        steps += 1
+    assert [len(s.tokens) for s in finished["whole"].sequences] == [9, 9]
+
+    sampler.admit("cut", asked)
+    for _ in range(steps - 1):
+        sampler.step()
+    assert sampler.cancel("cut") == 2 * 8
+    assert sampler.cancel("cut") == 0
+
+
 def test_a_sampler_without_jobs_does_nothing(sampler: ContinuousSampler) -> None:
     assert sampler.step() == {}
     assert sampler.active == 0
