@@ -21,6 +21,7 @@ from django.http import HttpRequest
 from django.urls import set_script_prefix
 
 from tinkerapi.api.body_limit import Application, Receive, Scope, Send, limit_body
+from tinkerapi.api.leaving import client_left
 from tinkerapi.pages import is_page
 
 
@@ -51,10 +52,13 @@ class ApiHandler(ASGIHandler):
             gone = asyncio.ensure_future(receive())  # nothing but a disconnect can come now
             try:
                 await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+                has_left = not answering.done()
             finally:
                 answering.cancel()  # nothing, once it is done
                 gone.cancel()
                 await asyncio.wait((answering, gone))
+            if has_left:
+                await client_left(cast(HttpRequest, request))
             if not answering.cancelled():
                 answering.result()  # raises what it raised
 

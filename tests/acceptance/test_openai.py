@@ -49,19 +49,20 @@ def test_text_streams_while_it_is_sampled_and_is_that_of_the_whole_answer(
     assert whole.usage.completion_tokens > 10
 
 
-def test_a_client_that_leaves_its_stream_leaves_the_future_alone(
+def test_a_client_that_leaves_its_stream_cancels_the_sample(
     server: Server, client: openai.OpenAI
 ) -> None:
     model = client.models.list().data[0].id
     stream = client.chat.completions.create(
-        model=model, messages=STORY, seed=5, max_tokens=60, stream=True
+        model=model, messages=STORY, seed=5, max_tokens=200, stream=True
     )
     first = next(iter(stream))
     stream.close()
 
     result = server.retrieve(first.id)
-    assert result.status_code == 200
-    assert result.json()["generated_text"].startswith(first.choices[0].delta.content)
+    assert first.choices[0].delta.content
+    assert result.status_code == 409
+    assert result.json()["error_code"] == "FutureCancelled"
 
 
 def test_a_trained_model_is_sampled_by_its_path(server: Server, client: openai.OpenAI) -> None:

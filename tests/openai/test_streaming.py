@@ -154,7 +154,14 @@ def test_a_text_that_turns_out_otherwise_ends_in_an_error(user, monkeypatch):
         stream_chat(user, max_tokens=60)
 
 
-def test_a_client_that_leaves_stops_following_and_the_future_goes_on(user):
+@pytest.mark.parametrize(
+    ("headers", "end"),
+    [([], State.CANCELLED), ([(b"idempotency-key", b"k")], State.READY)],
+    ids=["without a key", "with a key"],
+)
+def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for_again(
+    user, headers, end
+):
     body = {"model": MODEL, "prompt": "hello", "max_tokens": 400, "stop": ["~~~~"], "stream": True}
     scope = {
         "type": "http",
@@ -165,6 +172,7 @@ def test_a_client_that_leaves_stops_following_and_the_future_goes_on(user):
             (b"host", b"localhost"),
             (b"content-type", b"application/json"),
             (b"authorization", f"Bearer {user.key}".encode()),
+            *headers,
         ],
     }
 
@@ -193,4 +201,4 @@ def test_a_client_that_leaves_stops_following_and_the_future_goes_on(user):
 
     text, state = asyncio.run(leave_after_the_first_piece())
     assert text
-    assert state == State.READY
+    assert state == end

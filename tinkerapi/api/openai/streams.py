@@ -1,8 +1,8 @@
 """Answers in pieces, as server-sent events, while the worker samples.
 
 The worker notes new text as it goes. Notes may be lost; the result may not: the last chunk of a
-choice carries what is missing, so the pieces always make up the whole text. A client that leaves
-stops listening and nothing else: the future goes on.
+choice carries what is missing, so the pieces always make up the whole text. What becomes of the
+future when its client leaves is the view's affair.
 """
 
 from __future__ import annotations

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Awaitable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, ClassVar
 
 from django.conf import settings
 from django.http import HttpResponse, HttpResponseBase
 from rest_framework.request import Request
 
+from futures.errors import FutureNotCancellable
 from futures.hub import future_wait
 from futures.models import Future
+from futures.services import future_cancel
 from futures.transitions import State
 from tinkerapi.api.answers import LARGE_RESULT_BYTES
 from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.fields import Field, check_object
+from tinkerapi.api.leaving import when_client_leaves
 from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
 from tinkerapi.api.openai.base import OpenAIView, model_not_found, not_finished, sample_failed
 from tinkerapi.api.openai.options import (
@@ -95,6 +100,8 @@ class SamplingView(OpenAIView):
             ).future
         except (BaseModelNotFound, CheckpointNotFound):
             raise model_not_found(options.model) from None
+        if future.idempotency_key is None:  # nobody can ask for it again
+            when_client_leaves(request._request, partial(_cancel, future))
         answer = self._stream if options.stream else self._answer
         return answer(future, options, owner_id=owner_id)
 
@@ -104,7 +111,7 @@ class SamplingView(OpenAIView):
         return event_stream(await anext(chunks), chunks, self.handle_exception)
 
     async def _answer(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
-        """Wait without a thread and without a connection; a client that leaves loses nothing."""
+        """Wait without a thread and without a connection."""
         final = await future_wait(
             future.id, owner_id=owner_id, timeout_seconds=settings.SYNC_TIMEOUT_SECONDS
         )
@@ -140,6 +147,12 @@ class ChatCompletionView(SamplingView):
 
     def options_of(self, body: Mapping[str, Any]) -> Options:
         return chat_options(body)
+
+
+def _cancel(future: Future) -> None:
+    """Stop a sample that nobody waits for."""
+    with suppress(FutureNotCancellable):  # it was quicker
+        future_cancel(request_id=future.id, owner_id=future.owner_id)
 
 
 def _model_path(model: str) -> TinkerPath | None:
