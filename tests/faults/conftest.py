@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +96,14 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 @pytest.fixture
-def files(settings: Settings) -> Iterator[Callable[[str], list[Path]]]:
-    """``files("snapshots")``: what lies in that folder of the data folder, hidden things too."""
+def files(settings: Settings) -> Callable[[str], list[Path]]:
+    """``files("snapshots")``: what this test left in that folder of the data folder, hidden things
+    too."""
 
     def listing(folder: str) -> list[Path]:
         path = Path(settings.DATA_DIR) / folder
-        return sorted(path.iterdir()) if path.is_dir() else []
+        return sorted(set(path.iterdir()) - found[folder]) if path.is_dir() else []
 
-    yield listing
-    for folder in ("snapshots", "checkpoints"):
-        shutil.rmtree(Path(settings.DATA_DIR) / folder, ignore_errors=True)
+    found: dict[str, set[Path]] = {"snapshots": set(), "checkpoints": set()}
+    found = {folder: set(listing(folder)) for folder in found}
+    return listing
