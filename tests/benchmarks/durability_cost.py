@@ -2,11 +2,11 @@
 
 With both, steps wait in Postgres as futures; the worker's own loop claims them, computes, commits
 every result to a disk, and writes snapshots beside the work. Without, the same engine in the
-same process is called directly with the same data. Rounds of the two alternate, so that what else
-happens on the machine meets both.
+same process is called directly with the same data. The two take turns step by step, so that what
+else happens on the machine meets both, and a figure is what a round of steps took in sum.
 
-Wall time is that of the steps. CPU time also counts the rest of a snapshot that was still being
-written when they were done, and Postgres.
+Wall time is that of the steps. A snapshot is waited for before the other way has its turn, and that
+wait is not counted; CPU time counts all of it, and Postgres.
 
     python tests/benchmarks/durability_cost.py --folder DATA_DIR/models/MODEL
 """
@@ -68,13 +68,12 @@ class Bare:
         engine.create_adapter("bare", LoraConfig(rank=RANK))
         self._job = ForwardBackwardJob(adapter_name="bare", data=data, loss_fn="cross_entropy")
 
-    def prepare(self, steps: int) -> None:
-        self._steps = steps
+    def prepare(self) -> None:
+        pass
 
-    def run(self) -> None:
-        for _ in range(self._steps):
-            self._engine.forward_backward([self._job])
-            self._engine.optim_step("bare", AdamParams())
+    def step(self) -> None:
+        self._engine.forward_backward([self._job])
+        self._engine.optim_step("bare", AdamParams())
 
     def finish(self) -> None:
         pass
@@ -97,22 +96,21 @@ class Durable:
             engine, worker, stopping=lambda: False, bell_rang=lambda seconds: False
         )
 
-    def prepare(self, steps: int) -> None:
+    def prepare(self) -> None:
         from training import services
 
-        for _ in range(steps):
-            services.forward_backward_submit(
-                owner_id=self._owner.pk,
-                model_id="durable",
-                data=self._data,
-                loss_fn="cross_entropy",
-                loss_fn_config={},
-            )
-            services.optim_step_submit(
-                owner_id=self._owner.pk, model_id="durable", adam_params=AdamParams()
-            )
+        services.forward_backward_submit(
+            owner_id=self._owner.pk,
+            model_id="durable",
+            data=self._data,
+            loss_fn="cross_entropy",
+            loss_fn_config={},
+        )
+        services.optim_step_submit(
+            owner_id=self._owner.pk, model_id="durable", adam_params=AdamParams()
+        )
 
-    def run(self) -> None:
+    def step(self) -> None:
         self._loop.run_until_idle()
 
     def finish(self) -> None:
@@ -120,14 +118,22 @@ class Durable:
         self._loop.residency.settle()
 
 
-def spent(way: Bare | Durable, steps: int, others_cpu: Callable[[], float]) -> Spent:
-    way.prepare(steps)
-    wall, cpu = time.perf_counter(), time.process_time() + others_cpu()
-    way.run()
-    wall = time.perf_counter() - wall
-    way.finish()
-    cpu = time.process_time() + others_cpu() - cpu
-    return Spent(wall / steps, cpu / steps)
+def take_turns(
+    bare: Bare, durable: Durable, steps: int, others_cpu: Callable[[], float]
+) -> tuple[Spent, Spent]:
+    """What ``steps`` steps of each took, per step."""
+    order: list[Bare | Durable] = [bare, durable]
+    spent = {way: Spent(0.0, 0.0) for way in order}
+    for _ in range(steps):
+        order.reverse()
+        for way in order:
+            way.prepare()
+            cpu, wall = time.process_time() + others_cpu(), time.perf_counter()
+            way.step()
+            spent[way].wall += (time.perf_counter() - wall) / steps
+            way.finish()
+            spent[way].cpu += (time.process_time() + others_cpu() - cpu) / steps
+    return spent[bare], spent[durable]
 
 
 def cpu_seconds_below(pid: int) -> float:
@@ -154,12 +160,9 @@ def measure(report: Report, engine: Engine, postgres: EmbeddedPostgres, options:
     bare, durable = Bare(engine, data), Durable(engine, data)
     assert postgres.process is not None
     pid = postgres.process.pid
-    rounds = []
-    for number in range(options.rounds + 1):
-        others_cpu = partial(cpu_seconds_below, pid)
-        pair = [spent(way, options.steps, others_cpu) for way in (bare, durable)]
-        if number:  # the first warms both up
-            rounds.append(pair)
+    others_cpu = partial(cpu_seconds_below, pid)
+    take_turns(bare, durable, 2, others_cpu)  # warms both up
+    rounds = [take_turns(bare, durable, options.steps, others_cpu) for _ in range(options.rounds)]
     assert not Future.objects.exclude(state="ready").exists()
     report.add("a step of the bare engine", [alone.wall for alone, _ in rounds], unit="s")
     report.add("a step through log and snapshots", [kept.wall for _, kept in rounds], unit="s")
@@ -191,12 +194,12 @@ class Options:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="the base model")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=8, help="in a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=60, help="in a round")
     parser.add_argument("--datums", type=int, default=2, help="in a step")
     parser.add_argument("--tokens", type=int, default=64, help="in a datum")
     parser.add_argument("--threads", type=int, default=1, help="of torch; idle ones spin")
-    parser.add_argument("--snapshot-seconds", type=int, default=10)
+    parser.add_argument("--snapshot-seconds", type=int, default=30)
     results_option(parser)
     given = parser.parse_args()
     options = Options(given.rounds, given.steps, given.datums, given.tokens)
