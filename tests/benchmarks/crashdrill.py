@@ -1,8 +1,9 @@
 """The crash drill at its full length, with its table stored.
 
-    python tests/benchmarks/crashdrill.py
+    python tests/benchmarks/crashdrill.py [--model-folder PATH]
 
-What it does and what it compares: ``manage.py crashdrill --help``.
+What it does and what it compares: ``manage.py crashdrill --help``. With a model folder, a second
+and shorter drill is made on that base model.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
@@ -21,28 +24,52 @@ from tests.benchmarks.report import commit, machine, results_option
 from tests.server import ROOT
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="manage.py crashdrill, with its table stored")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model-folder", type=Path, help="default: a tiny model")
-    parser.add_argument("--name", default="crashdrill", help="of the result")
-    results_option(parser)
-    options, more = parser.parse_known_args()
+def drill(*arguments: object) -> dict[str, Any]:
+    """What a drill says in JSON; leaves this process when it finds a difference."""
     with tempfile.TemporaryDirectory(prefix="tinkerapi-bench-") as folder:
         result = Path(folder) / "drill.json"
-        command = [sys.executable, "manage.py", "crashdrill", "--json", str(result), *more]
-        command += ["--kills", str(options.kills), "--seed", str(options.seed)]
-        if options.model_folder:
-            command += ["--model-folder", str(options.model_folder.resolve())]
-        done = subprocess.run(command, cwd=ROOT, check=False)
-        content = json.loads(result.read_text()) if result.exists() else None
-    if content is not None:
-        content |= {"machine": asdict(machine()), "commit": commit()}
-        path = options.results / f"{options.name}.json"
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    return done.returncode
+        command = [sys.executable, "manage.py", "crashdrill", "--json", str(result)]
+        subprocess.run([*command, *map(str, arguments)], cwd=ROOT, check=True)
+        content: dict[str, Any] = json.loads(result.read_text())
+        return content
+
+
+def side_by_side(drills: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """One table of all drills, a column each, and what they were made with."""
+    values = {
+        name: {row["figure"]: row["value"] for row in content["rows"]}
+        for name, content in drills.items()
+    }
+    figures = list(dict.fromkeys(figure for column in values.values() for figure in column))
+    last = list(drills.values())[-1]
+    return {
+        "rows": [
+            {"figure": figure, **{name: values[name].get(figure, "0") for name in drills}}
+            for figure in figures
+        ],
+        **{f"settings of {name}": content["settings"] for name, content in drills.items()},
+        "date": last["date"],
+        "versions": last["versions"],
+        "machine": asdict(machine()),
+        "commit": commit(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="manage.py crashdrill, with its table stored")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--model-folder", type=Path, help="of a second drill's base model")
+    parser.add_argument("--model-kills", type=int, default=30)
+    results_option(parser)
+    options = parser.parse_args()
+    drills = {"tiny model": drill("--kills", options.kills)}
+    if options.model_folder is not None:
+        folder = options.model_folder.resolve()
+        shorter = ("--kills", options.model_kills, "--steps", 12, "--adapters", 4)
+        drills[folder.name] = drill(*shorter, "--model-folder", folder)
+    path = options.results / "crashdrill.json"
+    path.write_text(json.dumps(side_by_side(drills), indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
