@@ -12,6 +12,9 @@ import tempfile
 if "TINKERAPI_TEST_DATA_DIR" not in os.environ:
     os.environ["TINKERAPI_TEST_DATA_DIR"] = tempfile.mkdtemp(prefix="tinkerapi-tests-")
 os.environ["TINKERAPI_DATA_DIR"] = os.environ["TINKERAPI_TEST_DATA_DIR"]
+# Before torch is loaded: its idle threads would wait in busy loops, and the parts of a test share
+# the processors.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from tinkerapi.settings import *  # noqa: F403
 
