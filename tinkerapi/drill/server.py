@@ -20,6 +20,9 @@ READY_SECONDS = 300.0
 STOP_SECONDS = 150.0
 LOOK_SECONDS = 0.05
 HOST = "127.0.0.1"
+COMPUTING = ("DEVICE", "DTYPE", "NUM_THREADS", "BATCH_TOKENS", "CACHE_TOKENS")
+"""What a drilled server takes over from the settings of this process: how it computes. Limits, keys
+and addresses are the defaults, whatever somebody has set for a server of theirs."""
 
 
 class ServerFailed(Exception):
@@ -60,7 +63,7 @@ class DrilledServer:
                     *("--max-restart-delay", "0.5"),
                 ],
                 cwd=BASE_DIR,
-                env={**os.environ, **self.environment, "TINKERAPI_DATA_DIR": str(self.data_dir)},
+                env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -120,12 +123,25 @@ class DrilledServer:
         done = subprocess.run(  # noqa: S603
             [sys.executable, "manage.py", *arguments],
             cwd=BASE_DIR,
-            env={**os.environ, **self.environment, "TINKERAPI_DATA_DIR": str(self.data_dir)},
+            env=self._environment(),
             capture_output=True,
             text=True,
             check=True,
         )
         return done.stdout.strip()
+
+    def _environment(self) -> dict[str, str]:
+        taken_over = {f"TINKERAPI_{name}" for name in COMPUTING}
+        return {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("TINKERAPI_") or name in taken_over
+            },
+            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
+            **self.environment,
+            "TINKERAPI_DATA_DIR": str(self.data_dir),
+        }
 
     def _is_ready(self) -> bool:
         server = RunningServer(pid=0, host=HOST, port=self.port)
