@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from futures.hub import Hub, future_wait, hub
+from futures.models import Future
 from futures.transitions import State
 from tests.openai.conftest import OpenAIUser
 from tests.openai.test_completions import HELLO, MODEL, chat, complete
@@ -155,12 +157,16 @@ def test_a_text_that_turns_out_otherwise_ends_in_an_error(user, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("headers", "end"),
-    [([], State.CANCELLED), ([(b"idempotency-key", b"k")], State.READY)],
-    ids=["without a key", "with a key"],
+    ("headers", "leaves_late", "end"),
+    [
+        ([], False, State.CANCELLED),
+        ([], True, State.READY),
+        ([(b"idempotency-key", b"k")], False, State.READY),
+    ],
+    ids=["without a key", "when all was sampled", "with a key"],
 )
 def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for_again(
-    user, headers, end
+    user, headers, leaves_late, end, monkeypatch
 ):
     body = {"model": MODEL, "prompt": "hello", "max_tokens": 400, "stop": ["~~~~"], "stream": True}
     scope = {
@@ -176,6 +182,14 @@ def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for
         ],
     }
 
+    notify, gone = loop.notify_progress, threading.Event()
+
+    def notify_and_wait_until_the_client_is_gone(notes: list[NOTE]) -> None:
+        notify(notes)
+        assert leaves_late or gone.wait(20)
+
+    monkeypatch.setattr(loop, "notify_progress", notify_and_wait_until_the_client_is_gone)
+
     async def leave_after_the_first_piece() -> tuple[str, str]:
         messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
         seen, sent = asyncio.Event(), []
@@ -184,6 +198,8 @@ def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for
             if messages:
                 return messages.pop()
             await seen.wait()
+            if leaves_late:
+                await end_of(sent[-1])
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
@@ -192,11 +208,17 @@ def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for
                 seen.set()
                 await asyncio.sleep(60)  # a client that reads no more, until it is gone
 
+        async def end_of(event: bytes) -> Future:
+            request_id = json.loads(event.removeprefix(b"data: "))["id"]
+            final = await future_wait(request_id, owner_id=user.owner.pk, timeout_seconds=20)
+            assert final is not None
+            return final
+
         await application(scope, receive, send)
         assert hub()._following == {}
+        gone.set()
         first = json.loads(sent[-1].removeprefix(b"data: "))
-        final = await future_wait(first["id"], owner_id=user.owner.pk, timeout_seconds=20)
-        assert final is not None
+        final = await end_of(sent[-1])
         return first["choices"][0]["text"], final.state
 
     text, state = asyncio.run(leave_after_the_first_piece())

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from django.utils import timezone
 
+from futures.claiming import future_claim
 from futures.models import Future
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
 from tests.sdk.official_sdk import sdk_datum
+from tests.sdk.test_sampling import new_sampler, sample
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.sdk.views import futures as views
 
@@ -133,6 +135,20 @@ def test_a_cancelled_future_says_so_and_the_lane_goes_on(
 
     assert sdk.result(unwanted)["category"] == "user"
     assert sdk.result(wanted)["metrics"]["step"] == 1
+
+
+def test_a_sample_is_cancelled_while_it_runs_and_training_is_not(
+    sdk: SdkClient, work: InProcessWorker
+) -> None:
+    step, sampled = sdk.optim_step(sdk.model(), 1), sample(sdk, new_sampler(sdk))
+    future_claim(worker=work.worker, max_futures=100, max_cost=10**6)
+    for answer in (step, sampled):
+        cancelled = sdk.post("cancel_future", request_id=answer.json()["request_id"])
+        assert cancelled.status_code == 204
+
+    states = Future.objects.values_list("kind", "state")
+    assert dict(states) == {"create_run": "running", "optim_step": "running", "sample": "cancelled"}
+    assert sdk.result(sampled) == {"error": "The request was cancelled.", "category": "user"}
 
 
 def test_cancelling_too_late_changes_nothing(sdk: SdkClient, work: InProcessWorker) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 import pytest
 from django.contrib.auth.models import User
 from django.utils import timezone
 
+from futures.broker import bell_rang
 from futures.errors import FutureNotCancellable
 from futures.models import Future
 from futures.notify import Bell
 from futures.services import future_cancel
 from tests.conftest import InProcessWorker
+from tests.futures.conftest import race
 from tests.training import test_worker
 from training.base_models import base_model_get
 from training.billing import usage_by_hour
@@ -24,8 +28,9 @@ from training.worker import loop
 
 Submit = Callable[..., Future]
 
-LONG = SamplingParams(max_tokens=50, seed=1, stop=["never sampled"])
+LONG = SamplingParams(max_tokens=50, seed=1, stop=())
 CANCELLED_AFTER = 3  # steps of the sampler
+ENDLESS = 1_000_000  # tokens
 
 
 class Steps:
@@ -216,3 +221,27 @@ def test_nothing_is_asked_of_the_database_while_nobody_cancels(
     steps.taken, steps.cancelled = 0, [sample(owner)]
     work()
     assert len(asked) == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_bell_brings_a_cancellation_from_another_process(
+    start_worker: Callable[..., InProcessWorker], owner: User
+) -> None:
+    work = start_worker(FakeEngine(max_context_tokens=ENDLESS))
+    future = sample(owner, sampling_params=SamplingParams(max_tokens=ENDLESS, seed=1, stop=()))
+    work.loop._bell_rang = partial(bell_rang, work.worker.queue)
+    step, taken = work.engine.sampler.step, itertools.count(1)
+
+    def cancelled_by_another_thread():
+        if next(taken) == CANCELLED_AFTER:
+            [cancelled] = race(
+                partial(future_cancel, request_id=future.pk, owner_id=future.owner_id)
+            )
+            assert cancelled.state == "cancelled"
+        return step()
+
+    work.engine.sampler.step = cancelled_by_another_thread
+    work()
+
+    assert states(future) == ["cancelled"]
+    assert CANCELLED_AFTER <= Future.objects.get(pk=future.pk).summary["tokens"] < ENDLESS
