@@ -223,7 +223,7 @@ DTYPE = env_choice("TINKERAPI_DTYPE", "auto", ("auto", "bfloat16", "float32"))
 """Of the frozen base model; adapters are always float32. auto: bfloat16 where it is fast."""
 
 NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0)
-"""Threads of one worker on a CPU; 0 leaves the choice to torch."""
+"""Threads of one worker on a CPU; 0: one less than torch would take."""
 
 BATCH_TOKENS = env_int("TINKERAPI_BATCH_TOKENS", 4096)
 """Tokens in one pass over the base model; more is faster until memory runs out."""

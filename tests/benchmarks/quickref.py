@@ -231,8 +231,7 @@ def main() -> None:
     parser.add_argument(
         "--threads",
         default="0",
-        help="TINKERAPI_NUM_THREADS, for the worker and for the engine alone; 0: torch's choice, "
-        "whose threads wait in busy loops and disturb each other when anything else runs",
+        help="TINKERAPI_NUM_THREADS, for the worker and for the engine alone",
     )
     results_option(parser)
     options = parser.parse_args()

@@ -48,8 +48,10 @@ def build_engine(base_model: BaseModel) -> Engine:
     from training.engine.base_model import load_base_model
     from training.engine.model_engine import TorchEngine
 
-    if settings.NUM_THREADS:
-        torch.set_num_threads(settings.NUM_THREADS)
+    # One processor is left to web and Postgres: torch's threads wait for each other in busy
+    # loops, and while one of them is kept waiting by another process, a pass takes ten times as
+    # long.
+    torch.set_num_threads(settings.NUM_THREADS or max(1, torch.get_num_threads() - 1))
     loaded = load_base_model(
         str(base_model.folder),
         name=base_model.name,
