@@ -37,7 +37,7 @@ class Steps:
     """Counts the sampler's steps, of one token each, and cancels after the third."""
 
     def __init__(self, work: InProcessWorker, *, told: bool = True) -> None:
-        self.taken = 0
+        self.taken, self.cancelled_after = 0, CANCELLED_AFTER
         self.admitted: list[str] = []
         self.cancelled: list[Future] = []
         self._told = told
@@ -48,7 +48,7 @@ class Steps:
         def counted_step():
             self.taken += 1
             finished = step()
-            if self.taken == CANCELLED_AFTER:
+            if self.taken == self.cancelled_after:
                 for future in self.cancelled:
                     future_cancel(request_id=future.pk, owner_id=future.owner_id)
                 self._heard = Bell.CANCELLED if self._told and self.cancelled else Bell.SILENT
@@ -184,6 +184,22 @@ def test_what_had_been_sampled_is_counted_as_used(
         "sampling_prefill": num_prompt_tokens,
         "sampling_sample": 2 * CANCELLED_AFTER,
     }
+
+
+def test_prompts_that_were_finished_before_are_counted_too(
+    work: InProcessWorker, steps: Steps, owner: User
+) -> None:
+    ends = {"sampling_params": SamplingParams(max_tokens=50, seed=1)}
+    alone = [sample(owner, prompts=[prompt], **ends) for prompt in ("one", "two")]
+    work()
+    short, long = sorted(Future.objects.get(pk=one.pk).summary["tokens"] for one in alone)
+    assert short < long - 1
+
+    steps.taken, steps.cancelled_after = 0, long - 1
+    steps.cancelled = [sample(owner, prompts=["one", "two"], **ends)]
+    work()
+    assert states(*steps.cancelled) == ["cancelled"]
+    assert Future.objects.get(pk=steps.cancelled[0].pk).summary["tokens"] == short + long - 1
 
 
 def test_a_training_operation_that_runs_is_not_torn_apart(
