@@ -15,6 +15,7 @@ from futures.models import Future
 from tests.conftest import InProcessWorker
 from training.engine.fake import FakeEngine
 from training.models import Run, Snapshot
+from training.worker.operations import Effects
 
 Submit = Callable[..., Future]
 Start = Callable[..., InProcessWorker]
@@ -215,3 +216,19 @@ def test_only_two_snapshots_are_kept_and_none_of_a_removed_run(
 def _clean_snapshots(settings: Settings) -> Any:
     yield
     shutil.rmtree(Path(settings.DATA_DIR) / "snapshots", ignore_errors=True)
+
+
+def test_a_replaced_worker_moves_no_run_back_even_where_it_finishes_nothing(
+    start_worker: Start, train: Callable[[str, int], None]
+) -> None:
+    replaced = start_worker()
+    train("m", 1)
+    replaced()
+    stale = Run.objects.get(name="m")
+    start_worker()
+    Run.objects.filter(id=stale.id).update(step=2, applied_seq_id=7)
+
+    replaced.loop._commit(Effects(runs=[stale]))
+
+    run = Run.objects.get(id=stale.id)
+    assert (run.step, run.applied_seq_id) == (2, 7)

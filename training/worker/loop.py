@@ -8,40 +8,34 @@ loop raises and the process must end: the next one rebuilds from snapshot and lo
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 from django.conf import settings
-from django.db import DatabaseError, transaction
+from django.db import transaction
 
 from futures.cancelled import futures_cancelled, futures_note_cancelled
 from futures.claiming import future_claim, futures_finish, futures_release
 from futures.database import execute, rows_get
 from futures.models import Future, Worker
-from futures.notify import Bell, notify_progress
+from futures.notify import Bell
 from futures.payload import decode
-from training import payloads
-from training.engine.interface import Engine, SampleJob, SampleOutput
+from training.engine.interface import Engine
 from training.errors import TrainingError
 from training.models import Run
-from training.text_pieces import Told
-from training.types import Conversation, Prompt, ScoringParams
 from training.worker import outcomes
 from training.worker.gathering import gather
 from training.worker.operations import Effects, Operations
 from training.worker.pace import Pace
 from training.worker.residency import Residency
+from training.worker.samples import Samples
 from training.worker.scheduler import Batch, Scheduler
-
-logger = logging.getLogger(__name__)
 
 CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
 
+# Fenced as the outcomes are, for a batch that only begins samples has none.
 _ADVANCE = """
 UPDATE training_run AS r
 SET step = o.step, applied_seq_id = o.applied, tokens = o.tokens,
@@ -50,24 +44,11 @@ FROM unnest(
     %(ids)s::text[], %(steps)s::int[], %(applied)s::bigint[], %(tokens)s::bigint[]
 ) AS o (id, step, applied, tokens)
 WHERE r.id = o.id
+    AND EXISTS (
+        SELECT FROM futures_worker
+        WHERE id = %(worker_id)s AND state IN ('starting', 'live')
+    )
 """
-
-
-@dataclass
-class _Sampling:
-    """One sample future inside the sampler."""
-
-    future: Future
-    model_id: str | None
-    scoring: ScoringParams
-    outputs: list[SampleOutput | None] = field(default_factory=list)
-    """One per prompt, None until it is finished."""
-    prompt_tokens: int = 0
-    """Of all prompts together."""
-    told: Told | None = None
-    """How much of the texts was noted for those who follow; None if nobody is to follow."""
-    with_token_texts: bool = False
-    """Whether the result holds each token's text too, which the web process cannot make."""
 
 
 class WorkLoop:
@@ -102,7 +83,7 @@ class WorkLoop:
         self._on_turn = on_turn
         self.residency = Residency(engine, worker, on_turn=on_turn)
         self._operations = Operations(engine, self.residency)
-        self._sampling: dict[str, _Sampling] = {}
+        self._samples = Samples(engine)
         self._figures = figures if figures is not None else {}
         self._batch = 0
         self._unclaimed = True
@@ -187,99 +168,27 @@ class WorkLoop:
         """Hand a sample's prompts to the sampler, or fail it by name."""
         payload = decode(bytes(future.payload or b""))
         run = self._runs.get(future.lane_id or "")
-        scoring = payloads.scoring_params_from_payload(payload.get("scoring", {}))
-        keys: list[str] = []
-        prompt_tokens = 0
         try:
             adapter_name = None
             if run is not None:
                 adapter_name = self._operations.bring(future, self._runs)
             elif payload["checkpoint"] is not None:
                 adapter_name = self.residency.bring_checkpoint(payload["checkpoint"])
-            params = payloads.sampling_params_from_payload(payload["sampling_params"])
-            for index, item in enumerate(payload["prompts"]):
-                job = SampleJob(
-                    prompt=self._tokens(payloads.prompt_from_payload(item)),
-                    sampling_params=params,
-                    num_samples=payload["num_samples"],
-                    adapter_name=adapter_name,
-                    prompt_logprobs=payload["prompt_logprobs"],
-                    scoring=scoring,
-                    group=str(future.owner_id),
-                )
-                key = f"{future.id}:{index}"
-                self._engine.sampler.admit(key, job)
-                keys.append(key)
-                prompt_tokens += len(job.prompt)
+            self._samples.admit(
+                future, payload, model_id=run.name if run else None, adapter_name=adapter_name
+            )
         except TrainingError as error:
-            for key in keys:
-                self._engine.sampler.cancel(key)
             self._scheduler.sample_finished(future)
             effects.outcomes.append(outcomes.failed(future, error))
-            return
-        self._sampling[future.id] = _Sampling(
-            future=future,
-            model_id=run.name if run else None,
-            scoring=scoring,
-            outputs=[None] * len(payload["prompts"]),
-            prompt_tokens=prompt_tokens,
-            told=Told() if payload.get("stream", False) else None,
-            with_token_texts=payload.get("token_texts", False),
-        )
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, Conversation):
-            return self._engine.render_prompt(prompt.to_dicts())
-        return self._engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _sample(self) -> None:
         """Step the sampler for a slice of time or until something finished."""
-        effects = Effects()
-        deadline = time.monotonic() + SAMPLING_SLICE_SECONDS
-        while self._engine.sampler.active and not effects.outcomes:
-            for key, output in self._engine.sampler.step().items():
-                self._sampled(key, output, effects)
-            self._on_turn()
-            if time.monotonic() > deadline:
-                break
-        self._tell_progress()
-        if effects.outcomes:
+        finished = self._samples.step(seconds=SAMPLING_SLICE_SECONDS, on_step=self._on_turn)
+        if finished:
+            for sampled in finished:
+                self._scheduler.sample_finished(sampled.future)
             self._batch += 1
-            self._commit(effects)
-
-    def _sampled(self, key: str, output: SampleOutput | TrainingError, effects: Effects) -> None:
-        request_id, _, index = key.rpartition(":")
-        sampling = self._sampling.get(request_id)
-        if sampling is None:  # a prompt beside it failed, and with it the future
-            return
-        if isinstance(output, TrainingError):
-            self._cancel(sampling)
-            outcome = outcomes.failed(sampling.future, output)
-        else:
-            sampling.outputs[int(index)] = output
-            done = [item for item in sampling.outputs if item is not None]
-            if len(done) < len(sampling.outputs):
-                return
-            outcome = outcomes.sample_ready(
-                sampling.future,
-                model_id=sampling.model_id,
-                outputs=done,
-                prompt_tokens=sampling.prompt_tokens,
-                token_texts=self._engine.token_texts if sampling.with_token_texts else None,
-                scoring=sampling.scoring,
-            )
-        effects.outcomes.append(outcome)
-        del self._sampling[request_id]
-        self._scheduler.sample_finished(sampling.future)
-
-    def _cancel(self, sampling: _Sampling) -> int:
-        """Take all prompts of a future out of the sampler; returns how many tokens it sampled."""
-        num_sampled = 0
-        for index, output in enumerate(sampling.outputs):
-            num_sampled += self._engine.sampler.cancel(f"{sampling.future.id}:{index}")
-            if output is not None:
-                num_sampled += sum(len(sequence.tokens) for sequence in output.sequences)
-        return num_sampled
+            self._commit(Effects(outcomes=[sampled.outcome for sampled in finished]))
 
     def _let_go_of_cancelled(self) -> None:
         """Drop the samples that their owners have cancelled; costs nothing while nobody does.
@@ -290,40 +199,18 @@ class WorkLoop:
             return
         self._some_cancelled = False
         waiting = [future.id for future in self._scheduler.held() if future.interruptible]
-        cancelled = futures_cancelled(worker=self._worker, request_ids=[*self._sampling, *waiting])
+        cancelled = futures_cancelled(
+            worker=self._worker, request_ids=[*self._samples.request_ids, *waiting]
+        )
         self._scheduler.withdraw(cancelled)
         summaries: dict[str, dict[str, int]] = {}
-        for request_id in cancelled & self._sampling.keys():
-            sampling = self._sampling.pop(request_id)
-            self._scheduler.sample_finished(sampling.future)
-            # A prompt is read before anything of it is sampled.
-            if tokens := self._cancel(sampling):
-                summaries[request_id] = {
-                    "tokens": tokens,
-                    "prompt_tokens": sampling.prompt_tokens,
-                }
+        for request_id, (future, used) in self._samples.withdraw(cancelled).items():
+            self._scheduler.sample_finished(future)
+            if used:
+                summaries[request_id] = used
         if summaries:
             self._batch += 1
             futures_note_cancelled(worker=self._worker, summaries=summaries, batch=self._batch)
-
-    def _tell_progress(self) -> None:
-        """Note the new text of samples that are followed."""
-        notes: list[tuple[str, str]] = []
-        for request_id, sampling in self._sampling.items():
-            if sampling.told is None:
-                continue
-            texts: list[str] = []
-            for index, output in enumerate(sampling.outputs):
-                if output is None:
-                    texts += self._engine.sampler.progress(f"{request_id}:{index}")
-                else:
-                    texts += [sequence.text for sequence in output.sequences]
-            notes += [(request_id, piece.to_note()) for piece in sampling.told.pieces(texts)]
-        if notes:
-            try:
-                notify_progress(notes)
-            except DatabaseError as error:  # only a hint; the result will say it all
-                logger.warning("progress could not be noted: %s", error)
 
     def _commit(self, effects: Effects) -> None:
         """The commit point: results, states, run rows and waiters, all or nothing."""
@@ -332,6 +219,7 @@ class WorkLoop:
             execute(
                 _ADVANCE,
                 {
+                    "worker_id": self._worker.pk,
                     "ids": [run.id for run in effects.runs],
                     "steps": [run.step for run in effects.runs],
                     "applied": [run.applied_seq_id for run in effects.runs],
@@ -346,7 +234,7 @@ class WorkLoop:
         self._figures |= {
             "batches": self._batch,
             "resident_adapters": len(self._engine.adapter_names()),
-            "sampling": len(self._sampling),
+            "sampling": len(self._samples),
             "futures_per_second": self._pace.futures_per_second,
         }
 
@@ -354,9 +242,8 @@ class WorkLoop:
         """The end: what has not begun or is being sampled waits for the next worker, and what
         is not on disk is written, so that it need not be repeated."""
         futures = self._scheduler.held()
-        for sampling in self._sampling.values():
-            futures.append(sampling.future)
-            self._cancel(sampling)
-        self._sampling.clear()
+        futures += [
+            future for future, _ in self._samples.withdraw(self._samples.request_ids).values()
+        ]
         futures_release(worker=self._worker, request_ids=[future.id for future in futures])
         self.residency.snapshot_all()

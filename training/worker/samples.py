@@ -1,0 +1,205 @@
+"""The sample futures that are inside the engine's sampler: from a request to prompts, and back.
+
+A request may hold several prompts; each is a job of the sampler under a key of its own, and the
+future is finished when the last of them is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.db import DatabaseError
+
+from futures.claiming import Outcome
+from futures.models import Future
+from futures.notify import notify_progress
+from training import payloads
+from training.engine.interface import Engine, SampleJob, SampleOutput
+from training.errors import TrainingError
+from training.text_pieces import Told
+from training.types import Conversation, Prompt, ScoringParams
+from training.worker import outcomes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Sampling:
+    """One sample future inside the sampler."""
+
+    future: Future
+    model_id: str | None
+    scoring: ScoringParams
+    outputs: list[SampleOutput | None] = field(default_factory=list)
+    """One per prompt, None until it is finished."""
+    prompt_tokens: int = 0
+    """Of all prompts together."""
+    told: Told | None = None
+    """How much of the texts was noted for those who follow; None if nobody is to follow."""
+    with_token_texts: bool = False
+    """Whether the result holds each token's text too, which the web process cannot make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A future that has left the sampler."""
+
+    future: Future
+    outcome: Outcome
+
+
+class Samples:
+    """What one engine samples for futures."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._held: dict[str, _Sampling] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def request_ids(self) -> list[str]:
+        return list(self._held)
+
+    def admit(
+        self,
+        future: Future,
+        payload: Mapping[str, Any],
+        *,
+        model_id: str | None,
+        adapter_name: str | None,
+    ) -> None:
+        """Hand a request's prompts to the sampler.
+
+        Args:
+            payload: The future's, decoded.
+            model_id: For the answer; None where the request concerns no run.
+            adapter_name: Of whose weights; None for the base model's.
+
+        Raises:
+            TrainingError: One of the prompts cannot be sampled; none of them is.
+        """
+        scoring = payloads.scoring_params_from_payload(payload.get("scoring", {}))
+        params = payloads.sampling_params_from_payload(payload["sampling_params"])
+        keys: list[str] = []
+        prompt_tokens = 0
+        try:
+            for index, item in enumerate(payload["prompts"]):
+                job = SampleJob(
+                    prompt=self._tokens(payloads.prompt_from_payload(item)),
+                    sampling_params=params,
+                    num_samples=payload["num_samples"],
+                    adapter_name=adapter_name,
+                    prompt_logprobs=payload["prompt_logprobs"],
+                    scoring=scoring,
+                    group=str(future.owner_id),
+                )
+                key = f"{future.id}:{index}"
+                self._engine.sampler.admit(key, job)
+                keys.append(key)
+                prompt_tokens += len(job.prompt)
+        except TrainingError:
+            for key in keys:
+                self._engine.sampler.cancel(key)
+            raise
+        self._held[future.id] = _Sampling(
+            future=future,
+            model_id=model_id,
+            scoring=scoring,
+            outputs=[None] * len(payload["prompts"]),
+            prompt_tokens=prompt_tokens,
+            told=Told() if payload.get("stream", False) else None,
+            with_token_texts=payload.get("token_texts", False),
+        )
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, Conversation):
+            return self._engine.render_prompt(prompt.to_dicts())
+        return self._engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def step(self, *, seconds: float, on_step: Callable[[], None]) -> list[Sampled]:
+        """Sample for so long, or until something finished, and tell those who follow."""
+        finished: list[Sampled] = []
+        deadline = time.monotonic() + seconds
+        while self._engine.sampler.active and not finished:
+            for key, output in self._engine.sampler.step().items():
+                finished += self._take(key, output)
+            on_step()
+            if time.monotonic() > deadline:
+                break
+        self._tell_progress()
+        return finished
+
+    def _take(self, key: str, output: SampleOutput | TrainingError) -> list[Sampled]:
+        """Keep one prompt's output; its future, if that was the last of it."""
+        request_id, _, index = key.rpartition(":")
+        sampling = self._held.get(request_id)
+        if sampling is None:  # a prompt beside it failed, and with it the future
+            return []
+        if isinstance(output, TrainingError):
+            self._cancel(sampling)
+            outcome = outcomes.failed(sampling.future, output)
+        else:
+            sampling.outputs[int(index)] = output
+            done = [item for item in sampling.outputs if item is not None]
+            if len(done) < len(sampling.outputs):
+                return []
+            outcome = outcomes.sample_ready(
+                sampling.future,
+                model_id=sampling.model_id,
+                outputs=done,
+                prompt_tokens=sampling.prompt_tokens,
+                token_texts=self._engine.token_texts if sampling.with_token_texts else None,
+                scoring=sampling.scoring,
+            )
+        del self._held[request_id]
+        return [Sampled(sampling.future, outcome)]
+
+    def withdraw(self, request_ids: Collection[str]) -> dict[str, tuple[Future, dict[str, int]]]:
+        """Take requests out of the sampler.
+
+        Returns:
+            Those that were in it, by request id: the future, and how many tokens were used on it,
+            which is nothing before its first token.
+        """
+        withdrawn: dict[str, tuple[Future, dict[str, int]]] = {}
+        for request_id in self._held.keys() & set(request_ids):
+            sampling = self._held.pop(request_id)
+            tokens = self._cancel(sampling)
+            # A prompt is read before anything of it is sampled.
+            used = {"tokens": tokens, "prompt_tokens": sampling.prompt_tokens} if tokens else {}
+            withdrawn[request_id] = (sampling.future, used)
+        return withdrawn
+
+    def _cancel(self, sampling: _Sampling) -> int:
+        """Take all prompts of a future out of the sampler; returns how many tokens it sampled."""
+        num_sampled = 0
+        for index, output in enumerate(sampling.outputs):
+            num_sampled += self._engine.sampler.cancel(f"{sampling.future.id}:{index}")
+            if output is not None:
+                num_sampled += sum(len(sequence.tokens) for sequence in output.sequences)
+        return num_sampled
+
+    def _tell_progress(self) -> None:
+        """Note the new text of samples that are followed."""
+        notes: list[tuple[str, str]] = []
+        for request_id, sampling in self._held.items():
+            if sampling.told is None:
+                continue
+            texts: list[str] = []
+            for index, output in enumerate(sampling.outputs):
+                if output is None:
+                    texts += self._engine.sampler.progress(f"{request_id}:{index}")
+                else:
+                    texts += [sequence.text for sequence in output.sequences]
+            notes += [(request_id, piece.to_note()) for piece in sampling.told.pieces(texts)]
+        if notes:
+            try:
+                notify_progress(notes)
+            except DatabaseError as error:  # only a hint; the result will say it all
+                logger.warning("progress could not be noted: %s", error)
