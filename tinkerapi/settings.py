@@ -245,8 +245,8 @@ snapshot or one statement must fit in; a pass or a request as a whole need not."
 # --- Ours: processes --------------------------------------------------------------------
 
 WEB_PROCESSES = env_int("TINKERAPI_WEB_PROCESSES", 1)
-"""Processes that answer HTTP. One takes some 300 submissions a second and holds thousands of
-waits; a second helps where cores are idle."""
+"""Processes that answer HTTP. One takes some hundreds of submissions a second and holds
+thousands of waits; a second helps where cores are idle."""
 
 # --- Ours: access and limits ------------------------------------------------------------
 
