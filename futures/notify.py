@@ -36,14 +36,20 @@ def bell_channel(queue: str) -> str:
     return f"futures_bell_{hashlib.sha256(queue.encode()).hexdigest()[:32]}"
 
 
-def notify_bell(queue: str) -> None:
+def notify_bell(queue: str, *, patient: bool = False) -> None:
     """Wake the queue's consumer once the outermost transaction has committed.
 
     When that fails the commit stands, and the consumer finds the doorbell at its next poll.
+
+    Args:
+        patient: What was submitted may wait for company.
     """
 
     def ring() -> None:  # no partial: Django asks for the name of what failed
-        execute("SELECT pg_notify(%(channel)s, '')", {"channel": bell_channel(queue)})
+        execute(
+            "SELECT pg_notify(%(channel)s, %(note)s)",
+            {"channel": bell_channel(queue), "note": PATIENT_NOTE if patient else ""},
+        )
 
     transaction.on_commit(ring, using=alias(), robust=True)
 
@@ -118,12 +124,20 @@ class Bell(IntFlag):
     """Somebody has begun to wait for what was submitted just now."""
     CANCELLED = 4
     """Something that a worker held was cancelled."""
+    PATIENT = 8
+    """Something was submitted that may wait for company."""
+    SUBMITTED = RANG | PATIENT
 
 
 HURRY_NOTE = "hurry"
 CANCELLED_NOTE = "cancelled"
+PATIENT_NOTE = "patient"
 
-_HEARD = {HURRY_NOTE: Bell.HURRY, CANCELLED_NOTE: Bell.CANCELLED}
+_HEARD = {
+    HURRY_NOTE: Bell.HURRY,
+    CANCELLED_NOTE: Bell.CANCELLED,
+    PATIENT_NOTE: Bell.PATIENT,
+}
 
 
 class Listener:

@@ -275,7 +275,7 @@ def _insert_once(future: Future, max_pending: int | None) -> _Inserted:
     future.seq_id = seq_id
     future._state.adding = False
     future._state.db = alias()
-    notify_bell(future.queue)
+    notify_bell(future.queue, patient=future.patient)
     return _Inserted.YES
 
 

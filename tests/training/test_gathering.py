@@ -13,8 +13,15 @@ from training.worker.gathering import FIRST_SECONDS, LEAST_SECONDS, LIMIT_SECOND
 class Arrivals:
     """A bell that rings at given times."""
 
-    def __init__(self, times: Sequence[float], hurry_at: float = float("inf")) -> None:
+    def __init__(
+        self,
+        times: Sequence[float],
+        *,
+        hurry_at: float = float("inf"),
+        bell: Bell = Bell.RANG,
+    ) -> None:
         self._times = list(times)
+        self._bell = bell
         self._hurry_at = hurry_at
         self.now = 0.0
         self.claimed = 0
@@ -28,7 +35,7 @@ class Arrivals:
         if heard == self._hurry_at:
             return Bell.HURRY
         del self._times[0]
-        return Bell.RANG
+        return self._bell
 
     def claim(self) -> None:
         self.claimed += 1
@@ -66,6 +73,22 @@ def test_who_begins_to_wait_has_sent_everything() -> None:
     arrivals.gather()
 
     assert (arrivals.claimed, arrivals.now) == (2, 0.010)
+
+
+@pytest.mark.parametrize("hurry_at", [0.010, float("inf")])
+def test_what_may_wait_itself_is_claimed_at_the_end_and_all_at_once(hurry_at: float) -> None:
+    arrivals = Arrivals([0.002, 0.004, 0.006, 0.008], hurry_at=hurry_at, bell=Bell.PATIENT)
+    arrivals.gather()
+
+    assert arrivals.claimed == 1
+    assert arrivals.now == min(hurry_at, 0.008 + 4 * 0.002)
+
+
+def test_a_stream_of_what_may_wait_is_claimed_when_it_is_cut_off() -> None:
+    arrivals = Arrivals([0.003 * number for number in range(1000)], bell=Bell.PATIENT)
+    arrivals.gather()
+
+    assert arrivals.claimed == 1
 
 
 def test_a_stream_without_end_is_cut_off() -> None:

@@ -32,17 +32,27 @@ def gather(
 ) -> None:
     """Claim what arrives, until a pause says that it was all.
 
+    What may wait itself is claimed at the end, all at once: a claim takes time, and the processors,
+    from the client that is still sending.
+
     Args:
         may_wait: Whether nobody minds; asked again after each claim.
         bell_rang: What is heard within so many seconds.
     """
     begun = last = clock()
     pause = FIRST_SECONDS
-    heard = Bell.RANG
-    while heard == Bell.RANG and may_wait() and clock() - begun < LIMIT_SECONDS:
+    some_wait = False
+    while may_wait() and clock() - begun < LIMIT_SECONDS:
         heard = bell_rang(pause)
         now = clock()
         pause = min(FIRST_SECONDS, max(LEAST_SECONDS, PAUSES * (now - last)))
         last = now
         if heard & Bell.RANG:
             claim()
+            some_wait = False
+        elif heard & Bell.PATIENT:
+            some_wait = True
+        if heard & Bell.HURRY or not heard & Bell.SUBMITTED:
+            break
+    if some_wait:
+        claim()

@@ -104,7 +104,7 @@ class WorkLoop:
         self._pace.work_begins()
         while not self._stopping():
             self.turn()
-            if self._listen(0) & Bell.RANG or self._unclaimed:
+            if self._listen(0) & Bell.SUBMITTED or self._unclaimed:
                 self._claim()
                 gather(may_wait=self._may_wait, bell_rang=self._listen, claim=self._claim)
             self._let_go_of_cancelled()
