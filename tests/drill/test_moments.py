@@ -6,11 +6,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
 import pytest
+from django.db import transaction
 
+from futures import claiming
+from futures.database import dedicated_parameters, execute
 from tinkerapi.drill import moments
 from tinkerapi.drill.moments import Aim, Moment
 from tinkerapi.drill.transport import Progress
+from training.worker import loop
 
 
 @pytest.fixture
@@ -59,6 +64,27 @@ def test_a_moment_that_does_not_come_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(moments, "WAIT_SECONDS", 0.01)
     assert not aim.wait_for(moment)
+
+
+FINISHING = ("ids", "results", "summaries", "errors", "categories", "error_codes")
+ADVANCING = ("ids", "steps", "applied", "tokens")
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    ("statement", "lists"), [(claiming._FINISH, FINISHING), (loop._ADVANCE, ADVANCING)]
+)
+def test_the_statements_of_a_workers_commit_are_a_moment(
+    aim: Aim, monkeypatch: pytest.MonkeyPatch, statement: str, lists: tuple[str, ...]
+) -> None:
+    """Postgres shows a transaction's last statement until the transaction is over."""
+    monkeypatch.setattr(moments, "connect", lambda _: psycopg.connect(**dedicated_parameters()))
+    with transaction.atomic():
+        execute(statement, {"worker_id": 0, "batch": 1, **{name: [] for name in lists}})
+        assert aim.wait_for("commit")
+        execute("SELECT", {})
+        monkeypatch.setattr(moments, "WAIT_SECONDS", 0.01)
+        assert not aim.wait_for("commit")
 
 
 @pytest.mark.parametrize("moment", ["anytime", "recovery"])

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import psycopg
-
-from tinkerapi.postgres import embedded_database
+from tinkerapi.drill.server import connect
 
 SHOWN = 160  # characters of each side of a difference
 BEFORE = 40  # of these, that are equal
@@ -39,7 +37,7 @@ WHERE future.finished_at IS NOT NULL ORDER BY future.finished_at
 """
 
 _FIGURES = """
-SELECT (SELECT count(*) FROM futures_worker), (SELECT count(*) FROM training_snapshot),
+SELECT (SELECT count(*) FROM futures_worker),
     (SELECT count(*) FROM futures_future WHERE attempts > 0)
 """
 
@@ -91,10 +89,7 @@ def collect(
         answers: The clients', by request name.
         aliases: Drawn names -> the names that both runs share.
     """
-    database = embedded_database(data_dir)
-    with psycopg.connect(
-        host=database["HOST"], user=database["USER"], dbname=database["NAME"]
-    ) as connection:
+    with connect(data_dir) as connection:
         futures = {
             _alias(f"{lane} {place} {key}", aliases): f"{kind} {state} {error}".strip()
             for lane, place, key, kind, state, error in connection.execute(_FUTURES)
@@ -105,7 +100,7 @@ def collect(
             for path in sorted((data_dir / directory).iterdir())
         }
         results = connection.execute(_HISTORY).fetchall()
-        [(workers, _, repeated)] = connection.execute(_FIGURES).fetchall()
+        [(workers, repeated)] = connection.execute(_FIGURES).fetchall()
     evidence = Evidence(answers=dict(answers), futures=futures, checkpoints=checkpoints)
     return evidence, History(workers=workers, repeated=repeated, results=results)
 

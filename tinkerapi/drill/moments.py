@@ -15,8 +15,8 @@ from typing import Literal
 
 import psycopg
 
+from tinkerapi.drill.server import connect
 from tinkerapi.drill.transport import Progress
-from tinkerapi.postgres import embedded_database
 
 Moment = Literal["anytime", "submission", "answer", "commit", "snapshot", "checkpoint", "recovery"]
 
@@ -37,8 +37,9 @@ LOOK_SECONDS = 0.001
 
 # The two statements of a worker's commit that take long enough to be seen.
 _COMMITTING = """
-SELECT count(*) FROM pg_stat_activity WHERE state <> 'idle' AND pid <> pg_backend_pid()
-AND (query LIKE '%UPDATE futures_future AS f%' OR query LIKE 'UPDATE "training_run"%')
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND state <> 'idle' AND pid <> pg_backend_pid()
+AND (query LIKE '%UPDATE futures_future AS f%' OR query LIKE '%UPDATE training_run AS r%')
 """
 
 
@@ -67,14 +68,8 @@ class Aim:
         return True
 
     def _wait_for_commit(self) -> bool:
-        database = embedded_database(self._data_dir)
         try:
-            with psycopg.connect(
-                host=database["HOST"],
-                user=database["USER"],
-                dbname=database["NAME"],
-                autocommit=True,
-            ) as connection:
+            with connect(self._data_dir) as connection:
                 return self._look(lambda: connection.execute(_COMMITTING).fetchone() != (0,))
         except psycopg.OperationalError:  # Postgres is down; the kill comes anyway
             return False

@@ -11,7 +11,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import psycopg
+
+from tinkerapi.postgres import embedded_database
 from tinkerapi.preflight import RunningServer
 from tinkerapi.settings import BASE_DIR
 from tinkerapi.supervisor import parent_death_prefix
@@ -149,6 +153,18 @@ class DrilledServer:
             return server.answer("/readyz", timeout_seconds=5) == 200
         except OSError:
             return False
+
+
+def connect(data_dir: Path) -> psycopg.Connection[Any]:
+    """A connection to a server's Postgres, each statement a transaction of its own.
+
+    Raises:
+        psycopg.OperationalError: It is down.
+    """
+    database = embedded_database(data_dir)
+    return psycopg.connect(
+        host=database["HOST"], user=database["USER"], dbname=database["NAME"], autocommit=True
+    )
 
 
 def _free_port() -> int:
