@@ -1,4 +1,4 @@
-"""Reads: one future, where it stands, and what the dashboards show."""
+"""Reads: one future, what became final in a lane, whether a queue is served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import cast
 
-from django.db.models import Count, QuerySet
 from django.utils import timezone
 
 from futures.errors import FutureNotFound, FuturePurged
@@ -105,21 +104,3 @@ def queue_state(queue: str) -> QueueState:
     if worker.heartbeat_at < timezone.now() - HEARTBEAT_TIMEOUT:
         return QueueState("paused_capacity", "The worker does not answer.")
     return QueueState("active", "", worker.figures.get("futures_per_second"))
-
-
-def live_workers() -> QuerySet[Worker]:
-    """Workers that take work, one per queue at most."""
-    return Worker.objects.filter(
-        state=Worker.WorkerState.LIVE, heartbeat_at__gte=timezone.now() - HEARTBEAT_TIMEOUT
-    ).order_by("queue")
-
-
-def queue_counts() -> dict[str, dict[str, int]]:
-    """Queue to how many futures are pending and running in it; empty queues are absent."""
-    # One query a state, so that each is answered from its partial index.
-    counts: dict[str, dict[str, int]] = {}
-    for state in (State.PENDING, State.RUNNING):
-        rows = Future.objects.filter(state=state).values_list("queue").annotate(count=Count("*"))
-        for queue, count in rows.order_by("queue"):
-            counts.setdefault(queue, {"pending": 0, "running": 0})[state] = count
-    return counts

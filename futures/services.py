@@ -352,31 +352,6 @@ def future_cancel(*, request_id: str, owner_id: int) -> Future:
     return future
 
 
-def lane_refuse(*, lane_id: str, refusal: Refusal) -> int:
-    """Fail every pending future of a lane, for instance because its run is gone.
-
-    Returns how many. One that a worker claims meanwhile is the worker's to fail.
-    """
-    with transaction.atomic(using=alias()):
-        rows = execute(
-            """
-            UPDATE futures_future
-            SET state = 'failed', error = %(error)s, category = %(category)s,
-                error_code = %(error_code)s, finished_at = statement_timestamp()
-            WHERE lane_id = %(lane_id)s AND state = 'pending'
-            RETURNING id
-            """,
-            {
-                "lane_id": lane_id,
-                "error": refusal.error,
-                "category": str(refusal.category),
-                "error_code": refusal.error_code,
-            },
-        )
-        notify_finished_after_commit([request_id for (request_id,) in rows])
-    return len(rows)
-
-
 def future_resubmit(*, request_id: str) -> Future:
     """Submit a future's request again, at the end of its lane, as a new future.
 

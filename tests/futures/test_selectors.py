@@ -1,4 +1,4 @@
-"""What owners and dashboards are told."""
+"""What owners are told."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from django.utils import timezone
 from futures.claiming import future_claim
 from futures.errors import FutureNotFound, FuturePurged
 from futures.models import Future, Worker
-from futures.selectors import (
-    future_get,
-    live_workers,
-    queue_counts,
-    queue_state,
-)
+from futures.selectors import future_get, queue_state
 from futures.workers import worker_live, worker_stop
 from tests.futures.conftest import QUEUE, SubmitFactory, finish
 
@@ -67,29 +62,13 @@ def test_a_queue_is_active_while_its_worker_beats(worker_factory: Callable[..., 
 
     worker = worker_factory()
     assert "starting" in queue_state(QUEUE).reason
-    assert not live_workers().exists()
 
     worker_live(worker, {})
     assert (queue_state(QUEUE).state, queue_state(QUEUE).reason) == ("active", "")
-    assert live_workers().get() == worker
 
     Worker.objects.update(heartbeat_at=timezone.now() - timedelta(seconds=31))
     assert queue_state(QUEUE).state == "paused_capacity"
     assert "does not answer" in queue_state(QUEUE).reason
-    assert not live_workers().exists()
 
     worker_stop(worker)
     assert "No worker" in queue_state(QUEUE).reason
-
-
-def test_the_counts_are_by_queue_and_state(submit: SubmitFactory, worker: Worker) -> None:
-    assert queue_counts() == {}
-    for _ in range(3):
-        submit()
-    submit(queue="other")
-    future_claim(worker=worker, max_futures=1, max_cost=1)
-
-    assert queue_counts() == {
-        QUEUE: {"pending": 2, "running": 1},
-        "other": {"pending": 1, "running": 0},
-    }

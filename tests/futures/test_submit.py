@@ -19,8 +19,8 @@ from futures.errors import (
 )
 from futures.models import Future, Lane
 from futures.payload import decode
-from futures.services import Refusal, future_cancel, future_resubmit, lane_refuse
-from futures.transitions import Category, State
+from futures.services import Refusal, future_cancel, future_resubmit
+from futures.transitions import State
 from tests.futures.conftest import QUEUE, SubmitFactory
 
 pytestmark = pytest.mark.django_db
@@ -201,20 +201,6 @@ def test_anothers_future_cannot_be_cancelled(
         future_cancel(request_id=future.pk, owner_id=owner_factory().pk)
     future.refresh_from_db()
     assert future.state == State.PENDING
-
-
-def test_a_refused_lane_has_nothing_pending(
-    submit: SubmitFactory, lane_factory: Callable[..., Lane]
-) -> None:
-    lane, other = lane_factory(), lane_factory()
-    gone = [submit(lane), submit(lane)]
-    kept = submit(other)
-
-    count = lane_refuse(lane_id=lane.pk, refusal=Refusal(error="removed", category=Category.USER))
-
-    assert count == 2
-    assert {Future.objects.get(pk=future.pk).state for future in gone} == {State.FAILED}
-    assert Future.objects.get(pk=kept.pk).state == State.PENDING
 
 
 def test_resubmitting_puts_the_same_request_at_the_end_of_its_lane(
