@@ -14,11 +14,13 @@
 claim
     A worker takes the future under its epoch.
 finish, fail
-    The worker commits its result or its error, fenced by that epoch.
+    The worker commits its result or its error, fenced by that epoch. What has stopped too many
+    workers is failed by the next one, when it takes over.
 release
     The worker stopped or died before the commit; nothing of it is visible, so it waits again.
 refuse
-    The request can never run: it was invalid, its run was deleted, or it killed three workers.
+    The request can never run: its lane waited in vain for a number. One that is invalid but has
+    consumed its number is failed from the start.
 cancel
     Its owner no longer wants it, and it had not begun.
 interrupt

@@ -2,7 +2,8 @@
 
 The model is the promise in plain words: a lane takes effect in its order and each request of
 it at most once, whoever dies when. The "engine" appends to a list of its lane in memory; a
-crash forgets the list and the next worker rebuilds it from what was committed.
+crash forgets the list and the next worker rebuilds it from what was committed. Whatever becomes of
+a row must be one of the moves that ``futures.transitions`` names.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from hypothesis.stateful import (
 from futures.cancelled import futures_cancelled
 from futures.claiming import Outcome, future_claim, futures_finish, futures_release
 from futures.errors import FutureNotCancellable, SeqIdReused
-from futures.models import Future, Worker
+from futures.gaps import gaps_refuse
+from futures.models import Future, Lane, Worker
 from futures.payload import decode, encode
 from futures.services import future_cancel, future_submit, lane_create
+from futures.transitions import MOVES
 from futures.workers import MAX_ATTEMPTS, worker_start, worker_stop
 from tests.futures.conftest import QUEUE, kill
 
@@ -43,6 +46,8 @@ class LifeCycle(RuleBasedStateMachine):
         for lane in range(LANES):
             lane_create(lane_id=f"lane {lane}", owner_id=self.owner.pk, queue=QUEUE)
         self.state: dict[str, str] = {}
+        self.seen: dict[str, str] = {}
+        """The rows' states before the last rule."""
         self.named: dict[tuple[int, int], tuple[str, int]] = {}
         """(lane, seq id) -> (request id, value)"""
         self.where: dict[str, tuple[int, int]] = {}
@@ -174,6 +179,18 @@ class LifeCycle(RuleBasedStateMachine):
             self.state[future.pk] = "pending"
 
     @rule()
+    def refuse(self) -> None:
+        """Nobody waits for a missing number any longer, where a claim has come to it."""
+        begins = dict(Lane.objects.values_list("pk", "next_seq_id"))
+        for request_id, (lane, seq_id) in self.where.items():
+            begin = begins[f"lane {lane}"]
+            behind_a_gap = begin < seq_id and (lane, begin) not in self.named
+            if behind_a_gap and self.state[request_id] == "pending":
+                assert request_id not in self.runnable()
+                self.state[request_id] = "failed"
+        gaps_refuse(queue=QUEUE, patience_seconds=0)
+
+    @rule()
     def crash(self) -> None:
         kill(self.worker)
         for future in (running := self.running(self.held)):
@@ -203,6 +220,12 @@ class LifeCycle(RuleBasedStateMachine):
         rows = Future.objects.values_list("pk", "state", "attempts")
         assert {pk: state for pk, state, _ in rows} == self.state
         assert all(attempts == self.attempts[pk] for pk, _, attempts in rows)
+
+    @invariant()
+    def every_change_is_a_move(self) -> None:
+        before, self.seen = self.seen, dict(Future.objects.values_list("pk", "state"))
+        changes = {(before.get(pk, state), state) for pk, state in self.seen.items()}
+        assert {change for change in changes if change[0] != change[1]} <= set(MOVES.values())
 
     @invariant()
     def each_lane_took_effect_in_order_and_once(self) -> None:
