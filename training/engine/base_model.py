@@ -27,6 +27,7 @@ from training.engine.packed import (
     PackedContext,
     Segment,
     join,
+    rows_of,
     uniform_segments,
 )
 from training.errors import BaseModelNotFound
@@ -99,7 +100,7 @@ class BaseModel:
         """
         logits = linear(hidden, self.head_weight, self.head_bias).float()  # (n, V)
         for group in join(segments):
-            weights, rows = group[0].weights, slice(group[0].start, group[-1].end)
+            weights, rows = group[0].weights, rows_of(group)
             pair = self.head_pair(weights)
             if weights is not None and pair is not None:
                 a, b = pair

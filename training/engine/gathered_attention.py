@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from training.engine.kv_cache import KvCache
+from training.engine.packed import round_up
 
 SHORT_TOKENS = 256
 """Longer sequences cost more to copy than a call of their own takes."""
@@ -41,7 +42,7 @@ class GatheredAttention:
     """B sequences of one padded length L."""
 
     def __init__(self, sequences: Sequence[Newest]) -> None:
-        length = padded_length(sequences[0].length)
+        length = round_up(sequences[0].length, BUCKET_TOKENS)
         lengths = torch.tensor([each.length for each in sequences])[:, None]  # (B, 1)
         first = torch.tensor([each.first_cache_row for each in sequences])[:, None]
         places = torch.arange(length)
@@ -81,9 +82,5 @@ def gather_by_length(sequences: Sequence[Newest]) -> list[GatheredAttention]:
     """Sequences of one padded length together."""
     members: dict[int, list[Newest]] = {}
     for each in sequences:
-        members.setdefault(padded_length(each.length), []).append(each)
+        members.setdefault(round_up(each.length, BUCKET_TOKENS), []).append(each)
     return [GatheredAttention(same) for same in members.values()]
-
-
-def padded_length(length: int) -> int:
-    return -(-length // BUCKET_TOKENS) * BUCKET_TOKENS

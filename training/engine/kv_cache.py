@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from training.engine.packed import round_up
+
 ALIGNMENT_TOKENS = 16
 """Regions begin and grow in this many rows: some CPU kernels sum in an order that depends on how
 their operands lie in memory, and a job's numbers must not depend on where its region is."""
@@ -58,7 +60,7 @@ class KvCache:
 
     def reserve(self, num_sequences: int, tokens_each: int) -> Region | None:
         """The first stretch that is large enough, or None if there is none now."""
-        room = _aligned(tokens_each)
+        room = round_up(tokens_each, ALIGNMENT_TOKENS)
         size = num_sequences * room
         for start, length in self._free.items():
             if length >= size:
@@ -123,7 +125,3 @@ class KvCache:
         for layer_idx in self._layers:
             for tokens in self.view(layer_idx, region, 0, region.num_sequences, length):
                 tokens[1:] = tokens[:1]
-
-
-def _aligned(tokens: int) -> int:
-    return -(-tokens // ALIGNMENT_TOKENS) * ALIGNMENT_TOKENS

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from training.engine.packed import ContextHolder, PackedContext, Segment, fewest_rows
+from training.engine.packed import ContextHolder, PackedContext, Segment, fewest_rows, rows_of
 
 
 class LoraLinear(nn.Module):
@@ -60,7 +60,7 @@ def _forward(
     output = linear(x, base.weight, base.bias)  # (T, out)
     inner = []
     for group in context.joined:
-        weights, rows = group[0].weights, _rows(group)
+        weights, rows = group[0].weights, rows_of(group)
         if weights is None:
             continue
         pair = weights.pair(name, x.dtype)
@@ -71,10 +71,6 @@ def _forward(
         add_times(output[rows], xa, b.T, weights.layout.scale)
         inner.append((group, xa))
     return output, inner
-
-
-def _rows(group: list[Segment]) -> slice:
-    return slice(group[0].start, group[-1].end)
 
 
 class _LoraFunction(torch.autograd.Function):
@@ -99,7 +95,7 @@ class _LoraFunction(torch.autograd.Function):
         layer.holder.on_progress()
         grad_x = grad_output @ layer.base.weight if ctx.needs_input_grad[0] else None  # (T, in)
         for group, xa in zip(ctx.groups, inner, strict=True):
-            weights, rows = group[0].weights, _rows(group)
+            weights, rows = group[0].weights, rows_of(group)
             g = grad_output[rows]  # (n, out)
             scale = weights.layout.scale
             a, b = weights.pair(layer.name, g.dtype)

@@ -54,6 +54,11 @@ def fewest_rows(device: torch.device, dtype: torch.dtype, matrix_size: int) -> i
     return max(2, SMALL_PRODUCT // matrix_size + 1)  # one row alone has a kernel of its own
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below ``number``."""
+    return -(-number // multiple) * multiple
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
     """Rows ``start`` to ``end`` (exclusive) of a stream, all under one adapter."""
@@ -116,6 +121,11 @@ def join(segments: Sequence[Segment]) -> list[list[Segment]]:
         else:
             groups.append([segment])
     return groups
+
+
+def rows_of(group: Sequence[Segment]) -> slice:
+    """Where the stream has a group of joined segments."""
+    return slice(group[0].start, group[-1].end)
 
 
 def _may_join(left: Segment, right: Segment) -> bool:
