@@ -21,18 +21,20 @@ from importlib import metadata
 from django.conf import settings
 from django.db import DatabaseError, OperationalError, connection
 from django.db.models import Count, Min
+from django.template.defaultfilters import pluralize
 from django.utils import timezone
 from packaging.requirements import Requirement
 
 from futures.models import Future, Worker
+from futures.selectors import HEARTBEAT_TIMEOUT
 from futures.transitions import State
 from tinkerapi.models import ApiKey
 from tinkerapi.postgres import MINIMUM_FREE_BYTES
 from tinkerapi.preflight import RunningServer, base_model_problem, running_server
 from tinkerapi.schema import SchemaError, database_down_reason, unapplied_migrations
 from training.base_models import DEFAULT_MODEL_NAME, BaseModel, base_models
+from training.worker.threads import num_threads
 
-SILENT_WORKER_SECONDS = 30.0  # several missed heartbeats
 DEVICE_TIMEOUT_SECONDS = 120.0  # importing torch from a cold disk
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
@@ -163,7 +165,9 @@ def check_device() -> Finding:
         detail = "torch sees no GPU and TINKERAPI_DEVICE is cuda; check driver and torch build"
         return Finding("device", Verdict.FAILED, detail)
     flags = " ".join(flag for flag in CPU_FLAGS if flag in _cpu_flags())
-    return Finding("device", Verdict.OK, f"CPU, {figures['threads']} threads {flags}".strip())
+    threads = num_threads(figures["threads"])
+    detail = f"CPU, {threads} thread{pluralize(threads)} for a worker {flags}"
+    return Finding("device", Verdict.OK, detail.strip())
 
 
 def check_server(server: RunningServer | None) -> Finding:
@@ -221,11 +225,11 @@ def check_worker(base_model: BaseModel, server: RunningServer | None) -> Finding
     if worker is None:
         verdict = Verdict.OFF if server is None else Verdict.FAILED
         return Finding(part, verdict, f"none is running; see {log}")
-    age = (timezone.now() - worker.heartbeat_at).total_seconds()
-    if age > SILENT_WORKER_SECONDS:
-        detail = f"process {worker.pid} has been silent for {age:.0f} s; see {log}"
+    age = timezone.now() - worker.heartbeat_at
+    if age > HEARTBEAT_TIMEOUT:
+        detail = f"process {worker.pid} has been silent for {age.total_seconds():.0f} s; see {log}"
         return Finding(part, Verdict.FAILED, detail)
-    detail = f"{worker.state}, process {worker.pid}, heartbeat {age:.0f} s ago"
+    detail = f"{worker.state}, process {worker.pid}, heartbeat {age.total_seconds():.0f} s ago"
     return Finding(part, Verdict.OK, detail)
 
 

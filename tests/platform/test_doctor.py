@@ -110,7 +110,7 @@ def test_a_torch_that_cannot_be_imported_is_quoted(monkeypatch: pytest.MonkeyPat
     ("gpus", "device", "verdict", "detail"),
     [
         (["H100, 80 GiB"], "auto", Verdict.OK, "H100, 80 GiB"),
-        ([], "auto", Verdict.OK, "CPU, 2 threads"),
+        ([], "auto", Verdict.OK, "CPU, 2 threads for a worker"),
         ([], "cuda", Verdict.FAILED, "TINKERAPI_DEVICE is cuda"),
     ],
 )
@@ -123,13 +123,25 @@ def test_the_device_is_the_one_that_was_asked_for(
     detail: str,
 ) -> None:
     settings.DEVICE = device
-    answer = f"import json; print(json.dumps({{'torch': '2', 'threads': 2, 'gpus': {gpus}}}))"
+    answer = f"import json; print(json.dumps({{'torch': '2', 'threads': 3, 'gpus': {gpus}}}))"
     monkeypatch.setattr(doctor, "DEVICE_PROGRAM", answer)
 
     finding = doctor.check_device()
 
     assert finding.verdict is verdict
     assert detail in finding.detail
+
+
+def test_the_threads_are_those_that_the_worker_will_use(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = "import json; print(json.dumps({'torch': '2', 'threads': 1, 'gpus': []}))"
+    monkeypatch.setattr(doctor, "DEVICE_PROGRAM", answer)
+
+    settings.NUM_THREADS = 0
+    assert "CPU, 1 thread for a worker" in doctor.check_device().detail
+    settings.NUM_THREADS = 4
+    assert "CPU, 4 threads for a worker" in doctor.check_device().detail
 
 
 def test_no_server_is_off_and_a_silent_one_has_failed() -> None:

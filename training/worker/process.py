@@ -29,6 +29,7 @@ from training.worker.chores import Chores
 from training.worker.last_words import LastWords, crashed, oom_kills
 from training.worker.loop import WorkLoop
 from training.worker.pulse import EVERY_SECONDS, Pulse
+from training.worker.threads import num_threads
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,7 @@ def build_engine(base_model: BaseModel) -> Engine:
     from training.engine.base_model import load_base_model
     from training.engine.model_engine import TorchEngine
 
-    # One processor is left to web and Postgres: torch's threads wait for each other in busy
-    # loops, and while one of them is kept waiting by another process, a pass takes ten times as
-    # long.
-    torch.set_num_threads(settings.NUM_THREADS or max(1, torch.get_num_threads() - 1))
+    torch.set_num_threads(num_threads(torch.get_num_threads()))
     loaded = load_base_model(
         str(base_model.folder),
         name=base_model.name,
