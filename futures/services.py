@@ -2,7 +2,7 @@
 
 A submission is one statement and one commit: it numbers the request in its lane, inserts the
 future and the django-q task that rings for it. The task carries no work. What workers do to
-futures is in ``futures.claiming`` and ``futures.workers``.
+futures is in ``futures.claiming``, ``futures.finishing`` and ``futures.workers``.
 """
 
 from __future__ import annotations

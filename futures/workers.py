@@ -18,9 +18,9 @@ from django.db import OperationalError, transaction
 from django.utils import timezone
 
 from futures.broker import doorbell
-from futures.claiming import futures_release
 from futures.database import alias, dedicated_parameters, execute
 from futures.errors import Fenced, QueueTaken
+from futures.finishing import futures_release
 from futures.models import Worker
 from futures.notify import notify_bell, notify_finished
 

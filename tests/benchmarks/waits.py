@@ -194,7 +194,8 @@ def finish(per_second: float) -> None:
     """
     from django.db import transaction
 
-    from futures.claiming import Outcome, future_claim, futures_finish
+    from futures.claiming import future_claim
+    from futures.finishing import Outcome, futures_finish
     from futures.payload import encode
     from futures.workers import worker_live, worker_start, worker_stop
 

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from django.db import transaction
 
-from futures import claiming
+from futures import finishing
 from futures.database import dedicated_parameters, execute
 from tinkerapi.drill import moments
 from tinkerapi.drill.moments import Aim, Moment
@@ -72,7 +72,7 @@ ADVANCING = ("ids", "steps", "applied", "tokens")
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize(
-    ("statement", "lists"), [(claiming._FINISH, FINISHING), (loop._ADVANCE, ADVANCING)]
+    ("statement", "lists"), [(finishing._FINISH, FINISHING), (loop._ADVANCE, ADVANCING)]
 )
 def test_the_statements_of_a_workers_commit_are_a_moment(
     aim: Aim, monkeypatch: pytest.MonkeyPatch, statement: str, lists: tuple[str, ...]

@@ -12,7 +12,7 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.db import connections, transaction
 
-from futures.claiming import Outcome, futures_finish
+from futures.finishing import Outcome, futures_finish
 from futures.models import Future, Lane, Worker
 from futures.payload import encode
 from futures.services import future_submit, lane_create

@@ -12,8 +12,8 @@ from django.db import transaction
 
 from futures.broker import bell_rang
 from futures.cancelled import futures_cancelled
-from futures.claiming import futures_release
 from futures.errors import Fenced, FutureNotCancellable, FutureNotFound
+from futures.finishing import futures_release
 from futures.models import Future, Lane, Worker
 from futures.notify import Bell
 from futures.services import future_cancel

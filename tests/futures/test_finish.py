@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from django.db import transaction
 
-from futures.claiming import Outcome, future_claim, futures_finish
+from futures.claiming import future_claim
 from futures.errors import Fenced
+from futures.finishing import Outcome, futures_finish
 from futures.models import Future, Worker
 from futures.transitions import State
 from tests.futures.conftest import SubmitFactory, finish

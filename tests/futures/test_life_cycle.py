@@ -24,8 +24,9 @@ from hypothesis.stateful import (
 )
 
 from futures.cancelled import futures_cancelled
-from futures.claiming import Outcome, future_claim, futures_finish, futures_release
+from futures.claiming import future_claim
 from futures.errors import FutureNotCancellable, SeqIdReused
+from futures.finishing import Outcome, futures_finish, futures_release
 from futures.gaps import gaps_refuse
 from futures.models import Future, Lane, Worker
 from futures.payload import decode, encode

@@ -16,7 +16,7 @@ from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
-from futures.claiming import Outcome
+from futures.finishing import Outcome
 from futures.models import Future
 from futures.services import lane_create
 from training.age import SUFFIX, encrypt_file

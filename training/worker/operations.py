@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from futures.claiming import Outcome
+from futures.finishing import Outcome
 from futures.models import Future
 from futures.payload import decode
 from training import payloads
