@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import pytest
-from django.db import transaction
 from django_q.models import OrmQ
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from futures.broker import PostgresBroker
-from futures.claiming import MAX_WINDOW, MIN_WINDOW, future_claim, futures_release
+from futures.claiming import MAX_WINDOW, MIN_WINDOW, future_claim
 from futures.errors import Fenced
+from futures.finishing import futures_release
 from futures.models import Future, Lane, Worker
 from futures.payload import decode
 from futures.services import Refusal, future_cancel
@@ -36,11 +31,6 @@ def numbers(futures: Iterable[Future]) -> list[int | None]:
 
 def keys(futures: Iterable[Future]) -> list[str]:
     return [future.pk for future in futures]
-
-
-def suspect(*futures: Future) -> None:
-    """As if a worker had died while these ran."""
-    Future.objects.filter(pk__in=keys(futures)).update(attempts=1)
 
 
 def test_a_claim_returns_running_futures_with_payloads(
@@ -297,73 +287,6 @@ def test_a_future_above_the_cost_budget_is_claimed_alone(
     assert numbers(claim(worker, max_cost=10)) == [1]
 
 
-def test_a_suspect_is_claimed_alone(
-    submit: SubmitFactory, lane_factory: Callable[..., Lane], worker: Worker
-) -> None:
-    submit(lane_factory())
-    second, third = lane_factory(), lane_factory()
-    suspects = [submit(second), submit(third)]
-    suspect(*suspects)
-    submit(second)
-
-    first = claim(worker)
-    assert keys(first) == [suspects[0].pk]
-    assert claim(worker) == []
-    finish(worker, *first)
-    then = claim(worker)
-    assert keys(then) == [suspects[1].pk]
-    finish(worker, *then)
-    assert len(claim(worker)) == 2
-
-
-def test_nothing_joins_a_suspect_while_it_runs(submit: SubmitFactory, worker: Worker) -> None:
-    suspicious = submit()
-    suspect(suspicious)
-    [running] = claim(worker)
-    submit()
-
-    assert claim(worker) == []
-    assert worker.more_waits
-    finish(worker, running)
-    assert len(claim(worker)) == 1
-
-
-def test_a_suspect_waits_until_the_worker_holds_nothing(
-    submit: SubmitFactory, lane: Lane, worker: Worker
-) -> None:
-    submit()
-    held = claim(worker)
-    suspicious = submit(lane)
-    suspect(suspicious)
-    submit()
-
-    assert claim(worker) == []
-    assert worker.more_waits
-    finish(worker, *held)
-    assert keys(claim(worker)) == [suspicious.pk]
-
-
-def test_a_suspect_that_may_not_run_yet_holds_nobody_up(
-    submit: SubmitFactory, lane: Lane, worker: Worker
-) -> None:
-    suspect(submit(lane, seq_id=2))
-    other = submit()
-
-    assert keys(claim(worker)) == [other.pk]
-
-
-def test_a_suspect_never_overtakes_its_lane(
-    submit: SubmitFactory, lane: Lane, worker: Worker
-) -> None:
-    first, second = submit(lane), submit(lane)
-    suspect(second)
-
-    alone = claim(worker)
-    assert keys(alone) == [first.pk]
-    finish(worker, *alone)
-    assert keys(claim(worker)) == [second.pk]
-
-
 def test_what_is_released_is_claimed_again_in_order(
     submit: SubmitFactory, lane: Lane, worker: Worker
 ) -> None:
@@ -398,135 +321,3 @@ def test_a_replaced_worker_claims_nothing(
 
     with pytest.raises(Fenced):
         claim(old)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One row of a random queue."""
-
-    owner: int
-    lane: int | None
-    seq_id: int | None
-    cost: int
-    cancelled: bool
-
-
-lanes_of_requests = st.lists(
-    st.tuples(
-        st.integers(0, 2),  # owner
-        st.sets(st.integers(1, 7), max_size=7),  # seq ids that have arrived
-        st.sets(st.integers(1, 7), max_size=3),  # which of them were cancelled
-    ),
-    max_size=4,
-)
-
-
-@st.composite
-def queues(draw: st.DrawFn) -> list[Request]:
-    """Requests of several lanes and of none, in random order of arrival."""
-    requests = [
-        Request(owner, lane, seq_id, draw(st.integers(0, 5)), seq_id in cancelled)
-        for lane, (owner, arrived, cancelled) in enumerate(draw(lanes_of_requests))
-        for seq_id in sorted(arrived)
-    ]
-    requests += [
-        Request(draw(st.integers(0, 2)), None, None, draw(st.integers(0, 5)), False)
-        for _ in range(draw(st.integers(0, 4)))
-    ]
-    return draw(st.permutations(requests))
-
-
-def expected_claim(
-    waiting: list[Request],
-    begins: dict[int, int],
-    served: list[int],
-    max_futures: int,
-    max_cost: int,
-) -> list[Request]:
-    """The rules of the claim in plain words, for requests in their order of arrival.
-
-    ``begins`` says where each lane goes on: at its first number neither claimed nor final.
-    ``served`` lists the owners that were served, the least recently served first.
-    """
-    by_number = {(r.lane, r.seq_id): r for r in waiting if r.lane is not None}
-    since: dict[Request, tuple[int, int, int]] = {}
-    for position, request in enumerate(waiting):
-        if request.lane is None:
-            since[request] = (position, -1, position)
-    for lane, begin in begins.items():
-        seq_id, latest = begin, -1
-        while (request := by_number.get((lane, seq_id))) is not None:
-            latest = max(latest, waiting.index(request))
-            if not request.cancelled:
-                since[request] = (latest, lane, seq_id)
-            seq_id += 1
-    turns: dict[int, int] = defaultdict(int)
-    order = []
-    for request in sorted(since, key=since.__getitem__):
-        turns[request.owner] += 1
-        recently = served.index(request.owner) if request.owner in served else -1
-        order.append((turns[request.owner], recently, since[request], request))
-    taken: list[Request] = []
-    spent = 0
-    for *_, request in sorted(order, key=lambda item: item[:3]):
-        spent += request.cost
-        if len(taken) == max_futures or (taken and spent > max_cost):
-            break
-        taken.append(request)
-    return taken
-
-
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(requests=queues(), max_futures=st.integers(1, 6), max_cost=st.integers(0, 12))
-def test_claims_follow_the_rules_until_nothing_may_run(
-    requests: list[Request],
-    max_futures: int,
-    max_cost: int,
-    submit: SubmitFactory,
-    lane_factory: Callable[..., Lane],
-    owner_factory: Callable[[], Any],
-    worker: Worker,
-) -> None:
-    with transaction.atomic():
-        owners = [owner_factory() for _ in range(3)]
-        lanes = {
-            lane: lane_factory(owner_id=owners[owner].pk)
-            for lane, owner in sorted({(r.lane, r.owner) for r in requests if r.lane is not None})
-        }
-        future_of = {}
-        for request in dict.fromkeys(requests):
-            future = submit(
-                lanes.get(request.lane),
-                owner_id=owners[request.owner].pk,
-                seq_id=request.seq_id,
-                cost=request.cost,
-            )
-            future_of[future.pk] = request
-            if request.cancelled:
-                future_cancel(request_id=future.pk, owner_id=future.owner_id)
-
-        waiting = list(future_of.values())
-        begins = dict.fromkeys(lanes, 1)
-        served: list[int] = []
-        worker.owners_served = ()
-        more_waits = True
-        while True:
-            expected = expected_claim(waiting, begins, served, max_futures, max_cost)
-            claimed = claim(worker, max_futures, max_cost)
-            assert [future_of[future.pk] for future in claimed] == expected
-            assert more_waits or not claimed
-            more_waits = worker.more_waits
-            if not claimed:
-                break
-            for owner in dict.fromkeys(request.owner for request in expected):
-                served = [other for other in served if other != owner] + [owner]
-            gone = {request for request in waiting if request.cancelled} | set(expected)
-            for lane, begin in begins.items():
-                passed = {request.seq_id for request in gone if request.lane == lane}
-                begins[lane] = next(n for n in count(begin) if n not in passed)
-            waiting = [r for r in waiting if r.lane is not None or r not in expected]
-        transaction.set_rollback(True)
