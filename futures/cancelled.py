@@ -40,6 +40,8 @@ def futures_cancelled(
 ) -> set[str]:
     """Which of these, that the worker claimed, were cancelled since.
 
+    One statement, in the caller's transaction if there is one.
+
     Args:
         must_live: None is named if the worker was replaced.
     """
@@ -54,6 +56,8 @@ def futures_note_cancelled(
     *, worker: Worker, summaries: Mapping[str, Mapping[str, Any]], batch: int
 ) -> None:
     """Write down what was done for cancelled futures before the worker let go of them.
+
+    One statement, in the caller's transaction if there is one.
 
     Args:
         summaries: Request id to what is merged into its summary.

@@ -99,7 +99,7 @@ def is_lost(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) 
 
 
 def dedicated_parameters() -> dict[str, Any]:
-    """Arguments for ``psycopg.connect``: same database, no Django adapters, no pool.
+    """Arguments for ``psycopg.connect``: same database, no Django adapters.
 
     Keep-alives find a dead peer within a minute; such a connection is silent for hours.
     """

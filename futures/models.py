@@ -148,8 +148,8 @@ class Future(models.Model):
     error_code = models.CharField(max_length=60, blank=True, default="")
     """Class name of the domain error."""
     attempts = models.SmallIntegerField(default=0)
-    """Workers that ended while it ran; one makes it run alone, and then they count: three that
-    crashed, or ten that were ended from outside, fail it."""
+    """Workers that ended while it ran; one makes it run alone, and then each end counts. A crash
+    that brings them to three fails it, any end that brings them to ten too."""
     worker = models.ForeignKey(
         Worker, null=True, blank=True, on_delete=models.PROTECT, db_index=False
     )

@@ -1,4 +1,5 @@
-"""While Postgres is down, one request waits for it and the others are told at once.
+"""While Postgres is down, a few requests wait for it (one in each database thread) and who comes in
+the second after is told at once.
 
 A request that finds no Postgres waits a few seconds for it, which hides a restart. But a
 process has few threads for its database; with every request waiting in turn, a hundredth

@@ -149,9 +149,9 @@ def future_submit(
             from the start, and the lane goes on past it.
 
     Raises:
-        SeqIdReused: The pair exists with another kind or payload, or the lane is past it.
-        IdempotencyKeyReused: The key exists with another lane, kind or payload.
-        QueueFull: The owner has ``max_pending`` pending futures.
+        SeqIdReused: The pair exists with another kind or payload, or the lane is past it. (409)
+        IdempotencyKeyReused: The key exists with another lane, kind or payload. (409)
+        QueueFull: The owner has ``max_pending`` pending futures. (429)
     """
     encoded = payload if isinstance(payload, EncodedPayload) else encode_payload(kind, payload)
     now = timezone.now()
@@ -329,11 +329,11 @@ def future_cancel(*, request_id: str, owner_id: int) -> Future:
 
     It is cancelled for good when this returns; cancelling twice is the same as once. Whoever
     runs it is told after the commit and may spend another moment on it. A worker that finishes
-    it meanwhile finds that it came too late (``futures.cancelled``).
+    it meanwhile finds that it came too late (``futures.cancelled``). Opens its own transaction.
 
     Raises:
-        FutureNotFound: The owner has no such future.
-        FutureNotCancellable: It is finished, or it runs and must not be torn apart.
+        FutureNotFound: The owner has no such future. (404)
+        FutureNotCancellable: It is finished, or it runs and must not be torn apart. (409)
     """
     future_of_owner = Future.objects.without_bodies().filter(pk=request_id, owner_id=owner_id)
     with transaction.atomic(using=alias()):
@@ -358,9 +358,9 @@ def future_resubmit(*, request_id: str) -> Future:
     The new one names the first in ``replay_of``. Opens its own transaction.
 
     Raises:
-        FutureNotFound: No such future.
-        FuturePayloadPruned: Its payload is gone.
-        LaneNumberedByClient: The server has numbered nothing in its lane.
+        FutureNotFound: No such future. (404)
+        FuturePayloadPruned: Its payload is gone. (410)
+        LaneNumberedByClient: The server has numbered nothing in its lane. (409)
     """
     futures = Future.objects.defer("result").select_related("lane")
     first = futures.filter(pk=request_id).first()

@@ -25,7 +25,7 @@ from futures.models import Worker
 from futures.notify import notify_bell, notify_finished
 
 MAX_ATTEMPTS = 3
-"""Workers that may crash under a future before it is failed by name."""
+"""Ends of workers, of any kind, after which a crash under a future fails it by name."""
 
 MAX_INTERRUPTIONS = 10
 """Workers that may be ended from outside while a future runs alone. Nothing speaks against it,
