@@ -97,7 +97,7 @@ class Adapter:
     weights: AdapterTensors
     """As of now; replaced, never written into."""
     grad: AdapterTensors
-    """Accumulated since the last step."""
+    """Accumulated since the last step; replaced, never written into."""
     exp_avg: Tensor = field(repr=False)
     """(P,) float32, Adam's first moment."""
     exp_avg_sq: Tensor = field(repr=False)

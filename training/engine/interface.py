@@ -88,7 +88,8 @@ class SampleOutput:
 
 
 class Sampler(ABC):
-    """Continuous batching: jobs join and leave between steps, none waits for another.
+    """Continuous batching: jobs join and leave between steps; where not all fit at once, the rest
+    wait (``SampleJob.group``).
 
     A job's text depends on its own prompt, weights and seed, not on what shares its steps.
     """
@@ -102,6 +103,7 @@ class Sampler(ABC):
 
         Raises:
             InvalidRequest: The prompt is empty, out of vocabulary or leaves no room.
+            LimitExceeded: It asks for more than could ever run at one time.
         """
 
     @abstractmethod
@@ -231,6 +233,8 @@ class Engine(ABC):
 
         Raises:
             CheckpointNotFound: No such directory, or a checksum in it does not match.
+            InvalidRequest: It was made for a base model of another shape.
+            OutOfMemory: No room for it; what was resident is as before.
         """
 
     @abstractmethod

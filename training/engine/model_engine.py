@@ -209,7 +209,7 @@ class TorchEngine(Engine):
             "exp_avg_sq": adapter.exp_avg_sq,
             "grad": adapter.grad.flat,
         }
-        # A copy each: the gradient's buffer goes on accumulating.
+        # A copy each: numpy's arrays can be written to, the buffers must not be.
         arrays = {name: flat.cpu().numpy().copy() for name, flat in buffers.items()}
         return {**arrays, "step": adapter.step}
 

@@ -12,7 +12,8 @@ equal to the bit (``ROWS_MULTIPLE`` and ``kv_cache.ALIGNMENT_TOKENS`` see to it;
 of rank 1 are the exception that was found). A GPU chooses its matrix kernels by the number of
 rows, so there the last bits may differ.
 
-Waiting jobs start in the order of their admission, each when the cache has room for all of it.
+Waiting jobs start when the cache and the decode pass have room for all of a job. Groups share the
+places; within a group the order is that of admission.
 """
 
 from __future__ import annotations
