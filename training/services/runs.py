@@ -98,9 +98,8 @@ def run_get_or_create(owner_id: int, model_id: str) -> Run:
         if run := _run_create(owner_id, name, None, config):
             _submit_creation(run, name, config, None)
             return run
-    return run_get(
-        owner_id=owner_id, model_id=name
-    )  # another request made it between our read and our write
+    # Another request made it between our read and our write.
+    return run_get(owner_id=owner_id, model_id=name)
 
 
 @transaction.atomic

@@ -66,7 +66,8 @@ class Chores:
         self._wall_clocks = wall_clocks or _wall_clocks
 
     def do(self) -> None:
-        """Delete checkpoints whose time is up, finish sessions whose client is gone, and fail
+        """Unlock doorbells that a clock set back has hidden. Then, once the clocks are steady,
+        delete checkpoints whose time is up, finish sessions whose client is gone, and fail
         requests that wait for a number that does not come."""
         doorbells_unlock(self._queue)
         patience = settings.GAP_SECONDS

@@ -94,7 +94,9 @@ class Residency:
         """Make a checkpoint's weights resident beside the runs; return its name in the engine.
 
         Raises:
-            CheckpointNotFound: It was deleted since the request was made. (failed future)
+            CheckpointNotFound: It was deleted or damaged since. (failed future)
+            InvalidRequest: It was made for a base model of another shape. (failed future)
+            OutOfMemory: There is no room for it now. (failed future)
         """
         name = f"checkpoint:{checkpoint_id}"
         if name not in self._checkpoints:
@@ -298,6 +300,8 @@ def load_checkpoint(engine: Engine, adapter_name: str, payload: payloads.Payload
 
     Raises:
         CheckpointNotFound: The checkpoint was deleted or damaged since. (failed future)
+        InvalidRequest: It was made for a base model of another shape. (failed future)
+        OutOfMemory: There is no room for it now. (failed future)
     """
     checkpoint = Checkpoint.objects.filter(pk=payload["checkpoint"]).first()
     if checkpoint is None:

@@ -1,7 +1,7 @@
 """Snapshots on disk: written by a thread beside the work, named by a row once they are whole.
 
 A snapshot is a run's state that the server keeps for itself, so that a crash need not repeat the
-whole log. Nobody waits for it: what is written is captured first, between two batches, and the
+whole log. No client waits for it: what is written is captured first, between two batches, and the
 run trains on meanwhile. At most one is being written. Its row is committed after its folder
 has its name, by the thread that also commits the work, so that a row never lies; a crash in
 between leaves a folder that no row names.
@@ -66,7 +66,7 @@ class SnapshotWriter:
         else is being written.
 
         Raises:
-            SnapshotFailed: There is no memory for the copy, for instance.
+            SnapshotFailed: It could not be captured.
         """
         directory = FOLDER / uuid.uuid4().hex
         try:
