@@ -21,9 +21,9 @@ _LEFT = "_client_left"
 
 
 def when_client_leaves(request: HttpRequest, act: Callable[[], None]) -> None:
-    """Have ``act`` called once in a database thread, if the client leaves; here, if it has left.
+    """Have ``act`` called once if the client leaves, in a database thread; at once if it has left.
 
-    For a database thread.
+    Call it from a database thread.
     """
     vars(request)[_ACT] = act
     if _LEFT in vars(request):

@@ -78,7 +78,7 @@ class Command(BaseCommand):
         if options["json"]:
             options["json"].write_text(json.dumps(report.to_json(), indent=2) + "\n")
         if not report.is_good:
-            raise CommandError("the broken run is not the same as the unbroken one")
+            raise CommandError("the runs differ, or not every kill was carried out")
         self.stdout.write(self.style.SUCCESS("no difference"))
 
     def _drill(self, scratch: Path, steps: int, options: dict[str, Any]) -> DrillReport:
