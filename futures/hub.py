@@ -136,8 +136,14 @@ def hub() -> Hub:
     return _hubs.setdefault(asyncio.get_running_loop(), Hub())
 
 
-async def future_wait(request_id: str, *, owner_id: int, timeout_seconds: float) -> Future | None:
+async def future_wait(
+    request_id: str, *, owner_id: int, timeout_seconds: float, is_known: bool = False
+) -> Future | None:
     """The future with its result once it is final, or None when the time is up.
+
+    Args:
+        is_known: The caller has just submitted it. Then a Postgres that goes away is waited
+            for, also before the first look: the request was accepted, and must not look refused.
 
     Raises:
         FutureNotFound: The owner has no such future. (404)
@@ -158,7 +164,9 @@ async def future_wait(request_id: str, *, owner_id: int, timeout_seconds: float)
         is_first = False
         return None
 
-    return await read_when_woken(request_id, read, timeout_seconds=timeout_seconds)
+    return await read_when_woken(
+        request_id, read, timeout_seconds=timeout_seconds, must_ask=not is_known
+    )
 
 
 def _may_be_held_back(future: Future) -> bool:
@@ -195,7 +203,11 @@ async def future_progress(
 
 
 async def read_when_woken(
-    name: str, read: Callable[[], Awaitable[T | None]], *, timeout_seconds: float
+    name: str,
+    read: Callable[[], Awaitable[T | None]],
+    *,
+    timeout_seconds: float,
+    must_ask: bool = True,
 ) -> T | None:
     """What ``read`` finds, as soon as it finds something, or None when the time is up.
 
@@ -205,16 +217,17 @@ async def read_when_woken(
     Args:
         name: A request id, or an unordered lane's id, which is woken with each of its futures.
         read: Asks the database.
+        must_ask: Raise if the first look fails.
 
     Raises:
-        OperationalError: Django's; Postgres could not be asked even once.
+        OperationalError: Django's; Postgres could not be asked even once, and ``must_ask``.
         Exception: What ``read`` raises.
     """
     if timeout_seconds <= 0:
         return await read()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
-    asked = False
+    asked = not must_ask
     with hub().waiting(name) as event:
         while True:
             event.clear()
@@ -225,9 +238,12 @@ async def read_when_woken(
             except (OperationalError, InterfaceError):
                 if not asked:
                     raise
-            else:
-                if found is not None:
-                    return found
+                found = None
+                # The notification that woke us may have been the last one.
+                event.set()
+                await asyncio.sleep(min(_RECONNECT_SECONDS, max(0.0, deadline - loop.time())))
+            if found is not None:
+                return found
             if over:
                 return None
             # When the time is up the rows are read once more, in case a notification was lost.

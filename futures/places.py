@@ -43,8 +43,8 @@ WHERE own.state IN ('pending', 'running')
 class Place:
     """What the owner of a waiting future is told."""
 
-    position: int
-    """Futures of its queue that come before it; at most 1000."""
+    position: int | None
+    """Futures of its queue that come before it; at most 1000. None where nobody knows."""
     estimated_wait_seconds: float | None
     """Until it is finished; None where nobody knows."""
     queue: QueueState

@@ -20,6 +20,9 @@ from futures.notify import HURRY_NOTE, bell_channel
 MAX_IDS = 64
 """Of one statement; a result may have megabytes."""
 
+Asked = dict[str, "asyncio.Future[Future | psycopg.Error | None]"]
+"""Request id to what its askers await."""
+
 _COLUMNS = tuple(
     column.attname for column in Future._meta.concrete_fields if column.attname != "payload"
 )
@@ -31,7 +34,7 @@ class FutureReader:
     """Reads for the tasks of one event loop."""
 
     def __init__(self) -> None:
-        self._asked: dict[str, asyncio.Future[Future | psycopg.Error | None]] = {}
+        self._asked: Asked = {}
         self._some_asked = asyncio.Event()
         self._hurried: set[str] = set()
         self._reading: asyncio.Task[None] | None = None
@@ -76,12 +79,11 @@ class FutureReader:
 
     async def _read(self) -> None:
         connection: psycopg.AsyncConnection[Any] | None = None
+        asked: Asked = {}
         try:
             while True:
                 await self._some_asked.wait()
                 asked, hurried = self._take()
-                found: dict[str, Future] = {}
-                failure: psycopg.Error | None = None
                 try:
                     if connection is not None and is_lost(connection):
                         await connection.close()
@@ -89,21 +91,24 @@ class FutureReader:
                         connection = await psycopg.AsyncConnection.connect(**dedicated_parameters())
                     if asked:
                         found = await futures_by_id(connection, list(asked))
+                        for request_id, waiting in asked.items():
+                            waiting.set_result(found.get(request_id))
                     for queue in hurried:
                         await connection.execute(
                             "SELECT pg_notify(%s, %s)", (bell_channel(queue), HURRY_NOTE)
                         )
                 except psycopg.Error as error:
-                    failure = error
+                    _fail(asked, error)
                     if connection is not None:
                         await connection.close()
-                for request_id, waiting in asked.items():
-                    waiting.set_result(failure or found.get(request_id))
         finally:
+            # Whatever ends this task, nobody waits for it for ever.
+            _fail(asked | self._asked, psycopg.OperationalError("the reader ended"))
+            self._asked.clear()
             if connection is not None:
                 await connection.close()
 
-    def _take(self) -> tuple[dict[str, asyncio.Future[Future | psycopg.Error | None]], set[str]]:
+    def _take(self) -> tuple[Asked, set[str]]:
         """The first of those that are asked for, and who is to hurry; who asks for one again
         waits for the next."""
         taken = {name: self._asked.pop(name) for name in list(self._asked)[:MAX_IDS]}
@@ -111,6 +116,13 @@ class FutureReader:
         if not self._asked:
             self._some_asked.clear()
         return taken, hurried
+
+
+def _fail(asked: Asked, error: psycopg.Error) -> None:
+    """Tell those who were not answered yet."""
+    for waiting in asked.values():
+        if not waiting.done():
+            waiting.set_result(error)
 
 
 async def futures_by_id(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from django.db import OperationalError
 
 from futures import outage
 from futures.outage import BELIEVED_SECONDS, LOOK_SECONDS, PATIENCE_SECONDS, Outage
 from tests.conftest import ApiClient
+from tinkerapi.api import async_view
 
 
 class Clock:
@@ -81,7 +84,17 @@ def test_meanwhile_requests_are_answered_503_with_a_time_to_come_back(
     api: ApiClient, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr(outage.outage, "_believed_until", float("inf"))
+    gone = SimpleNamespace(connection=None, ensure_connection=None)
+    monkeypatch.setattr(async_view, "connection", gone)
     answer = api.post(path, model_id="m", model="m", prompt="hi", data=[])
     assert answer.status_code == 503
     assert int(answer["Retry-After"]) > 0
     assert api.get("/healthz").status_code == 200
+
+
+def test_who_has_a_connection_that_works_goes_on(
+    api: ApiClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outage.outage, "_believed_until", float("inf"))
+
+    assert api.post("/cancel_future", request_id="unknown").status_code == 404

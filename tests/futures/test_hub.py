@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import psycopg
 import pytest
+from django.db import OperationalError
 
 from futures import hub as hub_module
 from futures.broker import bell_rang
@@ -19,6 +20,7 @@ from futures.errors import FutureNotFound
 from futures.hub import future_wait, hub
 from futures.models import Future, Worker
 from futures.notify import Bell
+from futures.reader import FutureReader
 from futures.services import future_cancel
 from tests.futures.conftest import QUEUE, SubmitFactory, finish, race
 
@@ -223,6 +225,29 @@ def test_nobody_is_hurried_for_what_was_submitted_long_ago(
     assert run(future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=0.3)) is None
 
     assert bell_rang(QUEUE) == Bell.SILENT
+
+
+def test_who_has_just_submitted_waits_for_postgres_before_the_first_look_too(
+    held: Callable[[], Future], worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "_RECONNECT_SECONDS", 0.01)
+    future = held()
+    finish(worker, future, result=b"r")
+    read, failures = FutureReader.read, [OperationalError("gone")] * 3
+
+    async def away_at_first(self: FutureReader, request_id: str) -> Future | None:
+        if failures:
+            raise failures.pop()
+        return await read(self, request_id)
+
+    monkeypatch.setattr(FutureReader, "read", away_at_first)
+
+    with pytest.raises(OperationalError):
+        run(future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=15))
+    ended = run(future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=15, is_known=True))
+
+    assert ended is not None
+    assert failures == []
 
 
 def test_who_gives_up_leaves_nothing_behind(submit: SubmitFactory) -> None:

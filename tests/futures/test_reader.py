@@ -121,3 +121,17 @@ def test_without_postgres_everyone_who_asked_is_told(monkeypatch: pytest.MonkeyP
         )
 
     assert [type(outcome) for outcome in run(reader, main())] == [OperationalError] * 2
+
+
+def test_nobody_waits_for_a_reader_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def out_of_memory(connection: Any, request_ids: list[str]) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(reader_module, "futures_by_id", out_of_memory)
+    reader = FutureReader()
+
+    async def main() -> list[Any]:
+        names = [f"unknown {i}" for i in range(MAX_IDS + 5)]
+        return await asyncio.gather(*map(reader.read, names), return_exceptions=True)
+
+    assert {type(outcome) for outcome in run(reader, main())} == {OperationalError}

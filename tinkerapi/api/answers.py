@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.db import InterfaceError, OperationalError
+
 from futures import payload
 from futures.errors import FuturePurged
 from futures.hub import future_wait
 from futures.models import Future
-from futures.places import future_place
-from futures.selectors import future_get
+from futures.places import Place, future_place
+from futures.selectors import QueueState, future_get
 from futures.transitions import State
 from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.errors import error_response
@@ -53,10 +55,13 @@ def final_answer(future: Future) -> JSONResponse:
 
 def pending_answer(future: Future, **more: Any) -> JSONResponse:
     """202: come back later. Needs the database."""
-    place = future_place(future)
+    return _pending(future.id, future_place(future), **more)
+
+
+def _pending(request_id: str, place: Place, **more: Any) -> JSONResponse:
     body = {
         "status": "pending",
-        "request_id": future.id,
+        "request_id": request_id,
         "queue_position": place.position,
         "estimated_wait_seconds": place.estimated_wait_seconds,
         "queue_state": place.queue.state,
@@ -69,23 +74,42 @@ def pending_answer(future: Future, **more: Any) -> JSONResponse:
 
 
 async def waited_answer(
-    request_id: str, *, owner_id: int, timeout_seconds: float, **more: Any
+    request_id: str,
+    *,
+    owner_id: int,
+    timeout_seconds: float,
+    is_known: bool = False,
+    **more: Any,
 ) -> JSONResponse:
     """The answer once the future is final, or 202 when the time is up.
 
     Holds no thread and no connection meanwhile, nor what was asked; a client that goes away
     loses nothing.
 
+    Args:
+        is_known: The caller has just submitted it: the answer names it even where Postgres has
+            gone away meanwhile, for it was accepted.
+
     Raises:
         FutureNotFound: The owner has no such future. (404)
     """
-    final = await future_wait(request_id, owner_id=owner_id, timeout_seconds=timeout_seconds)
+    final = await future_wait(
+        request_id, owner_id=owner_id, timeout_seconds=timeout_seconds, is_known=is_known
+    )
     if final is None:
 
         def pending() -> JSONResponse:
             return pending_answer(future_get(request_id=request_id, owner_id=owner_id), **more)
 
-        return await in_database_thread(pending)
+        try:
+            return await in_database_thread(pending)
+        except (OperationalError, InterfaceError):
+            if not is_known:
+                raise
+            place = Place(
+                None, None, QueueState("paused_capacity", "The database does not answer.")
+            )
+            return _pending(request_id, place, **more)
     if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
         return await in_database_thread(final_answer, final)
     return final_answer(final)

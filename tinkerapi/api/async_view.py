@@ -83,7 +83,8 @@ class AsyncAPIView(APIView):
         return self.response
 
     def _handle(self, request: Request) -> Any:
-        if self.authentication_classes:  # who asks is a question for the database
+        # Who asks is a question for the database.
+        if self.authentication_classes and connection.connection is None:
             outage.wait_out(connection.ensure_connection)
         self.initial(request, *self.args, **self.kwargs)
         method = (request.method or "").lower()

@@ -42,6 +42,7 @@ PENDING_SCHEMA: Schema = {
         "request_id": {"type": "string"},
         "model_id": {"type": "string", "nullable": True},
         "queue_position": {
+            "nullable": True,
             "type": "integer",
             "description": "How many futures of the same queue come before it; users take turns.",
         },

@@ -113,7 +113,10 @@ class SamplingView(OpenAIView):
     async def _answer(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
         """Wait without a thread and without a connection."""
         final = await future_wait(
-            future.id, owner_id=owner_id, timeout_seconds=settings.SYNC_TIMEOUT_SECONDS
+            future.id,
+            owner_id=owner_id,
+            timeout_seconds=settings.SYNC_TIMEOUT_SECONDS,
+            is_known=True,
         )
         if final is None:
             raise not_finished(future)

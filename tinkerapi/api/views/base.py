@@ -105,7 +105,9 @@ class OperationView(ApiView):
             return JSONResponse({"request_id": future.id, "model_id": model_id})
         limit = settings.SYNC_TIMEOUT_SECONDS
         wait = limit if body["wait"] is None else min(body["wait"], limit)
-        return waited_answer(future.id, owner_id=owner_id, timeout_seconds=wait, model_id=model_id)
+        return waited_answer(
+            future.id, owner_id=owner_id, timeout_seconds=wait, is_known=True, model_id=model_id
+        )
 
 
 def owner_of(request: Request) -> int:
