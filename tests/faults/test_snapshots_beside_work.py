@@ -15,8 +15,10 @@ from tests.conftest import InProcessWorker
 from tests.faults.conftest import Disk, assert_all_ready, assert_same, state_of
 from training import services
 from training.engine.fake import FakeEngine
+from training.kinds import Kind
 from training.models import Run, Snapshot
 from training.paths import TinkerPath
+from training.services.submission import submit_in_lane
 from training.services.upkeep import checkpoint_remove
 from training.worker import residency
 
@@ -138,6 +140,22 @@ def test_the_snapshot_of_a_run_that_was_removed_meanwhile_is_deleted(
     work()
     slow.go.set()
     let_it_finish(work)
+    assert not Snapshot.objects.exists()
+    assert files("snapshots") == []
+
+
+def test_so_is_that_of_a_run_whose_session_ended_and_which_stays_in_lists(
+    start_worker: Start, train: Train, slow: SlowDisk, files: Files
+) -> None:
+    work = start_worker(FakeEngine(before_verb=slow))
+    train("m", 1)
+    work()
+    work.loop.turn()
+    submit_in_lane(Run.objects.get(), Kind.REMOVE_RUN, {})
+    work()
+    slow.go.set()
+    let_it_finish(work)
+    assert Run.objects.live().exists()
     assert not Snapshot.objects.exists()
     assert files("snapshots") == []
 

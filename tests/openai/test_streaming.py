@@ -22,7 +22,7 @@ from futures.transitions import State
 from tests.openai.conftest import OpenAIUser
 from tests.openai.test_completions import HELLO, MODEL, chat, complete
 from tinkerapi.asgi import application
-from training.worker import loop
+from training.worker import loop, samples
 
 NOTE = tuple[str, str]
 
@@ -31,7 +31,7 @@ NOTE = tuple[str, str]
 def _a_note_per_token_to_a_hub_that_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake engine is faster than the hub, whose first listening takes some milliseconds."""
     monkeypatch.setattr(loop, "SAMPLING_SLICE_SECONDS", 0.0)
-    notify, wake = loop.notify_progress, Hub._wake
+    notify, wake = samples.notify_progress, Hub._wake
     listening, followed = set[Hub](), set[str]()
 
     def wakes_when_it_listens(self: Hub, names: list[str]) -> None:
@@ -47,7 +47,7 @@ def _a_note_per_token_to_a_hub_that_listens(monkeypatch: pytest.MonkeyPatch) -> 
         notify(notes)
 
     monkeypatch.setattr(Hub, "_wake", wakes_when_it_listens)
-    monkeypatch.setattr(loop, "notify_progress", notify_who_listens)
+    monkeypatch.setattr(samples, "notify_progress", notify_who_listens)
 
 
 def stream_chat(user: OpenAIUser, /, **more: Any) -> list[Any]:
@@ -122,7 +122,7 @@ def test_several_choices_of_several_prompts_stream_side_by_side(user):
 @pytest.mark.parametrize("kept", ["none", "every other", "all but the first two"])
 def test_what_lost_notes_said_is_made_up_for(user, monkeypatch, kept):
     monkeypatch.setattr("training.text_pieces.REPEATED_CHARACTERS", 0)
-    notify, seen = loop.notify_progress, []
+    notify, seen = samples.notify_progress, []
 
     def lossy(notes: Iterable[NOTE]) -> None:
         seen.append(notes)
@@ -130,7 +130,7 @@ def test_what_lost_notes_said_is_made_up_for(user, monkeypatch, kept):
         if (kept == "every other" and number % 2) or (kept[:3] == "all" and number > 2):
             notify(notes)
 
-    monkeypatch.setattr(loop, "notify_progress", lossy)
+    monkeypatch.setattr(samples, "notify_progress", lossy)
     chunks = stream_chat(user, max_tokens=60)
 
     assert seen
@@ -145,12 +145,12 @@ def test_a_request_that_fails_before_it_says_anything_has_its_status(user):
 
 def test_a_text_that_turns_out_otherwise_ends_in_an_error(user, monkeypatch):
     """As after a crash on a machine whose numbers depend on what shares a batch."""
-    notify = loop.notify_progress
+    notify = samples.notify_progress
 
     def before_the_crash(notes: Iterable[NOTE]) -> None:
         notify([(request_id, '[0, 0, "another life"]') for request_id, _ in notes])
 
-    monkeypatch.setattr(loop, "notify_progress", before_the_crash)
+    monkeypatch.setattr(samples, "notify_progress", before_the_crash)
 
     with pytest.raises(openai.APIError, match="differs from what was sent"):
         stream_chat(user, max_tokens=60)
@@ -182,13 +182,13 @@ def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for
         ],
     }
 
-    notify, gone = loop.notify_progress, threading.Event()
+    notify, gone = samples.notify_progress, threading.Event()
 
     def notify_and_wait_until_the_client_is_gone(notes: list[NOTE]) -> None:
         notify(notes)
         assert leaves_late or gone.wait(20)
 
-    monkeypatch.setattr(loop, "notify_progress", notify_and_wait_until_the_client_is_gone)
+    monkeypatch.setattr(samples, "notify_progress", notify_and_wait_until_the_client_is_gone)
 
     async def leave_after_the_first_piece() -> tuple[str, str]:
         messages = [{"type": "http.request", "body": json.dumps(body).encode()}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pytest
 from django.conf import LazySettings
 from django.utils import timezone
 
@@ -11,6 +12,8 @@ from futures.models import Future
 from tests.conftest import ApiClient
 from tests.sdk.conftest import SdkClient
 from training.models import Session
+from training.services.sessions import sessions_expire
+from training.worker import process
 from training.worker.chores import SETTLE_SECONDS, Chores, SteadyClock
 
 
@@ -44,3 +47,30 @@ def test_the_chores_fail_who_waits_for_nothing_and_finish_who_is_gone(
     }
     assert Session.objects.get(pk=gone).finish_reason == "interrupted"
     assert Session.objects.get(pk=session_id).finished_at is None
+
+
+def test_a_session_ends_whatever_waits_and_whether_or_not_its_model_is_served(
+    sdk: SdkClient, settings: LazySettings
+) -> None:
+    session_id = sdk.session()
+    model_id = sdk.model(session_id)
+    Session.objects.filter(pk=session_id).update(heartbeat_at=timezone.now() - timedelta(days=8))
+    settings.MAX_PENDING = 1
+    settings.BASE_MODELS = ["another"]
+
+    assert sessions_expire() == 1
+
+    removal = Future.objects.get(kind="remove_run")
+    assert (removal.lane_id, removal.state) == (model_id, "pending")
+
+
+def test_a_chore_that_fails_leaves_the_heartbeat_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(Chores):
+        def do(self) -> None:
+            raise ValueError("what nobody thought of")
+
+    process._do(Broken("queue"))
+
+    assert "what nobody thought of" in caplog.text

@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from futures.models import Future
+from futures.models import Future, Lane
 from futures.services import future_submit
 from training.base_models import base_model_get
 from training.errors import InvalidRequest, SessionFinished
@@ -45,7 +45,8 @@ def submit_in_lane(
         SessionFinished: The run's session is over; only its removal may still be asked for. (400)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
-    if run.session is not None and kind != Kind.REMOVE_RUN:
+    is_removal = kind == Kind.REMOVE_RUN
+    if run.session is not None and not is_removal:
         if run.session.finished_at:
             raise SessionFinished
         if seq_id is None:
@@ -53,9 +54,11 @@ def submit_in_lane(
                 f"model_id: {run.name!r} was made by the tinker SDK, whose client numbers its "
                 "requests; ask through that client"
             )
+    # A removal waits for its base model to be served again, and no limit turns it away.
+    lane = Lane.objects.get(pk=run.id) if is_removal else None
     future = future_submit(
         owner_id=run.owner_id,
-        queue=base_model_get(run.base_model).queue,
+        queue=lane.queue if lane else base_model_get(run.base_model).queue,
         kind=kind,
         payload=payload,
         lane_id=run.id,
@@ -65,7 +68,7 @@ def submit_in_lane(
         interruptible=interruptible,
         summary=dict(summary or {}),
         idempotency_key=idempotency_key,
-        max_pending=settings.MAX_PENDING,
+        max_pending=None if is_removal else settings.MAX_PENDING,
     )
     return Submission(future=future, model_id=run.name)
 

@@ -170,7 +170,7 @@ def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> Non
     while not over.wait(HEARTBEAT_SECONDS):
         try:
             worker_heartbeat(worker, {**figures, "memory_bytes": _memory_bytes()})
-            chores.do()
+            _do(chores)
         except Fenced:
             logger.error("another worker has taken over; leaving")
             logging.shutdown()
@@ -179,6 +179,16 @@ def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> Non
             logger.warning("heartbeat: %s", str(error).strip())
             connection.close()
     connection.close()
+
+
+def _do(chores: Chores) -> None:
+    """Do the chores; one that fails must not end the heartbeat beside it."""
+    try:
+        chores.do()
+    except (Fenced, DatabaseError, InterfaceError):
+        raise
+    except Exception:
+        logger.exception("a chore failed; it is tried again")
 
 
 def _memory_bytes() -> int:

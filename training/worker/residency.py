@@ -121,7 +121,7 @@ class Residency:
     def remove_run(self, run: Run) -> None:
         """Free all that a removed run holds: its memory and its snapshots."""
         self.drop_run(run.id)
-        self._snapshots.delete(run, keep=0)
+        self._snapshots.delete_all(run)
 
     def worked(self, run_id: str, seconds: float) -> None:
         """Add to what a crash would have to repeat for this run, if it is still there."""

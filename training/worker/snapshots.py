@@ -58,6 +58,8 @@ class SnapshotWriter:
         self._worker = worker
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self.begun: Begun | None = None
+        self._is_unwanted = False
+        """Whether the run of what is being written has been removed."""
 
     def begin(self, run: Run) -> None:
         """Capture the run as its committed futures made it, and start to write it.
@@ -73,6 +75,7 @@ class SnapshotWriter:
             write = self._engine.capture_adapter(run.id)
         except Exception as error:
             raise SnapshotFailed(str(error)) from error
+        self._is_unwanted = False
         self.begun = Begun(
             run_id=run.id,
             seq_id=run.applied_seq_id,
@@ -114,7 +117,7 @@ class SnapshotWriter:
             self.begun = None
             raise SnapshotFailed(str(error)) from error
         run = Run.objects.live().filter(id=begun.run_id).first()
-        if run is not None:
+        if run is not None and not self._is_unwanted:
             self._name(begun, size, seconds)
             self.delete(run, keep=KEPT, unreadable=unreadable)
         else:
@@ -139,6 +142,12 @@ class SnapshotWriter:
             )
         for directory in replaced:
             shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+
+    def delete_all(self, run: Run) -> None:
+        """Delete the snapshots of a run that was removed, also the one that is being written."""
+        if self.begun is not None and self.begun.run_id == run.id:
+            self._is_unwanted = True
+        self.delete(run, keep=0)
 
     def delete(self, run: Run, *, keep: int, unreadable: Collection[int] = ()) -> None:
         """Delete all but the run's newest readable snapshots, files after rows: a crash in
