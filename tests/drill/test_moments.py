@@ -72,7 +72,9 @@ ADVANCING = ("ids", "steps", "applied", "tokens")
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize(
-    ("statement", "lists"), [(finishing._FINISH, FINISHING), (loop._ADVANCE, ADVANCING)]
+    ("statement", "lists"),
+    [(finishing._FINISH, FINISHING), (loop._ADVANCE, ADVANCING)],
+    ids=["finish", "advance"],
 )
 def test_the_statements_of_a_workers_commit_are_a_moment(
     aim: Aim, monkeypatch: pytest.MonkeyPatch, statement: str, lists: tuple[str, ...]
