@@ -8,6 +8,7 @@ a row must be one of the moves that ``futures.transitions`` names.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import pytest
@@ -96,6 +97,13 @@ class LifeCycle(RuleBasedStateMachine):
         if interruptible:
             self.interruptible.add(future.pk)
 
+    @rule(lane=st.integers(0, LANES - 1), count=st.integers(1, 4), interruptible=st.booleans())
+    def submit_the_next(self, lane: int, count: int, interruptible: bool) -> None:
+        """What fills the lane's first gaps: drawn numbers alone would seldom let anything run."""
+        missing = (n for n in itertools.count(1) if (lane, n) not in self.named)
+        for seq_id in list(itertools.islice(missing, count)):
+            self.submit(lane=lane, seq_id=seq_id, value=1, interruptible=interruptible)
+
     @precondition(lambda self: self.state)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -121,6 +129,7 @@ class LifeCycle(RuleBasedStateMachine):
         assert cancelled == {pk for pk in held if self.state[pk] == "cancelled"}
         self.held = [future for future in self.held if future.pk not in cancelled]
 
+    @precondition(lambda self: self.state)
     @rule(max_futures=st.integers(1, 5))
     def claim(self, max_futures: int) -> None:
         claimed = future_claim(worker=self.worker, max_futures=max_futures, max_cost=10**6)
@@ -191,6 +200,7 @@ class LifeCycle(RuleBasedStateMachine):
                 self.state[request_id] = "failed"
         gaps_refuse(queue=QUEUE, patience_seconds=0)
 
+    @precondition(lambda self: self.held)
     @rule()
     def crash(self) -> None:
         kill(self.worker)
@@ -204,6 +214,7 @@ class LifeCycle(RuleBasedStateMachine):
         self.held = []
         self.worker = worker_start(queue=QUEUE, figures={})
 
+    @precondition(lambda self: self.held)
     @rule()
     def stop_and_start(self) -> None:
         worker_stop(self.worker)
@@ -240,8 +251,8 @@ def test_no_life_of_a_queue_breaks_the_promise() -> None:
     run_state_machine_as_test(
         LifeCycle,
         settings=settings(
-            max_examples=8,
-            stateful_step_count=30,
+            max_examples=10,
+            stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
