@@ -29,9 +29,6 @@ import orjson
 
 from futures.database import alias, execute
 from futures.errors import Fenced
-from futures.finishing import Outcome as Outcome
-from futures.finishing import futures_finish as futures_finish
-from futures.finishing import futures_release as futures_release
 from futures.models import Future, Worker
 
 MIN_WINDOW, MAX_WINDOW = 32, 256

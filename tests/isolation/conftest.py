@@ -100,7 +100,9 @@ def tenant(api: ApiClient) -> Callable[[str], Tenant]:
 def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that wait look once, and answer that their time is up."""
 
-    async def look(request_id: str, *, owner_id: int, timeout_seconds: float) -> Future | None:
+    async def look(
+        request_id: str, *, owner_id: int, timeout_seconds: float, is_known: bool = False
+    ) -> Future | None:
         return await future_wait(request_id, owner_id=owner_id, timeout_seconds=0)
 
     for module in (answers, sdk_futures, openai_views):

@@ -15,8 +15,9 @@ from django.conf import settings
 from django.db import transaction
 
 from futures.cancelled import futures_cancelled, futures_note_cancelled
-from futures.claiming import future_claim, futures_finish, futures_release
+from futures.claiming import future_claim
 from futures.database import execute, rows_get
+from futures.finishing import futures_finish, futures_release
 from futures.models import Future, Worker
 from futures.notify import Bell
 from futures.payload import decode

@@ -14,7 +14,7 @@ from typing import Any
 
 from django.db import DatabaseError
 
-from futures.claiming import Outcome
+from futures.finishing import Outcome
 from futures.models import Future
 from futures.notify import notify_progress
 from training import payloads
