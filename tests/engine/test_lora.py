@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -24,14 +24,6 @@ from training.types import LoraConfig
 NAME = "layer"
 LENGTHS = [40, 16, 91, 17, 5, 33, 16]
 Numbers = tuple[torch.Tensor, ...]
-
-
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def random_weights(rank: int, shape: LoraShape) -> AdapterTensors:
