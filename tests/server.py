@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 READY_SECONDS = 180.0  # the first start makes the model's folder
 LOOK_SECONDS = 0.05  # between two looks whether it answers; what a start's measured time is off by
 
+CONVERSATION = [{"role": "user", "content": "test"}, {"role": "assistant", "content": "passed"}]
+
 Json = dict[str, Any]
 
 
@@ -166,6 +168,25 @@ class Server:
             if answer.status_code != 202:
                 return answer
         raise ServerFailed(f"{request_id} was not final after {seconds} s:\n{self.log()}")
+
+    def submit_steps(self, model_id: str, steps: int, *, learning_rate: float) -> list[str]:
+        """Queue ``steps`` forward_backwards with an optim_step each; return all request ids."""
+        ids = []
+        for _ in range(steps):
+            for path, fields in (
+                ("/api/v1/forward_backward_async", {"data": [CONVERSATION]}),
+                ("/api/v1/optim_step_async", {"adam_params": {"learning_rate": learning_rate}}),
+            ):
+                answer = self.post(path, model_id=model_id, **fields)
+                assert answer.status_code == 200, answer.text
+                ids.append(answer.json()["request_id"])
+        return ids
+
+    def results(self, ids: list[str]) -> list[Json]:
+        """What all of these became, which must be ready."""
+        answers = [self.retrieve(request_id) for request_id in ids]
+        assert [answer.status_code for answer in answers] == [200] * len(ids)
+        return [answer.json() for answer in answers]
 
 
 def free_port() -> int:

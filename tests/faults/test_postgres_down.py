@@ -16,7 +16,6 @@ from tinkerapi.postgres import DATABASE_NAME, EmbeddedPostgres
 
 pytestmark = pytest.mark.acceptance
 
-CONVERSATION = [{"role": "user", "content": "test"}, {"role": "assistant", "content": "passed"}]
 CLIENTS = 16
 
 
@@ -46,28 +45,13 @@ def server(tmp_path: Path, postgres: EmbeddedPostgres) -> Iterator[Server]:
     server.stop()
 
 
-def submit(server: Server, model_id: str, steps: int) -> list[str]:
-    ids = []
-    for _ in range(steps):
-        for path, fields in (
-            ("/api/v1/forward_backward_async", {"data": [CONVERSATION]}),
-            ("/api/v1/optim_step_async", {"adam_params": {"learning_rate": 0.1}}),
-        ):
-            answer = server.post(path, model_id=model_id, **fields)
-            assert answer.status_code == 200, answer.text
-            ids.append(answer.json()["request_id"])
-    return ids
-
-
 def metrics(server: Server, ids: list[str]) -> list[Json]:
-    answers = [server.retrieve(request_id) for request_id in ids]
-    assert [answer.status_code for answer in answers] == [200] * len(ids)
-    return [answer.json()["metrics"] for answer in answers]
+    return [result["metrics"] for result in server.results(ids)]
 
 
 def test_nothing_is_lost_while_postgres_is_away(server: Server, postgres: EmbeddedPostgres) -> None:
-    unbroken = metrics(server, submit(server, "unbroken", 20))
-    ids = submit(server, "broken", 15)  # much of it is still to be done
+    unbroken = metrics(server, server.submit_steps("unbroken", 20, learning_rate=0.1))
+    ids = server.submit_steps("broken", 15, learning_rate=0.1)  # much of it is still to be done
     with ThreadPoolExecutor(CLIENTS + 1) as clients:
         parked = clients.submit(server.post, "/retrieve_future", request_id=ids[-1], wait=1)
         postgres.stop(hurry=lambda: True)
@@ -80,7 +64,7 @@ def test_nothing_is_lost_while_postgres_is_away(server: Server, postgres: Embedd
 
     postgres.start()
     wait_for(server.is_ready, seconds=90)
-    ids += submit(server, "broken", 5)
+    ids += server.submit_steps("broken", 5, learning_rate=0.1)
     assert metrics(server, ids) == unbroken
 
 

@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="sets another process's limits"),
 ]
 
-CONVERSATION = [{"role": "user", "content": "test"}, {"role": "assistant", "content": "passed"}]
 RANK = 64  # 200 KiB of weights: more than the limit below, which the log stays under
 LIMIT_BYTES = 100_000
 
@@ -44,23 +43,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
-def step(server: Server, model_id: str) -> list[str]:
-    """Submit one step; its request ids."""
-    ids = []
-    for path, fields in (
-        ("/api/v1/forward_backward_async", {"data": [CONVERSATION]}),
-        ("/api/v1/optim_step_async", {"adam_params": {"learning_rate": 0.1}}),
-    ):
-        answer = server.post(path, model_id=model_id, **fields)
-        assert answer.status_code == 200, answer.text
-        ids.append(answer.json()["request_id"])
-    return ids
-
-
 def metrics(server: Server, ids: list[str]) -> list[Json]:
-    answers = [server.retrieve(request_id) for request_id in ids]
-    assert [answer.status_code for answer in answers] == [200] * len(ids)
-    return [answer.json()["metrics"] for answer in answers]
+    return [result["metrics"] for result in server.results(ids)]
 
 
 def create(server: Server, model_id: str) -> None:
@@ -72,7 +56,7 @@ def create(server: Server, model_id: str) -> None:
 def unbroken(server: Server) -> list[Json]:
     """The metrics of four steps in peace."""
     create(server, "unbroken")
-    ids = [request_id for _ in range(4) for request_id in step(server, "unbroken")]
+    ids = server.submit_steps("unbroken", 4, learning_rate=0.1)
     return metrics(server, ids)
 
 
@@ -80,11 +64,11 @@ def test_a_stopped_worker_is_replaced_and_the_run_goes_on_to_the_same_bits(
     server: Server, unbroken: list[Json]
 ) -> None:
     create(server, "stopped")
-    ids = step(server, "stopped")
+    ids = server.submit_steps("stopped", 1, learning_rate=0.1)
     metrics(server, ids)
     stopped = server.worker_pid()
     os.kill(stopped, signal.SIGSTOP)
-    ids += [request_id for _ in range(3) for request_id in step(server, "stopped")]
+    ids += server.submit_steps("stopped", 3, learning_rate=0.1)
     assert metrics(server, ids) == unbroken
     assert "made no progress for 15 s and was killed" in server.log()
     assert server.worker_pid() != stopped
@@ -97,7 +81,7 @@ def test_a_worker_that_may_not_write_trains_on_and_fails_saves_by_name(
     before = resource.prlimit(worker, resource.RLIMIT_FSIZE)
     resource.prlimit(worker, resource.RLIMIT_FSIZE, (LIMIT_BYTES, before[1]))
     create(server, "full")
-    ids = [request_id for _ in range(3) for request_id in step(server, "full")]
+    ids = server.submit_steps("full", 3, learning_rate=0.1)
     metrics(server, ids)
     log = next((server.data_dir / "logs").glob("engine-*.log"))
     wait_for(lambda: "no snapshot" in log.read_text())
@@ -107,7 +91,7 @@ def test_a_worker_that_may_not_write_trains_on_and_fails_saves_by_name(
     resource.prlimit(worker, resource.RLIMIT_FSIZE, before)
     saved = server.post("/api/v1/save_weights", model_id="full", name="kept")
     assert saved.status_code == 200, saved.text
-    ids += step(server, "full")
+    ids += server.submit_steps("full", 1, learning_rate=0.1)
     assert metrics(server, ids) == unbroken
     assert server.worker_pid() == worker
     assert not list(Path(server.data_dir / "snapshots").glob(".*"))
