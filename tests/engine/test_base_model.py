@@ -18,6 +18,7 @@ from tests.tiny_model import VOCAB_SIZE, make_tokenizer
 from training.engine.attention import SequenceAttention
 from training.engine.base_model import load_base_model
 from training.engine.packed import PackedContext, uniform_segments
+from training.engine.stretches import whole_sequences
 from training.errors import BaseModelNotFound
 
 SHAPE = {
@@ -57,7 +58,9 @@ def test_packed_sequences_of_other_architectures_are_each_alone(config, tmp_path
     tokens = torch.randint(0, VOCAB_SIZE, (sum(lengths),), generator=torch.Generator())
     positions = torch.cat([torch.arange(n) for n in lengths])
     segments = uniform_segments(len(tokens), None)
-    context = PackedContext(segments=segments, attention=SequenceAttention(lengths))
+    context = PackedContext(
+        segments=segments, attention=SequenceAttention(whole_sequences(lengths))
+    )
     with torch.no_grad():
         hidden = base_model.hidden_states(tokens, positions, context)
         logits = base_model.logits(hidden, segments)

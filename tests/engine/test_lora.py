@@ -19,6 +19,7 @@ from training.engine.packed import (
     Segment,
     join,
 )
+from training.engine.stretches import whole_sequences
 from training.types import LoraConfig
 
 NAME = "layer"
@@ -46,7 +47,9 @@ def run(
         segments.append(Segment(start=start, end=start + length, weights=weights, grad=grad))
         start += length
     holder = ContextHolder()
-    context = PackedContext(segments=segments, attention=SequenceAttention(lengths))
+    context = PackedContext(
+        segments=segments, attention=SequenceAttention(whole_sequences(lengths))
+    )
     leaf = x.clone().requires_grad_()
     with holder.active(context):
         output = LoraLinear(base, NAME, holder)(leaf)

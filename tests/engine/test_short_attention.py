@@ -1,4 +1,5 @@
-"""Sequences of a packed stream see themselves only, and each is to the bit what it is alone."""
+"""Sequences of a packed stream see themselves only, and each is to the bit what it is alone; those
+that share a beginning are what they would be with one of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 
 from training.engine.attention import SequenceAttention
 from training.engine.short_attention import SHORT_TOKENS
+from training.engine.stretches import Stretch, whole_sequences
 
 LENGTHS = [3, 16, 17, 1, 30, SHORT_TOKENS + 5, 16, 31, 2, SHORT_TOKENS + 5, SHORT_TOKENS + 5, 90]
 SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}
@@ -27,35 +29,79 @@ def random_stream(lengths: Sequence[int], shape: str, dtype: torch.dtype) -> Num
     )
 
 
-def attend(lengths: Sequence[int], stream: Numbers) -> Numbers:
+def make_tree(*parts: tuple[int, tuple[int, ...]]) -> list[Stretch]:
+    """Stretches from their lengths and the numbers of those that come before them."""
+    stretches: list[Stretch] = []
+    start = 0
+    for length, before in parts:
+        seen = tuple(stretches[n] for n in before)
+        stretches.append(Stretch(start=start, length=length, before=seen))
+        start += length
+    return stretches
+
+
+LONG = SHORT_TOKENS + 5
+BRANCHES: list[tuple[int, tuple[int, ...]]] = [
+    (32, ()), (5, (0,)), (16, (0,)), (48, (0,)), (3, (0, 3)), (17, (0, 3)), (6, (0,)), (20, ()),
+    (LONG, ()), (7, (8,)), (16, (8,)), (7, (8,)), (19, (8, 10)), (7, (0, 3, 5)), (LONG, (0,)),
+]  # fmt: skip
+"""Beginnings that many share, at several depths, short and long; and a sequence of its own."""
+
+TREE = make_tree(*BRANCHES)
+
+
+def attend(stretches: Sequence[Stretch], stream: Numbers) -> Numbers:
     """The output and the three gradients."""
     *inputs, grad_output = stream
     q, k, v = (x.clone().requires_grad_() for x in inputs)
-    output = SequenceAttention(lengths).attend(0, q, k, v, 0.3)
+    output = SequenceAttention(stretches).attend(0, q, k, v, 0.3)
     grads = torch.autograd.grad(output, (q, k, v), grad_output)
     return output.detach(), *grads
 
 
-def plain(lengths: Sequence[int], stream: Numbers) -> Numbers:
-    """The same by its formula, one sequence after another, in float64."""
+def plain(stretches: Sequence[Stretch], stream: Numbers) -> Numbers:
+    """The same by its formula, over all rows at once, in float64."""
     *inputs, grad_output = (x.double() for x in stream)
     q, k, v = (x.requires_grad_() for x in inputs)
-    outputs = []
-    for one_q, one_k, one_v in zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True):
-        group = one_q.shape[1] // one_k.shape[1]
-        scores = torch.einsum("qhd,khd->hqk", one_q, one_k.repeat_interleave(group, 1)) * 0.3
-        hidden = torch.ones(scores.shape[1:]).triu(1).bool()
-        shares = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", shares, one_v.repeat_interleave(group, 1)))
-    output = torch.cat(outputs)
+    sees = torch.zeros(len(q), len(q), dtype=torch.bool)
+    for stretch in stretches:
+        rows = slice(stretch.start, stretch.end)
+        sees[rows, rows] = torch.ones(stretch.length, stretch.length).tril().bool()
+        for before in stretch.before:
+            sees[rows, before.start : before.end] = True
+    group = q.shape[1] // k.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * 0.3
+    shares = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    output = torch.einsum("hqk,khd->qhd", shares, v.repeat_interleave(group, 1))
     return output.detach(), *torch.autograd.grad(output, (q, k, v), grad_output)
 
 
+def lengths_of(stretches: Sequence[Stretch]) -> list[int]:
+    return [stretch.length for stretch in stretches]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_the_formula_forwards_and_backwards(shape: str) -> None:
-    stream = random_stream(LENGTHS, shape, torch.float32)
-    for ours, expected in zip(attend(LENGTHS, stream), plain(LENGTHS, stream), strict=True):
-        torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=2e-5)
+@pytest.mark.parametrize("stretches", [whole_sequences(LENGTHS), TREE], ids=["whole", "tree"])
+def test_it_is_the_formula_forwards_and_backwards(stretches: list[Stretch], shape: str) -> None:
+    stream = random_stream(lengths_of(stretches), shape, torch.float32)
+    for ours, expected in zip(attend(stretches, stream), plain(stretches, stream), strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=5e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("length", [16, LONG], ids=["short", "long"])
+def test_a_row_that_many_read_gets_the_whole_sum_of_their_gradients_in_bfloat16(
+    length: int,
+) -> None:
+    """512 equal parts: a bfloat16 sum would stop growing half way."""
+    stretches = make_tree((length, ()), *((1, (0,)),) * 512)
+    q, k, v, grad_output = random_stream(lengths_of(stretches), "one head", torch.float32)
+    q[:] = 0  # everybody looks everywhere
+    grad_output[:length] = 0
+    grad_output[length:] = 1
+    stream = tuple(x.to(torch.bfloat16) for x in (q, k, v, grad_output))
+    *_, grad_value = attend(stretches, stream)
+    expected = torch.full((1, 8), 512 / (length + 1))
+    torch.testing.assert_close(grad_value[0].float(), expected, rtol=1e-2, atol=0)
 
 
 @pytest.mark.usefixtures("num_threads")
@@ -63,23 +109,41 @@ def test_it_is_the_formula_forwards_and_backwards(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_sequences_bits_are_those_it_has_alone(shape: str, dtype: torch.dtype) -> None:
     stream = random_stream(LENGTHS, shape, dtype)
-    together = attend(LENGTHS, stream)
+    together = attend(whole_sequences(LENGTHS), stream)
     start = 0
     for length in LENGTHS:
         rows = slice(start, start + length)
-        alone = attend([length], tuple(x[rows] for x in stream))
+        alone = attend(whole_sequences([length]), tuple(x[rows] for x in stream))
         for ours, expected in zip(together, alone, strict=True):
             assert torch.equal(ours[rows], expected), length
         start += length
 
 
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bits_of_those_that_share_a_beginning_are_those_without_others(
+    shape: str, dtype: torch.dtype
+) -> None:
+    stream = random_stream(lengths_of(TREE), shape, dtype)
+    once = attend(TREE, stream)
+    doubled = make_tree(
+        *BRANCHES, *((n, tuple(b + len(TREE) for b in before)) for n, before in BRANCHES)
+    )
+    twice = attend(doubled, tuple(torch.cat([x, x]) for x in stream))
+    for alone, both in zip(once, twice, strict=True):
+        assert torch.equal(both[: len(alone)], alone)
+        assert torch.equal(both[len(alone) :], alone)
+
+
 def test_a_sequence_that_is_not_finite_spares_the_others() -> None:
     lengths = [5, 9, 7]
+    sequences = whole_sequences(lengths)
     stream = random_stream(lengths, "tiny", torch.float32)
-    expected = attend(lengths, stream)
+    expected = attend(sequences, stream)
     for x in stream:
         x[5:14] = float("nan")
-    for ours, before in zip(attend(lengths, stream), expected, strict=True):
+    for ours, before in zip(attend(sequences, stream), expected, strict=True):
         assert ours[5:14].isnan().any()
         assert torch.equal(ours[:5], before[:5])
         assert torch.equal(ours[14:], before[14:])

@@ -23,6 +23,7 @@ from training.engine.short_attention import (
     make_buckets,
     short_attention,
 )
+from training.engine.stretches import Stretch, rows_of, take_rows
 
 ATTENTION_NAME = "packed"
 
@@ -37,72 +38,132 @@ class UnsupportedAttention(Exception):
 class SequenceAttention(Attention):
     """Causal attention of whole sequences: nothing cached, every key is in the stream."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        """``lengths``: tokens of each sequence, in stream order; they add up to T."""
-        self._lengths = lengths
-        self._runs: list[_Run] = []
-        self._buckets: list[Bucket] = []
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        """``stretches``: what the stream consists of, in order."""
+        self._stretches = stretches
+        self._plan: _Plan | None = None
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        if not self._runs:
-            self._divide(on_cpu=query.device.type == "cpu")
-        rows = [run.num_rows for run in self._runs]
-        short = [i for i, run in enumerate(self._runs) if run.is_short]
-        if len(short) == len(rows):
-            return short_attention(query, key, value, self._buckets, scaling)
-        # split, not slicing: its backward is one concatenation however many runs there are.
-        q, k, v = (x.split(rows) for x in (query, key, value))
-        outputs = {
-            i: _long_attention(q[i], k[i], v[i], run, scaling)
-            for i, run in enumerate(self._runs)
-            if not run.is_short
-        }
-        if short:
-            sq, sk, sv = (torch.cat([x[i] for i in short]) for x in (q, k, v))
-            together = short_attention(sq, sk, sv, self._buckets, scaling)
-            outputs |= zip(short, together.split([rows[i] for i in short]), strict=True)
-        return torch.cat([outputs[i] for i in range(len(rows))])  # (T, Hq, D)
-
-    def _divide(self, *, on_cpu: bool) -> None:
-        """On a CPU short sequences are taken together and the others one by one (its fused
-        float32 kernel gives some shapes other last bits in a batch); on a GPU neighbours of
-        equal length share a call."""
-
-        def company(numbered: tuple[int, int]) -> tuple[bool, int]:
-            index, length = numbered
-            if not on_cpu:
-                return False, length
-            return (True, 0) if length <= SHORT_TOKENS else (False, index)
-
-        for (is_short, _), run in groupby(enumerate(self._lengths), company):
-            lengths = [length for _, length in run]
-            self._runs.append(_Run(tuple(lengths), is_short))
-        self._buckets = make_buckets([n for run in self._runs if run.is_short for n in run.lengths])
+        if self._plan is None:
+            self._plan = _Plan.of(self._stretches, query.device)
+        plan = self._plan
+        if not plan.runs:
+            return short_attention(query, key, value, plan.buckets, scaling)
+        long = _long_attention(query, key, value, plan, scaling)
+        if plan.rows is None:
+            return long
+        if plan.buckets:
+            output = short_attention(query, key, value, plan.buckets, scaling)
+        else:
+            output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        return output.index_copy(0, plan.rows, long)  # (T, Hq, D)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Run:
-    """Neighbouring sequences of the stream: short ones, or others of one length."""
+    """Neighbouring stretches that attention takes in one call: of one length, after equally many
+    tokens."""
 
-    lengths: tuple[int, ...]
-    """Tokens of each."""
-    is_short: bool
+    count: int
+    length: int
+    num_before: int
+    mask: Tensor | None
+    """(length, keys) bool, what a token sees; None where the kernel's own causal mask is right."""
 
     @property
     def num_rows(self) -> int:
-        return sum(self.lengths)
+        return self.count * self.length
+
+    @property
+    def num_keys(self) -> int:
+        return self.count * (self.num_before + self.length)
 
 
-def _long_attention(query: Tensor, key: Tensor, value: Tensor, run: _Run, scaling: float) -> Tensor:
-    """Sequences of one length, adjacent in the stream: (rows, H, D) in and out."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """How one stream's stretches share calls, the same in every layer.
+
+    On a CPU short sequences are taken together and the others one by one (its fused float32 kernel
+    gives some shapes other last bits in a batch); on a GPU neighbours of equal length share a
+    call.
+    """
+
+    buckets: Sequence[Bucket]
+    runs: Sequence[_Run]
+    rows: Tensor | None
+    """(n,) int64, the rows of the runs; None if they are the whole stream, in order."""
+    key_rows: Tensor | None
+    """(m,) int64, the rows that the runs see, run by run; None if that is the same."""
+
+    @classmethod
+    def of(cls, stretches: Sequence[Stretch], device: torch.device) -> _Plan:
+        on_cpu = device.type == "cpu"
+        short = [s for s in stretches if on_cpu and s.num_keys <= SHORT_TOKENS]
+        long = [s for s in stretches if not (on_cpu and s.num_keys <= SHORT_TOKENS)]
+
+        def company(numbered: tuple[int, Stretch]) -> tuple[int, ...]:
+            index, stretch = numbered
+            return (index,) if on_cpu else (stretch.length, stretch.num_before)
+
+        runs = []
+        for _, run in groupby(enumerate(long), company):
+            alike = [stretch for _, stretch in run]
+            runs.append(_make_run(alike[0], len(alike), device))
+        shares = any(stretch.before for stretch in long)
+        return cls(
+            buckets=make_buckets(short),
+            runs=runs,
+            rows=rows_of(long).to(device) if short or shares else None,
+            key_rows=(
+                rows_of(each for stretch in long for each in stretch.seen).to(device)
+                if short or shares
+                else None
+            ),
+        )
+
+
+def _make_run(stretch: Stretch, count: int, device: torch.device) -> _Run:
+    mask = None
+    if stretch.before:
+        shape = (stretch.length, stretch.num_keys)
+        mask = torch.ones(shape, dtype=torch.bool, device=device).tril(stretch.num_before)
+    return _Run(count=count, length=stretch.length, num_before=stretch.num_before, mask=mask)
+
+
+def _long_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scaling: float
+) -> Tensor:
+    """(n, Hq, D), the rows of the runs, one run after another."""
+    if plan.rows is not None and plan.key_rows is not None:
+        query = take_rows(query, plan.rows)
+        key, value = (take_rows(x, plan.key_rows) for x in (key, value))
+    # split, not slicing: its backward is one concatenation however many runs there are.
+    queries = query.split([run.num_rows for run in plan.runs])
+    keys, values = (x.split([run.num_keys for run in plan.runs]) for x in (key, value))
+    return torch.cat(
+        [
+            _attend(q, k, v, run, scaling)
+            for q, k, v, run in zip(queries, keys, values, plan.runs, strict=True)
+        ]
+    )
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, run: _Run, scaling: float) -> Tensor:
+    """One run: (rows, H, D) in and out."""
     q, k, v = (
-        rows.unflatten(0, (-1, run.lengths[0])).transpose(1, 2)  # (count, H, length, D)
+        rows.unflatten(0, (run.count, -1)).transpose(1, 2)  # (count, H, length, D)
         for rows in (query, key, value)
     )
     output = scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=run.mask,
+        is_causal=run.mask is None,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return output.transpose(1, 2).flatten(0, 1)  # (rows, Hq, D)
 

@@ -30,6 +30,7 @@ from training.engine.packed import (
     rows_of,
     uniform_segments,
 )
+from training.engine.stretches import whole_sequences
 from training.errors import BaseModelNotFound
 
 PROBE_TOKENS = 8
@@ -229,7 +230,9 @@ def _probe_stock(model: PreTrainedModel) -> Tensor:
 def _check_probe(base_model: BaseModel, expected: Tensor) -> None:
     tokens = _probe_tokens(base_model.info.vocab_size, base_model.device)
     segments = uniform_segments(PROBE_TOKENS, None)
-    context = PackedContext(segments=segments, attention=SequenceAttention([PROBE_TOKENS]))
+    context = PackedContext(
+        segments=segments, attention=SequenceAttention(whole_sequences([PROBE_TOKENS]))
+    )
     position_ids = torch.arange(PROBE_TOKENS, device=base_model.device)
     try:
         hidden = base_model.hidden_states(tokens, position_ids, context)

@@ -6,17 +6,20 @@ no logits are computed twice:
 
     d loss / d logits = sum over k of g_k * (onehot(target_k) - softmax(logits))
 
-with g_k = d loss / d log p(target_k). Rows whose g is zero (a prompt's, say) end there. A loss
-that is not elementwise needs a datum's log-probabilities all at once: the chunks that hold such
-datums are passed through the head once before, for these alone.
+with g_k = d loss / d log p(target_k), summed over the tokens that share the row and its targets.
+Rows whose g is zero (a prompt's, say) end there. A loss that is not elementwise needs a datum's
+log-probabilities all at once: the chunks that hold such datums are passed through the head once
+before, for these alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -25,8 +28,9 @@ from training.engine.base_model import BaseModel
 from training.engine.custom_loss import CustomLossOutput, Work, run_custom_loss
 from training.engine.lora import add_product
 from training.engine.losses import LOSSES, LossInputs
-from training.engine.microbatches import LossSpan, PackedDatum, PlannedJob
+from training.engine.microbatches import LossSpan, PackedDatum
 from training.engine.packed import MIN_ROWS, Segment
+from training.engine.pieces import PlannedJob
 from training.errors import TrainingError
 from training.loss_fns import LOSS_FNS, TARGET_TOKENS
 
@@ -36,74 +40,84 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadInputs:
-    """A micro-batch's targets as tensors on the model's device."""
+    """What a micro-batch asks of S rows for its N tokens; tensors are on the model's device."""
 
     targets: Tensor
-    """(T, K) int64"""
+    """(S, K) int64"""
+    places: NDArray[np.int64]
+    """(N,), the row of each token."""
     inputs: Mapping[str, Tensor]
-    """(T, K) float32 by name"""
+    """(N, K) float32 by name"""
     loss_spans: Sequence[LossSpan]
     work: Mapping[PlannedJob, Work]
     """What jobs with custom losses have cost so far, in earlier micro-batches too."""
 
+    def tokens(self, span: LossSpan, rows: slice) -> Tensor:
+        """(n,) int64, the tokens of the span whose row is one of these, in order."""
+        places = self.places[span.start : span.end]
+        is_here = (places >= rows.start) & (places < rows.stop)
+        tokens = np.flatnonzero(is_here) + span.start
+        return torch.from_numpy(tokens).to(self.targets.device)
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+
 class HeadOutput:
-    """What the head says about T rows."""
+    """What the head says, filled row by row."""
 
-    target_logprobs: Tensor
-    """(T, K) float32, in nats"""
-    loss: Tensor
-    """(T,) float32, summed over K"""
-    grad_hidden: Tensor
-    """(T, C), d loss / d hidden; zero where no row trains."""
-    custom: dict[PackedDatum, CustomLossOutput | TrainingError] = field(default_factory=dict)
-    """What custom losses said of their datums. An error's rows have no loss and no gradient."""
+    def __init__(self, hidden: Tensor, inputs: HeadInputs) -> None:
+        self._places = torch.from_numpy(inputs.places).to(hidden.device)
+        self.row_logprobs = hidden.new_zeros(inputs.targets.shape, dtype=torch.float32)
+        """(S, K), in nats"""
+        self.seeds = torch.zeros_like(self.row_logprobs)
+        """(S, K), d loss / d log-probability; zero at filled-up targets."""
+        self.grad_hidden = torch.zeros_like(hidden)
+        """(S, C), d loss / d hidden; zero where no row trains."""
+        self.loss = hidden.new_zeros(len(inputs.places), dtype=torch.float32)
+        """(N,), summed over K"""
+        self.custom: dict[PackedDatum, CustomLossOutput | TrainingError] = {}
+        """What custom losses said of their datums. An error's tokens have no loss and no
+        gradient."""
+
+    def target_logprobs(self, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """(n, K) float32 of these tokens, in nats; all by default."""
+        return self.row_logprobs[self._places[tokens]]
+
+    def add_seeds(self, tokens: Tensor | slice, seeds: Tensor) -> None:
+        """Count in d loss / d log-probability (n, k) of these tokens' first k targets."""
+        self.seeds[:, : seeds.shape[1]].index_add_(0, self._places[tokens], seeds)
 
 
 @torch.no_grad()
 def score_targets(
     base_model: BaseModel, hidden: Tensor, segments: Sequence[Segment], inputs: HeadInputs
 ) -> HeadOutput:
-    """Log-probabilities and loss of all rows, and the gradient of rows whose segment trains.
+    """Log-probabilities and loss of all tokens, and the gradient of rows whose segment trains.
 
     The gradient of the head's own adapter is added to each segment's gradient buffer.
 
     Args:
-        hidden: (T, C); not read by autograd.
-        segments: Cover 0..T.
+        hidden: (S, C); not read by autograd.
+        segments: Cover 0..S.
     """
-    num_rows, num_targets = inputs.targets.shape
-    output = HeadOutput(
-        target_logprobs=hidden.new_zeros((num_rows, num_targets), dtype=torch.float32),
-        loss=hidden.new_zeros(num_rows, dtype=torch.float32),
-        grad_hidden=torch.zeros_like(hidden),
-    )
+    output = HeadOutput(hidden, inputs)
     chunk_rows = max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))
     chunks = list(_chunks(segments, chunk_rows))
     whole = [span for span in inputs.loss_spans if span.whole is not None]
     for rows in chunks:
-        if any(span.start < rows.stop and rows.start < span.end for span in whole):
-            output.target_logprobs[rows] = _Chunk.of(base_model, hidden, segments, rows).scored(
+        if any(len(inputs.tokens(span, rows)) for span in whole):
+            output.row_logprobs[rows] = _Chunk.of(base_model, hidden, segments, rows).scored(
                 inputs.targets[rows]
             )
-    seeds = torch.zeros_like(output.target_logprobs)  # (T, K), zero at filled-up targets
-    for span in inputs.loss_spans:
-        if span.whole is None:
-            continue
-        graph = span.whole.planned.job.custom_loss
-        if graph is None:
-            _differentiate(span, slice(span.start, span.end), inputs, output, seeds)
+    for span in whole:
+        if span.whole is not None and span.whole.planned.job.custom_loss is not None:
+            _run_custom(span.whole, span.whole.planned.job.custom_loss, inputs, output)
         else:
-            _run_custom(span.whole, graph, inputs, output, seeds)
+            _differentiate(span, inputs.tokens(span, slice(0, len(hidden))), inputs, output)
     elementwise = [span for span in inputs.loss_spans if span.whole is None]
     for rows in chunks:
         chunk = _Chunk.of(base_model, hidden, segments, rows)
-        output.target_logprobs[rows] = chunk.scored(inputs.targets[rows])
+        output.row_logprobs[rows] = chunk.scored(inputs.targets[rows])
         for span in elementwise:
-            start, end = max(span.start, rows.start), min(span.end, rows.stop)
-            if start < end:
-                _differentiate(span, slice(start, end), inputs, output, seeds)
+            _differentiate(span, inputs.tokens(span, rows), inputs, output)
         if any(segment.grad is not None for segment in chunk.segments):
             grad_chunk = _backward_chunk(
                 base_model,
@@ -111,7 +125,7 @@ def score_targets(
                 chunk.segments,
                 logits=chunk.logits.sub_(chunk.log_norm),
                 targets=_padded(inputs.targets[rows]),
-                seed=_padded(seeds[rows]),
+                seed=_padded(output.seeds[rows]),
             )
             output.grad_hidden[rows] = grad_chunk[: rows.stop - rows.start]
     return output
@@ -144,39 +158,36 @@ class _Chunk:
         return (self.logits.gather(1, _padded(targets)) - self.log_norm)[: len(targets)]
 
 
-def _differentiate(
-    span: LossSpan, rows: slice, inputs: HeadInputs, output: HeadOutput, seeds: Tensor
-) -> None:
-    """Write the loss of these rows of the span, and d loss / d log p into ``seeds`` (T, K)."""
+def _differentiate(span: LossSpan, tokens: Tensor, inputs: HeadInputs, output: HeadOutput) -> None:
+    """Note the loss of these tokens (n,) of the span, and d loss / d log p."""
+    if not len(tokens):
+        return
     k = span.num_targets
     names = LOSS_FNS[span.loss_fn].float_inputs
     with torch.enable_grad():
-        leaf = output.target_logprobs[rows, :k].detach().requires_grad_()
+        leaf = output.target_logprobs(tokens)[:, :k].detach().requires_grad_()
         values = LOSSES[span.loss_fn](
             LossInputs(
                 target_logprobs=leaf,
-                inputs={name: inputs.inputs[name][rows, :k] for name in names},
+                inputs={name: inputs.inputs[name][tokens, :k] for name in names},
                 config=span.config,
             )
         )  # (n, K)
-        (seeds[rows, :k],) = torch.autograd.grad(values.sum(), leaf)
-    output.loss[rows] = values.detach().sum(-1)
+        (seeds,) = torch.autograd.grad(values.sum(), leaf)
+    output.add_seeds(tokens, seeds)
+    output.loss[tokens] = values.detach().sum(-1)
 
 
 def _run_custom(
-    packed: PackedDatum,
-    graph: CustomLossGraph,
-    inputs: HeadInputs,
-    output: HeadOutput,
-    seeds: Tensor,
+    packed: PackedDatum, graph: CustomLossGraph, inputs: HeadInputs, output: HeadOutput
 ) -> None:
-    """The same for a client's own loss of one datum; the datum's first row gets the loss.
+    """The same for a client's own loss of one datum; the datum's first token gets the loss.
 
     It runs on the CPU, where an index out of range is an error and not the end of the device.
     """
-    rows, k = slice(packed.start, packed.end), packed.num_targets
+    tokens, k = slice(packed.start, packed.end), packed.num_targets
     given = packed.datum.loss_fn_inputs
-    logprobs = output.target_logprobs[rows, :k].cpu().reshape(given[TARGET_TOKENS].shape)
+    logprobs = output.target_logprobs(tokens)[:, :k].cpu().reshape(given[TARGET_TOKENS].shape)
     values = {}
     for item in graph.inputs[1:]:
         tensor = torch.tensor(given[item.name])  # a copy: the array may be read-only
@@ -188,7 +199,7 @@ def _run_custom(
         return
     output.custom[packed] = result
     output.loss[packed.start] = result.loss
-    seeds[rows, :k] = result.grad.reshape(-1, k).to(seeds.device)
+    output.add_seeds(tokens, result.grad.reshape(-1, k).to(output.seeds.device))
 
 
 def _backward_chunk(

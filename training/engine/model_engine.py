@@ -16,9 +16,9 @@ from training.engine.adapters import (
 )
 from training.engine.base_model import BaseModel
 from training.engine.interface import Engine, ForwardBackwardJob, Sampler
-from training.engine.microbatches import PlannedJob
 from training.engine.out_of_memory import out_of_memory_by_name
 from training.engine.passes import run_pass
+from training.engine.pieces import PlannedJob
 from training.engine.sampling import ContinuousSampler
 from training.engine.targets import select_modules
 from training.engine.text import ChatText
@@ -36,9 +36,9 @@ class TorchEngine(Engine):
     budget, and not on what shares its call: neither on other adapters nor on other jobs of its
     own (measured in float32 and bfloat16, with one and two threads). So each job has
     matrix products of its own, whose results are added to the adapter's gradient in the order
-    of the jobs. On a GPU the number of rows may choose another kernel, so that would buy
-    nothing: there an adapter's jobs share theirs, and a replay that must come close repeats the
-    calls.
+    of the jobs, and only its own datums share the rows of a common beginning. On a GPU the number
+    of rows may choose another kernel, so that would buy nothing: there an adapter's jobs share
+    both, and a replay that must come close repeats the calls.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ turned out well, or drops them: a pass that fails has changed nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,8 +19,10 @@ from training.engine.attention import SequenceAttention
 from training.engine.base_model import BaseModel
 from training.engine.custom_loss import CustomLossOutput, Work
 from training.engine.head import HeadInputs, HeadOutput, score_targets
-from training.engine.microbatches import MicroBatch, PlannedJob, plan_micro_batches
+from training.engine.microbatches import MicroBatch, PartSpan, plan_micro_batches
 from training.engine.packed import PackedContext, Segment
+from training.engine.pieces import PlannedJob
+from training.engine.stretches import take_rows
 from training.errors import NonFiniteResult, TrainingError
 from training.types import ForwardBackwardOutput
 
@@ -104,17 +106,8 @@ def run_pass(
             result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
     work = {planned: Work() for planned in jobs}
     for batch in plan_micro_batches(jobs, token_budget):
-        segments = [
-            Segment(
-                start=span.start,
-                end=span.end,
-                weights=adapters[span.part[0]].weights,
-                grad=result.grads.get(span.part[0]),
-            )
-            for span in batch.part_spans
-        ]
         with torch.set_grad_enabled(trains):
-            head = _run_micro_batch(base_model, batch, segments, work)
+            head = _run_micro_batch(base_model, batch, adapters, result.grads, work)
         _scatter_scores(batch, head, result.scores)
     return result
 
@@ -122,44 +115,61 @@ def run_pass(
 def _run_micro_batch(
     base_model: BaseModel,
     batch: MicroBatch,
-    segments: Sequence[Segment],
+    adapters: Mapping[str, Adapter],
+    grads: Mapping[str, AdapterTensors],
     work: Mapping[PlannedJob, Work],
 ) -> HeadOutput:
-    context = PackedContext(segments=segments, attention=SequenceAttention(batch.lengths))
+    def segments(bounds: Callable[[PartSpan], tuple[int, int]]) -> list[Segment]:
+        return [
+            Segment(
+                start=bounds(span)[0],
+                end=bounds(span)[1],
+                weights=adapters[span.part[0]].weights,
+                grad=grads.get(span.part[0]),
+            )
+            for span in batch.part_spans
+        ]
+
+    device = base_model.device
     hidden = base_model.hidden_states(
-        _to_device(batch.tokens, base_model.device),
-        _to_device(batch.position_ids, base_model.device),
-        context,
+        _to_device(batch.tokens, device),
+        _to_device(batch.position_ids, device),
+        PackedContext(
+            segments=segments(lambda span: span.rows),
+            attention=SequenceAttention(batch.stretches),
+        ),
     )  # (T, C)
+    scored = take_rows(hidden, _to_device(batch.scored_rows, device))  # (S, C)
     head = score_targets(
         base_model,
-        hidden.detach(),
-        segments,
+        scored.detach(),
+        segments(lambda span: span.scored),
         HeadInputs(
-            targets=_to_device(batch.targets, base_model.device),
-            inputs={n: _to_device(v, base_model.device) for n, v in batch.inputs.items()},
+            targets=_to_device(batch.targets, device),
+            places=batch.places,
+            inputs={n: _to_device(v, device) for n, v in batch.inputs.items()},
             loss_spans=batch.loss_spans,
             work=work,
         ),
     )
-    if hidden.requires_grad:
-        hidden.backward(head.grad_hidden)
+    if scored.requires_grad:
+        scored.backward(head.grad_hidden)
     return head
 
 
 def _scatter_scores(
     batch: MicroBatch, head: HeadOutput, scores: Mapping[PlannedJob, JobScores]
 ) -> None:
-    logprobs = head.target_logprobs.cpu().numpy()  # (T, K)
-    losses = head.loss.double().cpu().numpy()  # (T,)
+    logprobs = head.target_logprobs().cpu().numpy()  # (N, K)
+    losses = head.loss.double().cpu().numpy()  # (N,)
     for packed in batch.datums:
-        rows = slice(packed.start, packed.end)
+        tokens = slice(packed.start, packed.end)
         shape = packed.datum.loss_fn_inputs["target_tokens"].shape
         job_scores = scores[packed.planned]
         job_scores.logprobs[packed.index] = (
-            logprobs[rows, : packed.num_targets].reshape(shape).copy()
+            logprobs[tokens, : packed.num_targets].reshape(shape).copy()
         )
-        job_scores.losses[packed.index] = float(losses[rows].sum())
+        job_scores.losses[packed.index] = float(losses[tokens].sum())
         if packed in head.custom:
             job_scores.add_custom(head.custom[packed])
 

@@ -1,13 +1,14 @@
 """Causal attention of many short sequences in few products, on a CPU.
 
-Sequences are padded to a multiple of ``BUCKET_TOKENS``, and all that come to the same length share
-batched matrix products, whatever lies between them in the stream. A sequence's bucket follows
-from its own length alone, and its products are the same whether the batch holds one sequence or
-many, so its bits do not tell what shared the pass (measured with MKL, one thread and two).
+Stretches are padded to a multiple of ``BUCKET_TOKENS``, and all that come to the same length after
+equally many tokens share batched matrix products, whatever lies between them in the stream. A
+stretch's bucket follows from its own sequence alone, and its products are the same whether the
+batch holds one stretch or many, so its bits do not tell what shared the pass (measured with MKL,
+one thread and two).
 
 The arithmetic is float32 throughout. The query heads that share a key head are handed over as
-rows of one long query, so that no key is repeated. Padding comes after the real tokens, where no
-real token sees it, and is zero: not even a NaN of a neighbour could reach a sequence.
+rows of one long query, so that no key is repeated for them. Padding comes after the real tokens,
+where no real token sees it, and is zero: not even a NaN of a neighbour could reach a sequence.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from training.engine.packed import round_up
+from training.engine.stretches import Stretch, rows_of
 
 SHORT_TOKENS = 192
 """Up to this length these products take less time than torch's fused kernel (measured with heads
@@ -37,17 +38,17 @@ NARROW = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Bucket:
-    """B sequences that are padded to the same length L; n real tokens in all."""
+class Slots:
+    """Where some of the stream's rows go in B sequences that are padded to one length L."""
 
     count: int
     length: int
     rows: Tensor
-    """(n,) int64, where the stream has the tokens."""
+    """(n,) int64, of the stream; those that several sequences see are there as often."""
     slots: Tensor
     """(n,) int64, their places among the B * L padded ones."""
 
-    def packed(self, x: Tensor, group: int) -> Tensor:
+    def pack(self, x: Tensor, group: int) -> Tensor:
         """(T, H, D) -> (B * H / group, group * L, D) float32, a group's heads one after another."""
         num_heads, head_size = x.shape[1:]
         padded = x.new_zeros((self.count * self.length, *x.shape[1:]), dtype=torch.float32)
@@ -56,28 +57,68 @@ class Bucket:
         return split.permute(0, 2, 3, 1, 4).reshape(-1, group * self.length, head_size)
 
     def unpack(self, packed: Tensor, group: int, into: Tensor) -> None:
-        """The reverse; writes this bucket's rows of ``into`` (T, H, D)."""
+        """The reverse: write the rows of ``into`` (T, H, D), none of them twice."""
+        into.index_copy_(0, self.rows, self._unpadded(packed, group, into).to(into.dtype))
+
+    def add(self, packed: Tensor, group: int, to: Tensor) -> None:
+        """Likewise, but add to the rows of ``to`` (T, H, D) float32, as often as they are named."""
+        to.index_add_(0, self.rows, self._unpadded(packed, group, to))
+
+    def _unpadded(self, packed: Tensor, group: int, like: Tensor) -> Tensor:
+        """(n, H, D)"""
         split = packed.view(self.count, -1, group, self.length, packed.shape[2])
-        padded = split.permute(0, 3, 1, 2, 4).reshape(-1, *into.shape[1:])  # (B * L, H, D)
-        into.index_copy_(0, self.rows, padded.index_select(0, self.slots).to(into.dtype))
+        padded = split.permute(0, 3, 1, 2, 4).reshape(-1, *like.shape[1:])  # (B * L, H, D)
+        return padded.index_select(0, self.slots)
 
 
-def make_buckets(lengths: Sequence[int]) -> list[Bucket]:
-    """``lengths``: tokens of each sequence in stream order, which add up to T."""
-    starts = accumulate(lengths, initial=0)
-    members: dict[int, list[tuple[int, int]]] = {}
-    for start, length in zip(starts, lengths, strict=False):  # the last start is T
-        padded = round_up(length, BUCKET_TOKENS)
-        members.setdefault(padded, []).append((start, length))
-    return [
-        Bucket(
-            count=len(sequences),
-            length=padded,
-            rows=_stretches(sequences),
-            slots=_stretches([(i * padded, length) for i, (_, length) in enumerate(sequences)]),
-        )
-        for padded, sequences in members.items()
-    ]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bucket:
+    """Stretches of one padded length that equally many tokens came before."""
+
+    num_before: int
+    queries: Slots
+    keys: Slots
+    """What came before, padded like a stretch, and then the stretch; the same as ``queries`` where
+    nothing came before."""
+
+
+def make_buckets(stretches: Sequence[Stretch]) -> list[Bucket]:
+    """The short stretches of a stream."""
+    members: dict[tuple[int, int], list[Stretch]] = {}
+    for stretch in stretches:
+        key = (stretch.num_before, _padded(stretch.length))
+        members.setdefault(key, []).append(stretch)
+    return [_bucket(*key, alike) for key, alike in members.items()]
+
+
+def _bucket(num_before: int, length: int, stretches: Sequence[Stretch]) -> Bucket:
+    queries = Slots(
+        count=len(stretches),
+        length=length,
+        rows=rows_of(stretches),
+        slots=_stretches([(i * length, s.length) for i, s in enumerate(stretches)]),
+    )
+    if not num_before:
+        return Bucket(num_before=0, queries=queries, keys=queries)
+    first_own = _padded(num_before)
+    size = first_own + length
+    keys = Slots(
+        count=len(stretches),
+        length=size,
+        rows=rows_of(each for stretch in stretches for each in stretch.seen),
+        slots=_stretches(
+            [
+                bounds
+                for i, s in enumerate(stretches)
+                for bounds in ((i * size, num_before), (i * size + first_own, s.length))
+            ]
+        ),
+    )
+    return Bucket(num_before=num_before, queries=queries, keys=keys)
+
+
+def _padded(length: int) -> int:
+    return round_up(length, BUCKET_TOKENS)
 
 
 def _stretches(bounds: Sequence[tuple[int, int]]) -> Tensor:
@@ -88,7 +129,7 @@ def _stretches(bounds: Sequence[tuple[int, int]]) -> Tensor:
 def short_attention(
     query: Tensor, key: Tensor, value: Tensor, buckets: Sequence[Bucket], scaling: float
 ) -> Tensor:
-    """Attention of the T tokens that the buckets share out among them.
+    """Attention of the rows that the buckets share out among them; zero for others.
 
     Args:
         query: (T, Hq, D).
@@ -112,14 +153,15 @@ class _ShortAttention(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         group = query.shape[1] // key.shape[1]
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
         saved = []
         for bucket in buckets:
-            q, k, v = bucket.packed(query, group), bucket.packed(key, 1), bucket.packed(value, 1)
-            mask = _causal_mask(bucket.length, group)
-            # (B * Hkv, group * L, L)
+            q = bucket.queries.pack(query, group)
+            k, v = bucket.keys.pack(key, 1), bucket.keys.pack(value, 1)
+            mask = _causal_mask(bucket.queries.length, bucket.num_before, group)
+            # (B * Hkv, group * L, keys)
             shares = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
-            bucket.unpack(_product(shares, v), group, output)
+            bucket.queries.unpack(_product(shares, v), group, output)
             saved += [q, k, v, shares]
         ctx.save_for_backward(*saved)
         ctx.buckets, ctx.scaling, ctx.num_key_heads = buckets, scaling, key.shape[1]
@@ -127,22 +169,25 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        grad_query = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
+        grad_query = torch.zeros_like(grad_output, memory_format=torch.contiguous_format)
         num_tokens, num_heads, head_size = grad_output.shape
-        grad_key = grad_output.new_empty((num_tokens, ctx.num_key_heads, head_size))
-        grad_value = torch.empty_like(grad_key)
+        shape = (num_tokens, ctx.num_key_heads, head_size)
+        # What many sequences see has a gradient from each, so their sum is kept in float32.
+        grad_key = grad_output.new_zeros(shape, dtype=torch.float32)
+        grad_value = torch.zeros_like(grad_key)
         group = num_heads // ctx.num_key_heads
         for i, bucket in enumerate(ctx.buckets):
             q, k, v, shares = ctx.saved_tensors[4 * i : 4 * i + 4]
-            g = bucket.packed(grad_output, group)
+            g = bucket.queries.pack(grad_output, group)
             grad_shares = torch.bmm(g, v.transpose(1, 2))
             # What torch's own softmax does in its backward: shares * (grad - sum of the products).
             grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
             grad_scores.mul_(ctx.scaling)
-            bucket.unpack(_product(grad_scores, k), group, grad_query)
-            bucket.unpack(_product(grad_scores.transpose(1, 2), q), 1, grad_key)
-            bucket.unpack(_product(shares.transpose(1, 2), g), 1, grad_value)
-        return grad_query, grad_key, grad_value, None, None
+            bucket.queries.unpack(_product(grad_scores, k), group, grad_query)
+            bucket.keys.add(_product(grad_scores.transpose(1, 2), q), 1, grad_key)
+            bucket.keys.add(_product(shares.transpose(1, 2), g), 1, grad_value)
+        dtype = grad_output.dtype
+        return grad_query, grad_key.to(dtype), grad_value.to(dtype), None, None
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -153,6 +198,9 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _causal_mask(length: int, group: int) -> Tensor:
-    """(1, group * L, L): 0 where a row's token sees a column's, else minus infinity."""
-    return torch.full((length, length), -math.inf).triu(1).repeat(group, 1)[None]
+def _causal_mask(length: int, num_before: int, group: int) -> Tensor:
+    """(1, group * L, keys): 0 where a row's token sees a column's, else minus infinity."""
+    own = torch.full((length, length), -math.inf).triu(1)
+    before = torch.zeros(length, _padded(num_before))
+    before[:, num_before:] = -math.inf
+    return torch.cat([before, own], dim=1).repeat(group, 1)[None]
