@@ -41,13 +41,14 @@ class SequenceAttention(Attention):
     def __init__(self, stretches: Sequence[Stretch]) -> None:
         """``stretches``: what the stream consists of, in order."""
         self._stretches = stretches
-        self._plan: _Plan | None = None
+        self._plan: AttentionPlan | None = None
 
     def attend(
         self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         if self._plan is None:
-            self._plan = _Plan.of(self._stretches, query.device)
+            on_cpu = query.device.type == "cpu"
+            self._plan = AttentionPlan.of(self._stretches, query.device, on_cpu=on_cpu)
         plan = self._plan
         if not plan.runs:
             return short_attention(query, key, value, plan.buckets, scaling)
@@ -82,7 +83,7 @@ class _Run:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Plan:
+class AttentionPlan:
     """How one stream's stretches share calls, the same in every layer.
 
     On a CPU short sequences are taken together and the others one by one (its fused float32 kernel
@@ -98,10 +99,12 @@ class _Plan:
     """(m,) int64, the rows that the runs see, run by run; None if that is the same."""
 
     @classmethod
-    def of(cls, stretches: Sequence[Stretch], device: torch.device) -> _Plan:
-        on_cpu = device.type == "cpu"
-        short = [s for s in stretches if on_cpu and s.num_keys <= SHORT_TOKENS]
-        long = [s for s in stretches if not (on_cpu and s.num_keys <= SHORT_TOKENS)]
+    def of(
+        cls, stretches: Sequence[Stretch], device: torch.device, *, on_cpu: bool
+    ) -> AttentionPlan:
+        short_tokens = SHORT_TOKENS if on_cpu else 0
+        short = [stretch for stretch in stretches if stretch.num_keys <= short_tokens]
+        long = [stretch for stretch in stretches if stretch.num_keys > short_tokens]
 
         def company(numbered: tuple[int, Stretch]) -> tuple[int, ...]:
             index, stretch = numbered
@@ -111,17 +114,11 @@ class _Plan:
         for _, run in groupby(enumerate(long), company):
             alike = [stretch for _, stretch in run]
             runs.append(_make_run(alike[0], len(alike), device))
-        shares = any(stretch.before for stretch in long)
-        return cls(
-            buckets=make_buckets(short),
-            runs=runs,
-            rows=rows_of(long).to(device) if short or shares else None,
-            key_rows=(
-                rows_of(each for stretch in long for each in stretch.seen).to(device)
-                if short or shares
-                else None
-            ),
-        )
+        rows = key_rows = None
+        if short or any(stretch.before for stretch in long):
+            rows = rows_of(long).to(device)
+            key_rows = rows_of(each for stretch in long for each in stretch.seen).to(device)
+        return cls(buckets=make_buckets(short), runs=runs, rows=rows, key_rows=key_rows)
 
 
 def _make_run(stretch: Stretch, count: int, device: torch.device) -> _Run:
@@ -133,7 +130,7 @@ def _make_run(stretch: Stretch, count: int, device: torch.device) -> _Run:
 
 
 def _long_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scaling: float
 ) -> Tensor:
     """(n, Hq, D), the rows of the runs, one run after another."""
     if plan.rows is not None and plan.key_rows is not None:

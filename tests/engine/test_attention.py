@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from training.engine.attention import SequenceAttention
+from training.engine.attention import AttentionPlan, SequenceAttention
 from training.engine.short_attention import SHORT_TOKENS
 from training.engine.stretches import Stretch, whole_sequences
 
@@ -43,18 +43,21 @@ def make_tree(*parts: tuple[int, tuple[int, ...]]) -> list[Stretch]:
 LONG = SHORT_TOKENS + 5
 BRANCHES: list[tuple[int, tuple[int, ...]]] = [
     (32, ()), (5, (0,)), (16, (0,)), (48, (0,)), (3, (0, 3)), (17, (0, 3)), (6, (0,)), (20, ()),
-    (LONG, ()), (7, (8,)), (16, (8,)), (7, (8,)), (19, (8, 10)), (7, (0, 3, 5)), (LONG, (0,)),
+    (LONG, ()), (7, (8,)), (7, (8,)), (16, (8,)), (19, (8, 11)), (7, (0, 3, 5)), (LONG, (0,)),
 ]  # fmt: skip
 """Beginnings that many share, at several depths, short and long; and a sequence of its own."""
 
 TREE = make_tree(*BRANCHES)
 
 
-def attend(stretches: Sequence[Stretch], stream: Numbers) -> Numbers:
+def attend(stretches: Sequence[Stretch], stream: Numbers, *, as_on_a_gpu: bool = False) -> Numbers:
     """The output and the three gradients."""
     *inputs, grad_output = stream
     q, k, v = (x.clone().requires_grad_() for x in inputs)
-    output = SequenceAttention(stretches).attend(0, q, k, v, 0.3)
+    attention = SequenceAttention(stretches)
+    if as_on_a_gpu:
+        attention._plan = AttentionPlan.of(stretches, q.device, on_cpu=False)
+    output = attention.attend(0, q, k, v, 0.3)
     grads = torch.autograd.grad(output, (q, k, v), grad_output)
     return output.detach(), *grads
 
@@ -81,10 +84,14 @@ def lengths_of(stretches: Sequence[Stretch]) -> list[int]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("as_on_a_gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("stretches", [whole_sequences(LENGTHS), TREE], ids=["whole", "tree"])
-def test_it_is_the_formula_forwards_and_backwards(stretches: list[Stretch], shape: str) -> None:
+def test_it_is_the_formula_forwards_and_backwards(
+    stretches: list[Stretch], as_on_a_gpu: bool, shape: str
+) -> None:
     stream = random_stream(lengths_of(stretches), shape, torch.float32)
-    for ours, expected in zip(attend(stretches, stream), plain(stretches, stream), strict=True):
+    got = attend(stretches, stream, as_on_a_gpu=as_on_a_gpu)
+    for ours, expected in zip(got, plain(stretches, stream), strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=5e-5, rtol=2e-5)
 
 
