@@ -2,8 +2,10 @@
 
 Async can only gain what merging gains: batches that wait together become one pass over the
 base model. So the limit is measured too, in the same run on the same data, with the engine
-alone: five separate passes against one merged pass. Also measured: what a sync call costs
-above the bare engine call, and whether all ways give the same losses.
+alone: five separate passes against one merged pass. Async pays for that with twice as many calls,
+so there is a second limit, that of a server which costs nothing: the same passes, with five and
+ten calls that ask for nothing. Also measured: what a sync call costs above the bare engine call,
+the gain of a client that keeps its connection, and whether all ways give the same losses.
 
     python tests/benchmarks/quickref.py --model tiny
     python tests/benchmarks/quickref.py --model default --model-folder PATH
@@ -61,13 +63,20 @@ def timed(work: Callable[[], list[float]]) -> Timed:
 
 
 class Client:
-    """The quick reference's client: ``requests.post``, one connection per call."""
+    """The quick reference's client: ``requests.post``, one connection per call.
 
-    def __init__(self, server: Server) -> None:
+    With a session it is ``session.post``, which keeps its connection.
+    """
+
+    def __init__(self, server: Server, session: requests.Session | None = None) -> None:
         self._server = server
+        self._http: Any = session or requests  # the module has the same verbs
 
     def post(self, path: str, **body: Any) -> requests.Response:
-        return requests.post(f"{self._server.url}{path}", json=body, timeout=300)
+        answer: requests.Response = self._http.post(
+            f"{self._server.url}{path}", json=body, timeout=300
+        )
+        return answer
 
     def forward_backward(self, path: str, batch: Batch) -> Any:
         answer = self.post(path, model_id=MODEL_ID, data=batch, loss_fn="cross_entropy")
@@ -76,7 +85,7 @@ class Client:
 
     def nothing(self) -> list[float]:
         """What a call costs that reaches neither database nor worker."""
-        requests.get(f"{self._server.url}/healthz", timeout=300).raise_for_status()
+        self._http.get(f"{self._server.url}/healthz", timeout=300).raise_for_status()
         return []
 
     def sync(self) -> list[float]:
@@ -152,8 +161,13 @@ def take_one_step(client: Client, bare: Bare) -> None:
     bare.step(rate)
 
 
-def compare(report: Report, name: str, client: Client, bare: Bare, repetitions: int) -> None:
-    """Sync, async and the engine alone, interleaved; the first round only warms up."""
+def compare(
+    report: Report, name: str, client: Client, keeping: Client, bare: Bare, repetitions: int
+) -> None:
+    """Sync, async and the engine alone, interleaved; the first round only warms up.
+
+    ``client`` makes a connection per call, ``keeping`` keeps its one.
+    """
     ways: dict[str, Callable[[], list[float]]] = {
         "engine, five separate passes": bare.separate,
         "sync, one after another": client.sync,
@@ -162,14 +176,22 @@ def compare(report: Report, name: str, client: Client, bare: Bare, repetitions: 
             client.get_future_sleeping
         ),
         "engine, one merged pass": bare.merged,
+        "sync, connection kept": keeping.sync,
+        "async, connection kept": lambda: keeping.submitted_together(keeping.get_future_waiting),
     }
-    rounds = [{way: timed(work) for way, work in ways.items()} for _ in range(repetitions + 1)][1:]
+    idle = "five calls that ask for nothing"
+    rounds = []
+    for _ in range(repetitions + 1):
+        done = {way: timed(work) for way, work in ways.items()}
+        done[idle] = timed(lambda: [loss for _ in BATCHES for loss in client.nothing()])
+        rounds.append(done)
+    del rounds[0]
 
     def ratio(slow: str, fast: str) -> list[float]:
         return [item[slow].seconds / item[fast].seconds for item in rounds]
 
-    separate, sync, waiting, sleeping, merged = ways
-    for way in ways:
+    separate, sync, waiting, sleeping, merged, kept_sync, kept_async = ways
+    for way in (*ways, idle):
         report.add(f"{name}: {way}", [item[way].seconds for item in rounds], unit="s")
     limit = ratio(separate, merged)
     gain = ratio(sync, waiting)
@@ -181,11 +203,21 @@ def compare(report: Report, name: str, client: Client, bare: Bare, repetitions: 
         goal=at_least(3.0) if name == "tiny" else None,
     )
     report.add(f"{name}: gain of async, retrieved word for word", ratio(sync, sleeping), unit="x")
+    report.add(f"{name}: gain of async, connection kept", ratio(kept_sync, kept_async), unit="x")
     report.add(
         f"{name}: share of the limit reached",
         [one / other for one, other in zip(gain, limit, strict=True)],
         unit="x",
         goal=at_least(0.9),
+    )
+    report.add(
+        f"{name}: gain of a server that costs nothing, with these calls",
+        [
+            (item[idle].seconds + item[separate].seconds)
+            / (2 * item[idle].seconds + item[merged].seconds)
+            for item in rounds
+        ],
+        unit="x",
     )
     differences = [
         max(
@@ -253,7 +285,9 @@ def main() -> None:
             use_database_of(server)
             client, bare = Client(server), Bare(bare_engine(folder))
             take_one_step(client, bare)
-            compare(report, model, client, bare, options.repetitions)
+            with requests.Session() as session:
+                keeping = Client(server, session)
+                compare(report, model, client, keeping, bare, options.repetitions)
             overhead(report, model, client, bare, options.pairs)
     report.finish(options.results)
 
