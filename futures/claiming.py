@@ -16,8 +16,10 @@ In which order
 How many
     A prefix of that order within the budgets of futures and cost, and at least one.
 Suspects
-    A future whose worker died while it ran may be what killed it. While one may run, it is
-    claimed alone, and only by a worker that holds nothing else.
+    A future whose worker crashed while it ran may be what brought it down. While one may run, it
+    is claimed alone, and only by a worker that holds nothing else. One that was suspected only
+    once and has run for ``SUSPECT_SECONDS`` since, a long sample say, is trusted again: others may
+    join it. If that was a mistake, the next crash makes it run alone to its end.
 """
 
 from __future__ import annotations
@@ -34,6 +36,12 @@ from futures.models import Future, Worker
 MIN_WINDOW, MAX_WINDOW = 32, 256
 """Rows of one lane (or, without lane, of one owner) that a claim looks at: as many as it may
 take, within these bounds. So its work does not grow with what waits in a lane."""
+
+SUSPECT_INTERRUPTIONS = 3
+"""Workers ended from outside while a future ran, after which that is held against it."""
+
+SUSPECT_SECONDS = 5
+"""How long a future that is suspected for the first time makes everybody wait."""
 
 MAX_SERVED = 1000
 """Owners of whom a worker remembers when it served them; who is forgotten comes first."""
@@ -58,8 +66,14 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
     WHERE id = %(worker_id)s AND state IN ('starting', 'live')
     FOR NO KEY UPDATE
 ), held AS MATERIALIZED (
-    SELECT count(*) > 0 AS holds, coalesce(bool_or(attempts > 0), false) AS suspect
-    FROM futures_future WHERE worker_id = %(worker_id)s AND state = 'running'
+    SELECT coalesce(bool_or(NOT is_trusted_again), false) AS holds,
+        coalesce(bool_or({is_suspect} AND NOT is_trusted_again), false) AS suspect
+    FROM (
+        SELECT *, {is_suspect} AND attempts <= 1 AND interruptions <= %(interruptions)s
+            AND started_at < statement_timestamp() - make_interval(secs => %(suspect_seconds)s)
+            AS is_trusted_again
+        FROM futures_future WHERE worker_id = %(worker_id)s AND state = 'running'
+    ) AS running
 ), may_claim AS MATERIALIZED (
     SELECT FROM epoch, held WHERE NOT held.suspect
 ), rung AS (
@@ -90,13 +104,13 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
 ), stretch AS MATERIALIZED (                                                              -- 2
     SELECT * FROM (
         SELECT l.id AS lane_id, true AS ordered, l.next_seq_id, f.id, l.owner_id, f.seq_id,
-            f.state, f.cost, f.attempts,
+            f.state, f.cost, f.is_suspect,
             max(f.created_at) OVER (PARTITION BY l.id ORDER BY f.seq_id) AS runnable_at,
             row_number() OVER (PARTITION BY l.id ORDER BY f.seq_id) - 1 AS position
         FROM lane_with_work
         JOIN futures_lane AS l ON l.id = lane_with_work.lane_id AND l.ordered
         CROSS JOIN LATERAL (
-            SELECT id, seq_id, state, cost, attempts, created_at
+            SELECT id, seq_id, state, cost, {is_suspect} AS is_suspect, created_at
             FROM futures_future
             WHERE lane_id = l.id AND seq_id >= l.next_seq_id
             ORDER BY seq_id LIMIT %(window)s
@@ -104,22 +118,22 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
     ) AS looked_at
     WHERE seq_id = next_seq_id + position
 ), runnable AS MATERIALIZED (                                                             -- 3
-    SELECT id, lane_id, ordered, owner_id, seq_id, cost, attempts, runnable_at
+    SELECT id, lane_id, ordered, owner_id, seq_id, cost, is_suspect, runnable_at
     FROM stretch WHERE state = 'pending'
     UNION ALL
-    SELECT f.id, l.id, false, l.owner_id, f.seq_id, f.cost, f.attempts, f.created_at
+    SELECT f.id, l.id, false, l.owner_id, f.seq_id, f.cost, f.is_suspect, f.created_at
     FROM lane_with_work
     JOIN futures_lane AS l ON l.id = lane_with_work.lane_id AND NOT l.ordered
     CROSS JOIN LATERAL (
-        SELECT id, seq_id, cost, attempts, created_at FROM futures_future
+        SELECT id, seq_id, cost, {is_suspect} AS is_suspect, created_at FROM futures_future
         WHERE queue = %(queue)s AND state = 'pending' AND lane_id = l.id
         ORDER BY seq_id LIMIT %(window)s
     ) AS f
     UNION ALL
-    SELECT f.id, NULL, false, f.owner_id, NULL, f.cost, f.attempts, f.created_at
+    SELECT f.id, NULL, false, f.owner_id, NULL, f.cost, f.is_suspect, f.created_at
     FROM owner_without_lane
     CROSS JOIN LATERAL (
-        SELECT id, owner_id, cost, attempts, created_at FROM futures_future
+        SELECT id, owner_id, cost, {is_suspect} AS is_suspect, created_at FROM futures_future
         WHERE queue = %(queue)s AND state = 'pending' AND lane_id IS NULL
             AND owner_id = owner_without_lane.owner_id
         ORDER BY created_at LIMIT %(window)s
@@ -138,7 +152,7 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
         ) AS in_turns
     ) AS placed
 ), suspect AS (                                                                           -- 5
-    SELECT id, lane_id, ordered FROM in_order WHERE attempts > 0 ORDER BY place LIMIT 1
+    SELECT id, lane_id, ordered FROM in_order WHERE is_suspect ORDER BY place LIMIT 1
 ), chosen AS MATERIALIZED (
     (SELECT in_order.id, in_order.place
      FROM in_order JOIN suspect
@@ -181,6 +195,7 @@ ORDER BY chosen.place
 """
 _COLUMNS = tuple(column.attname for column in Future._meta.concrete_fields)
 _CLAIM = _CLAIM.replace("{columns}", ", ".join(f"claimed.{column}" for column in _COLUMNS))
+_CLAIM = _CLAIM.replace("{is_suspect}", "(attempts > 0 OR interruptions >= %(interruptions)s)")
 _FACTS = 3  # about the claim as a whole, in front of each row's columns
 _ID = _FACTS + _COLUMNS.index("id")
 _SUMMARY = _FACTS + _COLUMNS.index("summary")
@@ -212,6 +227,8 @@ def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Fut
                 "max_futures": max_futures,
                 "max_cost": max_cost,
                 "served": list(worker.owners_served),
+                "interruptions": SUSPECT_INTERRUPTIONS,
+                "suspect_seconds": SUSPECT_SECONDS,
             },
         )
         is_live, moved, worker.more_waits = rows[0][:_FACTS]

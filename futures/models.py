@@ -148,8 +148,12 @@ class Future(models.Model):
     error_code = models.CharField(max_length=60, blank=True, default="")
     """Class name of the domain error."""
     attempts = models.SmallIntegerField(default=0)
-    """Workers that ended while it ran; one makes it run alone, and then each end counts. A crash
-    that brings them to three fails it, any end that brings them to ten too."""
+    """Workers that crashed while it ran; one makes it run alone, and the third that it brings
+    down alone fails it."""
+    interruptions = models.SmallIntegerField(default=0, db_default=0)
+    """Workers that were ended from outside while it ran. Nothing speaks against it; but what ends
+    the whole machine looks just like this, so from the third on it runs alone, and the tenth
+    fails it."""
     worker = models.ForeignKey(
         Worker, null=True, blank=True, on_delete=models.PROTECT, db_index=False
     )

@@ -25,11 +25,11 @@ from futures.models import Worker
 from futures.notify import notify_bell, notify_finished
 
 MAX_ATTEMPTS = 3
-"""Ends of workers, of any kind, after which a crash under a future fails it by name."""
+"""Crashes of workers after which the last one, under a future that ran alone, fails it by name."""
 
 MAX_INTERRUPTIONS = 10
-"""Workers that may be ended from outside while a future runs alone. Nothing speaks against it,
-but what ends the whole machine each time looks just like this, and must not go on for ever."""
+"""The same for workers that were ended from outside. Nothing speaks against the future, but what
+ends the whole machine each time looks just like this, and must not go on for ever."""
 
 CRASHED = "This request stopped the worker %d times, so it is not tried again."
 
@@ -39,20 +39,24 @@ _PATIENCE_SECONDS = 5.0
 _OPEN = (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
 
 # Of what the queue's former epochs hold, nothing is visible yet: all of it waits again, except
-# what has now stopped too many workers. A worker's end says little of each of many that it held,
-# so those only become suspects, which run alone; from then on an end counts.
+# what has now stopped too many workers. A crash says little of each of many futures that ran, so
+# it makes them suspects, which run alone; only one that ran alone is failed.
 _TAKE_OVER = """
 WITH held AS (
-    SELECT id, CASE WHEN count(*) OVER () = 1 THEN attempts + 1 ELSE greatest(attempts, 1) END
-        AS attempts
+    SELECT id, count(*) OVER () = 1 AS was_alone,
+        attempts + %(crashed)s::int AS attempts,
+        interruptions + (NOT %(crashed)s)::int AS interruptions
     FROM futures_future
     WHERE state = 'running'
         AND worker_id IN (SELECT id FROM futures_worker WHERE queue = %(queue)s)
 ), judged AS (
-    SELECT id, attempts, attempts >= %(limit)s AS is_spent FROM held
+    SELECT id, attempts, interruptions, was_alone AND CASE WHEN %(crashed)s
+        THEN attempts >= %(max_attempts)s ELSE interruptions >= %(max_interruptions)s
+    END AS is_spent
+    FROM held
 ), taken AS (
     UPDATE futures_future AS f
-    SET attempts = judged.attempts,
+    SET attempts = judged.attempts, interruptions = judged.interruptions,
         state = CASE WHEN is_spent THEN 'failed' ELSE 'pending' END,
         worker_id = CASE WHEN is_spent THEN worker_id END,
         started_at = CASE WHEN is_spent THEN started_at END,
@@ -134,16 +138,16 @@ def worker_start(
 ) -> Worker:
     """Begin a worker's life as the only one of its queue, and recover from the last one.
 
-    What the last one held is pending again: as suspects if it was several futures, with one
-    attempt more if it was one, which is failed by name at the third crash. The doorbells it had
-    locked are replaced by a fresh one. The worker returned holds the queue's lock until
-    ``worker_stop`` or the end of the process.
+    What the last one held is pending again: with one attempt more if it crashed, which makes it
+    suspect, else with one interruption more. One that it ran alone is failed by name if that is
+    the third, or the tenth. The doorbells it had locked are replaced by a fresh one. The worker
+    returned holds the queue's lock until ``worker_stop`` or the end of the process.
 
     Args:
         queue: Whose futures it runs.
         figures: What it has to say of itself.
         crashed: Asked about a last worker that did not stop: False if it is known that nothing
-            it did ended it, so that a future may be interrupted more often.
+            it did ended it, so that its futures are no suspects.
 
     Raises:
         QueueTaken: Another live process serves the queue.
@@ -152,9 +156,19 @@ def worker_start(
     try:
         with transaction.atomic(using=alias()):
             last = Worker.objects.filter(queue=queue, state__in=_OPEN)
-            limit = MAX_ATTEMPTS if any(crashed(worker) for worker in last) else MAX_INTERRUPTIONS
+            has_crashed = any(crashed(worker) for worker in last)
             last.update(state=Worker.WorkerState.LOST, stopped_at=timezone.now())
-            failed = execute(_TAKE_OVER, {"queue": queue, "limit": limit, "error": CRASHED % limit})
+            limit = MAX_ATTEMPTS if has_crashed else MAX_INTERRUPTIONS
+            failed = execute(
+                _TAKE_OVER,
+                {
+                    "queue": queue,
+                    "crashed": has_crashed,
+                    "max_attempts": MAX_ATTEMPTS,
+                    "max_interruptions": MAX_INTERRUPTIONS,
+                    "error": CRASHED % limit,
+                },
+            )
             notify_finished(request_id for (request_id,) in failed)
             worker = Worker.objects.create(
                 queue=queue, hostname=socket.gethostname(), pid=os.getpid(), figures=dict(figures)

@@ -1,21 +1,31 @@
-"""Whose worker died while it ran is run alone, and nobody waits for it longer than that."""
+"""Whose worker crashed while it ran is run alone, and nobody waits for it longer than needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
+from django.utils import timezone
 
+from futures.claiming import SUSPECT_INTERRUPTIONS, SUSPECT_SECONDS
 from futures.models import Future, Lane, Worker
-from tests.futures.conftest import SubmitFactory, finish
+from futures.workers import MAX_ATTEMPTS
+from tests.futures.conftest import SubmitFactory, finish, kill
 from tests.futures.test_claim import claim, keys
 
 pytestmark = pytest.mark.django_db
 
 
 def suspect(*futures: Future) -> None:
-    """As if a worker had died while these ran."""
+    """As if a worker had crashed while these ran."""
     Future.objects.filter(pk__in=keys(futures)).update(attempts=1)
+
+
+def run_for_a_while(future: Future) -> None:
+    """As if it had begun so long ago that it is trusted again, if it ever is."""
+    long_ago = timezone.now() - timedelta(seconds=SUSPECT_SECONDS + 1)
+    Future.objects.filter(pk=future.pk, state="running").update(started_at=long_ago)
 
 
 def test_a_suspect_is_claimed_alone(
@@ -62,6 +72,60 @@ def test_a_suspect_waits_until_the_worker_holds_nothing(
     assert worker.more_waits
     finish(worker, *held)
     assert keys(claim(worker)) == [suspicious.pk]
+
+
+@pytest.mark.parametrize("history", [{"attempts": 1}, {"interruptions": SUSPECT_INTERRUPTIONS}])
+def test_who_has_run_for_some_seconds_after_a_first_suspicion_is_trusted_again(
+    history: dict[str, int], submit: SubmitFactory, worker: Worker
+) -> None:
+    long, next_suspect = submit(), submit()
+    Future.objects.filter(pk__in=keys([long, next_suspect])).update(**history)
+    other = submit()
+    assert keys(claim(worker)) == [long.pk]
+    assert claim(worker) == []
+    run_for_a_while(long)
+
+    assert keys(claim(worker)) == [next_suspect.pk], "it was not alone with the other yet"
+    assert claim(worker) == []
+    run_for_a_while(next_suspect)
+    assert keys(claim(worker)) == [other.pk]
+
+
+@pytest.mark.parametrize("history", [{"attempts": 2}, {"interruptions": SUSPECT_INTERRUPTIONS + 1}])
+def test_who_is_suspected_again_runs_alone_to_its_end(
+    history: dict[str, int], submit: SubmitFactory, worker: Worker
+) -> None:
+    suspicious = submit()
+    Future.objects.filter(pk=suspicious.pk).update(**history)
+    submit()
+    running = claim(worker)
+    run_for_a_while(suspicious)
+
+    assert claim(worker) == []
+    finish(worker, *running)
+    assert len(claim(worker)) == 1
+
+
+def test_a_poisonous_future_that_takes_its_time_is_found_out(
+    submit: SubmitFactory, worker_factory: Callable[..., Worker]
+) -> None:
+    """It brings workers down only when it has long been trusted again."""
+    poison, others = submit(), [submit() for _ in range(2)]
+    company = []
+    for _ in range(MAX_ATTEMPTS):
+        worker = worker_factory()
+        claim(worker)
+        run_for_a_while(poison)
+        claim(worker)
+        company.append(Future.objects.filter(state="running").exclude(pk=poison.pk).count())
+        kill(worker)
+    worker_factory()
+
+    assert company == [2, 1, 0]
+    poison.refresh_from_db()
+    assert (poison.state, poison.error_code) == ("failed", "CrashedWorker")
+    spared = Future.objects.filter(pk__in=keys(others))
+    assert set(spared.values_list("state", flat=True)) == {"pending"}
 
 
 def test_a_suspect_that_may_not_run_yet_holds_nobody_up(

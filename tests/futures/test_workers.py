@@ -13,7 +13,7 @@ from django_q.models import OrmQ
 
 from futures import workers
 from futures.broker import PostgresBroker
-from futures.claiming import future_claim
+from futures.claiming import SUSPECT_INTERRUPTIONS, future_claim
 from futures.database import dedicated_parameters
 from futures.errors import Fenced, QueueTaken
 from futures.models import Future, Lane, Worker
@@ -118,7 +118,8 @@ def test_ends_of_workers_that_held_others_too_fail_nothing(
     submit: SubmitFactory, lane_factory: Callable[..., Lane], worker_factory: Callable[..., Worker]
 ) -> None:
     futures = [submit(lane_factory()) for _ in range(2)]
-    for _ in range(2 * MAX_ATTEMPTS):
+    ends = 2 * MAX_ATTEMPTS
+    for _ in range(ends):
         worker = worker_factory()
         # As if both were claimed before either was suspected.
         Future.objects.update(state="running", worker=worker, started_at=timezone.now())
@@ -126,7 +127,7 @@ def test_ends_of_workers_that_held_others_too_fail_nothing(
     worker_factory()
 
     rows = Future.objects.filter(pk__in=[future.pk for future in futures])
-    assert set(rows.values_list("state", "attempts")) == {("pending", 1)}
+    assert set(rows.values_list("state", "attempts")) == {("pending", ends)}
 
 
 def test_a_worker_ended_from_outside_speaks_against_its_future_only_in_the_long_run(
@@ -143,6 +144,20 @@ def test_a_worker_ended_from_outside_speaks_against_its_future_only_in_the_long_
 
     assert states == ["pending"] * MAX_INTERRUPTIONS + ["failed"]
     assert f"{MAX_INTERRUPTIONS} times" in future.error
+    assert (future.attempts, future.interruptions) == (0, MAX_INTERRUPTIONS)
+
+
+def test_what_ran_when_a_worker_was_ended_from_outside_is_no_suspect_at_first(
+    submit: SubmitFactory, lane_factory: Callable[..., Lane]
+) -> None:
+    futures = [submit(lane_factory()) for _ in range(2)]
+    claimed = []
+    for _ in range(SUSPECT_INTERRUPTIONS + 1):
+        worker = worker_start(queue=QUEUE, figures={}, crashed=lambda before: False)
+        claimed.append(len(claim(worker)))
+        kill(worker)
+
+    assert claimed == [len(futures)] * SUSPECT_INTERRUPTIONS + [1]
 
 
 def test_the_next_worker_judges_the_last_one_and_no_other(

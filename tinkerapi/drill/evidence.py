@@ -38,7 +38,7 @@ WHERE future.finished_at IS NOT NULL ORDER BY future.finished_at
 
 _FIGURES = """
 SELECT (SELECT count(*) FROM futures_worker),
-    (SELECT count(*) FROM futures_future WHERE attempts > 0)
+    (SELECT count(*) FROM futures_future WHERE attempts + interruptions > 0)
 """
 
 
