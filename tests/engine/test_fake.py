@@ -110,7 +110,7 @@ def test_a_step_that_would_not_be_finite_changes_nothing(fake, make_fake_datum):
     fake.forward_backward([job("a", make_fake_datum(5))])
     before = fake.adapter_state("a")
     with pytest.raises(NonFiniteResult):
-        fake.optim_step("a", AdamParams(learning_rate=1e39))
+        fake.optim_step("a", AdamParams(learning_rate=1e30, weight_decay=1e30))
     assert_same_state(fake.adapter_state("a"), before)
 
 

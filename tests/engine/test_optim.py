@@ -99,6 +99,23 @@ def test_a_step_that_would_not_be_finite_changes_nothing(adapter, value):
         np.testing.assert_array_equal(was.numpy(), now.numpy())
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        AdamParams(learning_rate=1e38),  # divided by 1 - beta1
+        AdamParams(learning_rate=1e30, weight_decay=1e30),
+        AdamParams(eps=3e38, learning_rate=1e38, beta1=0.999),
+    ],
+)
+def test_numbers_that_are_too_large_together_change_nothing(adapter, params):
+    adapter.grad.flat.fill_(0.5)
+    before = state_of(adapter)
+    with pytest.raises(NonFiniteResult):
+        adamw_step(adapter, params)
+    for was, now in zip(before, state_of(adapter), strict=True):
+        np.testing.assert_array_equal(was.numpy(), now.numpy())
+
+
 def test_clipping_tames_a_gradient_whose_square_would_overflow(adapter):
     adapter.grad.flat.fill_(1e30)
     output = adamw_step(adapter, AdamParams(grad_clip_norm=1.0))

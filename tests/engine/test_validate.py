@@ -104,6 +104,7 @@ def test_a_wrong_model_input_is_refused_by_name(model_input, message, make_datum
         ("ppo", {"clip": 0.2}, "loss_fn_config.clip: unknown for ppo; expected clip_low"),
         ("dro", {}, "loss_fn_config.beta: this field is required for dro"),
         ("dro", {"beta": float("nan")}, "loss_fn_config.beta: nan is not finite"),
+        ("dro", {"beta": 1e300}, "loss_fn_config.beta: 1e+300 is not a number that a float32 can"),
         ("ppo", {"clip_low_threshold": 1.5}, "loss_fn_config.clip_low_threshold: 1.5 is above"),
     ],
 )
@@ -144,6 +145,11 @@ def test_evaluating_needs_no_weights(make_datum, tiny_info):
     [
         ({"learning_rate": -1.0}, "adam_params.learning_rate"),
         ({"learning_rate": float("nan")}, "adam_params.learning_rate"),
+        (
+            {"learning_rate": 1e300},
+            "adam_params.learning_rate: 1e.300 is not a number that a",
+        ),
+        ({"weight_decay": 1e40}, "adam_params.weight_decay: 1e.40 is not a number that a float32"),
         ({"beta1": 1.0}, "adam_params.beta1"),
         ({"beta2": -0.1}, "adam_params.beta2"),
         ({"eps": float("inf")}, "adam_params.eps"),
@@ -161,6 +167,7 @@ def test_a_wrong_optimizer_parameter_is_refused_by_name(change, message):
     [
         (LoraConfig(rank=0), "rank: 0"),
         (LoraConfig(alpha=float("inf")), "alpha: inf"),
+        (LoraConfig(alpha=1e308), "alpha: 1e.308 is not a number that a float32 can hold"),
         (LoraConfig(train_attn=False, train_mlp=False, train_unembed=False), "at least one"),
     ],
 )

@@ -12,11 +12,14 @@ import math
 import torch
 
 from training.engine.adapters import Adapter, AdapterTensors, all_finite
+from training.engine.validate import LARGEST
 from training.errors import NonFiniteResult
 from training.types import AdamParams, OptimStepOutput
 
 CLIP_EPS = 1e-6
 """clip_grad_norm_ adds it to the norm that it divides by."""
+
+_WEIGHTS_OVERFLOW = "The new weights would not be finite; nothing was changed."
 
 
 @torch.no_grad()
@@ -41,15 +44,18 @@ def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
     if params.grad_clip_norm > 0:
         grad = grad * min(1.0, params.grad_clip_norm / (grad_norm + CLIP_EPS))
     step = adapter.step + 1
+    step_size = params.learning_rate / (1 - params.beta1**step)
+    decay = params.learning_rate * params.weight_decay
+    if not max(step_size, decay) <= LARGEST:
+        raise NonFiniteResult(_WEIGHTS_OVERFLOW)
     exp_avg = torch.lerp(adapter.exp_avg, grad, 1 - params.beta1)
     exp_avg_sq = adapter.exp_avg_sq * params.beta2
     exp_avg_sq.addcmul_(grad, grad, value=1 - params.beta2)
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - params.beta2**step)).add_(params.eps)
-    weights = adapter.weights.flat * (1 - params.learning_rate * params.weight_decay)
-    step_size = params.learning_rate / (1 - params.beta1**step)
+    weights = adapter.weights.flat * (1 - decay)
     weights.addcdiv_(exp_avg, denominator, value=-step_size)
     if not all_finite(weights, exp_avg, exp_avg_sq):
-        raise NonFiniteResult("The new weights would not be finite; nothing was changed.")
+        raise NonFiniteResult(_WEIGHTS_OVERFLOW)
     no_grad = AdapterTensors(adapter.layout, torch.zeros_like(weights))
     # From here on nothing is allocated, so nothing can fail half-way.
     adapter.weights, adapter.grad = AdapterTensors(adapter.layout, weights), no_grad

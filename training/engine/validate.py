@@ -25,6 +25,8 @@ from training.loss_fns import (
 )
 from training.types import AdamParams, Datum, LoraConfig
 
+LARGEST = float(np.finfo(np.float32).max)
+
 MAX_CUSTOM_STEPS = 100_000
 """Nodes of a custom loss times datums; a step on a few numbers takes about 100 microseconds."""
 
@@ -45,6 +47,8 @@ def check_job(job: ForwardBackwardJob, info: BaseModelInfo) -> dict[str, float]:
         _check_custom_job(job, job.custom_loss, info)
         return {}
     config = complete_config(job.loss_fn, job.loss_fn_config)
+    for name, value in config.items():
+        _check_fits(f"loss_fn_config.{name}", value)
     for i, datum in enumerate(job.data):
         _check_datum(f"data[{i}]", datum, job, config, info)
     return config
@@ -179,15 +183,21 @@ def check_lora_config(config: LoraConfig) -> None:
     """Refuse a shape that no adapter can have.
 
     Raises:
-        InvalidRequest: The rank is not positive, alpha is not a number, or nothing is trained.
+        InvalidRequest: The rank is not positive, alpha is no number of float32, or nothing is
+            trained.
     """
     if config.rank < 1:
         raise InvalidRequest(f"rank: {config.rank} is not at least 1")
-    if not math.isfinite(config.alpha):
-        raise InvalidRequest(f"alpha: {config.alpha} is not finite")
+    _check_fits("alpha", config.alpha)
     trains = config.train_attn or config.train_mlp or config.train_unembed
     if config.target_modules is None and not trains:
         raise InvalidRequest("train_attn, train_mlp, train_unembed: at least one must be true")
+
+
+def _check_fits(where: str, value: float) -> None:
+    """torch refuses to multiply by what its tensors cannot hold, after the work has begun."""
+    if not (math.isfinite(value) and abs(value) <= LARGEST):
+        raise InvalidRequest(f"{where}: {value} is not a number that a float32 can hold")
 
 
 def check_adam_params(params: AdamParams) -> None:
@@ -198,8 +208,9 @@ def check_adam_params(params: AdamParams) -> None:
     """
     for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
         value = getattr(params, name)
-        if not (math.isfinite(value) and value >= 0):
+        if not value >= 0:
             raise InvalidRequest(f"adam_params.{name}: {value} is not a number of at least 0")
+        _check_fits(f"adam_params.{name}", value)
     for name in ("beta1", "beta2"):
         value = getattr(params, name)
         if not 0 <= value < 1:
