@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     Gemma2Config,
+    GPT2Config,
     GraniteConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -103,3 +110,53 @@ def test_a_model_says_what_it_is(tied_base_model, untied_base_model, tied_folder
     head = VOCAB_SIZE * 16
     assert untied_base_model.info.num_parameters == info.num_parameters + head
     assert tied_base_model.end_token_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    "lost", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
+def test_a_folder_that_lacks_weights_is_refused(lost, untied_folder, tmp_path):
+    folder = shutil.copytree(untied_folder, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelNotFound, match=f"its files lack {lost}, or"):
+        load_base_model(str(folder), dtype="float32", device="cpu")
+
+
+def test_a_tied_head_is_no_missing_weight(tied_folder):
+    assert "lm_head.weight" not in load_file(tied_folder / "model.safetensors")
+    assert load_base_model(str(tied_folder)).head_name == "lm_head"
+
+
+def test_a_weight_of_another_shape_is_refused(untied_folder, tmp_path):
+    folder = shutil.copytree(untied_folder, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:8].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelNotFound, match=r"model\.norm\.weight"):
+        load_base_model(str(folder), dtype="float32", device="cpu")
+
+
+def test_an_encoder_is_refused_as_incomplete(tmp_path):
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(BaseModelNotFound, match="is not a complete causal language model"):
+        load_base_model(str(tmp_path), dtype="float32", device="cpu")
+
+
+def test_layers_that_no_adapter_could_reach_are_refused_by_name(tmp_path):
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    folder = save(config, tmp_path)
+    with pytest.raises(BaseModelNotFound, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D"):
+        load_base_model(folder, dtype="float32", device="cpu")
+    experts = MixtralConfig(**SHAPE, num_local_experts=2)
+    with pytest.raises(BaseModelNotFound, match="adapters are for linear layers"):
+        load_base_model(save(experts, tmp_path / "experts"), dtype="float32", device="cpu")

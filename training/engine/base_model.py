@@ -7,9 +7,10 @@ silently leave out (a scaled or capped output head, another attention) is refuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,18 +129,19 @@ def load_base_model(
         dtype: ``auto`` is bfloat16 where the device computes it natively, else float32.
 
     Raises:
-        BaseModelNotFound: The folder cannot be read, or holds a model whose output head or
-            attention we do not compute as it does.
+        BaseModelNotFound: The folder cannot be read or lacks weights, or holds a model whose
+            layers, output head or attention we do not compute as it does.
     """
     _require_model_folder(path)
     torch_device = torch.device(_choose_device(device))
     torch_dtype = _choose_dtype(dtype, torch_device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        model, loaded = _load(path, torch_dtype)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise BaseModelNotFound(f"No model can be read from {path}: {first_line}") from error
+    _require_all_weights(path, loaded)
     nn.Module.to(model, device=torch_device)  # transformers' override has lost its signature
     model.eval().requires_grad_(False)
     expected = _probe_stock(model)
@@ -160,7 +162,42 @@ def _require_model_folder(path: str) -> None:
         raise BaseModelNotFound(f"There is no model folder at {path}.")
 
 
+def _load(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of its weights."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )  # typed as the model alone
+    model, info = loaded
+    return model, info
+
+
+def _require_all_weights(path: str, loaded: Mapping[str, Any]) -> None:
+    """transformers draws at random what it does not find or what does not fit, and logs that."""
+    wrong = {str(key) for key in loaded["missing_keys"]}
+    wrong |= {str(key) for key, *_ in loaded["mismatched_keys"]}
+    if wrong:
+        first, *others = sorted(wrong)
+        more = f" and {len(others)} more" if others else ""
+        raise BaseModelNotFound(
+            f"{path} is not a complete causal language model: its files lack {first}{more}, or"
+            " have it in another shape."
+        )
+
+
+def _require_known_layers(model: PreTrainedModel, name: str) -> None:
+    """Refuse matrices that no adapter could reach: training would leave them out silently."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+            raise BaseModelNotFound(
+                f"{name} cannot be served: its layer {module_name} is a {type(module).__name__},"
+                " and adapters are for linear layers."
+            )
+
+
 def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> BaseModel:
+    _require_known_layers(model, name)
     num_parameters = model.num_parameters()
     model.set_attn_implementation(ATTENTION_NAME)
     holder = ContextHolder()
