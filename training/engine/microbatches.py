@@ -111,33 +111,19 @@ def plan_micro_batches(jobs: Sequence[PlannedJob], token_budget: int) -> list[Mi
 
 
 def _make_batch(pieces: Sequence[Piece]) -> MicroBatch:
-    datums: list[PackedDatum] = []
-    part_rows: list[tuple[int, int]] = []
-    num_rows = num_tokens = 0
-    for piece in pieces:
-        paths = [item.path for item in piece.items]
-        laid_out = lay_out([item.num_tokens for item in piece.items], paths, num_rows)
-        for item, stretches in zip(piece.items, laid_out, strict=True):
-            datums.append(
-                PackedDatum(
-                    planned=item.planned, index=item.index, start=num_tokens, stretches=stretches
-                )
-            )
-            num_tokens += item.num_tokens
-        part_rows.append((num_rows, num_rows + piece.num_rows))
-        num_rows += piece.num_rows
-    targets, inputs = _loss_inputs(datums)
+    datums, part_rows = _packed(pieces)
     rows = np.concatenate([np.arange(s.start, s.end) for p in datums for s in p.stretches])  # (N,)
+    targets, inputs = _loss_inputs(datums)
     scored, places = _scored_tokens(rows, targets)
-    padding = max(0, MIN_ROWS - num_rows)
     stretches = list(dict.fromkeys(stretch for packed in datums for stretch in packed.stretches))
-    tokens = np.zeros(num_rows + padding, np.int64)
+    num_rows = stretches[-1].end
+    if num_rows < MIN_ROWS:
+        stretches.append(Stretch(start=num_rows, length=MIN_ROWS - num_rows))
+    tokens = np.zeros(stretches[-1].end, np.int64)
     for packed in datums:
         for stretch in packed.stretches:
             own = slice(stretch.num_before, stretch.num_keys)
             tokens[stretch.start : stretch.end] = packed.datum.model_input[own]
-    if padding:
-        stretches.append(Stretch(start=num_rows, length=padding))
     return MicroBatch(
         datums=datums,
         part_spans=[
@@ -153,6 +139,26 @@ def _make_batch(pieces: Sequence[Piece]) -> MicroBatch:
         places=places,
         inputs=inputs,
     )
+
+
+def _packed(pieces: Sequence[Piece]) -> tuple[list[PackedDatum], list[tuple[int, int]]]:
+    """Every datum with its rows and tokens, and which rows are each piece's."""
+    datums: list[PackedDatum] = []
+    part_rows: list[tuple[int, int]] = []
+    first_row = first_token = 0
+    for piece in pieces:
+        lengths = [item.num_tokens for item in piece.items]
+        laid_out = lay_out(lengths, [item.path for item in piece.items], first_row)
+        for item, stretches in zip(piece.items, laid_out, strict=True):
+            datums.append(
+                PackedDatum(
+                    planned=item.planned, index=item.index, start=first_token, stretches=stretches
+                )
+            )
+            first_token += item.num_tokens
+        part_rows.append((first_row, first_row + piece.num_rows))
+        first_row += piece.num_rows
+    return datums, part_rows
 
 
 def _scored_tokens(
