@@ -11,7 +11,7 @@ from rest_framework.exceptions import APIException
 from rest_framework.test import APIRequestFactory
 
 from futures.errors import FutureError
-from tinkerapi.api.errors import STATUS, exception_handler
+from tinkerapi.api.errors import STATUS, exception_handler, failure_status
 from tinkerapi.api.views import runs
 from training.errors import RunLost, RunNotFound, TrainingError
 
@@ -48,6 +48,19 @@ def test_whose_fault_it_is_comes_from_the_domain_error():
 
     assert response.status_code == 410
     assert b'"category":"server"' in response.content
+
+
+@pytest.mark.parametrize("error", subclasses(TrainingError))
+def test_a_failure_has_the_status_of_its_error_unless_the_server_is_to_blame(error):
+    status = failure_status(error.category, error.__name__)
+
+    assert status == (STATUS[error] if error.category == "user" else 500)
+    assert (status < 500) is (error.category == "user")
+
+
+@pytest.mark.parametrize("category", ["user", "server", "unknown"])
+def test_a_failure_without_a_known_error_is_a_400_only_if_it_is_the_users(category):
+    assert failure_status(category, "") == (400 if category == "user" else 500)
 
 
 def test_an_unplanned_exception_answers_a_log_id_and_none_of_its_text(api, monkeypatch, caplog):

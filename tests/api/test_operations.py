@@ -120,7 +120,9 @@ def test_waiting_addresses_answer_results_in_the_order_of_a_training_step(served
     assert sample["generated_text"] == sample["completions"][0]
 
 
-def test_a_waiting_call_that_fails_answers_what_retrieve_future_answers(served_api):
+def test_a_waiting_call_that_fails_says_what_retrieve_future_says_with_a_status_of_its_own(
+    served_api,
+):
     served_api.post("/api/v1/add_lora", model_id="m", rank=4)
     served_api.post("/api/v1/save_weights", model_id="m", name="taken")
 
@@ -128,12 +130,58 @@ def test_a_waiting_call_that_fails_answers_what_retrieve_future_answers(served_a
     body = failed.json()
     asked_again = served_api.post("/retrieve_future", request_id=body["request_id"])
 
-    assert failed.status_code == asked_again.status_code == 500
+    assert failed.status_code == 409
+    assert asked_again.status_code == 500
     assert body == asked_again.json()
     assert body["detail"].startswith("Job failed: ")
     assert body["category"] == "user"
     assert body["error_code"] == "CheckpointExists"
     assert "Traceback" not in body["detail"]
+
+
+TOO_LONG = {"messages": [{"role": "user", "content": "a" * 600}]}
+DATUM = {"model_input": [1, 2], "loss_fn_inputs": {"target_tokens": [2, 3], "weights": [1, 1]}}
+NO_TOKEN = {**DATUM, "model_input": [1, 70_000]}
+CROSSED = {
+    "target_tokens": [2, 3],
+    "logprobs": [-1, -1],
+    "advantages": [1, 1],
+    "clip_low_threshold": [0.8, 2],
+    "clip_high_threshold": [1.2, 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("forward_backward", {"data": [NO_TOKEN]}, "data[0].model_input[1]: token 70000 is not"),
+        ("forward", {"data": [DATUM, NO_TOKEN]}, "data[1].model_input[1]: token 70000 is not"),
+        (
+            "forward_backward",
+            {"data": [{**DATUM, "loss_fn_inputs": CROSSED}], "loss_fn": "ppo"},
+            "data[0].loss_fn_inputs.clip_low_threshold[1]: above clip_high_threshold",
+        ),
+        ("forward_backward", {"data": HI, "train_on": "assistant"}, "data[0]: train_on: "),
+        ("forward_backward", {"data": [TOO_LONG]}, "data[0]"),
+        ("sample", {"prompt": "a" * 600}, "prompt: 600 tokens"),
+        ("sample", TOO_LONG, "prompt: "),
+    ],
+)
+def test_a_mistake_that_the_worker_finds_is_a_400_of_the_waiting_call(
+    served_api, path, body, sentence
+):
+    served_api.post("/api/v1/add_lora", model_id="m", rank=4)
+
+    answer = served_api.post(f"/api/v1/{path}", model_id="m", **body)
+
+    assert answer.status_code == 400, answer.content
+    error = answer.json()
+    assert set(error) == {"detail", "request_id", "error_code", "category"}
+    assert error["detail"].startswith(f"Job failed: {sentence}"), error["detail"]
+    assert error["category"] == "user"
+    asked_again = served_api.post("/retrieve_future", request_id=error["request_id"])
+    assert asked_again.status_code == 500
+    assert asked_again.json() == error
 
 
 def test_a_waiting_call_past_its_deadline_answers_202_and_nothing_is_lost(

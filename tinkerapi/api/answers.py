@@ -1,7 +1,8 @@
 """Futures as HTTP answers: one form for a waiting call and for ``/retrieve_future``.
 
-A failed future answers 500, although it is a normal outcome: the quick reference's clients
-loop until they see 200 or an error, and this is the error. Asking again gives the same.
+``/retrieve_future`` answers 500 for every failed future, although that is a normal outcome: the
+quick reference's clients loop until they see 200 or an error, and this is the error. Asking again
+gives the same. A waiting call answers with the status that the mistake has wherever it is found.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from futures.places import Place, future_place
 from futures.selectors import QueueState, future_get
 from futures.transitions import State
 from tinkerapi.api.async_view import in_database_thread
-from tinkerapi.api.errors import error_response
+from tinkerapi.api.errors import error_response, failure_status
 from tinkerapi.api.renderers import JSONResponse
 
 RETRY_AFTER_SECONDS = 1
@@ -27,8 +28,11 @@ LARGE_RESULT_BYTES = 64 * 1024
 """Compressed; a larger result is rendered in a thread, so that other waits go on."""
 
 
-def final_answer(future: Future) -> JSONResponse:
+def final_answer(future: Future, is_known: bool) -> JSONResponse:
     """A final future's answer.
+
+    Args:
+        is_known: See ``waited_answer``.
 
     Raises:
         FuturePurged: It was ready, and its result is no longer kept. (410)
@@ -45,7 +49,7 @@ def final_answer(future: Future) -> JSONResponse:
             request_id=future.id,
         )
     return error_response(
-        500,
+        failure_status(future.category, future.error_code) if is_known else 500,
         f"Job failed: {future.error}",
         error_code=future.error_code or "ServerError",
         category=future.category,
@@ -88,7 +92,7 @@ async def waited_answer(
 
     Args:
         is_known: The caller has just submitted it: the answer names it even where Postgres has
-            gone away meanwhile, for it was accepted.
+            gone away meanwhile, for it was accepted; and a failure has a status of its own.
 
     Raises:
         FutureNotFound: The owner has no such future. (404)
@@ -111,5 +115,5 @@ async def waited_answer(
             )
             return _pending(request_id, place, **more)
     if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
-        return await in_database_thread(final_answer, final)
-    return final_answer(final)
+        return await in_database_thread(final_answer, final, is_known)
+    return final_answer(final, is_known)

@@ -19,6 +19,7 @@ from django.views import defaults
 from rest_framework import exceptions
 
 from futures import errors as futures_errors
+from futures.transitions import Category
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.pages import is_page
 from training import errors as training_errors
@@ -60,6 +61,8 @@ STATUS: Mapping[type[Exception], int] = {
 }
 """Domain error class to the status of a request that raises it."""
 
+_STATUS_BY_CODE = {error.__name__: status for error, status in STATUS.items()}
+
 
 class BodyTooLarge(exceptions.APIException):
     """The request body is larger than this server allows."""
@@ -84,6 +87,14 @@ def error_response(
     if status in (429, 503):
         response["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return response
+
+
+def failure_status(category: str, error_code: str) -> int:
+    """The status of a waiting call whose future has failed.
+
+    What its user has to change is a 4xx, as if the mistake had been found at submission.
+    """
+    return _STATUS_BY_CODE.get(error_code, 400) if category == Category.USER else 500
 
 
 def exception_handler(exc: Exception, context: Mapping[str, Any]) -> HttpResponse:

@@ -176,7 +176,9 @@ class ApiSchema(AutoSchema):
             if view.waits:
                 errors |= {
                     202: "Not done in time; go on with /retrieve_future.",
-                    500: "The operation failed; `detail` says why.",
+                    400: "The request is wrong, which may show only when its turn comes; "
+                    "`detail` names the field.",
+                    500: "The server failed; `detail` says why.",
                 }
         for status, description in sorted(errors.items()):
             if status == 202:

@@ -61,7 +61,11 @@ class SaveWeightsView(OperationView):
         "path": "tinker://my_model/weights/first",
         "model_id": "my_model",
     }
-    errors: ClassVar[Mapping[int, str]] = {404: "No model of this name."}
+    errors: ClassVar[Mapping[int, str]] = {
+        404: "No model of this name.",
+        409: "The model has a checkpoint of this name when its turn comes, or the Idempotency-Key "
+        "names another request.",
+    }
 
     def submit(
         self, body: dict[str, Any], *, owner_id: int, idempotency_key: str | None
