@@ -72,7 +72,9 @@ class Client(ABC):
         if status >= HTTPStatus.BAD_REQUEST and "request_id" not in answer:
             raise GivenUp(f"{request.name}: {status} {answer}")
         answer.pop("request_id", None)
-        text = json.dumps({"status": status, **answer}, sort_keys=True)
+        # A failed job's status depends on who says it: a call that waits, or /retrieve_future.
+        outcome = status if status < HTTPStatus.BAD_REQUEST else "failed"
+        text = json.dumps({"status": outcome, **answer}, sort_keys=True)
         self.answers[request.name] = text.replace(self.model_id, self.trainee.name)
         self.progress.answers(time.monotonic() - self._began.pop(request.name))
 
