@@ -162,7 +162,11 @@ CROSSED = {
             "data[0].loss_fn_inputs.clip_low_threshold[1]: above clip_high_threshold",
         ),
         ("forward_backward", {"data": HI, "train_on": "assistant"}, "data[0]: train_on: "),
-        ("forward_backward", {"data": [TOO_LONG]}, "data[0]"),
+        (
+            "forward_backward",
+            {"data": [HI[0], TOO_LONG]},
+            "data[1]: the conversation is 606 tokens once rendered, and the model reads",
+        ),
         ("sample", {"prompt": "a" * 600}, "prompt: 600 tokens"),
         ("sample", TOO_LONG, "prompt: "),
     ],

@@ -13,7 +13,7 @@ from futures.payload import decode
 from training import payloads
 from training.custom_loss_graph import CustomLossGraph, check_graph
 from training.engine.interface import Engine, ForwardBackwardJob
-from training.errors import TrainingError
+from training.errors import InvalidDatum, TrainingError
 from training.kinds import Kind
 from training.selectors import custom_loss_get
 from training.types import Conversation, Datum, ForwardBackwardOutput
@@ -79,8 +79,19 @@ def _render(engine: Engine, payload: payloads.Payload) -> list[Datum]:
                 item = engine.render_conversation(item.to_dicts(), train_on=payload["train_on"])
             except TrainingError as error:
                 raise type(error)(f"data[{index}]: {error}") from error
+            _check_length(item, f"data[{index}]", engine.info.max_context_tokens)
         data.append(item)
     return data
+
+
+def _check_length(rendered: Datum, where: str, most: int) -> None:
+    """Refuse a conversation that is too long in words of its own: it named no ``model_input``."""
+    num_tokens = len(rendered.model_input)
+    if num_tokens > most:
+        raise InvalidDatum(
+            f"{where}: the conversation is {num_tokens} tokens once rendered, and the model reads "
+            f"at most {most}"
+        )
 
 
 def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:
