@@ -98,12 +98,12 @@ BAD_BODIES = [
     (
         OPTIM,
         {"model_id": "m", "adam_params": {"learning_rate": -1e-4}},
-        "adam_params.learning_rate: expected a number of at least 0; got -0.0001",
+        "adam_params.learning_rate: expected a number of at least 0 and at most 10000; got -0.0001",
     ),
     (
         OPTIM,
         {"model_id": "m", "adam_params": {"learning_rate": True}},
-        "adam_params.learning_rate: expected a number of at least 0; got true",
+        "adam_params.learning_rate: expected a number of at least 0 and at most 10000; got true",
     ),
     (
         OPTIM,
@@ -115,7 +115,7 @@ BAD_BODIES = [
     (ADD, {"rank": 10**6}, "rank: 1000000 is too large; this server takes up to 256"),
     (ADD, {"rank": "16"}, "rank: expected a whole number of at least 1; got '16'"),
     (ADD, {"rank": 16.0}, "rank: expected a whole number of at least 1; got 16.0"),
-    (ADD, {"alpha": 0}, "alpha: expected a number above 0; got 0"),
+    (ADD, {"alpha": 0}, "alpha: expected a number above 0 and at most 1000000; got 0"),
     (ADD, {"seed": -1}, "seed: expected a whole number of at least 0; got -1"),
     (ADD, {"target_modules": []}, "target_modules: expected a list of 1 to 100 module names"),
     (
@@ -198,6 +198,48 @@ def test_a_wrong_field_is_refused_by_name(api, path, body, sentence):
     assert error["category"] == "user"
     assert len(error["detail"]) < 300
     assert not Future.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "where", "number", "expected"),
+    [
+        (OPTIM, "adam_params.learning_rate", 1e300, "of at least 0 and at most 10000"),
+        (OPTIM, "adam_params.learning_rate", 10001, "of at least 0 and at most 10000"),
+        (OPTIM, "adam_params.eps", 1e40, "of at least 0 and at most 10000"),
+        (OPTIM, "adam_params.weight_decay", 1e5, "of at least 0 and at most 10000"),
+        (OPTIM, "adam_params.grad_clip_norm", 1e39, "that a float32 can hold"),
+        (OPTIM, "adam_params.grad_clip_norm", -1e39, "of at least 0"),
+        (OPTIM, "adam_params.beta1", 1e300, "of at least 0 and below 1"),
+        (ADD, "alpha", 1e308, "above 0 and at most 1000000"),
+        (ADD, "alpha", 1_000_001, "above 0 and at most 1000000"),
+        (STEPS, "loss_fn_config.beta", 1e40, "that a float32 can hold"),
+        (STEPS, "loss_fn_config.beta", -1e40, "that a float32 can hold"),
+        (STEPS, "loss_fn_config.beta", "x", ""),
+        (SAMPLE, "sampling_params.temperature", 1e300, "of at least 0 and at most 100"),
+    ],
+)
+def test_a_number_that_nobody_can_mean_is_refused_with_its_bound(
+    api, path, where, number, expected
+):
+    body = number
+    for name in reversed(where.split(".")):
+        body = {name: body}
+    required = {STEPS: {"model_id": "m", "data": HI}, OPTIM: {"model_id": "m"}}.get(path, {})
+
+    answer = api.post(path, **required, **body)
+
+    assert answer.status_code == 400
+    sentence = f"{where}: expected a number {expected}".rstrip()
+    assert answer.json()["detail"] == f"{sentence}; got {number!r}"
+
+
+def test_the_largest_numbers_that_a_float32_holds_are_taken(api):
+    api.post("/add_lora", model_id="m", alpha=1e6)
+    params = {"learning_rate": 1e4, "eps": 1e4, "weight_decay": 1e4, "grad_clip_norm": 3.4e38}
+
+    answer = api.post(OPTIM, model_id="m", adam_params=params)
+
+    assert answer.status_code == 200, answer.content
 
 
 BAD_BYTES = [

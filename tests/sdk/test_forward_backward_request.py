@@ -232,7 +232,11 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no data": (lambda m: m.ClearField("data"), "data: is empty"),
     "infinite config": (
         lambda m: m.loss_fn_config.update(beta=float("inf")),
-        "loss_fn_config.beta: inf is not finite",
+        "loss_fn_config.beta: expected a number that a float32 can hold; got inf",
+    ),
+    "config that is no number": (
+        lambda m: m.loss_fn_config.update(beta=float("nan")),
+        "loss_fn_config.beta: expected a number; got nan",
     ),
     "no chunks": (lambda m: m.data[0].ClearField("model_input"), "data[0].model_input: is empty"),
     "no tokens": (

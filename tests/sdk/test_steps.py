@@ -110,6 +110,14 @@ def test_the_forms_of_old_clients_mean_the_defaults(sdk: SdkClient, given: Any) 
             "optimizer_params: this server does not have the optimizer 'dimuon'",
         ),
         ({"adam_params": {"beta1": 1.0}}, "adam_params.beta1: expected a number"),
+        (
+            {"adam_params": {"learning_rate": 1e300}},
+            "adam_params.learning_rate: expected a number of at least 0 and at most 10000",
+        ),
+        (
+            {"adam_params": {"grad_clip_norm": 1e39}},
+            "adam_params.grad_clip_norm: expected a number that a float32 can hold; got 1e+39",
+        ),
         ({"adam_params": {"nesterov": True}}, "adam_params.nesterov: unknown field"),
         ({"novelty": 1}, "novelty: unknown field"),
     ],

@@ -13,15 +13,13 @@ import numpy as np
 from django.conf import settings
 from numpy.typing import NDArray
 
-from tinkerapi.api.fields import Schema, refuse, shown
+from tinkerapi.api.fields import FLOAT32, MAX_FLOAT32, Schema, refuse, shown
 from training.errors import InvalidDatum, LimitExceeded
 from training.types import Conversation, Datum, Message, Prompt
 
 ROLES = ("system", "user", "assistant")
 
 MAX_TOKEN_ID = 2**31 - 1
-
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 Array = NDArray[Any]
 
@@ -213,12 +211,7 @@ def _floats(values: list[Any], where: str) -> NDArray[np.float32]:
         _refuse_first(values, lambda item: type(item) in (int, float), "a number", where)
     array = np.array(values, np.float64)
     if not (np.abs(array) <= MAX_FLOAT32).all():
-        _refuse_first(
-            values,
-            lambda item: abs(item) <= MAX_FLOAT32,
-            "a number that a float32 can hold",
-            where,
-        )
+        _refuse_first(values, lambda item: abs(item) <= MAX_FLOAT32, FLOAT32, where)
     return array.astype(np.float32)
 
 

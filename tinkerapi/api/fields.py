@@ -8,7 +8,7 @@ for an optional field means the same as leaving it out. Bulk data has its own ch
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +20,14 @@ Schema = dict[str, Any]
 
 MAX_INTEGER = 2**63 - 1
 """What the database can store."""
+
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+"""The engine computes in float32: a larger number would be infinity there."""
+
+MAX_FLOAT = sys.float_info.max
+"""For a number that the engine never sees."""
+
+FLOAT32 = "a number that a float32 can hold"
 
 
 def shown(value: object) -> str:
@@ -101,37 +109,39 @@ class Number(Field):
     above_minimum: bool = False
     """True excludes the minimum itself."""
     below: float | None = None
-    maximum: float | None = None
+    maximum: float = MAX_FLOAT32
 
     def check(self, value: Any, where: str) -> float:
         if (
             type(value) not in (int, float)
-            or not math.isfinite(value)
-            or value < self.minimum
+            or not self.minimum <= value <= self.maximum
             or (self.above_minimum and value == self.minimum)
             or (self.below is not None and value >= self.below)
-            or (self.maximum is not None and value > self.maximum)
         ):
-            raise refuse(where, f"a number {self._bounds()}", value)
+            raise refuse(where, self._expected(value), value)
         return float(value)
 
-    def _bounds(self) -> str:
-        bounds = f"{'above' if self.above_minimum else 'of at least'} {self.minimum:g}"
-        if self.below is not None:
-            bounds += f" and below {self.below:g}"
-        if self.maximum is not None:
-            bounds += f" and at most {self.maximum:g}"
-        return bounds
+    def _expected(self, value: Any) -> str:
+        """The bounds that somebody chose, or float32's where it is those that are broken."""
+        upper = self.maximum if self.below is None else self.below
+        if type(value) in (int, float):
+            broken = self.minimum if value < self.minimum else upper
+            if abs(value) > MAX_FLOAT32 == abs(broken):
+                return FLOAT32
+        bounds = []
+        if self.minimum != -MAX_FLOAT32:
+            bounds.append(f"{'above' if self.above_minimum else 'of at least'} {self.minimum:.15g}")
+        if upper < MAX_FLOAT32:
+            bounds.append(f"{'at most' if self.below is None else 'below'} {upper:.15g}")
+        return f"a number {' and '.join(bounds)}".strip()
 
     def json_schema(self) -> Schema:
         schema: Schema = {"type": "number", "format": "double", "minimum": self.minimum}
         if self.above_minimum:
             schema["exclusiveMinimum"] = True
         if self.below is not None:
-            schema |= {"maximum": self.below, "exclusiveMaximum": True}
-        if self.maximum is not None:
-            schema["maximum"] = self.maximum
-        return schema
+            return schema | {"maximum": self.below, "exclusiveMaximum": True}
+        return schema | {"maximum": self.maximum}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from django.conf import settings
 
-from tinkerapi.api.fields import Integer, Text, refuse, shown
-from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
+from tinkerapi.api.fields import MAX_FLOAT32, Integer, Number, Text
+from training.errors import InvalidDatum, LimitExceeded
 from training.types import Datum
 
 _MODEL_ID = Text(description="The run.")
 _SEQ_ID = Integer(description="Its place in the run.", minimum=1, maximum=2**31 - 1)
 _LOSS_FN = Text(description="The loss function's name.")
+_SETTING = Number(description="Of the loss.", minimum=-MAX_FLOAT32)
 _LOSS_ID = Text(description="An uploaded loss.")
 
 
@@ -54,7 +54,7 @@ def check_config(config: Mapping[str, Any], loss_fn: str) -> tuple[dict[str, flo
     """Numbers by name, and the loss id of a custom loss, the one text that is understood.
 
     Raises:
-        InvalidRequest: A value is of another kind, or not finite. (400)
+        InvalidRequest: A value is of another kind, or more than a float32 can hold. (400)
     """
     numbers: dict[str, float] = {}
     loss_id = None
@@ -62,12 +62,8 @@ def check_config(config: Mapping[str, Any], loss_fn: str) -> tuple[dict[str, flo
         where = f"loss_fn_config.{name[:60]}"
         if loss_fn == "custom" and name == "loss_id":
             loss_id = _LOSS_ID.check(value, where)
-        elif type(value) not in (int, float):
-            raise refuse(where, "a number", value)
-        elif not abs(value) <= sys.float_info.max:  # so written, any size of integer can be asked
-            raise InvalidRequest(f"{where}: {shown(value)} is not finite")
         else:
-            numbers[name] = float(value)
+            numbers[name] = _SETTING.check(value, where)
     return numbers, loss_id
 
 

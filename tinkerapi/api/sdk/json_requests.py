@@ -15,7 +15,7 @@ from django.conf import settings
 from numpy.typing import NDArray
 
 from tinkerapi.api.data import MAX_TOKEN_ID
-from tinkerapi.api.fields import Custom, Integer, Number, check_object, refuse, shown
+from tinkerapi.api.fields import FLOAT32, Custom, Integer, Number, check_object, refuse, shown
 from tinkerapi.api.sdk.calls import (
     ForwardBackwardCall,
     check_config,
@@ -200,10 +200,14 @@ def _numbers(value: Any, dtype: np.dtype[Any], where: str) -> Array:
         index = next(i for i, item in enumerate(value) if type(item) not in allowed)
         raise _wrong(f"{where}[{index}]", expected, value[index])
     try:
-        with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
-            return np.array(value, dtype)
+        with np.errstate(over="ignore"):
+            array = np.array(value, dtype)
     except OverflowError:
         raise InvalidDatum(f"{where}: a number is too large for {dtype}") from None
+    if not np.isfinite(array).all():
+        index = int(np.isfinite(array).argmin())
+        raise _wrong(f"{where}[{index}]", FLOAT32, value[index])
+    return array
 
 
 def _check_stop(value: Any, where: str) -> tuple[str, ...] | tuple[int, ...]:

@@ -19,7 +19,7 @@ from tinkerapi.api.answers import waited_answer
 from tinkerapi.api.async_view import AsyncAPIView
 from tinkerapi.api.dialect import is_sdk_dialect
 from tinkerapi.api.errors import SdkDialectNotSpoken
-from tinkerapi.api.fields import Field, Number, Schema, check_object
+from tinkerapi.api.fields import MAX_FLOAT, Field, Number, Schema, check_object
 from tinkerapi.api.parsers import json_object
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.schema import ApiSchema
@@ -72,6 +72,7 @@ class ApiView(AsyncAPIView):
 WAIT = Number(
     description="Seconds to wait for the result before answering 202; larger values are "
     "cut to the server's limit.",
+    maximum=MAX_FLOAT,
 )
 
 

@@ -132,6 +132,7 @@ class AddLoraView(OperationView):
         "alpha": Number(
             description="The update is scaled by alpha / rank.",
             above_minimum=True,
+            maximum=1e6,
             default=_LORA.alpha,
         ),
         "seed": Integer(description="Seeds the initial matrices.", default=_LORA.seed),

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tinkerapi.api.data import DATA_SCHEMA, check_data
-from tinkerapi.api.fields import Choice, Custom, Field, Number, Object, Schema, Text, refuse
+from tinkerapi.api.fields import (
+    MAX_FLOAT32,
+    Choice,
+    Custom,
+    Field,
+    Number,
+    Object,
+    Schema,
+    Text,
+    refuse,
+)
 from tinkerapi.api.views.base import OperationView
 from training.loss_fns import check_loss
 from training.services import Submission, forward_backward_submit, optim_step_submit
@@ -40,10 +50,10 @@ PASS_ANSWER: Schema = {
 
 
 def check_loss_fn_config(value: Any, where: str) -> dict[str, float]:
-    """Names to finite numbers; which names, the loss function decides."""
+    """Names to numbers of float32; which names, the loss function decides."""
     if not isinstance(value, dict):
         raise refuse(where, "an object of numbers by name", value)
-    number = Number(description="", minimum=float("-inf"))
+    number = Number(description="", minimum=-MAX_FLOAT32)
     return {name: number.check(item, f"{where}.{name[:60]}") for name, item in value.items()}
 
 
@@ -136,7 +146,10 @@ class OptimStepView(OperationView):
             description="AdamW as torch.optim.AdamW computes it.",
             fields={
                 "learning_rate": Number(
-                    description="Step size.", default=_ADAM.learning_rate, example=1e-4
+                    description="Step size.",
+                    maximum=1e4,
+                    default=_ADAM.learning_rate,
+                    example=1e-4,
                 ),
                 "beta1": Number(
                     description="Decay of the mean gradient.", below=1, default=_ADAM.beta1
@@ -146,9 +159,13 @@ class OptimStepView(OperationView):
                     below=1,
                     default=_ADAM.beta2,
                 ),
-                "eps": Number(description="Keeps the division finite.", default=_ADAM.eps),
+                "eps": Number(
+                    description="Keeps the division finite.", maximum=1e4, default=_ADAM.eps
+                ),
                 "weight_decay": Number(
-                    description="Decoupled weight decay.", default=_ADAM.weight_decay
+                    description="Decoupled weight decay.",
+                    maximum=1e4,
+                    default=_ADAM.weight_decay,
                 ),
                 "grad_clip_norm": Number(
                     description="Largest global gradient norm; 0 means no clipping.",

@@ -13,6 +13,7 @@ from futures.hub import read_when_woken
 from futures.selectors import Completion, lane_completions
 from tinkerapi.api import async_view
 from tinkerapi.api.fields import (
+    MAX_FLOAT,
     Choice,
     Custom,
     Field,
@@ -181,7 +182,9 @@ class RetrieveFuturesView(SdkView):
             description="Whose samples.", required=True, checker=_check_target, json={}
         ),
         "prev_cursor": Integer(description="What was told.", maximum=MAX_CURSOR, default=0),
-        "timeout": Number(description="Most seconds to hold the answer; 0 is a look."),
+        "timeout": Number(
+            description="Most seconds to hold the answer; 0 is a look.", maximum=MAX_FLOAT
+        ),
         # Results are kept as long as the retention says, whether they were fetched or not.
         "retrieved_request_ids": Custom(
             description="Fetched.", default=[], checker=_check_request_ids, json={}
