@@ -186,7 +186,7 @@ def test_no_stop_and_an_empty_stop_mean_different_things(stop: Any, wanted: Any)
         ({"stop": 7}, "p.stop: expected text, or a list"),
         ({"temperature": -0.1}, "p.temperature: expected a number of at least 0"),
         ({"temperature": float("nan")}, "p.temperature: expected a number of at least 0"),
-        ({"top_k": 0}, "p.top_k: expected -1 (no limit) or a whole number of at least 1"),
+        ({"top_k": 0}, "p.top_k: expected -1 (no limit) or a whole number from 1 to 2"),
         ({"top_p": 0}, "p.top_p: expected a number above 0 and at most 1"),
         ({"min_p": 0.1}, "p.min_p: unknown field"),
         ([], "p: expected an object; got a list"),

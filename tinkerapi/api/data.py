@@ -21,6 +21,8 @@ ROLES = ("system", "user", "assistant")
 
 MAX_TOKEN_ID = 2**31 - 1
 
+NO_INPUTS = "is empty; send what the loss reads, such as target_tokens and weights"
+
 Array = NDArray[Any]
 
 
@@ -59,8 +61,10 @@ def check_prompt(value: Any, where: str) -> Prompt:
 
 def check_prompts(value: Any, where: str) -> list[Prompt]:
     """At least one prompt, each of any form."""
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise _wrong(where, "a list of at least one prompt", value)
+    if not value:
+        raise InvalidDatum(f"{where}: is empty; send at least one prompt")
     if len(value) > settings.MAX_DATUMS:
         raise LimitExceeded(
             f"{where}: {len(value)} prompts; this server takes {settings.MAX_DATUMS} in one request"
@@ -131,8 +135,10 @@ def _check_datum(value: Mapping[str, Any], where: str) -> Datum:
             raise InvalidDatum(f"{where}.{name}: this field is required")
     model_input = check_tokens(value["model_input"], f"{where}.model_input")
     inputs = value["loss_fn_inputs"]
-    if not isinstance(inputs, dict) or not inputs:
+    if not isinstance(inputs, dict):
         raise _wrong(f"{where}.loss_fn_inputs", "an object of arrays by name", inputs)
+    if not inputs:
+        raise InvalidDatum(f"{where}.loss_fn_inputs: {NO_INPUTS}")
     arrays = {
         name: _check_array(name, item, f"{where}.loss_fn_inputs.{name[:60]}")
         for name, item in inputs.items()
@@ -157,8 +163,10 @@ def _check_array(name: str, value: Any, where: str) -> Array:
             raise _wrong(f"{where}.dtype", repr(expected), dtype)
         value = value.get("data")
         where = f"{where}.data"
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise _wrong(where, "a list of numbers", value)
+    if not value:
+        raise InvalidDatum(f"{where}: is empty; send a number for each token")
     rows = value if isinstance(value[0], list) else None
     if rows is not None and shape is not None:
         raise InvalidDatum(f"{where}: nested lists have their own shape; send no shape with them")
@@ -200,7 +208,7 @@ def _integers(values: list[Any], where: str) -> NDArray[np.int64]:
         _refuse_first(
             values,
             lambda item: type(item) is int and 0 <= item <= MAX_TOKEN_ID,
-            "a token id (a whole number of at least 0)",
+            f"a token id (a whole number from 0 to {MAX_TOKEN_ID})",
             where,
         )
     return np.array(values, np.int64)
@@ -221,8 +229,10 @@ def _refuse_first(values: list[Any], is_good: Any, expected: str, where: str) ->
 
 
 def _check_chunks(value: Any, where: str) -> NDArray[np.int32]:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise _wrong(where, "a list of chunks", value)
+    if not value:
+        raise InvalidDatum(f'{where}: is empty; send a chunk such as {{"tokens": [1, 2]}}')
     arrays = []
     for index, chunk in enumerate(value):
         place = f"{where}[{index}]"

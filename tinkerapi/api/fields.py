@@ -46,6 +46,16 @@ def refuse(where: str, expected: str, value: object) -> InvalidRequest:
     return InvalidRequest(f"{where}: expected {expected}; got {shown(value)}")
 
 
+def refuse_size(where: str, size: int, noun: str, most: int) -> InvalidRequest:
+    """The error for a list or an object that holds too much."""
+    return InvalidRequest(f"{where}: {size} {noun}; this server takes at most {most}")
+
+
+def is_above(value: Any, maximum: int) -> bool:
+    """Whether a value is a number, and too large: past 64 bits JSON's whole numbers are floats."""
+    return type(value) in (int, float) and value > maximum
+
+
 @dataclass(frozen=True, kw_only=True)
 class Field(ABC):
     """One field of a request body."""
@@ -91,7 +101,7 @@ class Integer(Field):
         maximum = self._maximum()
         if type(value) is not int or not self.minimum <= value <= maximum:
             bounds = f"from {self.minimum} to {maximum}"
-            if maximum == MAX_INTEGER:
+            if maximum == MAX_INTEGER and not is_above(value, maximum):
                 bounds = f"of at least {self.minimum}"
             raise refuse(where, f"a whole number {bounds}", value)
         return value

@@ -6,6 +6,7 @@ beyond the limit. ``body_limit`` refuses large bodies earlier, before they arriv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import IO, Any, cast
 
@@ -20,6 +21,11 @@ from tinkerapi.api.errors import BodyTooLarge
 JSON = "application/json"
 
 _NOT_JSON = ("NaN", "Infinity", "-Infinity")
+
+_NAME_BEFORE = re.compile(r'(?<!\\)"([^"\\]{1,60})"\s*:[\[\]\s\d.,eE+-]*$')
+"""The field whose number, or array of numbers, a text breaks off in."""
+
+_LOOK_BACK = 1000  # characters of an array of numbers
 
 
 class JSONParser(BaseParser):
@@ -86,6 +92,8 @@ def parse_json(body: bytes) -> Any:
         for literal in _NOT_JSON:
             if rest.startswith(literal):
                 reason = f"{literal} is not a JSON number"
+                if name := _NAME_BEFORE.search(exc.doc, max(exc.pos - _LOOK_BACK, 0), exc.pos):
+                    reason += f", in {name[1]!r}"
         raise ParseError(
             f"The body is not valid JSON: {reason} (line {exc.lineno}, column {exc.colno})."
         ) from None

@@ -13,7 +13,17 @@ from typing import Any
 from django.conf import settings
 
 from tinkerapi.api.data import check_conversation, check_prompt
-from tinkerapi.api.fields import Custom, Field, Flag, Integer, Number, Text, check_object, refuse
+from tinkerapi.api.fields import (
+    Custom,
+    Field,
+    Flag,
+    Integer,
+    Number,
+    Text,
+    check_object,
+    refuse,
+    refuse_size,
+)
 from tinkerapi.api.views.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, check_num_samples
 from training.errors import InvalidRequest, LimitExceeded
 from training.types import Conversation, Prompt, SamplingParams
@@ -59,8 +69,10 @@ def _off(*values: Any) -> Custom:
 def _check_stop(value: Any, where: str) -> tuple[str, ...] | None:
     """Stop strings; none at all, as OpenAI means it, stops at the model's own end tokens."""
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+    if not isinstance(stops, list):
         raise refuse(where, f"text, or a list of up to {MAX_STOPS} texts", value)
+    if len(stops) > MAX_STOPS:
+        raise refuse_size(where, len(stops), "entries", MAX_STOPS)
     for index, stop in enumerate(stops):
         if type(stop) is not str or not 0 < len(stop) <= MAX_STOP_CHARACTERS:
             raise refuse(

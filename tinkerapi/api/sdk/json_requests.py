@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from django.conf import settings
 from numpy.typing import NDArray
 
-from tinkerapi.api.data import MAX_TOKEN_ID
-from tinkerapi.api.fields import FLOAT32, Custom, Integer, Number, check_object, refuse, shown
+from tinkerapi.api.data import NO_INPUTS
+from tinkerapi.api.fields import FLOAT32, check_object, refuse, shown
 from tinkerapi.api.sdk.calls import (
     ForwardBackwardCall,
     check_config,
@@ -32,11 +31,9 @@ from tinkerapi.api.sdk.tensors import (
     check_input,
     check_token_ids,
 )
+from tinkerapi.api.views.sampling import SAMPLING_PARAMS
 from training.errors import InvalidDatum, InvalidRequest
 from training.types import Datum, SamplingParams
-
-MAX_STOPS = 64
-MAX_STOP_CHARACTERS = 200
 
 _SPANS = ("model_input_spans", "loss_fn_input_spans")  # without effect, as in protobuf
 _NUMPY: Mapping[str, np.dtype[Any]] = {
@@ -91,8 +88,10 @@ def parse_json_datum(value: Any, where: str, budget: DenseBudget | None = None) 
     fields = _fields(value, ("model_input", "loss_fn_inputs", *_SPANS), where)
     tokens = parse_model_input(fields.get("model_input"), f"{where}.model_input")
     inputs = fields.get("loss_fn_inputs")
-    if not isinstance(inputs, dict) or not inputs:
+    if not isinstance(inputs, dict):
         raise _wrong(f"{where}.loss_fn_inputs", "an object of tensors by name", inputs)
+    if not inputs:
+        raise InvalidDatum(f"{where}.loss_fn_inputs: {NO_INPUTS}")
     budget = budget or DenseBudget()
     arrays = {}
     for name, item in inputs.items():
@@ -170,7 +169,7 @@ def parse_sampling_params(value: Any, where: str) -> SamplingParams:
         return SamplingParams()
     if isinstance(value, dict):
         value = {name: item for name, item in value.items() if item is not None}
-    return SamplingParams(**check_object(_SAMPLING_PARAMS, value, where))
+    return SamplingParams(**check_object(SAMPLING_PARAMS, value, where))
 
 
 def _parse_chunk(value: Any, where: str) -> Array:
@@ -208,42 +207,6 @@ def _numbers(value: Any, dtype: np.dtype[Any], where: str) -> Array:
         index = int(np.isfinite(array).argmin())
         raise _wrong(f"{where}[{index}]", FLOAT32, value[index])
     return array
-
-
-def _check_stop(value: Any, where: str) -> tuple[str, ...] | tuple[int, ...]:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
-        raise refuse(where, f"text, or a list of up to {MAX_STOPS} texts or token ids", value)
-    for i, stop in enumerate(stops):
-        is_text = type(stop) is str and 0 < len(stop) <= MAX_STOP_CHARACTERS
-        is_token = type(stop) is int and 0 <= stop <= MAX_TOKEN_ID
-        if not (is_text or is_token) or type(stop) is not type(stops[0]):
-            expected = f"all texts of 1 to {MAX_STOP_CHARACTERS} characters, or all token ids"
-            raise refuse(f"{where}[{i}]", expected, stop)
-    return tuple(stops)
-
-
-def _check_top_k(value: Any, where: str) -> int:
-    if type(value) is not int or (value < 1 and value != -1) or value > MAX_TOKEN_ID:
-        raise refuse(where, "-1 (no limit) or a whole number of at least 1", value)
-    return value
-
-
-_DEFAULTS = SamplingParams()
-_SAMPLING_PARAMS = {
-    "max_tokens": Integer(
-        description="Most tokens.", minimum=1, maximum=lambda: settings.MAX_DATUM_TOKENS
-    ),
-    "seed": Integer(description="Sequence i depends on (seed, i) only."),
-    "stop": Custom(description="Texts or token ids.", checker=_check_stop, json={}),
-    "temperature": Number(description="0 is greedy.", maximum=100, default=_DEFAULTS.temperature),
-    "top_k": Custom(
-        description="-1 is off.", checker=_check_top_k, json={}, default=_DEFAULTS.top_k
-    ),
-    "top_p": Number(
-        description="1 is off.", above_minimum=True, maximum=1, default=_DEFAULTS.top_p
-    ),
-}
 
 
 def _fields(value: Any, allowed: tuple[str, ...], where: str) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from tinkerapi.api.data import NO_INPUTS
 from tinkerapi.api.sdk import tinker_public_pb2 as pb
 from tinkerapi.api.sdk.calls import (
     ForwardBackwardCall,
@@ -108,7 +109,7 @@ def _parse_datum(message: pb.Datum, where: str, budget: DenseBudget) -> Datum:
         array = build_array(_parse_tensor(tensor, place), place, pad=0, budget=budget)
         inputs[name] = check_input(name, array, place, num_tokens=len(tokens))
     if not inputs:
-        raise InvalidDatum(f"{where}.loss_fn_inputs: is empty")
+        raise InvalidDatum(f"{where}.loss_fn_inputs: {NO_INPUTS}")
     return Datum(model_input=tokens, loss_fn_inputs=inputs)
 
 

@@ -19,7 +19,9 @@ from tinkerapi.api.fields import (
     Schema,
     Text,
     check_object,
+    is_above,
     refuse,
+    refuse_size,
 )
 from tinkerapi.api.renderers import JSONResponse, timestamp
 from tinkerapi.api.views.base import ApiView, OperationView, owner_of
@@ -31,6 +33,8 @@ from training.services import Submission, run_create_submit, run_remove_submit
 from training.types import LoraConfig
 
 _LORA = LoraConfig()
+
+MAX_TARGET_MODULES = 100
 
 RUN_SCHEMA: Schema = {
     "type": "object",
@@ -91,19 +95,23 @@ def render_run(run: Run) -> dict[str, Any]:
 
 def check_rank(value: Any, where: str) -> int:
     """At least 1 and no more than the server's limit."""
-    if type(value) is not int or value < 1:
-        raise refuse(where, "a whole number of at least 1", value)
-    if value > settings.MAX_LORA_RANK:
+    if is_above(value, settings.MAX_LORA_RANK):
         raise LimitExceeded(
             f"{where}: {value} is too large; this server takes up to {settings.MAX_LORA_RANK}"
         )
+    if type(value) is not int or value < 1:
+        raise refuse(where, "a whole number of at least 1", value)
     return value
 
 
 def check_target_modules(value: Any, where: str) -> tuple[str, ...]:
     """Module names, at least one; whether the base model has them, the engine says."""
-    if not isinstance(value, list) or not 0 < len(value) <= 100:
-        raise refuse(where, "a list of 1 to 100 module names", value)
+    if not isinstance(value, list):
+        raise refuse(where, f"a list of 1 to {MAX_TARGET_MODULES} module names", value)
+    if not value:
+        raise InvalidRequest(f"{where}: is empty; send at least one module name, or leave it out")
+    if len(value) > MAX_TARGET_MODULES:
+        raise refuse_size(where, len(value), "names", MAX_TARGET_MODULES)
     text = Text(description="")
     return tuple(text.check(item, f"{where}[{index}]") for index, item in enumerate(value))
 

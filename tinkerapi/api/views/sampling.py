@@ -25,7 +25,9 @@ from tinkerapi.api.fields import (
     Object,
     Schema,
     Text,
+    is_above,
     refuse,
+    refuse_size,
 )
 from tinkerapi.api.views.base import OperationView
 from tinkerapi.api.views.steps import MODEL_ID
@@ -41,28 +43,30 @@ MAX_STOP_CHARACTERS = 200
 
 def check_num_samples(value: Any, where: str) -> int:
     """At least 1 and no more than the server's limit."""
-    if type(value) is not int or value < 1:
-        raise refuse(where, "a whole number of at least 1", value)
-    if value > settings.MAX_SAMPLES:
+    if is_above(value, settings.MAX_SAMPLES):
         raise LimitExceeded(
             f"{where}: {value} is too many; this server makes up to {settings.MAX_SAMPLES} "
             "sequences in one request"
         )
+    if type(value) is not int or value < 1:
+        raise refuse(where, "a whole number of at least 1", value)
     return value
 
 
 def check_top_k(value: Any, where: str) -> int:
     """-1 for no limit, or at least 1."""
     if type(value) is not int or (value < 1 and value != -1) or value > MAX_TOKEN_ID:
-        raise refuse(where, "-1 (no limit) or a whole number of at least 1", value)
+        raise refuse(where, f"-1 (no limit) or a whole number from 1 to {MAX_TOKEN_ID}", value)
     return value
 
 
 def check_stop(value: Any, where: str) -> tuple[str, ...] | tuple[int, ...]:
     """Stop strings or stop token ids; an empty list means to stop at nothing."""
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+    if not isinstance(stops, list):
         raise refuse(where, f"text, or a list of up to {MAX_STOPS} texts or token ids", value)
+    if len(stops) > MAX_STOPS:
+        raise refuse_size(where, len(stops), "entries", MAX_STOPS)
     kind = type(stops[0]) if stops else str
     for index, stop in enumerate(stops):
         good_text = type(stop) is str and 0 < len(stop) <= MAX_STOP_CHARACTERS
@@ -70,7 +74,8 @@ def check_stop(value: Any, where: str) -> tuple[str, ...] | tuple[int, ...]:
         if not (good_text or good_token) or type(stop) is not kind:
             raise refuse(
                 f"{where}[{index}]",
-                f"all texts of 1 to {MAX_STOP_CHARACTERS} characters, or all token ids",
+                f"all texts of 1 to {MAX_STOP_CHARACTERS} characters, or all token ids from 0 to "
+                f"{MAX_TOKEN_ID}",
                 stop,
             )
     return tuple(stops)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from tinkerapi.api.fields import Custom, Field, Flag, Integer, Schema, Text, refuse
+from tinkerapi.api.fields import Custom, Field, Flag, Integer, Schema, Text, refuse, refuse_size
 from tinkerapi.api.views.base import OperationView
 from tinkerapi.api.views.steps import MODEL_ID
 from training.services import Submission, load_weights_submit, save_weights_submit
@@ -17,8 +17,10 @@ MAX_METADATA_KEYS = 50
 
 def check_user_metadata(value: Any, where: str) -> dict[str, str]:
     """Texts by name."""
-    if not isinstance(value, dict) or len(value) > MAX_METADATA_KEYS:
+    if not isinstance(value, dict):
         raise refuse(where, f"an object of up to {MAX_METADATA_KEYS} texts by name", value)
+    if len(value) > MAX_METADATA_KEYS:
+        raise refuse_size(where, len(value), "names", MAX_METADATA_KEYS)
     text = Text(description="", max_length=500)
     return {
         text.check(name, f"{where} (a name)"): text.check(item, f"{where}.{name[:60]}")
