@@ -10,9 +10,14 @@ import secrets
 from pathlib import Path
 
 import dj_database_url
+import psycopg
 from django.core.exceptions import ImproperlyConfigured
+from psycopg.conninfo import make_conninfo
 
 BASE_DIR = Path(__file__).resolve().parent.parent
+
+LARGEST = 10**9
+"""What a number may be where nothing else limits it: as seconds, thirty years."""
 
 
 def env_bool(name: str, default: bool) -> bool:
@@ -23,8 +28,8 @@ def env_bool(name: str, default: bool) -> bool:
     raise ImproperlyConfigured(f"{name}: expected 1 or 0, got {value!r}")
 
 
-def env_int(name: str, default: int, *, minimum: int = 1) -> int:
-    """A whole number of at least ``minimum``; anything else stops the start."""
+def env_int(name: str, default: int, *, minimum: int = 1, maximum: int = LARGEST) -> int:
+    """A whole number from ``minimum`` to ``maximum``; anything else stops the start."""
     value = os.environ.get(name, "").strip()
     try:
         number = int(value) if value else default
@@ -32,6 +37,8 @@ def env_int(name: str, default: int, *, minimum: int = 1) -> int:
         raise ImproperlyConfigured(f"{name}: expected a whole number, got {value!r}") from None
     if number < minimum:
         raise ImproperlyConfigured(f"{name}: expected at least {minimum}, got {number}")
+    if number > maximum:
+        raise ImproperlyConfigured(f"{name}: expected at most {maximum}, got {number}")
     return number
 
 
@@ -46,6 +53,38 @@ def env_choice(name: str, default: str, choices: tuple[str, ...]) -> str:
 def env_list(name: str, default: str = "") -> list[str]:
     """Comma-separated values, blanks dropped."""
     return [item.strip() for item in os.environ.get(name, default).split(",") if item.strip()]
+
+
+def env_origins(name: str) -> list[str]:
+    """Comma-separated origins; one without its scheme stops the start."""
+    origins = env_list(name)
+    for origin in origins:
+        if not origin.startswith(("http://", "https://")):
+            raise ImproperlyConfigured(f"{name}: expected https://HOST, got {origin!r}")
+    return origins
+
+
+def env_database(name: str) -> dj_database_url.DBConfig:
+    """Django's settings for the Postgres of a URL; anything else stops the start."""
+    # The value is not repeated: it may hold a password.
+    expected = f"{name}: expected postgresql://USER:PASSWORD@HOST:PORT/NAME"
+    try:
+        database = dj_database_url.parse(os.environ[name])
+    except dj_database_url.UnknownSchemeError:
+        raise ImproperlyConfigured(f"{expected}, got a URL of another kind") from None
+    except ValueError:
+        raise ImproperlyConfigured(f"{expected}, got something that is no such URL") from None
+    if database["ENGINE"] != "django.db.backends.postgresql":
+        raise ImproperlyConfigured(f"{expected}, got a URL of another kind")
+    options = {**database.get("OPTIONS", {})}
+    if not database["NAME"] and "service" not in options:
+        raise ImproperlyConfigured(f"{expected}, got one without a NAME")
+    options.pop("assume_role", None)  # Django's own
+    try:
+        make_conninfo(**options)
+    except psycopg.ProgrammingError as error:
+        raise ImproperlyConfigured(f"{name}: {str(error).strip()}") from None
+    return database
 
 
 def kept_secret(path: Path) -> str:
@@ -73,7 +112,7 @@ PULSE_FD = env_int("TINKERAPI_PULSE_FD", -1, minimum=-1)
 DEBUG = env_bool("TINKERAPI_DEBUG", False)
 SECRET_KEY = os.environ.get("TINKERAPI_SECRET_KEY") or kept_secret(DATA_DIR / "secret_key")
 ALLOWED_HOSTS = env_list("TINKERAPI_ALLOWED_HOSTS", "*")
-CSRF_TRUSTED_ORIGINS = env_list("TINKERAPI_CSRF_TRUSTED_ORIGINS")
+CSRF_TRUSTED_ORIGINS = env_origins("TINKERAPI_CSRF_TRUSTED_ORIGINS")
 
 INSTALLED_APPS = [
     "unfold",  # before django.contrib.admin, whose templates it replaces
@@ -135,11 +174,9 @@ SECURE_REFERRER_POLICY = "same-origin"
 # --- Postgres ---------------------------------------------------------------------------
 
 # Without DATABASE_URL the embedded Postgres is meant: a socket in the data folder.
-DATABASE_URL = os.environ.get("DATABASE_URL", "")
+DATABASE_URL = os.environ.get("DATABASE_URL", "").strip()
 if DATABASE_URL:
-    database = dj_database_url.parse(DATABASE_URL)
-    if database["ENGINE"] != "django.db.backends.postgresql":
-        raise ImproperlyConfigured("DATABASE_URL: only postgresql:// is supported")
+    database = env_database("DATABASE_URL")
 else:
     from tinkerapi.postgres import embedded_database
 
@@ -222,7 +259,7 @@ DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
 DTYPE = env_choice("TINKERAPI_DTYPE", "auto", ("auto", "bfloat16", "float32"))
 """Of the frozen base model; adapters are always float32. auto: bfloat16 where it is fast."""
 
-NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0)
+NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0, maximum=1024)
 """Threads of one worker on a CPU; 0: one less than torch would take."""
 
 BATCH_TOKENS = env_int("TINKERAPI_BATCH_TOKENS", 4096)
@@ -244,7 +281,7 @@ snapshot or one statement must fit in; a pass or a request as a whole need not."
 
 # --- Ours: processes --------------------------------------------------------------------
 
-WEB_PROCESSES = env_int("TINKERAPI_WEB_PROCESSES", 1)
+WEB_PROCESSES = env_int("TINKERAPI_WEB_PROCESSES", 1, maximum=256)
 """Processes that answer HTTP. One takes some hundreds of submissions a second and holds
 thousands of waits; a second helps where cores are idle."""
 
@@ -253,7 +290,7 @@ thousands of waits; a second helps where cores are idle."""
 REQUIRE_API_KEY = env_bool("TINKERAPI_REQUIRE_API_KEY", False)
 """``up`` turns it on whenever it binds to an address that is not loopback."""
 
-MAX_BODY_BYTES = env_int("TINKERAPI_MAX_BODY_BYTES", 32 * 1024 * 1024)
+MAX_BODY_BYTES = env_int("TINKERAPI_MAX_BODY_BYTES", 32 * 1024 * 1024, maximum=2**40)
 MAX_DATUMS = env_int("TINKERAPI_MAX_DATUMS", 1024)
 MAX_DATUM_TOKENS = env_int("TINKERAPI_MAX_DATUM_TOKENS", 32768)
 MAX_SAMPLES = env_int("TINKERAPI_MAX_SAMPLES", 256)
@@ -281,7 +318,7 @@ needs it."""
 WORKER_HOUR_CENTS = env_int("TINKERAPI_WORKER_HOUR_CENTS", 0, minimum=0)
 """What an hour of one worker (its GPU) costs, in US cents; 0: usage is reported without a price."""
 
-KEEP_RESULTS_DAYS = env_int("TINKERAPI_KEEP_RESULTS_DAYS", 30)
+KEEP_RESULTS_DAYS = env_int("TINKERAPI_KEEP_RESULTS_DAYS", 30, maximum=36500)
 """How long ``prunefutures`` keeps payloads and results of finished futures."""
 
 DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES

@@ -1,0 +1,124 @@
+"""A value that makes no sense stops every command with one sentence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+
+from tinkerapi.settings import env_database, env_int, env_origins
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, got"
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "sentence"),
+    [
+        (
+            "up",
+            {"TINKERAPI_NUM_THREADS": "x"},
+            "TINKERAPI_NUM_THREADS: expected a whole number, got 'x'",
+        ),
+        (
+            "doctor",
+            {"TINKERAPI_DEVICE": "gpu"},
+            "TINKERAPI_DEVICE: expected one of auto, cpu, cuda, got 'gpu'",
+        ),
+        (
+            "migrate",
+            {"TINKERAPI_DEBUG": "perhaps"},
+            "TINKERAPI_DEBUG: expected 1 or 0, got 'perhaps'",
+        ),
+        ("up", {"DATABASE_URL": "garbage"}, f"{EXPECTED} a URL of another kind"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_one_sentence_of_any_command(
+    command: str, environment: dict[str, str], sentence: str
+) -> None:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TINKERAPI_")}
+    answer = subprocess.run(
+        [sys.executable, "manage.py", command],
+        cwd=ROOT,
+        env={**inherited, "DJANGO_SETTINGS_MODULE": "tinkerapi.settings", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines() == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("garbage", f"{EXPECTED} a URL of another kind"),
+        ("mysql://db/name", f"{EXPECTED} a URL of another kind"),
+        ("sqlite://:memory:", f"{EXPECTED} a URL of another kind"),
+        ("postgresql://db:notaport/name", f"{EXPECTED} something that is no such URL"),
+        ("postgresql://db:99999/name", f"{EXPECTED} something that is no such URL"),
+        ("postgresql://", f"{EXPECTED} one without a NAME"),
+        ("postgresql://db/name?ssl_mode=x", 'DATABASE_URL: invalid connection option "ssl_mode"'),
+    ],
+)
+def test_a_database_url_that_names_no_postgres_is_refused(
+    monkeypatch: pytest.MonkeyPatch, url: str, sentence: str
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    with pytest.raises(ImproperlyConfigured) as caught:
+        env_database("DATABASE_URL")
+
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("postgresql://ada@db:5432/training?sslmode=require", "training"),
+        ("postgresql:///?service=training", ""),
+    ],
+)
+def test_a_database_url_that_names_one_is_taken(
+    monkeypatch: pytest.MonkeyPatch, url: str, name: str
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    assert env_database("DATABASE_URL")["NAME"] == name
+
+
+def test_a_password_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in ("postgresql://ada:s3cret@db:notaport/x", "mysql://ada:s3cret@db/x"):
+        monkeypatch.setenv("DATABASE_URL", url)
+        with pytest.raises(ImproperlyConfigured) as caught:
+            env_database("DATABASE_URL")
+        assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "bound"), [("0", "at least 1"), ("11", "at most 10")])
+def test_a_number_has_its_range(monkeypatch: pytest.MonkeyPatch, value: str, bound: str) -> None:
+    monkeypatch.setenv("TINKERAPI_N", value)
+
+    with pytest.raises(ImproperlyConfigured, match=f"TINKERAPI_N: expected {bound}, got {value}"):
+        env_int("TINKERAPI_N", 1, maximum=10)
+
+
+def test_no_number_is_too_large_to_compute_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKERAPI_N", "9" * 30)
+
+    with pytest.raises(ImproperlyConfigured, match="expected at most 1000000000"):
+        env_int("TINKERAPI_N", 1)
+
+
+def test_an_origin_has_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKERAPI_O", "https://a.example, http://b.example")
+    assert env_origins("TINKERAPI_O") == ["https://a.example", "http://b.example"]
+
+    monkeypatch.setenv("TINKERAPI_O", "a.example")
+    with pytest.raises(ImproperlyConfigured, match=r"expected https://HOST, got 'a\.example'"):
+        env_origins("TINKERAPI_O")
