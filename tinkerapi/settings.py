@@ -55,6 +55,14 @@ def env_list(name: str, default: str = "") -> list[str]:
     return [item.strip() for item in os.environ.get(name, default).split(",") if item.strip()]
 
 
+def env_names(name: str, default: str) -> list[str]:
+    """Comma-separated values, at least one; commas or blanks alone stop the start."""
+    names = env_list(name, default) if os.environ.get(name) else [default]
+    if not names:
+        raise ImproperlyConfigured(f"{name}: expected a name, got {os.environ[name]!r}")
+    return names
+
+
 def env_origins(name: str) -> list[str]:
     """Comma-separated origins; one without its scheme stops the start."""
     origins = env_list(name)
@@ -252,7 +260,7 @@ SPECTACULAR_SETTINGS = {
 
 # --- Ours: the model --------------------------------------------------------------------
 
-BASE_MODELS = env_list("TINKERAPI_BASE_MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
+BASE_MODELS = env_names("TINKERAPI_BASE_MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
 """Names or folders of the base models served; the first is the default. One worker each."""
 
 DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))

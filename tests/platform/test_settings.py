@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from tinkerapi.settings import env_database, env_int, env_origins
+from tinkerapi.settings import env_database, env_int, env_names, env_origins
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, got"
@@ -122,3 +122,23 @@ def test_an_origin_has_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKERAPI_O", "a.example")
     with pytest.raises(ImproperlyConfigured, match=r"expected https://HOST, got 'a\.example'"):
         env_origins("TINKERAPI_O")
+
+
+@pytest.mark.parametrize("value", [",", " ", " , "])
+def test_a_server_without_any_base_model_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("TINKERAPI_BASE_MODEL", value)
+
+    with pytest.raises(ImproperlyConfigured) as caught:
+        env_names("TINKERAPI_BASE_MODEL", "some/model")
+
+    assert str(caught.value) == f"TINKERAPI_BASE_MODEL: expected a name, got {value!r}"
+
+
+def test_an_empty_list_of_base_models_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINKERAPI_BASE_MODEL", "")
+    assert env_names("TINKERAPI_BASE_MODEL", "some/model") == ["some/model"]
+
+    monkeypatch.setenv("TINKERAPI_BASE_MODEL", "a, b,")
+    assert env_names("TINKERAPI_BASE_MODEL", "some/model") == ["a", "b"]
