@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, build_opener
+from urllib.request import ProxyHandler, Request, build_opener
 
 LOCK_FILE = "up.lock"
 
@@ -44,15 +44,16 @@ class RunningServer:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def answer(self, path: str, *, timeout_seconds: float) -> int:
-        """Status code of a GET request.
+        """Status code of a GET request, whatever hosts the server allows.
 
         Raises:
             OSError: Nobody answers, or not in HTTP.
         """
         # A proxy that the environment names would not reach our loopback address.
         opener = build_opener(ProxyHandler({}))
+        request = Request(self.address + path, headers={"Host": "localhost"})  # noqa: S310
         try:
-            with opener.open(self.address + path, timeout=timeout_seconds) as answer:
+            with opener.open(request, timeout=timeout_seconds) as answer:
                 return int(answer.status)
         except HTTPError as error:
             return error.code

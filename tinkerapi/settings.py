@@ -119,7 +119,8 @@ PULSE_FD = env_int("TINKERAPI_PULSE_FD", -1, minimum=-1)
 
 DEBUG = env_bool("TINKERAPI_DEBUG", False)
 SECRET_KEY = os.environ.get("TINKERAPI_SECRET_KEY") or kept_secret(DATA_DIR / "secret_key")
-ALLOWED_HOSTS = env_list("TINKERAPI_ALLOWED_HOSTS", "*")
+# Loopback's own names always: health checks ask by them, and no other site can pass for them.
+ALLOWED_HOSTS = [*env_list("TINKERAPI_ALLOWED_HOSTS", "*"), "localhost", "127.0.0.1", "[::1]"]
 CSRF_TRUSTED_ORIGINS = env_origins("TINKERAPI_CSRF_TRUSTED_ORIGINS")
 
 INSTALLED_APPS = [

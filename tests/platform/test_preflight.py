@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,28 @@ def test_a_clean_end_leaves_no_trace_and_a_killed_server_does(tmp_path: Path) ->
 )
 def test_a_server_has_an_address_that_this_machine_reaches(host: str, address: str) -> None:
     assert RunningServer(pid=1, host=host, port=80).address == address
+
+
+def test_a_server_is_asked_by_a_name_that_it_always_allows() -> None:
+    asked_by = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked_by.append(self.headers["Host"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as web:
+        serving = threading.Thread(target=web.handle_request)
+        serving.start()
+        server = RunningServer(pid=1, host="127.0.0.1", port=web.server_port)
+        assert server.answer("/readyz", timeout_seconds=5) == 200
+        serving.join()
+
+    assert asked_by == ["localhost"]
 
 
 def test_the_secret_is_made_once_and_only_its_user_may_read_it(tmp_path: Path) -> None:

@@ -142,3 +142,26 @@ def test_an_empty_list_of_base_models_means_the_default(monkeypatch: pytest.Monk
 
     monkeypatch.setenv("TINKERAPI_BASE_MODEL", "a, b,")
     assert env_names("TINKERAPI_BASE_MODEL", "some/model") == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", ["example.com", ""])
+def test_loopback_may_ask_by_its_own_names_whatever_hosts_are_allowed(value: str) -> None:
+    program = (
+        "from django.conf import settings; from django.http.request import validate_host;"
+        "print(*(validate_host(name, settings.ALLOWED_HOSTS)"
+        " for name in ('localhost', '127.0.0.1', '[::1]', 'elsewhere.example')))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
+            "TINKERAPI_ALLOWED_HOSTS": value,
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert answer.stdout.split() == ["True", "True", "True", "False"]
