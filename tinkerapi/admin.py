@@ -37,10 +37,8 @@ from futures.display import link, list_link, moment, page_url, state_label
 from futures.filters import MomentFilter
 from futures.models import Future
 from tinkerapi.models import ApiKey
-from tinkerapi.services import api_key_create, api_key_revoke
+from tinkerapi.services import MAX_EXPIRY_DAYS, api_key_create, api_key_revoke
 from training.models import Checkpoint, Run
-
-MAX_EXPIRY_DAYS = 3650
 
 
 class NewKeyForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information

@@ -25,6 +25,9 @@ KEY_PREFIX = "tml-"
 PREFIX_CHARACTERS = 12
 """How much of a key stays readable in lists: ``tml-`` and 8 of its 43 random characters."""
 
+MAX_EXPIRY_DAYS = 3650
+"""How long a key that expires may be good."""
+
 LOCAL_USERNAME = "local"
 """Whom requests without a key act as, where they are allowed."""
 

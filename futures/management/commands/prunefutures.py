@@ -15,6 +15,7 @@ from django.utils.module_loading import import_string
 from futures.models import Future
 from futures.transitions import FINAL_STATES
 
+_MAX_DAYS = 36500  # a century
 _BATCH = 500  # rows of one transaction, so that nobody waits for long
 
 
@@ -34,8 +35,8 @@ class Command(BaseCommand):
         parser.add_argument("--dry-run", action="store_true", help="only say how many")
 
     def handle(self, *args: Any, days: int, dry_run: bool, **options: Any) -> None:
-        if days < 0:
-            raise CommandError("--days: expected 0 or more")
+        if not 0 <= days <= _MAX_DAYS:
+            raise CommandError(f"--days: expected 0 to {_MAX_DAYS}, got {days}")
         prunable = _prunable(days)
         if dry_run:
             self.stdout.write(f"{prunable.count()} futures would be pruned.")

@@ -10,7 +10,7 @@ from django.contrib.auth.models import User
 from django.core.management import CommandError
 from django.core.management.base import BaseCommand
 
-from tinkerapi.services import api_key_create
+from tinkerapi.services import MAX_EXPIRY_DAYS, api_key_create
 
 
 class Command(BaseCommand):
@@ -24,8 +24,10 @@ class Command(BaseCommand):
     def handle(
         self, *args: Any, username: str, name: str, expires_days: int | None, **options: Any
     ) -> None:
-        if expires_days is not None and expires_days < 1:
-            raise CommandError(f"--expires-days: expected at least 1, got {expires_days}")
+        if expires_days is not None and not 1 <= expires_days <= MAX_EXPIRY_DAYS:
+            raise CommandError(
+                f"--expires-days: expected 1 to {MAX_EXPIRY_DAYS}, got {expires_days}"
+            )
         if not 1 <= len(name) <= 100:
             raise CommandError(f"--name: expected 1 to 100 characters, got {len(name)}")
         try:
