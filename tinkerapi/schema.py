@@ -71,9 +71,9 @@ def _check_history(loader: MigrationLoader) -> None:
         raise SchemaError(f"the database's migrations are inconsistent: {error}") from error
 
 
-def database_down_reason(error: OperationalError) -> str | None:
+def database_down_reason(error: OperationalError | psycopg.OperationalError) -> str | None:
     """A sentence for an error that says that no database answers; None for all others."""
-    cause = error.__cause__
+    cause = error if isinstance(error, psycopg.OperationalError) else error.__cause__
     # The server's own errors carry a code; failing to reach one has none.
     if not isinstance(cause, psycopg.OperationalError) or cause.sqlstate is not None:
         return None

@@ -8,11 +8,13 @@ import sys
 from io import StringIO
 from pathlib import Path
 
+import psycopg
 import pytest
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
+import manage as manage_py
 from tinkerapi.management.commands.up import Command
 from tinkerapi.models import ApiKey
 from tinkerapi.preflight import RunningServer
@@ -96,6 +98,20 @@ def test_a_command_says_in_a_sentence_that_no_server_runs(tmp_path: Path) -> Non
     assert answer.stderr.splitlines() == [
         f"no server runs on {tmp_path}: start it with `python manage.py up`"
     ]
+
+
+def test_a_connection_that_no_model_made_fails_in_a_sentence_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker's first one holds its queue and is psycopg's own."""
+
+    def fail(arguments: list[str]) -> None:
+        raise psycopg.OperationalError("connection is bad: no such file")
+
+    monkeypatch.setattr("django.core.management.execute_from_command_line", fail)
+
+    with pytest.raises(SystemExit, match=r"does not answer|start it with `python manage.py up`"):
+        manage_py.main()
 
 
 @pytest.mark.acceptance
