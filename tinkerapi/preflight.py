@@ -155,6 +155,8 @@ def resolve_host(host: str) -> str:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise PreflightError(f"--host {host}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise PreflightError(f"--host {host}: this is no host name") from error
     addresses = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
     return str(addresses[0][4][0])
 

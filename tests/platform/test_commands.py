@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -139,6 +140,31 @@ def test_up_refuses_a_wrong_state_in_one_sentence(
     assert answer.returncode == 1
     assert sentence in answer.stderr
     assert len(answer.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"port": 0}, "--port: expected 1 to 65535, got 0"),
+        ({"port": -1}, "--port: expected 1 to 65535, got -1"),
+        ({"port": 99999}, "--port: expected 1 to 65535, got 99999"),
+        ({"port": 10**30}, f"--port: expected 1 to 65535, got {10**30}"),
+        ({"max_restart_delay": -1.0}, "--max-restart-delay: expected 0.5 to 86400, got -1.0"),
+        ({"max_restart_delay": 0.0}, "--max-restart-delay: expected 0.5 to 86400, got 0.0"),
+        ({"max_restart_delay": math.nan}, "--max-restart-delay: expected 0.5 to 86400, got nan"),
+        ({"max_restart_delay": math.inf}, "--max-restart-delay: expected 0.5 to 86400, got inf"),
+    ],
+)
+def test_up_refuses_a_number_that_is_out_of_range(
+    settings: Settings, tmp_path: Path, options: dict[str, object], sentence: str
+) -> None:
+    settings.DATA_DIR = tmp_path / "new"
+
+    with pytest.raises(CommandError) as caught:
+        call_command("up", **options)
+
+    assert str(caught.value) == sentence
+    assert not settings.DATA_DIR.exists(), "refused before anything is made"
 
 
 @pytest.mark.parametrize(

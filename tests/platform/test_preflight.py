@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -125,6 +126,12 @@ def test_every_other_address_needs_one(host: str) -> None:
 def test_a_host_that_names_no_address_is_refused() -> None:
     with pytest.raises(PreflightError, match=r"--host 300\.1\.1\.1\.: "):
         resolve_host("300.1.1.1.")
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b"])
+def test_what_can_be_no_host_name_is_refused(host: str) -> None:
+    with pytest.raises(PreflightError, match=f"--host {re.escape(host)}: this is no host name"):
+        resolve_host(host)
 
 
 def test_localhost_is_the_address_that_every_client_tries(

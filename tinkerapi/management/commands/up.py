@@ -39,7 +39,14 @@ from tinkerapi.preflight import (
 )
 from tinkerapi.schema import SchemaError, schema_migrate
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
-from tinkerapi.supervisor import MAX_DELAY_SECONDS, Child, Supervisor, Watch, parent_death_prefix
+from tinkerapi.supervisor import (
+    FIRST_DELAY_SECONDS,
+    MAX_DELAY_SECONDS,
+    Child,
+    Supervisor,
+    Watch,
+    parent_death_prefix,
+)
 from training.base_models import BaseModel, base_models
 
 TICK_SECONDS = 0.1
@@ -70,10 +77,14 @@ class Command(BaseCommand):
             "default: %(default)s",
         )
 
-    def handle(self, *args: Any, host: str, port: int, **options: Any) -> None:
+    def handle(
+        self, *args: Any, host: str, port: int, max_restart_delay: float, **options: Any
+    ) -> None:
+        _require("--port", port, 1, 65535)
+        _require("--max-restart-delay", max_restart_delay, FIRST_DELAY_SECONDS, 86400)
         self.started_at = time.monotonic()
         self.stops_requested = 0
-        self.supervisor = Supervisor(self.say, max_delay_seconds=options["max_restart_delay"])
+        self.supervisor = Supervisor(self.say, max_delay_seconds=max_restart_delay)
         self.preparations: dict[str, subprocess.Popen[bytes]] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup keeps its meaning
@@ -267,6 +278,11 @@ class Command(BaseCommand):
         self.say(f"  docs    {address}/docs/")
         self.say(f"  admin   {address}/admin/")
         self.say(f"  logs    {_log('web').parent}")
+
+
+def _require(option: str, value: float, minimum: float, maximum: float) -> None:
+    if not minimum <= value <= maximum:  # not a number is neither
+        raise CommandError(f"{option}: expected {minimum:g} to {maximum:g}, got {value}")
 
 
 def _can_be_prepared(base_model: BaseModel) -> bool:
