@@ -203,7 +203,7 @@ def base_model_problem(folder: Path) -> str | None:
     try:
         if not folder.is_dir():
             return f"there is no folder {folder}"
-        json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
         names = {path.name for path in folder.iterdir()}
         for name in sorted(names):
             if (folder / name).is_file():
@@ -212,8 +212,34 @@ def base_model_problem(folder: Path) -> str | None:
         return f"{folder / 'config.json'} is not JSON: {error}"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    if not any(name.endswith(".safetensors") for name in names):
+    if not isinstance(config, dict):
+        return f"{folder / 'config.json'} is not a JSON object"
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         return f"{folder} holds no weights (*.safetensors)"
+    for path in weights:
+        if problem := _weights_problem(path):
+            return problem
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         return f"{folder} holds no tokenizer (tokenizer.json)"
+    return None
+
+
+def _weights_problem(path: Path) -> str | None:
+    """What its header says against a safetensors file: the tensors themselves are not read.
+
+    The file is the header's length (8 bytes), the header (JSON) and the bytes of all tensors.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size if header_size <= size else 0))
+        header.pop("__metadata__", None)
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
+        whole = 8 + header_size + max(ends, default=0)
+    except (ValueError, TypeError, AttributeError, LookupError):
+        return f"{path} is no safetensors file, or only its beginning"
+    if size < whole:
+        return f"{path} is cut off: it has {size:,} of {whole:,} bytes"
     return None

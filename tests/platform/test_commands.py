@@ -16,6 +16,7 @@ from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
 import manage as manage_py
+from tests.platform.model_folders import make_model_folder
 from tinkerapi.management.commands.up import Command
 from tinkerapi.models import ApiKey
 from tinkerapi.preflight import RunningServer
@@ -128,11 +129,7 @@ def test_a_connection_that_no_model_made_fails_in_a_sentence_too(
 def test_up_refuses_a_wrong_state_in_one_sentence(
     tmp_path: Path, arguments: list[str], environment: dict[str, str], sentence: str
 ) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").touch()
-    (model / "tokenizer.json").touch()
+    model = make_model_folder(tmp_path / "model")
     defaults = {"TINKERAPI_DATA_DIR": str(tmp_path), "TINKERAPI_BASE_MODEL": str(model)}
 
     answer = manage("up", *arguments, **{**defaults, **environment})

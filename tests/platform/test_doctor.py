@@ -16,6 +16,7 @@ from pytest_django import Settings
 
 from futures.models import Worker
 from futures.services import future_submit
+from tests.platform.model_folders import make_model_folder
 from tinkerapi import doctor
 from tinkerapi.doctor import Finding, Verdict
 from tinkerapi.preflight import RunningServer
@@ -88,10 +89,7 @@ def test_a_base_model_is_whole_absent_or_broken(tmp_path: Path) -> None:
     def check(name: str) -> Finding:
         return doctor.check_base_model(BaseModel(name=name, folder=tmp_path / name, queue="q"))
 
-    (tmp_path / "whole").mkdir()
-    for file, content in (("config.json", "{}"), ("a.safetensors", ""), ("tokenizer.json", "")):
-        (tmp_path / "whole" / file).write_text(content)
-
+    make_model_folder(tmp_path / "whole")
     assert check("whole").verdict is Verdict.OK
     assert check("gone").verdict is Verdict.FAILED
     assert check(doctor.DEFAULT_MODEL_NAME).verdict is Verdict.OFF, "up will make it"

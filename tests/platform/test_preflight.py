@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.platform.model_folders import make_model_folder, weights
 from tinkerapi.preflight import (
     PreflightError,
     RunningServer,
@@ -199,6 +200,28 @@ def test_a_model_folder_that_is_none_is_named(model_folder: Path, tmp_path: Path
     assert base_model_problem(tmp_path / "gone") == f"there is no folder {tmp_path / 'gone'}"
     (model_folder / "config.json").write_text("{")
     assert "is not JSON" in str(base_model_problem(model_folder))
+    (model_folder / "config.json").write_text("[]")
+    assert "is not a JSON object" in str(base_model_problem(model_folder))
+
+
+@pytest.mark.parametrize("length", range(len(weights())))
+def test_weights_that_are_cut_off_anywhere_are_named(model_folder: Path, length: int) -> None:
+    (model_folder / "model.safetensors").write_bytes(weights()[:length])
+
+    problem = str(base_model_problem(model_folder))
+
+    assert problem.startswith(f"{model_folder / 'model.safetensors'} is ")
+    assert "cut off: it has" in problem or "or only its beginning" in problem
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"PK\x03\x04 an archive", bytes(100), b"\xff" * 20, (2).to_bytes(8, "little") + b"[]"],
+)
+def test_a_file_that_is_no_safetensors_is_named(model_folder: Path, content: bytes) -> None:
+    (model_folder / "model.safetensors").write_bytes(content)
+
+    assert "model.safetensors is no safetensors file" in str(base_model_problem(model_folder))
 
 
 def test_weights_that_this_user_may_not_read_are_named(ordinary_user: Path) -> None:
@@ -225,14 +248,6 @@ def ordinary_user() -> Iterator[Path]:
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     return make_model_folder(tmp_path / "model")
-
-
-def make_model_folder(folder: Path) -> Path:
-    make(folder)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
-    (folder / "tokenizer.json").touch()
-    return folder
 
 
 def make(folder: Path) -> Path:
