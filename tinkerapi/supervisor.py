@@ -31,6 +31,10 @@ LAST_WORDS_SECONDS = 2.0  # for a hung child to write where it hangs, before it 
 MAX_LOG_BYTES = 10 * 1024 * 1024
 
 
+class Refused(Exception):
+    """A part cannot start as things are, and says why in one sentence; another try is no use."""
+
+
 class Part(Protocol):
     """What the supervisor keeps running."""
 
@@ -42,7 +46,11 @@ class Part(Protocol):
         """Start it; raises an exception with one sentence if it cannot be."""
 
     def ended(self) -> str | None:
-        """None while it runs, otherwise how it ended, as half a sentence."""
+        """None while it runs, otherwise how it ended, as half a sentence.
+
+        Raises:
+            Refused: It ended because it can never start.
+        """
 
     def ask_to_stop(self) -> None:
         """Tell it to end, and return at once."""
@@ -114,6 +122,8 @@ class Child:
     stop_rank: int
     watch: Watch | None = None
     """None: it is trusted to get on as long as it runs."""
+    refusal_status: int | None = None
+    """Exit code that says that it can never start; its last line says why."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     hung: bool = field(default=False, init=False)
     log_start: int = field(default=0, init=False)
@@ -156,6 +166,8 @@ class Child:
             return f"made no progress for {self.watch.silence_seconds:g} s and was killed"
         if status < 0:
             return f"was ended by {signal.Signals(-status).name}"
+        if status == self.refusal_status:
+            raise Refused(self.last_words(limit=2000))
         words = self.last_words()
         return f"ended with exit code {status}" + (f": {words}" if words else "")
 
@@ -186,12 +198,12 @@ class Child:
         self._kill_group(process)
         process.wait()
 
-    def last_words(self) -> str:
+    def last_words(self, *, limit: int = 300) -> str:
         """The last line it has printed since its start; of a progress bar, the last state."""
         with self.log.open("rb") as log:
             log.seek(max(self.log_start, self.log.stat().st_size - 4096))
             lines = log.read().decode(errors="replace").splitlines()  # at \r too
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:limit]
 
     @staticmethod
     def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -234,6 +246,9 @@ class Supervisor:
         self.say = say
         self.clock = clock
         self.max_delay_seconds = max_delay_seconds
+        self.has_been_ready = False
+        """Whoever sees that all parts work sets it: from then on a refusal is a failure too,
+        for what was changed under a running server may be put right."""
         self._watched: list[_Watched] = []
 
     def add(self, part: Part) -> None:
@@ -247,11 +262,15 @@ class Supervisor:
         part.start()
 
     def tick(self) -> None:
-        """Notice what has ended and start again what has waited long enough."""
+        """Notice what has ended and start again what has waited long enough.
+
+        Raises:
+            Refused: A part can never start, and they have not been ready yet.
+        """
         for watched in self._watched:
             now = self.clock()
             if watched.start_at is None:
-                how = watched.part.ended()
+                how = self._how_it_ended(watched.part)
                 if how is not None:
                     self._plan_restart(watched, how)
             elif now >= watched.start_at:
@@ -271,6 +290,14 @@ class Supervisor:
                 part.ask_to_stop()
             for part in together:
                 part.stop(hurry)
+
+    def _how_it_ended(self, part: Part) -> str | None:
+        try:
+            return part.ended()
+        except Refused as error:
+            if not self.has_been_ready:
+                raise Refused(f"{part.name}: {error}") from error
+            return f"cannot start: {error}"
 
     def _plan_restart(self, watched: _Watched, how: str) -> None:
         """Each failure in a row doubles the delay; one steady life forgives them all."""

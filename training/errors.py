@@ -58,6 +58,12 @@ class BaseModelNotFound(TrainingError):
     """This server does not serve that base model."""
 
 
+class DeviceNotFound(TrainingError):
+    """This machine lacks the device that the base model is to be computed on."""
+
+    category = "server"
+
+
 class NonFiniteResult(TrainingError):
     """The computation produced NaN or infinity; weights and gradients are as before."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 import requests
 
 from tests.platform.processes import is_running, wait_for
-from tests.server import ROOT, Server
+from tests.server import ROOT, Server, free_port
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.acceptance
@@ -109,6 +111,23 @@ def test_up_heals_what_dies_and_stops_without_a_trace(start: Start) -> None:
     server.stop()
     assert none_is_running(everyone)
     assert server.log().splitlines()[-1] == "stopped"
+
+
+def test_a_model_that_can_never_be_loaded_ends_up_with_the_workers_sentence(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_attention_heads": 0}))
+    (tmp_path / "data").mkdir()
+    server = Server(tmp_path / "data", free_port(), {"TINKERAPI_BASE_MODEL": str(broken)})
+
+    up = manage(server, "up", "--port", str(server.port))
+
+    assert up.returncode == 1
+    [sentence] = up.stderr.splitlines()
+    assert f"worker broken: No model can be read from {broken}: ZeroDivisionError" in sentence
+    assert "starting it again" not in up.stdout
 
 
 def test_a_killed_up_takes_everything_along_and_the_next_one_finds_it_all(start: Start) -> None:

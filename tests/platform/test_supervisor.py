@@ -15,6 +15,7 @@ from tinkerapi.supervisor import (
     MAX_DELAY_SECONDS,
     STEADY_SECONDS,
     Child,
+    Refused,
     Supervisor,
 )
 
@@ -35,6 +36,7 @@ class FakePart:
         self.stop_rank = stop_rank
         self.calls = calls
         self.end: str | None = None
+        self.refusal: str | None = None
         self.fails_to_start = False
 
     def start(self) -> None:
@@ -44,6 +46,8 @@ class FakePart:
         self.end = None
 
     def ended(self) -> str | None:
+        if self.refusal is not None:
+            raise Refused(self.refusal)
         return self.end
 
     def ask_to_stop(self) -> None:
@@ -159,6 +163,35 @@ def test_a_restart_that_fails_is_tried_again(
     assert part.ended() is None
 
 
+def test_a_part_that_can_never_start_is_not_started_again(
+    supervisor: Supervisor, calls: list[str], lines: list[str]
+) -> None:
+    part = FakePart("worker", calls)
+    supervisor.add(part)
+    part.refusal = "no such model"
+
+    with pytest.raises(Refused, match="worker: no such model"):
+        supervisor.tick()
+
+    assert (calls, lines) == (["start worker"], [])
+
+
+def test_what_worked_once_is_tried_again_also_after_a_refusal(
+    supervisor: Supervisor, calls: list[str], lines: list[str], clock: Clock
+) -> None:
+    part = FakePart("worker", calls)
+    supervisor.add(part)
+    supervisor.has_been_ready = True
+    part.refusal = "no such model"
+    supervisor.tick()
+    assert lines == ["worker cannot start: no such model; starting it again in 0.5 s"]
+
+    part.refusal = None
+    clock.now += 1
+    supervisor.tick()
+    assert calls == ["start worker"] * 2
+
+
 def test_one_part_in_trouble_does_not_disturb_the_others(
     supervisor: Supervisor, calls: list[str], clock: Clock
 ) -> None:
@@ -200,7 +233,9 @@ def test_parts_are_stopped_rank_by_rank_also_one_whose_start_failed(
 
 @pytest.fixture
 def child(tmp_path: Path) -> Callable[..., Child]:
-    def make(script: str, *, stop_seconds: float = 10.0) -> Child:
+    def make(
+        script: str, *, stop_seconds: float = 10.0, refusal_status: int | None = None
+    ) -> Child:
         return Child(
             "part",
             [sys.executable, "-c", script],
@@ -209,6 +244,7 @@ def child(tmp_path: Path) -> Callable[..., Child]:
             stop_seconds,
             parent_death_signal="KILL",
             stop_rank=0,
+            refusal_status=refusal_status,
         )
 
     return make
@@ -222,6 +258,20 @@ def test_a_command_that_fails_is_quoted_by_its_last_line(child: Callable[..., Ch
     quiet = child("import sys; sys.exit(3)")  # same log: the earlier words are not its own
     quiet.start()
     assert wait_for(quiet.ended) == "ended with exit code 3"
+
+
+def test_a_command_refuses_to_start_by_an_exit_code_of_its_own(
+    child: Callable[..., Child],
+) -> None:
+    sentence = "no such model " + "m" * 1000
+    part = child(f"import sys; print('{sentence}'); sys.exit(78)", refusal_status=78)
+    part.start()
+    with pytest.raises(Refused, match=sentence):
+        wait_for(part.ended)
+
+    crashing = child("import sys; sys.exit(77)", refusal_status=78)
+    crashing.start()
+    assert wait_for(crashing.ended) == "ended with exit code 77"
 
 
 def test_a_killed_command_takes_its_own_children_along(child: Callable[..., Child]) -> None:

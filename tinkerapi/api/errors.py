@@ -41,6 +41,7 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.CheckpointNotFound: 404,
     training_errors.CheckpointExists: 409,
     training_errors.BaseModelNotFound: 404,
+    training_errors.DeviceNotFound: 500,
     training_errors.NonFiniteResult: 400,
     training_errors.OutOfMemory: 503,
     training_errors.StorageFull: 507,

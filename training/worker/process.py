@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -25,6 +26,7 @@ from futures.workers import worker_heartbeat, worker_live, worker_start, worker_
 from training import tasks
 from training.base_models import BaseModel
 from training.engine.interface import Engine
+from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
 from training.worker.chores import Chores
 from training.worker.last_words import LastWords, crashed, oom_kills
 from training.worker.loop import WorkLoop
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # between two tries to reach Postgres at the start
+MAX_REASON_CHARACTERS = 300  # of what a library says against a model's folder
 OUTAGE_SECONDS = 120.0  # after which somebody should hear of it
 
 
@@ -43,6 +46,7 @@ def build_engine(base_model: BaseModel) -> Engine:
 
     Raises:
         BaseModelNotFound: Its folder cannot be read.
+        DeviceNotFound: TINKERAPI_DEVICE is cuda and there is no GPU.
     """
     import torch
 
@@ -50,15 +54,42 @@ def build_engine(base_model: BaseModel) -> Engine:
     from training.engine.model_engine import TorchEngine
 
     torch.set_num_threads(num_threads(torch.get_num_threads()))
-    loaded = load_base_model(
-        str(base_model.folder),
-        name=base_model.name,
-        device=settings.DEVICE,
-        dtype=settings.DTYPE,
-    )
+    if settings.DEVICE == "cuda" and not torch.cuda.is_available():
+        raise DeviceNotFound(
+            "TINKERAPI_DEVICE is cuda and torch sees no GPU; check driver and torch build"
+        )
+    with _faults_of(base_model.folder):
+        loaded = load_base_model(
+            str(base_model.folder),
+            name=base_model.name,
+            device=settings.DEVICE,
+            dtype=settings.DTYPE,
+        )
     return TorchEngine(
         loaded, token_budget=settings.BATCH_TOKENS, cache_tokens=settings.CACHE_TOKENS
     )
+
+
+@contextmanager
+def _faults_of(folder: Path) -> Iterator[None]:
+    """What loading a folder fails with is a fault of the folder: it would fail again.
+
+    Libraries raise everything there, down to a division by zero. Not what the machine may have
+    the next time: memory, and a GPU that works.
+    """
+    import torch
+
+    passing = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:
+        if isinstance(error, passing):
+            raise
+        logger.exception("loading %s", folder)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
+        raise BaseModelNotFound(f"No model can be read from {folder}: {what}") from error
 
 
 def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> None:
@@ -69,7 +100,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
 
     Raises:
         QueueTaken: Another live worker serves this base model.
-        BaseModelNotFound: The model cannot be loaded.
+        BaseModelNotFound, DeviceNotFound: The model cannot be loaded.
     """
     pulse = Pulse(settings.PULSE_FD)
     figures: dict[str, Any] = {"base_model": base_model.name, "oom_kills": oom_kills()}

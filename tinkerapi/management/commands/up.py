@@ -43,6 +43,7 @@ from tinkerapi.supervisor import (
     FIRST_DELAY_SECONDS,
     MAX_DELAY_SECONDS,
     Child,
+    Refused,
     Supervisor,
     Watch,
     parent_death_prefix,
@@ -97,6 +98,9 @@ class Command(BaseCommand):
             self.say("stopped")
         except (PreflightError, PostgresError, SchemaError) as error:
             raise CommandError(str(error)) from error
+        except Refused as error:
+            # The part was a command itself, and Django has put the same word before its sentence.
+            raise CommandError(str(error).replace("CommandError: ", "", 1)) from error
         except OSError as error:  # a disk that has filled up meanwhile
             raise CommandError(f"the server cannot go on: {error}") from error
 
@@ -227,6 +231,7 @@ class Command(BaseCommand):
                 parent_death_signal="KILL",  # a batch may be long, and nothing is lost
                 stop_rank=1,
                 watch=Watch("TINKERAPI_PULSE_FD", silence_seconds=settings.HANG_SECONDS),
+                refusal_status=os.EX_CONFIG,
             )
         )
 
@@ -246,6 +251,7 @@ class Command(BaseCommand):
             elif not ready and not waiting and time.monotonic() >= look_at:
                 look_at = time.monotonic() + READY_LOOK_SECONDS
                 if ready := self._answers("/readyz"):
+                    self.supervisor.has_been_ready = True
                     self._say_ready()
             time.sleep(TICK_SECONDS)
 

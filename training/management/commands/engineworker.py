@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from futures.errors import QueueTaken
 from training.base_models import base_model_get
-from training.errors import TrainingError
+from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
 from training.worker.process import build_engine, run_worker
 
 
@@ -21,5 +22,9 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         try:
             run_worker(base_model_get(options["base_model"]), build_engine)
+        except (BaseModelNotFound, DeviceNotFound) as error:
+            # Another start would end the same way; the exit code tells whoever supervises.
+            sentence = " ".join(str(error).split())
+            raise CommandError(sentence, returncode=os.EX_CONFIG) from error
         except (TrainingError, QueueTaken) as error:
             raise CommandError(str(error)) from error
