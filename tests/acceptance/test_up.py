@@ -80,8 +80,17 @@ def none_is_running(pids: set[int]) -> bool:
     return not any(is_running(pid) for pid in pids)
 
 
-def test_up_heals_what_dies_and_stops_without_a_trace(start: Start) -> None:
-    server = start()
+def test_up_heals_what_dies_and_stops_without_a_trace(
+    start_server: Callable[..., Server], tiny_model: Path
+) -> None:
+    server = start_server(
+        TINKERAPI_BASE_MODEL=str(tiny_model),
+        TINKERAPI_ALLOWED_HOSTS="train.example",  # also of up and doctor, which ask by loopback
+    )
+    wait_for(lambda: "ready after" in server.log())
+    for host, status in (("train.example", 200), ("elsewhere.example", 400)):
+        named = requests.get(f"{server.url}/readyz", headers={"Host": host}, timeout=5)
+        assert named.status_code == status
     assert requests.get(f"{server.url}/healthz", timeout=5).json() == {"status": "ok"}
     style = requests.get(f"{server.url}/static/admin/css/base.css", timeout=5)
     assert style.status_code == 200
