@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -43,7 +44,7 @@ def _served(names: tuple[str, ...], data_dir: Path) -> dict[str, BaseModel]:
     for name in names:
         is_folder = name.startswith((".", "/", "~"))
         folder = (
-            Path(name).expanduser().resolve()
+            Path(os.path.expanduser(name)).resolve()  # Path's own fails for an unknown user
             if is_folder
             else data_dir / "models" / name.replace("/", "--")
         )
@@ -58,6 +59,17 @@ def _served(names: tuple[str, ...], data_dir: Path) -> dict[str, BaseModel]:
 def base_models() -> list[BaseModel]:
     """The served base models, the default first."""
     return list(_served(tuple(settings.BASE_MODELS), settings.DATA_DIR).values())
+
+
+def base_models_problem() -> str | None:
+    """What keeps them from being served beside each other, as one sentence; None: nothing."""
+    queues = {base_model.queue for base_model in base_models()}
+    if len(queues) == len(settings.BASE_MODELS):
+        return None
+    return (
+        "TINKERAPI_BASE_MODEL: each base model needs a name of its own, in which only letters and"
+        f" digits count, and a folder's name is its last part; got {','.join(settings.BASE_MODELS)}"
+    )
 
 
 def base_model_get(name: str | None) -> BaseModel:

@@ -19,8 +19,9 @@ import manage as manage_py
 from tests.platform.model_folders import make_model_folder
 from tinkerapi.management.commands.up import Command
 from tinkerapi.models import ApiKey
-from tinkerapi.preflight import RunningServer
+from tinkerapi.preflight import PreflightError, RunningServer, base_model_problem
 from tinkerapi.services import api_key_verify, first_accounts_ensure
+from training.base_models import base_models
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +138,28 @@ def test_up_refuses_a_wrong_state_in_one_sentence(
     assert answer.returncode == 1
     assert sentence in answer.stderr
     assert len(answer.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["/models/a", "/other/a"], ["some/model", "some/model"], ["some/model.1", "some/model-1"]],
+)
+def test_up_refuses_base_models_that_would_share_a_queue(
+    settings: Settings, tmp_path: Path, names: list[str]
+) -> None:
+    settings.DATA_DIR = tmp_path
+    settings.BASE_MODELS = names
+    command = Command()
+    command.server = RunningServer(pid=1, host="127.0.0.1", port=0)
+
+    with pytest.raises(PreflightError, match="needs a name of its own"), command._preflight():
+        pytest.fail("one of the workers could never have its queue")
+
+
+def test_the_folder_of_an_unknown_user_is_one_that_is_not_there(settings: Settings) -> None:
+    settings.BASE_MODELS = ["~no-such-user/model"]
+
+    assert str(base_model_problem(base_models()[0].folder)).startswith("there is no folder ")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ from tinkerapi.supervisor import (
     Watch,
     parent_death_prefix,
 )
-from training.base_models import BaseModel, base_models
+from training.base_models import BaseModel, base_models, base_models_problem
 
 TICK_SECONDS = 0.1
 READY_LOOK_SECONDS = 0.5  # each look that finds the worker loading costs a query and a log line
@@ -120,6 +120,8 @@ class Command(BaseCommand):
         with lock_data_folder(settings.DATA_DIR, self.server) as killed:
             # The web process of an ``up`` that was killed needs a moment to leave its port.
             check_port(host, self.server.port, wait_seconds=10 if killed else 0)
+            if problem := base_models_problem():
+                raise PreflightError(problem)
             for base_model in base_models():
                 problem = base_model_problem(base_model.folder)
                 if problem and not _can_be_prepared(base_model):
