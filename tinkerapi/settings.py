@@ -77,7 +77,7 @@ def env_database(name: str) -> dj_database_url.DBConfig:
     # The value is not repeated: it may hold a password.
     expected = f"{name}: expected postgresql://USER:PASSWORD@HOST:PORT/NAME"
     try:
-        database = dj_database_url.parse(os.environ[name])
+        database = dj_database_url.parse(os.environ[name].strip())
     except dj_database_url.UnknownSchemeError:
         raise ImproperlyConfigured(f"{expected}, got a URL of another kind") from None
     except ValueError:
