@@ -67,7 +67,14 @@ def test_whatever_is_wrong_with_a_folder_is_a_refusal(
         build_engine(base_model)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("device full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("device full"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_memory_that_is_taken_now_is_no_fault_of_the_folder(
     base_model: BaseModel, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -79,13 +79,14 @@ def _faults_of(folder: Path) -> Iterator[None]:
     """
     import torch
 
-    passing = (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))
+    from training.engine.out_of_memory import is_out_of_memory
+
     try:
         yield
     except TrainingError:
         raise
     except Exception as error:
-        if isinstance(error, passing):
+        if is_out_of_memory(error) or isinstance(error, getattr(torch, "AcceleratorError", ())):
             raise
         logger.exception("loading %s", folder)
         what = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
