@@ -27,8 +27,9 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
-from training.engine.base_model import BaseModel, load_base_model
+from training.engine.base_model import BaseModel
 from training.engine.interface import ForwardBackwardJob
+from training.engine.loading import load_base_model
 from training.engine.model_engine import TorchEngine
 from training.types import Datum, LoraConfig
 

@@ -22,8 +22,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.engine.base_model import load_base_model
 from training.engine.interface import SampleJob
+from training.engine.loading import load_base_model
 from training.engine.sampling import ContinuousSampler
 from training.engine.text import ChatText
 from training.types import SamplingParams

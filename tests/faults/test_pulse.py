@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.tiny_model import make_tiny_model
-from training.engine.base_model import load_base_model
 from training.engine.interface import ForwardBackwardJob
+from training.engine.loading import load_base_model
 from training.engine.model_engine import TorchEngine
 from training.types import Datum, LoraConfig
 from training.worker.pulse import Pulse

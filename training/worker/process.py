@@ -50,7 +50,7 @@ def build_engine(base_model: BaseModel) -> Engine:
     """
     import torch
 
-    from training.engine.base_model import load_base_model
+    from training.engine.loading import load_base_model
     from training.engine.model_engine import TorchEngine
 
     torch.set_num_threads(num_threads(torch.get_num_threads()))

@@ -23,7 +23,7 @@ from transformers import (
 
 from tests.tiny_model import VOCAB_SIZE, make_tokenizer
 from training.engine.attention import SequenceAttention
-from training.engine.base_model import load_base_model
+from training.engine.loading import load_base_model
 from training.engine.packed import PackedContext, uniform_segments
 from training.engine.stretches import whole_sequences
 from training.errors import BaseModelNotFound
