@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import psycopg
-from django.db import connections
+from django.db import IntegrityError, connections
 from django.db.models import Model
 from django_q.conf import Conf
 
@@ -69,6 +69,12 @@ def row_get(model: type[M], condition: str, parameters: Mapping[str, Any]) -> M 
     """The one row of ``rows_get``, or None."""
     rows = rows_get(model, condition, parameters)
     return rows[0] if rows else None
+
+
+def violated_constraint(error: IntegrityError) -> str | None:
+    """The name of the constraint that turned a write away, if Postgres named one."""
+    cause = error.__cause__
+    return cause.diag.constraint_name if isinstance(cause, psycopg.Error) else None
 
 
 @cache

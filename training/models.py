@@ -193,6 +193,11 @@ class Checkpoint(models.Model):
         """Files for other programs, as peft reads them."""
 
     run = models.ForeignKey(Run, on_delete=models.PROTECT, related_name="checkpoints")
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
+    """The run's. It stands here too because a path is unique among its owner's."""
+    path_run = models.CharField(max_length=200)
+    """The run's part of the path that its owner uses: the run's name. A removed run's checkpoint
+    keeps its path, also when another run takes the name."""
     kind = models.CharField(max_length=10, choices=Kind.choices)
     ephemeral = models.BooleanField(default=False)
     """Made for one sampling session; not listed."""
@@ -214,6 +219,11 @@ class Checkpoint(models.Model):
             models.UniqueConstraint(
                 fields=["run", "kind", "name"], name="checkpoint_run_kind_name"
             ),
+            models.UniqueConstraint(
+                fields=["owner", "path_run", "kind", "name"],
+                condition=Q(ephemeral=False),
+                name="checkpoint_path_means_one",
+            ),
             models.CheckConstraint(
                 condition=Q(kind__in=["training", "sampler", "external"]),
                 name="checkpoint_kind_known",
@@ -226,6 +236,11 @@ class Checkpoint(models.Model):
 
     def __str__(self) -> str:
         return f"{self.run_id}/{self.name}"
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether its time is up, so that nobody finds it and it is about to be deleted."""
+        return self.expires_at is not None and self.expires_at <= timezone.now()
 
 
 class SamplingSession(models.Model):

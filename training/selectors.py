@@ -146,8 +146,8 @@ def checkpoint_get(
 ) -> Checkpoint:
     """A checkpoint that the owner may read: one's own, the lender's, or a public one.
 
-    A name that was used by several runs in turn means the newest run that has the checkpoint.
-    Names are only unique per owner, so another's public checkpoint is known by the run's id.
+    Runs' names are only unique per owner, so another's public checkpoint is known by the run's
+    id. Owners may use that path too.
 
     Args:
         lender_id: Another user, who gave the owner the key to read what is theirs.
@@ -162,13 +162,17 @@ def checkpoint_get(
             f"path: {path} is for other programs; load or sample a weights or sampler_weights path"
         )
     named = checkpoints_kept().filter(kind=path.kind, name=path.name, ephemeral=False)
-    for readable in (
-        Q(run__owner_id=owner_id, run__name=path.run),
-        Q(run__owner_id=lender_id, run__name=path.run),
-        Q(public=True, run_id=path.run),
-    ):
-        found = named.filter(readable).order_by(F("run__deleted_at").desc(nulls_first=True))
-        if checkpoint := found.first():
+    readers = [owner_id] if lender_id is None else [owner_id, lender_id]
+    readable = [
+        condition
+        for reader in readers
+        for condition in (
+            Q(owner_id=reader, path_run=path.run),
+            Q(owner_id=reader, run_id=path.run),
+        )
+    ]
+    for condition in [*readable, Q(public=True, run_id=path.run)]:
+        if checkpoint := named.filter(condition).first():
             return checkpoint
     raise CheckpointNotFound(f"no checkpoint at {path}")
 
@@ -183,6 +187,24 @@ def checkpoint_own(*, owner_id: int, path: TinkerPath) -> Checkpoint:
     if checkpoint.run.owner_id != owner_id:
         raise CheckpointNotFound(f"no checkpoint at {path}")
     return checkpoint
+
+
+def checkpoint_at(*, owner_id: int, path: TinkerPath) -> Checkpoint | None:
+    """What has this path of the owner's, with its run; None if the path is free.
+
+    What has expired keeps its path until it is deleted, but gives way to whoever wants it.
+    """
+    return (
+        Checkpoint.objects.select_related("run")
+        .filter(
+            owner_id=owner_id,
+            path_run=path.run,
+            kind=path.kind,
+            name=path.name,
+            ephemeral=False,
+        )
+        .first()
+    )
 
 
 def checkpoint_by_id(checkpoint_id: int) -> Checkpoint:
@@ -211,8 +233,8 @@ def directories_named() -> set[str]:
 
 
 def checkpoint_path(checkpoint: Checkpoint) -> TinkerPath:
-    """The path under which its owner's clients know it."""
-    return TinkerPath(checkpoint.run.name, checkpoint.kind, checkpoint.name)
+    """The path under which its owner's clients know it; no other checkpoint of theirs has it."""
+    return TinkerPath(checkpoint.path_run, checkpoint.kind, checkpoint.name)
 
 
 def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:

@@ -63,6 +63,8 @@ def save(data_dir: Path) -> Callable[[str], None]:
         (folder / "weights.npy").write_text(name)
         Checkpoint.objects.create(
             run=run,
+            owner=owner,
+            path_run=run.name,
             kind="training",
             name=name,
             seq_id=1,

@@ -20,9 +20,12 @@ from futures.payload import decode
 from tests.conftest import InProcessWorker
 from tinkerapi.schema import schema_migrate, unapplied_migrations
 from training.models import Checkpoint, Run
+from training.paths import TinkerPath
+from training.selectors import checkpoint_get, checkpoint_path
 from training.services import (
     forward_backward_submit,
     optim_step_submit,
+    run_remove_submit,
     sample_submit,
     save_weights_submit,
 )
@@ -111,6 +114,33 @@ def test_a_worker_of_this_version_finishes_what_waited_in_an_older_database(
     steps = Run.objects.values_list("step", flat=True)
     assert list(steps) == [4, 4]
     assert Checkpoint.objects.filter(run__owner=owner).count() == 4
+
+
+def test_a_path_that_meant_two_checkpoints_means_one_and_the_other_is_found_by_its_run(
+    start_worker: Callable[..., InProcessWorker], newest_again: None
+) -> None:
+    owner = User.objects.create_user("ada")
+    mine: dict[str, Any] = {"owner_id": owner.pk, "model_id": "m"}
+    work = start_worker()
+    submit(owner, range(2))
+    run_remove_submit(**mine)
+    submit(owner, range(2, 4))
+    work()
+    work.die()
+
+    migrate_back(("training", "0003_audit_events"))
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE training_checkpoint SET name = 'a' WHERE name IN ('step-0', 'step-2')"
+        )
+    schema_migrate()
+
+    old, new = Run.objects.order_by("created_at")
+    for run, of in ((new.name, new), (old.id, old)):
+        path = TinkerPath(run, "training", "a")
+        checkpoint = checkpoint_get(owner_id=owner.pk, path=path)
+        assert checkpoint.run == of
+        assert checkpoint_path(checkpoint) == path
 
 
 def test_every_older_version_is_tried() -> None:

@@ -38,6 +38,8 @@ def checkpoint(transactional_db: None) -> Checkpoint:
     (settings.DATA_DIR / directory / "weights").write_bytes(b"1234")
     return Checkpoint.objects.create(
         run=run,
+        owner=ada,
+        path_run=run.name,
         kind="training",
         name="a",
         seq_id=1,

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from django.db import transaction
+from django.conf import settings
+from django.db import IntegrityError, transaction
 
+from futures.database import violated_constraint
 from training import payloads
 from training.age import check_recipients
 from training.audit import audit_checkpoint
-from training.errors import InvalidRequest
+from training.errors import CheckpointExists, InvalidRequest
 from training.kinds import Kind
 from training.models import Checkpoint
 from training.paths import TinkerPath, check_name
-from training.selectors import checkpoint_get, run_get
+from training.selectors import checkpoint_at, checkpoint_get, checkpoint_path, run_get
 from training.services.runs import run_lora_config
 from training.services.sessions import CREATION_SEQ_ID, session_run_create
 from training.services.submission import Submission, submit_in_lane
+
+ONE_OF_A_PATH = ("checkpoint_path_means_one", "checkpoint_run_kind_name")
+"""The constraints that say whose a path is."""
 
 
 def save_weights_submit(
@@ -88,6 +94,39 @@ def save_for_sampling_session_submit(
         summary={"sampling_session": f"{run.session_id}:sample:{sampling_session_seq_id}"},
         seq_id=seq_id,
     )
+
+
+def checkpoint_check_free(*, owner_id: int, path: TinkerPath, overwrite: bool) -> None:
+    """Refuse a save that could not have its path, before anything is written for it.
+
+    Raises:
+        CheckpointExists: Another has the path, and is not to be replaced.
+    """
+    _check_replaceable(checkpoint_at(owner_id=owner_id, path=path), path, overwrite)
+
+
+def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool) -> None:
+    """Insert a checkpoint whose files are written, in place of what has its path.
+
+    Of several at once the database says who was first: the others replace it, or are refused.
+    What is replaced loses its files when the caller's transaction commits.
+
+    Raises:
+        CheckpointExists: Another has the path, and is not to be replaced; nothing is changed.
+    """
+    path = checkpoint_path(checkpoint)
+    while True:
+        try:
+            with transaction.atomic():
+                old = checkpoint_at(owner_id=checkpoint.owner_id, path=path)
+                _check_replaceable(old, path, overwrite)
+                if old is not None:
+                    _replace(old)
+                checkpoint.save(force_insert=True)
+            return
+        except IntegrityError as error:  # another was saved there since we looked
+            if violated_constraint(error) not in ONE_OF_A_PATH:
+                raise
 
 
 def load_weights_submit(
@@ -192,6 +231,21 @@ def model_load_submit(
     return submit_in_lane(
         run, Kind.CREATE_RUN, payload, summary={"path": str(parsed)}, seq_id=CREATION_SEQ_ID
     )
+
+
+def _check_replaceable(old: Checkpoint | None, path: TinkerPath, overwrite: bool) -> None:
+    if old is not None and not (overwrite or old.has_expired):
+        of = "" if old.run.deleted_at is None else f", of a model {old.run.name!r} that was removed"
+        raise CheckpointExists(
+            f"{path} exists already{of}; send overwrite: true to replace it, or choose another name"
+        )
+
+
+def _replace(old: Checkpoint) -> None:
+    files = settings.DATA_DIR / old.directory
+    transaction.on_commit(lambda: shutil.rmtree(files, ignore_errors=True))
+    audit_checkpoint("overwrite", old, actor_id=old.owner_id)
+    old.delete()
 
 
 def _audit_read(checkpoint: Checkpoint, reader_id: int) -> None:

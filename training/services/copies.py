@@ -128,6 +128,8 @@ def _rows(
     )
     return Checkpoint.objects.create(
         run=run,
+        owner_id=run.owner_id,
+        path_run=run.name,
         kind=original.kind,
         name=original.name,
         seq_id=0,

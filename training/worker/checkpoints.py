@@ -20,13 +20,13 @@ from futures.finishing import Outcome
 from futures.models import Future
 from futures.services import lane_create
 from training.age import SUFFIX, encrypt_file
-from training.audit import audit_checkpoint
 from training.engine.interface import Engine
 from training.engine.storage import new_directory
 from training.errors import CheckpointExists, InvalidRequest
 from training.models import Checkpoint, Run, SamplingSession
 from training.paths import TinkerPath
 from training.payloads import Payload
+from training.services.checkpoints import checkpoint_check_free, checkpoint_place
 from training.worker import outcomes
 from training.worker.residency import Residency, load_checkpoint
 
@@ -49,25 +49,21 @@ class CheckpointOperations:
         if "sampling_session_seq_id" in payload:
             return self._save_for_sampling_session(future, run, payload)
         kind, name = payload["kind"], payload["name"]
-        path = TinkerPath(run.name, kind, name)
-        old = Checkpoint.objects.filter(run=run, kind=kind, name=name).first()
-        expired = old is not None and old.expires_at and old.expires_at <= timezone.now()
-        if old is not None and not (payload["overwrite"] or expired):
-            raise CheckpointExists(f"{path} exists already; send overwrite: true to replace it")
+        path, overwrite = TinkerPath(run.name, kind, name), payload["overwrite"]
+        checkpoint_check_free(owner_id=run.owner_id, path=path, overwrite=overwrite)
         row = self._written(future, run, kind, name, payload.get("recipients", ()))
         row.user_metadata = payload["user_metadata"]
         if payload["ttl_seconds"] is not None:
             row.expires_at = row.created_at + timedelta(seconds=payload["ttl_seconds"])
 
-        def write() -> None:
-            if old is not None:
-                files = settings.DATA_DIR / old.directory
-                transaction.on_commit(lambda: shutil.rmtree(files, ignore_errors=True))
-                audit_checkpoint("overwrite", old, actor_id=run.owner_id)
-                old.delete()
-            row.save(force_insert=True)
+        def place() -> None:
+            try:
+                checkpoint_place(row, overwrite=overwrite)
+            except CheckpointExists:  # saved meanwhile, by a request of another run
+                shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
+                raise
 
-        effects.writes.append(write)
+        effects.writes.append((future, place))
         result = {"path": str(path), "model_id": run.name, "size_bytes": row.size_bytes}
         return outcomes.ready(future, result, path=str(path), bytes=row.size_bytes)
 
@@ -141,6 +137,8 @@ class CheckpointOperations:
             size = self._engine.save_peft(adapter_name, target)
         return Checkpoint(
             run=run,
+            owner_id=run.owner_id,
+            path_run=run.name,
             kind=kind,
             name=name,
             seq_id=future.seq_id or 0,

@@ -216,6 +216,7 @@ class WorkLoop:
     def _commit(self, effects: Effects) -> None:
         """The commit point: results, states, run rows and waiters, all or nothing."""
         with transaction.atomic():
+            effects.write()
             futures_finish(worker=self._worker, outcomes=effects.outcomes, batch=self._batch)
             execute(
                 _ADVANCE,
@@ -227,8 +228,6 @@ class WorkLoop:
                     "tokens": [run.tokens for run in effects.runs],
                 },
             )
-            for write in effects.writes:
-                write()
         for act in effects.after_commit:
             act()
         self._pace.finished(len(effects.outcomes))

@@ -33,13 +33,24 @@ class Effects:
     """What a batch did, to be committed in one transaction."""
 
     outcomes: list[Outcome] = field(default_factory=list)
-    writes: list[Callable[[], None]] = field(default_factory=list)
-    """Row changes that belong to the outcomes; called inside the commit's transaction."""
+    writes: list[tuple[Future, Callable[[], None]]] = field(default_factory=list)
+    """Row changes that belong to the outcomes of these futures; called inside the commit's
+    transaction. A domain error that one raises becomes its future's failure."""
     runs: list[Run] = field(default_factory=list)
     """The batch's runs, as its operations leave their rows."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Run id -> work that a crash would repeat."""
     after_commit: list[Callable[[], None]] = field(default_factory=list)
+
+    def write(self) -> None:
+        """Change the rows, inside the commit's transaction and before the outcomes are written:
+        a row may turn out to be another's by now."""
+        for future, write in self.writes:
+            try:
+                write()
+            except TrainingError as error:
+                self.outcomes = [o for o in self.outcomes if o.request_id != future.id]
+                self.outcomes.append(outcomes.failed(future, error))
 
 
 class Operations:
@@ -135,11 +146,11 @@ class Operations:
                 self._engine.create_adapter(run.id, config)
         except TrainingError as error:
             run.state, run.error = Run.RunState.FAILED, str(error)
-            effects.writes.append(lambda: _leave_creating(run))
+            effects.writes.append((future, lambda: _leave_creating(run)))
             raise
         self._residency.created(run)
         run.state = Run.RunState.READY
-        effects.writes.append(lambda: _leave_creating(run))
+        effects.writes.append((future, lambda: _leave_creating(run)))
         result = {
             "model_id": run.name,
             "base_model": run.base_model,
