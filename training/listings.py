@@ -53,14 +53,16 @@ def run_page(
 
 
 def run_described(*, owner_id: int, run_name: str) -> Any:
-    """The owner's run of this name, the live one before removed ones; with ``newest_request_at``.
+    """The owner's run of this name, the live one before removed ones, or the one of this id; with
+    ``newest_request_at``.
 
     Raises:
         RunNotFound: (404)
     """
-    named = Run.objects.owned_by(owner_id).filter(name=run_name).select_related("owner")
+    runs = with_progress(Run.objects.owned_by(owner_id).select_related("owner"))
     newest_first = F("deleted_at").desc(nulls_first=True)
-    run = with_progress(named).order_by(newest_first).first()
+    named = runs.filter(name=run_name).order_by(newest_first)
+    run = named.first() or runs.filter(id=run_name).first()
     if run is None:
         raise RunNotFound(f"training_run_id: no model named {run_name[:200]!r}")
     return run
@@ -84,19 +86,20 @@ def samplers_listed(owner_id: int) -> list[Checkpoint]:
 
 
 def checkpoints_of_run(*, owner_id: int, run_name: str) -> list[Checkpoint]:
-    """All listed checkpoints of the owner's runs of this name.
+    """All listed checkpoints of the owner's runs of this name, and of the run of this id.
 
     Raises:
         RunNotFound: (404)
     """
     run_described(owner_id=owner_id, run_name=run_name)
-    listed = checkpoints_kept().filter(LISTED, run__owner_id=owner_id, run__name=run_name)
+    asked_for = Q(run__name=run_name) | Q(run_id=run_name)
+    listed = checkpoints_kept().filter(LISTED, asked_for, owner_id=owner_id)
     return list(listed.order_by("-created_at", "-pk"))
 
 
 def checkpoint_page(*, owner_id: int, offset: int, limit: int) -> tuple[list[Checkpoint], Page]:
     """The owner's listed checkpoints of all runs."""
-    listed = checkpoints_kept().filter(LISTED, run__owner_id=owner_id)
+    listed = checkpoints_kept().filter(LISTED, owner_id=owner_id)
     page = Page(offset=offset, limit=limit, total_count=listed.count())
     return list(listed.order_by("-created_at", "-pk")[offset : offset + limit]), page
 

@@ -237,6 +237,11 @@ def checkpoint_path(checkpoint: Checkpoint) -> TinkerPath:
     return TinkerPath(checkpoint.path_run, checkpoint.kind, checkpoint.name)
 
 
+def checkpoint_global_path(checkpoint: Checkpoint) -> TinkerPath:
+    """The path under which everybody knows it, once it is published: below its run's id."""
+    return TinkerPath(checkpoint.run_id, checkpoint.kind, checkpoint.name)
+
+
 def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
     """Those whose payload no crash recovery can need: covered by two snapshots, of which one may
     turn out to be unreadable.

@@ -41,8 +41,10 @@ AFTER_FINISH = timedelta(minutes=15)
 
 
 @transaction.atomic
-def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> None:
+def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> Checkpoint:
     """Let everybody read a checkpoint, or nobody else; asking for what is so already is fine.
+
+    Others find it under ``checkpoint_global_path``.
 
     Raises:
         CheckpointNotFound: (404)
@@ -50,6 +52,8 @@ def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> None
     checkpoint = checkpoint_own(owner_id=owner_id, path=path)
     if Checkpoint.objects.filter(pk=checkpoint.pk, public=not public).update(public=public):
         audit_checkpoint("publish" if public else "unpublish", checkpoint, actor_id=owner_id)
+    checkpoint.public = public
+    return checkpoint
 
 
 @transaction.atomic

@@ -11,7 +11,7 @@ from django.utils import timezone
 from tinkerapi.api.renderers import timestamp
 from training.listings import ACTIVE, Page
 from training.models import Checkpoint, Run, Session
-from training.selectors import checkpoint_path
+from training.selectors import checkpoint_global_path, checkpoint_path
 
 Json = dict[str, Any]
 
@@ -40,6 +40,16 @@ def checkpoint_description(checkpoint: Checkpoint) -> Json:
         "public": checkpoint.public,
         "user_metadata": texts(checkpoint.user_metadata),
         "expires_at": timestamp(checkpoint.expires_at),
+    }
+
+
+def published_description(checkpoint: Checkpoint) -> Json:
+    """Where its owner finds a checkpoint, and where everybody else does if it is public; for the
+    quick reference's clients, whose models' names are not unique among users."""
+    return {
+        "public": checkpoint.public,
+        "tinker_path": str(checkpoint_path(checkpoint)),
+        "global_path": str(checkpoint_global_path(checkpoint)),
     }
 
 

@@ -40,6 +40,11 @@ RUN_SCHEMA: Schema = {
     "type": "object",
     "properties": {
         "model_id": {"type": "string"},
+        "run_id": {
+            "type": "string",
+            "description": "Its name for everybody: `tinker://<run_id>/...` is where others find "
+            "its published checkpoints.",
+        },
         "base_model": {"type": "string"},
         "state": {"type": "string", "enum": ["creating", "ready", "failed"]},
         "error": {"type": "string"},
@@ -53,10 +58,11 @@ RUN_SCHEMA: Schema = {
         "created_at": {"type": "string", "format": "date-time"},
         "last_request_at": {"type": "string", "format": "date-time"},
     },
-    "required": ["model_id", "base_model", "state", "rank", "alpha", "step"],
+    "required": ["model_id", "run_id", "base_model", "state", "rank", "alpha", "step"],
 }
 RUN_EXAMPLE = {
     "model_id": "my_model",
+    "run_id": "run_0123456789abcdef0123456789abcdef",
     "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "state": "ready",
     "error": "",
@@ -78,6 +84,7 @@ def render_run(run: Run) -> dict[str, Any]:
     """A run as its owner sees it."""
     return {
         "model_id": run.name,
+        "run_id": run.id,
         "base_model": run.base_model,
         "state": run.state,
         "error": run.error,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from django.http import HttpResponse
 from rest_framework.exceptions import ParseError
 from rest_framework.request import Request
 
+from tinkerapi.api.dialect import is_sdk_dialect
 from tinkerapi.api.fields import Integer
 from tinkerapi.api.parsers import parse_json
 from tinkerapi.api.renderers import JSONResponse
@@ -15,6 +17,7 @@ from tinkerapi.api.sdk.base import SdkView, empty_response
 from tinkerapi.api.sdk.descriptions import (
     checkpoint_description,
     cursor_description,
+    published_description,
     run_description,
 )
 from tinkerapi.api.sdk.queries import check_access_scope, query_page, query_text
@@ -27,6 +30,7 @@ from training.listings import (
     run_described,
     run_page,
 )
+from training.models import Checkpoint
 from training.paths import TinkerPath
 from training.services.upkeep import checkpoint_publish, checkpoint_remove, checkpoint_set_ttl
 
@@ -59,12 +63,21 @@ class TrainingRunView(SdkView):
         return JSONResponse(run_description(found, newest_checkpoints([found])))
 
 
+def described(request: Request, checkpoints: Iterable[Checkpoint]) -> list[dict[str, Any]]:
+    """Checkpoints in a list; the SDK's own are as it knows them, others say their global path."""
+    is_sdk = is_sdk_dialect(request._request)
+    return [
+        checkpoint_description(checkpoint) | ({} if is_sdk else published_description(checkpoint))
+        for checkpoint in checkpoints
+    ]
+
+
 class RunCheckpointListView(SdkView):
     """List a run's checkpoints of all kinds."""
 
     def get(self, request: Request, run: str) -> HttpResponse:
         found = checkpoints_of_run(owner_id=owner_of(request), run_name=run)
-        return JSONResponse({"checkpoints": [checkpoint_description(item) for item in found]})
+        return JSONResponse({"checkpoints": described(request, found)})
 
 
 class CheckpointListView(SdkView):
@@ -74,7 +87,7 @@ class CheckpointListView(SdkView):
         found, page = checkpoint_page(owner_id=owner_of(request), **query_page(request, limit=100))
         return JSONResponse(
             {
-                "checkpoints": [checkpoint_description(item) for item in found],
+                "checkpoints": described(request, found),
                 "cursor": cursor_description(page),
             }
         )
@@ -91,7 +104,8 @@ class CheckpointView(SdkView):
 
 class CheckpointPublishView(SdkView):
     """Let everybody read a checkpoint, or nobody else. Asking for what is so already is fine:
-    the client would repeat a 409 for minutes."""
+    the SDK would repeat a 409 for minutes. The SDK is answered nothing, as it expects; others the
+    path to give away."""
 
     def post(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
         return self._set(request, run, checkpoint_id, public=True)
@@ -101,8 +115,10 @@ class CheckpointPublishView(SdkView):
 
     def _set(self, request: Request, run: str, checkpoint_id: str, *, public: bool) -> HttpResponse:
         path = TinkerPath.of_checkpoint_id(run, checkpoint_id)
-        checkpoint_publish(owner_id=owner_of(request), path=path, public=public)
-        return empty_response()
+        checkpoint = checkpoint_publish(owner_id=owner_of(request), path=path, public=public)
+        if is_sdk_dialect(request._request):
+            return empty_response()
+        return JSONResponse(published_description(checkpoint))
 
 
 class CheckpointTtlView(SdkView):
