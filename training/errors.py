@@ -46,6 +46,10 @@ class RunExists(TrainingError):
     """A model of this name already exists."""
 
 
+class RunNotCreated(TrainingError):
+    """The model could not be created."""
+
+
 class CheckpointNotFound(TrainingError):
     """No checkpoint exists at this path."""
 

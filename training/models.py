@@ -69,7 +69,7 @@ class RunQuerySet(models.QuerySet["Run"]):
         return self.filter(owner_id=owner_id)
 
     def live(self) -> RunQuerySet:
-        """Not deleted: its name is taken."""
+        """Neither removed nor failed: its name is taken."""
         return self.filter(deleted_at__isnull=True)
 
 
@@ -80,13 +80,14 @@ class Run(models.Model):
         CREATING = "creating"
         READY = "ready"
         FAILED = "failed"
-        """Its adapter could not be made; ``error`` says why."""
+        """Its adapter could not be made; it is gone, and its name is free. A trigger sees to it
+        in the transaction in which its creation fails or is cancelled, whoever does that."""
         DELETED = "deleted"
 
     id = models.CharField(primary_key=True, max_length=200, default=new_run_id)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT)
     name = models.CharField(max_length=200)
-    """The client's ``model_id``: unique among its owner's live runs, free again after removal."""
+    """The client's ``model_id``: unique among its owner's live runs, and free again afterwards."""
     session = models.ForeignKey(
         Session, null=True, blank=True, on_delete=models.PROTECT, related_name="runs"
     )
@@ -105,6 +106,7 @@ class Run(models.Model):
 
     state = models.CharField(max_length=10, choices=RunState.choices, default=RunState.CREATING)
     error = models.TextField(blank=True, default="")
+    """Why its adapter could not be made; it may have been removed before that turned out."""
     step = models.IntegerField(default=0)
     """Optimizer steps committed."""
     applied_seq_id = models.BigIntegerField(default=0)
@@ -140,12 +142,14 @@ class Run(models.Model):
                 name="run_state_known",
             ),
             models.CheckConstraint(
-                condition=Q(state="deleted", deleted_at__isnull=False)
-                | (~Q(state="deleted") & Q(deleted_at__isnull=True)),
-                name="run_deleted_iff_deleted_at",
+                condition=Q(state__in=["failed", "deleted"], deleted_at__isnull=False)
+                | Q(state__in=["creating", "ready"], deleted_at__isnull=True),
+                name="run_gone_iff_deleted_at",
             ),
             models.CheckConstraint(
-                condition=(Q(state="failed") & ~Q(error="")) | (~Q(state="failed") & Q(error="")),
+                condition=(Q(state="failed") & ~Q(error=""))
+                | Q(state="deleted")
+                | Q(state__in=["creating", "ready"], error=""),
                 name="run_failed_iff_error",
             ),
         ]

@@ -80,7 +80,9 @@ def run_get(*, owner_id: int, model_id: str) -> Run:
     """
     run = run_live(owner_id=owner_id, name=model_id)
     if run is None:
-        raise RunNotFound(f"model_id: no model named {model_id!r}")
+        last = Run.objects.owned_by(owner_id).filter(name=model_id).order_by("-created_at").first()
+        why = f": it could not be created: {last.error}" if last and last.error else ""
+        raise RunNotFound(f"model_id: no model named {model_id!r}{why}")
     return run
 
 

@@ -17,6 +17,7 @@ from django.db.migrations.executor import MigrationExecutor
 from futures.claiming import future_claim
 from futures.models import Future
 from futures.payload import decode
+from futures.services import future_cancel
 from tests.conftest import InProcessWorker
 from tinkerapi.schema import schema_migrate, unapplied_migrations
 from training.models import Checkpoint, Run
@@ -25,11 +26,12 @@ from training.selectors import checkpoint_get, checkpoint_path
 from training.services import (
     forward_backward_submit,
     optim_step_submit,
+    run_create_submit,
     run_remove_submit,
     sample_submit,
     save_weights_submit,
 )
-from training.types import AdamParams, Conversation, Message, SamplingParams
+from training.types import AdamParams, Conversation, LoraConfig, Message, SamplingParams
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -141,6 +143,37 @@ def test_a_path_that_meant_two_checkpoints_means_one_and_the_other_is_found_by_i
         checkpoint = checkpoint_get(owner_id=owner.pk, path=path)
         assert checkpoint.run == of
         assert checkpoint_path(checkpoint) == path
+
+
+def test_a_model_that_could_not_be_made_in_an_older_version_frees_its_name(
+    start_worker: Callable[..., InProcessWorker], newest_again: None
+) -> None:
+    owner = User.objects.create_user("ada")
+    named = {"owner_id": owner.pk, "base_model": None, "lora_config": LoraConfig()}
+    impossible = LoraConfig(train_attn=False, train_mlp=False, train_unembed=False)
+    work = start_worker()
+    run_create_submit(**{**named, "lora_config": impossible}, model_id="failed")
+    work()
+    cancelled = run_create_submit(**named, model_id="cancelled").future
+    future_cancel(request_id=cancelled.pk, owner_id=owner.pk)
+    run_create_submit(**named, model_id="waits")
+    work.die()
+
+    migrate_back(("training", "0004_checkpoint_path"))
+    with connection.cursor() as cursor:
+        for name, state, error in (("failed", "failed", "no"), ("cancelled", "creating", "")):
+            cursor.execute(
+                "UPDATE training_run SET state = %s, error = %s, deleted_at = NULL WHERE name = %s",
+                [state, error, name],
+            )
+    schema_migrate()
+
+    states = dict(Run.objects.values_list("name", "state"))
+    assert states == {"failed": "failed", "cancelled": "failed", "waits": "creating"}
+    for name in ("failed", "cancelled"):
+        run_create_submit(**named, model_id=name)
+    start_worker()()
+    assert set(Run.objects.live().values_list("state", flat=True)) == {"ready"}
 
 
 def test_every_older_version_is_tried() -> None:

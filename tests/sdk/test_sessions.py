@@ -13,6 +13,7 @@ from tinker import types
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.sdk.conftest import SdkClient
+from training.errors import OutOfMemory
 from training.models import Run, Session
 from training.selectors import futures_prunable
 from training.services.sessions import sessions_expire
@@ -248,3 +249,25 @@ def test_health_and_capabilities_are_at_the_sdks_addresses(sdk: SdkClient) -> No
 
     assert sdk.api.get("/api/v1/healthz").json() == {"status": "ok"}
     assert types.GetServerCapabilitiesResponse(**capabilities).supported_models[0].trainable
+
+
+def test_a_failed_model_of_the_sdk_stays_listed_and_holds_no_place(
+    sdk: SdkClient, work: InProcessWorker, monkeypatch: pytest.MonkeyPatch, settings: LazySettings
+) -> None:
+    settings.MAX_ADAPTERS = 1
+
+    def fail(*args: object) -> None:
+        raise OutOfMemory("no room")
+
+    session_id = sdk.session()
+    with monkeypatch.context() as patched:
+        patched.setattr(work.engine, "create_adapter", fail)
+        model_id = sdk.model(session_id)
+        work()
+    assert sdk.model(session_id) == model_id  # the same request again
+    listed = sdk.api.get("/api/v1/training_runs", **sdk.headers).json()["training_runs"]
+    assert [(run["training_run_id"], run["corrupted"]) for run in listed] == [(model_id, True)]
+    late = sdk.forward_backward(model_id, 1)
+    assert late.status_code == 404
+    assert "could not be created: no room" in late.json()["detail"]
+    sdk.model(session_id, 1)

@@ -276,26 +276,6 @@ def test_removing_twice_is_not_found(owner: User, forward_backward: Submit) -> N
         services.run_remove_submit(owner_id=owner.pk, model_id="m")
 
 
-def test_a_run_that_cannot_be_made_fails_what_follows_by_name(
-    owner: User, work: InProcessWorker, forward_backward: Submit
-) -> None:
-    services.run_create_submit(
-        owner_id=owner.pk,
-        model_id="m",
-        base_model=None,
-        lora_config=LoraConfig(train_attn=False, train_mlp=False, train_unembed=False),
-    )
-    after = forward_backward("m", "hi")
-    work()
-    after.refresh_from_db()
-    assert (after.state, after.error_code) == ("failed", "RunLost")
-    assert "at least one must be true" in after.error
-    assert Run.objects.get().state == "failed"
-    services.run_remove_submit(owner_id=owner.pk, model_id="m")
-    work()
-    assert Run.objects.get().state == "deleted"
-
-
 def test_a_name_that_is_taken_is_refused(owner: User) -> None:
     fields = {"owner_id": owner.pk, "base_model": None, "lora_config": LoraConfig()}
     services.run_create_submit(model_id="m", **fields)

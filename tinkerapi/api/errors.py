@@ -38,6 +38,7 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.SamplingSessionNotFound: 404,
     training_errors.RunNotFound: 404,
     training_errors.RunExists: 409,
+    training_errors.RunNotCreated: 404,
     training_errors.CheckpointNotFound: 404,
     training_errors.CheckpointExists: 409,
     training_errors.BaseModelNotFound: 404,

@@ -37,7 +37,7 @@ def run_create_submit(
     lora_config: LoraConfig,
     idempotency_key: str | None = None,
 ) -> Submission:
-    """Ask for a new adapter; its name is taken from now on.
+    """Ask for a new adapter; its name is taken from now on, unless it cannot be made.
 
     Args:
         model_id: None lets the server choose a name.
@@ -75,7 +75,7 @@ def run_remove_submit(
     deleted = (
         Run.objects.live()
         .filter(id=run.id)
-        .update(state=Run.RunState.DELETED, error="", deleted_at=timezone.now())
+        .update(state=Run.RunState.DELETED, deleted_at=timezone.now())
     )
     if not deleted:  # another request removed it between our read and our write
         raise RunNotFound(f"model_id: no model named {model_id!r}")

@@ -18,7 +18,7 @@ from futures.models import Future
 from futures.payload import decode
 from training import payloads
 from training.engine.interface import Engine
-from training.errors import RunLost, RunNotFound, TrainingError
+from training.errors import RunNotCreated, RunNotFound, TrainingError
 from training.kinds import LOGGED, Kind
 from training.models import Run
 from training.types import ForwardBackwardOutput
@@ -120,14 +120,15 @@ class Operations:
         """Make the adapter of the future's run resident; return its name in the engine.
 
         Raises:
-            RunLost: Its creation failed, or it cannot be rebuilt. (failed future)
+            RunNotCreated: Its creation failed or was cancelled. (failed future)
+            RunLost: It cannot be rebuilt. (failed future)
         """
         return self._residency.bring_run(self._run_of(future, runs))
 
     def _run_of(self, future: Future, runs: dict[str, Run]) -> Run:
         run = runs[future.lane_id or ""]
-        if run.state == Run.RunState.FAILED:
-            raise RunLost(f"model {run.name!r} could not be created: {run.error}")
+        if run.error and future.kind != Kind.REMOVE_RUN:
+            raise RunNotCreated(f"model {run.name!r} could not be created: {run.error}")
         return run
 
     def _changed(self, future: Future, run: Run, effects: Effects, seconds: float) -> None:
@@ -139,17 +140,11 @@ class Operations:
     ) -> Outcome:
         config = payloads.lora_config_from_payload(payload["lora_config"])
         self._residency.make_room()
-        try:
-            if "checkpoint" in payload:
-                self._checkpoints.restore(run.id, run, payload, effects)
-            else:
-                self._engine.create_adapter(run.id, config)
-        except TrainingError as error:
-            run.state, run.error = Run.RunState.FAILED, str(error)
-            effects.writes.append((future, lambda: _leave_creating(run)))
-            raise
+        if "checkpoint" in payload:
+            self._checkpoints.restore(run.id, run, payload, effects)
+        else:
+            self._engine.create_adapter(run.id, config)
         self._residency.created(run)
-        run.state = Run.RunState.READY
         effects.writes.append((future, lambda: _leave_creating(run)))
         result = {
             "model_id": run.name,
@@ -198,7 +193,5 @@ class Operations:
 
 
 def _leave_creating(run: Run) -> None:
-    """Write how the creation ended, unless its owner removed the run meanwhile."""
-    Run.objects.filter(id=run.id, state=Run.RunState.CREATING).update(
-        state=run.state, error=run.error
-    )
+    """Say that the run is made, unless its owner removed it meanwhile."""
+    Run.objects.filter(id=run.id, state=Run.RunState.CREATING).update(state=Run.RunState.READY)

@@ -46,7 +46,7 @@ RUN_SCHEMA: Schema = {
             "its published checkpoints.",
         },
         "base_model": {"type": "string"},
-        "state": {"type": "string", "enum": ["creating", "ready", "failed"]},
+        "state": {"type": "string", "enum": ["creating", "ready"]},
         "error": {"type": "string"},
         "is_lora": {"type": "boolean"},
         "rank": {"type": "integer"},
