@@ -14,12 +14,13 @@ from futures.services import future_cancel
 from futures.workers import MAX_ATTEMPTS
 from tests.conftest import InProcessWorker
 from tests.training.test_races import at_once, create
+from tests.training.test_worker import sample
 from training import services
 from training.engine.fake import FakeEngine
-from training.errors import RunExists, RunNotFound
+from training.errors import OutOfMemory, RunExists, RunNotFound
 from training.models import Run
 from training.selectors import run_get, run_list
-from training.types import LoraConfig
+from training.types import AdamParams, LoraConfig, SamplingParams
 
 Submit = Callable[..., Future]
 
@@ -167,6 +168,41 @@ def test_a_repeated_creation_is_the_one_that_failed(owner: User, work: InProcess
     work()
     assert submit().future.pk == first.future.pk
     assert Run.objects.count() == 1
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_requests_repeated_after_their_models_creation_failed_are_the_first_ones(
+    owner: User,
+    work: InProcessWorker,
+    forward_backward: Submit,
+    monkeypatch: pytest.MonkeyPatch,
+    made_again: bool,
+) -> None:
+    def fail(*args: object) -> None:
+        raise OutOfMemory("no room")
+
+    def submit() -> list[str]:
+        mine: dict[str, Any] = {"owner_id": owner.pk, "model_id": "m"}
+        named = {"name": "ck", "kind": "training", "idempotency_key": "3"}
+        return [
+            forward_backward("m", "hi", idempotency_key="1").pk,
+            services.optim_step_submit(
+                **mine, adam_params=AdamParams(), idempotency_key="2"
+            ).future.pk,
+            services.save_weights_submit(**mine, **named).future.pk,
+            sample(
+                owner, model_id="m", sampling_params=SamplingParams(), idempotency_key="4"
+            ).future.pk,
+        ]
+
+    first = submit()
+    with monkeypatch.context() as patched:
+        patched.setattr(work.engine, "create_adapter", fail)
+        work()
+    if made_again:
+        create(owner, "m")()
+    assert submit() == first
+    assert Run.objects.live().count() == made_again
 
 
 @pytest.mark.django_db(transaction=True)

@@ -21,7 +21,7 @@ from training.paths import TinkerPath, check_name
 from training.selectors import checkpoint_at, checkpoint_get, checkpoint_path, run_get
 from training.services.runs import run_lora_config
 from training.services.sessions import CREATION_SEQ_ID, session_run_create
-from training.services.submission import Submission, submit_in_lane
+from training.services.submission import Submission, run_asked, submit_in_lane
 
 ONE_OF_A_PATH = ("checkpoint_path_means_one", "checkpoint_run_kind_name")
 """The constraints that say whose a path is."""
@@ -50,7 +50,7 @@ def save_weights_submit(
         InvalidRequest: The name may not stand in a path, or a recipient is none. (400)
         RunNotFound: (404)
     """
-    run = run_get(owner_id=owner_id, model_id=model_id)
+    run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
     check_recipients(recipients)
     payload: dict[str, Any] = {
         "name": check_name(name, field="name"),
@@ -150,7 +150,7 @@ def load_weights_submit(
         InvalidRequest: The checkpoint is of another base model, or has no optimizer state
             and it was asked for. (400)
     """
-    run = run_get(owner_id=owner_id, model_id=model_id)
+    run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
     parsed = TinkerPath.parse(path)
     checkpoint = checkpoint_get(owner_id=owner_id, path=parsed, lender_id=lender_id)
     if checkpoint.run.base_model != run.base_model:

@@ -82,14 +82,18 @@ def run_remove_submit(
     return submission
 
 
-def run_get_or_create(owner_id: int, model_id: str) -> Run:
-    """The owner's live run of this name, made on the default base model if there is none.
+def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | None = None) -> Run:
+    """The owner's live run of this name, made on the default base model if there is none; for a
+    repeated request the run of the first.
 
     Raises:
         InvalidRequest: The name may not stand in a path. (400)
         LimitExceeded: The owner has as many adapters as one may have. (400)
     """
     name = check_name(model_id, field="model_id")
+    first = run_repeated(owner_id, idempotency_key)
+    if first is not None and first.name == name:
+        return first
     if run := run_live(owner_id=owner_id, name=name):
         return run
     config = LoraConfig()

@@ -16,8 +16,8 @@ from training.base_models import base_model_get
 from training.errors import InvalidRequest
 from training.kinds import Kind
 from training.paths import TinkerPath
-from training.selectors import checkpoint_get, run_get
-from training.services.submission import Submission, submit_in_lane
+from training.selectors import checkpoint_get
+from training.services.submission import Submission, run_asked, submit_in_lane
 from training.types import Prompt, SamplingParams, ScoringParams
 
 NO_SCORING = ScoringParams()
@@ -75,7 +75,7 @@ def sample_submit(
     cost = sum(payloads.prompt_cost(prompt) for prompt in prompts)
     summary: dict[str, Any] = {"prompts": len(prompts), "samples": num_samples}
     if model_id is not None:
-        run = run_get(owner_id=owner_id, model_id=model_id)
+        run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
         return submit_in_lane(
             run,
             Kind.SAMPLE,

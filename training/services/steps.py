@@ -8,7 +8,7 @@ from training import payloads
 from training.kinds import Kind
 from training.selectors import run_get
 from training.services.runs import run_get_or_create
-from training.services.submission import Submission, submit_in_lane
+from training.services.submission import Submission, run_asked, submit_in_lane
 from training.types import AdamParams, Conversation, Datum
 
 
@@ -43,7 +43,7 @@ def forward_backward_submit(
         QueueFull: The owner has as many waiting futures as one may have. (429)
     """
     if seq_id is None:
-        run = run_get_or_create(owner_id, model_id)
+        run = run_get_or_create(owner_id, model_id, idempotency_key=idempotency_key)
     else:
         run = run_get(owner_id=owner_id, model_id=model_id)
     payload: payloads.Payload = {
@@ -80,7 +80,7 @@ def optim_step_submit(
         RunNotFound: (404)
     """
     return submit_in_lane(
-        run_get(owner_id=owner_id, model_id=model_id),
+        run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key),
         Kind.OPTIM_STEP,
         {"adam_params": payloads.adam_params_to_payload(adam_params)},
         summary={"learning_rate": adam_params.learning_rate},

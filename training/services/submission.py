@@ -14,6 +14,7 @@ from training.base_models import base_model_get
 from training.errors import InvalidRequest, SessionFinished
 from training.kinds import Kind
 from training.models import Run
+from training.selectors import run_get
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,5 +78,18 @@ def run_repeated(owner_id: int, idempotency_key: str | None) -> Run | None:
     """The run that an earlier request with this key was about."""
     if idempotency_key is None:
         return None
-    first = Future.objects.filter(owner_id=owner_id, idempotency_key=idempotency_key).first()
-    return Run.objects.filter(id=first.lane_id).first() if first and first.lane_id else None
+    first = Future.objects.filter(owner_id=owner_id, idempotency_key=idempotency_key)
+    return Run.objects.filter(id__in=first.values("lane_id")).first()
+
+
+def run_asked(*, owner_id: int, model_id: str, idempotency_key: str | None) -> Run:
+    """The run that a request is about: the one that its first submission was about, which may be
+    gone since and another have its name; else the live one of this name.
+
+    Raises:
+        RunNotFound: (404)
+    """
+    first = run_repeated(owner_id, idempotency_key)
+    if first is not None and first.name == model_id:
+        return first
+    return run_get(owner_id=owner_id, model_id=model_id)
