@@ -224,6 +224,8 @@ class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # n
     form = UserChangeForm
     add_form = UserCreationForm
     change_password_form = AdminPasswordChangeForm
+    # Said again: unfold's ModelAdmin stands before Django's and has an empty one.
+    add_fieldsets = DjangoUserAdmin.add_fieldsets
     # No permissions and groups: a person is a client, staff with their own rows, or a superuser.
     fieldsets = (
         (None, {"fields": ("username", "password")}),

@@ -1,0 +1,54 @@
+"""People in the admin: made by a form, without a password unless somebody gives one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.test import Client
+from django.urls import reverse
+
+ADD = reverse("admin:auth_user_add")
+
+PHRASE = "a long enough one"
+
+
+def visible_form(console: Client) -> dict[str, Any]:
+    """What the page to add a user would send if nobody typed anything."""
+    form = console.get(ADD).context["adminform"]
+    names = [name for fieldset in form for line in fieldset for name in line.fields]
+    return {name: form.form[name].value() or "" for name in names}
+
+
+def test_a_client_is_made_without_a_password(console: Client) -> None:
+    answer = console.post(
+        ADD, {**visible_form(console), "username": "bob", "usable_password": "false"}
+    )
+
+    bob = User.objects.get(username="bob")
+    assert answer.status_code == 302
+    assert not bob.has_usable_password()
+    assert (bob.is_staff, bob.is_superuser) == (False, False)
+
+
+def test_a_person_with_a_password_can_be_made(console: Client) -> None:
+    passwords = {"password1": PHRASE, "password2": PHRASE}
+
+    console.post(ADD, {**visible_form(console), "username": "ada", **passwords})
+
+    assert User.objects.get(username="ada").check_password(PHRASE)
+
+
+@pytest.mark.parametrize("username", ["", "bob", "no spaces"])
+def test_a_name_that_cannot_be_is_refused_in_the_form(console: Client, username: str) -> None:
+    User.objects.create_user("bob")
+    before = User.objects.count()
+
+    answer = console.post(
+        ADD, {**visible_form(console), "username": username, "usable_password": "false"}
+    )
+
+    assert answer.status_code == 200
+    assert "username" in answer.context["adminform"].form.errors
+    assert User.objects.count() == before
