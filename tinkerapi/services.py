@@ -1,4 +1,4 @@
-"""Writes of API keys: create, verify (which notes the use), revoke; and the first accounts.
+"""Writes of API keys: create, verify (which notes the use), revoke; and of users.
 
 Each function is one statement or opens its own transaction. The key itself exists only in
 the return value of ``api_key_create``; the database holds its hash.
@@ -10,6 +10,7 @@ import secrets
 from dataclasses import dataclass
 from datetime import timedelta
 
+from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import AbstractBaseUser, User
 from django.db import transaction
 from django.db.models import Q
@@ -93,6 +94,17 @@ def api_key_revoke(*, api_key_id: int, actor_id: int | None = None) -> bool:
     return True
 
 
+def user_ensure(username: str) -> tuple[User, bool]:
+    """The user of this name, and whether this call made it: no password opens it, a key may.
+
+    Raises:
+        ValidationError: No user can have this name.
+    """
+    user = User(username=User.normalize_username(username), password=make_password(None))
+    user.clean_fields()
+    return User.objects.get_or_create(username=user.username, defaults={"password": user.password})
+
+
 @dataclass(frozen=True, kw_only=True)
 class FirstAccounts:
     """Who may use a fresh server; a secret is None unless this call made it."""
@@ -110,9 +122,7 @@ def first_accounts_ensure() -> FirstAccounts:
     Secrets are returned this once; a second call finds everything and returns none. Whoever
     has lost them uses ``createapikey`` and Django's ``changepassword``.
     """
-    local = User.objects.filter(username=LOCAL_USERNAME).first()
-    if local is None:
-        local = User.objects.create_user(LOCAL_USERNAME)  # no password opens it
+    local, _ = user_ensure(LOCAL_USERNAME)
     admin_password = None
     if not User.objects.filter(is_superuser=True).exists():
         admin_password = secrets.token_urlsafe(12)

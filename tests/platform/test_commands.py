@@ -47,10 +47,15 @@ def test_createapikey_prints_a_key_that_opens_the_door() -> None:
 @pytest.mark.parametrize(
     ("username", "options", "sentence"),
     [
-        ("nobody", {}, "there is no user 'nobody'"),
+        ("nobody", {}, "there is no user 'nobody'; --create-user makes an ordinary one"),
         ("gone", {}, "user 'gone' is not active"),
         ("ada", {"expires_days": 0}, "--expires-days: expected 1 to 3650, got 0"),
         ("ada", {"expires_days": 10**11}, "--expires-days: expected 1 to 3650, got 100000000000"),
+        ("gone", {"create_user": True}, "user 'gone' is not active"),
+        ("no spaces", {"create_user": True}, "user 'no spaces': Enter a valid username"),
+        ("", {"create_user": True}, "user '': This field cannot be blank"),
+        ("n" * 151, {"create_user": True}, "has at most 150 characters"),
+        ("new", {"create_user": True, "name": ""}, "--name: expected 1 to 100 characters"),
         ("ada", {"name": ""}, "--name: expected 1 to 100 characters, got 0"),
         ("ada", {"name": "n" * 101}, "--name: expected 1 to 100 characters, got 101"),
     ],
@@ -65,6 +70,21 @@ def test_createapikey_refuses_in_a_sentence_and_makes_no_key(
         call_command("createapikey", username, **options)
 
     assert not ApiKey.objects.exists()
+    assert User.objects.count() == 2
+
+
+@pytest.mark.django_db
+def test_createapikey_makes_an_ordinary_user_without_a_password_once() -> None:
+    keys = []
+    for _ in range(2):
+        output = StringIO()
+        call_command("createapikey", "bob", create_user=True, stdout=output, stderr=StringIO())
+        keys.append(api_key_verify(output.getvalue().strip()))
+
+    bob = User.objects.get()
+    assert [key.user for key in keys if key is not None] == [bob, bob]
+    assert not bob.has_usable_password()
+    assert (bob.is_staff, bob.is_superuser) == (False, False)
 
 
 @pytest.mark.django_db

@@ -7,22 +7,34 @@ from datetime import timedelta
 from typing import Any
 
 from django.contrib.auth.models import User
+from django.core.exceptions import ValidationError
 from django.core.management import CommandError
 from django.core.management.base import BaseCommand
 
-from tinkerapi.services import MAX_EXPIRY_DAYS, api_key_create
+from tinkerapi.services import MAX_EXPIRY_DAYS, api_key_create, user_ensure
 
 
 class Command(BaseCommand):
-    help = "Make an API key for an existing user and print it; only its hash is kept."
+    help = "Make an API key for a user and print it; only its hash is kept."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("username")
+        parser.add_argument(
+            "--create-user",
+            action="store_true",
+            help="make the user if there is none: an ordinary one, without a password",
+        )
         parser.add_argument("--name", default="from the command line", help="to tell keys apart")
         parser.add_argument("--expires-days", type=int, help="default: it never expires")
 
     def handle(
-        self, *args: Any, username: str, name: str, expires_days: int | None, **options: Any
+        self,
+        *args: Any,
+        username: str,
+        name: str,
+        expires_days: int | None,
+        create_user: bool,
+        **options: Any,
     ) -> None:
         if expires_days is not None and not 1 <= expires_days <= MAX_EXPIRY_DAYS:
             raise CommandError(
@@ -30,12 +42,7 @@ class Command(BaseCommand):
             )
         if not 1 <= len(name) <= 100:
             raise CommandError(f"--name: expected 1 to 100 characters, got {len(name)}")
-        try:
-            user = User.objects.get_by_natural_key(username)
-        except User.DoesNotExist:
-            raise CommandError(
-                f"there is no user {username!r}; make one in the admin, or with createsuperuser"
-            ) from None
+        user = self.user_made(username) if create_user else self.user_found(username)
         if not user.is_active:
             raise CommandError(f"user {username!r} is not active, so its keys open nothing")
         expires_in = timedelta(days=expires_days) if expires_days is not None else None
@@ -44,3 +51,22 @@ class Command(BaseCommand):
         until = f"until {api_key.expires_at:%Y-%m-%d}" if api_key.expires_at else "for ever"
         self.stderr.write(f"key of {username}, good {until}; it is shown this once:", str)
         self.stdout.write(key)
+
+    def user_found(self, username: str) -> User:
+        try:
+            return User.objects.get_by_natural_key(username)
+        except User.DoesNotExist:
+            raise CommandError(
+                f"there is no user {username!r}; --create-user makes an ordinary one, "
+                "and so does the admin"
+            ) from None
+
+    def user_made(self, username: str) -> User:
+        """The user of this name, a new one if there is none."""
+        try:
+            user, is_new = user_ensure(username)
+        except ValidationError as error:
+            raise CommandError(f"user {username!r}: {' '.join(error.messages)}") from None
+        if is_new:
+            self.stderr.write(f"made user {user.username}, whom no password opens", str)
+        return user
