@@ -9,6 +9,7 @@ from pathlib import Path
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.utils.safestring import SafeString, mark_safe
+from django.views import View
 from markdown import Markdown  # type: ignore[import-untyped]  # it ships no annotations
 
 DOCS_DIR = Path(__file__).parent / "docs"
@@ -25,27 +26,35 @@ def titles() -> dict[str, str]:
     return {path.stem: _title(path) for path in sorted(DOCS_DIR.glob("*.md"))}
 
 
-def index(request: HttpRequest) -> HttpResponse:
-    """The list of pages."""
-    return render(request, "docs/index.html", {"titles": titles()})
+class IndexView(View):
+    """List the pages of the manual."""
+
+    group = "Documents"
+
+    def get(self, request: HttpRequest) -> HttpResponse:
+        return render(request, "docs/index.html", {"titles": titles()})
 
 
-def page(request: HttpRequest, name: str) -> HttpResponse:
-    """One page with its table of contents."""
-    if name not in titles():
-        raise Http404
-    content, contents = _rendered(name)
-    return render(
-        request,
-        "docs/page.html",
-        {
-            "titles": titles(),
-            "name": name,
-            "title": titles()[name],
-            "content": content,
-            "contents": contents,
-        },
-    )
+class PageView(View):
+    """Show one page of the manual with its table of contents."""
+
+    group = "Documents"
+
+    def get(self, request: HttpRequest, name: str) -> HttpResponse:
+        if name not in titles():
+            raise Http404
+        content, contents = _rendered(name)
+        return render(
+            request,
+            "docs/page.html",
+            {
+                "titles": titles(),
+                "name": name,
+                "title": titles()[name],
+                "content": content,
+                "contents": contents,
+            },
+        )
 
 
 def _title(path: Path) -> str:

@@ -1,17 +1,18 @@
-"""Addresses: the admin, the manual, and the API."""
+"""Addresses: the admin, the API, and the manual."""
 
 from django.contrib import admin
 from django.urls import include, path
 
 from tinkerapi import manual
 
+
 urlpatterns = [
     path("admin/", admin.site.urls),
-    path("docs/", manual.index, name="docs"),
-    path("docs/<slug:name>", manual.page, name="docs-page"),
     path("", include("tinkerapi.api.urls")),
     path("api/v1/", include("tinkerapi.api.sdk.urls")),
     path("v1/", include("tinkerapi.api.openai.urls")),
+    path("docs/", manual.IndexView.as_view(), name="docs"),
+    path("docs/<slug:name>", manual.PageView.as_view(), name="docs-page"),
 ]
 
 handler400 = "tinkerapi.api.errors.bad_request"

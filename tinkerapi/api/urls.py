@@ -4,13 +4,12 @@ What only the tinker SDK asks for is in ``tinkerapi.api.sdk.urls``.
 """
 
 from django.urls import URLPattern, path
-from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
 
 from tinkerapi.api.sdk.dispatch import by_dialect
 from tinkerapi.api.sdk.views import sampling as sdk_sampling
 from tinkerapi.api.sdk.views import steps as sdk_steps
 from tinkerapi.api.sdk.views import weights as sdk_weights
-from tinkerapi.api.views import futures, runs, sampling, service, steps, weights
+from tinkerapi.api.views import description, futures, runs, sampling, service, steps, weights
 
 urlpatterns: list[URLPattern] = [
     # The server
@@ -86,6 +85,6 @@ urlpatterns: list[URLPattern] = [
     path("retrieve_future", futures.RetrieveFutureView.as_view()),
     path("cancel_future", futures.CancelFutureView.as_view()),
     # The description of all this
-    path("api/schema", SpectacularAPIView.as_view(authentication_classes=[]), name="schema"),
-    path("api/docs", SpectacularSwaggerView.as_view(authentication_classes=[], url_name="schema")),
+    path("api/schema", description.SchemaView.as_view(), name="schema"),
+    path("api/docs", description.TryView.as_view(url_name="schema"), name="api-docs"),
 ]

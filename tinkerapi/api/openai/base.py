@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 from django.conf import settings
@@ -73,6 +73,7 @@ class OpenAIView(AsyncAPIView):
     """A view with OpenAI's errors; it is not in the OpenAPI description."""
 
     schema = None
+    group: ClassVar[str] = "OpenAI's clients"
 
     def handle_exception(self, exc: Exception) -> Any:
         planned: HttpResponse = super().handle_exception(exc)

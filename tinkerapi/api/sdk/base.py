@@ -36,11 +36,14 @@ from tinkerapi.api.views.base import owner_of
 from training.errors import InvalidRequest, RunNotFound, SessionFinished, TrainingError
 from training.services.sessions import refused_submit
 
+GROUP = "Tinker SDK"
+
 
 class SdkView(AsyncAPIView):
     """A view of the SDK's dialect; it is not in the OpenAPI description."""
 
     schema = None
+    group: ClassVar[str] = GROUP
 
     fields: ClassVar[Mapping[str, Field]] = {}
     """The JSON body's fields; ``type``, which repeats the path, may always stand beside them."""

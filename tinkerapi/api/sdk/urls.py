@@ -6,6 +6,7 @@ No route ends in a slash, and nothing redirects: a client would send its POST as
 
 from django.urls import URLPattern, path
 
+from tinkerapi.api.sdk.base import GROUP
 from tinkerapi.api.sdk.views import (
     admin,
     auth,
@@ -26,8 +27,8 @@ CHECKPOINT = "training_runs/<str:run>/checkpoints/<path:checkpoint_id>"
 
 urlpatterns: list[URLPattern] = [
     # Service
-    path("healthz", HealthView.as_view(schema=None)),
-    path("get_server_capabilities", CapabilitiesView.as_view(schema=None)),
+    path("healthz", HealthView.as_view(schema=None, group=GROUP)),
+    path("get_server_capabilities", CapabilitiesView.as_view(schema=None, group=GROUP)),
     path("client/config", service.ClientConfigView.as_view()),
     path("client/dynamic_config", service.DynamicConfigView.as_view()),
     path("auth/token", auth.TokenView.as_view()),

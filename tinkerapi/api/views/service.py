@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any, ClassVar
 
 from django.conf import settings
 from django.db import Error as DatabaseError
 from django.db import connection
 from django.http import HttpResponse
-from django.urls import get_resolver
 from rest_framework.request import Request
 
 from futures.selectors import queue_state
+from tinkerapi.api.endpoints import endpoints
 from tinkerapi.api.fields import Schema
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.views.base import ApiView
@@ -189,31 +188,6 @@ class LossFunctionListView(ApiView):
 
     def get(self, request: Request) -> HttpResponse:
         return JSONResponse({"loss_functions": loss_functions(), "default": "cross_entropy"})
-
-
-@cache
-def endpoints() -> dict[str, list[dict[str, str]]]:
-    """Every route of the API by group, read from the URL conf so that it cannot drift."""
-    groups: dict[str, list[dict[str, str]]] = {}
-    for route, view, initkwargs in _routes():
-        methods = [name.upper() for name in ("get", "post", "delete") if hasattr(view, name)]
-        summary = (view.__doc__ or "").strip().partition("\n")[0]
-        if initkwargs.get("waits") is False:
-            summary += " (async)"
-        groups.setdefault(view.group, []).extend(
-            {"method": method, "path": f"/{route}", "summary": summary}
-            for method in methods
-            if method.lower() in view.http_method_names
-        )
-    return groups
-
-
-def _routes() -> Iterator[tuple[str, type[ApiView], dict[str, Any]]]:
-    for pattern in get_resolver("tinkerapi.api.urls").url_patterns:
-        callback = getattr(pattern, "callback", None)
-        view = getattr(callback, "cls", None)
-        if view and issubclass(view, ApiView):
-            yield str(pattern.pattern), view, getattr(callback, "initkwargs", {})
 
 
 def _missing() -> Iterator[str]:
