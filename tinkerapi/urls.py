@@ -1,18 +1,37 @@
-"""Addresses: the admin, the API, and the manual."""
+"""Addresses: the admin, the API, and the manual.
+
+The API redirects nothing: a client would send its POST as a GET. Pages do, because a person
+who types an address forgets a slash or adds one.
+"""
+
+from collections.abc import Callable
 
 from django.contrib import admin
+from django.http import HttpResponseBase
 from django.urls import include, path
+from django.views.decorators.csrf import csrf_exempt
+from django.views.generic import RedirectView
 
 from tinkerapi import manual
 
 
+def redirect_to(name: str) -> Callable[..., HttpResponseBase]:
+    """A view that sends a browser to the page of this name."""
+    return csrf_exempt(RedirectView.as_view(pattern_name=name, http_method_names=["get", "head"]))
+
+
+# The manual's views change nothing, so that what they lack is the method and not a token.
 urlpatterns = [
+    path("admin", redirect_to("admin:index")),
     path("admin/", admin.site.urls),
     path("", include("tinkerapi.api.urls")),
+    path("api/docs/", redirect_to("api-docs")),
     path("api/v1/", include("tinkerapi.api.sdk.urls")),
     path("v1/", include("tinkerapi.api.openai.urls")),
-    path("docs/", manual.IndexView.as_view(), name="docs"),
-    path("docs/<slug:name>", manual.PageView.as_view(), name="docs-page"),
+    path("docs", redirect_to("docs")),
+    path("docs/", csrf_exempt(manual.IndexView.as_view()), name="docs"),
+    path("docs/<slug:name>", csrf_exempt(manual.PageView.as_view()), name="docs-page"),
+    path("docs/<slug:name>/", redirect_to("docs-page")),
 ]
 
 handler400 = "tinkerapi.api.errors.bad_request"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from django.test import Client
 
 from tinkerapi import manual
 
@@ -41,3 +42,23 @@ def test_a_page_is_rendered_with_its_contents_list(docs, client):
 @pytest.mark.parametrize("name", ["nothing", "..", "..%2fsettings", "first-steps.md"])
 def test_other_names_are_a_404(docs, client, name):
     assert client.get(f"/docs/{name}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("/admin", "/admin/"),
+        ("/docs", "/docs/"),
+        ("/docs/first-steps/", "/docs/first-steps"),
+        ("/api/docs/", "/api/docs"),
+    ],
+)
+def test_a_slash_that_is_missing_or_too_many_is_forgiven_a_browser(docs, client, typed, meant):
+    answer = client.get(typed)
+
+    assert (answer.status_code, answer["Location"]) == (302, meant)
+
+
+@pytest.mark.parametrize("path", ["/docs", "/docs/", "/docs/first-steps", "/admin"])
+def test_a_page_that_is_only_read_answers_a_post_with_405(docs, path):
+    assert Client(enforce_csrf_checks=True).post(path).status_code == 405

@@ -321,14 +321,18 @@ _MAKES = Open("makes something of the asker's own, by no id")
 
 ROUTES: dict[str, list[Probe | Listing] | Open] = {
     "": _SERVER,
+    "admin": _SERVER,
+    "docs": _SERVER,
     "docs/": _SERVER,
     "docs/<slug:name>": _SERVER,
+    "docs/<slug:name>/": _SERVER,
     "healthz": _SERVER,
     "readyz": _SERVER,
     "get_server_capabilities": _SERVER,
     "list_loss_functions": _SERVER,
     "api/schema": _SERVER,
     "api/docs": _SERVER,
+    "api/docs/": _SERVER,
     "api/v1/healthz": _SERVER,
     "api/v1/get_server_capabilities": _SERVER,
     "api/v1/client/config": _SERVER,
