@@ -13,7 +13,6 @@ from typing import Any, Literal
 from django.db.models import QuerySet
 
 from training.models import AuditEvent, Checkpoint
-from training.selectors import checkpoint_path
 
 EventType = Literal["all", "checkpoints", "projects", "teams", "organizations"]
 
@@ -42,7 +41,7 @@ def audit_checkpoint(
         f"checkpoint_{verb}",
         actor_id=actor_id,
         owner_id=checkpoint.run.owner_id,
-        tinker_path=str(checkpoint_path(checkpoint)),
+        tinker_path=str(checkpoint.path),
         model_id=checkpoint.run.name,
         **more,
     )

@@ -10,6 +10,8 @@ from django.db import models
 from django.db.models import F, Q
 from django.utils import timezone
 
+from training.paths import TinkerPath
+
 
 def new_run_id() -> str:
     """``run_`` and 32 hex digits (128 random bits)."""
@@ -239,7 +241,17 @@ class Checkpoint(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.run_id}/{self.name}"
+        return str(self.path)
+
+    @property
+    def path(self) -> TinkerPath:
+        """Under which its owner's clients know it; no other checkpoint of theirs has it."""
+        return TinkerPath(self.path_run, self.kind, self.name)
+
+    @property
+    def global_path(self) -> TinkerPath:
+        """Under which everybody knows it, once it is published: below its run's id."""
+        return TinkerPath(self.run_id, self.kind, self.name)
 
     @property
     def has_expired(self) -> bool:

@@ -234,16 +234,6 @@ def directories_named() -> set[str]:
     return directories | set(Snapshot.objects.values_list("directory", flat=True))
 
 
-def checkpoint_path(checkpoint: Checkpoint) -> TinkerPath:
-    """The path under which its owner's clients know it; no other checkpoint of theirs has it."""
-    return TinkerPath(checkpoint.path_run, checkpoint.kind, checkpoint.name)
-
-
-def checkpoint_global_path(checkpoint: Checkpoint) -> TinkerPath:
-    """The path under which everybody knows it, once it is published: below its run's id."""
-    return TinkerPath(checkpoint.run_id, checkpoint.kind, checkpoint.name)
-
-
 def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
     """Those whose payload no crash recovery can need: covered by two snapshots, of which one may
     turn out to be unreadable.

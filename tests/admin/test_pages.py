@@ -221,6 +221,24 @@ def test_a_failed_request_shows_its_whole_error(console: Client, traces: SimpleN
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\nsecond line</pre>" in html
 
 
+def test_the_title_of_a_page_is_the_name_that_clients_use(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    traces = trained(superuser, name="lower-case")
+    path = f"tinker://lower-case/weights/{traces.checkpoint.name}"
+    titles = {
+        traces.run: "lower-case",
+        traces.waiting: traces.waiting.pk,
+        traces.checkpoint: path,
+        traces.session: traces.session.pk,
+        superuser: superuser.username,
+    }
+    for row, title in titles.items():
+        html = console.get(page(row)).content.decode()
+        *_, last = re.findall(r'class="align-middle inline-block leading-5[^>]*>([^<]*)</a', html)
+        assert last.strip() == title
+
+
 def test_a_waiting_request_shows_how_many_are_ahead_of_it(
     console: Client, trained: Callable[..., SimpleNamespace], superuser: User
 ) -> None:

@@ -22,7 +22,7 @@ from tests.conftest import InProcessWorker
 from tinkerapi.schema import schema_migrate, unapplied_migrations
 from training.models import Checkpoint, Run
 from training.paths import TinkerPath
-from training.selectors import checkpoint_get, checkpoint_path
+from training.selectors import checkpoint_get
 from training.services import (
     forward_backward_submit,
     optim_step_submit,
@@ -142,7 +142,7 @@ def test_a_path_that_meant_two_checkpoints_means_one_and_the_other_is_found_by_i
         path = TinkerPath(run, "training", "a")
         checkpoint = checkpoint_get(owner_id=owner.pk, path=path)
         assert checkpoint.run == of
-        assert checkpoint_path(checkpoint) == path
+        assert checkpoint.path == path
 
 
 def test_a_model_that_could_not_be_made_in_an_older_version_frees_its_name(

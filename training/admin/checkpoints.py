@@ -22,7 +22,6 @@ from futures.models import Future, Worker
 from futures.preview import value_preview
 from training.errors import TrainingError
 from training.models import Checkpoint, Snapshot
-from training.selectors import checkpoint_path
 from training.services import checkpoint_delete
 
 
@@ -73,7 +72,7 @@ class CheckpointAdmin(ConsoleAdmin):
 
     @admin.display(description="Path")
     def path(self, checkpoint: Checkpoint) -> str:
-        return str(checkpoint_path(checkpoint))
+        return str(checkpoint.path)
 
     @admin.display(description="Run")
     def run_link(self, checkpoint: Checkpoint) -> SafeString | None:

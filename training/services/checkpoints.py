@@ -18,7 +18,7 @@ from training.errors import CheckpointExists, InvalidRequest
 from training.kinds import Kind
 from training.models import Checkpoint
 from training.paths import TinkerPath, check_name
-from training.selectors import checkpoint_at, checkpoint_get, checkpoint_path, run_get
+from training.selectors import checkpoint_at, checkpoint_get, run_get
 from training.services.runs import run_lora_config
 from training.services.sessions import CREATION_SEQ_ID, session_run_create
 from training.services.submission import Submission, run_asked, submit_in_lane
@@ -114,7 +114,7 @@ def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool) -> None:
     Raises:
         CheckpointExists: Another has the path, and is not to be replaced; nothing is changed.
     """
-    path = checkpoint_path(checkpoint)
+    path = checkpoint.path
     while True:
         try:
             with transaction.atomic():

@@ -21,7 +21,7 @@ from training.audit import audit_checkpoint
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.models import Checkpoint, Run, Session, new_session_id
 from training.paths import TinkerPath
-from training.selectors import checkpoint_get, checkpoint_path
+from training.selectors import checkpoint_get
 from training.services.sessions import session_open
 
 COPY_CLIENT = "copy"
@@ -78,7 +78,7 @@ def checkpoint_copy(
         if path := _made_before(owner_id, run_id, source):
             return path
         raise
-    return checkpoint_path(checkpoint)
+    return checkpoint.path
 
 
 def _session_id(owner_id: int, idempotency_key: str | None) -> str:

@@ -44,7 +44,7 @@ AFTER_FINISH = timedelta(minutes=15)
 def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> Checkpoint:
     """Let everybody read a checkpoint, or nobody else; asking for what is so already is fine.
 
-    Others find it under ``checkpoint_global_path``.
+    Others find it under ``Checkpoint.global_path``.
 
     Raises:
         CheckpointNotFound: (404)

@@ -39,7 +39,7 @@ from training.errors import BaseModelNotFound, CheckpointNotFound, InvalidReques
 from training.listings import samplers_listed
 from training.models import Checkpoint
 from training.paths import TinkerPath
-from training.selectors import checkpoint_get, checkpoint_path
+from training.selectors import checkpoint_get
 from training.services import sample_submit
 
 BASE_MODEL_CREATED = 0  # nobody knows
@@ -186,7 +186,7 @@ def _base_model_entry(name: str) -> dict[str, Any]:
 
 def _checkpoint_entry(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
-        "id": str(checkpoint_path(checkpoint)),
+        "id": str(checkpoint.path),
         "object": "model",
         "created": int(checkpoint.created_at.timestamp()),
         "owned_by": checkpoint.run.owner.get_username(),

@@ -11,7 +11,6 @@ from django.utils import timezone
 from tinkerapi.api.renderers import timestamp
 from training.listings import ACTIVE, Page
 from training.models import Checkpoint, Run, Session
-from training.selectors import checkpoint_global_path, checkpoint_path
 
 Json = dict[str, Any]
 
@@ -30,7 +29,7 @@ def texts(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def checkpoint_description(checkpoint: Checkpoint) -> Json:
-    path = checkpoint_path(checkpoint)
+    path = checkpoint.path
     return {
         "checkpoint_id": path.checkpoint_id,
         "checkpoint_type": checkpoint.kind,
@@ -48,8 +47,8 @@ def published_description(checkpoint: Checkpoint) -> Json:
     quick reference's clients, whose models' names are not unique among users."""
     return {
         "public": checkpoint.public,
-        "tinker_path": str(checkpoint_path(checkpoint)),
-        "global_path": str(checkpoint_global_path(checkpoint)),
+        "tinker_path": str(checkpoint.path),
+        "global_path": str(checkpoint.global_path),
     }
 
 
