@@ -119,7 +119,7 @@ def duration(value: timedelta | None) -> str | None:
 
 
 def line_chart(labels: Sequence[object], values: Sequence[float | None], *, name: str) -> str:
-    """The data of unfold's line chart, as JSON; None leaves a gap."""
+    """The data of unfold's line chart, as JSON; None leaves a gap, and one value is a point."""
     return _chart(
         labels,
         [
@@ -129,6 +129,7 @@ def line_chart(labels: Sequence[object], values: Sequence[float | None], *, name
                 "borderColor": "var(--color-primary-500)",
                 "backgroundColor": "var(--color-primary-500)",
                 "spanGaps": True,
+                "pointStyle": "circle" if len(values) - list(values).count(None) == 1 else False,
             }
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from django.contrib.auth.models import User
 from django.test import Client
 from django.utils import timezone
 
+from futures.display import line_chart
 from futures.models import Future
 from tests.admin.conftest import page
 from training import progress
@@ -106,3 +108,12 @@ def test_the_page_of_a_trained_run_draws_what_the_worker_reported(
     assert loss["last"] == f"{traces.forward_backward.summary['loss']:.4g}"
     assert grad_norm["last"] == f"{traces.optim_step.summary['grad_norm']:.4g}"
     assert answer.content.decode().count('data-type="line"') == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "style"),
+    [([2.5], "circle"), ([None, 2.5], "circle"), ([2.5, 2.4], False), ([], False)],
+)
+def test_a_curve_of_one_value_is_a_point(values: list[float | None], style: str | bool) -> None:
+    [curve] = json.loads(line_chart(range(len(values)), values, name="Loss"))["datasets"]
+    assert curve["pointStyle"] == style
