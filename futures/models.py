@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from futures.workers import QueueLock
 
 
+LARGE = 10**15
+"""No count is, so a number of a summary that is was a float."""
+
+
 def new_request_id() -> str:
     """``future_`` and 32 hex digits (128 random bits)."""
     return f"future_{secrets.token_hex(16)}"
@@ -269,4 +273,6 @@ class Future(models.Model):
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A float in four digits; Postgres keeps a large one as a whole number."""
+    is_large = isinstance(value, int) and abs(value) >= LARGE
+    return f"{value:.4g}" if isinstance(value, float) or is_large else str(value)

@@ -66,7 +66,7 @@ class FutureAdmin(ConsoleAdmin):
                     ("state_label", "kind"),
                     ("owner_link", "queue"),
                     ("lane_link", "seq_id"),
-                    ("worker_link", "attempts"),
+                    ("worker_link", "ended_workers"),
                     ("created", "waited"),
                     ("started", "ran"),
                     ("finished", "cost"),
@@ -128,6 +128,10 @@ class FutureAdmin(ConsoleAdmin):
     @admin.display(description="Worker")
     def worker_link(self, future: Future) -> SafeString | None:
         return link(future.worker)
+
+    @admin.display(description="Workers that ended under it")
+    def ended_workers(self, future: Future) -> int:
+        return future.attempts
 
     @admin.display(description="Replay of")
     def replay_link(self, future: Future) -> SafeString | None:
@@ -254,12 +258,18 @@ def summary_text(future: Future) -> str:
 
 def future_bodies(future: Future) -> list[dict[str, str]]:
     """What a future's page shows of payload and result; loads both."""
-    pruned = "pruned by the retention policy" if future.pruned_at else "none yet"
+    pruned = "pruned by the retention policy"
+    no_result = {State.FAILED: "none: it failed", State.CANCELLED: "none: it was cancelled"}.get(
+        State(future.state), pruned if future.pruned_at else "none yet"
+    )
     return [
         {
             "title": title,
-            "text": body_preview(body) if body is not None else pruned,
+            "text": body_preview(body) if body is not None else missing,
             "size": filesizeformat(len(body)) if body is not None else "",
         }
-        for title, body in (("Request", future.payload), ("Result", future.result))
+        for title, body, missing in (
+            ("Request", future.payload, pruned),
+            ("Result", future.result, no_result),
+        )
     ]

@@ -15,6 +15,7 @@ from django.db.models import Model
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
+from django.utils import timezone
 
 from futures.models import Future, Lane, Worker
 from tests.admin.conftest import SCRIPT, list_page, page
@@ -219,6 +220,45 @@ def test_a_request_page_shows_its_parts_and_its_links(
 def test_a_failed_request_shows_its_whole_error(console: Client, traces: SimpleNamespace) -> None:
     html = console.get(page(traces.sample)).content.decode()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\nsecond line</pre>" in html
+
+
+def body_texts(answer: Any) -> dict[str, str]:
+    return {body["title"]: body["text"] for body in answer.context["bodies"]}
+
+
+def test_a_request_page_says_why_there_is_no_result(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    traces = trained(superuser)
+    waiting, ran = traces.waiting, traces.sample
+
+    assert body_texts(console.get(page(waiting)))["Result"] == "none yet"
+    Future.objects.filter(pk=waiting.pk).update(state="cancelled", finished_at=timezone.now())
+    assert body_texts(console.get(page(waiting)))["Result"] == "none: it was cancelled"
+    failure = {"state": "failed", "error": "no", "category": "user", "result": None}
+    Future.objects.filter(pk=ran.pk).update(
+        **failure, payload=None, pruned_at=timezone.now(), attempts=2
+    )
+    answer = console.get(page(ran))
+    assert body_texts(answer) == {
+        "Request": "pruned by the retention policy",
+        "Result": "none: it failed",
+    }
+    assert re.search(
+        r"Workers that ended under it.*?readonly[^>]*>2<", answer.content.decode(), re.S
+    )
+
+
+def test_a_huge_number_of_a_summary_is_short(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    step = trained(superuser).optim_step
+    Future.objects.filter(pk=step.pk).update(
+        summary={"learning_rate": 1e300, "smallest": 1e-300, "tokens": 123_456_789}
+    )
+    step.refresh_from_db()
+
+    assert step.summary_line == "tokens 123456789  smallest 1e-300  learning_rate 1e+300"
 
 
 def test_the_title_of_a_page_is_the_name_that_clients_use(
