@@ -62,3 +62,10 @@ def test_defaults_in_the_configuration_table_are_the_defaults() -> None:
     assert len(numbers) > 5
     for name, value in numbers.items():
         assert getattr(settings, name) == value, name
+
+
+def test_the_manual_names_no_test_that_is_gone() -> None:
+    pages = (ROOT / "tinkerapi" / "docs").glob("*.md")
+    named = {name for page in pages for name in re.findall(r"\btest_\w+\.py", page.read_text())}
+    assert named
+    assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
