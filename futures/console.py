@@ -64,6 +64,7 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
     show_facets = ShowFacets.NEVER  # each facet would count the whole table
     list_per_page = 50
     list_disable_select_all = True
+    list_horizontal_scrollbar_top = True
     show_add_link = False
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from django.contrib import admin
@@ -83,6 +84,16 @@ class FutureAdmin(ConsoleAdmin):
         rows: QuerySet[Future] = super().get_queryset(request)
         return rows.defer("payload", "result", "payload_digest")
 
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Future], search_term: str
+    ) -> tuple[QuerySet[Future], bool]:
+        """Also by an id as the list shows it: digits without their prefix, cut short."""
+        found, may_have_duplicates = super().get_search_results(request, queryset, search_term)
+        digits = search_term.strip().removesuffix("…")
+        if re.fullmatch(r"[0-9a-f]{4,32}", digits):
+            found |= queryset.filter(pk__startswith=f"future_{digits}")
+        return found, may_have_duplicates
+
     def render_change_form(
         self,
         request: HttpRequest,
@@ -122,7 +133,10 @@ class FutureAdmin(ConsoleAdmin):
         """Its lane, and where in it."""
         lane = self.lane_link(future)
         return lane and format_html(
-            '<span class="whitespace-nowrap">{} &middot; {}</span>', lane, future.seq_id
+            '<span class="whitespace-nowrap">'
+            '<span class="console-line">{}</span> &middot; {}</span>',
+            lane,
+            future.seq_id,
         )
 
     @admin.display(description="Worker")

@@ -17,6 +17,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
+from futures.admin.futures import short_id
 from futures.models import Future, Lane, Worker
 from tests.admin.conftest import SCRIPT, list_page, page
 from tests.conftest import InProcessWorker
@@ -143,6 +144,7 @@ def test_a_search_finds_a_request_by_its_id_its_run_and_its_key(
         return {future.pk for future in answer.context["cl"].result_list}
 
     assert found(mine.waiting.pk[:20]) == {mine.waiting.pk}
+    assert found(short_id(mine.waiting)) == {mine.waiting.pk}
     assert found("abc") == {mine.waiting.pk}
     in_run = set(Future.objects.filter(lane_id=mine.run.pk).values_list("pk", flat=True))
     assert found("mine") == found(mine.run.pk) == in_run
