@@ -78,6 +78,9 @@ class RunQuerySet(models.QuerySet["Run"]):
 class Run(models.Model):
     """One adapter and its history. Its id names its lane: the run is the log of that lane."""
 
+    FINISHED = "finished"
+    """What people see in place of ``ready`` once the run's session is over; no row has it."""
+
     class RunState(models.TextChoices):
         CREATING = "creating"
         READY = "ready"
@@ -161,6 +164,12 @@ class Run(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def shown_state(self) -> str:
+        """The state, but ``finished`` when nothing more than its removal can be asked for."""
+        is_over = self.session is not None and self.session.finished_at is not None
+        return self.FINISHED if is_over and self.state == self.RunState.READY else self.state
 
 
 class Snapshot(models.Model):

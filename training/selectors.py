@@ -68,8 +68,8 @@ def custom_loss_get(*, session_id: str | None, loss_id: str) -> CustomLoss:
 
 
 def run_list(*, owner_id: int) -> QuerySet[Run]:
-    """The owner's live runs, newest first."""
-    return Run.objects.owned_by(owner_id).live().order_by("-created_at")
+    """The owner's live runs with their sessions, newest first."""
+    return Run.objects.owned_by(owner_id).live().select_related("session").order_by("-created_at")
 
 
 def run_get(*, owner_id: int, model_id: str) -> Run:

@@ -263,6 +263,19 @@ def test_a_huge_number_of_a_summary_is_short(
     assert step.summary_line == "tokens 123456789  smallest 1e-300  learning_rate 1e+300"
 
 
+def test_a_run_of_a_finished_session_is_shown_as_finished(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    traces = trained(superuser)
+    Run.objects.filter(pk=traces.run.pk).update(session=traces.session, model_seq_id=0)
+    Session.objects.filter(pk=traces.session.pk).update(
+        finished_at=timezone.now(), finish_reason="success"
+    )
+    for url in (list_page(Run), page(traces.run)):
+        html = console.get(url).content.decode()
+        assert re.findall(r">\s*(ready|finished)\s*</span>", html)[0] == "finished"
+
+
 def test_the_title_of_a_page_is_the_name_that_clients_use(
     console: Client, trained: Callable[..., SimpleNamespace], superuser: User
 ) -> None:

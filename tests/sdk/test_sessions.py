@@ -60,6 +60,24 @@ def test_a_finished_session_does_what_it_was_asked_and_takes_no_more(
     assert sdk.post("get_info", model_id=model_id).status_code == 200
 
 
+def test_a_finished_sessions_models_are_shown_as_finished(
+    sdk: SdkClient, work: InProcessWorker
+) -> None:
+    session_id = sdk.session()
+    model_id = sdk.model(session_id)
+    work()
+    key = {"X-API-Key": sdk.headers["X-API-Key"]}
+
+    def shown() -> set[str]:
+        listed = sdk.api.get("/api/v1/adapters", **key).json()["adapters"]
+        info = sdk.api.post("/get_info", model_id=model_id, headers=key).json()
+        return {info["state"], *(adapter["state"] for adapter in listed)}
+
+    assert shown() == {"ready"}
+    sdk.post(f"sessions/{session_id}/finish", reason={"type": "success"})
+    assert shown() == {"finished"}
+
+
 def test_a_finished_sessions_models_leave_memory_and_disk_but_not_the_lists(
     sdk: SdkClient, work: InProcessWorker
 ) -> None:

@@ -65,7 +65,7 @@ class RunAdmin(ConsoleAdmin):
         ("created_at", MomentFilter),
     )
     list_filter_submit = True
-    list_select_related = ("owner",)
+    list_select_related = ("owner", "session")
     search_fields = ("name__icontains", "id__startswith", "base_model__icontains")
     search_help_text = "Part of a name or base model, or the beginning of a run id"
     sortable_by = ("name", "step", "trained_tokens", "last_request", "created")
@@ -108,7 +108,7 @@ class RunAdmin(ConsoleAdmin):
 
     @admin.display(description="State")
     def state_label(self, run: Run) -> SafeString:
-        return state_label(run.state)
+        return state_label(run.shown_state)
 
     @admin.display(description="Owner")
     def owner_link(self, run: Run) -> SafeString | None:
