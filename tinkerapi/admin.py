@@ -219,10 +219,21 @@ for model in (User, Group, Schedule, Success, Failure, OrmQ):
     admin.site.unregister(model)
 
 
+class NewUserForm(UserCreationForm):  # type: ignore[misc]  # unfold has no type information
+    """A new person, who needs no password to train."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        field = self.fields["usable_password"]
+        field.label = "Has a password"
+        field.help_text = "Only the admin asks for it; the API takes a key."
+        field.choices = [("true", "Yes"), ("false", "No")]
+
+
 @admin.register(User)
 class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # no subscript at run time
     form = UserChangeForm
-    add_form = UserCreationForm
+    add_form = NewUserForm
     change_password_form = AdminPasswordChangeForm
     # Said again: unfold's ModelAdmin stands before Django's and has an empty one.
     add_fieldsets = DjangoUserAdmin.add_fieldsets

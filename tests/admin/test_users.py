@@ -52,3 +52,10 @@ def test_a_name_that_cannot_be_is_refused_in_the_form(console: Client, username:
     assert answer.status_code == 200
     assert "username" in answer.context["adminform"].form.errors
     assert User.objects.count() == before
+
+
+def test_the_form_says_what_a_password_is_for(console: Client) -> None:
+    html = console.get(ADD).content.decode()
+
+    assert "Only the admin asks for it; the API takes a key." in html
+    assert "LDAP" not in html
