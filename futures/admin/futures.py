@@ -145,7 +145,7 @@ class FutureAdmin(ConsoleAdmin):
 
     @admin.display(description="Workers that ended under it")
     def ended_workers(self, future: Future) -> int:
-        return future.attempts
+        return future.attempts + future.interruptions
 
     @admin.display(description="Replay of")
     def replay_link(self, future: Future) -> SafeString | None:
