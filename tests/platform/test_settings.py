@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from tinkerapi.settings import env_database, env_int, env_names, env_origins
+from tinkerapi.environment import env_database, env_int, env_names, env_origins
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, got"

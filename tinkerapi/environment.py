@@ -1,0 +1,97 @@
+"""Readers of environment variables; a value that makes no sense stops the start with a sentence."""
+
+import os
+import secrets
+from pathlib import Path
+
+import dj_database_url
+import psycopg
+from django.core.exceptions import ImproperlyConfigured
+from psycopg.conninfo import make_conninfo
+
+LARGEST = 10**9
+"""What a number may be where nothing else limits it: as seconds, thirty years."""
+
+
+def env_bool(name: str, default: bool) -> bool:
+    """``1``, ``true``, ``yes``, ``on`` or their opposites; anything else stops the start."""
+    value = os.environ.get(name, "").strip().lower()
+    if value in ("", "1", "true", "yes", "on", "0", "false", "no", "off"):
+        return default if not value else value in ("1", "true", "yes", "on")
+    raise ImproperlyConfigured(f"{name}: expected 1 or 0, got {value!r}")
+
+
+def env_int(name: str, default: int, *, minimum: int = 1, maximum: int = LARGEST) -> int:
+    """A whole number from ``minimum`` to ``maximum``; anything else stops the start."""
+    value = os.environ.get(name, "").strip()
+    try:
+        number = int(value) if value else default
+    except ValueError:
+        raise ImproperlyConfigured(f"{name}: expected a whole number, got {value!r}") from None
+    if number < minimum:
+        raise ImproperlyConfigured(f"{name}: expected at least {minimum}, got {number}")
+    if number > maximum:
+        raise ImproperlyConfigured(f"{name}: expected at most {maximum}, got {number}")
+    return number
+
+
+def env_choice(name: str, default: str, choices: tuple[str, ...]) -> str:
+    """One of ``choices``; anything else stops the start."""
+    value = os.environ.get(name, "").strip() or default
+    if value not in choices:
+        raise ImproperlyConfigured(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def env_list(name: str, default: str = "") -> list[str]:
+    """Comma-separated values, blanks dropped."""
+    return [item.strip() for item in os.environ.get(name, default).split(",") if item.strip()]
+
+
+def env_names(name: str, default: str) -> list[str]:
+    """Comma-separated values, at least one; commas or blanks alone stop the start."""
+    names = env_list(name, default) if os.environ.get(name) else [default]
+    if not names:
+        raise ImproperlyConfigured(f"{name}: expected a name, got {os.environ[name]!r}")
+    return names
+
+
+def env_origins(name: str) -> list[str]:
+    """Comma-separated origins; one without its scheme stops the start."""
+    origins = env_list(name)
+    for origin in origins:
+        if not origin.startswith(("http://", "https://")):
+            raise ImproperlyConfigured(f"{name}: expected https://HOST, got {origin!r}")
+    return origins
+
+
+def env_database(name: str) -> dj_database_url.DBConfig:
+    """Django's settings for the Postgres of a URL; anything else stops the start."""
+    # The value is not repeated: it may hold a password.
+    expected = f"{name}: expected postgresql://USER:PASSWORD@HOST:PORT/NAME"
+    try:
+        database = dj_database_url.parse(os.environ[name].strip())
+    except dj_database_url.UnknownSchemeError:
+        raise ImproperlyConfigured(f"{expected}, got a URL of another kind") from None
+    except ValueError:
+        raise ImproperlyConfigured(f"{expected}, got something that is no such URL") from None
+    if database["ENGINE"] != "django.db.backends.postgresql":
+        raise ImproperlyConfigured(f"{expected}, got a URL of another kind")
+    options = {**database.get("OPTIONS", {})}
+    if not database["NAME"] and "service" not in options:
+        raise ImproperlyConfigured(f"{expected}, got one without a NAME")
+    options.pop("assume_role", None)  # Django's own
+    try:
+        make_conninfo(**options)
+    except psycopg.ProgrammingError as error:
+        raise ImproperlyConfigured(f"{name}: {str(error).strip()}") from None
+    return database
+
+
+def kept_secret(path: Path) -> str:
+    """The secret that ``up`` keeps there, so that a command signs queue entries as the server
+    does; a fresh one, good for this process only, where there is none to read."""
+    try:
+        return path.read_text().strip() or secrets.token_urlsafe(50)
+    except OSError:
+        return secrets.token_urlsafe(50)
