@@ -15,6 +15,7 @@ SEGMENTS = {
 """Checkpoint kind to the middle segment of its path."""
 
 _KINDS = {segment: kind for kind, segment in SEGMENTS.items()}
+_RUN_ID = re.compile(r"run_[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -33,6 +34,20 @@ def check_name(value: str, *, field: str) -> str:
             "':' or '-', beginning with a letter or digit"
         )
     return value
+
+
+def check_run_name(value: str, *, field: str) -> str:
+    """Likewise, a name for a run: none that looks like a run's id, for in a path that is what it
+    would be taken for.
+
+    Raises:
+        InvalidRequest: It may not be. (400)
+    """
+    if _RUN_ID.fullmatch(value):
+        raise InvalidRequest(
+            f"{field}: {value!r} is how this server names runs by itself; choose another name"
+        )
+    return check_name(value, field=field)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,29 @@ def test_a_path_that_meant_two_checkpoints_means_one_and_the_other_is_found_by_i
         assert checkpoint.path == path
 
 
+def test_a_model_named_like_anothers_id_does_not_stop_the_upgrade(
+    start_worker: Callable[..., InProcessWorker], newest_again: None
+) -> None:
+    owner = User.objects.create_user("ada")
+    work = start_worker()
+    for step in range(2):
+        submit(owner, range(step, step + 1))
+        run_remove_submit(owner_id=owner.pk, model_id="m")
+    submit(owner, range(2, 3))
+    work()
+    work.die()
+
+    migrate_back(("training", "0003_audit_events"))
+    first, second, third = Run.objects.order_by("created_at").values_list("id", flat=True)
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE training_checkpoint SET name = 'a'")
+        cursor.execute("UPDATE training_run SET name = %s WHERE id = %s", [first, third])
+    schema_migrate()
+
+    paths = dict(Checkpoint.objects.values_list("run_id", "path_run"))
+    assert paths == {first: first, second: "m", third: third}
+
+
 def test_a_model_that_could_not_be_made_in_an_older_version_frees_its_name(
     start_worker: Callable[..., InProcessWorker], newest_again: None
 ) -> None:

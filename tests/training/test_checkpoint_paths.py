@@ -19,12 +19,13 @@ from tests.training.test_races import at_once, create
 from tests.training.test_worker import load, save
 from training import services
 from training.base_models import base_model_get
-from training.errors import CheckpointExists
+from training.errors import CheckpointExists, InvalidRequest
 from training.models import AuditEvent, Checkpoint, Run
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
 from training.services.checkpoints import checkpoint_place
 from training.services.upkeep import checkpoint_remove
+from training.types import LoraConfig
 
 Submit = Callable[..., Future]
 Result = Callable[..., Any]
@@ -210,3 +211,16 @@ def test_no_list_shows_a_path_twice(api: ApiClient, work: InProcessWorker) -> No
     deleted = api.delete("/api/v1/training_runs/m/checkpoints/weights/ck")
     assert deleted.status_code == 204
     assert listed("/api/v1/checkpoints") == []
+
+
+def test_no_model_takes_a_name_that_in_a_path_is_a_runs_id(
+    owner: User, work: InProcessWorker, forward_backward: Submit
+) -> None:
+    forward_backward("m", "hi", "hello")
+    work()
+    run_id = Run.objects.get().id
+    shape: dict[str, Any] = {"base_model": None, "lora_config": LoraConfig()}
+    with pytest.raises(InvalidRequest, match=r"model_id: 'run_.* is how this server names runs"):
+        services.run_create_submit(owner_id=owner.pk, model_id=run_id, **shape)
+    with pytest.raises(InvalidRequest, match="is how this server names runs"):
+        forward_backward(run_id, "hi", "hello")

@@ -1,8 +1,9 @@
 """A path means one checkpoint of its owner's, whatever runs have had the name in turn.
 
 Where several runs of one name have saved the same name, one checkpoint keeps the path: that of
-the run whose id the name is, else that of the live run or the one that was removed last, which
-the path meant until now. The others, which no path led to, get the path below their run's id.
+the live run or the one that was removed last, which the path meant until now. The others, which
+no path led to, get the path below their run's id; so do those of a run that was named like
+another one's id, for that name is the other's in paths.
 """
 
 import django.db.models.deletion
@@ -12,14 +13,19 @@ from django.db import migrations, models
 GIVE_PATHS = """
 UPDATE training_checkpoint AS checkpoint
 SET owner_id = placed.owner_id,
-    path_run = CASE WHEN placed.place = 1 THEN placed.run_name ELSE placed.run_id END
+    path_run = CASE WHEN placed.place = 1 THEN placed.known_as ELSE placed.run_id END
 FROM (
-    SELECT checkpoint.id, run.owner_id, run.name AS run_name, run.id AS run_id,
+    SELECT checkpoint.id, run.owner_id, run.id AS run_id, known_as,
         row_number() OVER (
-            PARTITION BY run.owner_id, run.name, checkpoint.kind, checkpoint.name
-            ORDER BY run.id = run.name DESC, run.deleted_at DESC NULLS FIRST, checkpoint.id DESC
+            PARTITION BY run.owner_id, known_as, checkpoint.kind, checkpoint.name
+            ORDER BY run.deleted_at DESC NULLS FIRST, checkpoint.id DESC
         ) AS place
     FROM training_checkpoint AS checkpoint JOIN training_run AS run ON run.id = checkpoint.run_id
+    CROSS JOIN LATERAL (
+        SELECT CASE WHEN EXISTS (
+            SELECT FROM training_run AS other WHERE other.id = run.name AND other.id <> run.id
+        ) THEN run.id ELSE run.name END AS known_as
+    ) AS names
 ) AS placed
 WHERE checkpoint.id = placed.id
 """

@@ -19,7 +19,7 @@ from training.base_models import base_model_get
 from training.errors import LimitExceeded, RunExists, RunNotFound
 from training.kinds import Kind
 from training.models import Run
-from training.paths import check_name
+from training.paths import check_name, check_run_name
 from training.selectors import run_get, run_live
 from training.services.submission import Submission, run_repeated, submit_in_lane
 from training.types import LoraConfig
@@ -49,8 +49,8 @@ def run_create_submit(
     """
     run = run_repeated(owner_id, idempotency_key)
     name = model_id or (run.name if run else f"model_{secrets.token_hex(8)}")
-    check_name(name, field="model_id")
     if run is None:
+        check_run_name(name, field="model_id")
         run = _run_create(owner_id, name, base_model, lora_config)
     if run is None:
         raise RunExists(f"model_id: you already have a model named {name!r}; remove it first")
@@ -96,6 +96,7 @@ def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | No
         return first
     if run := run_live(owner_id=owner_id, name=name):
         return run
+    check_run_name(name, field="model_id")
     config = LoraConfig()
     # One transaction: nobody may see the run before its creation leads its lane.
     with transaction.atomic():
@@ -114,7 +115,7 @@ def run_replay_create(*, run: Run, name: str | None = None) -> Run:
         RunExists: The name is taken.
     """
     number = run.run_set.count() + 1
-    name = check_name(name or f"{run.name[:100]}-replay-{number}", field="name")
+    name = check_run_name(name or f"{run.name[:100]}-replay-{number}", field="name")
     copy = _run_create(run.owner_id, name, run.base_model, run_lora_config(run), replay_of=run)
     if copy is None:
         raise RunExists(f"{name!r} exists already; remove it or choose another name")
