@@ -56,6 +56,8 @@ def test_the_index_says_every_method_that_an_address_takes(api):
     assert ("POST", "/v1/chat/completions") in listed
     assert {method for method, path in listed if path.endswith("/publish")} == {"POST", "DELETE"}
     assert {method for method, path in listed if path.endswith("/project")} == {"PUT"}
+    one_model = {method for method, path in listed if path.startswith("/api/v1/adapters/")}
+    assert one_model == {"DELETE"}
 
 
 def test_health_needs_no_database(client, monkeypatch):

@@ -22,7 +22,7 @@ def endpoints() -> dict[str, list[dict[str, str]]]:
         view = getattr(callback, "view_class", None)
         initkwargs = getattr(callback, "view_initkwargs", {})
         group = initkwargs.get("group") or getattr(view, "group", None)
-        if group is None:
+        if view is None or group is None:
             continue
         summary = (view.__doc__ or "").partition("\n")[0]
         if initkwargs.get("waits") is False:
@@ -30,7 +30,7 @@ def endpoints() -> dict[str, list[dict[str, str]]]:
         groups.setdefault(group, []).extend(
             {"method": method.upper(), "path": path, "summary": summary}
             for method in METHODS
-            if hasattr(view, method)
+            if hasattr(view, method) and method in view.http_method_names
         )
     return groups
 
