@@ -40,6 +40,15 @@ def test_a_person_with_a_password_can_be_made(console: Client) -> None:
     assert User.objects.get(username="ada").check_password(PHRASE)
 
 
+@pytest.mark.parametrize("password", ["12345", "password", "adaadaada"])
+def test_a_password_that_anybody_guesses_is_refused(console: Client, password: str) -> None:
+    passwords = {"password1": password, "password2": password}
+
+    console.post(ADD, {**visible_form(console), "username": "adaadaada", **passwords})
+
+    assert not User.objects.filter(username="adaadaada").exists()
+
+
 @pytest.mark.parametrize("username", ["", "bob", "no spaces"])
 def test_a_name_that_cannot_be_is_refused_in_the_form(console: Client, username: str) -> None:
     User.objects.create_user("bob")
