@@ -305,7 +305,9 @@ def load_checkpoint(engine: Engine, adapter_name: str, payload: payloads.Payload
     """
     checkpoint = Checkpoint.objects.filter(pk=payload["checkpoint"]).first()
     if checkpoint is None:
-        raise CheckpointNotFound(f"{payload['path']} was deleted before its turn came")
+        raise CheckpointNotFound(
+            f"{payload['path']} was deleted or overwritten before its turn came"
+        )
     engine.load_adapter(
         adapter_name,
         settings.DATA_DIR / checkpoint.directory,
