@@ -17,9 +17,9 @@ How many
     A prefix of that order within the budgets of futures and cost, and at least one.
 Suspects
     A future whose worker crashed while it ran may be what brought it down. While one may run, it
-    is claimed alone, and only by a worker that holds nothing else. One that was suspected only
-    once and has run for ``SUSPECT_SECONDS`` since, a long sample say, is trusted again: others may
-    join it. If that was a mistake, the next crash makes it run alone to its end.
+    is claimed alone, and only by a worker that holds nothing else. One that has run like that for
+    some seconds, a long sample say, is trusted again: others may join it. If that was a mistake,
+    it is suspected the more after the next crash, and the third time it runs alone to its end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ SUSPECT_INTERRUPTIONS = 3
 """Workers ended from outside while a future ran, after which that is held against it."""
 
 SUSPECT_SECONDS = 5
-"""How long a future that is suspected for the first time makes everybody wait."""
+"""How long a future that is suspected for the first time makes everybody wait; the second time
+it is twice as long."""
 
 MAX_SERVED = 1000
 """Owners of whom a worker remembers when it served them; who is forgotten comes first."""
@@ -69,10 +70,12 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
     SELECT coalesce(bool_or(NOT is_trusted_again), false) AS holds,
         coalesce(bool_or({is_suspect} AND NOT is_trusted_again), false) AS suspect
     FROM (
-        SELECT *, {is_suspect} AND attempts <= 1 AND interruptions <= %(interruptions)s
-            AND started_at < statement_timestamp() - make_interval(secs => %(suspect_seconds)s)
-            AS is_trusted_again
-        FROM futures_future WHERE worker_id = %(worker_id)s AND state = 'running'
+        SELECT *, {is_suspect} AND suspicions <= 2 AND started_at < statement_timestamp()
+            - make_interval(secs => suspicions * %(suspect_seconds)s) AS is_trusted_again
+        FROM futures_future CROSS JOIN LATERAL (
+            SELECT greatest(attempts, interruptions - %(interruptions)s + 1) AS suspicions
+        ) AS counted
+        WHERE worker_id = %(worker_id)s AND state = 'running'
     ) AS running
 ), may_claim AS MATERIALIZED (
     SELECT FROM epoch, held WHERE NOT held.suspect

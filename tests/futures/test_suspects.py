@@ -10,7 +10,6 @@ from django.utils import timezone
 
 from futures.claiming import SUSPECT_INTERRUPTIONS, SUSPECT_SECONDS
 from futures.models import Future, Lane, Worker
-from futures.workers import MAX_ATTEMPTS
 from tests.futures.conftest import SubmitFactory, finish, kill
 from tests.futures.test_claim import claim, keys
 
@@ -22,9 +21,9 @@ def suspect(*futures: Future) -> None:
     Future.objects.filter(pk__in=keys(futures)).update(attempts=1)
 
 
-def run_for_a_while(future: Future) -> None:
-    """As if it had begun so long ago that it is trusted again, if it ever is."""
-    long_ago = timezone.now() - timedelta(seconds=SUSPECT_SECONDS + 1)
+def run_for_a_while(future: Future, *, times: int = 1) -> None:
+    """As if it had begun some suspect's times ago, and a moment."""
+    long_ago = timezone.now() - timedelta(seconds=times * SUSPECT_SECONDS + 1)
     Future.objects.filter(pk=future.pk, state="running").update(started_at=long_ago)
 
 
@@ -92,36 +91,58 @@ def test_who_has_run_for_some_seconds_after_a_first_suspicion_is_trusted_again(
 
 
 @pytest.mark.parametrize("history", [{"attempts": 2}, {"interruptions": SUSPECT_INTERRUPTIONS + 1}])
-def test_who_is_suspected_again_runs_alone_to_its_end(
+def test_who_is_suspected_twice_is_trusted_again_after_twice_the_time(
+    history: dict[str, int], submit: SubmitFactory, worker: Worker
+) -> None:
+    suspicious = submit()
+    Future.objects.filter(pk=suspicious.pk).update(**history)
+    other = submit()
+    claim(worker)
+    run_for_a_while(suspicious)
+    assert claim(worker) == []
+    run_for_a_while(suspicious, times=2)
+
+    assert keys(claim(worker)) == [other.pk]
+
+
+@pytest.mark.parametrize("history", [{"attempts": 3}, {"interruptions": SUSPECT_INTERRUPTIONS + 2}])
+def test_who_is_suspected_more_often_runs_alone_to_its_end(
     history: dict[str, int], submit: SubmitFactory, worker: Worker
 ) -> None:
     suspicious = submit()
     Future.objects.filter(pk=suspicious.pk).update(**history)
     submit()
     running = claim(worker)
-    run_for_a_while(suspicious)
+    run_for_a_while(suspicious, times=100)
 
     assert claim(worker) == []
     finish(worker, *running)
     assert len(claim(worker)) == 1
 
 
-def test_a_poisonous_future_that_takes_its_time_is_found_out(
-    submit: SubmitFactory, worker_factory: Callable[..., Worker]
+@pytest.mark.parametrize(
+    ("times", "companies"), [(0, [2, 0, 0]), (1, [2, 1, 0]), (2, [2, 1, 1, 0])]
+)
+def test_a_poisonous_future_is_found_out_however_long_it_takes_to_work(
+    times: int,
+    companies: list[int],
+    submit: SubmitFactory,
+    worker_factory: Callable[..., Worker],
 ) -> None:
-    """It brings workers down only when it has long been trusted again."""
+    """It brings workers down at once, or when it is trusted again: how often, costs crashes."""
     poison, others = submit(), [submit() for _ in range(2)]
     company = []
-    for _ in range(MAX_ATTEMPTS):
+    for _ in companies:
         worker = worker_factory()
         claim(worker)
-        run_for_a_while(poison)
+        if times:
+            run_for_a_while(poison, times=times)
         claim(worker)
         company.append(Future.objects.filter(state="running").exclude(pk=poison.pk).count())
         kill(worker)
     worker_factory()
 
-    assert company == [2, 1, 0]
+    assert company == companies
     poison.refresh_from_db()
     assert (poison.state, poison.error_code) == ("failed", "CrashedWorker")
     spared = Future.objects.filter(pk__in=keys(others))
