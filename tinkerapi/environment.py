@@ -56,6 +56,18 @@ def env_names(name: str, default: str) -> list[str]:
     return names
 
 
+def env_hosts(name: str, default: str) -> list[str]:
+    """Comma-separated host names or addresses; one with a scheme, a port or a path stops the start,
+    for no request would ever match it."""
+    hosts = env_list(name, default)
+    for host in hosts:
+        if "/" in host or (":" in host and not host.startswith("[")) or "]:" in host:
+            raise ImproperlyConfigured(
+                f"{name}: expected host names without scheme and port, got {host!r}"
+            )
+    return hosts
+
+
 def env_origins(name: str) -> list[str]:
     """Comma-separated origins; one without its scheme stops the start."""
     origins = env_list(name)

@@ -12,8 +12,8 @@ from tinkerapi.environment import (
     env_bool,
     env_choice,
     env_database,
+    env_hosts,
     env_int,
-    env_list,
     env_names,
     env_origins,
     kept_secret,
@@ -37,7 +37,7 @@ PULSE_FD = env_int("TINKERAPI_PULSE_FD", -1, minimum=-1)
 DEBUG = env_bool("TINKERAPI_DEBUG", False)
 SECRET_KEY = os.environ.get("TINKERAPI_SECRET_KEY") or kept_secret(DATA_DIR / "secret_key")
 # Loopback's own names always: health checks ask by them, and no other site can pass for them.
-ALLOWED_HOSTS = [*env_list("TINKERAPI_ALLOWED_HOSTS", "*"), "localhost", "127.0.0.1", "[::1]"]
+ALLOWED_HOSTS = [*env_hosts("TINKERAPI_ALLOWED_HOSTS", "*"), "localhost", "127.0.0.1", "[::1]"]
 CSRF_TRUSTED_ORIGINS = env_origins("TINKERAPI_CSRF_TRUSTED_ORIGINS")
 
 INSTALLED_APPS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from tinkerapi.environment import env_database, env_int, env_names, env_origins
+from tinkerapi.environment import env_database, env_hosts, env_int, env_names, env_origins
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, got"
@@ -122,6 +122,16 @@ def test_an_origin_has_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKERAPI_O", "a.example")
     with pytest.raises(ImproperlyConfigured, match=r"expected https://HOST, got 'a\.example'"):
         env_origins("TINKERAPI_O")
+
+
+def test_hosts_are_names_or_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = "train.example, .example, 10.0.0.1, [::1], *"
+    monkeypatch.setenv("TINKERAPI_H", hosts)
+    assert env_hosts("TINKERAPI_H", "*") == hosts.split(", ")
+    for wrong in ("https://a.example", "a.example:8000", "a.example/x", "[::1]:8000"):
+        monkeypatch.setenv("TINKERAPI_H", wrong)
+        with pytest.raises(ImproperlyConfigured, match="expected host names without scheme"):
+            env_hosts("TINKERAPI_H", "*")
 
 
 @pytest.mark.parametrize("value", [",", " ", " , "])
