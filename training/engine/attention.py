@@ -23,7 +23,7 @@ from training.engine.short_attention import (
     make_buckets,
     short_attention,
 )
-from training.engine.stretches import Stretch, rows_of, take_rows
+from training.engine.stretches import Stretch, stream_rows, take_rows
 
 ATTENTION_NAME = "packed"
 
@@ -94,7 +94,7 @@ class AttentionPlan:
     buckets: Sequence[Bucket]
     runs: Sequence[_Run]
     rows: Tensor | None
-    """(n,) int64, the rows of the runs; None if they are the whole stream, in order."""
+    """(n,) int64, the rows of the runs; None if they are the whole stream, in order, or none."""
     key_rows: Tensor | None
     """(m,) int64, the rows that the runs see, run by run; None if that is the same."""
 
@@ -115,9 +115,9 @@ class AttentionPlan:
             alike = [stretch for _, stretch in run]
             runs.append(_make_run(alike[0], len(alike), device))
         rows = key_rows = None
-        if short or any(stretch.before for stretch in long):
-            rows = rows_of(long).to(device)
-            key_rows = rows_of(each for stretch in long for each in stretch.seen).to(device)
+        if long and (short or any(stretch.before for stretch in long)):
+            rows = stream_rows(long).to(device)
+            key_rows = stream_rows(each for stretch in long for each in stretch.seen).to(device)
         return cls(buckets=make_buckets(short), runs=runs, rows=rows, key_rows=key_rows)
 
 

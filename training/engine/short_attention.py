@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from training.engine.packed import round_up
-from training.engine.stretches import Stretch, rows_of
+from training.engine.stretches import Stretch, integers, stream_rows
 
 SHORT_TOKENS = 192
 """Up to this length these products take less time than torch's fused kernel (measured with heads
@@ -95,8 +95,8 @@ def _bucket(num_before: int, length: int, stretches: Sequence[Stretch]) -> Bucke
     queries = Slots(
         count=len(stretches),
         length=length,
-        rows=rows_of(stretches),
-        slots=_stretches([(i * length, s.length) for i, s in enumerate(stretches)]),
+        rows=stream_rows(stretches),
+        slots=integers([(i * length, s.length) for i, s in enumerate(stretches)]),
     )
     if not num_before:
         return Bucket(num_before=0, queries=queries, keys=queries)
@@ -105,8 +105,8 @@ def _bucket(num_before: int, length: int, stretches: Sequence[Stretch]) -> Bucke
     keys = Slots(
         count=len(stretches),
         length=size,
-        rows=rows_of(each for stretch in stretches for each in stretch.seen),
-        slots=_stretches(
+        rows=stream_rows(each for stretch in stretches for each in stretch.seen),
+        slots=integers(
             [
                 bounds
                 for i, s in enumerate(stretches)
@@ -119,11 +119,6 @@ def _bucket(num_before: int, length: int, stretches: Sequence[Stretch]) -> Bucke
 
 def _padded(length: int) -> int:
     return round_up(length, BUCKET_TOKENS)
-
-
-def _stretches(bounds: Sequence[tuple[int, int]]) -> Tensor:
-    """The integers of each stretch (start, length), (n,) int64."""
-    return torch.cat([torch.arange(start, start + length) for start, length in bounds])
 
 
 def short_attention(

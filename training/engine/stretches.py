@@ -54,10 +54,14 @@ def whole_sequences(lengths: Iterable[int]) -> list[Stretch]:
     return stretches
 
 
-def rows_of(stretches: Iterable[Stretch]) -> Tensor:
+def stream_rows(stretches: Iterable[Stretch]) -> Tensor:
     """(n,) int64, the rows of the stretches, one after another."""
-    parts = [torch.arange(stretch.start, stretch.end) for stretch in stretches]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return integers((stretch.start, stretch.length) for stretch in stretches)
+
+
+def integers(bounds: Iterable[tuple[int, int]]) -> Tensor:
+    """(n,) int64, so many integers (start, length) from each start, one after another."""
+    return torch.cat([torch.arange(start, start + length) for start, length in bounds])
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
