@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+"""The engine computes in float32: a larger number would be infinity there."""
+
 LossFnInputs = Mapping[str, NDArray[Any]]
 """Per-token inputs of a loss function by name; ``target_tokens`` int64, the rest float32."""
 

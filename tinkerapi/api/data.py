@@ -13,9 +13,9 @@ import numpy as np
 from django.conf import settings
 from numpy.typing import NDArray
 
-from tinkerapi.api.fields import FLOAT32, MAX_FLOAT32, Schema, refuse, shown
+from tinkerapi.api.fields import FLOAT32, Schema, refuse, shown
 from training.errors import InvalidDatum, LimitExceeded
-from training.types import Conversation, Datum, Message, Prompt
+from training.types import MAX_FLOAT32, Conversation, Datum, Message, Prompt
 
 ROLES = ("system", "user", "assistant")
 

@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.errors import InvalidRequest
+from training.types import MAX_FLOAT32
 
 Schema = dict[str, Any]
 
 MAX_INTEGER = 2**63 - 1
 """What the database can store."""
-
-MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
-"""The engine computes in float32: a larger number would be infinity there."""
 
 MAX_FLOAT = sys.float_info.max
 """For a number that the engine never sees."""

@@ -12,9 +12,8 @@ import math
 import torch
 
 from training.engine.adapters import Adapter, AdapterTensors, all_finite
-from training.engine.validate import LARGEST
 from training.errors import NonFiniteResult
-from training.types import AdamParams, OptimStepOutput
+from training.types import MAX_FLOAT32, AdamParams, OptimStepOutput
 
 CLIP_EPS = 1e-6
 """clip_grad_norm_ adds it to the norm that it divides by."""
@@ -46,7 +45,7 @@ def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
     step = adapter.step + 1
     step_size = params.learning_rate / (1 - params.beta1**step)
     decay = params.learning_rate * params.weight_decay
-    if not max(step_size, decay) <= LARGEST:
+    if not max(step_size, decay) <= MAX_FLOAT32:
         raise NonFiniteResult(_WEIGHTS_OVERFLOW)
     exp_avg = torch.lerp(adapter.exp_avg, grad, 1 - params.beta1)
     exp_avg_sq = adapter.exp_avg_sq * params.beta2

@@ -23,9 +23,7 @@ from training.loss_fns import (
     complete_config,
     find_loss_fn,
 )
-from training.types import AdamParams, Datum, LoraConfig
-
-LARGEST = float(np.finfo(np.float32).max)
+from training.types import MAX_FLOAT32, AdamParams, Datum, LoraConfig
 
 MAX_CUSTOM_STEPS = 100_000
 """Nodes of a custom loss times datums; a step on a few numbers takes about 100 microseconds."""
@@ -196,7 +194,7 @@ def check_lora_config(config: LoraConfig) -> None:
 
 def _check_fits(where: str, value: float) -> None:
     """torch refuses to multiply by what its tensors cannot hold, after the work has begun."""
-    if not (math.isfinite(value) and abs(value) <= LARGEST):
+    if not (math.isfinite(value) and abs(value) <= MAX_FLOAT32):
         raise InvalidRequest(f"{where}: {value} is not a number that a float32 can hold")
 
 

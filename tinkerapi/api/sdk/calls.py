@@ -8,9 +8,9 @@ from typing import Any
 
 from django.conf import settings
 
-from tinkerapi.api.fields import MAX_FLOAT32, Integer, Number, Text
+from tinkerapi.api.fields import Integer, Number, Text
 from training.errors import InvalidDatum, LimitExceeded
-from training.types import Datum
+from training.types import MAX_FLOAT32, Datum
 
 _MODEL_ID = Text(description="The run.")
 _SEQ_ID = Integer(description="Its place in the run.", minimum=1, maximum=2**31 - 1)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from tinkerapi.api.data import DATA_SCHEMA, check_data
 from tinkerapi.api.fields import (
-    MAX_FLOAT32,
     Choice,
     Custom,
     Field,
@@ -20,7 +19,7 @@ from tinkerapi.api.fields import (
 from tinkerapi.api.views.base import OperationView
 from training.loss_fns import check_loss
 from training.services import Submission, forward_backward_submit, optim_step_submit
-from training.types import AdamParams
+from training.types import MAX_FLOAT32, AdamParams
 
 MODEL_ID = Text(
     description="The name of your model: your adapter and its optimizer state.",
