@@ -16,6 +16,15 @@ from numpy.typing import NDArray
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 """The engine computes in float32: a larger number would be infinity there."""
 
+
+def wrong_length(values: NDArray[Any], num_tokens: int) -> str:
+    """What is wrong with a loss fn input that has not one row per token, in the sender's terms."""
+    if values.ndim == 1:
+        return f"{len(values)} values for {num_tokens} tokens"
+    shape = list(values.shape)
+    return f"shape {shape} for {num_tokens} tokens; expected [{num_tokens}, {shape[-1]}]"
+
+
 LossFnInputs = Mapping[str, NDArray[Any]]
 """Per-token inputs of a loss function by name; ``target_tokens`` int64, the rest float32."""
 

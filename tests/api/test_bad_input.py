@@ -83,12 +83,33 @@ BAD_BODIES = [
     (STEPS, inputs(weights=[1]), "data[0].loss_fn_inputs.weights: 1 values for 2 tokens"),
     (STEPS, inputs(weights=[1, "x"]), "data[0].loss_fn_inputs.weights[1]: expected a number"),
     (STEPS, inputs(weights=[1, 1e300]), "data[0].loss_fn_inputs.weights[1]: expected a number th"),
-    (STEPS, inputs(weights=[[1], [1, 2]]), "data[0].loss_fn_inputs.weights[1]: expected a list"),
+    (
+        STEPS,
+        inputs(weights=[[1], [1, 2]]),
+        "data[0].loss_fn_inputs.weights[1]: expected a list of 1 numbers, as the rows before it; "
+        "got a list of 2",
+    ),
+    (
+        STEPS,
+        inputs(target_tokens=[[1, 2], [3, "x"]]),
+        "data[0].loss_fn_inputs.target_tokens[1][1]: expected a token id",
+    ),
+    (
+        STEPS,
+        inputs(target_tokens=[[[1, 2]], [[3, 4]]]),
+        "data[0].loss_fn_inputs.target_tokens[0][0]: expected a token id (a whole number from 0 "
+        "to 2147483647); got a list",
+    ),
+    (
+        STEPS,
+        inputs(target_tokens=[[1, 2, 3]]),
+        "data[0].loss_fn_inputs.target_tokens: shape [1, 3] for 2 tokens; expected [2, 3]",
+    ),
     (STEPS, inputs(advantages=[1, 1]), "data[0].loss_fn_inputs.advantages: not an input"),
     (
         STEPS,
         inputs(weights={"data": [1, 1], "shape": [3]}),
-        "data[0].loss_fn_inputs.weights.shape: does not fit 2 values",
+        "data[0].loss_fn_inputs.weights.shape: [3] does not fit 2 values",
     ),
     (
         STEPS,

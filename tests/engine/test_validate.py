@@ -44,7 +44,7 @@ def test_a_good_job_gets_its_losss_defaults(make_datum, tiny_info):
     ("inputs", "message"),
     [
         ({"weights": np.ones(4)}, "weights: 4 values for 5 tokens"),
-        ({"weights": np.ones((5, 2))}, "weights: shape (5, 2) for targets of shape (5,)"),
+        ({"weights": np.ones((5, 2))}, "weights: shape [5, 2] for targets of shape [5]"),
         ({"weights": None}, "weights: missing, and cross_entropy needs it"),
         ({"weights": np.array([0, 1, np.nan, 1, 1])}, "weights[2]: nan is not finite in float32"),
         ({"weights": np.array([0, 1, 1, 1e39, 1])}, "weights[3]: 1e+39 is not finite in float32"),
@@ -61,7 +61,14 @@ def test_a_good_job_gets_its_losss_defaults(make_datum, tiny_info):
         ),
         ({"target_tokens": np.zeros(5)}, "target_tokens: float64 values instead of token ids"),
         ({"target_tokens": np.zeros((5, 0), int)}, "target_tokens: no targets"),
-        ({"target_tokens": np.zeros((5, 1, 1), int)}, "target_tokens: 3 dimensions"),
+        (
+            {"target_tokens": np.zeros((5, 1, 1), int)},
+            "target_tokens: 3 dimensions instead of 1 or 2; got shape [5, 1, 1] for 5 tokens",
+        ),
+        (
+            {"target_tokens": np.zeros((3, 5), int)},
+            "target_tokens: shape [3, 5] for 5 tokens; expected [5, 5]",
+        ),
         ({"advantages": np.ones(5)}, "advantages: not an input of cross_entropy"),
         (
             {"clip_low_threshold": np.ones(5)},
@@ -122,8 +129,12 @@ def test_no_data_is_refused(tiny_info):
 
 def test_a_policy_loss_takes_one_target_per_token(make_datum, tiny_info):
     job = job_of(make_datum(5, loss_fn="ppo", num_targets=2), loss_fn="ppo")
-    with pytest.raises(InvalidRequest, match=r"ppo takes one target per token, shape \(N,\)"):
+    with pytest.raises(InvalidRequest) as refusal:
         check_job(job, tiny_info)
+    assert str(refusal.value) == (
+        "data[0].loss_fn_inputs.target_tokens: shape [5, 2], and ppo takes one target per token, "
+        "shape [5]; several per token are for cross_entropy"
+    )
 
 
 def test_a_low_threshold_of_a_token_above_its_high_one_is_refused(make_datum, tiny_info):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tinkerapi.api.fields import FLOAT32, Schema, refuse, shown
 from training.errors import InvalidDatum, LimitExceeded
-from training.types import MAX_FLOAT32, Conversation, Datum, Message, Prompt
+from training.types import MAX_FLOAT32, Conversation, Datum, Message, Prompt, wrong_length
 
 ROLES = ("system", "user", "assistant")
 
@@ -146,8 +146,7 @@ def _check_datum(value: Mapping[str, Any], where: str) -> Datum:
     for name, array in arrays.items():
         if len(array) != len(model_input):
             raise InvalidDatum(
-                f"{where}.loss_fn_inputs.{name[:60]}: {len(array)} values for "
-                f"{len(model_input)} tokens"
+                f"{where}.loss_fn_inputs.{name[:60]}: {wrong_length(array, len(model_input))}"
             )
     return Datum(model_input=model_input, loss_fn_inputs=arrays)
 
@@ -171,7 +170,9 @@ def _check_array(name: str, value: Any, where: str) -> Array:
     if rows is not None and shape is not None:
         raise InvalidDatum(f"{where}: nested lists have their own shape; send no shape with them")
     flat = value if rows is None else _flatten(rows, where)
-    array = _integers(flat, where) if name == "target_tokens" else _floats(flat, where)
+    width = None if rows is None else len(rows[0])
+    check = _integers if name == "target_tokens" else _floats
+    array = check(flat, where, width)
     if rows is not None:
         return array.reshape(len(rows), -1)
     return array if shape is None else _reshape(array, shape, where)
@@ -182,7 +183,11 @@ def _flatten(rows: list[Any], where: str) -> list[Any]:
     flat: list[Any] = []
     for index, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != width or not row:
-            raise _wrong(f"{where}[{index}]", f"a list of {max(width, 1)} numbers", row)
+            got = f"a list of {len(row)}" if isinstance(row, list) else shown(row)
+            raise InvalidDatum(
+                f"{where}[{index}]: expected a list of {max(width, 1)} numbers, as the rows before "
+                f"it; got {got}"
+            )
         flat += row
     return flat
 
@@ -196,36 +201,50 @@ def _reshape(array: Array, shape: Any, where: str) -> Array:
     )
     if not fits:
         raise InvalidDatum(
-            f"{where.removesuffix('.data')}.shape: does not fit {array.size} values; "
-            "expected [N] or [N, K]"
+            f"{where.removesuffix('.data')}.shape: {_shown_shape(shape)} does not fit "
+            f"{array.size} values; expected [N] or [N, K]"
         )
     return array.reshape(shape)
 
 
-def _integers(values: list[Any], where: str) -> NDArray[np.int64]:
-    """Token ids; booleans are not numbers here, whatever Python thinks."""
+def _shown_shape(shape: Any) -> str:
+    if isinstance(shape, list) and len(shape) <= 8 and all(type(size) is int for size in shape):
+        return str(shape)
+    return shown(shape)
+
+
+def _integers(values: list[Any], where: str, width: int | None = None) -> NDArray[np.int64]:
+    """Token ids; booleans are not numbers here, whatever Python thinks.
+
+    Args:
+        width: Of the rows that the values came in, so that a message names row and column.
+    """
     if set(map(type, values)) != {int} or min(values) < 0 or max(values) > MAX_TOKEN_ID:
         _refuse_first(
             values,
             lambda item: type(item) is int and 0 <= item <= MAX_TOKEN_ID,
             f"a token id (a whole number from 0 to {MAX_TOKEN_ID})",
             where,
+            width,
         )
     return np.array(values, np.int64)
 
 
-def _floats(values: list[Any], where: str) -> NDArray[np.float32]:
+def _floats(values: list[Any], where: str, width: int | None = None) -> NDArray[np.float32]:
     if not set(map(type, values)) <= {int, float}:
-        _refuse_first(values, lambda item: type(item) in (int, float), "a number", where)
+        _refuse_first(values, lambda item: type(item) in (int, float), "a number", where, width)
     array = np.array(values, np.float64)
     if not (np.abs(array) <= MAX_FLOAT32).all():
-        _refuse_first(values, lambda item: abs(item) <= MAX_FLOAT32, FLOAT32, where)
+        _refuse_first(values, lambda item: abs(item) <= MAX_FLOAT32, FLOAT32, where, width)
     return array.astype(np.float32)
 
 
-def _refuse_first(values: list[Any], is_good: Any, expected: str, where: str) -> NoReturn:
+def _refuse_first(
+    values: list[Any], is_good: Any, expected: str, where: str, width: int | None
+) -> NoReturn:
     index = next(index for index, item in enumerate(values) if not is_good(item))
-    raise _wrong(f"{where}[{index}]", expected, values[index])
+    place = f"[{index}]" if width is None else f"[{index // width}][{index % width}]"
+    raise _wrong(f"{where}{place}", expected, values[index])
 
 
 def _check_chunks(value: Any, where: str) -> NDArray[np.int32]:

@@ -18,12 +18,13 @@ from training.engine.interface import BaseModelInfo, ForwardBackwardJob
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
 from training.loss_fns import (
     CUSTOM,
+    LOSS_FNS,
     TARGET_TOKENS,
     check_input_names,
     complete_config,
     find_loss_fn,
 )
-from training.types import MAX_FLOAT32, AdamParams, Datum, LoraConfig
+from training.types import MAX_FLOAT32, AdamParams, Datum, LoraConfig, wrong_length
 
 MAX_CUSTOM_STEPS = 100_000
 """Nodes of a custom loss times datums; a step on a few numbers takes about 100 microseconds."""
@@ -68,8 +69,10 @@ def _check_datum(
     num_tokens = len(datum.model_input)
     _check_targets_shape(f"{where}.target_tokens", targets, num_tokens)
     if targets.ndim == 2 and not spec.allows_many_targets:
+        many = ", ".join(name for name, known in LOSS_FNS.items() if known.allows_many_targets)
         raise InvalidDatum(
-            f"{where}.target_tokens: {job.loss_fn} takes one target per token, shape (N,)"
+            f"{where}.target_tokens: shape {list(targets.shape)}, and {job.loss_fn} takes one "
+            f"target per token, shape [{num_tokens}]; several per token are for {many}"
         )
     for name in spec.float_inputs:
         if name in inputs:  # weights may be absent when evaluating
@@ -148,9 +151,12 @@ def _check_tokens(where: str, tokens: NDArray[Any], vocab_size: int) -> None:
 
 def _check_targets_shape(where: str, targets: NDArray[Any], num_tokens: int) -> None:
     if targets.ndim not in (1, 2):
-        raise InvalidDatum(f"{where}: {targets.ndim} dimensions instead of 1 or 2")
+        raise InvalidDatum(
+            f"{where}: {targets.ndim} dimensions instead of 1 or 2; got shape "
+            f"{list(targets.shape)} for {num_tokens} tokens"
+        )
     if len(targets) != num_tokens:
-        raise InvalidDatum(f"{where}: {len(targets)} values for {num_tokens} tokens")
+        raise InvalidDatum(f"{where}: {wrong_length(targets, num_tokens)}")
     if targets.size == 0:
         raise InvalidDatum(f"{where}: no targets")
 
@@ -161,7 +167,9 @@ def _check_values(where: str, values: NDArray[Any], shape: tuple[int, ...]) -> N
     if values.shape != shape:
         if values.ndim == 1 and len(shape) == 1:
             raise InvalidDatum(f"{where}: {len(values)} values for {shape[0]} tokens")
-        raise InvalidDatum(f"{where}: shape {values.shape} for targets of shape {shape}")
+        raise InvalidDatum(
+            f"{where}: shape {list(values.shape)} for targets of shape {list(shape)}"
+        )
     with np.errstate(over="ignore"):
         is_wrong = ~np.isfinite(values.astype(np.float32))
     if is_wrong.any():

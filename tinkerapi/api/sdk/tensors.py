@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from futures.payload import MAX_BYTES
 from tinkerapi.api.data import MAX_TOKEN_ID
 from training.errors import InvalidDatum, LimitExceeded
+from training.types import wrong_length
 
 Array = NDArray[Any]
 
@@ -80,7 +81,9 @@ def build_array(parts: TensorParts, where: str, *, pad: int, budget: DenseBudget
     values, shape = parts.values, parts.shape
     if shape is not None:
         if len(shape) not in (1, 2):
-            raise InvalidDatum(f"{where}.shape: {len(shape)} dimensions instead of 1 or 2")
+            raise InvalidDatum(
+                f"{where}.shape: {len(shape)} dimensions instead of 1 or 2; got {list(shape)[:8]}"
+            )
         if min(shape) < 1:
             raise InvalidDatum(f"{where}.shape: {list(shape)} has a size below 1")
     if parts.crow_indices is not None or parts.col_indices is not None:
@@ -148,7 +151,7 @@ def check_input(name: str, array: Array, where: str, *, num_tokens: int) -> Arra
             index = _first(~finite)
             raise InvalidDatum(f"{where}{_subscript(index)}: {array[index]} is not finite")
     if (name == TARGET_TOKENS or name in FLOAT_INPUTS) and len(array) != num_tokens:
-        raise InvalidDatum(f"{where}: {len(array)} values for {num_tokens} tokens")
+        raise InvalidDatum(f"{where}: {wrong_length(array, num_tokens)}")
     return array
 
 
