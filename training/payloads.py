@@ -11,7 +11,9 @@ from dataclasses import asdict
 from typing import Any
 
 from training.types import (
+    NO_CHAT_OPTIONS,
     AdamParams,
+    ChatOptions,
     Conversation,
     Datum,
     LoraConfig,
@@ -30,7 +32,7 @@ CHARACTERS_PER_TOKEN = 3
 def data_to_payload(data: Sequence[Conversation | Datum]) -> list[Payload]:
     """Training examples as plain values."""
     return [
-        {"messages": _messages_to_payload(item)}
+        _conversation_to_payload(item)
         if isinstance(item, Conversation)
         else {"model_input": item.model_input, "loss_fn_inputs": dict(item.loss_fn_inputs)}
         for item in data
@@ -40,7 +42,7 @@ def data_to_payload(data: Sequence[Conversation | Datum]) -> list[Payload]:
 def data_from_payload(items: Sequence[Mapping[str, Any]]) -> list[Conversation | Datum]:
     """What ``data_to_payload`` was given."""
     return [
-        _messages_from_payload(item["messages"])
+        _conversation_from_payload(item)
         if "messages" in item
         else Datum(model_input=item["model_input"], loss_fn_inputs=item["loss_fn_inputs"])
         for item in items
@@ -50,7 +52,7 @@ def data_from_payload(items: Sequence[Mapping[str, Any]]) -> list[Conversation |
 def prompt_to_payload(prompt: Prompt) -> Payload:
     """A prompt as plain values, its form as the key."""
     if isinstance(prompt, Conversation):
-        return {"messages": _messages_to_payload(prompt)}
+        return _conversation_to_payload(prompt)
     if isinstance(prompt, str):
         return {"text": prompt}
     return {"tokens": list(prompt)}
@@ -59,7 +61,7 @@ def prompt_to_payload(prompt: Prompt) -> Payload:
 def prompt_from_payload(item: Mapping[str, Any]) -> Prompt:
     """What ``prompt_to_payload`` was given."""
     if "messages" in item:
-        return _messages_from_payload(item["messages"])
+        return _conversation_from_payload(item)
     return item["text"] if "text" in item else tuple(item["tokens"])
 
 
@@ -121,13 +123,63 @@ def prompt_cost(prompt: Prompt) -> int:
 def _conversation_cost(conversation: Conversation) -> int:
     # Five tokens frame each message in ChatML.
     return sum(
-        len(message.content) // CHARACTERS_PER_TOKEN + 5 for message in conversation.messages
-    )
+        _characters(message) // CHARACTERS_PER_TOKEN + 5 for message in conversation.messages
+    ) + (_characters(conversation.options.tools) // CHARACTERS_PER_TOKEN)
 
 
-def _messages_to_payload(conversation: Conversation) -> list[list[str]]:
-    return [[message.role, message.content] for message in conversation.messages]
+def _characters(value: Any) -> int:
+    """About how long a value is when a template writes it."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Message):
+        extras = (value.name, value.tool_calls, value.tool_call_id, value.reasoning_content)
+        return _characters(value.content) + _characters(extras)
+    if isinstance(value, Mapping):
+        return sum(len(key) + _characters(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_characters, value))
+    return 0 if value is None else len(str(value))
 
 
-def _messages_from_payload(items: Sequence[Sequence[str]]) -> Conversation:
-    return Conversation(tuple(Message(role, content) for role, content in items))
+def _conversation_to_payload(conversation: Conversation) -> Payload:
+    """What a plain conversation holds is stored as ever: its digest names a repeated request."""
+    options = conversation.options
+    chosen = {
+        name: value
+        for name, value in (
+            ("tools", None if options.tools is None else list(options.tools)),
+            ("add_generation_prompt", options.add_generation_prompt),
+            ("continue_final_message", options.continue_final_message),
+            ("template_kwargs", dict(options.template_kwargs)),
+        )
+        if value != getattr(NO_CHAT_OPTIONS, name)
+    }
+    messages = [_message_to_payload(message) for message in conversation.messages]
+    return {"messages": messages, **({"options": chosen} if chosen else {})}
+
+
+def _message_to_payload(message: Message) -> list[str] | Payload:
+    """``[role, content]``, or an object of what is set if that is more."""
+    given = message.to_dict()
+    if len(given) == 2 and message.content is not None:
+        return [message.role, message.content]
+    return given
+
+
+def _conversation_from_payload(item: Mapping[str, Any]) -> Conversation:
+    messages = tuple(_message_from_payload(message) for message in item["messages"])
+    return Conversation(messages, _options_from_payload(item.get("options", {})))
+
+
+def _message_from_payload(item: Sequence[str] | Mapping[str, Any]) -> Message:
+    if not isinstance(item, Mapping):
+        role, content = item
+        return Message(role, content)
+    calls = item.get("tool_calls")
+    extras = {"tool_calls": None if calls is None else tuple(calls)}
+    return Message(**{**item, **extras})
+
+
+def _options_from_payload(item: Mapping[str, Any]) -> ChatOptions:
+    tools = item.get("tools")
+    return ChatOptions(**{**item, "tools": None if tools is None else tuple(tools)})

@@ -7,7 +7,7 @@ worker hands them to the engine. Arrays are numpy, so that the web process needs
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,13 +43,66 @@ class Datum:
     """Arrays of shape (N,); for cross_entropy ``target_tokens`` and ``weights`` may be (N, K)."""
 
 
+JsonObject = Mapping[str, Any]
+"""A JSON object as a client sent it: text, numbers, booleans, None, lists and objects."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may speak in a conversation. Whether a model knows a role, its chat template says."""
+
+
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. What is None is not there for the template."""
 
     role: str
-    """``system``, ``user`` or ``assistant``."""
-    content: str
+    """One of ``ROLES``."""
+    content: str | None
+    """None, for a message that is nothing but ``tool_calls``, is to the template as if it were
+    not there: so transformers has it, since many templates would write the word None."""
+    _: KW_ONLY
+    name: str | None = None
+    """Who of several speaks, or which tool answers."""
+    tool_calls: tuple[JsonObject, ...] | None = None
+    """What the assistant calls: ``{"id", "type": "function", "function": {"name", "arguments"}}``
+    each. Templates expect ``arguments`` as an object; a text of JSON is for the parser to read."""
+    tool_call_id: str | None = None
+    """Which call a message of the role ``tool`` answers."""
+    reasoning_content: str | None = None
+    """What the assistant thought before it spoke; templates of thinking models place it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The message by name: role and content, and of the rest what is set."""
+        extras = {
+            "name": self.name,
+            "tool_calls": None if self.tool_calls is None else list(self.tool_calls),
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+        }
+        given = {name: value for name, value in extras.items() if value is not None}
+        return {"role": self.role, "content": self.content, **given}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """What a template is told beside the messages.
+
+    A conversation to train takes ``tools`` and ``template_kwargs``; the other two say how a prompt
+    ends and are refused there.
+    """
+
+    tools: tuple[JsonObject, ...] | None = None
+    """Functions the assistant may call, as OpenAI writes them; None offers none."""
+    add_generation_prompt: bool = True
+    """Whether a prompt ends with the header after which the assistant speaks."""
+    continue_final_message: bool = False
+    """The prompt ends with the last message's own text, which sampling goes on with. Needs
+    ``add_generation_prompt=False``."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the model's own template, such as ``enable_thinking``. One that the template
+    does not read is refused."""
+
+
+NO_CHAT_OPTIONS = ChatOptions()
 
 
 @dataclass(frozen=True)
@@ -57,10 +110,11 @@ class Conversation:
     """Messages in order; the worker renders them with the model's own chat template."""
 
     messages: tuple[Message, ...]
+    options: ChatOptions = NO_CHAT_OPTIONS
 
-    def to_dicts(self) -> list[dict[str, str]]:
-        """``[{"role", "content"}, ...]``, as chat templates take them."""
-        return [{"role": message.role, "content": message.content} for message in self.messages]
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """``[{"role", "content", ...}, ...]``, as chat templates take them."""
+        return [message.to_dict() for message in self.messages]
 
 
 Prompt = Conversation | str | tuple[int, ...]

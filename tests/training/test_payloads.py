@@ -1,0 +1,81 @@
+"""Conversations travel to the worker whole, and plain ones are stored as they always were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from futures.payload import decode, digest, encode
+from training.payloads import (
+    data_cost,
+    data_from_payload,
+    data_to_payload,
+    prompt_from_payload,
+    prompt_to_payload,
+)
+from training.types import ChatOptions, Conversation, Message
+
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "add", "arguments": {"a": 1, "b": [2, None, {"c": "d"}]}},
+}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+PLAIN = Conversation((Message("user", "hi"), Message("assistant", "yes")))
+RICH = Conversation(
+    (
+        Message("developer", "Be brief."),
+        Message("user", "1 + 1?", name="ada"),
+        Message("assistant", None, tool_calls=(CALL,), reasoning_content="Add."),
+        Message("tool", "2", tool_call_id="call_1", name="add"),
+        Message("assistant", "", reasoning_content=""),
+    ),
+    ChatOptions(
+        tools=(TOOL,),
+        add_generation_prompt=False,
+        continue_final_message=True,
+        template_kwargs={"enable_thinking": False},
+    ),
+)
+
+
+def stored(value: Any) -> Any:
+    return decode(encode(value))
+
+
+def test_a_plain_conversation_is_stored_as_in_every_version_before() -> None:
+    """Its digest tells a repeated request, also one that an older version took."""
+    shape = {"messages": [["user", "hi"], ["assistant", "yes"]]}
+    assert prompt_to_payload(PLAIN) == shape
+    assert data_to_payload([PLAIN]) == [shape]
+    assert digest("sample", prompt_to_payload(PLAIN)) == digest("sample", shape)
+
+
+@pytest.mark.parametrize("conversation", [PLAIN, RICH], ids=["plain", "rich"])
+def test_a_conversation_comes_back_as_it_was(conversation: Conversation) -> None:
+    assert prompt_from_payload(stored(prompt_to_payload(conversation))) == conversation
+    assert data_from_payload(stored(data_to_payload([conversation]))) == [conversation]
+
+
+def test_a_template_is_told_what_is_set_and_nothing_else() -> None:
+    assert PLAIN.to_dicts()[0] == {"role": "user", "content": "hi"}
+    assert RICH.to_dicts()[2] == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [CALL],
+        "reasoning_content": "Add.",
+    }
+    assert RICH.to_dicts()[4]["reasoning_content"] == ""
+
+
+def test_what_a_template_writes_beside_the_contents_counts_as_work() -> None:
+    long = "x" * 3_000
+    described = ({"type": "function", "function": {"name": "f", "description": long}},)
+    for conversation in (
+        Conversation((Message("assistant", "", reasoning_content=long),)),
+        Conversation((Message("assistant", None, tool_calls=({"function": {"name": long}},)),)),
+        Conversation((Message("user", ""),), ChatOptions(tools=described)),
+    ):
+        assert data_cost([conversation]) > 1_000
