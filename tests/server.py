@@ -5,7 +5,6 @@ Used by the acceptance tests and by the benchmarks, so it knows neither pytest n
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
+
+from tests.environment import command_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 READY_SECONDS = 180.0  # the first start makes the model's folder
@@ -74,12 +75,7 @@ class Server:
 
     def full_environment(self) -> dict[str, str]:
         """Of ``up``, and of any other command on this server's data folder."""
-        return {
-            **{k: v for k, v in os.environ.items() if not k.startswith("TINKERAPI_")},
-            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
-            "TINKERAPI_DATA_DIR": str(self.data_dir),
-            **self.environment,
-        }
+        return command_environment(self.data_dir, self.environment)
 
     def wait_until(self, path: str) -> None:
         """Return as soon as a GET of ``path`` is answered with 200.

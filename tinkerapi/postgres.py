@@ -33,6 +33,7 @@ from tinkerapi.postgres_binaries import Binaries, installed_binaries
 
 DATABASE_NAME = "tinkerapi"
 SUPERUSER = "postgres"
+PORT = "5432"  # part of the socket's name; said to both sides, for PGPORT may be another's
 UNPRIVILEGED_UID = 65534  # "nobody": owns the cluster when we are root, has nothing else
 MAX_SOCKET_FOLDER_BYTES = 85  # sun_path is 104 bytes on macOS, 108 on Linux; the file needs 16
 MINIMUM_FREE_BYTES = 512 * 1024 * 1024  # a new cluster, its WAL, and room to finish
@@ -71,6 +72,7 @@ def embedded_database(data_dir: Path) -> dj_database_url.DBConfig:
         "NAME": DATABASE_NAME,
         "USER": SUPERUSER,
         "HOST": str(socket_folder(data_dir)),
+        "PORT": PORT,
     }
 
 
@@ -287,7 +289,7 @@ class EmbeddedPostgres:
         command = [
             *self._privileges("INT"),
             *(str(binaries.folder / "postgres"), "-D", str(self.cluster)),
-            *("-k", str(self.socket_folder), "-h", ""),
+            *("-k", str(self.socket_folder), "-h", "", "-p", PORT),
             *options,
         ]
         if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
@@ -335,6 +337,7 @@ class EmbeddedPostgres:
     def _connect(self) -> psycopg.Connection[tuple[object, ...]]:
         return psycopg.connect(
             host=str(self.socket_folder),
+            port=PORT,
             user=SUPERUSER,
             dbname="postgres",
             connect_timeout=10,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -198,12 +197,7 @@ def colleague_key(server: Server) -> str:
     done = subprocess.run(
         [sys.executable, "manage.py", "createapikey", "admin"],
         cwd=server.root,
-        env={
-            **os.environ,
-            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
-            "TINKERAPI_DATA_DIR": str(server.data_dir),
-            **server.environment,
-        },
+        env=server.full_environment(),
         capture_output=True,
         text=True,
         check=True,

@@ -40,12 +40,7 @@ def manage(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "manage.py", *arguments],
         cwd=ROOT,
-        env={
-            **{k: v for k, v in os.environ.items() if not k.startswith("TINKERAPI_")},
-            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
-            "TINKERAPI_DATA_DIR": str(server.data_dir),
-            **server.environment,
-        },
+        env=server.full_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

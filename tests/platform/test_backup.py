@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 from django.contrib.auth.models import User
 from django.db import connection, connections
 
+from tests.environment import command_environment
 from tests.server import ROOT
 from tinkerapi import backup as module
 from tinkerapi.backup import BackupError, backup_make
@@ -216,17 +216,13 @@ def test_a_database_of_ones_own_is_restored_if_it_is_new(
     password = f":{quote(str(parameters['password']))}" if "password" in parameters else ""
     port = f":{parameters['port']}" if "port" in parameters else ""
     host = quote(str(parameters["host"]), safe="") + port
+    url = f"postgresql://{parameters['user']}{password}@{host}/restored"
 
     def restore(data_dir: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "manage.py", "restore", str(tmp_path / "backup")],
             cwd=ROOT,
-            env={
-                **os.environ,
-                "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
-                "DATABASE_URL": f"postgresql://{parameters['user']}{password}@{host}/restored",
-                "TINKERAPI_DATA_DIR": str(tmp_path / data_dir),
-            },
+            env=command_environment(tmp_path / data_dir, {"DATABASE_URL": url}),
             capture_output=True,
             text=True,
             check=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from io import StringIO
@@ -16,7 +15,9 @@ from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
 import manage as manage_py
+from tests.environment import command_environment
 from tests.platform.model_folders import make_model_folder
+from tests.server import free_port
 from tinkerapi.management.commands.up import Command
 from tinkerapi.models import ApiKey
 from tinkerapi.preflight import PreflightError, RunningServer, base_model_problem
@@ -115,7 +116,7 @@ def test_a_superuser_of_another_name_is_enough() -> None:
 
 
 def test_a_command_says_in_a_sentence_that_no_server_runs(tmp_path: Path) -> None:
-    answer = manage("createapikey", "ada", TINKERAPI_DATA_DIR=str(tmp_path))
+    answer = manage(tmp_path, "createapikey", "ada")
 
     assert answer.returncode == 1
     assert answer.stderr.splitlines() == [
@@ -141,7 +142,7 @@ def test_a_connection_that_no_model_made_fails_in_a_sentence_too(
 @pytest.mark.parametrize(
     ("arguments", "environment", "sentence"),
     [
-        (["--host", "192.0.2.1"], {}, "cannot listen on 192.0.2.1 port 8000"),
+        (["--host", "192.0.2.1"], {}, "cannot listen on 192.0.2.1 port "),
         ([], {"TINKERAPI_BASE_MODEL": "/nowhere/model"}, "there is no folder /nowhere/model"),
         ([], {"DATABASE_URL": "postgresql://127.0.0.1:9/x"}, "the database does not answer"),
         ([], {"TINKERAPI_DATA_DIR": "/dev/null/x"}, "the data folder /dev/null/x cannot be"),
@@ -151,9 +152,12 @@ def test_up_refuses_a_wrong_state_in_one_sentence(
     tmp_path: Path, arguments: list[str], environment: dict[str, str], sentence: str
 ) -> None:
     model = make_model_folder(tmp_path / "model")
-    defaults = {"TINKERAPI_DATA_DIR": str(tmp_path), "TINKERAPI_BASE_MODEL": str(model)}
+    # The default port may be taken by a server that somebody has started as the README says.
+    port = ("--port", str(free_port()))
 
-    answer = manage("up", *arguments, **{**defaults, **environment})
+    answer = manage(
+        tmp_path, "up", *port, *arguments, **{"TINKERAPI_BASE_MODEL": str(model), **environment}
+    )
 
     assert answer.returncode == 1
     assert sentence in answer.stderr
@@ -227,17 +231,12 @@ def test_up_demands_keys_wherever_others_can_reach_it(
     assert ("every request needs a key" in output.getvalue()) is (required == "1")
 
 
-def manage(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def manage(data_dir: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run manage.py with the project's own settings and no server of the test's."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("TINKERAPI_") and name != "DATABASE_URL"
-    }
     return subprocess.run(
         [sys.executable, "manage.py", *arguments],
         cwd=ROOT,
-        env={**inherited, "DJANGO_SETTINGS_MODULE": "tinkerapi.settings", **environment},
+        env=command_environment(data_dir, environment),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -30,6 +30,7 @@ def connect(data_dir: Path) -> psycopg.Connection[tuple[object, ...]]:
     database = embedded_database(data_dir)
     return psycopg.connect(
         host=str(database["HOST"]),
+        port=str(database["PORT"]),
         user=str(database["USER"]),
         dbname=str(database["NAME"]),
         autocommit=True,
@@ -68,6 +69,15 @@ def test_the_database_answers_on_a_socket_that_only_this_user_reaches(
     assert stat.S_IMODE(folder.st_mode) == 0o700
     assert folder.st_uid == os.geteuid()
     assert stat.S_IMODE((server.data_dir / "postgres").stat().st_mode) == 0o700
+
+
+def test_a_port_of_another_postgres_in_the_environment_parts_nobody(
+    made_cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPORT", "6543")
+    with EmbeddedPostgres(made_cluster, durable=False):
+        monkeypatch.delenv("PGPORT")
+        connect(made_cluster).close()
 
 
 def test_what_was_committed_is_there_after_a_restart(server: EmbeddedPostgres) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
+from tests.environment import command_environment
 from tinkerapi.environment import env_database, env_hosts, env_int, env_names, env_origins
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,13 +38,12 @@ EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, go
     ],
 )
 def test_a_setting_that_makes_no_sense_is_one_sentence_of_any_command(
-    command: str, environment: dict[str, str], sentence: str
+    tmp_path: Path, command: str, environment: dict[str, str], sentence: str
 ) -> None:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TINKERAPI_")}
     answer = subprocess.run(
         [sys.executable, "manage.py", command],
         cwd=ROOT,
-        env={**inherited, "DJANGO_SETTINGS_MODULE": "tinkerapi.settings", **environment},
+        env=command_environment(tmp_path, environment),
         capture_output=True,
         text=True,
         check=False,
@@ -155,7 +154,9 @@ def test_an_empty_list_of_base_models_means_the_default(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("value", ["example.com", ""])
-def test_loopback_may_ask_by_its_own_names_whatever_hosts_are_allowed(value: str) -> None:
+def test_loopback_may_ask_by_its_own_names_whatever_hosts_are_allowed(
+    tmp_path: Path, value: str
+) -> None:
     program = (
         "from django.conf import settings; from django.http.request import validate_host;"
         "print(*(validate_host(name, settings.ALLOWED_HOSTS)"
@@ -164,11 +165,7 @@ def test_loopback_may_ask_by_its_own_names_whatever_hosts_are_allowed(value: str
     answer = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
-            "TINKERAPI_ALLOWED_HOSTS": value,
-        },
+        env=command_environment(tmp_path, {"TINKERAPI_ALLOWED_HOSTS": value}),
         capture_output=True,
         text=True,
         check=True,

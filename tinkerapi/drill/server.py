@@ -163,7 +163,11 @@ def connect(data_dir: Path) -> psycopg.Connection[Any]:
     """
     database = embedded_database(data_dir)
     return psycopg.connect(
-        host=database["HOST"], user=database["USER"], dbname=database["NAME"], autocommit=True
+        host=database["HOST"],
+        port=database["PORT"],
+        user=database["USER"],
+        dbname=database["NAME"],
+        autocommit=True,
     )
 
 
