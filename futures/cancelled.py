@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from futures.database import execute
 from futures.models import Worker
+from futures.plain import to_jsonb
 
 _CANCELLED = """
 SELECT id FROM futures_future
@@ -68,7 +67,7 @@ def futures_note_cancelled(
             _NOTE,
             {
                 "ids": list(summaries),
-                "summaries": [orjson.dumps(summary).decode() for summary in summaries.values()],
+                "summaries": [to_jsonb(summary) for summary in summaries.values()],
                 "batch": batch,
                 "worker_id": worker.pk,
             },

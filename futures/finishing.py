@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
 from django.db import transaction
 
 from futures.cancelled import futures_cancelled
@@ -18,6 +17,7 @@ from futures.database import alias, execute
 from futures.errors import Fenced
 from futures.models import Worker
 from futures.notify import notify_finished
+from futures.plain import plain_text, to_jsonb
 
 _FINISH = """
 UPDATE futures_future AS f
@@ -94,8 +94,8 @@ def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -
             "batch": batch,
             "ids": [outcome.request_id for outcome in outcomes],
             "results": [outcome.result for outcome in outcomes],
-            "summaries": [orjson.dumps(outcome.summary).decode() for outcome in outcomes],
-            "errors": [outcome.error for outcome in outcomes],
+            "summaries": [to_jsonb(outcome.summary) for outcome in outcomes],
+            "errors": [plain_text(outcome.error) for outcome in outcomes],
             "categories": [str(outcome.category) for outcome in outcomes],
             "error_codes": [outcome.error_code for outcome in outcomes],
         },

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-import orjson
 from django.db import transaction
 from django.db.models import F, Max
 from django.db.models.functions import Coalesce, Greatest, Now
@@ -35,6 +34,7 @@ from futures.notify import (
     notify_finished_after_commit,
 )
 from futures.payload import EncodedPayload, encode, encode_payload
+from futures.plain import plain_text, to_jsonb
 from futures.transitions import Category, State
 
 # One statement, for each round trip costs more than the row. It inserts nothing when the
@@ -173,7 +173,7 @@ def future_submit(
     )
     if refusal is not None:
         future.state = State.FAILED
-        future.error = refusal.error
+        future.error = plain_text(refusal.error)
         future.category = refusal.category
         future.error_code = refusal.error_code
         future.finished_at = now
@@ -256,7 +256,7 @@ def _insert_once(future: Future, max_pending: int | None) -> _Inserted:
             "state": str(future.state),
             "payload": future.payload,
             "payload_digest": future.payload_digest,
-            "summary": orjson.dumps(future.summary).decode(),
+            "summary": to_jsonb(future.summary),
             "cost": future.cost,
             "patient": future.patient,
             "interruptible": future.interruptible,
