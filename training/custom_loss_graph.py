@@ -122,6 +122,19 @@ def check_graph(name: Any, inputs: Any, graph: Any) -> CustomLossGraph:
     )
 
 
+def graph_as_sent(value: Any) -> Any:
+    """A graph that came back from the database: large floats are floats again.
+
+    jsonb knows one kind of number, and writes 1e30 as a whole one. As an argument none is so
+    large, so it was a float.
+    """
+    if isinstance(value, dict):
+        return {name: graph_as_sent(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [graph_as_sent(item) for item in value]
+    return float(value) if type(value) is int and abs(value) > MAX_INTEGER else value
+
+
 def _check_inputs(inputs: Any) -> tuple[GraphInput, ...]:
     if not isinstance(inputs, list) or not 0 < len(inputs) <= MAX_INPUTS:
         raise InvalidRequest(f"inputs: expected a list of 1 to {MAX_INPUTS} inputs")

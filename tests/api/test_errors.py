@@ -6,7 +6,7 @@ import json
 import logging
 
 import pytest
-from django.db import OperationalError
+from django.db import DataError, OperationalError
 from rest_framework.exceptions import APIException
 from rest_framework.test import APIRequestFactory
 
@@ -120,3 +120,23 @@ def test_every_http_error_of_the_framework_has_the_one_shape():
             continue
         response = exception_handler(error(), {"request": APIRequestFactory().get("/")})
         assert set(json.loads(response.content)) == {"detail", "error_code", "category"}
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        DataError("text fields cannot contain NUL (0x00) bytes"),
+        UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+    ],
+)
+def test_a_value_that_cannot_be_stored_is_its_senders(api, monkeypatch, cause):
+    def refuse(**_):
+        raise cause
+
+    monkeypatch.setattr(runs, "run_list", refuse)
+
+    answer = api.get("/api/v1/adapters")
+
+    assert answer.status_code == 400
+    assert answer.json()["error_code"] == "InvalidRequest"
+    assert "cannot be stored" in answer.json()["detail"]

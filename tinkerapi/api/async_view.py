@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +23,7 @@ from rest_framework.views import APIView
 
 from futures.database import is_lost
 from futures.outage import outage
+from tinkerapi.api.fields import check_characters
 
 T = TypeVar("T")
 
@@ -51,6 +52,20 @@ async def in_database_thread(function: Callable[..., T], *args: Any) -> T:
     """Run a function that uses the database."""
     loop = asyncio.get_running_loop()
     return await loop.run_in_executor(executor, _with_connection, function, *args)
+
+
+def _check_address(request: Request, path: Mapping[str, Any]) -> None:
+    """Refuse, by its name, a part of the path or the query that names what cannot exist.
+
+    Raises:
+        InvalidRequest: (400)
+    """
+    for name, value in path.items():
+        check_characters(value, name)
+    for name, values in request.query_params.lists():
+        check_characters(name, "query")
+        for value in values:
+            check_characters(value, name)
 
 
 class AsyncAPIView(APIView):
@@ -87,6 +102,7 @@ class AsyncAPIView(APIView):
         if self.authentication_classes and connection.connection is None:
             outage.wait_out(connection.ensure_connection)
         self.initial(request, *self.args, **self.kwargs)
+        _check_address(request, self.kwargs)
         method = (request.method or "").lower()
         handler = self.http_method_not_allowed
         if method in self.http_method_names:

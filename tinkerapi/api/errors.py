@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
-from django.db import InterfaceError, OperationalError
+from django.db import DataError, InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse
 from django.views import defaults
 from rest_framework import exceptions
 
 from futures import errors as futures_errors
+from futures.plain import plain_text
 from futures.transitions import Category
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.pages import is_page
@@ -63,6 +64,12 @@ STATUS: Mapping[type[Exception], int] = {
 }
 """Domain error class to the status of a request that raises it."""
 
+UNSTORABLE = (DataError, UnicodeEncodeError)
+"""What the database, or the way to it, raises for a value that no column can hold.
+
+Fields say by name what they take, so these are for what no field foresaw: U+0000 in a text, half
+a surrogate pair, a number or a date that is out of range."""
+
 _STATUS_BY_CODE = {error.__name__: status for error, status in STATUS.items()}
 
 
@@ -91,6 +98,17 @@ def error_response(
     return response
 
 
+def refusal_of(exc: Exception) -> Exception:
+    """The error as its sender should read it: a value that cannot be stored is the sender's."""
+    if not isinstance(exc, UNSTORABLE):
+        return exc
+    logger.warning("refused a value that cannot be stored: %s", plain_text(str(exc), 200))
+    return training_errors.InvalidRequest(
+        "The request holds a value that cannot be stored: U+0000 or half a surrogate pair in a "
+        "text, or a number or date out of range."
+    )
+
+
 def failure_status(category: str, error_code: str) -> int:
     """The status of a waiting call whose future has failed.
 
@@ -105,6 +123,7 @@ def exception_handler(exc: Exception, context: Mapping[str, Any]) -> HttpRespons
     An exception that nobody planned is logged with an id, and the answer carries the id only:
     its text may hold internals.
     """
+    exc = refusal_of(exc)
     if isinstance(exc, Http404):
         exc = exceptions.NotFound()
     elif isinstance(exc, PermissionDenied):

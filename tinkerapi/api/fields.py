@@ -8,6 +8,7 @@ for an optional field means the same as leaving it out. Bulk data has its own ch
 
 from __future__ import annotations
 
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -22,8 +23,13 @@ Schema = dict[str, Any]
 MAX_INTEGER = 2**63 - 1
 """What the database can store."""
 
+MAX_DEPTH = 32
+"""Objects and lists within each other, of what is kept as it came."""
+
 MAX_FLOAT = sys.float_info.max
 """For a number that the engine never sees."""
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 FLOAT32 = "a number that a float32 can hold"
 
@@ -52,6 +58,42 @@ def refuse_size(where: str, size: int, noun: str, most: int) -> InvalidRequest:
 def is_above(value: Any, maximum: int) -> bool:
     """Whether a value is a number, and too large: past 64 bits JSON's whole numbers are floats."""
     return type(value) in (int, float) and value > maximum
+
+
+def check_characters(text: str, where: str) -> str:
+    """The text, if the database can hold it.
+
+    Raises:
+        InvalidRequest: It holds U+0000 or half a surrogate pair. (400)
+    """
+    if "\0" in text:
+        raise InvalidRequest(f"{where}: may not hold the character U+0000")
+    if not text.isascii() and _HALF.search(text):
+        raise InvalidRequest(f"{where}: holds half a surrogate pair, which is no character")
+    return text
+
+
+def check_json(value: Any, where: str, *, depth: int = MAX_DEPTH) -> None:
+    """Refuse what could be stored and not be read again, or not be stored, by its place.
+
+    Raises:
+        InvalidRequest: A text or a name in it cannot be stored, or it is nested too deep. (400)
+    """
+    if isinstance(value, str):
+        check_characters(value, where)
+        return
+    if not isinstance(value, dict | list):
+        return
+    if depth == 0:
+        raise InvalidRequest(f"{where}: nested deeper than {MAX_DEPTH} lists or objects")
+    if isinstance(value, dict):
+        for name in value:
+            check_characters(name, f"{where} (a name)")
+        places = ((f"{where}.{name[:60]}", item) for name, item in value.items())
+    else:
+        places = ((f"{where}[{index}]", item) for index, item in enumerate(value))
+    for place, item in places:
+        check_json(item, place, depth=depth - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +214,7 @@ class Text(Field):
     def check(self, value: Any, where: str) -> str:
         if type(value) is not str or not 0 < len(value) <= self.max_length:
             raise refuse(where, f"text of 1 to {self.max_length} characters", value)
-        if "\0" in value:
-            raise InvalidRequest(f"{where}: may not hold the character U+0000")
-        return value
+        return check_characters(value, where)
 
     def json_schema(self) -> Schema:
         schema: Schema = {"type": "string", "minLength": 1, "maxLength": self.max_length}

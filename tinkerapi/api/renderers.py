@@ -14,14 +14,27 @@ import orjson
 from django.http import HttpResponse
 from rest_framework.renderers import BaseRenderer
 
+from futures.plain import plain_json
+
+_DEPTH = 200  # of orjson's 254
+
 
 def to_json(value: Any) -> bytes:
-    """UTF-8 JSON. Numpy arrays become lists; NaN and infinity, which JSON lacks, null."""
+    """UTF-8 JSON. Numpy arrays become lists; NaN and infinity, which JSON lacks, null.
+
+    Whatever is stored can be shown: what JSON cannot say becomes what comes closest, so that one
+    row of an older version does not close the lists that it is in.
+    """
     try:
         return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
     except orjson.JSONEncodeError:
+        pass
+    try:
         # orjson takes only C-contiguous native arrays; the others are rare.
         return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY, default=_plain)
+    except orjson.JSONEncodeError:
+        shown = plain_json(value, depth=_DEPTH)
+        return orjson.dumps(shown, option=orjson.OPT_SERIALIZE_NUMPY, default=_plain)
 
 
 def _plain(value: Any) -> Any:

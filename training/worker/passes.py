@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from futures.models import Future
 from futures.payload import decode
 from training import payloads
-from training.custom_loss_graph import CustomLossGraph, check_graph
+from training.custom_loss_graph import CustomLossGraph, check_graph, graph_as_sent
 from training.engine.interface import Engine, ForwardBackwardJob
 from training.errors import InvalidDatum, TrainingError
 from training.kinds import Kind
@@ -105,4 +105,4 @@ def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:
     if loss_id is None:
         return None
     row = custom_loss_get(session_id=loss_id.rpartition(":loss:")[0], loss_id=loss_id)
-    return check_graph(row.name, row.inputs, row.graph)
+    return check_graph(row.name, row.inputs, graph_as_sent(row.graph))

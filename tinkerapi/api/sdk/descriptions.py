@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
 from django.utils import timezone
 
-from tinkerapi.api.renderers import timestamp
+from tinkerapi.api.renderers import timestamp, to_json
 from training.listings import ACTIVE, Page
 from training.models import Checkpoint, Run, Session
 
@@ -23,7 +22,7 @@ def user_urn(username: str) -> str:
 def texts(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Metadata as the SDK checks it: every value a text, others as their JSON."""
     return {
-        name: value if isinstance(value, str) else orjson.dumps(value).decode()
+        name: value if isinstance(value, str) else to_json(value).decode()
         for name, value in metadata.items()
     }
 

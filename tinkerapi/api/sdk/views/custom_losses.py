@@ -9,7 +9,7 @@ from rest_framework.request import Request
 
 from futures.services import Refusal
 from futures.transitions import Category
-from tinkerapi.api.fields import Integer
+from tinkerapi.api.fields import Integer, check_json
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView, json_fields
 from tinkerapi.api.sdk.views.service import SESSION_ID
@@ -35,6 +35,8 @@ class CreateCustomLossView(SdkView):
             for name in body:
                 if name not in _KNOWN:
                     raise InvalidRequest(f"{name[:60]}: unknown field")
+            for name in ("name", "inputs", "graph"):
+                check_json(body.get(name), name)
             check_graph(body.get("name"), body.get("inputs"), body.get("graph"))
         except InvalidRequest as error:
             future = custom_loss_refuse(

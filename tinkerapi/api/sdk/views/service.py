@@ -9,8 +9,8 @@ from django.http import HttpResponse
 from rest_framework.request import Request
 
 from tinkerapi.api.errors import error_response
-from tinkerapi.api.fields import Choice, Custom, Field, Text, refuse
-from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.fields import Choice, Custom, Field, Text, check_json, refuse
+from tinkerapi.api.renderers import JSONResponse, to_json
 from tinkerapi.api.sdk.base import SdkView, empty_response
 from tinkerapi.api.sdk.flags import client_flags, dynamic_flags
 from tinkerapi.api.views.base import owner_of
@@ -28,10 +28,9 @@ def check_metadata(value: Any, where: str) -> dict[str, Any]:
     """A small object for the user's own use, kept as it is."""
     if not isinstance(value, dict):
         raise refuse(where, "an object", value)
-    if len(repr(value)) > MAX_METADATA_BYTES:
+    check_json(value, where)
+    if len(to_json(value)) > MAX_METADATA_BYTES:
         raise InvalidRequest(f"{where}: larger than {MAX_METADATA_BYTES} bytes")
-    if "\\u0000" in repr(value) or "\\x00" in repr(value):
-        raise InvalidRequest(f"{where}: may not hold the character U+0000")
     return value
 
 
