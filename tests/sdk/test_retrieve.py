@@ -11,6 +11,7 @@ from futures.models import Future
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
 from tests.sdk.official_sdk import sdk_datum
+from tests.sdk.test_custom_loss_steps import GRAPH, INPUTS
 from tests.sdk.test_sampling import new_sampler, sample
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.sdk.views import futures as views
@@ -85,6 +86,47 @@ def test_creation_and_steps_are_json_in_the_sdks_words(
     metrics = sdk.retrieve(step, accept="application/json").json()["metrics"]
     assert metrics["learning_rate"] == 0.5
     assert "error" not in answer.json()
+
+
+def test_every_json_result_says_which_request_it_answers(
+    sdk: SdkClient, work: InProcessWorker
+) -> None:
+    session = sdk.session()
+    model_id = sdk.model(session)
+    asked = {
+        "save_weights": {"path": "a"},
+        "save_weights_for_sampler": {"path": "a"},
+        "save_weights_external": {"path": "a"},
+        "optim_step": {"adam_params": {}},
+    }
+    answers = {
+        name: sdk.post(name, model_id=model_id, seq_id=number, **fields)
+        for number, (name, fields) in enumerate(asked.items(), 1)
+    }
+    unnamed = sdk.post(
+        "save_weights_for_sampler", model_id=model_id, seq_id=5, sampling_session_seq_id=1
+    )
+    work()
+    answers["load_weights"] = sdk.post(
+        "load_weights", model_id=model_id, seq_id=6, path=f"tinker://{model_id}/weights/a"
+    )
+    work()
+    answers["unload_model"] = sdk.post("unload_model", model_id=model_id)
+    answers["create_custom_loss"] = sdk.post(
+        "create_custom_loss",
+        session_id=session,
+        custom_loss_seq_id=0,
+        name="total",
+        inputs=INPUTS,
+        graph=GRAPH,
+    )
+    work()
+    creation = Future.objects.get(lane_id=model_id, seq_id=0)
+
+    for name, answer in answers.items():
+        assert sdk.result(answer)["type"] == name
+    assert sdk.result(unnamed)["type"] == "save_weights_for_sampler"
+    assert sdk.post("retrieve_future", request_id=creation.pk).json()["type"] == "create_model"
 
 
 def test_a_large_result_is_announced_where_that_is_allowed_and_then_given(

@@ -26,10 +26,11 @@ from futures.services import Refusal
 from futures.transitions import Category
 from tinkerapi.api.async_view import AsyncAPIView
 from tinkerapi.api.dialect import PROTOBUF
-from tinkerapi.api.errors import BodyTooLarge
+from tinkerapi.api.errors import UNSTORABLE, BodyTooLarge, refusal_of
 from tinkerapi.api.fields import Field, check_object
 from tinkerapi.api.parsers import parse_json, too_large_sentence
 from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.sdk.broken_bodies import ids_of_broken_json
 from tinkerapi.api.sdk.calls import check_ids
 from tinkerapi.api.sdk.compression import decompress_body
 from tinkerapi.api.views.base import owner_of
@@ -103,7 +104,8 @@ class NumberedView(SdkView):
             )
         except (RunNotFound, SessionFinished):
             raise  # no later number will ever wait for this one
-        except (TrainingError, PayloadTooLarge, APIException) as error:
+        except (TrainingError, PayloadTooLarge, APIException, *UNSTORABLE) as unsafe:
+            error = refusal_of(unsafe)
             future = refused_submit(
                 owner_id=owner_id,
                 model_id=model_id,
@@ -123,7 +125,12 @@ class NumberedView(SdkView):
         Raises:
             InvalidRequest: Not even these two can be read. (400)
         """
-        fields = json_fields(body)
+        try:
+            fields: Mapping[str, Any] = json_fields(body)
+        except (APIException, TrainingError):
+            fields = ids_of_broken_json(body)
+            if len(fields) < 2:
+                raise
         return check_ids(fields.get("model_id"), fields.get("seq_id"))
 
     @abstractmethod

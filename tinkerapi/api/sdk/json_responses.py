@@ -1,4 +1,4 @@
-"""Results as the JSON that SDKs before 0.25 read; the same dictionaries as in ``responses``.
+"""Results as JSON: those that SDKs before 0.25 read, and those that every SDK does.
 
 The values are plain Python, ready for any JSON writer. JSON has no NaN: a prompt position that was
 not scored is null, which is what those clients show as None.
@@ -12,9 +12,34 @@ from typing import Any
 import numpy as np
 
 from tinkerapi.api.sdk.responses import OUTPUT_TYPE, one_prompt, sdk_metrics, wire_array
+from training.kinds import Kind
+from training.paths import TinkerPath
+
+_TYPES: Mapping[str, str] = {
+    Kind.CREATE_RUN: "create_model",
+    Kind.REMOVE_RUN: "unload_model",
+    Kind.OPTIM_STEP: "optim_step",
+    Kind.LOAD_WEIGHTS: "load_weights",
+    Kind.CREATE_CUSTOM_LOSS: "create_custom_loss",
+}
+_SAVE_TYPES: Mapping[str, str] = {
+    "training": "save_weights",
+    "sampler": "save_weights_for_sampler",
+    "external": "save_weights_external",
+}
+"""A checkpoint's kind to the request that made it."""
 
 NO_DATA_LOGPROB = -99999.0
 """With token id 0: a top-k cell that holds nothing."""
+
+
+def typed_result(kind: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result with the SDK's name of what was asked for, which its models declare as ``type``."""
+    if kind == Kind.SAVE_WEIGHTS:
+        path = result.get("path")
+        saved = "sampler" if path is None else TinkerPath.parse(path, field="path").kind
+        return {**result, "type": _SAVE_TYPES[saved]}
+    return {**result, "type": _TYPES[kind]} if kind in _TYPES else dict(result)
 
 
 def forward_backward_output_json(result: Mapping[str, Any]) -> dict[str, Any]:

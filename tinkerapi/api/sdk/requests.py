@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tinkerapi.api.data import NO_INPUTS
 from tinkerapi.api.sdk import tinker_public_pb2 as pb
+from tinkerapi.api.sdk.broken_bodies import ids_of_broken_protobuf
 from tinkerapi.api.sdk.calls import (
     ForwardBackwardCall,
     check_config,
@@ -58,7 +59,10 @@ def parse_ids(body: bytes) -> tuple[str, int]:
     try:
         message = pb.ForwardBackwardIds.FromString(body)
     except DecodeError:
-        raise InvalidRequest("body: not a ForwardBackwardRequest") from None
+        fields = ids_of_broken_protobuf(body)
+        if len(fields) < 2:
+            raise InvalidRequest("body: not a ForwardBackwardRequest") from None
+        return check_ids(fields.get("model_id"), fields.get("seq_id"))
     return check_ids(message.model_id, message.seq_id)
 
 

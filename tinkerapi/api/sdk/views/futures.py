@@ -28,7 +28,11 @@ from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.fields import Field, Flag
 from tinkerapi.api.renderers import JSONResponse, to_json
 from tinkerapi.api.sdk.base import SdkView, empty_response
-from tinkerapi.api.sdk.json_responses import forward_backward_output_json, sample_response_json
+from tinkerapi.api.sdk.json_responses import (
+    forward_backward_output_json,
+    sample_response_json,
+    typed_result,
+)
 from tinkerapi.api.sdk.responses import encode_forward_backward_output, encode_sample_response
 from tinkerapi.api.views.base import owner_of
 from tinkerapi.api.views.futures import REQUEST_ID
@@ -80,8 +84,7 @@ def _rendered(kind: str, stored: bytes, accepts_protobuf: bool) -> tuple[bytes, 
     result = payload.decode(stored)
     if accepts_protobuf and kind in _PROTOBUF:
         return _PROTOBUF[kind](result), PROTOBUF
-    if kind in _JSON:
-        result = _JSON[kind](result)
+    result = _JSON[kind](result) if kind in _JSON else typed_result(kind, result)
     return to_json(result), "application/json"
 
 
