@@ -26,6 +26,10 @@ class LimitExceeded(InvalidRequest):
     """The request is larger than this server allows."""
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt leaves no room in the model's context."""
+
+
 class SessionNotFound(TrainingError):
     """No session of this id exists."""
 

@@ -29,6 +29,10 @@ CHARACTERS_PER_TOKEN = 3
 """A cautious guess for the cost of text that is not tokenised yet."""
 
 
+_FIRST_SAMPLING_PARAMS = frozenset({"max_tokens", "seed", "stop", "temperature", "top_k", "top_p"})
+"""Those that every stored sample has."""
+
+
 def data_to_payload(data: Sequence[Conversation | Datum]) -> list[Payload]:
     """Training examples as plain values."""
     return [
@@ -83,12 +87,22 @@ def adam_params_from_payload(item: Mapping[str, Any]) -> AdamParams:
 
 
 def sampling_params_to_payload(params: SamplingParams) -> Payload:
-    return asdict(params)
+    """Options that came later are stored only where they are used: a request that is repeated
+    after an upgrade has the digest that it had before."""
+    defaults = vars(SamplingParams())
+    return {
+        name: value
+        for name, value in asdict(params).items()
+        if name in _FIRST_SAMPLING_PARAMS or value != defaults[name]
+    }
 
 
 def sampling_params_from_payload(item: Mapping[str, Any]) -> SamplingParams:
-    stop = item["stop"]
-    return SamplingParams(**{**item, "stop": None if stop is None else tuple(stop)})
+    return SamplingParams(**{name: _tuples(value) for name, value in item.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def scoring_params_to_payload(params: ScoringParams) -> Payload:

@@ -157,7 +157,8 @@ class SamplingParams:
     """How tokens are chosen and when a sequence ends."""
 
     max_tokens: int | None = None
-    """None means as many as the server's limit and the context leave room for."""
+    """None means as many as the server's limit and the context leave room for; 0 only reads the
+    prompt."""
     seed: int | None = None
     """Sample i of a request depends on (seed, i) only; None lets the server choose a seed."""
     stop: tuple[str, ...] | tuple[int, ...] | None = None
@@ -167,6 +168,20 @@ class SamplingParams:
     top_k: int = -1
     """-1 means no limit."""
     top_p: float = 1.0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one's probability are not drawn."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a sequence beside what ``stop`` says; they are not in its text."""
+    ignore_eos: bool = False
+    """Whether the model's own end tokens end nothing."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of a token that was sampled before; see ``engine.logit_changes``."""
+    frequency_penalty: float = 0.0
+    """As above, once for each time that it was sampled."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the prompt and of what was sampled less likely, above 1."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """What is added to the logits of some tokens: (token, bias), each token once."""
 
 
 NO_DATA_LOGPROB = -99999.0

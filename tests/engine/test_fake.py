@@ -10,6 +10,7 @@ import pytest
 
 from tests.engine.test_model_engine import assert_same_state, job, poisoned
 from training.engine.fake import FakeEngine
+from training.engine.fake_sampling import END_TOKEN
 from training.engine.interface import SampleJob
 from training.errors import CheckpointNotFound, InvalidDatum, InvalidRequest, NonFiniteResult
 from training.types import AdamParams, Datum, LoraConfig, SamplingParams
@@ -165,6 +166,22 @@ def test_sampling_stops_where_it_is_told(fake):
     assert stopped.text == free.text.partition(mark)[0]
     token = free.tokens[5]
     assert ask((token,)).tokens == free.tokens[: free.tokens.index(token) + 1]
+
+
+def test_the_fake_knows_the_ends_that_the_real_one_knows(fake):
+    def ask(**params):
+        given = SamplingParams(**{"max_tokens": 200, "seed": 0, **params})
+        one = SampleJob(prompt=fake.encode("hi"), sampling_params=given)
+        return sample_all(fake, str(params), one).sequences[0]
+
+    free = ask(stop=())
+    assert ask(ignore_eos=True).tokens == free.tokens
+    mark = free.tokens[5]
+    stopped = ask(stop_token_ids=(mark,), ignore_eos=True)
+    assert stopped.tokens == free.tokens[: free.tokens.index(mark) + 1]
+    said = bytes(token for token in stopped.tokens[:-1] if token != END_TOKEN).decode()
+    assert (stopped.text, stopped.stop_reason) == (said, "stop")
+    assert (ask(max_tokens=0).tokens, ask(max_tokens=0).stop_reason) == ([], "length")
 
 
 def test_a_hook_sees_every_verb_before_it_happens(make_fake_datum):

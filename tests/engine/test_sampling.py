@@ -239,6 +239,59 @@ def test_stop_ids_stop_and_are_the_only_ones_that_do(make_sampler: MakeSampler) 
     assert [s.stop_reason for s in stopped].count("stop") >= 1
 
 
+def test_a_stop_token_stops_beside_the_others_and_is_not_in_the_text(
+    make_sampler: MakeSampler,
+) -> None:
+    free = free_run(make_sampler)
+    stop = free[0].tokens[40]
+    ends = {"stop_token_ids": (stop,), "num_samples": 8, "max_tokens": 120}
+    for natural in (None, ("never said!",)):
+        sequences = run(make_sampler(), job(stop=natural, **ends)).sequences
+        for unstopped, sequence in zip(free, sequences, strict=True):
+            marks = [i for i, t in enumerate(unstopped.tokens) if t in (stop, END_TOKEN)]
+            length = marks[0] + 1 if marks else 120
+            assert sequence.tokens == unstopped.tokens[:length]
+            said = sequence.tokens[:-1] if sequence.tokens[-1] == stop else sequence.tokens
+            assert sequence.text == make_tokenizer().decode(said, skip_special_tokens=True)
+        assert any(s.tokens[-1] == stop for s in sequences)
+
+
+def test_a_stop_token_is_not_told_while_others_go_on(make_sampler: MakeSampler) -> None:
+    stop = next(t for t in free_run(make_sampler)[0].tokens if t >= len(SPECIAL_TOKENS))
+    sampler = make_sampler()
+    sampler.admit("job", job(num_samples=8, max_tokens=120, stop_token_ids=(stop,)))
+    told = sampler.progress("job")
+    while not (finished := sampler.step()):
+        told = sampler.progress("job")
+    output = finished["job"]
+    assert isinstance(output, SampleOutput)
+    assert len({len(sequence.tokens) for sequence in output.sequences}) > 1
+    for text, sequence in zip(told, output.sequences, strict=True):
+        assert sequence.text.startswith(text)
+
+
+def test_end_tokens_end_nothing_where_they_are_to_be_ignored(make_sampler: MakeSampler) -> None:
+    ignoring = job(num_samples=8, max_tokens=120, stop=None, ignore_eos=True)
+    assert run(make_sampler(), ignoring).sequences == free_run(make_sampler)
+
+
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_without_a_token_to_sample_a_prompt_is_only_read(
+    make_sampler: MakeSampler, chunk: int
+) -> None:
+    for prompt in (PROMPT, [7], [4] * 512):  # the last one fills the context
+        one = job(prompt, prompt_logprobs=True, num_samples=2, max_tokens=0)
+        output = run(make_sampler(prefill_chunk_tokens=chunk), one)
+        assert [(s.tokens, s.text, s.stop_reason) for s in output.sequences] == [
+            ([], "", "length")
+        ] * 2
+        reading = job(prompt[:511], prompt_logprobs=True, max_tokens=1)
+        expected = run(make_sampler(), reading).prompt_logprobs
+        assert output.prompt_logprobs is not None
+        assert expected is not None
+        np.testing.assert_allclose(output.prompt_logprobs[:511], expected, atol=2e-5)
+
+
 def test_a_stop_string_is_found_across_tokens_and_left_out_of_the_text(
     make_sampler: MakeSampler,
 ) -> None:

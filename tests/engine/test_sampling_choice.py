@@ -10,6 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from training.engine.token_choice import UniformNumbers, choose_tokens
 from training.types import SamplingParams
@@ -102,6 +109,36 @@ def test_a_cut_distribution_is_inverted_as_a_full_sort_would(
     above = float(p[order[:place]].sum())
     # The uniform number falls into the chosen token's share, up to float32's rounding.
     assert above - 1e-5 <= uniform <= above + p[choice.token] + 1e-5
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    uniform=st.floats(0, 1, exclude_max=True),
+    temperature=st.floats(0.2, 3),
+    top_k=st.one_of(st.just(-1), st.integers(2, 3000)),
+    top_p=st.one_of(st.just(1.0), st.floats(0.05, 1)),
+    min_p=st.floats(1e-4, 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_min_p_keeps_and_draws_what_transformers_warpers_leave(
+    seed: int, uniform: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = logits_of(seed, vocab_size=2500)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k != -1:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    warpers.append(MinPLogitsWarper(min_p))
+    p = warpers(torch.zeros(1, 1, dtype=torch.int64), logits[None])[0].double().softmax(0).numpy()
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    (choice,) = choose_tokens(logits[None], [params], [uniform])
+    order = np.argsort(-p, kind="stable")
+    place = int(np.flatnonzero(order == choice.token)[0])
+    above = float(p[order[:place]].sum())
+    # The last token that is kept may be another by float32's rounding, and with it the shares.
+    tolerance = 1e-4 + p[p > 0].min()
+    assert above - tolerance <= uniform <= above + p[choice.token] + tolerance
 
 
 def test_temperature_zero_and_top_k_one_are_greedy_whatever_the_uniform_number() -> None:

@@ -1,10 +1,13 @@
-"""Conversations travel to the worker whole, and plain ones are stored as they always were."""
+"""What a future stores of a request: all of it, and the same for the same request as ever."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from futures.payload import decode, digest, encode
 from training.payloads import (
@@ -13,8 +16,10 @@ from training.payloads import (
     data_to_payload,
     prompt_from_payload,
     prompt_to_payload,
+    sampling_params_from_payload,
+    sampling_params_to_payload,
 )
-from training.types import ChatOptions, Conversation, Message
+from training.types import ChatOptions, Conversation, Message, SamplingParams
 
 CALL = {
     "id": "call_1",
@@ -79,3 +84,36 @@ def test_what_a_template_writes_beside_the_contents_counts_as_work() -> None:
         Conversation((Message("user", ""),), ChatOptions(tools=described)),
     ):
         assert data_cost([conversation]) > 1_000
+
+
+tokens = st.integers(0, 2**31 - 1)
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.none() | st.integers(0, 9),
+    seed=st.none() | st.integers(),
+    stop=st.none() | st.tuples() | st.tuples(st.text()) | st.tuples(tokens, tokens),
+    temperature=st.floats(0, 2),
+    min_p=st.floats(0, 1),
+    stop_token_ids=st.lists(tokens, max_size=3).map(tuple),
+    ignore_eos=st.booleans(),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0.01, 100),
+    logit_bias=st.lists(st.tuples(tokens, st.floats(-100, 100)), max_size=3).map(tuple),
+)
+
+
+@given(PARAMS.filter(lambda params: params.seed is None or abs(params.seed) < 2**63))
+def test_sampling_params_come_back_as_they_were(params: SamplingParams) -> None:
+    stored = decode(encode(sampling_params_to_payload(params)))
+    assert sampling_params_from_payload(stored) == params
+
+
+def test_options_that_came_later_do_not_change_what_older_requests_store() -> None:
+    """A repetition after an upgrade is told by its digest; the row before has these six."""
+    before = '{"max_tokens": 5, "seed": 1, "stop": ["x"], "temperature": 1.0, "top_k": -1, '
+    before += '"top_p": 0.9}'
+    params = SamplingParams(max_tokens=5, seed=1, stop=("x",), top_p=0.9)
+    assert encode(sampling_params_to_payload(params)) == encode(json.loads(before))
+    assert sampling_params_from_payload(json.loads(before)) == params

@@ -34,6 +34,7 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.InvalidRequest: 400,
     training_errors.InvalidDatum: 400,
     training_errors.LimitExceeded: 400,
+    training_errors.ContextLengthExceeded: 400,
     training_errors.SessionNotFound: 404,
     training_errors.SessionFinished: 400,
     training_errors.SamplingSessionNotFound: 404,

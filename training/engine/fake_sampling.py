@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.engine.interface import SampleJob, SampleOutput, Sampler
-from training.errors import InvalidRequest, TrainingError
+from training.errors import ContextLengthExceeded, InvalidRequest, TrainingError
 from training.types import NO_DATA_LOGPROB, PromptScores, SampledSequence, TopLogprobs
 
 END_TOKEN = 256
@@ -43,8 +43,12 @@ class FakeSampler(Sampler):
             raise InvalidRequest("prompt: empty")
         if any(not 0 <= token < VOCAB_SIZE for token in job.prompt):
             raise InvalidRequest(f"prompt: a token is not in the vocabulary of {VOCAB_SIZE}")
-        if len(job.prompt) >= self._max_context_tokens:
-            raise InvalidRequest(f"prompt: {len(job.prompt)} tokens leave no room in the context")
+        room = self._max_context_tokens - len(job.prompt)
+        if room < 0 or (room == 0 and job.sampling_params.max_tokens != 0):
+            raise ContextLengthExceeded(
+                f"prompt: {len(job.prompt)} tokens leave no room in the context: this model's "
+                f"maximum context length is {self._max_context_tokens} tokens"
+            )
         weights = b""
         if job.adapter_name is not None:
             weights = self._find_weights(job.adapter_name)
@@ -53,7 +57,7 @@ class FakeSampler(Sampler):
             job,
             hashlib.sha256(weights + seed).digest(),
             [[] for _ in range(job.num_samples)],
-            [None] * job.num_samples,
+            ["length" if job.sampling_params.max_tokens == 0 else None] * job.num_samples,
         )
 
     def step(self) -> dict[str, SampleOutput | TrainingError]:
@@ -70,7 +74,7 @@ class FakeSampler(Sampler):
     def progress(self, key: str) -> list[str]:
         sampling = self._active[key]
         stop = sampling.job.sampling_params.stop
-        texts = [_before_stop(_text(tokens), stop) for tokens in sampling.tokens]
+        texts = [_said(tokens, sampling.job) for tokens in sampling.tokens]
         held_back = max((len(s) for s in stop or () if isinstance(s, str)), default=1) - 1
         return [text[: max(0, len(text) - held_back)] for text in texts]
 
@@ -91,7 +95,9 @@ class FakeSampler(Sampler):
         # One printable byte, or the end of the turn once in 32 times.
         tokens.append(END_TOKEN if drawn[1] < 8 else 32 + drawn[0] % 95)
         stop = params.stop
-        if stop is None and tokens[-1] == END_TOKEN:
+        if tokens[-1] in params.stop_token_ids:
+            return "stop"
+        if stop is None and tokens[-1] == END_TOKEN and not params.ignore_eos:
             return "stop"
         if any(s == tokens[-1] or (isinstance(s, str) and s in _text(tokens)) for s in stop or ()):
             return "stop"
@@ -104,7 +110,7 @@ def _finish(sampling: _FakeSampling) -> SampleOutput:
             tokens=tokens,
             logprobs=[-float(np.log(VOCAB_SIZE))] * len(tokens),
             stop_reason=reason or "length",
-            text=_before_stop(_text(tokens), sampling.job.sampling_params.stop),
+            text=_said(tokens, sampling.job),
             top=_top(len(tokens), sampling.job.scoring.topk_sample_logprobs),
         )
         for tokens, reason in zip(sampling.tokens, sampling.stop_reasons, strict=True)
@@ -153,8 +159,12 @@ def _text(tokens: Sequence[int]) -> str:
     return bytes(token for token in tokens if token != END_TOKEN).decode()
 
 
-def _before_stop(text: str, stop: Sequence[str | int] | None) -> str:
-    for mark in stop or ():
+def _said(tokens: Sequence[int], job: SampleJob) -> str:
+    """The text, without what stopped it."""
+    params = job.sampling_params
+    hides_last = bool(tokens) and tokens[-1] in params.stop_token_ids
+    text = _text(tokens[:-1] if hides_last else tokens)
+    for mark in params.stop or ():
         if isinstance(mark, str):
             text = text.partition(mark)[0]
     return text

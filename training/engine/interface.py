@@ -102,7 +102,8 @@ class Sampler(ABC):
         optim_step that comes later does not touch them.
 
         Raises:
-            InvalidRequest: The prompt is empty, out of vocabulary or leaves no room.
+            InvalidRequest: The prompt is empty or out of vocabulary, or a parameter has no meaning.
+            ContextLengthExceeded: The prompt leaves no room in the context.
             LimitExceeded: It asks for more than could ever run at one time.
         """
 

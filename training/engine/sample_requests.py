@@ -5,17 +5,23 @@ Knows nothing of passes, batches or the cache; ``sampling.ContinuousSampler`` mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from training.engine.adapters import AdapterTensors
 from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
 from training.engine.kv_cache import Region
+from training.engine.logit_changes import check_logit_changes
 from training.engine.prompt_scores import PromptScorer, top_logprobs
 from training.engine.stopping import StopWatch, TextSoFar
 from training.engine.text import ChatText
 from training.engine.token_choice import Choice, UniformNumbers, check_choice_params
-from training.errors import InvalidRequest, NonFiniteResult, TrainingError
+from training.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    NonFiniteResult,
+    TrainingError,
+)
 from training.types import SampledSequence
 
 
@@ -33,6 +39,8 @@ class ActiveSequence:
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
     stop_reason: str | None = None
     """None while the sequence goes on."""
+    hides_last: bool = False
+    """Whether its last token is no part of its text: one of ``stop_token_ids``."""
     text_so_far: TextSoFar | None = None
     """Made when somebody asks how far a sequence without stop strings is."""
 
@@ -42,7 +50,12 @@ class ActiveSequence:
             return self.stop_watch.certain_text
         if self.text_so_far is None:
             self.text_so_far = TextSoFar(text.decode)
-        return self.text_so_far.read(self.tokens)
+        return self.text_so_far.read(self.spoken)
+
+    @property
+    def spoken(self) -> list[int]:
+        """The tokens that its text is of."""
+        return self.tokens[:-1] if self.hides_last else self.tokens
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,7 +79,7 @@ class ActiveRequest:
     @property
     def rows_each(self) -> int:
         """Tokens that a sequence keeps in the cache: its last one is never read."""
-        return len(self.job.prompt) + self.max_tokens - 1
+        return len(self.job.prompt) + max(self.max_tokens, 1) - 1
 
     def unfinished(self) -> Iterator[ActiveSequence]:
         return (sequence for sequence in self.sequences if sequence.stop_reason is None)
@@ -80,6 +93,7 @@ class ActiveRequest:
             sequence.stop_watch is not None and sequence.stop_watch.has_stopped(sequence.tokens)
         ):
             sequence.stop_reason = "stop"
+            sequence.hides_last = choice.token in self.job.sampling_params.stop_token_ids
         elif len(sequence.tokens) == self.max_tokens:
             sequence.stop_reason = "length"
 
@@ -105,7 +119,7 @@ class ActiveRequest:
 def _text_of(sequence: ActiveSequence, text: ChatText) -> str:
     if sequence.stop_watch is not None and sequence.stop_watch.text_before_stop is not None:
         return sequence.stop_watch.text_before_stop
-    return text.decode(sequence.tokens)
+    return text.decode(sequence.spoken)
 
 
 def new_request(
@@ -124,6 +138,7 @@ def new_request(
     """
     params = job.sampling_params
     check_choice_params(params)
+    check_logit_changes(params, info.vocab_size)
     if params.seed is None:
         raise InvalidRequest("seed: none was chosen")
     stop_strings = [stop for stop in params.stop or () if isinstance(stop, str)]
@@ -132,20 +147,22 @@ def new_request(
         raise InvalidRequest("stop: either strings or token ids, not both")
     if "" in stop_strings:
         raise InvalidRequest("stop: an empty string is said before anything is")
-    for stop in stop_ids:
-        if not 0 <= stop < info.vocab_size:
-            raise InvalidRequest(
-                f"stop: token {stop} is not in the vocabulary of {info.vocab_size}"
-            )
+    for name, ids in (("stop", stop_ids), ("stop_token_ids", params.stop_token_ids)):
+        for token in ids:
+            if not 0 <= token < info.vocab_size:
+                raise InvalidRequest(
+                    f"{name}: token {token} is not in the vocabulary of {info.vocab_size}"
+                )
     # An end token has no text that a stop string could name, so with stop strings both count.
-    natural_end = params.stop is None or bool(stop_strings)
+    natural_end = (params.stop is None or bool(stop_strings)) and not params.ignore_eos
+    end_token_ids = set(text.end_token_ids) if natural_end else set[int]()
     return ActiveRequest(
         key=key,
         job=job,
         weights=weights,
         max_tokens=max_tokens,
         scorer=PromptScorer(job, info.vocab_size),
-        end_token_ids=frozenset(text.end_token_ids if natural_end else stop_ids),
+        end_token_ids=frozenset(end_token_ids | {*stop_ids, *params.stop_token_ids}),
         sequences=[
             ActiveSequence(
                 number=number,
@@ -157,18 +174,21 @@ def new_request(
     )
 
 
-def check_prompt(prompt: Sequence[int], info: BaseModelInfo) -> None:
-    """Refuse a prompt that cannot be continued.
+def check_prompt(job: SampleJob, info: BaseModelInfo) -> None:
+    """Refuse a prompt that cannot be continued, or, where no token is asked for, not read.
 
     Raises:
-        InvalidRequest: It is empty, fills the context, or holds a token out of vocabulary.
+        InvalidRequest: It is empty, or holds a token out of vocabulary.
+        ContextLengthExceeded: It leaves no room in the context.
     """
+    prompt = job.prompt
     if not len(prompt):
         raise InvalidRequest("prompt: empty")
-    if len(prompt) >= info.max_context_tokens:
-        raise InvalidRequest(
-            f"prompt: {len(prompt)} tokens leave no room in the context of "
-            f"{info.max_context_tokens}"
+    room = info.max_context_tokens - len(prompt)
+    if room < 0 or (room == 0 and job.sampling_params.max_tokens != 0):
+        raise ContextLengthExceeded(
+            f"prompt: {len(prompt)} tokens leave no room in the context: this model's maximum "
+            f"context length is {info.max_context_tokens} tokens, sampled ones included"
         )
     for position, token in enumerate(prompt):
         if not 0 <= token < info.vocab_size:

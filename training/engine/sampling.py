@@ -35,6 +35,7 @@ from training.engine.cached_attention import (
 )
 from training.engine.interface import SampleJob, SampleOutput, Sampler
 from training.engine.kv_cache import KvCache
+from training.engine.logit_changes import changed_logits, changes_logits
 from training.engine.packed import (
     Attention,
     PackedContext,
@@ -108,7 +109,7 @@ class ContinuousSampler(Sampler):
     def admit(self, key: str, job: SampleJob) -> None:
         if key in self._keys:
             raise ValueError(f"a job is active under the key {key!r}")
-        check_prompt(job.prompt, self._base_model.info)
+        check_prompt(job, self._base_model.info)
         request = new_request(
             key,
             job,
@@ -158,7 +159,7 @@ class ContinuousSampler(Sampler):
         """Tokens that each sequence may sample: never more than the context leaves room for.
 
         Raises:
-            InvalidRequest: ``max_tokens`` or ``num_samples`` is less than 1.
+            InvalidRequest: ``max_tokens`` is less than 0, or ``num_samples`` less than 1.
             LimitExceeded: The job asks for more than could ever run at one time.
         """
         if job.num_samples < 1:
@@ -169,15 +170,15 @@ class ContinuousSampler(Sampler):
                 "that this server samples at one time"
             )
         asked = job.sampling_params.max_tokens
-        if asked is not None and asked < 1:
-            raise InvalidRequest(f"max_tokens: {asked} is less than 1")
+        if asked is not None and asked < 0:
+            raise InvalidRequest(f"max_tokens: {asked} is less than 0")
         room = self._base_model.info.max_context_tokens - len(job.prompt)
         # What the cache could hold for each sequence, were it empty.
         cached = self._cache.tokens_each(job.num_samples) - len(job.prompt) + 1
         if asked is None:
-            asked = min(room, cached, self._max_tokens_limit or room)
-        max_tokens = min(room, max(asked, 1))
-        if max_tokens > cached:
+            asked = max(min(room, cached, self._max_tokens_limit or room), 1)
+        max_tokens = min(room, asked)
+        if max(max_tokens, 1) > cached:
             raise LimitExceeded(
                 f"{job.num_samples} sequences of {len(job.prompt)} prompt and {max_tokens} sampled "
                 f"tokens are more than the {self._cache.capacity_tokens} tokens that this server "
@@ -240,12 +241,18 @@ class ContinuousSampler(Sampler):
         for request, chunk in chunks:
             request.num_prefilled = chunk.end
             self._score(request, chunk, hidden)
-        return self._sample_first(
-            {
-                request: hidden[chunk.first_row + chunk.num_tokens - 1]
-                for request, chunk in chunks
-                if chunk.end == len(request.job.prompt)
-            }
+        read = {
+            request: hidden[chunk.first_row + chunk.num_tokens - 1]
+            for request, chunk in chunks
+            if chunk.end == len(request.job.prompt)
+        }
+        finished: dict[str, SampleOutput | TrainingError] = {
+            request.key: request.output(self._text) for request in read if not request.max_tokens
+        }
+        for key in finished:
+            self.cancel(key)
+        return finished | self._sample_first(
+            {request: row for request, row in read.items() if request.max_tokens}
         )
 
     def _next_chunk(self, request: ActiveRequest, *, first_row: int) -> PrefillChunk:
@@ -351,6 +358,13 @@ class ContinuousSampler(Sampler):
             [request.job.sampling_params for request, _ in rows],
             [sequence.uniforms.next() for _, sequence in rows],
             [request.job.scoring.topk_sample_logprobs for request, _ in rows],
+            {
+                i: changed_logits(
+                    logits[i], request.job.sampling_params, request.job.prompt, sequence.tokens
+                )
+                for i, (request, sequence) in enumerate(rows)
+                if changes_logits(request.job.sampling_params)
+            },
         )
         failed: set[str] = set()
         for (request, sequence), choice in zip(rows, choices, strict=True):

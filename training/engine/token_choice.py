@@ -1,10 +1,10 @@
-"""One next token per row of logits: temperature, top-k, top-p, and the token's log-probability.
+"""One next token per row of logits: temperature, top-k, top-p, min-p, and its log-probability.
 
 Every row is chosen by inverting its own cumulative distribution at one uniform number that the
 caller brings, so a row's token depends on its logits, its parameters and that number alone.
 
-The log-probability is that of the whole tempered distribution; the cuts of top-k and top-p are
-not reflected in it. A learner computes the log-probability of a token over all tokens, and the
+The log-probability is that of the whole tempered distribution; the cuts of top-k, top-p and min-p
+are not reflected in it. A learner computes the log-probability of a token over all tokens, and the
 ratio of the two is what policy gradients need; renormalised over the cut set, the number could not
 be compared with anything the learner can compute.
 """
@@ -12,8 +12,9 @@ be compared with anything the learner can compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -73,6 +74,8 @@ def check_choice_params(params: SamplingParams) -> None:
         raise InvalidRequest(f"top_k: {params.top_k} is neither -1 (no limit) nor at least 1")
     if not 0 < params.top_p <= 1:
         raise InvalidRequest(f"top_p: {params.top_p} is not above 0 and at most 1")
+    if not 0 <= params.min_p <= 1:
+        raise InvalidRequest(f"min_p: {params.min_p} is not from 0 to 1")
 
 
 def draw_tokens(logits: Tensor, temperature: float, uniforms: Sequence[Sequence[float]]) -> Tensor:
@@ -97,6 +100,7 @@ def choose_tokens(
     params: Sequence[SamplingParams],
     uniforms: Sequence[float],
     num_top: Sequence[int] = (),
+    changed: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> list[Choice]:
     """Choose the next token of n sequences.
 
@@ -105,6 +109,8 @@ def choose_tokens(
         params: Of each row.
         uniforms: In [0, 1), of each row; greedy rows ignore theirs.
         num_top: How many of the likeliest tokens to tell of each row; empty for none of any.
+        changed: Of some rows, by number, the logits (V,) to choose from instead; what is told of
+            log-probabilities stays that of ``logits``.
     """
     device = logits.device
     temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=device)
@@ -114,13 +120,17 @@ def choose_tokens(
     tempered = (logits - largest[:, None]) / temperatures[:, None]
     logprobs = tempered.log_softmax(dim=-1)  # (n, V)
     chosen = likeliest.clone()  # (n,)
-    whole = [i for i, p in enumerate(params) if not _is_greedy(p) and not _is_cut(p)]
+    whole = [
+        i for i, p in enumerate(params) if not _is_greedy(p) and not _is_cut(p) and i not in changed
+    ]
     if whole:
         rows = torch.tensor(whole, device=device)
         drawn = torch.tensor([uniforms[i] for i in whole], dtype=torch.float64, device=device)
         chosen[rows] = _invert(logprobs if len(whole) == len(params) else logprobs[rows], drawn)
     for i, p in enumerate(params):
-        if not _is_greedy(p) and _is_cut(p):
+        if i in changed:
+            chosen[i] = _choose_changed(changed[i], temperatures[i], p, uniforms[i])
+        elif not _is_greedy(p) and _is_cut(p):
             chosen[i] = _choose_from_cut(logprobs[i], p, uniforms[i])
     chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0]  # (n,)
     tops = [_top(row, k) for row, k in zip(logprobs, num_top or [0] * len(params), strict=True)]
@@ -137,6 +147,20 @@ def choose_tokens(
     ]
 
 
+def _choose_changed(
+    logits: Tensor, temperature: Tensor, params: SamplingParams, uniform: float
+) -> Tensor:
+    """A token (scalar) from a row of logits (V,) of its own."""
+    largest, likeliest = logits.max(dim=-1)
+    if _is_greedy(params):
+        return likeliest
+    logprobs = ((logits - largest) / temperature).log_softmax(dim=-1)
+    if _is_cut(params):
+        return _choose_from_cut(logprobs, params, uniform)
+    drawn = torch.tensor([uniform], dtype=torch.float64, device=logits.device)
+    return _invert(logprobs[None], drawn)[0]
+
+
 def _top(logprobs: Tensor, k: int) -> tuple[list[int], list[float]]:
     """The k likeliest of a row (V,), or all of them if it has fewer."""
     if not k:
@@ -150,7 +174,7 @@ def _is_greedy(params: SamplingParams) -> bool:
 
 
 def _is_cut(params: SamplingParams) -> bool:
-    return params.top_k != -1 or params.top_p < 1
+    return params.top_k != -1 or params.top_p < 1 or params.min_p > 0
 
 
 def _invert(logprobs: Tensor, uniforms: Tensor) -> Tensor:
@@ -180,7 +204,9 @@ def _search(cumulative: Tensor, targets: Tensor) -> Tensor:
 
 def _choose_from_cut(logprobs: Tensor, params: SamplingParams, uniform: float) -> Tensor:
     """A token (scalar) of the ``top_k`` likeliest, of those of the smallest set whose share of
-    their probability reaches ``top_p``. The likeliest token is always in it."""
+    their probability reaches ``top_p``, and of those the ones that are at least ``min_p`` times as
+    likely as the likeliest, which is always among them."""
+    floor = float(logprobs.max()) + math.log(params.min_p) if params.min_p else -math.inf
     vocab_size = len(logprobs)
     if params.top_k == -1:
         limit, looked_at, mass = vocab_size, min(NUCLEUS_CANDIDATES, vocab_size), 1.0
@@ -191,11 +217,11 @@ def _choose_from_cut(logprobs: Tensor, params: SamplingParams, uniform: float) -
         cumulative = best.double().exp().cumsum(dim=0)
         if looked_at == limit:
             mass = float(cumulative[-1])
-        if looked_at == limit or cumulative[-1] >= params.top_p * mass:
+        if looked_at == limit or cumulative[-1] >= params.top_p * mass or best[-1] < floor:
             break
         looked_at = min(limit, looked_at * 8)
     before = torch.cat([cumulative.new_zeros(1), cumulative[:-1]])
-    num_kept = max(1, int((before < params.top_p * mass).sum()))
+    num_kept = max(1, int(((before < params.top_p * mass) & (best >= floor)).sum()))
     cumulative = cumulative[:num_kept]
     place = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
     return tokens[place.clamp_(max=num_kept - 1)]

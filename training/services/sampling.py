@@ -123,7 +123,11 @@ def sample_payload(
     sampling_params = replace(
         sampling_params,
         seed=_new_seed(request_name) if sampling_params.seed is None else sampling_params.seed,
-        max_tokens=sampling_params.max_tokens or settings.DEFAULT_MAX_TOKENS,
+        max_tokens=(
+            settings.DEFAULT_MAX_TOKENS
+            if sampling_params.max_tokens is None
+            else sampling_params.max_tokens
+        ),
     )
     return {
         "prompts": [payloads.prompt_to_payload(prompt) for prompt in prompts],

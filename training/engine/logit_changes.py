@@ -1,0 +1,74 @@
+"""What a request changes about the logits from which its tokens are drawn: biases and penalties.
+
+They decide which token is drawn, and nothing else: the log-probabilities in an answer stay those
+of the model, as a learner computes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from training.errors import InvalidRequest
+from training.types import SamplingParams
+
+
+def changes_logits(params: SamplingParams) -> bool:
+    """Whether ``changed_logits`` would give anything but the logits."""
+    return bool(
+        params.logit_bias
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1
+    )
+
+
+def changed_logits(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], sampled: Sequence[int]
+) -> Tensor:
+    """A copy of one row of logits (V,), biased and penalized in the order in which vLLM does it.
+
+    1. ``logit_bias``: logit + bias.
+    2. ``repetition_penalty`` r, of tokens in the prompt or sampled: logit / r above 0, else
+       logit * r.
+    3. ``frequency_penalty`` f and ``presence_penalty`` p, of tokens sampled c times:
+       logit - f * c - p.
+    """
+    logits, device = logits.clone(), logits.device
+    if params.logit_bias:
+        tokens, biases = zip(*params.logit_bias, strict=True)
+        logits[torch.tensor(tokens, device=device)] += torch.tensor(biases, device=device)
+    if params.repetition_penalty != 1:
+        seen = torch.tensor([*prompt, *sampled], dtype=torch.int64, device=device).unique()
+        penalty, values = params.repetition_penalty, logits[seen]
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    if sampled and (params.frequency_penalty or params.presence_penalty):
+        said, counts = torch.tensor(sampled, device=device).unique(return_counts=True)
+        logits[said] -= params.frequency_penalty * counts + params.presence_penalty
+    return logits
+
+
+def check_logit_changes(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse numbers under which logits would not stay finite, and tokens that there are not.
+
+    Raises:
+        InvalidRequest: Naming the parameter.
+    """
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(params, name)
+        if not -2 <= value <= 2:
+            raise InvalidRequest(f"{name}: {value} is not from -2 to 2")
+    if not 0.01 <= params.repetition_penalty <= 100:
+        raise InvalidRequest(
+            f"repetition_penalty: {params.repetition_penalty} is not from 0.01 to 100"
+        )
+    for token, bias in params.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"logit_bias.{token}: token {token} is not in the vocabulary of {vocab_size}"
+            )
+        if not (math.isfinite(bias) and -100 <= bias <= 100):
+            raise InvalidRequest(f"logit_bias.{token}: {bias} is not from -100 to 100")
