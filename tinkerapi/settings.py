@@ -20,10 +20,16 @@ from tinkerapi.environment import (
 )
 
 BASE_DIR = Path(__file__).resolve().parent.parent
+IS_CHECKOUT = (BASE_DIR / "manage.py").exists()
+"""Or else an installed package, whose folder belongs to pip."""
 
 # --- Where things are -------------------------------------------------------------------
 
-DATA_DIR = Path(os.environ.get("TINKERAPI_DATA_DIR") or BASE_DIR / "var").resolve()
+_USER_DATA = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+DATA_DIR = Path(
+    os.environ.get("TINKERAPI_DATA_DIR")
+    or (BASE_DIR / "var" if IS_CHECKOUT else _USER_DATA / "tinkerapi")
+).resolve()
 """Embedded database, converted models, snapshots and checkpoints; back this up."""
 
 ROLE = env_choice("TINKERAPI_ROLE", "cli", ("cli", "web", "worker"))
@@ -76,7 +82,7 @@ ASGI_APPLICATION = "tinkerapi.asgi.application"
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
-        "DIRS": [BASE_DIR / "templates"],
+        "DIRS": [BASE_DIR / "tinkerapi" / "templates"],  # in a checkout a link, for wheels
         "APP_DIRS": True,
         "OPTIONS": {
             "context_processors": [

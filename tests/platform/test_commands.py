@@ -14,10 +14,10 @@ from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
-import manage as manage_py
 from tests.environment import command_environment
 from tests.platform.model_folders import make_model_folder
 from tests.server import free_port
+from tinkerapi import cli
 from tinkerapi.management.commands.up import Command
 from tinkerapi.models import ApiKey
 from tinkerapi.preflight import PreflightError, RunningServer, base_model_problem
@@ -135,7 +135,7 @@ def test_a_connection_that_no_model_made_fails_in_a_sentence_too(
     monkeypatch.setattr("django.core.management.execute_from_command_line", fail)
 
     with pytest.raises(SystemExit, match=r"does not answer|start it with `python manage.py up`"):
-        manage_py.main()
+        cli.run(["manage.py", "check"])
 
 
 @pytest.mark.acceptance

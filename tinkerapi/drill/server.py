@@ -61,7 +61,7 @@ class DrilledServer:
             self.process = subprocess.Popen(  # noqa: S603
                 [
                     *parent_death_prefix("TERM"),
-                    *(sys.executable, "manage.py", "up"),
+                    *(sys.executable, "-m", "tinkerapi", "up"),
                     *("--host", HOST, "--port", str(self.port)),
                     # Dozens of kills in a minute are no sign that a part cannot live.
                     *("--max-restart-delay", "0.5"),
@@ -125,7 +125,7 @@ class DrilledServer:
     def command(self, *arguments: str) -> str:
         """What another ``manage.py`` command prints on this data folder."""
         done = subprocess.run(  # noqa: S603
-            [sys.executable, "manage.py", *arguments],
+            [sys.executable, "-m", "tinkerapi", *arguments],
             cwd=BASE_DIR,
             env=self._environment(),
             capture_output=True,

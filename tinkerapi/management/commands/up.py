@@ -133,7 +133,9 @@ class Command(BaseCommand):
             secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
                 settings.DATA_DIR
             )
-            python_path = [str(settings.BASE_DIR), os.environ.get("PYTHONPATH", "")]
+            # The parts of a checkout are that checkout's, whatever else is installed.
+            checkout = str(settings.BASE_DIR) if settings.IS_CHECKOUT else ""
+            python_path = [checkout, os.environ.get("PYTHONPATH", "")]
             yield {
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
@@ -164,7 +166,7 @@ class Command(BaseCommand):
         for base_model in base_models():
             if not base_model.folder.exists():
                 self.say(f"model     {base_model.name}: making its folder, once")
-                command = [sys.executable, str(settings.BASE_DIR / "manage.py"), "preparemodel"]
+                command = [sys.executable, "-m", "tinkerapi", "preparemodel"]
                 self.preparations[base_model.name] = subprocess.Popen(  # noqa: S603
                     [*parent_death_prefix("KILL"), *command, base_model.name],
                     env=environment,
@@ -221,7 +223,7 @@ class Command(BaseCommand):
         )
 
     def _start_worker(self, base_model: BaseModel, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(settings.BASE_DIR / "manage.py"), "engineworker"]
+        command = [sys.executable, "-m", "tinkerapi", "engineworker"]
         name = f"worker {base_model.name}"
         self.supervisor.add(
             Child(

@@ -1,0 +1,78 @@
+"""The ``tinkerapi`` command: our commands by group, and nothing of Django's."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+
+import pytest
+from django.core.management import get_commands
+
+from tinkerapi import cli
+
+OURS = {name for name, app in get_commands().items() if app in ("tinkerapi", "training", "futures")}
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["tinkerapi", *arguments])
+    cli.main()
+
+
+def test_every_command_of_ours_is_in_one_group() -> None:
+    grouped = [name for commands in cli.GROUPS.values() for name in commands]
+
+    assert sorted(grouped) == sorted(OURS)
+
+
+@pytest.mark.parametrize("arguments", [(), ("help",), ("--help",)])
+def test_help_lists_the_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    say(monkeypatch, *arguments)
+
+    output = capsys.readouterr().out
+    assert all(f"\n  {name} " in output for commands in cli.GROUPS.values() for name in commands)
+
+
+def test_the_version_is_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(monkeypatch, "--version")
+
+    assert capsys.readouterr().out == f"tinkerapi {metadata.version('tinkerapi')}\n"
+
+
+def test_a_command_of_djangos_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="there is no command 'shell'"):
+        say(monkeypatch, "shell")
+
+
+def test_a_misspelt_command_gets_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="did you mean 'doctor'"):
+        say(monkeypatch, "docter")
+
+
+@pytest.mark.parametrize("arguments", [("doctor", "--help"), ("help", "doctor")])
+def test_a_command_says_how_it_is_called_by_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        say(monkeypatch, *arguments)
+
+    assert capsys.readouterr().out.startswith("usage: tinkerapi doctor")
+
+
+@pytest.mark.parametrize("shell", cli.SHELLS)
+def test_completion_knows_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    say(monkeypatch, "completion", shell)
+
+    assert OURS <= set(
+        capsys.readouterr()
+        .out.replace("(", " ")
+        .replace(")", " ")
+        .replace("'", " ")
+        .replace('"', " ")
+        .split()
+    )

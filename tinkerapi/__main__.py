@@ -1,0 +1,5 @@
+"""``python -m tinkerapi``: the ``tinkerapi`` command."""
+
+from tinkerapi.cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""The command lines: ``tinkerapi`` knows our commands, ``manage.py`` Django's too."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import metadata
+
+GROUPS = {
+    "Run": {
+        "up": "start and supervise everything",
+        "doctor": "check each part, one line each",
+        "preparemodel": "make the folder of a base model",
+        "engineworker": "serve one base model; `up` starts these",
+    },
+    "People": {"createapikey": "make a key for a user, and print it once"},
+    "Requests and runs": {
+        "replayfuture": "submit requests again, as new futures",
+        "replayrun": "rebuild a run from its log, and compare",
+        "crashdrill": "kill a server's parts, and compare with an unbroken run",
+    },
+    "Data": {
+        "backup": "write database and files to a new folder",
+        "restore": "fill a new data folder from a backup",
+        "prunefutures": "drop old payloads and results",
+        "sweepfiles": "list or delete folders that no row names",
+    },
+}
+"""Our commands and what they do, as ``tinkerapi help`` lists them: it loads no Django."""
+
+SHELLS = {
+    "bash": 'complete -W "{words}" tinkerapi',
+    "zsh": "compctl -k '({words})' tinkerapi",
+    "fish": "complete -c tinkerapi -n __fish_use_subcommand -f -a '{words}'",
+}
+"""What a shell runs to complete the names of our commands."""
+
+
+def main() -> None:
+    """The ``tinkerapi`` command: our commands only."""
+    arguments = sys.argv[1:]
+    name = arguments[0] if arguments else "help"
+    names = [name for group in GROUPS.values() for name in group]
+    if name in ("--version", "version"):
+        print(f"tinkerapi {metadata.version('tinkerapi')}")  # noqa: T201
+    elif name in ("-h", "--help", "help") and len(arguments) < 2:
+        print(_help())  # noqa: T201
+    elif name == "completion":
+        print(_completion(arguments[1:], names))  # noqa: T201
+    elif name in names:
+        run(["tinkerapi", *arguments])
+    elif name == "help":
+        run(["tinkerapi", arguments[1], "--help"])
+    else:
+        near = get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; `tinkerapi help` lists the commands"
+        sys.exit(f"there is no command {name!r}{hint}")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one command of Django's command line, ours or Django's own.
+
+    Args:
+        arguments: As ``sys.argv``: the program's name first.
+
+    Raises:
+        SystemExit: A setting makes no sense, or Postgres does not answer; in a sentence.
+    """
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tinkerapi.settings")
+    import psycopg
+    from django.core.exceptions import ImproperlyConfigured
+    from django.core.management import execute_from_command_line
+    from django.db import OperationalError
+
+    try:
+        execute_from_command_line(list(arguments))
+    except ImproperlyConfigured as error:  # a setting that makes no sense
+        sys.exit(str(error))
+    except (OperationalError, psycopg.OperationalError) as error:
+        from tinkerapi.schema import database_down_reason
+
+        # Without ``up`` nobody runs the embedded Postgres: a sentence, not a traceback.
+        reason = database_down_reason(error)
+        if reason is None:
+            raise
+        sys.exit(reason)
+
+
+def _help() -> str:
+    lines = ["A self-hosted training API for LoRA fine-tuning.", ""]
+    for group, commands in GROUPS.items():
+        lines += [group, *(f"  {name:14} {does}" for name, does in commands.items()), ""]
+    lines.append("tinkerapi COMMAND --help says more; tinkerapi completion SHELL completes names.")
+    return "\n".join(lines)
+
+
+def _completion(arguments: Sequence[str], names: Sequence[str]) -> str:
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        sys.exit(f"completion: expected one of {', '.join(SHELLS)}")
+    return SHELLS[arguments[0]].format(words=" ".join(names))
