@@ -21,7 +21,7 @@ def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_every_command_of_ours_is_in_one_group() -> None:
     grouped = [name for commands in cli.GROUPS.values() for name in commands]
 
-    assert sorted(grouped) == sorted(OURS)
+    assert sorted(grouped) == sorted(OURS - {"test"})  # which needs a checkout
 
 
 @pytest.mark.parametrize("arguments", [(), ("help",), ("--help",)])
@@ -68,7 +68,7 @@ def test_completion_knows_every_command(
 ) -> None:
     say(monkeypatch, "completion", shell)
 
-    assert OURS <= set(
+    assert (OURS - {"test"}) <= set(
         capsys.readouterr()
         .out.replace("(", " ")
         .replace(")", " ")

@@ -1,0 +1,25 @@
+"""``manage.py test``: the whole test suite, by pytest, with a real Postgres and a real server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from django.conf import settings
+from django.core.management import CommandError
+from django.core.management.base import BaseCommand
+
+
+class Command(BaseCommand):
+    help = "Run the test suite; all arguments are pytest's."
+
+    def run_from_argv(self, argv: Sequence[str]) -> None:
+        """Become pytest: its options are its own, so nothing here parses them."""
+        if not (settings.BASE_DIR / "tests").is_dir():
+            raise CommandError("the tests are in a checkout only; this is an installed package")
+        # The tests have settings of their own, which pytest reads from pyproject.toml.
+        environment = {k: v for k, v in os.environ.items() if k != "DJANGO_SETTINGS_MODULE"}
+        os.chdir(settings.BASE_DIR)
+        command = [sys.executable, "-m", "pytest", *argv[2:]]
+        os.execve(sys.executable, command, environment)  # noqa: S606
