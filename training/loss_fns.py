@@ -1,34 +1,53 @@
 """The loss functions' names, inputs and settings: the one table, for all who may not import torch.
 
-The formulas are in ``training.engine.losses``, one function per name here. What a request may
-bring is checked by the functions below, at submission by the web and again by the engine.
+Parsers, the worker and the engine read it. The formulas are in ``training.engine.losses``, one
+function per name here; what a request may bring is checked by ``training.loss_checks``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from training.errors import InvalidDatum, InvalidRequest
-from training.types import Conversation, Datum
+from training.errors import InvalidRequest
+from training.types import MAX_FLOAT32
 
 CUSTOM = "custom"
 """The name under which an uploaded loss is asked for; it is in no table, its graph says it all."""
 
 TARGET_TOKENS = "target_tokens"
+WEIGHTS = "weights"
+ADVANTAGES = "advantages"
+MASK = "mask"
+"""What client libraries keep beside the inputs of a loss; no loss reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossFnSpec:
-    """What one loss function takes."""
+class Setting:
+    """One name in ``loss_fn_config``."""
+
+    default: float | None
+    """None means that it must be given."""
+    minimum: float = -MAX_FLOAT32
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """What one loss function takes, and how its sum is made a mean for people."""
 
     inputs: tuple[str, ...]
     """Names in ``loss_fn_inputs`` that every datum must have."""
     optional_inputs: tuple[str, ...] = ()
-    """Names it may have beside them; each is also a setting, which it replaces per token."""
-    config: Mapping[str, float | None] = field(default_factory=dict)
-    """Names in ``loss_fn_config`` and their defaults; None means that it must be given."""
+    """Names it may have beside them. Where ``weights`` are absent they are 1; any other is also a
+    setting, which it replaces per token."""
+    factor: str
+    """The input by which a token counts, ``weights`` or ``advantages``: a token is trained where it
+    is not 0."""
+    config: Mapping[str, Setting] = field(default_factory=dict)
+    """What ``loss_fn_config`` may hold."""
+    mean_is_weighted: bool = False
+    """Whether the mean that people read is over the sum of the factor, where that is positive. If
+    not, it is per trained token."""
     allows_many_targets: bool = False
     """Whether ``target_tokens`` may be (N, K)."""
     is_elementwise: bool = True
@@ -39,33 +58,60 @@ class LossFnSpec:
         """Every input but ``target_tokens``, the optional ones last."""
         return (*(n for n in self.inputs if n != TARGET_TOKENS), *self.optional_inputs)
 
+    def takes(self, name: str) -> bool:
+        """Whether the loss reads an input of this name."""
+        return name in self.inputs or name in self.optional_inputs
 
-_POLICY_INPUTS = (TARGET_TOKENS, "logprobs", "advantages")
+
+_POLICY_INPUTS = (TARGET_TOKENS, "logprobs", ADVANTAGES)
 _THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
 
-LOSS_FNS: Mapping[str, LossFnSpec] = {
-    "cross_entropy": LossFnSpec(inputs=(TARGET_TOKENS, "weights"), allows_many_targets=True),
-    "importance_sampling": LossFnSpec(inputs=_POLICY_INPUTS),
-    "ppo": LossFnSpec(
+
+def _thresholds(low: float | None, high: float | None) -> Mapping[str, Setting]:
+    return dict(zip(_THRESHOLDS, (Setting(default=low), Setting(default=high)), strict=True))
+
+
+LOSS_FNS: Mapping[str, LossSpec] = {
+    "cross_entropy": LossSpec(
+        inputs=(TARGET_TOKENS,),
+        optional_inputs=(WEIGHTS,),
+        factor=WEIGHTS,
+        mean_is_weighted=True,
+        allows_many_targets=True,
+    ),
+    "importance_sampling": LossSpec(inputs=_POLICY_INPUTS, factor=ADVANTAGES),
+    "ppo": LossSpec(
         inputs=_POLICY_INPUTS,
         optional_inputs=_THRESHOLDS,
-        config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+        factor=ADVANTAGES,
+        config=_thresholds(0.8, 1.2),
     ),
-    "cispo": LossFnSpec(
+    "cispo": LossSpec(
         inputs=_POLICY_INPUTS,
         optional_inputs=_THRESHOLDS,
-        config={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
+        factor=ADVANTAGES,
+        config=_thresholds(0.0, 4.0),
     ),
-    "dro": LossFnSpec(inputs=_POLICY_INPUTS, config={"beta": None}),
-    "gspo": LossFnSpec(
+    "dro": LossSpec(
+        inputs=_POLICY_INPUTS, factor=ADVANTAGES, config={"beta": Setting(default=None)}
+    ),
+    "gspo": LossSpec(
         inputs=(*_POLICY_INPUTS, "sequence_ratio_mask"),
         optional_inputs=_THRESHOLDS,
+        factor=ADVANTAGES,
         # Useful thresholds of a sequence's ratio lie much closer to 1 than a token's, and none
         # are documented: whoever asks must say them.
-        config={"clip_low_threshold": None, "clip_high_threshold": None},
+        config=_thresholds(None, None),
         is_elementwise=False,
     ),
 }
+
+FLOAT_INPUTS = frozenset(name for spec in LOSS_FNS.values() for name in spec.float_inputs)
+"""Every input but ``target_tokens`` that some loss reads: a float32 for each target."""
+
+TOLERATED_INPUTS = FLOAT_INPUTS | {MASK}
+"""What a loss takes also where it does not read it, if it has one meaning. Any other name that a
+loss does not read is refused."""
 
 _NOT_SERVED: Mapping[str, str] = {
     "stable_reinforce": "its formula is not public, so this server does not have it",
@@ -73,7 +119,7 @@ _NOT_SERVED: Mapping[str, str] = {
 }
 
 
-def find_loss_fn(loss_fn: str) -> LossFnSpec:
+def find_loss_fn(loss_fn: str) -> LossSpec:
     """The built-in loss of this name.
 
     Raises:
@@ -85,78 +131,3 @@ def find_loss_fn(loss_fn: str) -> LossFnSpec:
     if loss_fn in _NOT_SERVED:
         raise InvalidRequest(f"loss_fn: {loss_fn}: {_NOT_SERVED[loss_fn]}; there are {known}")
     raise InvalidRequest(f"loss_fn: expected one of {known}; got {loss_fn[:60]!r}")
-
-
-def complete_config(loss_fn: str, config: Mapping[str, float]) -> dict[str, float]:
-    """Every setting of a built-in loss, defaults filled in.
-
-    Raises:
-        InvalidRequest: A setting is unknown, missing, not finite, or contradicts another. (400)
-    """
-    defaults = find_loss_fn(loss_fn).config
-    for name, value in config.items():
-        where = f"loss_fn_config.{name[:60]}"
-        if name not in defaults:
-            expected = ", ".join(defaults) or "no field"
-            raise InvalidRequest(f"{where}: unknown for {loss_fn}; expected {expected}")
-        if not math.isfinite(value):
-            raise InvalidRequest(f"{where}: {value} is not finite")
-    complete: dict[str, float] = {}
-    for name, default in defaults.items():
-        chosen = config.get(name, default)
-        if chosen is None:
-            raise InvalidRequest(f"loss_fn_config.{name}: this field is required for {loss_fn}")
-        complete[name] = float(chosen)
-    low, high = (complete.get(name) for name in _THRESHOLDS)
-    if low is not None and high is not None and low > high:
-        raise InvalidRequest(
-            f"loss_fn_config.clip_low_threshold: {low} is above clip_high_threshold {high}"
-        )
-    return complete
-
-
-def check_input_names(
-    loss_fn: str, names: Collection[str], where: str, *, weights_optional: bool = False
-) -> None:
-    """Whether a datum brings what a built-in loss reads, and nothing that it would not read.
-
-    Args:
-        where: The datum, such as ``data[3]``.
-        weights_optional: When evaluating, absent weights mean weights of 1.
-
-    Raises:
-        InvalidDatum: The message names the input. (400)
-    """
-    spec = find_loss_fn(loss_fn)
-    takes = ", ".join((*spec.inputs, *(f"{name} (optional)" for name in spec.optional_inputs)))
-    for name in names:
-        if name not in spec.inputs and name not in spec.optional_inputs:
-            raise InvalidDatum(
-                f"{where}.loss_fn_inputs.{name[:60]}: not an input of {loss_fn}; it takes {takes}"
-            )
-    for name in spec.inputs:
-        if name not in names and not (weights_optional and name == "weights"):
-            raise InvalidDatum(
-                f"{where}.loss_fn_inputs.{name}: missing, and {loss_fn} needs it; it takes {takes}"
-            )
-
-
-def check_loss(
-    loss_fn: str, config: Mapping[str, float], data: Sequence[Conversation | Datum]
-) -> None:
-    """Whether the built-in loss exists and gets its settings and inputs, by name.
-
-    Raises:
-        InvalidRequest: The message names the field. (400)
-        InvalidDatum: The message names the datum and the input. (400)
-    """
-    complete_config(loss_fn, config)
-    for index, item in enumerate(data):
-        if isinstance(item, Datum):
-            check_input_names(loss_fn, item.loss_fn_inputs, f"data[{index}]")
-        elif loss_fn != "cross_entropy":
-            raise InvalidDatum(
-                f"data[{index}]: {loss_fn} needs token-level datums with loss_fn_inputs "
-                f"{', '.join(LOSS_FNS[loss_fn].inputs)}; a conversation works with cross_entropy "
-                "only"
-            )

@@ -259,7 +259,7 @@ def loss_functions() -> dict[str, dict[str, Any]]:
         name: {
             "inputs": list(spec.inputs),
             "optional_inputs": list(spec.optional_inputs),
-            "config": dict(spec.config),
+            "config": {setting: spec.config[setting].default for setting in spec.config},
         }
         for name, spec in LOSS_FNS.items()
     }

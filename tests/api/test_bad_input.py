@@ -105,7 +105,7 @@ BAD_BODIES = [
         inputs(target_tokens=[[1, 2, 3]]),
         "data[0].loss_fn_inputs.target_tokens: shape [1, 3] for 2 tokens; expected [2, 3]",
     ),
-    (STEPS, inputs(advantages=[1, 1]), "data[0].loss_fn_inputs.advantages: not an input"),
+    (STEPS, inputs(novelty=[1, 1]), "data[0].loss_fn_inputs.novelty: not an input"),
     (
         STEPS,
         inputs(weights={"data": [1, 1], "shape": [3]}),

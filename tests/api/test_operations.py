@@ -326,3 +326,17 @@ def test_every_form_of_a_datum_is_trained_on(api, model, work, datum):
 
     assert answer.status_code == 200, answer.content
     assert answer.json()["num_samples"] == 1
+
+
+@pytest.mark.parametrize("operation", ["fwd", "fwdbwd"])
+def test_no_weights_are_weights_of_1_and_what_is_not_read_is_told(api, model, work, operation):
+    def metrics(**inputs):
+        inputs = {"target_tokens": [6, 7], **inputs}
+        datum = {"model_input": [5, 6], "loss_fn_inputs": inputs}
+        request_id = api.post(f"/{operation}", model_id="m", data=[datum]).json()["request_id"]
+        work()
+        return api.post("/retrieve_future", request_id=request_id).json()["metrics"]
+
+    bare = metrics()
+    assert bare == metrics(weights=[1, 1])
+    assert metrics(weights=[1, 1], logprobs=[-1, -99999]) == {**bare, "not_read/logprobs:sum": 1}

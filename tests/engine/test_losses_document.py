@@ -58,7 +58,7 @@ def test_a_losss_inputs_and_settings_are_documented(loss_fn):
     spec = LOSS_FNS[loss_fn]
     for name in spec.inputs:
         assert name == "target_tokens" or f"`{name}`" in row
-    for name, default in spec.config.items():
+    for name, setting in spec.config.items():
         assert f"`{name}`" in row
-        assert default is None or f"({default})" in row
-    assert ("required" in row) == (None in spec.config.values())
+        assert setting.default is None or f"({setting.default})" in row
+    assert ("required" in row) == any(s.default is None for s in spec.config.values())

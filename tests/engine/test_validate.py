@@ -10,6 +10,7 @@ import pytest
 from training.engine.interface import ForwardBackwardJob
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import InvalidRequest
+from training.loss_fns import LOSS_FNS, TOLERATED_INPUTS
 from training.types import AdamParams, Datum, LoraConfig
 
 
@@ -45,7 +46,6 @@ def test_a_good_job_gets_its_losss_defaults(make_datum, tiny_info):
     [
         ({"weights": np.ones(4)}, "weights: 4 values for 5 tokens"),
         ({"weights": np.ones((5, 2))}, "weights: shape [5, 2] for targets of shape [5]"),
-        ({"weights": None}, "weights: missing, and cross_entropy needs it"),
         ({"weights": np.array([0, 1, np.nan, 1, 1])}, "weights[2]: nan is not finite in float32"),
         ({"weights": np.array([0, 1, 1, 1e39, 1])}, "weights[3]: 1e+39 is not finite in float32"),
         ({"weights": np.array(["x"] * 5)}, "weights: <U1 values instead of numbers"),
@@ -69,11 +69,16 @@ def test_a_good_job_gets_its_losss_defaults(make_datum, tiny_info):
             {"target_tokens": np.zeros((3, 5), int)},
             "target_tokens: shape [3, 5] for 5 tokens; expected [5, 5]",
         ),
-        ({"advantages": np.ones(5)}, "advantages: not an input of cross_entropy"),
+        ({"novelty": np.ones(5)}, "novelty: not an input of cross_entropy; it takes target_tok"),
         (
-            {"clip_low_threshold": np.ones(5)},
-            "clip_low_threshold: not an input of cross_entropy",
+            {"weights": None, "advantages": np.ones(5)},
+            "weights: missing, beside advantages that cross_entropy does not read",
         ),
+        (
+            {"weights": np.array([0, 1, 1, 1, 1]), "mask": np.array([0, 1, 1, 0, 1])},
+            "mask[3]: 0, and cross_entropy does not read it; only 1 is taken where weights are not",
+        ),
+        ({"mask": np.ones((5, 2))}, "mask: shape [5, 2] for weights of shape [5]"),
     ],
 )
 def test_a_wrong_loss_input_is_refused_by_name(inputs, message, make_datum, tiny_info):
@@ -146,9 +151,41 @@ def test_a_low_threshold_of_a_token_above_its_high_one_is_refused(make_datum, ti
     )
 
 
-def test_evaluating_needs_no_weights(make_datum, tiny_info):
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_cross_entropy_needs_no_weights(forward_only, make_datum, tiny_info):
     datum = changed(make_datum(5), weights=None)
+    assert check_job(job_of(datum, forward_only=forward_only), tiny_info) == {}
+
+
+def test_evaluating_the_datum_of_another_loss_needs_no_weights(make_datum, tiny_info):
+    datum = make_datum(5, loss_fn="gspo")
     assert check_job(job_of(datum, forward_only=True), tiny_info) == {}
+
+
+@pytest.mark.parametrize("loss_fn", LOSS_FNS)
+@pytest.mark.parametrize("name", sorted(TOLERATED_INPUTS))
+def test_a_known_input_that_a_loss_does_not_read_is_taken(loss_fn, name, make_datum, tiny_info):
+    if LOSS_FNS[loss_fn].takes(name):
+        return
+    config = {key: setting.default or 0.5 for key, setting in LOSS_FNS[loss_fn].config.items()}
+    datum = changed(make_datum(5, loss_fn=loss_fn), **{name: np.ones(5, np.float32)})
+    assert check_job(job_of(datum, loss_fn=loss_fn, loss_fn_config=config), tiny_info) == config
+
+
+@pytest.mark.parametrize("name", ["weights", "mask"])
+def test_weights_beside_advantages_are_taken_only_if_reading_them_would_change_nothing(
+    name, make_datum, tiny_info
+):
+    advantages = np.array([0, 0, 2, -1], np.float32)
+    datum = changed(make_datum(4, loss_fn="ppo"), advantages=advantages)
+    for given in ([0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 1], [5, 0, 1, 1]):
+        check_job(job_of(changed(datum, **{name: np.array(given)}), loss_fn="ppo"), tiny_info)
+    for given, place in (([0, 0, 0, 1], "[2]: 0"), ([0, 0, 1, 0.5], "[3]: 0.5")):
+        with pytest.raises(InvalidRequest) as refusal:
+            check_job(job_of(changed(datum, **{name: np.array(given)}), loss_fn="ppo"), tiny_info)
+        assert str(refusal.value).startswith(
+            f"data[0].loss_fn_inputs.{name}{place}, and ppo does not read it"
+        )
 
 
 @pytest.mark.parametrize(

@@ -62,16 +62,45 @@ def test_an_old_clients_forward_and_a_new_ones_flag_leave_the_gradient_alone(
     assert sdk.result(step)["metrics"]["grad_norm"] == 0
 
 
-def test_a_forward_without_weights_has_weights_of_1(sdk: SdkClient, work: InProcessWorker) -> None:
+def test_no_weights_are_weights_of_1_in_both_passes_and_both_forms(
+    sdk: SdkClient, work: InProcessWorker
+) -> None:
     model_id = sdk.model()
-    with_weights = sdk.forward_backward(model_id, 1, forward_only=True)
     bare = [sdk_datum([1, 2, 3], target_tokens=[2, 3, 4])]
-    without = sdk.forward_backward(model_id, 2, bare, forward_only=True)
-    backward = sdk.forward_backward(model_id, 3, bare)
+    targets = {"target_tokens": JSON_DATUM["loss_fn_inputs"]["target_tokens"]}
+    old_bare = [{**JSON_DATUM, "loss_fn_inputs": targets}]
+    answers = [
+        sdk.forward_backward(model_id, 1, forward_only=True),
+        sdk.forward_backward(model_id, 2, bare, forward_only=True),
+        sdk.forward_backward(model_id, 3, bare),
+        sdk.post(
+            "forward_backward",
+            model_id=model_id,
+            seq_id=4,
+            forward_backward_input={"data": old_bare, "loss_fn": "cross_entropy"},
+        ),
+    ]
     work()
 
-    assert sdk.result(without).metrics == sdk.result(with_weights).metrics
-    assert sdk.result(backward)["category"] == "user"
+    first, *others = [sdk.result(answer).metrics for answer in answers]
+    assert others == [first] * 3
+
+
+def test_known_inputs_that_a_loss_does_not_read_are_told_in_the_metrics(
+    sdk: SdkClient, work: InProcessWorker
+) -> None:
+    """Reference log-probabilities of a batch for RL are a usual first phase."""
+    model_id = sdk.model()
+    inputs = {"weights": [0.0, 1, 1], "logprobs": [0.0, -1, -1], "advantages": [0.0, 1, 2]}
+    datum = sdk_datum([1, 2, 3], target_tokens=[2, 3, 4], **inputs)
+    scored = sdk.forward_backward(model_id, 1, [datum, datum], forward_only=True)
+    trained = sdk.forward_backward(model_id, 2, [datum], loss_fn="ppo")
+    work()
+
+    metrics = sdk.result(scored).metrics
+    assert metrics["not_read/advantages:sum"] == metrics["not_read/logprobs:sum"] == 2
+    assert "not_read/weights:sum" not in metrics
+    assert sdk.result(trained).metrics["not_read/weights:sum"] == 1
 
 
 def test_every_adam_parameter_arrives(sdk: SdkClient) -> None:

@@ -28,7 +28,7 @@ from training.engine.interface import (
 from training.engine.storage import new_directory, read_meta, write_meta
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import CheckpointNotFound, InvalidRequest, NonFiniteResult, TrainingError
-from training.loss_fns import CUSTOM
+from training.loss_fns import CUSTOM, LOSS_FNS
 from training.types import (
     AdamParams,
     Datum,
@@ -278,9 +278,5 @@ def _log_softmax(weights: FloatArray) -> NDArray[np.float64]:
 def _loss_seed(datum: Datum, loss_fn: str) -> NDArray[Any]:
     """What each target counts: its weight, its advantage, or 1. A custom loss is not run here."""
     inputs = datum.loss_fn_inputs
-    if loss_fn == CUSTOM:
-        return np.ones(inputs["target_tokens"].shape)
-    for name in ("weights", "advantages"):
-        if name in inputs:
-            return inputs[name]
-    return np.ones(inputs["target_tokens"].shape)
+    ones = np.ones(inputs["target_tokens"].shape)
+    return ones if loss_fn == CUSTOM else inputs.get(LOSS_FNS[loss_fn].factor, ones)

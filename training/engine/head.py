@@ -27,7 +27,7 @@ from training.custom_loss_graph import CustomLossGraph
 from training.engine.base_model import BaseModel
 from training.engine.custom_loss import CustomLossOutput, Work, run_custom_loss
 from training.engine.lora import add_product
-from training.engine.losses import LOSSES, LossInputs
+from training.engine.losses import LossInputs, loss_and_slope
 from training.engine.microbatches import LossSpan, PackedDatum
 from training.engine.packed import MIN_ROWS, Segment
 from training.engine.pieces import PlannedJob
@@ -164,18 +164,17 @@ def _differentiate(span: LossSpan, tokens: Tensor, inputs: HeadInputs, output: H
         return
     k = span.num_targets
     names = LOSS_FNS[span.loss_fn].float_inputs
-    with torch.enable_grad():
-        leaf = output.target_logprobs(tokens)[:, :k].detach().requires_grad_()
-        values = LOSSES[span.loss_fn](
-            LossInputs(
-                target_logprobs=leaf,
-                inputs={name: inputs.inputs[name][tokens, :k] for name in names},
-                config=span.config,
-            )
-        )  # (n, K)
-        (seeds,) = torch.autograd.grad(values.sum(), leaf)
+    loss, seeds = loss_and_slope(
+        span.loss_fn,
+        LossInputs(
+            target_logprobs=output.target_logprobs(tokens)[:, :k],
+            inputs={name: inputs.inputs[name][tokens, :k] for name in names},
+            config=span.config,
+        ),
+    )  # (n, K) each
     output.add_seeds(tokens, seeds)
-    output.loss[tokens] = values.detach().sum(-1)
+    # A token whose derivative is infinite is told by its loss.
+    output.loss[tokens] = loss.where(seeds.isfinite(), seeds).sum(-1)
 
 
 def _run_custom(

@@ -4,16 +4,22 @@ Every loss is a SUM over target tokens and datums; nothing is averaged or normal
 client's weights and advantages are where such choices belong. Names, inputs and defaults are in
 ``training.loss_fns``. An elementwise loss may be given any rows; the others (gspo) are given
 exactly one datum. Gradients come from autograd over these few numbers.
+
+A ratio exp(lp - q) has no bound: a client may send any q. So a formula is written such that it
+holds in the limit too (an infinite ratio that is clipped has the clipped loss and no gradient, one
+whose advantage is 0 counts nothing), and what leaves float32's range on the way is computed again
+in float64. What is infinite or NaN after that is truly outside float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +34,40 @@ class LossInputs:
     ``weights``, and the setting of this name where they brought none."""
     config: Mapping[str, float]
     """Complete: defaults are filled in."""
+
+    def double(self) -> LossInputs:
+        """The same in float64, where no product of three float32 numbers overflows."""
+        return LossInputs(
+            target_logprobs=self.target_logprobs.double(),
+            inputs={name: values.double() for name, values in self.inputs.items()},
+            config=self.config,
+        )
+
+
+def loss_and_slope(loss_fn: str, x: LossInputs) -> tuple[Tensor, Tensor]:
+    """Each target's loss (n, K), and its derivative in the target's log-probability (n, K).
+
+    Where either is not finite, the true number is outside float32 or an input is not finite.
+    """
+    loss, slope = _differentiated(LOSSES[loss_fn], x)
+    is_good = loss.isfinite() & slope.isfinite()
+    if not bool(is_good.all()):
+        exact = _differentiated(LOSSES[loss_fn], x.double())
+        loss, slope = (
+            torch.where(is_good, fast, slow.to(fast.dtype))
+            for fast, slow in zip((loss, slope), exact, strict=True)
+        )
+    return loss, slope
+
+
+def _differentiated(
+    function: Callable[[LossInputs], Tensor], x: LossInputs
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = x.target_logprobs.detach().requires_grad_()
+        loss = function(LossInputs(target_logprobs=leaf, inputs=x.inputs, config=x.config))
+        (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), slope
 
 
 def cross_entropy(x: LossInputs) -> Tensor:
@@ -68,12 +108,37 @@ def gspo(x: LossInputs) -> Tensor:
     is_counted = x.inputs["sequence_ratio_mask"] != 0
     gaps = (lp.detach() - x.inputs["logprobs"]).masked_fill(~is_counted, 0.0)
     mean_gap = gaps.sum() / is_counted.sum().clamp(min=1)
-    ratio = (mean_gap + lp - lp.detach()).exp()
+    # A sum that overflowed may look as if it were a small ratio; as NaN it is seen.
+    mean_gap = mean_gap.where(mean_gap.isfinite(), math.nan)
+    ratio = _exp(mean_gap + lp - lp.detach(), advantages)
     return -(ratio * advantages).minimum(_clipped(ratio, x) * advantages)
 
 
 def _ratio(x: LossInputs) -> Tensor:
-    return (x.target_logprobs - x.inputs["logprobs"]).exp()
+    return _exp(x.target_logprobs - x.inputs["logprobs"], x.inputs["advantages"])
+
+
+def _exp(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """exp(log_ratio), which may be infinite; but 1 for a token that counts nothing."""
+    overflows = log_ratio > math.log(torch.finfo(log_ratio.dtype).max)
+    exponents = log_ratio.masked_fill(overflows & (advantages == 0), 0.0)
+    ratio: Tensor = _Exp.apply(exponents)  # type: ignore[no-untyped-call]  # in torch's stubs
+    return ratio
+
+
+class _Exp(torch.autograd.Function):
+    """exp, in whose derivative nothing times infinity is nothing: what is clipped is constant."""
+
+    @staticmethod
+    def forward(ctx: Any, exponent: Tensor) -> Tensor:
+        result = exponent.exp()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return torch.where(grad == 0, grad, grad * result)
 
 
 def _clipped(ratio: Tensor, x: LossInputs) -> Tensor:

@@ -207,7 +207,7 @@ def _loss_inputs(
         for name in packed.planned.float_inputs:
             if name in given:
                 inputs[name][own, :k] = given[name].reshape(-1, k)
-            else:  # A setting holds for every token. Else it is the weights, when evaluating.
+            else:  # A setting holds for every token. Else it is the weights, which are 1 then.
                 inputs[name][own, :k] = packed.planned.config.get(name, 1.0)
     return targets, inputs
 

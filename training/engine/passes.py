@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from training.engine.attention import SequenceAttention
 from training.engine.base_model import BaseModel
 from training.engine.custom_loss import CustomLossOutput, Work
 from training.engine.head import HeadInputs, HeadOutput, score_targets
-from training.engine.microbatches import MicroBatch, PartSpan, plan_micro_batches
+from training.engine.microbatches import MicroBatch, PackedDatum, PartSpan, plan_micro_batches
 from training.engine.packed import PackedContext, Segment
 from training.engine.pieces import PlannedJob
 from training.engine.stretches import take_rows
@@ -38,18 +39,13 @@ class JobScores:
 
     metric_sums: dict[str, float] = field(default_factory=dict)
     """Of a custom loss, over the datums, by metric name."""
-    custom_error: TrainingError | None = None
-    """Why a custom loss could not be computed."""
+    errors: dict[int, TrainingError] = field(default_factory=dict)
+    """Which datums have no result, by index, and why."""
 
     @property
     def error(self) -> TrainingError | None:
-        """Why this job has no result, if it has none."""
-        if self.custom_error is not None:
-            return self.custom_error
-        is_finite = np.isfinite(self.losses).all() and all(
-            np.isfinite(logprobs).all() for logprobs in self.logprobs
-        )
-        return None if is_finite else NonFiniteResult()
+        """Why this job has no result, if it has none: what the first such datum says."""
+        return self.errors[min(self.errors)] if self.errors else None
 
     def output(self) -> ForwardBackwardOutput:
         loss = float(sum(self.losses))
@@ -61,10 +57,10 @@ class JobScores:
             loss=loss, logprobs=self.logprobs, metrics={**metrics, "loss:sum": loss}
         )
 
-    def add_custom(self, result: CustomLossOutput | TrainingError) -> None:
+    def add_custom(self, index: int, result: CustomLossOutput | TrainingError) -> None:
         """Count in what a custom loss said of one datum."""
         if isinstance(result, TrainingError):
-            self.custom_error = self.custom_error or result
+            self.errors[index] = result
             return
         for name, value in result.metrics.items():
             self.metric_sums[name] = self.metric_sums.get(name, 0.0) + value
@@ -171,7 +167,46 @@ def _scatter_scores(
         )
         job_scores.losses[packed.index] = float(losses[tokens].sum())
         if packed in head.custom:
-            job_scores.add_custom(head.custom[packed])
+            job_scores.add_custom(packed.index, head.custom[packed])
+        fault = _fault(packed, losses[tokens], logprobs[tokens, : packed.num_targets])
+        if fault is not None:
+            job_scores.errors.setdefault(packed.index, fault)
+
+
+def _fault(
+    packed: PackedDatum, losses: NDArray[np.float64], logprobs: NDArray[np.float32]
+) -> NonFiniteResult | None:
+    """What is not finite in a datum, by position; None if nothing is.
+
+    Args:
+        losses: (N,) of its tokens.
+        logprobs: (N, K) of its targets.
+    """
+    has_logprobs = np.logical_and.reduce(np.isfinite(logprobs), axis=1)
+    is_wrong = ~(has_logprobs & np.isfinite(losses))
+    if not is_wrong.any():
+        return None
+    position = int(is_wrong.argmax())
+    where = f"data[{packed.index}], position {position}"
+    if not has_logprobs[position]:
+        return NonFiniteResult(
+            f"{where}: the model's log-probability of the target is {logprobs[position].min()}; "
+            "the adapter's weights are too large"
+        )
+    names = [n for n in packed.planned.float_inputs if n in packed.datum.loss_fn_inputs]
+    given = {"lp": logprobs} | {name: packed.datum.loss_fn_inputs[name] for name in names}
+    values = ", ".join(f"{name} {_shown(array[position])}" for name, array in given.items())
+    return NonFiniteResult(
+        f"{where}: the loss or its gradient is outside float32: "
+        f"{packed.planned.job.loss_fn} of {values}"
+    )
+
+
+def _shown(values: NDArray[Any] | np.generic) -> str:
+    """One number, or the first few of K."""
+    numbers = np.atleast_1d(values)
+    shown = " ".join(f"{number:g}" for number in numbers[:3].tolist())
+    return f"[{shown} ...]" if len(numbers) > 3 else shown
 
 
 def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:

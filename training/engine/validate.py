@@ -16,14 +16,8 @@ from numpy.typing import NDArray
 from training.custom_loss_graph import CustomLossGraph
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
-from training.loss_fns import (
-    CUSTOM,
-    LOSS_FNS,
-    TARGET_TOKENS,
-    check_input_names,
-    complete_config,
-    find_loss_fn,
-)
+from training.loss_checks import check_inputs, complete_config
+from training.loss_fns import CUSTOM, LOSS_FNS, TARGET_TOKENS, find_loss_fn
 from training.types import MAX_FLOAT32, AdamParams, Datum, LoraConfig, wrong_length
 
 MAX_CUSTOM_STEPS = 100_000
@@ -62,7 +56,7 @@ def _check_datum(
 ) -> None:
     _check_model_input(where, datum.model_input, info)
     spec, inputs = find_loss_fn(job.loss_fn), datum.loss_fn_inputs
-    check_input_names(job.loss_fn, inputs, where, weights_optional=job.forward_only)
+    check_inputs(job.loss_fn, inputs, where, trains=not job.forward_only)
     where = f"{where}.loss_fn_inputs"
     targets = inputs[TARGET_TOKENS]
     _check_tokens(f"{where}.target_tokens", targets, info.vocab_size)
@@ -75,9 +69,9 @@ def _check_datum(
             f"target per token, shape [{num_tokens}]; several per token are for {many}"
         )
     for name in spec.float_inputs:
-        if name in inputs:  # weights may be absent when evaluating
+        if name in inputs:  # an optional one may be absent
             _check_values(f"{where}.{name}", inputs[name], targets.shape)
-    if any(name in inputs for name in spec.optional_inputs):
+    if any(name in inputs for name in spec.optional_inputs if name in config):
         _check_thresholds(where, inputs, config)
 
 

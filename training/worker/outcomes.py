@@ -18,6 +18,8 @@ from futures.models import Future
 from futures.payload import encode
 from training.engine.interface import SampleOutput
 from training.errors import TrainingError
+from training.loss_checks import inputs_not_read
+from training.loss_fns import ADVANTAGES, LOSS_FNS, TARGET_TOKENS, LossSpec
 from training.types import (
     AdamParams,
     Datum,
@@ -57,17 +59,15 @@ def forward_backward_ready(
 
     A trained token is one whose weight (cross_entropy) or advantage (the others) is not zero.
     The mean of cross_entropy is weighted: sum(-w * lp) / sum(w), or per trained token where
-    the weights do not sum to something positive.
+    the weights do not sum to something positive. An input that the loss does not read is told by
+    the metric ``not_read/<name>:sum``, the number of datums that brought it.
     """
     num_tokens = sum(len(datum.model_input) for datum in data)
-    key = "weights" if loss_fn == "cross_entropy" else "advantages"
-    factors = [
-        np.asarray(datum.loss_fn_inputs.get(key, np.ones(len(datum.model_input), np.float32)))
-        for datum in data
-    ]
+    spec = LOSS_FNS.get(loss_fn)
+    factors = [_factor(datum, spec) for datum in data]
     num_weighted = sum(int(np.count_nonzero(factor)) for factor in factors)
     total = sum(float(factor.sum(dtype=np.float64)) for factor in factors)
-    divisor = total if key == "weights" and total > 0 else max(num_weighted, 1)
+    divisor = total if spec and spec.mean_is_weighted and total > 0 else max(num_weighted, 1)
     loss = output.loss / divisor
     metrics = {
         **output.metrics,
@@ -75,6 +75,9 @@ def forward_backward_ready(
         "num_tokens": num_tokens,
         "num_weighted_tokens": num_weighted,
     }
+    if spec:
+        not_read = inputs_not_read(spec, data).items()
+        metrics |= {f"not_read/{name}:sum": count for name, count in not_read}
     if loss_fn == "cross_entropy":
         metrics["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) is no float
     result = {
@@ -87,6 +90,15 @@ def forward_backward_ready(
         "loss_fn_outputs": [{"logprobs": logprobs} for logprobs in output.logprobs],
     }
     return ready(future, result, tokens=num_tokens, loss=loss)
+
+
+def _factor(datum: Datum, spec: LossSpec | None) -> NDArray[Any]:
+    """What each target counts, 1 where the datum does not say; of a custom loss each token."""
+    name = spec.factor if spec else ADVANTAGES
+    inputs = datum.loss_fn_inputs
+    if name in inputs:
+        return np.asarray(inputs[name])
+    return np.ones(inputs[TARGET_TOKENS].shape if spec else len(datum.model_input), np.float32)
 
 
 def optim_step_ready(

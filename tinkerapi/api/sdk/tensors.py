@@ -16,23 +16,10 @@ from numpy.typing import NDArray
 from futures.payload import MAX_BYTES
 from tinkerapi.api.data import MAX_TOKEN_ID
 from training.errors import InvalidDatum, LimitExceeded
+from training.loss_fns import FLOAT_INPUTS, TARGET_TOKENS
 from training.types import wrong_length
 
 Array = NDArray[Any]
-
-TARGET_TOKENS = "target_tokens"
-
-FLOAT_INPUTS = frozenset(
-    {
-        "weights",
-        "advantages",
-        "logprobs",
-        "clip_low_threshold",
-        "clip_high_threshold",
-        "sequence_ratio_mask",
-    }
-)
-"""Loss fn inputs that the losses read as float32; integers sent for them are converted."""
 
 
 class DenseBudget:
@@ -133,8 +120,8 @@ def _dense(parts: TensorParts, where: str, pad: int, budget: DenseBudget) -> Arr
 def check_input(name: str, array: Array, where: str, *, num_tokens: int) -> Array:
     """A loss fn input in the dtype that ``training.types`` promises.
 
-    Inputs that no built-in loss takes are left as they came: the loss that does, or the refusal
-    of the one that does not, is the engine's.
+    What the losses read as float32 may be sent as integers. Inputs that no built-in loss takes are
+    left as they came: the loss that does, or the refusal of the one that does not, is the engine's.
 
     Raises:
         InvalidDatum: Wrong dtype or length, no token ids, or not finite. (400)

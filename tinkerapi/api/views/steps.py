@@ -17,7 +17,7 @@ from tinkerapi.api.fields import (
     refuse,
 )
 from tinkerapi.api.views.base import OperationView
-from training.loss_fns import check_loss
+from training.loss_checks import check_loss
 from training.services import Submission, forward_backward_submit, optim_step_submit
 from training.types import MAX_FLOAT32, AdamParams
 
@@ -112,7 +112,9 @@ class ForwardBackwardView(OperationView):
     def submit(
         self, body: dict[str, Any], *, owner_id: int, idempotency_key: str | None
     ) -> Submission:
-        check_loss(body["loss_fn"], body["loss_fn_config"], body["data"])
+        check_loss(
+            body["loss_fn"], body["loss_fn_config"], body["data"], forward_only=self.forward_only
+        )
         return forward_backward_submit(
             owner_id=owner_id,
             model_id=body["model_id"],

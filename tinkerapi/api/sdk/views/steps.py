@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
-
-import numpy as np
 
 from futures.models import Future
 from tinkerapi.api.fields import Custom, Field
 from tinkerapi.api.sdk.base import NumberedJSONView, NumberedView, json_fields
-from tinkerapi.api.sdk.calls import ForwardBackwardCall
 from tinkerapi.api.sdk.json_requests import parse_json_forward_backward
 from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids
 from tinkerapi.api.views import steps as quick_reference
 from training.errors import InvalidRequest
-from training.loss_fns import check_loss
+from training.loss_checks import check_loss
 from training.services import forward_backward_submit, optim_step_submit
 from training.services.custom_losses import custom_loss_check
-from training.types import AdamParams, Datum
+from training.types import AdamParams
 
 
 class ForwardBackwardView(NumberedView):
@@ -38,14 +34,17 @@ class ForwardBackwardView(NumberedView):
             call = parse_forward_backward(body)
         else:
             call = parse_json_forward_backward(json_fields(body), forward_only=self.forward_only)
-        if call.forward_only:
-            call = replace(call, data=[_with_weights(datum, call) for datum in call.data])
         if call.loss_fn == "custom":
             custom_loss_check(
                 owner_id=owner_id, model_id=model_id, loss_id=call.loss_id, data=call.data
             )
         else:
-            check_loss(call.loss_fn, call.loss_fn_config, list(call.data))
+            check_loss(
+                call.loss_fn,
+                call.loss_fn_config,
+                list(call.data),
+                forward_only=call.forward_only,
+            )
         return forward_backward_submit(
             owner_id=owner_id,
             model_id=model_id,
@@ -62,18 +61,6 @@ class ForwardView(ForwardBackwardView):
     """Compute the loss of some data and leave the gradient as it is."""
 
     forward_only = True
-
-
-def _with_weights(datum: Datum, call: ForwardBackwardCall) -> Datum:
-    """The datum with weights of 1 where there are none: old clients leave them out of a forward
-    pass, whose loss they do not read."""
-    if call.loss_fn != "cross_entropy" or "weights" in datum.loss_fn_inputs:
-        return datum
-    targets = datum.loss_fn_inputs.get("target_tokens")
-    if targets is None:
-        return datum
-    weights = np.ones(targets.shape, np.float32)
-    return replace(datum, loss_fn_inputs={**datum.loss_fn_inputs, "weights": weights})
 
 
 def _refuse_params(value: Any, where: str) -> None:
