@@ -7,10 +7,33 @@ wait behind the gap are then told so, instead of waiting for ever.
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
+
 from django.db import transaction
 
 from futures.database import alias, execute
+from futures.models import Future
 from futures.notify import notify_finished_after_commit
+
+SETTLE_SECONDS = 600.0
+"""How long clocks must have been steady before a worker judges what has to do with age. A client's
+heartbeats come every ten seconds, and it tries to deliver for five minutes."""
+
+# The rows from where the lane goes on are numbered; the first whose seq id is ahead of its number
+# stands behind a gap. Nobody behind a thousand others needs to know.
+_MISSING = """
+WITH lane AS (
+    SELECT next_seq_id FROM futures_lane WHERE id = %(lane_id)s AND ordered
+), numbered AS (
+    SELECT f.seq_id, lane.next_seq_id - 1 + row_number() OVER (ORDER BY f.seq_id) AS expected
+    FROM lane CROSS JOIN LATERAL (
+        SELECT seq_id FROM futures_future
+        WHERE lane_id = %(lane_id)s AND seq_id BETWEEN lane.next_seq_id AND %(seq_id)s
+        ORDER BY seq_id LIMIT 1000
+    ) AS f
+)
+SELECT min(expected) FROM numbered WHERE seq_id > expected
+"""
 
 # A claim leaves next_seq_id at the first number that has no row.
 _REFUSE = """
@@ -28,6 +51,29 @@ WHERE f.queue = %(queue)s AND f.state = 'pending' AND l.id = f.lane_id AND l.ord
     )
 RETURNING f.id
 """
+
+
+def missing_seq_id(future: Future) -> int | None:
+    """The lowest number before a waiting future's that has not arrived in its lane; None if the
+    future waits for no such number."""
+    if future.lane_id is None or future.seq_id is None:
+        return None
+    [(missing,)] = execute(_MISSING, {"lane_id": future.lane_id, "seq_id": future.seq_id})
+    return missing if missing is None else int(missing)
+
+
+def gap_ends_at(future: Future, *, gap_seconds: float, worker_since: datetime | None) -> datetime:
+    """When a future that waits behind a gap fails; if clocks jump, or without a worker, later.
+
+    Args:
+        gap_seconds: How long it may wait.
+        worker_since: When the queue's worker started: it judges no age until it has seen steady
+            clocks for long enough.
+    """
+    ends_at = future.created_at + timedelta(seconds=gap_seconds)
+    if worker_since is None:
+        return ends_at
+    return max(ends_at, worker_since + timedelta(seconds=max(SETTLE_SECONDS, gap_seconds)))
 
 
 def gaps_refuse(*, queue: str, patience_seconds: float) -> int:

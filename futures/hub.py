@@ -137,13 +137,20 @@ def hub() -> Hub:
 
 
 async def future_wait(
-    request_id: str, *, owner_id: int, timeout_seconds: float, is_known: bool = False
+    request_id: str,
+    *,
+    owner_id: int,
+    timeout_seconds: float,
+    is_known: bool = False,
+    is_hopeless: Callable[[Future], bool] = lambda future: False,
 ) -> Future | None:
     """The future with its result once it is final, or None when the time is up.
 
     Args:
         is_known: The caller has just submitted it. Then a Postgres that goes away is waited
             for, also before the first look: the request was accepted, and must not look refused.
+        is_hopeless: Asked of a future that is not final: waiting for it is no use, so that None is
+            the answer at once.
 
     Raises:
         FutureNotFound: The owner has no such future. (404)
@@ -157,16 +164,17 @@ async def future_wait(
         future = await reader.read(request_id)
         if future is None or future.owner_id != owner_id:
             raise FutureNotFound.named(request_id)
-        if future.is_final:
+        if future.is_final or is_hopeless(future):
             return future
         if is_first and timeout_seconds > 0 and _may_be_held_back(future):
             reader.hurry(future.queue)
         is_first = False
         return None
 
-    return await read_when_woken(
+    found = await read_when_woken(
         request_id, read, timeout_seconds=timeout_seconds, must_ask=not is_known
     )
+    return found if found is not None and found.is_final else None
 
 
 def _may_be_held_back(future: Future) -> bool:

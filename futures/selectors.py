@@ -15,6 +15,9 @@ from futures.transitions import FINAL_STATES, State
 HEARTBEAT_TIMEOUT = timedelta(seconds=30)
 """A worker that has said nothing for so long serves nobody."""
 
+ACTIVE, PAUSED = "active", "paused_capacity"
+"""Whether a queue is served, in the SDK's words."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -23,11 +26,13 @@ class QueueState:
     """What the owner of a waiting future is told of its queue."""
 
     state: str
-    """``active`` or ``paused_capacity``, in the SDK's words."""
+    """``ACTIVE`` or ``PAUSED``."""
     reason: str
     """A sentence; empty while active."""
     futures_per_second: float | None = None
     """What its worker finished lately while it had work; None until it has finished something."""
+    started_at: datetime | None = None
+    """When its worker started; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +99,14 @@ def queue_state(queue: str) -> QueueState:
         Worker.objects.filter(
             queue=queue, state__in=[Worker.WorkerState.STARTING, Worker.WorkerState.LIVE]
         )
-        .only("state", "heartbeat_at", "figures")
+        .only("state", "heartbeat_at", "figures", "started_at")
         .first()
     )
     if worker is None:
-        return QueueState("paused_capacity", "No worker serves this queue at the moment.")
+        return QueueState(PAUSED, "No worker serves this queue at the moment.")
     if worker.state == Worker.WorkerState.STARTING:
-        return QueueState("paused_capacity", "The worker is starting.")
+        return QueueState(PAUSED, "The worker is starting.", started_at=worker.started_at)
     if worker.heartbeat_at < timezone.now() - HEARTBEAT_TIMEOUT:
-        return QueueState("paused_capacity", "The worker does not answer.")
-    return QueueState("active", "", worker.figures.get("futures_per_second"))
+        return QueueState(PAUSED, "The worker does not answer.", started_at=worker.started_at)
+    pace = worker.figures.get("futures_per_second")
+    return QueueState(ACTIVE, "", pace, worker.started_at)

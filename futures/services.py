@@ -54,14 +54,14 @@ WITH waiting AS MATERIALIZED (
     RETURNING last_seq_id
 ), inserted AS (
     INSERT INTO futures_future (
-        id, owner_id, queue, lane_id, seq_id, idempotency_key, kind, state, payload,
+        id, owner_id, queue, lane_id, seq_id, idempotency_key, kind, state, payload, result,
         payload_digest, summary, cost, patient, interruptible, error, category, error_code,
         attempts, replay_of_id, created_at, finished_at
     )
     SELECT
         %(id)s, %(owner_id)s, %(queue)s, %(lane_id)s,
         coalesce(%(seq_id)s::bigint, (SELECT last_seq_id FROM numbered)),
-        %(idempotency_key)s, %(kind)s, %(state)s, %(payload)b, %(payload_digest)b,
+        %(idempotency_key)s, %(kind)s, %(state)s, %(payload)b, %(result)b, %(payload_digest)b,
         %(summary)s::jsonb, %(cost)s, %(patient)s, %(interruptible)s, %(error)s, %(category)s,
         %(error_code)s, 0, %(replay_of_id)s, %(created_at)s, %(finished_at)s
     WHERE (SELECT has_room FROM waiting) AND NOT EXISTS (
@@ -123,6 +123,7 @@ def future_submit(
     replay_of: Future | None = None,
     max_pending: int | None = None,
     refusal: Refusal | None = None,
+    result: Any = None,
 ) -> Future:
     """Record a request and return its future; asking twice returns the same one.
 
@@ -147,6 +148,7 @@ def future_submit(
             it by as many as they are.
         refusal: The request is invalid but has consumed its seq id: its future is failed
             from the start, and the lane goes on past it.
+        result: The request is done by writing it down: its future is ready from the start.
 
     Raises:
         SeqIdReused: The pair exists with another kind or payload, or the lane is past it. (409)
@@ -177,6 +179,8 @@ def future_submit(
         future.category = refusal.category
         future.error_code = refusal.error_code
         future.finished_at = now
+    elif result is not None:
+        future.state, future.result, future.finished_at = State.READY, encode(result), now
     while True:
         inserted = _insert(future, max_pending)
         if inserted == _Inserted.YES:
@@ -230,6 +234,28 @@ def future_record(
     return future
 
 
+def lane_refuse(*, lane_id: str, refusal: Refusal, but: str) -> int:
+    """Fail all that waits or runs in a lane that no worker will come back to, except one kind;
+    say how many.
+
+    A worker that runs some of it all the same finds that its epoch holds it no more and commits
+    nothing. Runs in the caller's transaction, or opens its own.
+    """
+    with transaction.atomic(using=alias()):
+        open_futures = Future.objects.filter(lane_id=lane_id).open().select_for_update(no_key=True)
+        refused = open_futures.exclude(kind=but).order_by("seq_id")
+        ids = list(refused.values_list("id", flat=True))
+        Future.objects.filter(id__in=ids).update(
+            state=State.FAILED,
+            error=refusal.error,
+            category=refusal.category,
+            error_code=refusal.error_code,
+            finished_at=Now(),
+        )
+        notify_finished_after_commit(ids)
+    return len(ids)
+
+
 def _insert(future: Future, max_pending: int | None) -> _Inserted:
     """Insert the future and its doorbell, or neither."""
     if future.lane_id is None or future.seq_id is not None or future.idempotency_key is None:
@@ -255,6 +281,7 @@ def _insert_once(future: Future, max_pending: int | None) -> _Inserted:
             "kind": future.kind,
             "state": str(future.state),
             "payload": future.payload,
+            "result": future.result,
             "payload_digest": future.payload_digest,
             "summary": to_jsonb(future.summary),
             "cost": future.cost,

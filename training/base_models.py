@@ -61,6 +61,11 @@ def base_models() -> list[BaseModel]:
     return list(_served(tuple(settings.BASE_MODELS), settings.DATA_DIR).values())
 
 
+def queue_is_served(queue: str) -> bool:
+    """Whether a worker of this server runs, or will run, what waits in an engine queue."""
+    return any(base_model.queue == queue for base_model in base_models())
+
+
 def base_models_problem() -> str | None:
     """What keeps them from being served beside each other, as one sentence; None: nothing."""
     queues = {base_model.queue for base_model in base_models()}

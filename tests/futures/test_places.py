@@ -10,13 +10,21 @@ import pytest
 from django.utils import timezone
 
 from futures.claiming import future_claim
-from futures.models import Future, Worker
-from futures.places import future_place, queue_position
+from futures.gaps import SETTLE_SECONDS, gaps_refuse
+from futures.models import Future, Lane, Worker
+from futures.places import Place, queue_position
+from futures.places import future_place as place_of
 from futures.services import future_cancel
 from futures.workers import worker_heartbeat, worker_live
 from tests.futures.conftest import SubmitFactory, finish
 
 pytestmark = pytest.mark.django_db
+
+GAP_SECONDS = 60.0
+
+
+def future_place(future: Future) -> Place:
+    return place_of(Future.objects.get(pk=future.pk), gap_seconds=GAP_SECONDS)
 
 
 def test_the_position_counts_open_futures_of_the_queue_before_it(
@@ -105,4 +113,102 @@ def test_the_wait_is_unknown_until_the_worker_knows_its_pace(
 
     Worker.objects.update(heartbeat_at=timezone.now() - timedelta(seconds=31))
     place = future_place(futures[3])
-    assert (place.queue.state, place.estimated_wait_seconds) == ("paused_capacity", None)
+    assert (place.state, place.estimated_wait_seconds) == ("paused_capacity", None)
+
+
+def test_who_waits_for_a_number_is_told_which_and_when_it_fails(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    worker_live(worker, {"futures_per_second": 8.0})
+    submit(lane, seq_id=1)
+    early = submit(lane, seq_id=4)
+    submit(lane, seq_id=2)
+
+    place = future_place(early)
+
+    assert (place.state, place.estimated_wait_seconds) == ("paused_capacity", None)
+    fails_at = worker.started_at + timedelta(seconds=SETTLE_SECONDS)
+    assert place.reason == (
+        "The request with seq_id 3 has not arrived, and this one must run after it. If it does "
+        f"not come, this one fails at {fails_at:%Y-%m-%d %H:%M:%S} UTC."
+    )
+
+    submit(lane, seq_id=3)
+    assert future_place(early).reason == "It runs after 3 earlier requests of the same model."
+
+
+@pytest.mark.parametrize("claims", [False, True])
+def test_the_missing_number_is_the_first_one_whatever_was_claimed(
+    submit: SubmitFactory, lane: Lane, worker: Worker, claims: bool
+) -> None:
+    worker_live(worker, {})
+    for seq_id in (1, 2, 5, 8):
+        last = submit(lane, seq_id=seq_id)
+    if claims:
+        assert len(future_claim(worker=worker, max_futures=9, max_cost=9)) == 2
+
+    assert future_place(last).reason.startswith("The request with seq_id 3 has not arrived")
+
+
+def test_the_time_that_is_told_is_the_time_at_which_it_fails(
+    submit: SubmitFactory, lane: Lane, worker: Worker
+) -> None:
+    Worker.objects.update(started_at=timezone.now() - timedelta(days=1))
+    worker_live(worker, {})
+    late = submit(lane, seq_id=2)
+    told = late.created_at + timedelta(seconds=GAP_SECONDS)
+    assert f"{told:%Y-%m-%d %H:%M:%S} UTC" in future_place(late).reason
+
+    for moment, failed in ((GAP_SECONDS - 5, 0), (GAP_SECONDS + 5, 1)):
+        Future.objects.update(created_at=timezone.now() - timedelta(seconds=moment))
+        assert future_place(late).reason.endswith("It fails soon.") is bool(failed)
+        assert gaps_refuse(queue=late.queue, patience_seconds=GAP_SECONDS) == failed
+
+
+def test_without_a_worker_a_missing_number_is_told_too(submit: SubmitFactory, lane: Lane) -> None:
+    place = future_place(submit(lane, seq_id=7))
+
+    assert "seq_id 1 has not arrived" in place.reason
+    assert "this one fails not before" in place.reason
+
+
+def test_numbers_that_order_nothing_are_not_missed(
+    submit: SubmitFactory, lane_factory: Callable[..., Lane], worker: Worker
+) -> None:
+    worker_live(worker, {})
+
+    place = future_place(submit(lane_factory(ordered=False), seq_id=9))
+
+    assert (place.state, place.reason) == ("active", "It is next.")
+
+
+def test_the_reason_names_what_comes_first(
+    submit: SubmitFactory, lane: Lane, owner_factory: Callable[[], Any], worker: Worker
+) -> None:
+    worker_live(worker, {})
+    other = submit(owner_id=owner_factory().pk)
+    first, second = submit(lane), submit(lane)
+
+    assert future_place(other).reason == "It is next."
+    assert future_place(first).reason == "Users take turns: one other request before it."
+    assert future_place(second).reason == "It runs after one earlier request of the same model."
+
+    future_claim(worker=worker, max_futures=1, max_cost=1)
+    assert future_place(other).reason == "It is being computed."
+
+    Future.objects.filter(pk=other.pk).update(attempts=1)
+    assert future_place(first).reason.startswith("A request that was running when a worker ended")
+
+
+def test_a_queue_that_nobody_serves_is_the_reason(
+    submit: SubmitFactory, worker_factory: Callable[..., Worker]
+) -> None:
+    future = submit()
+    assert future_place(future).reason == "No worker serves this queue at the moment."
+
+    worker = worker_factory()
+    assert future_place(future).reason == "The worker is starting."
+
+    worker_live(worker, {})
+    Worker.objects.update(heartbeat_at=timezone.now() - timedelta(seconds=31))
+    assert future_place(future).reason == "The worker does not answer."

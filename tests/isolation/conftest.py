@@ -101,7 +101,7 @@ def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that wait look once, and answer that their time is up."""
 
     async def look(
-        request_id: str, *, owner_id: int, timeout_seconds: float, is_known: bool = False
+        request_id: str, *, owner_id: int, timeout_seconds: float, **more: object
     ) -> Future | None:
         return await future_wait(request_id, owner_id=owner_id, timeout_seconds=0)
 

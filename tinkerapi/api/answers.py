@@ -15,12 +15,13 @@ from futures import payload
 from futures.errors import FuturePurged
 from futures.hub import future_wait
 from futures.models import Future
-from futures.places import Place, future_place
-from futures.selectors import QueueState, future_get
+from futures.places import Place
+from futures.selectors import PAUSED, future_get
 from futures.transitions import State
 from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.errors import error_response, failure_status
 from tinkerapi.api.renderers import JSONResponse
+from training.waiting import future_waiting, waits_for_nobody
 
 RETRY_AFTER_SECONDS = 1
 
@@ -59,7 +60,7 @@ def final_answer(future: Future, is_known: bool) -> JSONResponse:
 
 def pending_answer(future: Future, **more: Any) -> JSONResponse:
     """202: come back later. Needs the database."""
-    return _pending(future.id, future_place(future), **more)
+    return _pending(future.id, future_waiting(future), **more)
 
 
 def _pending(request_id: str, place: Place, **more: Any) -> JSONResponse:
@@ -68,8 +69,8 @@ def _pending(request_id: str, place: Place, **more: Any) -> JSONResponse:
         "request_id": request_id,
         "queue_position": place.position,
         "estimated_wait_seconds": place.estimated_wait_seconds,
-        "queue_state": place.queue.state,
-        "queue_state_reason": place.queue.reason,
+        "queue_state": place.state,
+        "queue_state_reason": place.reason,
         **more,
     }
     response = JSONResponse(body, status=202)
@@ -85,7 +86,8 @@ async def waited_answer(
     is_known: bool = False,
     **more: Any,
 ) -> JSONResponse:
-    """The answer once the future is final, or 202 when the time is up.
+    """The answer once the future is final, or 202 when the time is up; at once if no worker of
+    this server will ever run it.
 
     Holds no thread and no connection meanwhile, nor what was asked; a client that goes away
     loses nothing.
@@ -98,7 +100,11 @@ async def waited_answer(
         FutureNotFound: The owner has no such future. (404)
     """
     final = await future_wait(
-        request_id, owner_id=owner_id, timeout_seconds=timeout_seconds, is_known=is_known
+        request_id,
+        owner_id=owner_id,
+        timeout_seconds=timeout_seconds,
+        is_known=is_known,
+        is_hopeless=waits_for_nobody,
     )
     if final is None:
 
@@ -110,9 +116,7 @@ async def waited_answer(
         except (OperationalError, InterfaceError):
             if not is_known:
                 raise
-            place = Place(
-                None, None, QueueState("paused_capacity", "The database does not answer.")
-            )
+            place = Place(None, None, PAUSED, "The database does not answer.")
             return _pending(request_id, place, **more)
     if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
         return await in_database_thread(final_answer, final, is_known)

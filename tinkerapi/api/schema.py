@@ -52,7 +52,7 @@ PENDING_SCHEMA: Schema = {
             "description": "Until it is finished, at the worker's recent pace; null if unknown.",
         },
         "queue_state": {"type": "string", "enum": ["active", "paused_capacity"]},
-        "queue_state_reason": {"type": "string", "description": "Why it is not active."},
+        "queue_state_reason": {"type": "string", "description": "What it waits for."},
     },
     "required": [
         "status",
@@ -68,7 +68,7 @@ PENDING_EXAMPLE = {
     "queue_position": 2,
     "estimated_wait_seconds": 0.4,
     "queue_state": "active",
-    "queue_state_reason": "",
+    "queue_state_reason": "It runs after 2 earlier requests of the same model.",
 }
 
 SUBMITTED_SCHEMA: Schema = {

@@ -63,7 +63,8 @@ def run_remove_submit(
 ) -> Submission:
     """Remove a run: its name is free at once, its memory when its turn in the lane comes.
 
-    What was submitted before still runs. Checkpoints stay.
+    What was submitted before still runs. Checkpoints stay. If the server does not serve the run's
+    base model any more, it is done when this returns, and what was submitted before fails.
 
     Raises:
         RunNotFound: (404)
@@ -71,7 +72,7 @@ def run_remove_submit(
     if first := run_repeated(owner_id, idempotency_key):
         return submit_in_lane(first, Kind.REMOVE_RUN, {}, idempotency_key=idempotency_key)
     run = run_get(owner_id=owner_id, model_id=model_id)
-    submission = submit_in_lane(run, Kind.REMOVE_RUN, {}, idempotency_key=idempotency_key)
+    # First, so that a creation which fails below finds a run that is gone already.
     deleted = (
         Run.objects.live()
         .filter(id=run.id)
@@ -79,7 +80,7 @@ def run_remove_submit(
     )
     if not deleted:  # another request removed it between our read and our write
         raise RunNotFound(f"model_id: no model named {model_id!r}")
-    return submission
+    return submit_in_lane(run, Kind.REMOVE_RUN, {}, idempotency_key=idempotency_key)
 
 
 def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | None = None) -> Run:

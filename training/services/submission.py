@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from django.conf import settings
+from django.db import transaction
 
 from futures.models import Future, Lane
-from futures.services import future_submit
-from training.base_models import base_model_get
-from training.errors import InvalidRequest, SessionFinished
+from futures.services import Refusal, future_submit, lane_refuse
+from training.base_models import base_model_get, queue_is_served
+from training.errors import BaseModelNotFound, InvalidRequest, SessionFinished
 from training.kinds import Kind
 from training.models import Run
 from training.selectors import run_get
@@ -55,8 +57,12 @@ def submit_in_lane(
                 f"model_id: {run.name!r} was made by the tinker SDK, whose client numbers its "
                 "requests; ask through that client"
             )
-    # A removal waits for its base model to be served again, and no limit turns it away.
+    # No limit turns a removal away, nor that its base model is not served any more.
     lane = Lane.objects.get(pk=run.id) if is_removal else None
+    result = None
+    if lane is not None and not queue_is_served(lane.queue):
+        _abandon(run)
+        result = {"status": "deleted", "model_id": run.name}
     future = future_submit(
         owner_id=run.owner_id,
         queue=lane.queue if lane else base_model_get(run.base_model).queue,
@@ -70,8 +76,33 @@ def submit_in_lane(
         summary=dict(summary or {}),
         idempotency_key=idempotency_key,
         max_pending=None if is_removal else settings.MAX_PENDING,
+        result=result,
     )
     return Submission(future=future, model_id=run.name)
+
+
+def _abandon(run: Run) -> None:
+    """Remove what a run holds where no worker does: its snapshots go, and what waits in it fails.
+
+    For a run whose base model is not served any more. Its memory went with the last worker.
+    """
+    lane_refuse(
+        lane_id=run.id,
+        but=Kind.REMOVE_RUN,  # an earlier one, whose client repeats it
+        refusal=Refusal(
+            error=f"Model {run.name!r} was removed while this server does not serve its base "
+            f"model {run.base_model}.",
+            error_code=BaseModelNotFound.__name__,
+        ),
+    )
+    snapshots = list(run.snapshots.all())
+    run.snapshots.all().delete()
+
+    def delete_files() -> None:
+        for snapshot in snapshots:
+            shutil.rmtree(settings.DATA_DIR / snapshot.directory, ignore_errors=True)
+
+    transaction.on_commit(delete_files)
 
 
 def run_repeated(owner_id: int, idempotency_key: str | None) -> Run | None:

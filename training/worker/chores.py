@@ -17,15 +17,12 @@ from django.conf import settings
 
 from futures.broker import doorbells_unlock
 from futures.database import execute
-from futures.gaps import gaps_refuse
+from futures.gaps import SETTLE_SECONDS, gaps_refuse
 from training.services import checkpoints_expire
 from training.services.sessions import sessions_expire
 
 JUMP_SECONDS = 10.0
 """What two looks may differ by when nothing jumped: a slow statement, a clock being nudged."""
-
-SETTLE_SECONDS = 600.0
-"""A client's heartbeats come every ten seconds, and it tries to deliver for five minutes."""
 
 
 class SteadyClock:

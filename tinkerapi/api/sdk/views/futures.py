@@ -18,7 +18,6 @@ from futures import payload
 from futures.errors import FutureNotCancellable, FuturePurged
 from futures.hub import future_wait
 from futures.models import Future
-from futures.places import future_place
 from futures.selectors import future_get
 from futures.services import future_cancel
 from futures.transitions import Category, State
@@ -37,6 +36,7 @@ from tinkerapi.api.sdk.responses import encode_forward_backward_output, encode_s
 from tinkerapi.api.views.base import owner_of
 from tinkerapi.api.views.futures import REQUEST_ID
 from training.kinds import Kind
+from training.waiting import future_waiting
 
 POLL_SECONDS = 25.0
 """How long a poll is held; the client itself gives up after 45."""
@@ -93,13 +93,13 @@ def pending_answer(future: Future) -> HttpResponse:
 
     The SDK reads the state and its reason; the rest is for people, in the quick reference's words.
     """
-    place = future_place(future)
+    place = future_waiting(future)
     return JSONResponse(
         {
             "type": "try_again",
             "request_id": future.id,
-            "queue_state": place.queue.state,
-            "queue_state_reason": place.queue.reason,
+            "queue_state": place.state,
+            "queue_state_reason": place.reason,
             "queue_position": place.position,
             "estimated_wait_seconds": place.estimated_wait_seconds,
         },
