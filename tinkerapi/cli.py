@@ -30,6 +30,9 @@ GROUPS = {
 }
 """Our commands and what they do, as ``tinkerapi help`` lists them: it loads no Django."""
 
+_SAY_IT_THEMSELVES = ("up", "engineworker", "crashdrill")
+"""The first prints it among its lines; the last two are told it, or make one of their own."""
+
 SHELLS = {
     "bash": 'complete -W "{words}" tinkerapi',
     "zsh": "compctl -k '({words})' tinkerapi",
@@ -69,13 +72,15 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: A setting makes no sense, or Postgres does not answer; in a sentence.
     """
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tinkerapi.settings")
+    arguments = _take_config(arguments)
     import psycopg
     from django.core.exceptions import ImproperlyConfigured
     from django.core.management import execute_from_command_line
     from django.db import OperationalError
 
     try:
-        execute_from_command_line(list(arguments))
+        _say_data_folder(arguments)
+        execute_from_command_line(arguments)
     except ImproperlyConfigured as error:  # a setting that makes no sense
         sys.exit(str(error))
     except (OperationalError, psycopg.OperationalError) as error:
@@ -88,11 +93,41 @@ def run(arguments: Sequence[str]) -> None:
         sys.exit(reason)
 
 
+def _say_data_folder(arguments: Sequence[str]) -> None:
+    """Say on which data folder a command of ours works; what it prints itself stays alone."""
+    from django.conf import settings
+
+    name = arguments[1] if len(arguments) > 1 else ""
+    works_on_it = any(name in group for group in GROUPS.values()) and name not in _SAY_IT_THEMSELVES
+    if works_on_it and not {"-h", "--help"} & set(arguments):
+        sys.stderr.write(f"data folder {settings.DATA_DIR}\n")
+
+
+def _take_config(arguments: Sequence[str]) -> list[str]:
+    """Every command's ``--config FILE`` as TINKERAPI_CONFIG, since settings are read before any
+    command sees its arguments."""
+    rest: list[str] = []
+    values = iter(arguments)
+    for argument in values:
+        option, is_assigned, file = argument.partition("=")
+        if option != "--config":
+            rest.append(argument)
+            continue
+        file = file if is_assigned else next(values, "")
+        if not file:
+            sys.exit("--config: expected a file")
+        os.environ["TINKERAPI_CONFIG"] = file
+    return rest
+
+
 def _help() -> str:
     lines = ["A self-hosted training API for LoRA fine-tuning.", ""]
     for group, commands in GROUPS.items():
         lines += [group, *(f"  {name:14} {does}" for name, does in commands.items()), ""]
-    lines.append("tinkerapi COMMAND --help says more; tinkerapi completion SHELL completes names.")
+    lines += [
+        "tinkerapi COMMAND --help says more. Each takes --config FILE: base models, as TOML.",
+        "tinkerapi completion SHELL prints what makes a shell complete these names.",
+    ]
     return "\n".join(lines)
 
 

@@ -33,6 +33,8 @@ from tinkerapi.postgres import MINIMUM_FREE_BYTES
 from tinkerapi.preflight import RunningServer, base_model_problem, running_server
 from tinkerapi.schema import SchemaError, database_down_reason, unapplied_migrations
 from training.base_models import DEFAULT_MODEL_NAME, BaseModel, base_models
+from training.errors import DeviceNotFound
+from training.worker.devices import device_of
 from training.worker.threads import num_threads
 
 DEVICE_TIMEOUT_SECONDS = 120.0  # importing torch from a cold disk
@@ -141,13 +143,13 @@ def check_base_model(base_model: BaseModel) -> Finding:
     problem = base_model_problem(base_model.folder)
     if problem is None:
         return Finding(part, Verdict.OK, str(base_model.folder))
-    if base_model.name == DEFAULT_MODEL_NAME and not base_model.folder.exists():
+    if base_model.config.path == DEFAULT_MODEL_NAME and not base_model.folder.exists():
         return Finding(part, Verdict.OFF, "not made yet; `manage.py up` makes it")
-    return Finding(part, Verdict.FAILED, f"{problem}; correct TINKERAPI_BASE_MODEL or the folder")
+    return Finding(part, Verdict.FAILED, f"{problem}; correct its path or the folder")
 
 
 def check_device() -> Finding:
-    """Torch can be imported, and has the device that TINKERAPI_DEVICE asks for."""
+    """Torch can be imported, and has the devices that the base models ask for."""
     command = [sys.executable, "-c", DEVICE_PROGRAM]
     try:
         answer = subprocess.run(  # noqa: S603
@@ -159,11 +161,13 @@ def check_device() -> Finding:
         reason = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
         return Finding("device", Verdict.FAILED, f"torch cannot be used: {reason}")
     figures = json.loads(answer.stdout)
+    for config in settings.BASE_MODELS:
+        try:
+            device_of(config, among=settings.BASE_MODELS, gpu_count=len(figures["gpus"]))
+        except DeviceNotFound as error:
+            return Finding("device", Verdict.FAILED, str(error))
     if figures["gpus"]:
         return Finding("device", Verdict.OK, "; ".join(figures["gpus"]))
-    if settings.DEVICE == "cuda":
-        detail = "torch sees no GPU and TINKERAPI_DEVICE is cuda; check driver and torch build"
-        return Finding("device", Verdict.FAILED, detail)
     flags = " ".join(flag for flag in CPU_FLAGS if flag in _cpu_flags())
     threads = num_threads(figures["threads"])
     detail = f"CPU, {threads} thread{pluralize(threads)} for a worker {flags}"

@@ -8,7 +8,8 @@ sentence instead of being replaced by a default.
 import os
 from pathlib import Path
 
-from tinkerapi.environment import (
+from tinkerapi.config.base_models import base_models_from_file, base_models_from_names
+from tinkerapi.config.environment import (
     env_bool,
     env_choice,
     env_database,
@@ -16,8 +17,12 @@ from tinkerapi.environment import (
     env_int,
     env_names,
     env_origins,
+    env_text,
     kept_secret,
+    refuse_beside,
+    refuse_unknown_variables,
 )
+from training.base_model_config import DTYPES
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 IS_CHECKOUT = (BASE_DIR / "manage.py").exists()
@@ -27,7 +32,7 @@ IS_CHECKOUT = (BASE_DIR / "manage.py").exists()
 
 _USER_DATA = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
 DATA_DIR = Path(
-    os.environ.get("TINKERAPI_DATA_DIR")
+    env_text("TINKERAPI_DATA_DIR")
     or (BASE_DIR / "var" if IS_CHECKOUT else _USER_DATA / "tinkerapi")
 ).resolve()
 """Embedded database, converted models, snapshots and checkpoints; back this up."""
@@ -41,7 +46,7 @@ PULSE_FD = env_int("TINKERAPI_PULSE_FD", -1, minimum=-1)
 # --- Django -----------------------------------------------------------------------------
 
 DEBUG = env_bool("TINKERAPI_DEBUG", False)
-SECRET_KEY = os.environ.get("TINKERAPI_SECRET_KEY") or kept_secret(DATA_DIR / "secret_key")
+SECRET_KEY = env_text("TINKERAPI_SECRET_KEY") or kept_secret(DATA_DIR / "secret_key")
 # Loopback's own names always: health checks ask by them, and no other site can pass for them.
 ALLOWED_HOSTS = [*env_hosts("TINKERAPI_ALLOWED_HOSTS", "*"), "localhost", "127.0.0.1", "[::1]"]
 CSRF_TRUSTED_ORIGINS = env_origins("TINKERAPI_CSRF_TRUSTED_ORIGINS")
@@ -193,12 +198,19 @@ SPECTACULAR_SETTINGS = {
 
 # --- Ours: the model --------------------------------------------------------------------
 
-BASE_MODELS = env_names("TINKERAPI_BASE_MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
-"""Names or folders of the base models served; the first is the default. One worker each."""
+_DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
+_DTYPE = env_choice("TINKERAPI_DTYPE", "auto", DTYPES)
+_CONFIG = env_text("TINKERAPI_CONFIG")
+_NAMES = env_names("TINKERAPI_BASE_MODEL", _DEFAULT_MODEL)
 
-DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
-DTYPE = env_choice("TINKERAPI_DTYPE", "auto", ("auto", "bfloat16", "float32"))
-"""Of the frozen base model; adapters are always float32. auto: bfloat16 where it is fast."""
+BASE_MODELS = (
+    base_models_from_file(Path(_CONFIG).expanduser().resolve())
+    if _CONFIG
+    else base_models_from_names(_NAMES, device=_DEVICE, dtype=_DTYPE)
+)
+"""What is served, the default first, one worker each. The configuration file says it alone."""
+refuse_beside("TINKERAPI_CONFIG", "TINKERAPI_BASE_MODEL", "TINKERAPI_DEVICE", "TINKERAPI_DTYPE")
 
 NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0, maximum=1024)
 """Threads of one worker on a CPU; 0: one less than torch would take."""
@@ -292,3 +304,5 @@ LOGGING = {
         "django-q": {"level": "WARNING"},  # a line for every doorbell otherwise
     },
 }
+
+refuse_unknown_variables()

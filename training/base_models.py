@@ -11,6 +11,7 @@ from pathlib import Path
 
 from django.conf import settings
 
+from training.base_model_config import BaseModelConfig, is_folder
 from training.errors import BaseModelNotFound
 
 DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -26,6 +27,8 @@ class BaseModel:
     folder: Path
     """Where its config, tokenizer and weights are."""
     queue: str
+    config: BaseModelConfig
+    """As its operator wrote it."""
 
     @property
     def max_context_tokens(self) -> int | None:
@@ -38,22 +41,20 @@ class BaseModel:
         return length if isinstance(length, int) else None
 
 
+def base_model_of(config: BaseModelConfig, data_dir: Path) -> BaseModel:
+    """Where the base model of a configuration is, and which queue is its worker's."""
+    folder = (
+        Path(os.path.expanduser(config.path)).resolve()  # Path's own fails for an unknown user
+        if is_folder(config.path)
+        else data_dir / "models" / config.path.replace("/", "--")
+    )
+    slug = re.sub(r"[^a-z0-9]+", "-", config.name.lower()).strip("-")
+    return BaseModel(name=config.name, folder=folder, queue=f"engine-{slug}"[:100], config=config)
+
+
 @cache
-def _served(names: tuple[str, ...], data_dir: Path) -> dict[str, BaseModel]:
-    served = {}
-    for name in names:
-        is_folder = name.startswith((".", "/", "~"))
-        folder = (
-            Path(os.path.expanduser(name)).resolve()  # Path's own fails for an unknown user
-            if is_folder
-            else data_dir / "models" / name.replace("/", "--")
-        )
-        public_name = folder.name if is_folder else name
-        slug = re.sub(r"[^a-z0-9]+", "-", public_name.lower()).strip("-")
-        served[public_name] = BaseModel(
-            name=public_name, folder=folder, queue=f"engine-{slug}"[:100]
-        )
-    return served
+def _served(configs: tuple[BaseModelConfig, ...], data_dir: Path) -> dict[str, BaseModel]:
+    return {config.name: base_model_of(config, data_dir) for config in configs}
 
 
 def base_models() -> list[BaseModel]:
@@ -72,8 +73,8 @@ def base_models_problem() -> str | None:
     if len(queues) == len(settings.BASE_MODELS):
         return None
     return (
-        "TINKERAPI_BASE_MODEL: each base model needs a name of its own, in which only letters and"
-        f" digits count, and a folder's name is its last part; got {','.join(settings.BASE_MODELS)}"
+        "each base model needs a name of its own, in which only letters and digits count, and a "
+        f"folder's name is its last part; got {', '.join(c.name for c in settings.BASE_MODELS)}"
     )
 
 

@@ -95,7 +95,7 @@ def test_ready_says_that_the_database_is_gone(api, monkeypatch):
 def test_capabilities_name_the_base_models_and_the_limits(api, settings):
     body = api.get("/get_server_capabilities").json()
 
-    assert body["supported_models"][0]["model_name"] == settings.BASE_MODELS[0]
+    assert body["supported_models"][0]["model_name"] == settings.BASE_MODELS[0].name
     assert body["limits"]["max_lora_rank"] == settings.MAX_LORA_RANK
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import django
 
+from tests.base_models import base_model_configs
 from tests.server import Server, free_port
 from tests.tiny_model import make_tiny_model
 from training.engine.interface import Engine
@@ -54,7 +55,10 @@ def use_database_of(server: Server) -> None:
 
 def bare_engine(folder: Path) -> Engine:
     """The engine that a worker would build for this folder, in this process."""
-    from training.base_models import BaseModel
+    from django.conf import settings
+
+    from training.base_models import base_model_get
     from training.worker.process import build_engine
 
-    return build_engine(BaseModel(name=folder.name, folder=folder, queue="unused"))
+    settings.BASE_MODELS = base_model_configs(str(folder))
+    return build_engine(base_model_get(None))

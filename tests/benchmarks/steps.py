@@ -22,6 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 
+from tests.base_models import base_model_configs
 from tests.benchmarks.report import Report, at_least, at_most, results_option
 from tests.benchmarks.served_model import bare_engine, served, use_database_of
 from tests.server import Server
@@ -113,7 +114,8 @@ def control_plane(report: Report, steps: int, repetitions: int) -> None:
     from training.engine.fake import FakeEngine
     from training.worker.loop import WorkLoop
 
-    settings.BASE_MODELS = ["fake"]  # a queue of its own, which the server's worker does not serve
+    # A queue of its own, which the server's worker does not serve.
+    settings.BASE_MODELS = base_model_configs("fake")
     owner = get_user_model().objects.create_user("benchmark")
     queue = base_model_get(None).queue
     rates = []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 
 import pytest
 from django.core.management import get_commands
+from pytest_django import Settings
 
 from tinkerapi import cli
 
@@ -76,3 +78,28 @@ def test_completion_knows_every_command(
         .replace('"', " ")
         .split()
     )
+
+
+@pytest.mark.parametrize("option", [["--config", "a.toml"], ["--config=a.toml"]])
+def test_every_command_takes_a_configuration_file(
+    monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    """The settings read it from the environment, before the command sees its arguments."""
+    monkeypatch.setenv("TINKERAPI_CONFIG", "")
+    seen: list[str] = []
+    monkeypatch.setattr("django.core.management.execute_from_command_line", seen.extend)
+
+    say(monkeypatch, "doctor", *option, "--verbosity", "2")
+
+    assert seen == ["tinkerapi", "doctor", "--verbosity", "2"]
+    assert os.environ["TINKERAPI_CONFIG"] == "a.toml"
+
+
+def test_a_command_says_on_which_data_folder_it_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: Settings
+) -> None:
+    monkeypatch.setattr("django.core.management.execute_from_command_line", lambda arguments: None)
+
+    say(monkeypatch, "doctor")
+
+    assert capsys.readouterr().err == f"data folder {settings.DATA_DIR}\n"

@@ -14,6 +14,7 @@ from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
+from tests.base_models import base_model_configs
 from tests.environment import command_environment
 from tests.platform.model_folders import make_model_folder
 from tests.server import free_port
@@ -120,7 +121,8 @@ def test_a_command_says_in_a_sentence_that_no_server_runs(tmp_path: Path) -> Non
 
     assert answer.returncode == 1
     assert answer.stderr.splitlines() == [
-        f"no server runs on {tmp_path}: start it with `python manage.py up`"
+        f"data folder {tmp_path}",
+        f"no server runs on {tmp_path}: start it with `python manage.py up`",
     ]
 
 
@@ -172,7 +174,7 @@ def test_up_refuses_base_models_that_would_share_a_queue(
     settings: Settings, tmp_path: Path, names: list[str]
 ) -> None:
     settings.DATA_DIR = tmp_path
-    settings.BASE_MODELS = names
+    settings.BASE_MODELS = base_model_configs(*names)
     command = Command()
     command.server = RunningServer(pid=1, host="127.0.0.1", port=0)
 
@@ -181,7 +183,7 @@ def test_up_refuses_base_models_that_would_share_a_queue(
 
 
 def test_the_folder_of_an_unknown_user_is_one_that_is_not_there(settings: Settings) -> None:
-    settings.BASE_MODELS = ["~no-such-user/model"]
+    settings.BASE_MODELS = base_model_configs("~no-such-user/model")
 
     assert str(base_model_problem(base_models()[0].folder)).startswith("there is no folder ")
 
@@ -219,7 +221,7 @@ def test_up_demands_keys_wherever_others_can_reach_it(
     settings: Settings, tmp_path: Path, host: str, required: str
 ) -> None:
     settings.DATA_DIR = tmp_path
-    settings.BASE_MODELS = ["some/model"]  # not there yet, so it will be fetched
+    settings.BASE_MODELS = base_model_configs("some/model")  # not there yet, so it will be fetched
     output = StringIO()
     command = Command(stdout=output)
     command.server = RunningServer(pid=1, host=host, port=0)

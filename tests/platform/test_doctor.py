@@ -16,12 +16,13 @@ from pytest_django import Settings
 
 from futures.models import Worker
 from futures.services import future_submit
+from tests.base_models import base_model_configs
 from tests.platform.model_folders import make_model_folder
 from tinkerapi import doctor
 from tinkerapi.doctor import Finding, Verdict
 from tinkerapi.preflight import RunningServer
 from tinkerapi.services import api_key_create
-from training.base_models import BaseModel, base_models
+from training.base_models import BaseModel, base_model_of, base_models
 
 SERVER = RunningServer(pid=1, host="127.0.0.1", port=9)
 
@@ -87,11 +88,11 @@ def test_a_disk_without_room_is_a_fault(
 
 def test_a_base_model_is_whole_absent_or_broken(tmp_path: Path) -> None:
     def check(name: str) -> Finding:
-        return doctor.check_base_model(BaseModel(name=name, folder=tmp_path / name, queue="q"))
+        return doctor.check_base_model(base_model_of(*base_model_configs(name), tmp_path))
 
     make_model_folder(tmp_path / "whole")
-    assert check("whole").verdict is Verdict.OK
-    assert check("gone").verdict is Verdict.FAILED
+    assert check(str(tmp_path / "whole")).verdict is Verdict.OK
+    assert check(str(tmp_path / "gone")).verdict is Verdict.FAILED
     assert check(doctor.DEFAULT_MODEL_NAME).verdict is Verdict.OFF, "up will make it"
 
 
@@ -109,7 +110,7 @@ def test_a_torch_that_cannot_be_imported_is_quoted(monkeypatch: pytest.MonkeyPat
     [
         (["H100, 80 GiB"], "auto", Verdict.OK, "H100, 80 GiB"),
         ([], "auto", Verdict.OK, "CPU, 2 threads for a worker"),
-        ([], "cuda", Verdict.FAILED, "TINKERAPI_DEVICE is cuda"),
+        ([], "cuda", Verdict.FAILED, "some/model is for cuda and torch sees no GPU"),
     ],
 )
 def test_the_device_is_the_one_that_was_asked_for(
@@ -120,7 +121,7 @@ def test_the_device_is_the_one_that_was_asked_for(
     verdict: Verdict,
     detail: str,
 ) -> None:
-    settings.DEVICE = device
+    settings.BASE_MODELS = base_model_configs("some/model", device=device)
     answer = f"import json; print(json.dumps({{'torch': '2', 'threads': 3, 'gpus': {gpus}}}))"
     monkeypatch.setattr(doctor, "DEVICE_PROGRAM", answer)
 

@@ -11,6 +11,7 @@ from django.core.management import CommandError, call_command
 from huggingface_hub.errors import LocalEntryNotFoundError
 from pytest_django import Settings
 
+from tests.base_models import base_model_configs
 from training.base_models import DEFAULT_MODEL_NAME, base_model_get
 from training.engine import default_model
 
@@ -20,7 +21,7 @@ HUB_MODEL = "somebody/some-model"
 @pytest.fixture(autouse=True)
 def served(settings: Settings, tmp_path: Path) -> None:
     settings.DATA_DIR = tmp_path
-    settings.BASE_MODELS = [DEFAULT_MODEL_NAME, HUB_MODEL]
+    settings.BASE_MODELS = base_model_configs(DEFAULT_MODEL_NAME, HUB_MODEL)
 
 
 def test_a_folder_that_is_there_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

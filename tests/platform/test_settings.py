@@ -10,7 +10,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 
 from tests.environment import command_environment
-from tinkerapi.environment import env_database, env_hosts, env_int, env_names, env_origins
+from tinkerapi.config.environment import env_database, env_hosts, env_int, env_names, env_origins
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, got"
@@ -35,11 +35,30 @@ EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, go
             "TINKERAPI_DEBUG: expected 1 or 0, got 'perhaps'",
         ),
         ("up", {"DATABASE_URL": "garbage"}, f"{EXPECTED} a URL of another kind"),
+        (
+            "up",
+            {"TINKERAPI_BASE_MODELS": "a"},
+            "TINKERAPI_BASE_MODELS: no such setting; did you mean TINKERAPI_BASE_MODEL?",
+        ),
+        (
+            "doctor",
+            {"TINKERAPI_CONFIG": "/nowhere.toml"},
+            "/nowhere.toml cannot be read: No such file or directory",
+        ),
+        (
+            "doctor",
+            {"TINKERAPI_CONFIG": "CONFIG", "TINKERAPI_DTYPE": "float32"},
+            "TINKERAPI_DTYPE: TINKERAPI_CONFIG is set and says it; unset one of them",
+        ),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_one_sentence_of_any_command(
     tmp_path: Path, command: str, environment: dict[str, str], sentence: str
 ) -> None:
+    config = tmp_path / "tinkerapi.toml"
+    config.write_text("[[base_model]]\nname = 'some/model'")
+    if environment.get("TINKERAPI_CONFIG") == "CONFIG":
+        environment = {**environment, "TINKERAPI_CONFIG": str(config)}
     answer = subprocess.run(
         [sys.executable, "manage.py", command],
         cwd=ROOT,

@@ -9,6 +9,7 @@ from django.conf import LazySettings
 from django.utils import timezone
 
 from futures.models import Future
+from tests.base_models import base_model_configs
 from tests.conftest import ApiClient
 from tests.sdk.conftest import SdkClient
 from training.models import Session
@@ -56,7 +57,7 @@ def test_a_session_ends_whatever_waits_and_whether_or_not_its_model_is_served(
     model_id = sdk.model(session_id)
     Session.objects.filter(pk=session_id).update(heartbeat_at=timezone.now() - timedelta(days=8))
     settings.MAX_PENDING = 1
-    settings.BASE_MODELS = ["another"]
+    settings.BASE_MODELS = base_model_configs("another")
 
     assert sessions_expire() == 1
 

@@ -13,8 +13,9 @@ from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
 from futures.errors import QueueTaken
+from tests.base_models import base_model_configs
 from tests.tiny_model import make_tiny_model
-from training.base_models import BaseModel
+from training.base_models import BaseModel, base_model_get
 from training.engine import loading
 from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
 from training.management.commands import engineworker
@@ -25,9 +26,10 @@ Break = Callable[[Path], object]
 
 @pytest.fixture
 def base_model(tmp_path: Path, settings: Settings) -> BaseModel:
-    settings.DEVICE = "cpu"
+    folder = make_tiny_model(tmp_path / "tiny")
+    settings.BASE_MODELS = base_model_configs(f"tiny={folder}", device="cpu")
     settings.NUM_THREADS = torch.get_num_threads()
-    return BaseModel(name="tiny", folder=make_tiny_model(tmp_path / "tiny"), queue="engine-tiny")
+    return base_model_get(None)
 
 
 def configured(**changes: object) -> Break:
@@ -90,11 +92,11 @@ def test_memory_that_is_taken_now_is_no_fault_of_the_folder(
 def test_a_gpu_that_is_asked_for_and_missing_is_a_refusal(
     base_model: BaseModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings.DEVICE = "cuda"
+    settings.BASE_MODELS = base_model_configs(f"tiny={base_model.folder}", device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
-    with pytest.raises(DeviceNotFound, match="TINKERAPI_DEVICE is cuda and torch sees no GPU"):
-        build_engine(base_model)
+    with pytest.raises(DeviceNotFound, match="tiny is for cuda and torch sees no GPU"):
+        build_engine(base_model_get(None))
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,9 @@ from futures.workers import worker_heartbeat, worker_live, worker_start, worker_
 from training import tasks
 from training.base_models import BaseModel
 from training.engine.interface import Engine
-from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
+from training.errors import BaseModelNotFound, TrainingError
 from training.worker.chores import Chores
+from training.worker.devices import device_of
 from training.worker.last_words import LastWords, crashed, oom_kills
 from training.worker.loop import WorkLoop
 from training.worker.pulse import EVERY_SECONDS, Pulse
@@ -46,7 +47,7 @@ def build_engine(base_model: BaseModel) -> Engine:
 
     Raises:
         BaseModelNotFound: Its folder cannot be read.
-        DeviceNotFound: TINKERAPI_DEVICE is cuda and there is no GPU.
+        DeviceNotFound: It is for a GPU that is not there.
     """
     import torch
 
@@ -54,16 +55,19 @@ def build_engine(base_model: BaseModel) -> Engine:
     from training.engine.model_engine import TorchEngine
 
     torch.set_num_threads(num_threads(torch.get_num_threads()))
-    if settings.DEVICE == "cuda" and not torch.cuda.is_available():
-        raise DeviceNotFound(
-            "TINKERAPI_DEVICE is cuda and torch sees no GPU; check driver and torch build"
-        )
+    device = device_of(
+        base_model.config,
+        among=settings.BASE_MODELS,
+        gpu_count=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    )
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # or whatever names no device would be made on the first
     with _faults_of(base_model.folder):
         loaded = load_base_model(
             str(base_model.folder),
             name=base_model.name,
-            device=settings.DEVICE,
-            dtype=settings.DTYPE,
+            device=device,
+            dtype=base_model.config.dtype,
         )
     return TorchEngine(
         loaded, token_budget=settings.BATCH_TOKENS, cache_tokens=settings.CACHE_TOKENS

@@ -141,6 +141,7 @@ class Command(BaseCommand):
                 "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
                 "PYTHONUNBUFFERED": "1",
                 "TINKERAPI_DATA_DIR": str(settings.DATA_DIR),
+                **_config_file(),
                 "TINKERAPI_SECRET_KEY": secret_key,
                 "TINKERAPI_REQUIRE_API_KEY": "1" if require_api_key else "0",
             }
@@ -163,6 +164,7 @@ class Command(BaseCommand):
 
     def _prepare_models(self, environment: dict[str, str]) -> None:
         """Start making the folders that are missing, each in its own process."""
+        self.say(f"data      {settings.DATA_DIR}")
         for base_model in base_models():
             if not base_model.folder.exists():
                 self.say(f"model     {base_model.name}: making its folder, once")
@@ -299,6 +301,12 @@ def _can_be_prepared(base_model: BaseModel) -> bool:
     """Whether the folder is ours to make: it lies in the data folder and is not there yet."""
     is_ours = base_model.folder.is_relative_to(settings.DATA_DIR / "models")
     return is_ours and not base_model.folder.exists()
+
+
+def _config_file() -> dict[str, str]:
+    """The configuration file by its whole path, which means the same in every folder."""
+    name = os.environ.get("TINKERAPI_CONFIG", "")
+    return {"TINKERAPI_CONFIG": str(Path(name).expanduser().resolve())} if name else {}
 
 
 def _log(name: str) -> Path:

@@ -24,7 +24,7 @@ class Command(BaseCommand):
         try:
             base_model = base_model_get(name)
             if not base_model.folder.exists():
-                if base_model.name == DEFAULT_MODEL_NAME:
+                if base_model.config.path == DEFAULT_MODEL_NAME:
                     self._convert(base_model)
                 else:
                     self._download(base_model)
@@ -47,18 +47,18 @@ class Command(BaseCommand):
         )
 
         partial = base_model.folder.with_name(f".{base_model.folder.name}.partial")
-        self._say(f"Downloading {base_model.name}", 0.0)
+        self._say(f"Downloading {base_model.config.path}", 0.0)
         try:
             snapshot_download(
-                base_model.name,
+                base_model.config.path,
                 local_dir=partial,  # kept when interrupted: the next call goes on from there
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CommandError(
-                f"{base_model.name} could not be downloaded: {reason}; "
-                "name a local folder in TINKERAPI_BASE_MODEL instead"
+                f"{base_model.config.path} could not be downloaded: {reason}; "
+                "name a local folder as the base model's path instead"
             ) from error
         shutil.rmtree(partial / ".cache", ignore_errors=True)
         partial.rename(base_model.folder)

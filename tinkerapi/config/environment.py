@@ -9,13 +9,45 @@ import psycopg
 from django.core.exceptions import ImproperlyConfigured
 from psycopg.conninfo import make_conninfo
 
+from tinkerapi.config.nearest import nearest
+
+PREFIX = "TINKERAPI_"
+OTHERS = ("TINKERAPI_NO_INSTALL",)
+"""Variables of ours that are read before the settings are."""
+
+_read: set[str] = set()
+
 LARGEST = 10**9
 """What a number may be where nothing else limits it: as seconds, thirty years."""
 
 
+def env_text(name: str, default: str = "") -> str:
+    """The variable's value as it is; the default where it is not set."""
+    _read.add(name)
+    return os.environ.get(name, default)
+
+
+def refuse_unknown_variables() -> None:
+    """Stop the start if a variable of ours is set that no reader has asked for.
+
+    Call it after the last one. Those that begin with ``TINKERAPI_TEST_`` are the test suite's.
+    """
+    known = {name for name in _read if name.startswith(PREFIX)} | set(OTHERS)
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known and not name.startswith(f"{PREFIX}TEST_"):
+            raise ImproperlyConfigured(f"{name}: no such setting{nearest(name, known)}")
+
+
+def refuse_beside(name: str, *others: str) -> None:
+    """Stop the start if a variable is set beside one that it takes the place of."""
+    for other in others:
+        if env_text(name) and env_text(other):
+            raise ImproperlyConfigured(f"{other}: {name} is set and says it; unset one of them")
+
+
 def env_bool(name: str, default: bool) -> bool:
     """``1``, ``true``, ``yes``, ``on`` or their opposites; anything else stops the start."""
-    value = os.environ.get(name, "").strip().lower()
+    value = env_text(name).strip().lower()
     if value in ("", "1", "true", "yes", "on", "0", "false", "no", "off"):
         return default if not value else value in ("1", "true", "yes", "on")
     raise ImproperlyConfigured(f"{name}: expected 1 or 0, got {value!r}")
@@ -23,7 +55,7 @@ def env_bool(name: str, default: bool) -> bool:
 
 def env_int(name: str, default: int, *, minimum: int = 1, maximum: int = LARGEST) -> int:
     """A whole number from ``minimum`` to ``maximum``; anything else stops the start."""
-    value = os.environ.get(name, "").strip()
+    value = env_text(name).strip()
     try:
         number = int(value) if value else default
     except ValueError:
@@ -37,7 +69,7 @@ def env_int(name: str, default: int, *, minimum: int = 1, maximum: int = LARGEST
 
 def env_choice(name: str, default: str, choices: tuple[str, ...]) -> str:
     """One of ``choices``; anything else stops the start."""
-    value = os.environ.get(name, "").strip() or default
+    value = env_text(name).strip() or default
     if value not in choices:
         raise ImproperlyConfigured(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
@@ -45,14 +77,14 @@ def env_choice(name: str, default: str, choices: tuple[str, ...]) -> str:
 
 def env_list(name: str, default: str = "") -> list[str]:
     """Comma-separated values, blanks dropped."""
-    return [item.strip() for item in os.environ.get(name, default).split(",") if item.strip()]
+    return [item.strip() for item in env_text(name, default).split(",") if item.strip()]
 
 
 def env_names(name: str, default: str) -> list[str]:
     """Comma-separated values, at least one; commas or blanks alone stop the start."""
-    names = env_list(name, default) if os.environ.get(name) else [default]
+    names = env_list(name, default) if env_text(name) else [default]
     if not names:
-        raise ImproperlyConfigured(f"{name}: expected a name, got {os.environ[name]!r}")
+        raise ImproperlyConfigured(f"{name}: expected a name, got {env_text(name)!r}")
     return names
 
 
@@ -82,7 +114,7 @@ def env_database(name: str) -> dj_database_url.DBConfig:
     # The value is not repeated: it may hold a password.
     expected = f"{name}: expected postgresql://USER:PASSWORD@HOST:PORT/NAME"
     try:
-        database = dj_database_url.parse(os.environ[name].strip())
+        database = dj_database_url.parse(env_text(name).strip())
     except dj_database_url.UnknownSchemeError:
         raise ImproperlyConfigured(f"{expected}, got a URL of another kind") from None
     except ValueError:

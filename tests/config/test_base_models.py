@@ -1,0 +1,101 @@
+"""Base models from variables and from a file: what is taken, and what is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+
+from tests.base_models import base_model_configs
+from tinkerapi.config.base_models import base_models_from_file
+from training.base_model_config import BaseModelConfig
+from training.base_models import base_model_of
+
+
+def read(folder: Path, text: str) -> list[BaseModelConfig]:
+    path = folder / "tinkerapi.toml"
+    path.write_text(text)
+    return base_models_from_file(path)
+
+
+def test_a_variable_names_a_hub_name_a_folder_or_both() -> None:
+    hub, folder, both = base_model_configs("Qwen/Qwen3-8B", "/models/a=b", "Qwen/Qwen3-4B=/m/qwen")
+
+    assert (hub.name, hub.path) == ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B")
+    assert (folder.name, folder.path) == ("a=b", "/models/a=b")
+    assert (both.name, both.path) == ("Qwen/Qwen3-4B", "/m/qwen")
+
+
+@pytest.mark.parametrize("value", ["name=", "=/folder", "="])
+def test_a_variable_with_half_a_pair_is_refused(value: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match="expected NAME, FOLDER or NAME=PATH, got"):
+        base_model_configs(value)
+
+
+def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
+    first, second = read(
+        tmp_path,
+        """
+        [[base_model]]
+        name = "Qwen/Qwen3-8B"
+        path = "/models/qwen"
+        device = "cuda:1"
+        dtype = "bfloat16"
+        layout = "packed"
+
+        [[base_model]]
+        path = "./small"
+        """,
+    )
+
+    assert first == BaseModelConfig(
+        name="Qwen/Qwen3-8B",
+        path="/models/qwen",
+        device="cuda:1",
+        dtype="bfloat16",
+        layout="packed",
+    )
+    assert second == BaseModelConfig(name="small", path=str(tmp_path / "small"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", r"expected one or more \[\[base_model\]\] tables"),
+        ("base_model = 1", r"expected one or more \[\[base_model\]\] tables"),
+        ("[base_model]\nname = 'a'", r"expected one or more \[\[base_model\]\] tables"),
+        ("[[base_models]]\nname = 'a'", "unknown key 'base_models'; did you mean base_model"),
+        ("[[base_model]]\ndevcie = 'cpu'", r"base_model\[0\]: unknown key 'devcie'; did you mean"),
+        ("[[base_model]]\ndevice = 'cpu'", r"base_model\[0\]: name is missing"),
+        ("[[base_model]]\nname = 1", r"base_model\[0\].name: expected a text, got 1"),
+        ("[[base_model]]\nname = ' '", r"base_model\[0\].name: expected a text, got ' '"),
+        (
+            "[[base_model]]\nname = 'a'\ndevice = 'gpu'",
+            "device: expected auto, cpu, cuda or cuda:N",
+        ),
+        ("[[base_model]]\nname = 'a'\ndtype = 'int8'", "dtype: expected one of auto, bfloat16"),
+        ("[[base_model]]\nname = 'a'\nlayout = 'odd'", "layout: expected one of auto, packed"),
+        ("[[base_model]", "is not TOML"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused_by_name(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    with pytest.raises(ImproperlyConfigured, match=sentence):
+        read(tmp_path, text)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImproperlyConfigured, match=r"gone\.toml cannot be read: No such file"):
+        base_models_from_file(tmp_path / "gone.toml")
+
+
+def test_a_name_of_its_own_may_have_any_folder(tmp_path: Path) -> None:
+    config = BaseModelConfig(name="Qwen/Qwen3-8B", path="/models/qwen")
+
+    base_model = base_model_of(config, tmp_path)
+
+    assert base_model.name == "Qwen/Qwen3-8B"
+    assert base_model.folder == Path("/models/qwen")
+    assert base_model.queue == "engine-qwen-qwen3-8b"

@@ -1,0 +1,1 @@
+"""What an operator may set: environment variables, and a TOML file for base models."""

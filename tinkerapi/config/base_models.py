@@ -1,0 +1,110 @@
+"""Base models as an operator names them: TINKERAPI_BASE_MODEL, or tables of a TOML file."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+
+from tinkerapi.config.nearest import nearest
+from training.base_model_config import DTYPES, LAYOUTS, BaseModelConfig, is_folder
+
+TABLE = "base_model"
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+
+def base_models_from_names(
+    values: Sequence[str], *, device: str, dtype: str
+) -> list[BaseModelConfig]:
+    """Of ``NAME``, ``FOLDER`` or ``NAME=PATH`` each; a folder's name is its last part.
+
+    Args:
+        device: That of all of them.
+        dtype: That of all of them.
+
+    Raises:
+        ImproperlyConfigured: A side of ``=`` is empty.
+    """
+    found = []
+    for value in values:
+        is_path = is_folder(value)  # which may have an equals sign of its own
+        name, has_path, path = (value, "", "") if is_path else value.partition("=")
+        name, path = name.strip(), path.strip()
+        if has_path and not (name and path):
+            raise ImproperlyConfigured(
+                f"TINKERAPI_BASE_MODEL: expected NAME, FOLDER or NAME=PATH, got {value!r}"
+            )
+        path = path or name
+        found.append(
+            BaseModelConfig(
+                name=name if has_path else _public_name(path), path=path, device=device, dtype=dtype
+            )
+        )
+    return found
+
+
+def base_models_from_file(path: Path) -> list[BaseModelConfig]:
+    """The ``[[base_model]]`` tables of a TOML file, in order; the first is the default.
+
+    Relative folders in it (``./models/qwen``) begin at the file's own folder.
+
+    Raises:
+        ImproperlyConfigured: It cannot be read, or a key or value in it makes no sense. The message
+            names file, table and key.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ImproperlyConfigured(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ImproperlyConfigured(f"{path} is not TOML: {error}") from None
+    _refuse_unknown(content, (TABLE,), str(path))
+    tables = content.get(TABLE)
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
+        raise ImproperlyConfigured(f"{path}: expected one or more [[{TABLE}]] tables")
+    return [
+        _from_table(table, f"{path}: {TABLE}[{index}]", path.parent)
+        for index, table in enumerate(tables)
+    ]
+
+
+def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModelConfig:
+    _refuse_unknown(table, [field.name for field in fields(BaseModelConfig)], where)
+    for key in ("name", "path", "device", "dtype", "layout"):
+        if key in table and not (isinstance(table[key], str) and table[key].strip()):
+            raise ImproperlyConfigured(f"{where}.{key}: expected a text, got {table[key]!r}")
+    if not table.keys() & {"name", "path"}:
+        raise ImproperlyConfigured(f"{where}: name is missing: what clients call the base model")
+    path = table.get("path", table.get("name", ""))
+    if path.startswith("."):
+        path = str((folder / path).resolve())
+    values = {**table, "path": path, "name": table.get("name") or _public_name(path)}
+    device = values.get("device", "auto")
+    if not _DEVICE.fullmatch(device):
+        raise ImproperlyConfigured(
+            f"{where}.device: expected auto, cpu, cuda or cuda:N, got {device!r}"
+        )
+    for key, choices in (("dtype", DTYPES), ("layout", LAYOUTS)):
+        if values.get(key, "auto") not in choices:
+            raise ImproperlyConfigured(
+                f"{where}.{key}: expected one of {', '.join(choices)}, got {values[key]!r}"
+            )
+    return BaseModelConfig(**values)
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise ImproperlyConfigured(f"{where}: unknown key {key!r}{nearest(key, known)}")
+
+
+def _public_name(path: str) -> str:
+    """What clients call a base model that has only a path: a folder's last part."""
+    # Path's own expanduser fails for an unknown user, whose folder is one that is not there.
+    return Path(os.path.expanduser(path)).resolve().name if is_folder(path) else path

@@ -1,0 +1,39 @@
+"""Which device a base model's worker computes on: no two on one GPU while another is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from training.base_model_config import BaseModelConfig
+from training.errors import DeviceNotFound
+
+
+def device_of(config: BaseModelConfig, *, among: Sequence[BaseModelConfig], gpu_count: int) -> str:
+    """``cpu`` or ``cuda:N`` for one base model of a server.
+
+    Those that name their GPU get it. The others take, in their order, the GPUs that nobody
+    named, from the first again when there are more base models than GPUs.
+
+    Args:
+        among: All base models of the server, ``config`` included.
+        gpu_count: How many GPUs torch sees.
+
+    Raises:
+        DeviceNotFound: It asks for a GPU that is not there.
+    """
+    if config.device == "cpu" or (config.device == "auto" and gpu_count == 0):
+        return "cpu"
+    named = {int(c.device[5:]) for c in among if c.device.startswith("cuda:")}
+    if config.device.startswith("cuda:"):
+        chosen = int(config.device[5:])
+    else:
+        open_to_all = [i for i in range(gpu_count) if i not in named] or list(range(gpu_count))
+        place = [c.name for c in among if c.device in ("auto", "cuda")].index(config.name)
+        chosen = open_to_all[place % len(open_to_all)] if open_to_all else 0
+    if chosen >= gpu_count:
+        seen = f"{gpu_count} GPU{'s' if gpu_count > 1 else ''}" if gpu_count else "no GPU"
+        raise DeviceNotFound(
+            f"base model {config.name} is for {config.device} and torch sees {seen}; check driver "
+            "and torch build"
+        )
+    return f"cuda:{chosen}"
