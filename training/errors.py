@@ -76,6 +76,10 @@ class NonFiniteResult(TrainingError):
     """The computation produced NaN or infinity; weights and gradients are as before."""
 
 
+class GradientDropped(NonFiniteResult):
+    """The accumulated gradient is too large for a step and was dropped; weights are as before."""
+
+
 class OutOfMemory(TrainingError):
     """The device has no memory left for this request."""
 

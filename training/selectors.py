@@ -13,13 +13,14 @@ from futures.models import Future
 from futures.transitions import State
 from training.errors import (
     CheckpointNotFound,
+    GradientDropped,
     InvalidRequest,
     RunLost,
     RunNotFound,
     SamplingSessionNotFound,
     SessionNotFound,
 )
-from training.kinds import LOGGED
+from training.kinds import LOGGED, Kind
 from training.loss_fns import LOSS_FNS
 from training.models import Checkpoint, CustomLoss, Run, SamplingSession, Session, Snapshot
 from training.paths import TinkerPath
@@ -118,6 +119,13 @@ def run_find(identifier: str, *, owner: str | None = None) -> Run:
     return runs[0]
 
 
+CHANGED_ITS_RUN = Q(state=State.READY, kind__in=LOGGED) | Q(
+    state=State.FAILED, kind=Kind.OPTIM_STEP, error_code=GradientDropped.__name__
+)
+"""The futures that a run's state comes from. One sort of failure changes it: a step that had to
+drop the gradient."""
+
+
 def run_log(run: Run, *, after_seq_id: int = -1) -> list[Future]:
     """The requests that made the run what it is, in order, payloads included.
 
@@ -129,9 +137,8 @@ def run_log(run: Run, *, after_seq_id: int = -1) -> list[Future]:
     """
     log = list(
         Future.objects.filter(
+            CHANGED_ITS_RUN,
             lane_id=run.id,
-            state=State.READY,
-            kind__in=LOGGED,
             seq_id__gt=after_seq_id,
             seq_id__lte=run.applied_seq_id,
         )

@@ -8,7 +8,13 @@ import torch
 
 from training.engine.interface import ForwardBackwardJob
 from training.engine.targets import select_modules
-from training.errors import InvalidDatum, InvalidRequest, NonFiniteResult, TrainingError
+from training.errors import (
+    GradientDropped,
+    InvalidDatum,
+    InvalidRequest,
+    NonFiniteResult,
+    TrainingError,
+)
 from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig
 
 STEP = AdamParams(learning_rate=0.01)
@@ -196,6 +202,42 @@ def test_a_gradient_that_overflows_is_found_in_the_job_it_comes_from(engine_with
     assert results[0].loss == expected.loss
     assert isinstance(results[1], NonFiniteResult)
     assert_same_state(engine.adapter_state("a"), clean.adapter_state("a"))
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30])
+def test_huge_gradients_are_dropped_with_the_step_that_they_spoil(
+    size, engine_with_two, make_datum
+):
+    """One batch of them, or a sum: the next good batch goes on from weights and moments."""
+    engine, clean = engine_with_two(), engine_with_two()
+    for one in (engine, clean):
+        one.train_one("a", [make_datum(5)])
+        one.optim_step("a", STEP)
+    huge = poisoned(make_datum(6), weights=np.full(6, size, np.float32))
+    for _ in range(3):
+        engine.train_one("a", [huge])
+    with pytest.raises(GradientDropped):
+        engine.optim_step("a", STEP)
+    for one in (engine, clean):
+        one.train_one("a", [make_datum(7)])
+        one.optim_step("a", STEP)
+    assert_same_state(engine.adapter_state("a"), clean.adapter_state("a"))
+
+
+def test_a_sum_of_gradients_that_overflows_is_refused_and_the_sum_before_stays(
+    engine_with_two, make_datum
+):
+    engine = engine_with_two()
+    large = poisoned(make_datum(6), weights=np.full(6, 1e37, np.float32))
+    for _ in range(100):
+        before = engine.adapter_state("a")
+        (result,) = engine.forward_backward([job("a", large)])
+        if isinstance(result, NonFiniteResult):
+            break
+    assert "added to what was accumulated, is outside float32" in str(result)
+    assert before["grad"].any()
+    assert_same_state(engine.adapter_state("a"), before)
+    assert engine.optim_step("a", AdamParams(grad_clip_norm=1.0)).step == 1
 
 
 def test_an_adapter_whose_weights_overflow_fails_alone(engine_with_two, make_datum):

@@ -8,7 +8,7 @@ import torch
 
 from training.engine.adapters import AdapterLayout, AdapterTensors, LoraShape, new_adapter
 from training.engine.optim import adamw_step
-from training.errors import NonFiniteResult
+from training.errors import GradientDropped, NonFiniteResult
 from training.types import AdamParams, LoraConfig
 
 SHAPES = {"up": LoraShape(6, 5), "down": LoraShape(5, 6)}
@@ -86,17 +86,21 @@ def test_without_a_gradient_decay_and_momentum_still_act(adapter):
     assert (adapter.weights.flat < moved).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_step_that_would_not_be_finite_changes_nothing(adapter, value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e20, -1e30])
+def test_a_gradient_that_no_step_can_take_is_dropped_and_nothing_else_changes(adapter, value):
     adapter.grad.flat.fill_(0.5)
     adamw_step(adapter, AdamParams())
     adapter.grad.flat.fill_(0.5)
     adapter.grad.flat[3] = value
-    before = state_of(adapter)
-    with pytest.raises(NonFiniteResult):
+    weights, _, *others = state_of(adapter)
+    with pytest.raises(GradientDropped, match="is too large for a step: its square is outside"):
         adamw_step(adapter, AdamParams())
-    for was, now in zip(before, state_of(adapter), strict=True):
+    for was, now in zip(
+        [weights, torch.zeros_like(weights), *others], state_of(adapter), strict=True
+    ):
         np.testing.assert_array_equal(was.numpy(), now.numpy())
+    adapter.grad.flat.fill_(0.5)
+    assert adamw_step(adapter, AdamParams()).step == 2
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,7 @@ def test_a_step_that_would_not_be_finite_changes_nothing(adapter, value):
 def test_numbers_that_are_too_large_together_change_nothing(adapter, params):
     adapter.grad.flat.fill_(0.5)
     before = state_of(adapter)
-    with pytest.raises(NonFiniteResult):
+    with pytest.raises(NonFiniteResult, match="new weights would not be finite"):
         adamw_step(adapter, params)
     for was, now in zip(before, state_of(adapter), strict=True):
         np.testing.assert_array_equal(was.numpy(), now.numpy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from django.contrib.auth.models import User
 
@@ -11,7 +12,7 @@ from futures.models import Future
 from futures.payload import decode
 from training import services
 from training.services import Submission
-from training.types import AdamParams, Conversation, Message
+from training.types import AdamParams, Conversation, Datum, Message
 
 Train = Callable[..., Future]
 
@@ -50,6 +51,26 @@ def forward_backward(
                 "loss_fn_config": {},
                 **fields,
             }
+        ).future
+
+    return submit
+
+
+@pytest.fixture
+def train_datum(owner: User) -> Callable[..., Future]:
+    """Submit a forward_backward of one datum of this weight: ``train_datum("m", 1e30)``."""
+
+    def submit(model_id: str, weight: float) -> Future:
+        inputs = {
+            "target_tokens": np.array([2, 3], np.int64),
+            "weights": np.full(2, weight, np.float32),
+        }
+        return services.forward_backward_submit(
+            owner_id=owner.pk,
+            model_id=model_id,
+            data=[Datum(model_input=np.array([1, 2], np.int32), loss_fn_inputs=inputs)],
+            loss_fn="cross_entropy",
+            loss_fn_config={},
         ).future
 
     return submit

@@ -232,3 +232,50 @@ def test_a_replaced_worker_moves_no_run_back_even_where_it_finishes_nothing(
 
     run = Run.objects.get(id=stale.id)
     assert (run.step, run.applied_seq_id) == (2, 7)
+
+
+def test_a_step_that_dropped_its_gradient_is_part_of_the_log(
+    start_worker: Start,
+    train: Callable[[str, int], None],
+    train_datum: Submit,
+    optim_step: Submit,
+) -> None:
+    """Rebuilt from the log, or from a snapshot and the log, the run has no such gradient either."""
+    work = start_worker()
+    train("m", 1)
+    work()
+    work.loop.give_back()
+    train_datum("m", 1e30)
+    spoilt = optim_step("m")
+    train_datum("m", 1.0)
+    optim_step("m")
+    train_datum("m", 2.0)
+    work()
+    spoilt.refresh_from_db()
+    assert (spoilt.state, spoilt.error_code) == ("failed", "GradientDropped")
+    assert Future.objects.filter(state="failed").count() == 1
+    before = state_of(work, "m")
+    assert np.isfinite(before["grad"]).all()
+    work.die()
+    work = start_worker()
+    assert_same(state_of(work, "m"), before)
+    work.die()
+    Snapshot.objects.all().delete()
+    assert_same(state_of(start_worker(), "m"), before)
+
+
+def test_a_snapshot_after_a_dropped_gradient_holds_that_it_was_dropped(
+    start_worker: Start, train_datum: Submit, optim_step: Submit
+) -> None:
+    work = start_worker()
+    train_datum("m", 1e30)
+    spoilt = optim_step("m")
+    work()
+    work.loop.give_back()
+    assert Snapshot.objects.get().seq_id == Run.objects.get(name="m").applied_seq_id
+    assert Snapshot.objects.get().seq_id == spoilt.seq_id
+    train_datum("m", 1.0)
+    work()
+    before = state_of(work, "m")
+    work.die()
+    assert_same(state_of(start_worker(), "m"), before)

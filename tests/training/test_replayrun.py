@@ -72,3 +72,14 @@ def test_a_run_whose_log_was_pruned_is_refused(trained: Run, replay: Callable[..
 def test_an_unknown_run_is_named(db: None, replay: Callable[..., str]) -> None:
     with pytest.raises(CommandError, match="'nobody'"):
         replay("nobody")
+
+
+def test_a_step_that_dropped_its_gradient_is_replayed_as_one(
+    work: InProcessWorker, replay: Callable[..., str], train_datum: Submit, optim_step: Submit
+) -> None:
+    train_datum("m", 1e30)
+    optim_step("m")
+    train_datum("m", 1.0)
+    optim_step("m")
+    work()
+    assert "identical" in replay("m", "--tolerance", "0")

@@ -46,6 +46,7 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.BaseModelNotFound: 404,
     training_errors.DeviceNotFound: 500,
     training_errors.NonFiniteResult: 400,
+    training_errors.GradientDropped: 400,
     training_errors.OutOfMemory: 503,
     training_errors.StorageFull: 507,
     training_errors.StorageFailed: 500,

@@ -27,7 +27,13 @@ from training.engine.interface import (
 )
 from training.engine.storage import new_directory, read_meta, write_meta
 from training.engine.validate import check_adam_params, check_job, check_lora_config
-from training.errors import CheckpointNotFound, InvalidRequest, NonFiniteResult, TrainingError
+from training.errors import (
+    CheckpointNotFound,
+    GradientDropped,
+    InvalidRequest,
+    NonFiniteResult,
+    TrainingError,
+)
 from training.loss_fns import CUSTOM, LOSS_FNS
 from training.types import (
     AdamParams,
@@ -153,6 +159,9 @@ class FakeEngine(Engine):
         step = adapter.step + 1
         exp_avg = p.beta1 * adapter.exp_avg + (1 - p.beta1) * grad
         exp_avg_sq = p.beta2 * adapter.exp_avg_sq + (1 - p.beta2) * grad * grad
+        if not np.isfinite(exp_avg_sq).all():
+            adapter.grad = _zeros()
+            raise GradientDropped
         denominator = np.sqrt(exp_avg_sq / (1 - p.beta2**step)) + p.eps
         update = exp_avg / (1 - p.beta1**step) / denominator
         weights = adapter.weights * (1 - p.learning_rate * p.weight_decay)
@@ -163,6 +172,9 @@ class FakeEngine(Engine):
         adapter.exp_avg = exp_avg.astype(np.float32)
         adapter.exp_avg_sq = exp_avg_sq.astype(np.float32)
         return OptimStepOutput(step=step, grad_norm=norm)
+
+    def drop_gradient(self, adapter_name: str) -> None:
+        self.find(adapter_name).grad = _zeros()
 
     def capture_adapter(
         self, adapter_name: str, *, with_optimizer: bool = True

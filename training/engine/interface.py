@@ -193,10 +193,16 @@ class Engine(ABC):
         momentum still act, as in torch.optim.AdamW.
 
         Raises:
-            NonFiniteResult: The gradient or the new weights would not be finite.
+            GradientDropped: The gradient is too large; it is cleared, so that the next good batch
+                can be stepped. Weights, moments and step are as before.
+            NonFiniteResult: The new weights would not be finite.
             OutOfMemory: No room for the new weights and moments.
                 After either, weights, moments, step and gradient are as before.
         """
+
+    @abstractmethod
+    def drop_gradient(self, adapter_name: str) -> None:
+        """Clear the accumulated gradient, as a step that raised GradientDropped did."""
 
     @abstractmethod
     def capture_adapter(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from training.engine import optim, weights
 from training.engine.adapters import (
     Adapter,
@@ -25,6 +27,11 @@ from training.engine.text import ChatText
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import InvalidRequest, NonFiniteResult, OutOfMemory, TrainingError
 from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepOutput
+
+_GRADIENT_OVERFLOWS = (
+    "The gradient of this request, added to what was accumulated, is outside float32; it was not "
+    "added, and weights and gradient are as before. Send smaller advantages or weights."
+)
 
 JobResult = ForwardBackwardOutput | TrainingError
 
@@ -154,7 +161,7 @@ class TorchEngine(Engine):
                 continue
             sharing = [planned for planned in jobs if planned.job.adapter_name == name]
             if len(sharing) == 1:
-                changed[sharing[0]] = NonFiniteResult()
+                changed[sharing[0]] = NonFiniteResult(_GRADIENT_OVERFLOWS)
             else:
                 for planned in sharing:
                     changed |= self._run([planned], trains=True)
@@ -175,6 +182,12 @@ class TorchEngine(Engine):
         check_adam_params(adam_params)
         with out_of_memory_by_name():
             return optim.adamw_step(self._use(adapter_name), adam_params)
+
+    def drop_gradient(self, adapter_name: str) -> None:
+        adapter = self._use(adapter_name)
+        with out_of_memory_by_name():
+            zeros = torch.zeros_like(adapter.grad.flat)
+        adapter.grad = AdapterTensors(adapter.layout, zeros)
 
     def capture_adapter(
         self, adapter_name: str, *, with_optimizer: bool = True

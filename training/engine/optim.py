@@ -1,8 +1,9 @@
 """One optimizer step of one adapter: clipping and AdamW over whole flat buffers.
 
 The arithmetic is that of ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW``. Every
-buffer is replaced, none written into: a step that turns out not finite has changed nothing, and
-a sampling job keeps the weights that it was admitted with.
+buffer is replaced, none written into: a step that turns out not finite has changed nothing, but for
+a gradient that no later step could take either, and a sampling job keeps the weights that it was
+admitted with.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import math
 import torch
 
 from training.engine.adapters import Adapter, AdapterTensors, all_finite
-from training.errors import NonFiniteResult
+from training.errors import GradientDropped, NonFiniteResult
 from training.types import MAX_FLOAT32, AdamParams, OptimStepOutput
 
 CLIP_EPS = 1e-6
 """clip_grad_norm_ adds it to the norm that it divides by."""
 
+_GRADIENT_OVERFLOW = (
+    "The accumulated gradient, of norm {norm:.3g}, is too large for a step: its square is outside "
+    "float32. It was dropped; weights and moments are as before. Send smaller advantages or "
+    "weights, or clip the gradient with grad_clip_norm."
+)
 _WEIGHTS_OVERFLOW = "The new weights would not be finite; nothing was changed."
 
 
@@ -33,13 +39,14 @@ def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
               - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Raises:
-        NonFiniteResult: The gradient, a moment or a weight would not be finite; the adapter
-            is as before.
+        GradientDropped: The gradient is such that the moments would not be finite. It is cleared,
+            or it would spoil every later step too; all else is as before.
+        NonFiniteResult: The weights would not be finite, which other parameters may mend; the
+            adapter is as before, gradient included.
     """
     grad = adapter.grad.flat
+    no_grad = AdapterTensors(adapter.layout, torch.zeros_like(grad))
     grad_norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
-    if not math.isfinite(grad_norm):
-        raise NonFiniteResult("The accumulated gradient is not finite; nothing was changed.")
     if params.grad_clip_norm > 0:
         grad = grad * min(1.0, params.grad_clip_norm / (grad_norm + CLIP_EPS))
     step = adapter.step + 1
@@ -51,11 +58,13 @@ def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
     exp_avg_sq = adapter.exp_avg_sq * params.beta2
     exp_avg_sq.addcmul_(grad, grad, value=1 - params.beta2)
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - params.beta2**step)).add_(params.eps)
+    if not all_finite(exp_avg, exp_avg_sq):
+        adapter.grad = no_grad
+        raise GradientDropped(_GRADIENT_OVERFLOW.format(norm=grad_norm))
     weights = adapter.weights.flat * (1 - decay)
     weights.addcdiv_(exp_avg, denominator, value=-step_size)
-    if not all_finite(weights, exp_avg, exp_avg_sq):
+    if not all_finite(weights):
         raise NonFiniteResult(_WEIGHTS_OVERFLOW)
-    no_grad = AdapterTensors(adapter.layout, torch.zeros_like(weights))
     # From here on nothing is allocated, so nothing can fail half-way.
     adapter.weights, adapter.grad = AdapterTensors(adapter.layout, weights), no_grad
     adapter.exp_avg, adapter.exp_avg_sq, adapter.step = exp_avg, exp_avg_sq, step

@@ -18,7 +18,7 @@ from futures.models import Future
 from futures.payload import decode
 from training import payloads
 from training.engine.interface import Engine
-from training.errors import RunNotCreated, RunNotFound, TrainingError
+from training.errors import GradientDropped, RunNotCreated, RunNotFound, TrainingError
 from training.kinds import LOGGED, Kind
 from training.models import Run
 from training.types import ForwardBackwardOutput
@@ -109,6 +109,8 @@ class Operations:
             run = self._run_of(future, runs)
             payload = decode(bytes(future.payload or b""))
             outcome = self._barriers[future.kind](future, run, payload, effects)
+        except GradientDropped as error:
+            outcome = outcomes.failed(future, error)  # a failure that changed something
         except TrainingError as error:
             effects.outcomes.append(outcomes.failed(future, error))
             return

@@ -1,9 +1,10 @@
 """Which adapters are in memory, and how one is rebuilt: its last snapshot plus its log.
 
 A run's log is its futures of the kinds that change it (``LOGGED``), in the order of their
-seq ids. An adapter in memory always is what the run's committed futures made it, and the
-caller drops it when an operation of it was not committed. So memory is a cache: the least
-recently used adapters leave for their snapshot and come back on use.
+seq ids, and the failed steps that dropped its gradient. An adapter in memory always is what the
+run's committed futures made it, and the caller drops it when an operation of it was not committed.
+So memory is a cache: the least recently used adapters leave for their snapshot and come back on
+use.
 
 A snapshot saves time, not data: while the disk takes none, runs go on, and what a crash would
 have to repeat grows until it takes one again.
@@ -22,6 +23,7 @@ from django.conf import settings
 
 from futures.models import Future, Worker
 from futures.payload import decode
+from futures.transitions import State
 from training import payloads
 from training.engine.interface import Engine
 from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingError
@@ -279,6 +281,9 @@ class Residency:
                         raise answer.output
                 continue
             for future in futures:
+                if future.state == State.FAILED:  # a step that dropped the gradient
+                    self._engine.drop_gradient(run.id)
+                    continue
                 payload = decode(bytes(future.payload or b""))
                 self._replay_barrier(run, future.kind, payload)
 

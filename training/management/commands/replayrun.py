@@ -57,7 +57,7 @@ class Command(BaseCommand):
         largest = 0.0
         finished = zip(log, self._wait(replayed), strict=True)
         for original, replay in tqdm(finished, total=len(log), unit="request", disable=None):
-            if replay.state != State.READY:
+            if (replay.state, replay.error_code) != (original.state, original.error_code):
                 raise CommandError(f"request {original.seq_id} ({original.kind}): {replay.error}")
             for figure in ("loss", "grad_norm"):
                 if figure in original.summary:
@@ -83,5 +83,5 @@ class Command(BaseCommand):
                 if time.monotonic() > self._deadline:
                     raise CommandError(f"{future.id} is still {future.state}; is a worker running?")
                 time.sleep(POLL_SECONDS)
-                future.refresh_from_db(fields=["state", "error", "summary", "result"])
+                future.refresh_from_db(fields=["state", "error", "error_code", "summary", "result"])
             yield future
