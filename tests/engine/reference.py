@@ -39,6 +39,9 @@ class TinyEngine(TorchEngine):
         rng = np.random.default_rng(seed)
         self.set_weights(adapter_name, (0.3 * rng.normal(size=flat.shape)).astype(np.float32))
 
+    def scale_grad(self, adapter_name: str, factor: float) -> None:
+        self._adapters[adapter_name].grad.flat.mul_(factor)
+
     def train_one(
         self, adapter_name: str, data: Sequence[Datum], loss_fn: str = "cross_entropy", **kwargs
     ) -> ForwardBackwardOutput:

@@ -61,7 +61,8 @@ class ForwardBackwardView(OperationView):
 
     An unknown `model_id` makes a model of that name on the default base model. The gradient
     is that of the **sum** over trained tokens; `loss` is the mean. Operations of one model run
-    in the order in which they were submitted, and a failed one changes nothing.
+    in the order in which they were submitted, and a failed one changes nothing (but for an
+    `optim_step` that must drop a gradient too large for any step).
     """
 
     group = "Training"
