@@ -306,6 +306,19 @@ def test_a_stop_string_is_found_across_tokens_and_left_out_of_the_text(
     assert make_tokenizer().decode(ours.tokens, skip_special_tokens=True) == ours.text + stop
 
 
+def test_the_text_of_a_special_token_stops_where_its_id_does(make_sampler: MakeSampler) -> None:
+    """Token 1 begins a turn, ends nothing by itself, and is no part of the text."""
+    free = run(make_sampler(), job(num_samples=8, max_tokens=120)).sequences
+    assert any(1 in sequence.tokens for sequence in free)
+    by_id = run(make_sampler(), job(num_samples=8, max_tokens=120, stop=(1, END_TOKEN))).sequences
+    by_text = run(
+        make_sampler(), job(num_samples=8, max_tokens=120, stop=(SPECIAL_TOKENS[1],))
+    ).sequences
+    assert [s.tokens for s in by_text] == [s.tokens for s in by_id]
+    assert [s.stop_reason for s in by_text] == [s.stop_reason for s in by_id]
+    assert [s.text for s in by_text] == [s.text for s in by_id]
+
+
 def test_an_end_token_stops_a_job_with_stop_strings_too(make_sampler: MakeSampler) -> None:
     for_none = run(make_sampler(), job(num_samples=8, max_tokens=120, stop=None)).sequences
     strings = job(num_samples=8, max_tokens=120, stop=("never said!",))

@@ -106,6 +106,43 @@ def test_a_stop_string_after_bytes_that_never_become_a_character_is_found() -> N
     assert watch.text_before_stop == UNFINISHED * 80
 
 
+SPECIAL = {256: "<|x|>", 257: "<|end|>"}
+"""Tokens that ``decode`` leaves out."""
+
+written_parts = st.lists(
+    st.one_of(st.sampled_from(sorted(SPECIAL)), st.text(alphabet="<|x>aé€", max_size=4)), max_size=8
+)
+
+
+@given(
+    parts=written_parts,
+    stop=st.one_of(
+        st.text(alphabet="<|x>aé€", min_size=1, max_size=3),
+        st.sampled_from(["<|x|>", "<|end|>", "a<|x|>", "<|x|>é", "|><|"]),
+    ),
+)
+@settings(max_examples=300)
+def test_a_stop_string_may_name_special_tokens(parts: list[str | int], stop: str) -> None:
+    """It is looked for in the text with them written out; the text given has none of them."""
+    watch = StopWatch(decode, [stop], special_texts=SPECIAL)
+    written = "".join(SPECIAL[part] if isinstance(part, int) else part for part in parts)
+    told = [
+        token for part in parts for token in ([part] if isinstance(part, int) else part.encode())
+    ]
+    stopped = next((n for n in range(1, len(told) + 1) if watch.has_stopped(told[:n])), None)
+    assert (stopped is not None) == (stop in written)
+    if stopped is not None:
+        at, kept = 0, ""
+        for part in parts:  # what is not special, up to where the stop string begins
+            whole = SPECIAL[part] if isinstance(part, int) else part
+            if not isinstance(part, int):
+                kept += part[: max(0, written.index(stop) - at)]
+            at += len(whole)
+        assert watch.text_before_stop == kept
+    else:
+        assert decode(told).startswith(watch.certain_text)
+
+
 def test_long_text_is_not_decoded_from_the_start_again() -> None:
     longest = 0
 

@@ -18,7 +18,8 @@ from tests.tiny_model import (
     VOCAB_SIZE,
     make_tokenizer,
 )
-from training.engine.text import ChatText, Message
+from training.engine.chat_template import Message
+from training.engine.text import ChatText
 from training.errors import InvalidRequest
 from training.types import Datum
 
@@ -221,9 +222,9 @@ LLAMA_2_LIKE = (
 def test_a_template_that_trims_contents_trains_what_it_leaves() -> None:
     text = text_with_template(LLAMA_2_LIKE)
     messages = chat("user:  hi \n", "assistant: \tyes ")
-    assert trained_text(text.render_conversation(messages, "assistant")) == f"yes {END}"
+    assert trained_text(text.render_conversation(messages, "assistant")) == f" yes {END}"
     # What the user says has no end of turn in this template.
-    assert trained_text(text.render_conversation(messages, "all")) == f"hiyes {END}"
+    assert trained_text(text.render_conversation(messages, "all")) == f"hi yes {END}"
 
 
 def test_a_template_that_refuses_the_messages_refuses_the_request() -> None:
@@ -237,11 +238,18 @@ def test_a_role_that_the_template_leaves_out_is_named() -> None:
         text_with_template(LLAMA_2_LIKE).render_conversation(messages, "all")
 
 
-def test_a_template_that_rewrites_contents_is_refused_for_training_only() -> None:
-    shouting = text_with_template("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
-    with pytest.raises(InvalidRequest, match="rewrites these contents"):
-        shouting.render_conversation(chat("user: aa"), "all")
-    assert shouting.render_prompt(chat("user: aa")) == shouting.encode("AA")
+def test_where_contents_are_rewritten_an_answer_is_what_follows_its_prompt() -> None:
+    """What another message says cannot be told apart there, so it is not trained."""
+    shouting = text_with_template(
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] | upper + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = chat("user: aa", "assistant: bb", "user: cc", "assistant: dd")
+    datum = shouting.render_conversation(messages, "assistant")
+    assert trained_text(datum) == f"BB{END}DD{END}"
+    with pytest.raises(InvalidRequest, match=r"messages\[0\]: .* rewrites these contents"):
+        shouting.render_conversation(messages, "all")
+    assert shouting.render_prompt(chat("user: aa")) == shouting.encode(f"user:AA{END}assistant:")
 
 
 def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day() -> None:

@@ -14,15 +14,22 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import django
 
 from training.engine.fake import FakeEngine
-from training.types import Datum
+from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 
 
 class FaultyEngine(FakeEngine):
-    def render_conversation(self, messages: Sequence[Mapping[str, str]], *, train_on: str) -> Datum:
+    def render_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        train_on: str,
+        options: ChatOptions = NO_CHAT_OPTIONS,
+    ) -> Datum:
         words = messages[0]["content"]
         note = Path(sys.argv[1]) / "hung"
         if words.startswith("hang") and not note.exists():
@@ -30,7 +37,7 @@ class FaultyEngine(FakeEngine):
             threading.Event().wait()
         if words.startswith("poison"):
             os.kill(os.getpid(), signal.SIGSEGV)
-        return super().render_conversation(messages, train_on=train_on)
+        return super().render_conversation(messages, train_on=train_on, options=options)
 
 
 def main() -> None:

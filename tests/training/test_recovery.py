@@ -133,10 +133,10 @@ def test_a_request_that_kills_three_workers_fails_by_name_and_the_rest_go_on(
     after = forward_backward("m", "good")
 
     class Poisoned(FakeEngine):
-        def render_conversation(self, messages: Any, *, train_on: str) -> Any:
+        def render_conversation(self, messages: Any, **how: Any) -> Any:
             if messages[0]["content"] == "poison":
                 raise Killed
-            return super().render_conversation(messages, train_on=train_on)
+            return super().render_conversation(messages, **how)
 
     for _ in range(3):
         with pytest.raises(Killed):

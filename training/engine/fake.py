@@ -36,7 +36,9 @@ from training.errors import (
 )
 from training.loss_fns import CUSTOM, LOSS_FNS
 from training.types import (
+    NO_CHAT_OPTIONS,
     AdamParams,
+    ChatOptions,
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
@@ -227,7 +229,13 @@ class FakeEngine(Engine):
         flat = {name: getattr(adapter, name).reshape(-1).copy() for name in arrays}
         return {**flat, "step": adapter.step}
 
-    def render_conversation(self, messages: Sequence[Mapping[str, str]], *, train_on: str) -> Datum:
+    def render_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        train_on: str,
+        options: ChatOptions = NO_CHAT_OPTIONS,
+    ) -> Datum:
         roles = [message["role"] for message in messages]
         if train_on == "assistant" and "assistant" not in roles:
             raise InvalidRequest("train_on: there is no assistant turn")
@@ -236,7 +244,7 @@ class FakeEngine(Engine):
         weights: list[float] = []
         for message in messages:
             header = self.encode(f"{message['role']}: ")
-            content = [*self.encode(message["content"]), END_TOKEN]
+            content = [*self.encode(message["content"] or ""), END_TOKEN]
             weight = float(trains_all or message["role"] == "assistant")
             tokens += header + content
             weights += [0.0] * len(header) + [weight] * len(content)
@@ -248,16 +256,23 @@ class FakeEngine(Engine):
             },
         )
 
-    def render_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
+    ) -> list[int]:
         tokens: list[int] = []
         for message in messages:
-            tokens += [*self.encode(f"{message['role']}: {message['content']}"), END_TOKEN]
-        return tokens + self.encode("assistant: ")
+            text = f"{message['role']}: {message['content'] or ''}"
+            tokens += [*self.encode(text), END_TOKEN]
+        if options.continue_final_message:
+            return tokens[:-1]
+        return tokens + self.encode("assistant: " if options.add_generation_prompt else "")
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def token_texts(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+    def token_texts(
+        self, tokens: Sequence[int], before: Sequence[int] = ()
+    ) -> list[tuple[str, int]]:
         ends = [token == END_TOKEN for token in tokens]
         return [
             ("<end>" if end else chr(token), index - sum(ends[:index]))

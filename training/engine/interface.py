@@ -20,7 +20,9 @@ from typing import Any
 from training.custom_loss_graph import CustomLossGraph
 from training.errors import TrainingError
 from training.types import (
+    NO_CHAT_OPTIONS,
     AdamParams,
+    ChatOptions,
     Datum,
     ForwardBackwardOutput,
     LoraConfig,
@@ -85,6 +87,8 @@ class SampleOutput:
     """One per prompt token when asked for; the first is NaN, since nothing precedes it."""
     scores: PromptScores = field(default_factory=PromptScores)
     """What else was asked of the prompt."""
+    prompt_end: Sequence[int] = ()
+    """The prompt's last tokens, after which ``Engine.token_texts`` reads the sequences."""
 
 
 class Sampler(ABC):
@@ -254,28 +258,45 @@ class Engine(ABC):
         ``"step"``: what two engines compare to say that an adapter is the same."""
 
     @abstractmethod
-    def render_conversation(self, messages: Sequence[Mapping[str, str]], *, train_on: str) -> Datum:
+    def render_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        train_on: str,
+        options: ChatOptions = NO_CHAT_OPTIONS,
+    ) -> Datum:
         """One conversation as a datum for cross_entropy, shifted by one token.
 
         The model's own chat template turns it into T tokens; the datum has T - 1 positions.
-        ``train_on``: ``assistant`` gives weight 1 to what the assistant says, end-of-turn token
-        included; ``all`` to the text and end of turn of every message given; ``auto`` is
-        ``assistant`` if there is an assistant turn and ``all`` otherwise.
+        ``train_on``: ``assistant`` gives weight 1 to what follows each prompt that ends where the
+        assistant speaks, up to the token on which sampling stops; ``all`` to the text and end
+        of turn of every other message given as well; ``auto`` is ``assistant`` if there is an
+        assistant turn and ``all`` otherwise.
 
         Raises:
-            InvalidRequest: ``assistant`` was asked for and there is no assistant turn.
+            InvalidRequest: ``assistant`` was asked for and there is no assistant turn, or what
+                would be trained is not what would be sampled.
         """
 
     @abstractmethod
-    def render_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
+    ) -> list[int]:
         """A conversation as a prompt that ends where the assistant begins to speak."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Text as token ids, without a chat template and without added special tokens."""
+        """Text as the token ids of a prompt, without a chat template, beginning as the model's
+        tokenizer begins every text."""
 
     @abstractmethod
-    def token_texts(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
+    def token_texts(
+        self, tokens: Sequence[int], before: Sequence[int] = ()
+    ) -> list[tuple[str, int]]:
         """Each sampled token's own text, special tokens written out, and where it begins in the
         sequence's text, in characters. Where bytes are part of a character only, the token's own
-        text has U+FFFD for them."""
+        text has U+FFFD for them.
+
+        Args:
+            before: What the tokens were sampled after.
+        """

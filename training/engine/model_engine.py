@@ -26,7 +26,15 @@ from training.engine.targets import select_modules
 from training.engine.text import ChatText
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import InvalidRequest, NonFiniteResult, OutOfMemory, TrainingError
-from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepOutput
+from training.types import (
+    NO_CHAT_OPTIONS,
+    AdamParams,
+    ChatOptions,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimStepOutput,
+)
 
 _GRADIENT_OVERFLOWS = (
     "The gradient of this request, added to what was accumulated, is outside float32; it was not "
@@ -226,17 +234,27 @@ class TorchEngine(Engine):
         arrays = {name: flat.cpu().numpy().copy() for name, flat in buffers.items()}
         return {**arrays, "step": adapter.step}
 
-    def render_conversation(self, messages: Sequence[Mapping[str, str]], *, train_on: str) -> Datum:
-        return self._text.render_conversation(messages, train_on=train_on)
+    def render_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        train_on: str,
+        options: ChatOptions = NO_CHAT_OPTIONS,
+    ) -> Datum:
+        return self._text.render_conversation(messages, train_on, options)
 
-    def render_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self._text.render_prompt(messages)
+    def render_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
+    ) -> list[int]:
+        return self._text.render_prompt(messages, options)
 
     def encode(self, text: str) -> list[int]:
         return self._text.encode(text)
 
-    def token_texts(self, tokens: Sequence[int]) -> list[tuple[str, int]]:
-        return self._text.token_texts(tokens)
+    def token_texts(
+        self, tokens: Sequence[int], before: Sequence[int] = ()
+    ) -> list[tuple[str, int]]:
+        return self._text.token_texts(tokens, before)
 
     def _peek(self, adapter_name: str) -> Adapter:
         if adapter_name not in self._adapters:

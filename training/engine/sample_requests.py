@@ -5,7 +5,7 @@ Knows nothing of passes, batches or the cache; ``sampling.ContinuousSampler`` mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from training.engine.adapters import AdapterTensors
@@ -13,7 +13,7 @@ from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
 from training.engine.kv_cache import Region
 from training.engine.logit_changes import check_logit_changes
 from training.engine.prompt_scores import PromptScorer, top_logprobs
-from training.engine.stopping import StopWatch, TextSoFar
+from training.engine.stopping import CONTEXT_TOKENS, StopWatch, TextSoFar
 from training.engine.text import ChatText
 from training.engine.token_choice import Choice, UniformNumbers, check_choice_params
 from training.errors import (
@@ -44,12 +44,12 @@ class ActiveSequence:
     text_so_far: TextSoFar | None = None
     """Made when somebody asks how far a sequence without stop strings is."""
 
-    def progress(self, text: ChatText) -> str:
+    def progress(self, text: ChatText, prompt: Sequence[int]) -> str:
         """Its text as far as it is certain."""
         if self.stop_watch is not None:
             return self.stop_watch.certain_text
         if self.text_so_far is None:
-            self.text_so_far = TextSoFar(text.decode)
+            self.text_so_far = TextSoFar(text.decode, prompt)
         return self.text_so_far.read(self.spoken)
 
     @property
@@ -107,19 +107,24 @@ class ActiveRequest:
                 tokens=sequence.tokens,
                 logprobs=sequence.logprobs,
                 stop_reason=sequence.stop_reason or "length",
-                text=_text_of(sequence, text),
+                text=_text_of(sequence, text, self.job.prompt),
                 top=top_logprobs(sequence.top, self.job.scoring.topk_sample_logprobs),
             )
             for sequence in self.sequences
         ]
         prompt_logprobs = None if scores.logprobs is None else scores.logprobs.tolist()
-        return SampleOutput(sequences=sequences, prompt_logprobs=prompt_logprobs, scores=scores)
+        return SampleOutput(
+            sequences=sequences,
+            prompt_logprobs=prompt_logprobs,
+            scores=scores,
+            prompt_end=self.job.prompt[-CONTEXT_TOKENS:],
+        )
 
 
-def _text_of(sequence: ActiveSequence, text: ChatText) -> str:
+def _text_of(sequence: ActiveSequence, text: ChatText, prompt: Sequence[int]) -> str:
     if sequence.stop_watch is not None and sequence.stop_watch.text_before_stop is not None:
         return sequence.stop_watch.text_before_stop
-    return text.decode(sequence.spoken)
+    return text.decode_after(prompt, sequence.spoken)
 
 
 def new_request(
@@ -153,7 +158,7 @@ def new_request(
                 raise InvalidRequest(
                     f"{name}: token {token} is not in the vocabulary of {info.vocab_size}"
                 )
-    # An end token has no text that a stop string could name, so with stop strings both count.
+    # Who stops at a text of their own does not mean that the end of the turn is none.
     natural_end = (params.stop is None or bool(stop_strings)) and not params.ignore_eos
     end_token_ids = set(text.end_token_ids) if natural_end else set[int]()
     return ActiveRequest(
@@ -167,7 +172,14 @@ def new_request(
             ActiveSequence(
                 number=number,
                 uniforms=UniformNumbers(params.seed, number),
-                stop_watch=StopWatch(text.decode, stop_strings) if stop_strings else None,
+                stop_watch=StopWatch(
+                    text.decode,
+                    stop_strings,
+                    before=job.prompt,
+                    special_texts=text.special_texts,
+                )
+                if stop_strings
+                else None,
             )
             for number in range(job.num_samples)
         ],

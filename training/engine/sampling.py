@@ -124,7 +124,10 @@ class ContinuousSampler(Sampler):
     def progress(self, key: str) -> list[str]:
         for request in (*self._waiting, *self._prefilling, *self._decoding):
             if request.key == key:
-                return [sequence.progress(self._text) for sequence in request.sequences]
+                return [
+                    sequence.progress(self._text, request.job.prompt)
+                    for sequence in request.sequences
+                ]
         raise ValueError(f"no job is active under the key {key!r}")
 
     def cancel(self, key: str) -> int:

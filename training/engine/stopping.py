@@ -7,7 +7,7 @@ first stop string in it, reading every character once or a few times but never f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 UNFINISHED = "\ufffd"
 """What decoding gives for bytes that are not a character, or not yet."""
@@ -15,34 +15,81 @@ UNFINISHED = "\ufffd"
 CONTEXT_TOKENS = 8
 """Tokens decoded again in front of new ones: the text of a token can depend on those before."""
 
+BYTES_OF_A_CHARACTER = 4
+"""At most, and so many tokens: one may be a byte."""
+
 MOST_TOKENS = 32
 """Tokens decoded at once; by then bytes that still are no character never will be one."""
+
+
+Decode = Callable[[Sequence[int]], str]
+"""Tokens as text, without special tokens."""
 
 
 class StreamedText:
     """The text of a growing list of tokens, in pieces."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """``decode``: tokens as text, without special tokens."""
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
+        """
+        Args:
+            before: The tokens that these follow, such as a prompt; the last few are enough. Their
+                text is not given out, but without them the first word could lose its space.
+        """
         self._decode = decode
+        self._before = list(before[-CONTEXT_TOKENS:])
+        self._text_before = decode(self._before) if self._before else ""
         self._start = 0
         self._num_given = 0  # characters of the text of tokens[start:] that were given out
 
-    def next_piece(self, tokens: Sequence[int]) -> str:
+    def next_piece(self, tokens: Sequence[int], *, is_last: bool = False) -> str:
         """What the tokens since the last piece add; empty while a character is half there.
 
         Args:
             tokens: All of the sequence's tokens so far.
+            is_last: No more will come: what is half there is given out as it is.
         """
-        text = self._decode(tokens[self._start :])
+        text = self._text_since_start(tokens)
         num_tokens = len(tokens) - self._start
-        certain = text if num_tokens >= MOST_TOKENS else text.rstrip(UNFINISHED)
+        is_certain = is_last or num_tokens >= MOST_TOKENS
+        certain = text if is_certain else text.rstrip(UNFINISHED)
         piece = certain[self._num_given :]
         self._num_given = max(self._num_given, len(certain))
         if num_tokens > 2 * CONTEXT_TOKENS and certain == text:
-            self._start = len(tokens) - CONTEXT_TOKENS
-            self._num_given = len(self._decode(tokens[self._start :]))
+            self._forget(tokens, text, must=is_certain)
         return piece
+
+    def _text_since_start(self, tokens: Sequence[int]) -> str:
+        """The text of tokens[start:], and in it nothing of what is before."""
+        if self._start or not self._before:
+            return self._decode(tokens[self._start :])
+        text = self._decode([*self._before, *tokens])
+        if text.startswith(self._text_before):
+            return text[len(self._text_before) :]
+        # The tokens complete a character, or go on with bytes that are none yet.
+        return text[len(self._text_before.rstrip(UNFINISHED)) :]
+
+    def _forget(self, tokens: Sequence[int], text: str, *, must: bool) -> None:
+        """Begin later, but not inside a character: its bytes would spoil those after them."""
+        latest = len(tokens) - CONTEXT_TOKENS
+        for start in range(latest, latest - BYTES_OF_A_CHARACTER, -1):
+            kept = self._decode(tokens[start:])
+            if text.endswith(kept):
+                self._start, self._num_given = start, len(kept)
+                return
+        if must:
+            self._start, self._num_given = latest, len(self._decode(tokens[latest:]))
+
+
+def text_after(decode: Decode, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """What tokens add to the text of those before: just what ``StreamedText`` gives in pieces."""
+    before = before[-CONTEXT_TOKENS:]
+    base, whole = decode(before) if before else "", decode([*before, *tokens])
+    if UNFINISHED not in whole and whole.startswith(base):
+        return whole[len(base) :]
+    # Some tokenizers spoil whole runs of bytes for one that is wrong; the pieces do not.
+    stream = StreamedText(decode, before)
+    pieces = [stream.next_piece(tokens[:count]) for count in range(1, len(tokens) + 1)]
+    return "".join(pieces) + stream.next_piece(tokens, is_last=True)
 
 
 class StopScanner:
@@ -77,8 +124,9 @@ class StopScanner:
 class TextSoFar:
     """The certain text of a growing list of tokens, for who looks at it now and then."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._stream = StreamedText(decode)
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
+        """``before``: see ``StreamedText``."""
+        self._stream = StreamedText(decode, before)
         self._num_read = 0
         self._text = ""
 
@@ -91,25 +139,59 @@ class TextSoFar:
 
 
 class StopWatch:
-    """One sequence's text so far, watched for stop strings."""
+    """One sequence's text so far, watched for stop strings.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:
-        self._stream = StreamedText(decode)
+    Special tokens are no part of the text that the client is given, but a stop string may name
+    one, alone or with text around it: what is watched has them written out.
+    """
+
+    def __init__(
+        self,
+        decode: Decode,
+        stops: Sequence[str],
+        *,
+        before: Sequence[int] = (),
+        special_texts: Mapping[int, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            before: See ``StreamedText``.
+            special_texts: Special tokens, written out.
+        """
+        self._stream = StreamedText(decode, before)
         self._scanner = StopScanner(stops)
-        self._text = ""
+        self._special_texts = special_texts or {}
+        self._watched = ""
+        self._special_spans: list[tuple[int, int]] = []
         self.text_before_stop: str | None = None
         """The text up to the stop string, once there is one."""
 
     def has_stopped(self, tokens: Sequence[int]) -> bool:
         """Whether the sequence's tokens, the newest included, contain a stop string."""
         piece = self._stream.next_piece(tokens)
-        self._text += piece
-        at = self._scanner.find(piece)
-        if at is not None:
-            self.text_before_stop = self._text[:at]
-        return at is not None
+        special = self._special_texts.get(tokens[-1], "")
+        if special:
+            begin = len(self._watched) + len(piece)
+            self._special_spans.append((begin, begin + len(special)))
+        self._watched += piece + special
+        at = self._scanner.find(piece + special)
+        if at is None:
+            return False
+        self.text_before_stop = self._text_up_to(at)
+        if special and at == len(self._watched) - len(special):
+            # What was half a character before the special token stays one.
+            self.text_before_stop += self._stream.next_piece(tokens, is_last=True)
+        return True
 
     @property
     def certain_text(self) -> str:
         """The text in which no stop string can begin any more."""
-        return self._text[: self._scanner.num_passed]
+        return self._text_up_to(self._scanner.num_passed)
+
+    def _text_up_to(self, end: int) -> str:
+        """What the client is given of the first ``end`` watched characters."""
+        kept, begin = "", 0
+        for special_begin, special_end in self._special_spans:
+            kept += self._watched[begin : min(special_begin, end)]
+            begin = min(special_end, end)
+        return kept + self._watched[begin:end]

@@ -30,6 +30,9 @@ from training.types import (
     TopLogprobs,
 )
 
+TokenTexts = Callable[[Sequence[int], Sequence[int]], list[tuple[str, int]]]
+"""``Engine.token_texts``: the texts of some tokens, sampled after those of the second list."""
+
 
 def ready(future: Future, result: Mapping[str, Any], **summary: Any) -> Outcome:
     """The future's result, and a few facts of it for lists and charts."""
@@ -125,7 +128,7 @@ def sample_ready(
     outputs: Sequence[SampleOutput],
     prompt_tokens: int,
     scoring: ScoringParams,
-    token_texts: Callable[[Sequence[int]], list[tuple[str, int]]] | None = None,
+    token_texts: TokenTexts | None = None,
 ) -> Outcome:
     """All sequences, those of the first prompt first; ``prompt_logprobs`` per prompt.
 
@@ -148,8 +151,9 @@ def sample_ready(
         for sequence in output.sequences
     ]
     if token_texts is not None:
-        for sequence in sequences:
-            placed = token_texts(sequence["tokens"].tolist())
+        prompt_ends = [output.prompt_end for output in outputs for _ in output.sequences]
+        for sequence, prompt_end in zip(sequences, prompt_ends, strict=True):
+            placed = token_texts(sequence["tokens"].tolist(), prompt_end)
             sequence["token_texts"] = [text for text, _ in placed]
             sequence["text_offsets"] = [offset for _, offset in placed]
             if "topk_logprobs" in sequence:
@@ -196,12 +200,10 @@ def _scores(scores: PromptScores, scoring: ScoringParams) -> dict[str, Any]:
     return result
 
 
-def _texts(
-    token_ids: NDArray[np.int32], token_texts: Callable[[Sequence[int]], list[tuple[str, int]]]
-) -> list[list[str]]:
+def _texts(token_ids: NDArray[np.int32], token_texts: TokenTexts) -> list[list[str]]:
     """Every token's own text, in the array's shape."""
     ids = np.unique(token_ids).tolist()
-    texts = dict(zip(ids, (text for text, _ in token_texts(ids)), strict=True))
+    texts = dict(zip(ids, (text for text, _ in token_texts(ids, ())), strict=True))
     return [[texts[token] for token in row] for row in token_ids.tolist()]
 
 

@@ -76,7 +76,9 @@ def _render(engine: Engine, payload: payloads.Payload) -> list[Datum]:
     for index, item in enumerate(payloads.data_from_payload(payload["data"])):
         if isinstance(item, Conversation):
             try:
-                item = engine.render_conversation(item.to_dicts(), train_on=payload["train_on"])
+                item = engine.render_conversation(
+                    item.to_dicts(), train_on=payload["train_on"], options=item.options
+                )
             except TrainingError as error:
                 raise type(error)(f"data[{index}]: {error}") from error
             _check_length(item, f"data[{index}]", engine.info.max_context_tokens)

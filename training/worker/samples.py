@@ -119,7 +119,7 @@ class Samples:
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, Conversation):
-            return self._engine.render_prompt(prompt.to_dicts())
+            return self._engine.render_prompt(prompt.to_dicts(), prompt.options)
         return self._engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def step(self, *, seconds: float, on_step: Callable[[], None]) -> list[Sampled]:

@@ -1,0 +1,170 @@
+"""A model's own chat template: messages and options in, text out, or a refusal by name.
+
+Templates may ask for today's date. Theirs stands still here, because a conversation that is
+replayed from the log on another day must become the same tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from training.errors import InvalidRequest
+from training.types import ChatOptions
+
+Message = Mapping[str, Any]
+"""A message as templates take it; see ``training.types.Message.to_dict``."""
+
+TEMPLATE_DATE = "26 Jul 2024"
+"""What a template that asks for the date is told, in whatever format; Llama 3's own default."""
+
+MAX_REASON_CHARACTERS = 300
+"""Of what a template says against messages: it may repeat them."""
+
+_STILL_CLOCK = f"{{% macro strftime_now(format) %}}{TEMPLATE_DATE}{{% endmacro %}}"
+
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
+"""Under each of which transformers hands a message's reasoning to the template."""
+
+
+class ChatTemplate:
+    """Renders conversations. Holds no state between calls."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._plain = _template_of(tokenizer, [])
+        self._with_tools = _template_of(tokenizer, [{}])
+        reserved = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved = {*reserved, "messages", "conversations", *tokenizer.special_tokens_map}
+        special = {
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first))) if special else None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The text that the template makes of messages which ``check`` has passed.
+
+        Raises:
+            InvalidRequest: The template refuses them.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if options.tools is None else [dict(tool) for tool in options.tools],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template=self._with_tools if options.tools else self._plain,
+                **options.template_kwargs,
+            )
+        except Exception as error:
+            # A template is the model's own program: whatever it raises speaks of these messages.
+            raise InvalidRequest(
+                "The model's chat template refuses these messages: "
+                f"{str(error)[:MAX_REASON_CHARACTERS]}"
+            ) from error
+        return str(text)
+
+    def tokenize(self, messages: Sequence[Message]) -> list[int]:
+        """What transformers makes of a conversation in one go, to compare with."""
+        tokens: Any = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=self._plain,
+            tokenize=True,
+            return_dict=False,
+        )
+        return list(tokens)
+
+    def check(self, messages: Sequence[Message], options: ChatOptions) -> None:
+        """Refuse what the template would leave out, and what could forge its turns.
+
+        A special token that is written out in a content would become that token, as if the
+        template had written it: its writer could end the turn and speak as somebody else.
+
+        Raises:
+            InvalidRequest: The message names the field.
+        """
+        if self._plain is None:
+            raise InvalidRequest(
+                "The base model has no chat template: send text or tokens instead of messages."
+            )
+        if not messages:
+            raise InvalidRequest("messages: empty")
+        for n, message in enumerate(messages):
+            self._check_message(message, f"messages[{n}]")
+        template = self._with_tools if options.tools else self._plain
+        if options.tools:
+            _require_read("tools", ("tools",), str(template))
+        for name in options.template_kwargs:
+            where = f"chat_template_kwargs.{name[:60]}"
+            if name in self._reserved:
+                raise InvalidRequest(f"{where}: is set by the server")
+            _require_read(where, (name,), str(template))
+        self._check_texts("tools", options.tools or ())
+        self._check_texts("chat_template_kwargs", options.template_kwargs)
+
+    def _check_message(self, message: Message, where: str) -> None:
+        if not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"{where}.role: a text is needed")
+        content, calls = message.get("content"), message.get("tool_calls")
+        if not isinstance(content, str) and (content is not None or not calls):
+            raise InvalidRequest(f"{where}.content: a text is needed")
+        template = str(self._plain) + str(self._with_tools)
+        if calls:
+            _require_read(f"{where}.tool_calls", ("tool_calls",), template)
+        if message.get("reasoning_content"):
+            _require_read(f"{where}.reasoning_content", _REASONING_NAMES, template)
+        self._check_texts(where, message)
+
+    def _check_texts(self, where: str, value: Any) -> None:
+        for place, text in _texts(where, value):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(f"{place}: not valid Unicode: {error.reason}") from error
+            found = self._special.search(text) if self._special else None
+            if found:
+                raise InvalidRequest(
+                    f"{place}: holds {found[0]!r} at character {found.start()}, which is a special "
+                    "token of the model: within a conversation it could end a turn or begin "
+                    "another. Leave it out, or send tokens instead of messages"
+                )
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]]) -> str | None:
+    """Some models have a template of their own for conversations with tools."""
+    try:
+        template = str(tokenizer.get_chat_template(tools=tools or None))
+    except ValueError:
+        return None
+    return _STILL_CLOCK + template if "strftime_now" in template else template
+
+
+def _require_read(where: str, names: Sequence[str], template: str) -> None:
+    if not any(re.search(rf"\b{re.escape(name)}\b", template) for name in names):
+        raise InvalidRequest(f"{where}: the model's chat template does not read it")
+
+
+def _texts(where: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text in a JSON value, names of fields too, with its place."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield where, name
+            yield from _texts(f"{where}.{name[:60]}", item)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _texts(f"{where}[{index}]", item)
