@@ -13,8 +13,10 @@ from typing import Any, ClassVar, TypeVar
 
 from django.contrib import messages
 from django.contrib.admin import ShowFacets
+from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.utils import unquote
 from django.core.paginator import Paginator
+from django.db import DataError, ProgrammingError
 from django.db.models import Model, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.utils.functional import cached_property
@@ -33,6 +35,10 @@ COUNT_LIMIT = 10_000
 """Rows that a list counts and pages through; what lies behind is found by search and filters."""
 
 
+UNANSWERABLE = (DataError, ProgrammingError, IndexError, OverflowError, TypeError, ValueError)
+"""What a query raises whose conditions somebody wrote into an address."""
+
+
 class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at run time
     """Pages over the first ``COUNT_LIMIT`` rows, counting no further."""
 
@@ -42,7 +48,21 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at 
         return rows.order_by().values("pk")[:COUNT_LIMIT].count()
 
 
-class ConsoleList(ChangeList):  # type: ignore[misc]  # unfold has no type information
+class CarefulList(ChangeList):  # type: ignore[misc]  # unfold has no type information
+    """A list that answers filters which no query can be made of: years, ranges, ids.
+
+    Django looks for such mistakes when it composes the query, but most show when it is run. They
+    then look like any mistake in a list's address: the page says so and shows no rows.
+    """
+
+    def get_results(self, request: HttpRequest) -> None:
+        try:
+            super().get_results(request)
+        except UNANSWERABLE as error:
+            raise IncorrectLookupParameters(error) from error
+
+
+class ConsoleList(CarefulList):
     """A list that offers "show all" only where something is hidden by a search or a filter."""
 
     def get_results(self, request: HttpRequest) -> None:
@@ -121,7 +141,10 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
         if object_id is None:
             return True
         rows = self.get_queryset(request)
-        return bool(rows.filter(pk=unquote(str(object_id)), **condition).exists())
+        try:
+            return bool(rows.filter(pk=unquote(str(object_id)), **condition).exists())
+        except (DataError, ValueError):  # an id that no row can have
+            return False
 
     def row(self, request: HttpRequest, object_id: str) -> Any:
         """The row of this page, if this person may see it."""

@@ -32,7 +32,7 @@ from unfold.forms import (
 from unfold.widgets import UnfoldAdminIntegerFieldWidget, UnfoldAdminSelectWidget
 from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
-from futures.console import ConsoleAdmin, redirect, verb
+from futures.console import CarefulList, ConsoleAdmin, redirect, verb
 from futures.display import link, list_link, moment, page_url, state_label
 from futures.filters import MomentFilter
 from futures.models import Future
@@ -204,6 +204,9 @@ def key_state(api_key: ApiKey) -> str:
 
 class SuperuserAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type information
     """Pages that only superusers see, whatever permissions other staff users were given."""
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[CarefulList]:
+        return CarefulList
 
     def has_module_permission(self, request: HttpRequest) -> bool:
         return bool(request.user.is_superuser)

@@ -79,6 +79,7 @@ MIDDLEWARE = [
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "tinkerapi.page_errors.ImpossiblePageMiddleware",
 ]
 APPEND_SLASH = False  # a redirect would turn a client's POST into a GET
 
