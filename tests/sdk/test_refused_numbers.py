@@ -23,6 +23,15 @@ DATUM = {
 }
 
 
+JSON_ONLY = (
+    "optim_step",
+    "save_weights",
+    "save_weights_for_sampler",
+    "save_weights_external",
+    "load_weights",
+)
+
+
 def sent(sdk: SdkClient, path: str, body: bytes | str, content_type: str) -> Any:
     return sdk.api.client.post(
         f"/api/v1/{path}", body, content_type=content_type, headers=sdk.headers
@@ -32,11 +41,9 @@ def sent(sdk: SdkClient, path: str, body: bytes | str, content_type: str) -> Any
 def json_bodies(model_id: str) -> list[tuple[str, str]]:
     """Paths and bodies that cannot be accepted, numbered from 1 in their order."""
     hostile = ["NaN", "1e400", '"\\ud800"', "[" * 3000 + "]" * 3000, "{", '"\x01"']
-    rest = [
-        (path, f'"type": {value}') for value in hostile for path in ("optim_step", "save_weights")
-    ]
+    rest = [(path, f'"type": {value}') for value in hostile for path in JSON_ONLY]
     for name in ("\\u0000", "a\\u0000b", "x" * 3000, "\\u202e\\n\\u001b[31m"):
-        rest += [(path, f'"{name}": 1') for path in ("optim_step", "save_weights", "load_weights")]
+        rest += [(path, f'"{name}": 1') for path in JSON_ONLY]
         spoilt = json.dumps(DATUM).replace("target_tokens", name)
         config = f'"loss_fn": "cross_entropy", "loss_fn_config": {{"{name}": 1}}'
         for call in (f'"data": [{spoilt}], {config}', f'"data": 1, "loss_fn": "{name}"'):

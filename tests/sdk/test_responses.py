@@ -19,6 +19,7 @@ from tinker.proto.response_conv import (
 from futures.payload import decode, encode
 from tinkerapi.api.sdk.json_responses import forward_backward_output_json, sample_response_json
 from tinkerapi.api.sdk.responses import encode_forward_backward_output, encode_sample_response
+from training.errors import InvalidRequest
 
 LOGPROBS = st.floats(width=32, allow_infinity=False)
 NAN = float("nan")
@@ -210,7 +211,7 @@ def test_what_else_can_be_asked_of_a_prompt_arrives() -> None:
 
 
 def test_the_prompt_logprobs_of_two_prompts_have_no_place() -> None:
-    with pytest.raises(ValueError, match="prompt_logprobs"):
+    with pytest.raises(InvalidRequest, match="several prompts"):
         encode_sample_response(sampled(prompt_logprobs=[np.ones(2, np.float32)] * 2))
 
 

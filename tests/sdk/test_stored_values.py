@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -153,3 +154,41 @@ def test_a_query_that_names_what_cannot_exist_is_a_400(sdk: SdkClient, api: ApiC
 
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith("project_id: ")
+
+
+MOMENTS = [
+    "0001-01-01T00:00:00+14:00",
+    "0001-01-01T00:00:00Z",
+    "9999-12-31T23:00:00-14:00",
+    "9999-12-31T23:00:00Z",
+    "2026-01-01T00:00:00+99:00",
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_times_at_the_ends_of_the_calendar_are_refused_by_name(sdk: SdkClient, moment: str) -> None:
+    query = urlencode({"starting_on": moment, "ending_before": moment})
+    usage = sdk.api.get(f"/api/v1/billing/usage/events?{query}", **sdk.headers)
+    cursor = {"last_created_at": moment, "last_session_id": "x"}
+    search = sdk.post("sessions/search", cursor=cursor)
+
+    assert (usage.status_code, search.status_code) == (400, 400)
+    assert usage.json()["detail"].startswith("starting_on: expected a time")
+    assert search.json()["detail"].startswith("cursor.last_created_at: expected a time")
+
+
+@pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31", "1969-12-31"])
+def test_days_at_the_ends_of_the_calendar_are_refused_by_name(sdk: SdkClient, day: str) -> None:
+    answer = sdk.api.get(f"/api/v1/audit?day={day}", **sdk.headers)
+
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("day: expected a date")
+
+
+@pytest.mark.parametrize("version", ["%00", "%0d%0aX-Evil:%201", "%22", "%e2%80%ae"])
+def test_no_version_of_the_schema_gets_into_a_header(api: ApiClient, version: str) -> None:
+    answer = api.get(f"/api/schema?version={version}")
+
+    assert answer.status_code == 200
+    assert "X-Evil" not in answer
+    assert answer["Content-Disposition"] == 'inline; filename="tinkerapi.yaml"'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 
 from django.utils.dateparse import parse_datetime
 from rest_framework.request import Request
@@ -11,6 +11,9 @@ from tinkerapi.api.fields import Choice, Integer, Text, refuse
 
 MAX_PAGE = 1000
 """What the CLI asks for at most."""
+
+YEARS = range(1970, 9001)
+"""Of dates: with offsets and spans added, these stay what a date can be."""
 
 _SCOPE = Choice(description="", choices=("owned", "accessible"))
 _OFFSET = Integer(description="", maximum=2**31 - 1)
@@ -48,6 +51,41 @@ def query_text(request: Request, name: str) -> str | None:
     return None if not value else _TEXT.check(value, name)
 
 
+def query_day(request: Request, name: str) -> date | None:
+    """A date, or None where there is none.
+
+    Raises:
+        InvalidRequest: (400)
+    """
+    value = query_text(request, name)
+    if value is None:
+        return None
+    try:
+        day = date.fromisoformat(value)
+    except ValueError:
+        raise refuse(name, "a date such as 2026-01-01", value) from None
+    if day.year not in YEARS:
+        raise refuse(name, f"a date of the years {YEARS[0]} to {YEARS[-1]}", value)
+    return day
+
+
+def check_moment(value: str, where: str) -> datetime:
+    """A moment with its offset.
+
+    Raises:
+        InvalidRequest: (400)
+    """
+    try:
+        moment = parse_datetime(value)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise refuse(where, "a time with its offset, such as 2026-01-01T12:00:00Z", value)
+    if moment.year not in YEARS:
+        raise refuse(where, f"a time of the years {YEARS[0]} to {YEARS[-1]}", value)
+    return moment
+
+
 def query_moment(request: Request, name: str) -> datetime:
     """A moment with its offset.
 
@@ -56,13 +94,7 @@ def query_moment(request: Request, name: str) -> datetime:
     """
     value = request.query_params.get(name, "")
     # A "+" that was not encoded arrives as a space.
-    try:
-        moment = parse_datetime(value.replace(" ", "+") if "T" in value else value)
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise refuse(name, "a time such as 2026-01-01T12:00:00Z", value)
-    return moment
+    return check_moment(value.replace(" ", "+") if "T" in value else value, name)
 
 
 def _integer(request: Request, name: str, default: int) -> int:

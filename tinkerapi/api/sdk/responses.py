@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinkerapi.api.sdk import tinker_public_pb2 as pb
+from training.errors import InvalidRequest
 
 OUTPUT_TYPE = "ArrayRecord"
 """The SDK shows it as ``loss_fn_output_type`` and reads nothing from it."""
@@ -89,11 +90,18 @@ def sdk_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def one_prompt(prompt_logprobs: Any) -> Array:
-    """(P,) float32. The SDK's result has room for one prompt's, so a list of arrays is refused."""
-    array = np.asarray(prompt_logprobs, "<f4")
-    if array.ndim != 1:
-        raise ValueError(f"prompt_logprobs: {array.ndim} dimensions instead of 1")
-    return array
+    """(P,) float32.
+
+    Raises:
+        InvalidRequest: They are several prompts', which only the quick reference can ask for; the
+            SDK's result has room for one's. (400)
+    """
+    if isinstance(prompt_logprobs, list) and any(np.ndim(item) for item in prompt_logprobs):
+        raise InvalidRequest(
+            "request_id: this sample has log-probabilities of several prompts, for which the SDK's "
+            "result has no room; POST /retrieve_future answers with them"
+        )
+    return np.asarray(prompt_logprobs, "<f4")
 
 
 def wire_array(value: Any) -> Array:

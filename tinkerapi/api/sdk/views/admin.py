@@ -5,7 +5,7 @@ A superuser's key reads everybody's audit log.
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django.conf import settings
@@ -13,11 +13,11 @@ from django.http import HttpResponse
 from django.utils import timezone
 from rest_framework.request import Request
 
-from tinkerapi.api.fields import Choice, refuse
+from tinkerapi.api.fields import Choice
 from tinkerapi.api.renderers import JSONResponse, timestamp
 from tinkerapi.api.sdk.base import SdkView
 from tinkerapi.api.sdk.descriptions import texts, user_urn
-from tinkerapi.api.sdk.queries import query_moment, query_text
+from tinkerapi.api.sdk.queries import query_day, query_moment, query_text
 from tinkerapi.api.views.base import owner_of
 from training.audit import audit_events
 from training.billing import WINDOW, Usage, checkpoints_stored, usage_by_hour
@@ -43,20 +43,10 @@ class AuditView(SdkView):
         events = audit_events(
             owner_id=None if request.user.is_superuser else owner_of(request),
             event_type=event_type,  # type: ignore[arg-type]  # the field has checked it
-            day=_day(request),
+            day=query_day(request, "day"),
         )
         newest = list(events.reverse()[:MAX_EVENTS])
         return JSONResponse({"entries": [_entry(event) for event in reversed(newest)]})
-
-
-def _day(request: Request) -> date | None:
-    value = query_text(request, "day")
-    if value is None:
-        return None
-    try:
-        return date.fromisoformat(value)
-    except ValueError:
-        raise refuse("day", "a date such as 2026-01-01", value) from None
 
 
 def _entry(event: AuditEvent) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from django.http import HttpResponse
-from django.utils.dateparse import parse_datetime
 from rest_framework.request import Request
 
 from tinkerapi.api.fields import Choice, Custom, Field, Integer, Text, check_object, refuse
@@ -15,7 +14,7 @@ from tinkerapi.api.renderers import JSONResponse, timestamp
 from tinkerapi.api.sdk.base import SdkView, empty_response
 from tinkerapi.api.sdk.descriptions import session_description, texts, user_urn
 from tinkerapi.api.sdk.links import trace_link
-from tinkerapi.api.sdk.queries import check_access_scope, query_page
+from tinkerapi.api.sdk.queries import check_access_scope, check_moment, query_page
 from tinkerapi.api.sdk.views.service import check_metadata, check_tags
 from tinkerapi.api.views.base import owner_of
 from training.listings import SessionStatus, session_ids, session_search
@@ -95,12 +94,7 @@ def _check_statuses(value: Any, where: str) -> list[SessionStatus]:
 
 def _check_cursor(value: Any, where: str) -> tuple[datetime, str]:
     checked = check_object(_CURSOR_FIELDS, value, where)
-    try:
-        moment = parse_datetime(checked["last_created_at"])
-    except ValueError:
-        moment = None
-    if moment is None or moment.tzinfo is None:
-        raise refuse(f"{where}.last_created_at", "a time with offset", checked["last_created_at"])
+    moment = check_moment(checked["last_created_at"], f"{where}.last_created_at")
     return moment, checked["last_session_id"]
 
 
@@ -123,13 +117,12 @@ class SessionSearchView(SdkView):
         ),
         "statuses": Custom(description="Any of these.", checker=_check_statuses, json={}),
         "limit": Integer(description="Page size.", default=50, minimum=1, maximum=MAX_FOUND),
-        "after": Custom(description="", checker=_check_cursor, json={}),
+        "cursor": Custom(description="", checker=_check_cursor, json={}),
     }
 
     def post(self, request: Request) -> HttpResponse:
-        given = self.json_body(request)
-        given["after"] = given.pop("cursor", None)
-        body = check_object(self.fields, {k: v for k, v in given.items() if k != "type"})
+        body = self.checked_body(request)
+        body["after"] = body.pop("cursor")
         owner = body.pop("owner")
         own_urn = user_urn(request.user.get_username())
         if owner["type"] == "user" and own_urn not in (owner["owner_urns"] or ()):

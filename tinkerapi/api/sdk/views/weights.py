@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from django.http import HttpResponse
+from rest_framework.exceptions import APIException
 from rest_framework.request import Request
 
 from futures.models import Future
@@ -22,7 +23,7 @@ from tinkerapi.api.views import weights as quick_reference
 from tinkerapi.api.views.base import owner_of
 from tinkerapi.services import api_key_verify
 from tinkerapi.tokens import TOKEN_PREFIX, token_verify
-from training.errors import InvalidRequest
+from training.errors import InvalidRequest, TrainingError
 from training.paths import TinkerPath, check_name
 from training.selectors import checkpoint_get
 from training.services import load_weights_submit, save_weights_submit
@@ -175,7 +176,10 @@ class LoadWeightsView(NumberedJSONView):
     }
 
     def post(self, request: Request) -> HttpResponse:
-        body = self.json_body(request)
+        try:
+            body = self.json_body(request)
+        except (APIException, TrainingError):
+            return super().post(request)  # which uses its number up if it had one
         if "model_id" in body or "session_id" not in body:
             return super().post(request)
         return self._create(check_fields(self.creation_fields, body), owner_of(request))
