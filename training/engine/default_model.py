@@ -86,7 +86,11 @@ def _convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source: dict[str, Any] = {"gguf_file": gguf_file.name, "local_files_only": True}
+    source: dict[str, Any] = {
+        "gguf_file": gguf_file.name,
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }
     progress("Reading the tokenizer", 0.0)
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), **source)
@@ -109,7 +113,7 @@ def _convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
         )
     progress("Writing the model folder", 0.9)
     # How the tokenizer was loaded here is not a property of it, so it is not written down.
-    for option in ("local_files_only", "is_local"):
+    for option in ("local_files_only", "is_local", "trust_remote_code"):
         tokenizer.init_kwargs.pop(option, None)
     tokenizer.model_max_length = base_model.config.max_position_embeddings
     with _quiet_transformers():

@@ -1,40 +1,47 @@
 """How a model folder becomes a base model, and which folders are refused.
 
-Loading replaces every linear layer by a ``LoraLinear`` and attention by the packed one, then
-compares both with the untouched model on a few tokens. What we would silently leave out or make
-up is refused: weights that the folder lacks, layers that no adapter reaches, a scaled or capped
-output head, another attention.
+Loading replaces every linear layer by a ``LoraLinear`` and attention by the packed one, and proves
+that what is computed is what the untouched model computes (``probe``). What we would silently
+leave out or make up is refused: weights that the folder lacks or has in a few bits each, layers
+that no adapter reaches, a scaled or capped output head, another attention. A folder's own code is
+never run, nor is the attention used that its configuration asks for, which may name code on a hub.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from training.context_length import usable_context_tokens
 from training.engine.adapters import LoraShape
-from training.engine.attention import ATTENTION_NAME, SequenceAttention, UnsupportedAttention
+from training.engine.attention import ATTENTION_NAME
 from training.engine.base_model import BaseModel
 from training.engine.interface import BaseModelInfo
 from training.engine.lora import LoraLinear
 from training.engine.memory import keep_freed_memory
-from training.engine.packed import ContextHolder, PackedContext, uniform_segments
-from training.engine.stretches import whole_sequences
+from training.engine.packed import ContextHolder
+from training.engine.probe import prove, stock_answers
 from training.errors import BaseModelNotFound
 
-PROBE_TOKENS = 8
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-"""Largest mean difference of log-probabilities that rounding explains, in nats. Both sides use
-torch's fused attention where the model can, so that they agree far better than this."""
+
+def _nobody(stage: str) -> None:
+    """Nobody wants to know."""
 
 
 def load_base_model(
-    path: str, *, name: str | None = None, device: str = "auto", dtype: str = "auto"
+    path: str,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_stage: Callable[[str], None] = _nobody,
 ) -> BaseModel:
     """Load a model folder (or hub name) and make it ready for adapters.
 
@@ -45,16 +52,18 @@ def load_base_model(
         name: What clients call it; the path if None.
         device: ``auto`` takes the first GPU if there is one; else ``cpu`` or ``cuda``.
         dtype: ``auto`` is bfloat16 where the device computes it natively, else float32.
+        on_stage: Called with the name of each stage as it begins: ``read``, then ``prove``.
 
     Raises:
         BaseModelNotFound: The folder cannot be read or lacks weights, or holds a model whose
             layers, output head or attention we do not compute as it does.
     """
+    on_stage("read")
     _require_model_folder(path)
     torch_device = torch.device(_choose_device(device))
     torch_dtype = _choose_dtype(dtype, torch_device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, loaded = _load(path, torch_dtype)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().partition("\n")[0]
@@ -62,9 +71,8 @@ def load_base_model(
     _require_all_weights(path, loaded)
     nn.Module.to(model, device=torch_device)  # transformers' override has lost its signature
     model.eval().requires_grad_(False)
-    expected = _probe_stock(model)
-    base_model = _wrap(model, tokenizer, name or path)
-    _check_probe(base_model, expected)
+    on_stage("prove")
+    base_model = _proven(model, tokenizer, name or path)
     if torch_device.type == "cpu":
         keep_freed_memory()
     return base_model
@@ -76,14 +84,46 @@ def _require_model_folder(path: str) -> None:
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise BaseModelNotFound(f"{path} is not a model folder: it has no config.json.")
+        _require_plain_weights(directory)
     elif directory.is_absolute() or path.startswith("."):
         raise BaseModelNotFound(f"There is no model folder at {path}.")
 
 
+def _require_plain_weights(directory: Path) -> None:
+    """Refuse what transformers would read: quantized weights, and pickles, which may hold code."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise BaseModelNotFound(f"No model can be read from {directory}: {error}") from error
+    quantized = config.get("quantization_config") if isinstance(config, dict) else None
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise BaseModelNotFound(
+            f"{directory} holds weights quantized by {method or 'an unknown method'}, which this"
+            " server does not train on; give it the model's float32, bfloat16 or float16 weights."
+        )
+    pickles = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise BaseModelNotFound(
+            f"{directory} has its weights in {pickles[0]}, a pickle, which may hold code and is not"
+            " read; load it where you trust it and save it with save_pretrained, which writes"
+            " safetensors."
+        )
+
+
 def _load(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers says of its weights."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    # transformers' own choice: a configuration may name kernels on a hub, which would be run.
+    config._attn_implementation = None
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        path,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )  # typed as the model alone
     model, info = loaded
     return model, info
@@ -114,14 +154,41 @@ def _require_known_layers(model: PreTrainedModel, name: str) -> None:
             )
 
 
-def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> BaseModel:
+def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> BaseModel:
+    """The model with our layers and attention, which compute what it computed before.
+
+    Raises:
+        BaseModelNotFound: They do not.
+    """
+    config = model.config.get_text_config()
+    context_tokens = usable_context_tokens(config.to_dict())
+    if context_tokens is None:
+        raise BaseModelNotFound(
+            f"{name} cannot be served: its config.json does not say how long a sequence may be;"
+            " add max_position_embeddings."
+        )
     _require_known_layers(model, name)
-    num_parameters = model.num_parameters()
-    model.set_attn_implementation(ATTENTION_NAME)
-    holder = ContextHolder()
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise BaseModelNotFound(f"{name} has no linear output head.")
+    stock = stock_answers(
+        model, name=name, vocab_size=head.out_features, context_tokens=context_tokens
+    )
+    base_model = _wrap(model, tokenizer, name, head, context_tokens)
+    prove(base_model, stock, num_layers=config.num_hidden_layers)
+    return base_model
+
+
+def _wrap(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    head: nn.Linear,
+    context_tokens: int,
+) -> BaseModel:
+    num_parameters = model.num_parameters()
+    model.set_attn_implementation(ATTENTION_NAME)
+    holder = ContextHolder()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     head_name = next(n for n, module in linears.items() if module is head)
     del linears[head_name]
@@ -133,7 +200,7 @@ def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str)
         info=BaseModelInfo(
             name=name,
             vocab_size=head.out_features,
-            max_context_tokens=_context_tokens(model),
+            max_context_tokens=context_tokens,
             num_parameters=num_parameters,
             device=head.weight.device.type,
             dtype=str(head.weight.dtype).removeprefix("torch."),
@@ -156,50 +223,6 @@ def _end_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
     if configured is None:
         return ()
     return tuple(configured) if isinstance(configured, list) else (int(configured),)
-
-
-def _context_tokens(model: PreTrainedModel) -> int:
-    """The longest sequence for which full attention is what the model was trained with."""
-    config = model.config.get_text_config()
-    limits = [config.max_position_embeddings]
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        limits.append(window)
-    return int(min(limits))
-
-
-def _probe_tokens(vocab_size: int, device: torch.device) -> Tensor:
-    """Spread over the vocabulary: special tokens alone make bfloat16 models very noisy."""
-    return torch.arange(1, PROBE_TOKENS + 1, device=device) * (vocab_size // (PROBE_TOKENS + 1))
-
-
-@torch.no_grad()
-def _probe_stock(model: PreTrainedModel) -> Tensor:
-    """(PROBE_TOKENS, V) float32 log-probabilities of the model as transformers computes it."""
-    tokens = _probe_tokens(model.config.get_text_config().vocab_size, model.device)
-    logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
-    return logits.float().log_softmax(-1)
-
-
-@torch.no_grad()
-def _check_probe(base_model: BaseModel, expected: Tensor) -> None:
-    tokens = _probe_tokens(base_model.info.vocab_size, base_model.device)
-    segments = uniform_segments(PROBE_TOKENS, None)
-    context = PackedContext(
-        segments=segments, attention=SequenceAttention(whole_sequences([PROBE_TOKENS]))
-    )
-    position_ids = torch.arange(PROBE_TOKENS, device=base_model.device)
-    try:
-        hidden = base_model.hidden_states(tokens, position_ids, context)
-    except UnsupportedAttention as error:
-        raise BaseModelNotFound(f"{base_model.info.name} cannot be served: {error}") from error
-    got = base_model.logits(hidden, segments).log_softmax(-1)
-    difference = (got - expected).abs().mean().item()
-    if not difference <= PROBE_TOLERANCE.get(base_model.dtype, 0.2):
-        raise BaseModelNotFound(
-            f"{base_model.info.name} cannot be served: its packed log-probabilities differ from"
-            f" its own by {difference:.3g} nats, so some part of it is not supported."
-        )
 
 
 def _choose_device(device: str) -> str:

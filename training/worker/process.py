@@ -62,16 +62,40 @@ def build_engine(base_model: BaseModel) -> Engine:
     )
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # or whatever names no device would be made on the first
+    stages = Stages()
     with _faults_of(base_model.folder):
         loaded = load_base_model(
             str(base_model.folder),
             name=base_model.name,
             device=device,
             dtype=base_model.config.dtype,
+            on_stage=stages.begin,
         )
+    logger.info("%s: %s", base_model.name, stages)
     return TorchEngine(
         loaded, token_budget=settings.BATCH_TOKENS, cache_tokens=settings.CACHE_TOKENS
     )
+
+
+class Stages:
+    """How long each stage of something took, as a sentence for the log."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begun: list[tuple[str, float]] = []
+
+    def begin(self, name: str) -> None:
+        """End the stage before, and begin this one."""
+        self._begun.append((name, self._clock()))
+
+    def __str__(self) -> str:
+        """``read in 0.8 s, prove in 0.5 s``; the last stage ends now."""
+        ends = [*(time for _, time in self._begun[1:]), self._clock()]
+        took = (
+            f"{name} in {end - start:.1f} s"
+            for (name, start), end in zip(self._begun, ends, strict=True)
+        )
+        return ", ".join(took)
 
 
 @contextmanager

@@ -1,0 +1,95 @@
+"""Families of models: each is computed as stock transformers and peft compute it, or refused.
+
+The judge trains and samples as clients do. All causal types of transformers were judged so once
+(``tests/compat/model_families.json``); here are those that differ in what could go wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.engine.families import CONTEXT_TOKENS, judge, save_random, small_config
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **parameters}}
+
+
+LONGROPE = rope(
+    "longrope",
+    short_factor=[1.0, 1.1],
+    long_factor=[2.0, 3.5],
+    original_max_position_embeddings=CONTEXT_TOKENS // 2,
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", rope("linear", factor=4.0)),
+        ("llama", rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+        (
+            "llama",
+            rope(
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=16,
+            ),
+        ),
+        ("llama", rope("dynamic", factor=4.0)),
+        ("phi3", {**LONGROPE, "original_max_position_embeddings": CONTEXT_TOKENS // 2}),
+        ("mistral", {"sliding_window": 16}),
+        ("gemma3_text", {"sliding_window": 16}),
+        ("qwen2", {}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("smollm3", {"num_hidden_layers": 4}),
+        ("olmo2", {}),
+        ("granite", {}),
+        ("starcoder2", {}),
+        ("gpt_neox", {}),
+        ("gptj", {}),
+        ("opt", {}),
+        ("glm", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value)) or "plain",
+)
+def test_a_family_that_is_served_is_computed_as_transformers_does(
+    model_type: str, changes: dict[str, Any], tmp_path
+) -> None:
+    verdict, what, differences = judge(save_random(small_config(model_type, **changes), tmp_path))
+    assert (verdict, what) == ("right", ""), differences
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "why"),
+    [
+        ("falcon", {}, r"attention is asked for 0 times in a pass over 2 layers"),
+        ("xglm", {}, r"attention is asked for 0 times"),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, r"attention is asked for 0"),
+        ("mpt", {}, r"attention is asked for 0 times"),
+        ("diffllama", {}, r"attention is asked for 4 times in a pass over 2 layers"),
+        ("cohere", {}, r"differ by [\d.]+ nats from those of each alone in stock transformers"),
+        ("bert", {"is_decoder": False}, r"log-probabilities of sequences packed .* differ"),
+        ("gemma2", {}, "attention uses softcap"),
+        ("gpt2", {}, r"transformer\.h\.0\.attn\.c_attn is a Conv1D"),
+        ("mixtral", {}, "adapters are for linear layers"),
+        ("gpt_oss", {}, "adapters are for linear layers"),
+        ("bloom", {}, "does not say how long a sequence may be"),
+        ("mamba", {}, "does not say how long a sequence may be"),
+        ("jamba", {}, "adapters are for linear layers"),
+        ("bamba", {}, "adapters are for linear layers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_family_that_would_be_computed_wrongly_is_refused_in_a_sentence(
+    model_type: str, changes: dict[str, Any], why: str, tmp_path
+) -> None:
+    config = small_config(model_type, **changes)
+    verdict, sentence, _ = judge(save_random(config, tmp_path))
+    assert verdict == "refused"
+    assert re.search(why, sentence), sentence

@@ -1,0 +1,97 @@
+"""The proof at the start sees what would be computed wrongly, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.engine.families import CONTEXT_TOKENS, save_random, small_config
+from tests.engine.test_model_families import LONGROPE
+from training.engine import loading, lora, stock_answers
+from training.engine.cached_attention import DecodeAttention
+from training.engine.few_layers import FewLayers
+from training.engine.loading import load_base_model
+from training.errors import BaseModelNotFound
+
+
+def load(folder):
+    return load_base_model(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def longrope_folder(tmp_path_factory):
+    """Rotary factors are others from 32 tokens on, for every sequence of the pass."""
+    config = small_config("phi3", **LONGROPE, original_max_position_embeddings=32)
+    return save_random(config, tmp_path_factory.mktemp("longrope"))
+
+
+def test_factors_that_follow_the_longest_sequence_bound_the_context(longrope_folder):
+    assert load(longrope_folder).info.max_context_tokens == 32
+
+
+def test_a_sequence_that_changes_with_those_beside_it_is_seen(longrope_folder, monkeypatch):
+    """As if the configuration named the switch in a way that nobody knows."""
+    monkeypatch.setattr(loading, "usable_context_tokens", lambda config: CONTEXT_TOKENS)
+    with pytest.raises(BaseModelNotFound, match="sequences packed beside each other differ"):
+        load(longrope_folder)
+
+
+def test_a_cache_that_loses_a_key_is_seen(tied_folder, monkeypatch):
+    attend = DecodeAttention.attend
+
+    def forgetful(self, layer_idx, query, key, value, scaling):
+        return attend(self, layer_idx, query, key * (layer_idx != 1), value, scaling)
+
+    monkeypatch.setattr(DecodeAttention, "attend", forgetful)
+    with pytest.raises(BaseModelNotFound, match="sampling over a key-value cache differ by"):
+        load(tied_folder)
+
+
+def test_a_gradient_that_is_not_autograds_is_seen(tied_folder, monkeypatch):
+    add_product = lora.add_product
+    monkeypatch.setattr(lora, "add_product", lambda t, a, b, s=1.0: add_product(t, a, b, 1.01 * s))
+    with pytest.raises(BaseModelNotFound, match=r"gradient of LoRA's A at model\.layers\.0\."):
+        load(tied_folder)
+
+
+def test_a_last_layer_of_another_kind_takes_part(tmp_path):
+    """Layers alike stand for each other; one that differs in a setting or a shape does not."""
+    config = small_config(
+        "smollm3", num_hidden_layers=6, no_rope_layers=[1, 1, 1, 1, 1, 0], layer_types=None
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    few = FewLayers(model)
+    layers = list(model.model.layers)
+    with few.alone():
+        assert list(model.model.layers) == [layers[0], layers[1], layers[5]]
+    assert list(model.model.layers) == layers
+    assert few.num_layers == 3
+
+
+def test_the_proof_of_a_bfloat16_model_is_in_float32_and_its_weights_stay(tied_folder, monkeypatch):
+    seen = []
+    answer = stock_answers._answer
+
+    def noting(model, passage):
+        seen.append(model.dtype)
+        return answer(model, passage)
+
+    monkeypatch.setattr(stock_answers, "_answer", noting)
+    base_model = load_base_model(str(tied_folder), dtype="bfloat16", device="cpu")
+    assert seen == [torch.float32] * 3 + [torch.bfloat16]
+    assert base_model.head_weight.dtype == torch.bfloat16
+    stock = AutoModelForCausalLM.from_pretrained(str(tied_folder), dtype=torch.bfloat16)
+    assert torch.equal(base_model.head_weight, stock.lm_head.weight)
+
+
+def test_a_model_of_very_short_sequences_is_refused(tmp_path):
+    folder = save_random(small_config("mistral", sliding_window=4), tmp_path)
+    with pytest.raises(BaseModelNotFound, match="takes sequences of at most 4 tokens"):
+        load(folder)
+
+
+def test_stages_are_named_as_they_begin(tied_folder):
+    stages = []
+    load_base_model(str(tied_folder), dtype="float32", device="cpu", on_stage=stages.append)
+    assert stages == ["read", "prove"]

@@ -1,0 +1,95 @@
+"""A model with one layer of each kind, for a moment: as good for a proof, and far cheaper.
+
+Rounding in bfloat16 hides what is wrong by less than a few tenths of a nat, so its numbers become
+float32 for that moment, if there are not too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+FEWEST_LAYERS = 2
+
+MAX_FLOAT32_BYTES = 2**30
+"""What the few layers, embeddings and head may take as float32, beside what they take already."""
+
+_NUMBERED = ("layer_idx", "layer_id", "layer_number")
+"""What every layer has another value of, without being another kind of layer."""
+
+
+class FewLayers:
+    """Which layers of a model stand for all of them. Found once, before anything is replaced."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._found = _find_layers(model)
+        if self._found is None:
+            self.num_layers = model.config.get_text_config().num_hidden_layers
+            return
+        _, _, layers = self._found
+        kinds: dict[Any, nn.Module] = {}
+        for layer in layers:
+            kinds.setdefault(_kind(layer), layer)
+        first = list(layers)[:FEWEST_LAYERS]
+        self._chosen = [x for x in layers if x in first or x in kinds.values()]
+        self.num_layers = len(self._chosen)
+        """How many layers are left; all of them where they cannot be found in the model."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the model has no other layers, and float32 weights if these have room."""
+        with ExitStack() as stack:
+            if self._found is not None:
+                parent, name, layers = self._found
+                setattr(parent, name, nn.ModuleList(self._chosen))
+                stack.callback(setattr, parent, name, layers)
+            stack.enter_context(_float32(self._model))
+            yield
+
+
+@contextmanager
+def _float32(model: nn.Module) -> Iterator[None]:
+    """The same parameters with their numbers as float32, unless they would take too much room."""
+    narrow = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    if 4 * sum(p.numel() for p in narrow) > MAX_FLOAT32_BYTES:
+        yield
+        return
+    kept = [(parameter, parameter.data) for parameter in narrow]
+    try:
+        for parameter, numbers in kept:
+            parameter.data = numbers.float()
+        yield
+    finally:
+        for parameter, numbers in kept:
+            parameter.data = numbers
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList] | None:
+    """The list of the decoder's layers and where it hangs; None if there is no such list."""
+    number = model.config.get_text_config().num_hidden_layers
+    for parent in model.get_decoder().modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == number:
+                return parent, name, child
+    return None
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Equal for layers that compute the same but for the values of their weights: the classes,
+    shapes and plain settings of everything in them."""
+    parts: list[Any] = []
+    for name, module in layer.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | None) and key not in _NUMBERED
+        }
+        shapes = [(key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)]
+        parts.append((name, type(module), tuple(sorted(settings.items())), tuple(shapes)))
+    return tuple(parts)
