@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import cast
+from typing import Any, cast
 
 from django.utils import timezone
 
@@ -110,3 +110,10 @@ def queue_state(queue: str) -> QueueState:
         return QueueState(PAUSED, "The worker does not answer.", started_at=worker.started_at)
     pace = worker.figures.get("futures_per_second")
     return QueueState(ACTIVE, "", pace, worker.started_at)
+
+
+def worker_figure(queue: str, name: str) -> Any:
+    """What the queue's newest worker that said anything under this name said; None if none did."""
+    said = Worker.objects.filter(queue=queue, figures__has_key=name).order_by("-pk")
+    figures = said.values_list("figures", flat=True).first()
+    return None if figures is None else figures[name]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from django.conf import settings
 
+from futures.selectors import worker_figure
 from training.base_model_config import BaseModelConfig, is_folder
+from training.context_length import usable_context_tokens
 from training.errors import BaseModelNotFound
 
 DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -32,13 +34,21 @@ class BaseModel:
 
     @property
     def max_context_tokens(self) -> int | None:
-        """As its config.json says; None if it says nothing or cannot be read."""
+        """The longest sequence that its worker takes.
+
+        Before a worker has served it, what the worker will find in its config.json, which may leave
+        out what transformers fills in; None if that says nothing or cannot be read.
+        """
+        enforced = worker_figure(self.queue, "max_context_tokens")
+        return self._configured_context_tokens if enforced is None else int(enforced)
+
+    @property
+    def _configured_context_tokens(self) -> int | None:
         try:
             config = json.loads((self.folder / "config.json").read_text())
         except (OSError, ValueError):
             return None
-        length = config.get("max_position_embeddings")
-        return length if isinstance(length, int) else None
+        return usable_context_tokens(config) if isinstance(config, dict) else None
 
 
 def base_model_of(config: BaseModelConfig, data_dir: Path) -> BaseModel:

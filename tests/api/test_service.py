@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from django.db import OperationalError
 from django.urls import get_resolver
 
-from futures.workers import worker_live
+from futures.workers import worker_live, worker_start, worker_stop
 from tests.isolation.test_routes import addresses
 from tinkerapi.api.endpoints import endpoints
 from tinkerapi.api.views import service
+from training.base_models import base_model_get
 from training.selectors import loss_functions
 
 
@@ -97,6 +99,27 @@ def test_capabilities_name_the_base_models_and_the_limits(api, settings):
 
     assert body["supported_models"][0]["model_name"] == settings.BASE_MODELS[0].name
     assert body["limits"]["max_lora_rank"] == settings.MAX_LORA_RANK
+
+
+def test_the_context_length_is_the_one_that_the_worker_enforces(api, settings, tmp_path):
+    """A sliding window: the configuration names 4096 tokens, and 32 are taken."""
+    config = {"max_position_embeddings": 4096, "sliding_window": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    windowed = replace(settings.BASE_MODELS[0], name="windowed", path=str(tmp_path))
+    settings.BASE_MODELS = [windowed]
+
+    def told():
+        (model,) = api.get("/get_server_capabilities").json()["supported_models"]
+        return model["max_context_length"]
+
+    assert told() == 32  # before any worker has served it
+
+    worker = worker_start(queue=base_model_get(None).queue, figures={"max_context_tokens": 24})
+    worker_stop(worker)
+    assert told() == 24  # what transformers made of the folder
+    worker = worker_start(queue=base_model_get(None).queue, figures={})
+    assert told() == 24  # the next one is still reading it
+    worker_stop(worker)
 
 
 def test_loss_functions_are_listed_with_inputs_and_defaults(api):
