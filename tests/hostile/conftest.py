@@ -16,6 +16,7 @@ import pytest
 from django.db import transaction
 
 from futures.models import Future
+from futures.workers import worker_live
 from tests.conftest import ApiClient, InProcessWorker
 from tests.hostile.examples import Example
 from tests.isolation.conftest import Ids, Tenant, furnished, nobody_waits, tenant
@@ -187,6 +188,7 @@ def attacker(
     settings: Any,
 ) -> Attacker:
     """Statements commit one by one, as in a server."""
+    worker_live(work.worker, {})
     settings.SYNC_TIMEOUT_SECONDS = 0
     settings.MAX_ADAPTERS = 10**6
     monkeypatch.setattr(sampling, "POLL_SECONDS", 0)
