@@ -18,7 +18,7 @@ from tests.server import ROOT, Server
 
 pytestmark = pytest.mark.acceptance
 
-PAGE = (ROOT / "tinkerapi" / "docs" / "quick-reference.txt").read_text()
+PAGE = (ROOT / "tinkerapi" / "docs" / "quick-reference.md").read_text()
 
 
 def code_blocks(language: str, server: Server) -> list[str]:
