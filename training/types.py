@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,6 +232,17 @@ class PromptScores:
     """(P - 1, K); 0 where nothing was asked for."""
     alternatives: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
     """(P - 1, k) drawn tokens and their log-probabilities."""
+
+
+class TokenText(NamedTuple):
+    """One token of a text."""
+
+    text: str
+    """Special tokens are written out; U+FFFD stands for bytes that are a part of a character."""
+    offset: int
+    """Where it begins in the whole text, in characters."""
+    utf8: bytes | None
+    """The true bytes; None if the vocabulary does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,9 +108,10 @@ def test_each_token_has_its_own_text_and_its_place(tied_base_model: BaseModel) -
     tokens = [*text.encode(said), *text.end_token_ids[:1]]
     placed = text.token_texts(tokens)
 
-    assert [offset for _, offset in placed] == [
+    assert [token.offset for token in placed] == [
         len(text.decode(tokens[:count]).rstrip("\ufffd")) for count in range(len(tokens))
     ]
-    for own, offset in placed[:-1]:
+    for own, offset, _ in placed[:-1]:
         assert "\ufffd" in own or said[offset:].startswith(own)
-    assert placed[-1][0] == tied_base_model.tokenizer.convert_ids_to_tokens(tokens[-1])
+    assert b"".join(token.utf8 or b"?" for token in placed[:-1]) == said.encode()
+    assert placed[-1].text == tied_base_model.tokenizer.convert_ids_to_tokens(tokens[-1])

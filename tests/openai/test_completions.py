@@ -7,15 +7,38 @@ from typing import Any
 import openai
 import pytest
 from openai.types import completion_create_params
+from openai.types.chat import (
+    ChatCompletionAssistantMessageParam,
+    ChatCompletionDeveloperMessageParam,
+    ChatCompletionSystemMessageParam,
+    ChatCompletionToolMessageParam,
+    ChatCompletionUserMessageParam,
+)
 from openai.types.chat import completion_create_params as chat_create_params
 
+from futures.models import Future
+from futures.payload import decode
 from tests.conftest import ApiClient
 from tests.openai.conftest import OpenAIUser
-from tinkerapi.api.openai.options import CHAT_FIELDS, COMPLETION_FIELDS
+from tinkerapi.api.openai.messages import MESSAGE_FIELDS, NOT_TAKEN
+from tinkerapi.api.openai.tables import CHAT_FIELDS, COMPLETION_FIELDS
 from training.base_models import base_model_get
+from training.payloads import sampling_params_from_payload
 
 MODEL = base_model_get(None).name
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+
+VLLM = {
+    "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words",
+    "chat_template", "chat_template_kwargs", "continue_final_message", "documents",
+    "early_stopping", "echo", "guided_choice", "guided_grammar", "guided_json", "guided_regex",
+    "ignore_eos", "include_reasoning", "include_stop_str_in_output", "length_penalty", "min_p",
+    "min_tokens", "priority", "prompt_logprobs", "repetition_penalty", "response_format",
+    "return_token_ids", "return_tokens_as_token_ids", "skip_special_tokens",
+    "spaces_between_special_tokens", "stop_token_ids", "structured_outputs", "top_k",
+    "truncate_prompt_tokens", "use_beam_search",
+}  # fmt: skip
 
 
 def complete(user: OpenAIUser, /, **more: Any) -> Any:
@@ -130,25 +153,42 @@ def test_the_likeliest_tokens_come_with_log_probabilities_if_asked_for(user):
         assert [top.token for top in item.top_logprobs] == ["\x00", "\x01", "\x02"]
         assert [top.logprob for top in item.top_logprobs] == [item.logprob] * 3
     assert len(logprobs.top_logprobs) == len(logprobs.tokens) == 5
-    assert set(logprobs.top_logprobs[0]) == {"\x00", "\x01"}
+    for token, value, top in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
+    ):
+        assert set(top) == {"\x00", "\x01", token}  # the sampled one always
+        assert top[token] == value
 
 
 REFUSED: list[Any] = [
-    (chat, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    (chat, {"tool_choice": "required"}, "tool_choice"),
+    (chat, {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    (chat, {"parallel_tool_calls": False, "tools": [TOOL]}, "parallel_tool_calls"),
+    (chat, {"tools": [{"type": "web_search"}]}, "tools[0].function"),
     (chat, {"response_format": {"type": "json_object"}}, "response_format"),
     (chat, {"top_logprobs": 3}, "top_logprobs"),
     (chat, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-    (chat, {"presence_penalty": 0.5}, "presence_penalty"),
+    (chat, {"presence_penalty": 2.5}, "presence_penalty"),
     (chat, {"reasoning_effort": "high"}, "reasoning_effort"),
     (chat, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    (chat, {"max_tokens": 0}, "max_tokens"),
     (chat, {"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
     (chat, {"messages": []}, "messages"),
     (chat, {"stream_options": {"include_usage": True}}, "stream_options"),
-    (chat, {"extra_body": {"top_k": 3}}, "top_k"),
+    (chat, {"extra_body": {"top_p_k": 3}}, "top_p_k"),
+    (chat, {"extra_body": {"top_k": -2}}, "top_k"),
+    (chat, {"extra_body": {"min_p": 1.5}}, "min_p"),
+    (chat, {"extra_body": {"stop_token_ids": ["a"]}}, "stop_token_ids[0]"),
+    (chat, {"extra_body": {"min_tokens": 3}}, "min_tokens"),
+    (chat, {"extra_body": {"guided_json": {}}}, "guided_json"),
+    (chat, {"extra_body": {"skip_special_tokens": False}}, "skip_special_tokens"),
+    (chat, {"extra_body": {"prompt_logprobs": 0}}, "prompt_logprobs"),
     (complete, {"best_of": 3}, "best_of"),
-    (complete, {"echo": True}, "echo"),
+    (complete, {"echo": 1}, "echo"),
     (complete, {"suffix": "."}, "suffix"),
-    (complete, {"logit_bias": {"7": 1}}, "logit_bias"),
+    (complete, {"logit_bias": {"seven": 1}}, "logit_bias.seven"),
+    (complete, {"logit_bias": {"7": 101}}, "logit_bias.7"),
+    (complete, {"logit_bias": {"7": 1, "07": 2}}, "logit_bias.07"),
     (complete, {"temperature": -1}, "temperature"),
     (complete, {"n": 0}, "n"),
     (complete, {"logprobs": 21}, "logprobs"),
@@ -166,6 +206,7 @@ def test_what_is_not_honoured_is_refused_by_name(user):
         assert refused.value.param == param
         assert refused.value.type == "invalid_request_error"
         assert param in refused.value.message
+        assert len(refused.value.message) < 2000
 
 
 def test_what_asks_for_nothing_is_accepted(user):
@@ -174,12 +215,64 @@ def test_what_asks_for_nothing_is_accepted(user):
         "presence_penalty": 0.0,
         "response_format": {"type": "text"},
         "tools": [],
+        "tool_choice": "none",
+        "parallel_tool_calls": False,
         "store": False,
         "user": "someone",
+        "reasoning_effort": "none",
+        "logit_bias": {},
+    }
+    vllm = {
+        "min_p": 0,
+        "top_k": 0,
+        "repetition_penalty": 1,
+        "stop_token_ids": [],
+        "min_tokens": 0,
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": False,
+        "include_stop_str_in_output": False,
+        "prompt_logprobs": None,
+        "add_special_tokens": False,
+        "add_generation_prompt": True,
+        "chat_template_kwargs": {},
     }
 
-    assert chat(user, **off).choices == chat(user).choices
+    assert chat(user, extra_body=vllm, **off).choices == chat(user).choices
     assert complete(user, n=2, best_of=2, echo=False).choices == complete(user, n=2).choices
+
+
+def test_stop_tokens_end_a_choice_and_end_tokens_may_be_ignored(user, served_api):
+    free = sampled(served_api, prompt="hello", sampling_params={"max_tokens": 60, "stop": []})
+    tokens = free["sequences"][0]["tokens"]
+    [ignoring] = complete(user, max_tokens=60, extra_body={"ignore_eos": True}).choices
+    assert (ignoring.text, ignoring.finish_reason) == (free["generated_text"], "length")
+
+    stop = next(token for token in tokens[5:] if token != 256)
+    fields = {"ignore_eos": True, "stop_token_ids": [stop]}
+    [stopped] = complete(user, max_tokens=60, extra_body=fields, logprobs=0).choices
+    kept = tokens[: tokens.index(stop)]
+    assert stopped.text == bytes(token for token in kept if token != 256).decode()
+    assert stopped.finish_reason == "stop"
+    assert stopped.logprobs.tokens[-1] == chr(stop)
+    assert stopped.logprobs.text_offset[-1] == len(stopped.text)
+
+
+def test_what_decides_a_token_reaches_the_sampler(user):
+    """What it does there, the engine's tests say."""
+    penalties = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "logit_bias": {"7": 1.5, "3": -2},
+    }
+    fields = {"top_k": 3, "min_p": 0.25, "repetition_penalty": 1.5}
+    chat(user, extra_body=fields, **penalties)
+
+    params = sampling_params_from_payload(
+        decode(bytes(Future.objects.get().payload))["sampling_params"]
+    )
+    assert (params.top_k, params.min_p, params.repetition_penalty) == (3, 0.25, 1.5)
+    assert (params.presence_penalty, params.frequency_penalty) == (0.5, -1)
+    assert params.logit_bias == ((3, -2.0), (7, 1.5))
 
 
 @pytest.mark.parametrize(
@@ -193,4 +286,19 @@ def test_every_field_of_the_official_client_is_in_the_tables(params, fields):
     known = set(params.CompletionCreateParamsBase.__annotations__)
     known |= set(params.CompletionCreateParamsStreaming.__annotations__)
 
-    assert known == set(fields)
+    assert known <= set(fields)
+    assert set(fields) - known <= VLLM
+
+
+@pytest.mark.parametrize(
+    ("role", "declared"),
+    [
+        ("system", ChatCompletionSystemMessageParam),
+        ("developer", ChatCompletionDeveloperMessageParam),
+        ("user", ChatCompletionUserMessageParam),
+        ("assistant", ChatCompletionAssistantMessageParam),
+        ("tool", ChatCompletionToolMessageParam),
+    ],
+)
+def test_every_field_of_the_official_clients_messages_is_taken_or_refused_by_name(role, declared):
+    assert set(declared.__annotations__) - {"role"} <= MESSAGE_FIELDS[role] | set(NOT_TAKEN)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinkerapi.api.openai.options import CHAT_FIELDS, COMPLETION_FIELDS
+from tinkerapi.api.openai.tables import CHAT_FIELDS, COMPLETION_FIELDS
 from tinkerapi.api.openai.urls import urlpatterns
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -25,6 +25,7 @@ from training.engine.interface import (
     Engine,
     ForwardBackwardJob,
 )
+from training.engine.stopping import StreamedText
 from training.engine.storage import new_directory, read_meta, write_meta
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import (
@@ -43,12 +44,14 @@ from training.types import (
     ForwardBackwardOutput,
     LoraConfig,
     OptimStepOutput,
+    TokenText,
 )
 
 CLASSES = 8
 """A token's class is token % 8; the model predicts the next token's class."""
 SPREAD = math.log(VOCAB_SIZE / CLASSES)
 QUANTUM = 2.0**-10
+END_TEXT = "<end>"
 
 FloatArray = NDArray[np.float32]
 
@@ -270,14 +273,14 @@ class FakeEngine(Engine):
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def token_texts(
-        self, tokens: Sequence[int], before: Sequence[int] = ()
-    ) -> list[tuple[str, int]]:
-        ends = [token == END_TOKEN for token in tokens]
-        return [
-            ("<end>" if end else chr(token), index - sum(ends[:index]))
-            for index, (token, end) in enumerate(zip(tokens, ends, strict=True))
-        ]
+    def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
+        return _placed(tokens, end_text="")
+
+    def prompt_texts(
+        self, tokens: Sequence[int], text: str | None = None
+    ) -> tuple[str, list[TokenText]]:
+        placed = _placed(tokens, end_text=END_TEXT)
+        return _decode(tokens, END_TEXT) if text is None else text, placed
 
     def _weight_bytes(self, adapter_name: str) -> bytes:
         return self.find(adapter_name).weights.tobytes()
@@ -292,6 +295,23 @@ class FakeEngine(Engine):
             raise InvalidRequest(f"No adapter named {adapter_name} is resident.")
         self._adapters[adapter_name] = self._adapters.pop(adapter_name)
         return self._adapters[adapter_name]
+
+
+def _placed(tokens: Sequence[int], end_text: str) -> list[TokenText]:
+    """Each token, placed in the text in which ``end_text`` stands for the end of a turn."""
+    stream, seen, offset = StreamedText(lambda some: _decode(some, end_text)), [], 0
+    placed = []
+    for token in tokens:
+        seen.append(token)
+        own = END_TEXT.encode() if token == END_TOKEN else bytes([token])
+        placed.append(TokenText(own.decode(errors="replace"), offset, own))
+        offset += len(stream.next_piece(seen))
+    return placed
+
+
+def _decode(tokens: Sequence[int], end_text: str) -> str:
+    written = [end_text.encode() if token == END_TOKEN else bytes([token]) for token in tokens]
+    return b"".join(written).decode(errors="replace")
 
 
 def _log_softmax(weights: FloatArray) -> NDArray[np.float64]:

@@ -31,6 +31,7 @@ from training.types import (
     SampledSequence,
     SamplingParams,
     ScoringParams,
+    TokenText,
 )
 
 
@@ -290,13 +291,20 @@ class Engine(ABC):
         tokenizer begins every text."""
 
     @abstractmethod
-    def token_texts(
-        self, tokens: Sequence[int], before: Sequence[int] = ()
-    ) -> list[tuple[str, int]]:
-        """Each sampled token's own text, special tokens written out, and where it begins in the
-        sequence's text, in characters. Where bytes are part of a character only, the token's own
-        text has U+FFFD for them.
+    def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
+        """Each sampled token by itself, special tokens written out, and where it begins in the
+        sequence's text.
 
         Args:
             before: What the tokens were sampled after.
+        """
+
+    @abstractmethod
+    def prompt_texts(
+        self, tokens: Sequence[int], text: str | None = None
+    ) -> tuple[str, list[TokenText]]:
+        """A prompt's text, special tokens written out, and each token's place in it.
+
+        Args:
+            text: What the tokens were made of, if it was text; it comes back as it was.
         """

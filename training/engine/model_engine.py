@@ -34,6 +34,7 @@ from training.types import (
     ForwardBackwardOutput,
     LoraConfig,
     OptimStepOutput,
+    TokenText,
 )
 
 _GRADIENT_OVERFLOWS = (
@@ -251,10 +252,13 @@ class TorchEngine(Engine):
     def encode(self, text: str) -> list[int]:
         return self._text.encode(text)
 
-    def token_texts(
-        self, tokens: Sequence[int], before: Sequence[int] = ()
-    ) -> list[tuple[str, int]]:
+    def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
         return self._text.token_texts(tokens, before)
+
+    def prompt_texts(
+        self, tokens: Sequence[int], text: str | None = None
+    ) -> tuple[str, list[TokenText]]:
+        return self._text.prompt_texts(tokens, text)
 
     def _peek(self, adapter_name: str) -> Adapter:
         if adapter_name not in self._adapters:

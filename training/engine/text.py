@@ -18,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from training.engine.chat_template import ChatTemplate, Message
 from training.engine.edges import EdgedTokens, TextTokens, tokenize_with_edges
 from training.engine.rendered import RenderedConversation, answers, prompt_length
-from training.engine.stopping import StreamedText, text_after
+from training.engine.stopping import text_after
 from training.engine.template_check import find_fault
+from training.engine.token_texts import TokenTexts
 from training.engine.turn_ends import find_turn_ends
 from training.errors import InvalidRequest
-from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
+from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText
 
 TRAIN_ON = ("auto", "assistant", "all")
 
@@ -52,7 +53,7 @@ class ChatText:
         self.special_texts = {i: t.content for i, t in added.items() if t.special}
         """Special tokens, written out; ``decode`` leaves them out."""
         self._first_tokens = _first_tokens(tokenizer)
-        self._neutral = self._ids_of("a")[-1:]
+        self._token_texts = TokenTexts(tokenizer, neutral=self._ids_of("a")[-1:])
         self._ends = find_turn_ends(self._template, self._added_tokens_in)
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self.end_token_ids: tuple[int, ...] = tuple(
@@ -93,24 +94,19 @@ class ChatText:
         """What ``tokens`` add to the text of those before, the first word's space included."""
         return text_after(self.decode, before, tokens)
 
-    def token_texts(
-        self, tokens: Sequence[int], before: Sequence[int] = ()
-    ) -> list[tuple[str, int]]:
-        """Each token's own text, special tokens written out, and its offset in the whole text.
+    def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
+        """Each sampled token by itself, placed in the text of all of them.
 
         Args:
             before: The tokens that these follow; see ``decode_after``.
         """
-        stream, offset = StreamedText(self.decode, before), 0
-        neutral = self.written_out(self._neutral)
-        seen: list[int] = []
-        placed: list[tuple[str, int]] = []
-        for token in tokens:
-            seen.append(token)
-            own = self.written_out([*self._neutral, token])
-            placed.append((own[len(neutral) :], offset))
-            offset += len(stream.next_piece(seen))
-        return placed
+        return self._token_texts.of_sample(tokens, before)
+
+    def prompt_texts(
+        self, tokens: Sequence[int], text: str | None = None
+    ) -> tuple[str, list[TokenText]]:
+        """A prompt's text and each of its tokens; see ``TokenTexts.of_prompt``."""
+        return self._token_texts.of_prompt(tokens, text)
 
     # -- conversations ---------------------------------------------------------------------------
 

@@ -36,7 +36,9 @@ def sample_submit(
     sampling_params: SamplingParams,
     prompt_logprobs: bool = False,
     topk_sample_logprobs: int = 0,
+    topk_prompt_logprobs: int = 0,
     token_texts: bool = False,
+    echo: bool = False,
     stream: bool = False,
     idempotency_key: str | None = None,
 ) -> Submission:
@@ -49,7 +51,9 @@ def sample_submit(
 
     Args:
         topk_sample_logprobs: So many of the likeliest tokens at each sampled position.
+        topk_prompt_logprobs: And at each position of the prompts.
         token_texts: The result says each token's text and where it begins.
+        echo: The result has the prompts as well, token by token; needs ``token_texts``.
         stream: The worker notes the texts while they grow (``training.text_pieces``).
 
     Raises:
@@ -66,10 +70,14 @@ def sample_submit(
         sampling_params=sampling_params,
         prompt_logprobs=prompt_logprobs,
         request_name=idempotency_key,
-        scoring=ScoringParams(topk_sample_logprobs=topk_sample_logprobs),
+        scoring=ScoringParams(
+            topk_sample_logprobs=topk_sample_logprobs, topk_prompt_logprobs=topk_prompt_logprobs
+        ),
     )
     if token_texts:
         payload["token_texts"] = True
+    if echo:
+        payload["echo"] = True
     if stream:
         payload["stream"] = True
     cost = sum(payloads.prompt_cost(prompt) for prompt in prompts)

@@ -27,10 +27,11 @@ from training.types import (
     OptimStepOutput,
     PromptScores,
     ScoringParams,
+    TokenText,
     TopLogprobs,
 )
 
-TokenTexts = Callable[[Sequence[int], Sequence[int]], list[tuple[str, int]]]
+TokenTexts = Callable[[Sequence[int], Sequence[int]], list[TokenText]]
 """``Engine.token_texts``: the texts of some tokens, sampled after those of the second list."""
 
 
@@ -129,6 +130,7 @@ def sample_ready(
     prompt_tokens: int,
     scoring: ScoringParams,
     token_texts: TokenTexts | None = None,
+    prompt_texts: Sequence[tuple[str, list[TokenText]]] = (),
 ) -> Outcome:
     """All sequences, those of the first prompt first; ``prompt_logprobs`` per prompt.
 
@@ -138,6 +140,8 @@ def sample_ready(
     Args:
         prompt_tokens: Tokens of all prompts; noted in the summary.
         token_texts: The engine's; given, each sequence also says its tokens' texts and offsets.
+        prompt_texts: Of each prompt, its text and its tokens'; given, the result has them, with
+            the prompts' log-probabilities, under ``echo``.
     """
     sequences: list[dict[str, Any]] = [
         {
@@ -153,11 +157,10 @@ def sample_ready(
     if token_texts is not None:
         prompt_ends = [output.prompt_end for output in outputs for _ in output.sequences]
         for sequence, prompt_end in zip(sequences, prompt_ends, strict=True):
-            placed = token_texts(sequence["tokens"].tolist(), prompt_end)
-            sequence["token_texts"] = [text for text, _ in placed]
-            sequence["text_offsets"] = [offset for _, offset in placed]
+            sequence |= _written(token_texts(sequence["tokens"].tolist(), prompt_end))
             if "topk_logprobs" in sequence:
-                sequence["topk_texts"] = _texts(sequence["topk_logprobs"]["token_ids"], token_texts)
+                top_ids = sequence["topk_logprobs"]["token_ids"]
+                sequence |= _top_written(top_ids, token_texts)
     prompt_logprobs = [
         None
         if output.prompt_logprobs is None
@@ -173,6 +176,11 @@ def sample_ready(
         "model_id": model_id,
         **_scores(outputs[0].scores, scoring),
     }
+    if prompt_texts and token_texts is not None:
+        result["echo"] = [
+            _echo(output, text, placed, token_texts)
+            for output, (text, placed) in zip(outputs, prompt_texts, strict=True)
+        ]
     return ready(
         future,
         result,
@@ -200,11 +208,46 @@ def _scores(scores: PromptScores, scoring: ScoringParams) -> dict[str, Any]:
     return result
 
 
-def _texts(token_ids: NDArray[np.int32], token_texts: TokenTexts) -> list[list[str]]:
-    """Every token's own text, in the array's shape."""
+def _echo(
+    output: SampleOutput,
+    text: str,
+    placed: Sequence[TokenText],
+    token_texts: TokenTexts,
+) -> dict[str, Any]:
+    """A prompt in the form of a sequence: its text, its tokens and what is known of them."""
+    echo: dict[str, Any] = {"text": text, **_written(placed)}
+    if output.prompt_logprobs is not None:
+        echo["logprobs"] = np.asarray(output.prompt_logprobs, dtype=np.float32)
+    if output.scores.top is not None:
+        echo |= _top("topk_logprobs", output.scores.top)
+        echo |= _top_written(output.scores.top.token_ids, token_texts)
+    return echo
+
+
+def _written(placed: Sequence[TokenText]) -> dict[str, Any]:
+    """The tokens' texts and offsets, and the bytes of those that are parts of characters."""
+    written: dict[str, Any] = {
+        "token_texts": [token.text for token in placed],
+        "text_offsets": [token.offset for token in placed],
+    }
+    if any(token.utf8 != token.text.encode() for token in placed):
+        written["token_bytes"] = [_own_bytes(token) for token in placed]
+    return written
+
+
+def _top_written(token_ids: NDArray[np.int32], token_texts: TokenTexts) -> dict[str, Any]:
+    """Every token's own text, and bytes as above, in the array's shape."""
     ids = np.unique(token_ids).tolist()
-    texts = dict(zip(ids, (text for text, _ in token_texts(ids, ())), strict=True))
-    return [[texts[token] for token in row] for row in token_ids.tolist()]
+    of = dict(zip(ids, token_texts(ids, ()), strict=True))
+    rows = token_ids.tolist()
+    written: dict[str, Any] = {"topk_texts": [[of[token].text for token in row] for row in rows]}
+    if any(token.utf8 != token.text.encode() for token in of.values()):
+        written["topk_bytes"] = [[_own_bytes(of[token]) for token in row] for row in rows]
+    return written
+
+
+def _own_bytes(token: TokenText) -> list[int] | None:
+    return None if token.utf8 is None else list(token.utf8)
 
 
 def _top(name: str, top: TopLogprobs | None) -> dict[str, Any]:

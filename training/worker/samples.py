@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,16 @@ from futures.models import Future
 from futures.notify import notify_progress
 from training import payloads
 from training.engine.interface import Engine, SampleJob, SampleOutput
-from training.errors import TrainingError
+from training.errors import LimitExceeded, TrainingError
 from training.text_pieces import Told
 from training.types import Conversation, Prompt, ScoringParams
 from training.worker import outcomes
 
 logger = logging.getLogger(__name__)
+
+
+MAX_ECHOED = 1_000_000
+"""Tokens and likely tokens that an answer may repeat of its prompts; each is some bytes of JSON."""
 
 
 @dataclass
@@ -42,6 +46,8 @@ class _Sampling:
     """How much of the texts was noted for those who follow; None if nobody is to follow."""
     with_token_texts: bool = False
     """Whether the result holds each token's text too, which the web process cannot make."""
+    echoed: list[tuple[Sequence[int], str | None]] = field(default_factory=list)
+    """The prompts' tokens, and their texts where they were text, if the result is to have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +93,13 @@ class Samples:
         scoring = payloads.scoring_params_from_payload(payload.get("scoring", {}))
         params = payloads.sampling_params_from_payload(payload["sampling_params"])
         keys: list[str] = []
+        echoed: list[tuple[Sequence[int], str | None]] = []
         prompt_tokens = 0
         try:
             for index, item in enumerate(payload["prompts"]):
+                prompt = payloads.prompt_from_payload(item)
                 job = SampleJob(
-                    prompt=self._tokens(payloads.prompt_from_payload(item)),
+                    prompt=self._tokens(prompt),
                     sampling_params=params,
                     num_samples=payload["num_samples"],
                     adapter_name=adapter_name,
@@ -103,6 +111,11 @@ class Samples:
                 self._engine.sampler.admit(key, job)
                 keys.append(key)
                 prompt_tokens += len(job.prompt)
+                if payload.get("echo", False):
+                    echoed.append((job.prompt, prompt if isinstance(prompt, str) else None))
+                    _check_echo(
+                        prompt_tokens * job.num_samples * (1 + scoring.topk_prompt_logprobs)
+                    )
         except TrainingError:
             for key in keys:
                 self._engine.sampler.cancel(key)
@@ -115,6 +128,7 @@ class Samples:
             prompt_tokens=prompt_tokens,
             told=Told() if payload.get("stream", False) else None,
             with_token_texts=payload.get("token_texts", False),
+            echoed=echoed,
         )
 
     def _tokens(self, prompt: Prompt) -> list[int]:
@@ -155,6 +169,9 @@ class Samples:
                 outputs=done,
                 prompt_tokens=sampling.prompt_tokens,
                 token_texts=self._engine.token_texts if sampling.with_token_texts else None,
+                prompt_texts=[
+                    self._engine.prompt_texts(tokens, text) for tokens, text in sampling.echoed
+                ],
                 scoring=sampling.scoring,
             )
         del self._held[request_id]
@@ -203,3 +220,16 @@ class Samples:
                 notify_progress(notes)
             except DatabaseError as error:  # only a hint; the result will say it all
                 logger.warning("progress could not be noted: %s", error)
+
+
+def _check_echo(num_entries: int) -> None:
+    """Refuse an answer that would repeat too much.
+
+    Raises:
+        LimitExceeded: It says what to do.
+    """
+    if num_entries > MAX_ECHOED:
+        raise LimitExceeded(
+            "echo: the prompts' tokens and their likely ones, once for each of n choices, are more"
+            f" than the {MAX_ECHOED} that one answer may hold; send fewer prompts at a time"
+        )

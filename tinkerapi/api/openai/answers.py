@@ -6,6 +6,7 @@ its log-probabilities, and in nothing else.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,20 +14,29 @@ from typing import Any, ClassVar
 from futures import payload
 from futures.errors import FuturePurged
 from futures.models import Future
+from tinkerapi.api.openai.options import Options
 
 Sequence = Mapping[str, Any]
 """One sampled sequence of a sample future's result."""
 
 
 def sequences_of(future: Future) -> list[Sequence]:
-    """A ready future's sequences, those of the first prompt first.
+    """A ready future's sequences, those of the first prompt first; a prompt that is to be echoed
+    is ``echo`` in each of its own.
 
     Raises:
         FuturePurged: They are no longer kept. (410)
     """
     if future.result is None:
         raise FuturePurged
-    sequences: list[Sequence] = payload.decode(bytes(future.result))["sequences"]
+    result = payload.decode(bytes(future.result))
+    sequences: list[Sequence] = result["sequences"]
+    if prompts := result.get("echo"):
+        each = len(sequences) // len(prompts)
+        return [
+            {**sequence, "echo": prompts[number // each]}
+            for number, sequence in enumerate(sequences)
+        ]
     return sequences
 
 
@@ -46,19 +56,19 @@ class AnswerForm(ABC):
     answer_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def answer(self, future: Future, *, model: str, logprobs: bool) -> dict[str, Any]:
+    def answer(self, future: Future, options: Options) -> dict[str, Any]:
         """The whole answer of a ready future."""
         choices = [
             {
                 "index": index,
-                **self.whole(sequence["text"]),
-                "logprobs": self.logprobs(sequence) if logprobs else None,
+                **self.whole(_echoed_text(sequence) + sequence["text"]),
+                "logprobs": self.logprobs(sequence) if options.logprobs else None,
                 "finish_reason": sequence["stop_reason"],
             }
             for index, sequence in enumerate(sequences_of(future))
         ]
         return {
-            **self._head(future, model, self.answer_object),
+            **self._head(future, options.model, self.answer_object),
             "choices": choices,
             "usage": usage(future),
         }
@@ -119,12 +129,11 @@ class CompletionForm(AnswerForm):
         return {"text": text}
 
     def logprobs(self, sequence: Sequence) -> dict[str, Any]:
-        return {
-            "tokens": sequence["token_texts"],
-            "token_logprobs": sequence["logprobs"],
-            "top_logprobs": _tops(sequence) or None,
-            "text_offset": sequence["text_offsets"],
-        }
+        parts = [_columns(sequence, begin=len(_echoed_text(sequence)))]
+        if "echo" in sequence:
+            parts.insert(0, _columns(sequence["echo"], begin=0))
+        columns = {name: [item for part in parts for item in part[name]] for name in parts[0]}
+        return {**columns, "top_logprobs": columns["top_logprobs"] or None}
 
 
 class ChatForm(AnswerForm):
@@ -142,41 +151,67 @@ class ChatForm(AnswerForm):
         return {"delta": {"content": text} if text else {}}
 
     def logprobs(self, sequence: Sequence) -> dict[str, Any]:
-        values = sequence["logprobs"].tolist()
-        tops = _tops(sequence) or [{}] * len(values)
+        tokens = zip(
+            sequence["token_texts"], _bytes_of(sequence), sequence["logprobs"].tolist(), strict=True
+        )
+        tops = _tops(sequence) or [[]] * len(sequence["token_texts"])
         return {
             "content": [
-                {
-                    **_token(text, logprob),
-                    "top_logprobs": [_token(*likely) for likely in top.items()],
-                }
-                for text, logprob, top in zip(sequence["token_texts"], values, tops, strict=True)
+                {**_token(*token), "top_logprobs": [_token(*likely) for likely in top]}
+                for token, top in zip(tokens, tops, strict=True)
             ],
             "refusal": None,
         }
 
 
-def _tops(sequence: Sequence) -> list[dict[str, float]]:
-    """The likeliest tokens' texts and log-probabilities at each position, likeliest first.
+Likely = tuple[str, list[int] | None, float]
+"""A token's text, its bytes if they are known, and its log-probability."""
 
-    Of tokens with one text, which are parts of characters, the likeliest is there.
+
+def _echoed_text(sequence: Sequence) -> str:
+    return str(sequence["echo"]["text"]) if "echo" in sequence else ""
+
+
+def _columns(part: Sequence, *, begin: int) -> dict[str, list[Any]]:
+    """The four columns of a completion's log-probabilities, of a prompt or of what continues it.
+
+    A token is among the likely ones, as OpenAI has it, also where it is not one of them. A
+    prompt's first token follows nothing, so there is nothing to say of it.
+
+    Args:
+        begin: Where the part begins in the text, in characters.
     """
-    if "topk_texts" not in sequence:
-        return []
-    rows = zip(sequence["topk_texts"], sequence["topk_logprobs"]["logprobs"].tolist(), strict=True)
-    tops = []
-    for texts, values in rows:
+    texts = part["token_texts"]
+    values = [None if math.isnan(value) else value for value in part["logprobs"].tolist()]
+    tops: list[dict[str, float] | None] = []
+    for text, value, likely in zip(texts, values, _tops(part), strict=False):
         top: dict[str, float] = {}
-        for text, value in zip(texts, values, strict=True):
-            top.setdefault(text, value)
-        tops.append(top)
-    return tops
+        for likely_text, _, likely_value in likely:
+            # Of tokens with one text, which are parts of characters, the likeliest is told.
+            top.setdefault(likely_text, likely_value)
+        tops.append(None if value is None else {**top, text: top.get(text, value)})
+    return {
+        "tokens": texts,
+        "token_logprobs": values,
+        "top_logprobs": tops,
+        "text_offset": [begin + offset for offset in part["text_offsets"]],
+    }
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "bytes": _bytes(text), "logprob": logprob}
+def _tops(part: Sequence) -> list[list[Likely]]:
+    """The likeliest tokens at each position, likeliest first; nothing if nobody asked."""
+    if "topk_texts" not in part:
+        return []
+    texts, values = part["topk_texts"], part["topk_logprobs"]["logprobs"].tolist()
+    utf8 = part.get("topk_bytes") or [[list(text.encode()) for text in row] for row in texts]
+    return [list(zip(*row, strict=True)) for row in zip(texts, utf8, values, strict=True)]
 
 
-def _bytes(text: str) -> list[int] | None:
-    """UTF-8; None for a token that is a part of a character, whose bytes its text does not tell."""
-    return None if "\ufffd" in text else list(text.encode())
+def _bytes_of(part: Sequence) -> list[list[int] | None]:
+    """Each token's bytes; None for a part of a character whose vocabulary does not tell."""
+    texts = part["token_texts"]
+    return part.get("token_bytes") or [list(text.encode()) for text in texts]
+
+
+def _token(text: str, utf8: list[int] | None, logprob: float) -> dict[str, Any]:
+    return {"token": text, "bytes": utf8, "logprob": logprob}

@@ -23,14 +23,9 @@ from tinkerapi.api.fields import Field, check_object
 from tinkerapi.api.leaving import when_client_leaves
 from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
 from tinkerapi.api.openai.base import OpenAIView, model_not_found, not_finished, sample_failed
-from tinkerapi.api.openai.options import (
-    CHAT_FIELDS,
-    COMPLETION_FIELDS,
-    Options,
-    chat_options,
-    completion_options,
-)
+from tinkerapi.api.openai.options import Options, chat_options, completion_options
 from tinkerapi.api.openai.streams import answer_chunks, event_stream
+from tinkerapi.api.openai.tables import CHAT_FIELDS, COMPLETION_FIELDS
 from tinkerapi.api.parsers import json_object
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.views.base import idempotency_key_of, owner_of
@@ -93,8 +88,11 @@ class SamplingView(OpenAIView):
                 prompts=options.prompts,
                 num_samples=options.num_samples,
                 sampling_params=options.sampling_params,
+                prompt_logprobs=options.echo and options.logprobs,
                 topk_sample_logprobs=options.top_logprobs,
-                token_texts=options.logprobs,
+                topk_prompt_logprobs=options.top_logprobs if options.echo else 0,
+                token_texts=options.logprobs or options.echo,
+                echo=options.echo,
                 stream=options.stream,
                 idempotency_key=idempotency_key_of(request),
             ).future
@@ -127,9 +125,7 @@ class SamplingView(OpenAIView):
     def _finished(self, future: Future, options: Options) -> JSONResponse:
         if future.state != State.READY:
             raise sample_failed(future)
-        return JSONResponse(
-            self.form.answer(future, model=options.model, logprobs=options.logprobs)
-        )
+        return JSONResponse(self.form.answer(future, options))
 
 
 class CompletionView(SamplingView):

@@ -1,0 +1,225 @@
+"""Messages and tools as OpenAI's clients write them, as the values that a chat template takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from futures.plain import MAX_DEPTH
+from tinkerapi.api.fields import refuse, refuse_size
+from training.errors import InvalidRequest
+from training.types import ROLES, Message
+
+MAX_MESSAGES = 10_000
+MAX_TOOLS = 1000
+MAX_TOOL_CALLS = 1000
+
+MAX_NAME_CHARACTERS = 200
+
+MESSAGE_FIELDS: Mapping[str, frozenset[str]] = {
+    "system": frozenset({"content", "name"}),
+    "developer": frozenset({"content", "name"}),
+    "user": frozenset({"content", "name"}),
+    "assistant": frozenset({"content", "name", "tool_calls", "reasoning_content"}),
+    "tool": frozenset({"content", "name", "tool_call_id"}),
+}
+"""What a message of each role may say, beside its role."""
+
+NOT_TAKEN: Mapping[str, str] = {
+    "refusal": "a refusal is not among what a chat template takes; send it as content",
+    "audio": "this server takes text",
+    "function_call": "is what tool_calls were before; send tool_calls",
+    "annotations": "this server takes text without annotations",
+}
+"""Fields of OpenAI's messages that are refused unless null or empty."""
+
+
+def check_messages(value: Any, where: str) -> tuple[Message, ...]:
+    """A conversation. A content may be a list of text parts; null fields say nothing."""
+    if not isinstance(value, list):
+        raise refuse(where, "a list of messages", value)
+    if not value:
+        raise InvalidRequest(f"{where}: has no messages")
+    if len(value) > MAX_MESSAGES:
+        raise refuse_size(where, len(value), "messages", MAX_MESSAGES)
+    return tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise refuse(where, 'a message such as {"role": "user", "content": "hi"}', value)
+    given = {name: item for name, item in value.items() if item is not None}
+    role = given.pop("role", None)
+    if not isinstance(role, str) or role not in ROLES:
+        raise refuse(f"{where}.role", f"one of {', '.join(ROLES)}", role)
+    fields = MESSAGE_FIELDS[role]
+    for name, item in given.items():
+        place = f"{where}.{name[:60]}"
+        if name in NOT_TAKEN:
+            if item != []:
+                raise InvalidRequest(f"{place}: {NOT_TAKEN[name]}")
+        elif name not in fields:
+            expected = ", ".join(sorted(fields))
+            raise InvalidRequest(
+                f"{place}: unknown field of a message of the role {role}; expected {expected}"
+            )
+    calls = _tool_calls(given.get("tool_calls"), f"{where}.tool_calls")
+    return Message(
+        role,
+        _content(given.get("content"), f"{where}.content", may_be_null=bool(calls)),
+        name=_short_text(given.get("name"), f"{where}.name"),
+        tool_calls=calls,
+        tool_call_id=_short_text(given.get("tool_call_id"), f"{where}.tool_call_id"),
+        reasoning_content=_text(given.get("reasoning_content"), f"{where}.reasoning_content"),
+    )
+
+
+def _content(value: Any, where: str, *, may_be_null: bool) -> str | None:
+    """Text; the parts of a list joined, with nothing between them."""
+    if value is None:
+        if may_be_null:
+            return None
+        raise InvalidRequest(f"{where}: this field is required, but beside tool_calls")
+    if not isinstance(value, list):
+        return _text(value, where)
+    for index, part in enumerate(value):
+        if not (
+            isinstance(part, dict)
+            and set(part) == {"type", "text"}
+            and part["type"] == "text"
+            and type(part["text"]) is str
+        ):
+            raise refuse(f"{where}[{index}]", 'a part like {"type": "text", "text": "hi"}', part)
+    return "".join(part["text"] for part in value)
+
+
+def _text(value: Any, where: str) -> str | None:
+    if value is not None and type(value) is not str:
+        raise refuse(where, "text", value)
+    return value
+
+
+def _short_text(value: Any, where: str) -> str | None:
+    if value is None:
+        return None
+    if type(value) is not str or not 0 < len(value) <= MAX_NAME_CHARACTERS:
+        raise refuse(where, f"text of 1 to {MAX_NAME_CHARACTERS} characters", value)
+    return value
+
+
+def _tool_calls(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
+    """Calls with their arguments as an object, as templates take them; none is no field."""
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise refuse(where, "a list of tool calls", value)
+    if len(value) > MAX_TOOL_CALLS:
+        raise refuse_size(where, len(value), "tool calls", MAX_TOOL_CALLS)
+    return tuple(_tool_call(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _tool_call(value: Any, where: str) -> dict[str, Any]:
+    call = _object(value, where, required=("function",), optional=("id", "type", "index"))
+    if call.get("type", "function") != "function":
+        raise refuse(f"{where}.type", "'function'", call["type"])
+    place = f"{where}.function"
+    function = _object(call["function"], place, required=("name", "arguments"))
+    name = _short_text(function["name"], f"{place}.name")
+    arguments = _arguments(function["arguments"], f"{place}.arguments")
+    call_id = _short_text(call.get("id"), f"{where}.id")
+    return {
+        **({} if call_id is None else {"id": call_id}),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def _arguments(value: Any, where: str) -> dict[str, Any]:
+    """The object that a call's text of JSON says; no text at all is no arguments."""
+    if type(value) is str:
+        try:
+            value = orjson.loads(value) if value.strip() else {}
+        except orjson.JSONDecodeError:
+            raise refuse(where, "a text that is a JSON object", value) from None
+    if not isinstance(value, dict):
+        raise refuse(where, "a text that is a JSON object", value)
+    check_depth(value, where)
+    return value
+
+
+def check_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Functions that the assistant may call, as they are: the template writes them out."""
+    if not isinstance(value, list):
+        raise refuse(where, "a list of tools", value)
+    if len(value) > MAX_TOOLS:
+        raise refuse_size(where, len(value), "tools", MAX_TOOLS)
+    return tuple(_tool(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _tool(value: Any, where: str) -> dict[str, Any]:
+    tool = _object(value, where, required=("type", "function"))
+    if tool["type"] != "function":
+        raise refuse(
+            f"{where}.type", "'function', the only tools that a template knows", tool["type"]
+        )
+    place = f"{where}.function"
+    function = _object(
+        tool["function"],
+        place,
+        required=("name",),
+        optional=("description", "parameters", "strict"),
+    )
+    _short_text(function["name"], f"{place}.name")
+    _text(function.get("description"), f"{place}.description")
+    if not isinstance(function.get("parameters", {}), dict):
+        raise refuse(
+            f"{place}.parameters", "a JSON schema, which is an object", function["parameters"]
+        )
+    check_depth(function, place)
+    return {"type": "function", "function": function}
+
+
+def check_template_kwargs(value: Any, where: str) -> dict[str, Any]:
+    """Variables of the model's template; that it reads them, the worker sees."""
+    if not isinstance(value, dict):
+        raise refuse(where, "an object of the template's variables", value)
+    check_depth(value, where)
+    return value
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Refuse what nests deeper than what is stored may.
+
+    Raises:
+        InvalidRequest: (400)
+    """
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"{where}: is nested deeper than {MAX_DEPTH} levels")
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+
+
+def _object(
+    value: Any, where: str, *, required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """An object's fields, those that are null left out."""
+    known = (*required, *optional)
+    if not isinstance(value, dict):
+        raise refuse(where, f"an object with {', '.join(known)}", value)
+    given = {name: item for name, item in value.items() if item is not None}
+    for name in given:
+        if name not in known:
+            raise InvalidRequest(f"{where}.{name[:60]}: unknown field; expected {', '.join(known)}")
+    for name in required:
+        if name not in given:
+            raise InvalidRequest(f"{where}.{name}: this field is required")
+    return given
