@@ -144,6 +144,17 @@ def api(db: None, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
     return ApiClient(Client(raise_request_exception=False))
 
 
+@pytest.fixture(scope="session")
+def custom_loss_process() -> Iterator[Any]:
+    """The process that computes custom losses; one for all tests, for it takes seconds to start."""
+    from training.worker.custom_loss_process import CustomLossProcess  # imports torch
+
+    process = CustomLossProcess()
+    process.wait_until_ready()
+    yield process
+    process.close()
+
+
 @pytest.fixture
 def served_api(transactional_db: None) -> Iterator[ApiClient]:
     """The API with its own threads and connections, and a live worker beside it."""

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+from training.parent_death import parent_death_prefix
 
 FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 30.0
@@ -211,16 +211,6 @@ class Child:
         before its number can belong to somebody else."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def parent_death_prefix(signal_name: str) -> list[str]:
-    """What to put before a command so that it gets this signal when its parent is killed.
-
-    Nothing where setpriv or the mechanism is missing (macOS): there, a killed parent leaves
-    its children running.
-    """
-    setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
-    return [setpriv, f"--pdeathsig={signal_name}"] if setpriv else []
 
 
 @dataclass

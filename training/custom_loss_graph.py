@@ -13,6 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from training.custom_loss_limits import (
+    MAX_DEPTH,
+    MAX_INPUTS,
+    MAX_INTEGER,
+    MAX_ITEMS,
+    MAX_NAME,
+    MAX_NODES,
+    MAX_TEXT,
+)
 from training.custom_loss_ops import (
     ATTRIBUTES,
     DTYPES,
@@ -24,15 +33,6 @@ from training.custom_loss_ops import (
 from training.errors import InvalidRequest, LimitExceeded
 
 FORMAT = 1
-MAX_INPUTS = 16
-MAX_NODES = 400
-MAX_DEPTH = 4
-"""Of lists in lists in an argument."""
-MAX_ITEMS = 200
-"""Values in all arguments of one node."""
-MAX_TEXT = 200
-MAX_INTEGER = 2**53
-MAX_NAME = 200
 
 _NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
 _INPUT_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}", re.ASCII)
@@ -232,7 +232,7 @@ def _check_argument(
         return
     if type(value) is float and value - value == 0:
         return
-    if type(value) is str and len(value) <= MAX_TEXT:
+    if type(value) is str and _is_plain(value):
         return
     if isinstance(value, list):
         for item in value:
@@ -248,6 +248,8 @@ def _check_argument(
             items = content if isinstance(content, list) else None
         if items is None or (kind == "slice" and len(items) != 3):
             raise InvalidRequest(f"{where}: {_shown(value)} is no {kind}")
+        if kind == "dict" and not all(map(_is_plain, content)):
+            raise InvalidRequest(f"{where}: a key of its {kind} is no plain text")
         for item in items:
             _check_argument(item, where, names, budget, depth=depth + 1)
         return
@@ -259,7 +261,7 @@ def _check_argument(
         (kind == "ellipsis" and content is True)
         or (kind == "float" and type(content) is str and content in _FLOATS)
         or (kind == "dtype" and type(content) is str and content in DTYPES)
-        or (kind == "device" and type(content) is str and len(content) <= MAX_TEXT)
+        or (kind == "device" and type(content) is str and _is_plain(content))
     )
     if not is_known:
         raise InvalidRequest(f"{where}: {_shown(value)} is not allowed in a custom loss")
@@ -283,6 +285,12 @@ def _check_output(node: GraphNode, where: str, names: set[str]) -> tuple[str, di
         if not _is_ref(value):
             raise InvalidRequest(f"{where}: metric {_shown(key)} is no node")
     return returned[0]["ref"], {key: value["ref"] for key, value in metrics.items()}
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can be what torch takes: a mode, an equation, a name. It is stored, and comes
+    back in messages."""
+    return len(text) <= MAX_TEXT and text.isascii() and text.isprintable()
 
 
 def _is_ref(value: Any) -> bool:

@@ -11,6 +11,8 @@ import torch
 from tinker.lib.public_interfaces.custom_loss import encode_graph, trace_loss
 from torch.nn import functional as F  # noqa: N812  # as everyone writes it
 
+from tests.engine.reference import TinyEngine
+from training.base_models import BaseModel
 from training.custom_loss_graph import check_graph
 from training.custom_loss_ops import FUNCTIONS, METHODS
 from training.engine import custom_loss
@@ -19,6 +21,7 @@ from training.engine.custom_loss_table import FUNCTION_TABLE, METHOD_TABLE
 from training.engine.interface import ForwardBackwardJob
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded, NonFiniteResult
 from training.types import LoraConfig
+from training.worker.process import build_engine
 
 N, K = 12, 3
 
@@ -200,7 +203,7 @@ def number_without_end(logprobs):
         (too_large, LimitExceeded, "node expand (expand): 12000000000 elements"),
         (too_large_to_make, LimitExceeded, "node zeros (torch.zeros): 1200000000000 elements"),
         (too_large_inside, LimitExceeded, "node mse_loss (torch.nn.functional.mse_loss): 25000000"),
-        (too_much_work, LimitExceeded, "node matmul_2 (operator.matmul): more than"),
+        (too_much_work, LimitExceeded, "node matmul_2 (operator.matmul): 8000 multip"),
         (number_without_end, InvalidRequest, "node mul_1 (operator.mul): the result is no number"),
     ],
 )
@@ -217,12 +220,12 @@ def test_what_would_grow_too_large_is_refused_before_it_runs(function, error, me
 def test_the_datums_of_a_request_share_its_limit(trained, make_datum, monkeypatch):
     graph = traced(weighted)
     data = [make_datum(5), make_datum(7), make_datum(7)]
-    monkeypatch.setattr(custom_loss, "MAX_WORK", 20)
+    monkeypatch.setattr(custom_loss, "MAX_STEPS", 40_000)
     engine = trained()
     first, failed = engine.forward_backward([custom_job(graph, data[:2]), custom_job(graph, data)])
     assert first.loss
     assert isinstance(failed, LimitExceeded)
-    assert str(failed).endswith("more than 20 elements in all for a request")
+    assert "steps to compute; a request may have 40000 in all, and " in str(failed)
 
 
 def no_scalar(logprobs):
@@ -377,7 +380,53 @@ def test_a_datum_without_what_a_custom_loss_reads_is_refused(change, message, tr
 
 
 def test_more_steps_than_one_request_may_take_are_refused(trained, make_datum, monkeypatch):
-    monkeypatch.setattr("training.engine.validate.MAX_CUSTOM_STEPS", 20)
+    monkeypatch.setattr("training.engine.validate.MAX_OPERATIONS", 20)
     (error,) = trained().forward_backward([custom_job(traced(weighted), [make_datum(2)] * 4)])
     assert isinstance(error, LimitExceeded)
     assert str(error).startswith("data: 4 datums for a custom loss of ")
+
+
+def endless(logprobs):
+    wide = logprobs.new_full((2**20,), 0.5)
+    for _ in range(3):
+        wide = torch.lgamma(wide)
+    return logprobs.sum() + wide.sum() * 0, {}
+
+
+def test_a_custom_loss_that_is_ended_leaves_its_batch_mates_alone(
+    tied_base_model, make_datum, custom_loss_process, monkeypatch
+):
+    """With the runner of a worker: the others' bits, the gradient's too, are those without it."""
+    monkeypatch.setattr(custom_loss_process, "_cpu_seconds", 0.015)
+    engines = [
+        TinyEngine(tied_base_model, token_budget=4096, custom_losses=custom_loss_process)
+        for _ in range(2)
+    ]
+    for engine in engines:
+        engine.create_adapter("a", LoraConfig(rank=4))
+        engine.randomise("a")
+    together, alone = engines
+    plain = ForwardBackwardJob(adapter_name="a", data=[make_datum(5)], loss_fn="cross_entropy")
+    custom = custom_job(traced(weighted), [make_datum(7)])
+    bad = custom_job(traced(endless), [make_datum(6), make_datum(4)])
+
+    first, failed, second = together.forward_backward([plain, bad, custom])
+    expected = alone.forward_backward([plain, custom])
+
+    assert type(failed) is LimitExceeded
+    assert str(failed).startswith("data[0]: custom loss 'endless': it took more than the 0.015 s")
+    assert [first.loss, second.loss] == [output.loss for output in expected]
+    assert second.metrics == expected[1].metrics
+    np.testing.assert_array_equal(together.grad("a"), alone.grad("a"))
+
+
+def test_a_worker_computes_custom_losses_in_another_process(tied_folder, monkeypatch, settings):
+    made = []
+    monkeypatch.setattr(
+        "training.worker.custom_loss_process.CustomLossProcess",
+        lambda: made.append(object()) or made[0],
+    )
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    settings.DEVICE, settings.DTYPE = "cpu", "float32"
+    engine = build_engine(BaseModel(name="tiny", queue="tiny", folder=tied_folder))
+    assert engine._custom_losses is made[0]

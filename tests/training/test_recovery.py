@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from pytest_django import Settings
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from training.engine.fake import FakeEngine
+from training.engine.interface import ForwardBackwardJob
+from training.errors import TrainingError
 from training.models import Run, Snapshot
+from training.types import ForwardBackwardOutput
 from training.worker.operations import Effects
 
 Submit = Callable[..., Future]
@@ -60,6 +64,37 @@ def test_a_new_worker_rebuilds_a_run_from_its_log(
     before = state_of(work, "m")
     work.die()
     assert_same(state_of(start_worker(), "m"), before)
+
+
+def test_a_replay_is_told_from_a_first_time(
+    start_worker: Start, train: Callable[[str, int], None]
+) -> None:
+    """So that no limit on time, which depends on the machine, can fail what did not fail before."""
+    work = start_worker()
+    train("m", 2)
+    with replays_noted(work.engine) as first:
+        work()
+    work.die()
+    rebuilding = start_worker()
+    with replays_noted(rebuilding.engine) as again:
+        state_of(rebuilding, "m")
+    assert first == [False] * 4
+    assert again == [True] * 4
+
+
+@contextmanager
+def replays_noted(engine: FakeEngine) -> Iterator[list[bool]]:
+    """What the jobs of passes say of themselves."""
+    noted: list[bool] = []
+    run = engine.forward_backward
+
+    def note(jobs: Sequence[ForwardBackwardJob]) -> list[ForwardBackwardOutput | TrainingError]:
+        noted.extend(job.is_replay for job in jobs)
+        return run(jobs)
+
+    engine.forward_backward = note  # type: ignore[method-assign]  # for the length of the block
+    yield noted
+    engine.forward_backward = run  # type: ignore[method-assign]
 
 
 def test_a_new_worker_rebuilds_a_run_from_snapshot_and_log(

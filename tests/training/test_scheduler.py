@@ -137,3 +137,22 @@ def test_every_future_runs_once_in_order_and_never_across_a_barrier(
         order = [f.seq_id for f in ran.get(f"lane{number}", [])]
         assert order == list(range(1, len(lane) + 1))
     assert scheduler.held() == []
+
+
+def test_a_batch_has_one_custom_loss_of_an_owner() -> None:
+    """What a client's own loss takes, tokens do not say: others wait for one of them at most."""
+    scheduler = Scheduler(batch_cost=100, batch_lanes=9)
+    for name, owner_id in (("a", 1), ("b", 1), ("c", 2)):
+        futures = lane_of(name, ["forward_backward", "forward_backward", "optim_step"])
+        for item in futures[:2]:
+            item.owner_id = owner_id
+            item.summary = {"datums": 1, "loss_fn": "custom"}
+        scheduler.add(futures)
+    scheduler.add(lane_of("d", ["forward_backward"] * 3))
+
+    first, second = scheduler.next_batch(), scheduler.next_batch()
+    assert ids(first.passes) == {"a-1", "c-1", "d-1", "d-2", "d-3"}
+    assert not first.barriers
+    assert ids(second.passes) == {"a-2", "c-2"}
+    assert ids(second.barriers) == {"a-3", "c-3"}
+    assert [ids(scheduler.next_batch().passes) for _ in range(3)] == [{"b-1"}, {"b-2"}, set()]

@@ -18,7 +18,7 @@ import psycopg
 from tinkerapi.postgres import embedded_database
 from tinkerapi.preflight import RunningServer
 from tinkerapi.settings import BASE_DIR
-from tinkerapi.supervisor import parent_death_prefix
+from training.parent_death import parent_death_prefix
 
 READY_SECONDS = 300.0
 STOP_SECONDS = 150.0

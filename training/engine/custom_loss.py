@@ -1,47 +1,44 @@
 """Runs a client's own loss on one datum: each node an operation of a fixed table, under limits.
 
-Nothing that a client sent is evaluated or looked up outside the table. Before an operation runs,
-it runs on the meta device, where tensors have shapes and no memory: so what it would return is
-known, and refused if it is too large, before anything is allocated. Work and size are counted, not
-timed, so that the same graph on the same data always ends the same way.
+Nothing that a client sent is evaluated or looked up outside the table. What an operation costs at
+most is counted before it runs (``training.engine.custom_loss_costs``), and refused if it is too
+much. Work and size are counted, not timed, so that the same graph on the same data always ends the
+same way. A worker does not run this itself: ``training.worker.custom_loss_process`` has it run in
+a process of its own, whose memory and time are limited too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from training.custom_loss_graph import CustomLossGraph, GraphNode, is_neutral
+from training.custom_loss_limits import (
+    MAX_DIMENSIONS,
+    MAX_ELEMENTS,
+    MAX_MULTIPLICATIONS,
+    MAX_STEPS,
+    MAX_TENSORS,
+    MAX_TOTAL_ELEMENTS,
+)
 from training.custom_loss_ops import FUNCTIONS, METHODS
+from training.engine.custom_loss_arguments import Call
+from training.engine.custom_loss_costs import RULES, Cost, excess, made
 from training.engine.custom_loss_table import (
-    BROADCASTING,
     DTYPE_TABLE,
     FUNCTION_TABLE,
     METHOD_TABLE,
-    PRODUCTS,
     Refused,
     Value,
     described,
-    flat,
-    getitem,
-    is_tensor,
 )
 from training.engine.out_of_memory import is_out_of_memory
-from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult
-
-MAX_ELEMENTS = 2**24
-"""Of one intermediate value."""
-MAX_TOTAL_ELEMENTS = 2**26
-"""Of all intermediate values of one datum together; autograd keeps them."""
-MAX_WORK = 2**30
-"""Elements of all intermediate values of one request together; some seconds of one CPU."""
-MAX_MULTIPLICATIONS = 2**35
-"""Of all matrix products of one request together; some seconds likewise."""
+from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult, TrainingError
 
 
 @dataclass(kw_only=True, eq=False)
@@ -49,7 +46,24 @@ class Work:
     """What the datums of one request have cost so far."""
 
     num_elements: int = 0
+    num_steps: int = 0
     num_multiplications: int = 0
+    is_replay: bool = False
+    """Whether it was computed once before, so that nothing is refused for its size; see
+    ``training.custom_loss_limits.REPLAY_FACTOR``."""
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    """Measured by the process that runs it, and by who waits for that."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CustomLossInputs:
+    """What a custom loss reads of one datum."""
+
+    logprobs: Tensor
+    """(N,) or (N, K) float32, in nats."""
+    others: Mapping[str, Tensor]
+    """The graph's other inputs by name, on the same device."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +75,38 @@ class CustomLossOutput:
     """d loss / d logprobs, shaped like them."""
     metrics: dict[str, float]
     """By name, such as ``custom/kl:mean``."""
+
+
+Outcome = CustomLossOutput | TrainingError
+
+
+class CustomLossRunner(Protocol):
+    """Computes a custom loss of some datums of one request."""
+
+    def __call__(
+        self, graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work
+    ) -> list[Outcome]:
+        """One outcome per datum, in order; ``work`` is counted on.
+
+        A datum that fails fails alone, unless time or memory are used up: then the others of the
+        call, and of later calls with this ``work``, fail with it.
+        """
+
+
+def run_custom_losses(
+    graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work
+) -> list[Outcome]:
+    """A runner that computes in this process, without limits on time or memory.
+
+    For the process that is made for it, and for tests.
+    """
+    outcomes: list[Outcome] = []
+    for inputs in data:
+        try:
+            outcomes.append(run_custom_loss(graph, inputs.logprobs, inputs.others, work))
+        except TrainingError as error:
+            outcomes.append(error)
+    return outcomes
 
 
 def run_custom_loss(
@@ -76,7 +122,8 @@ def run_custom_loss(
     Raises:
         InvalidRequest: An operation cannot take what it is given, or the loss is no scalar that
             depends on ``logprobs``. The message names the node.
-        LimitExceeded: A value would be too large, or there is too much to multiply.
+        LimitExceeded: A value would be too large, or there is too much to compute. The message
+            names the node, what it asks for and the limit.
         NonFiniteResult: Loss, gradient or a metric is NaN or infinite.
     """
     leaf = logprobs.detach().requires_grad_()
@@ -122,8 +169,9 @@ class _Run:
         self._given = {**inputs, "logprobs": logprobs}
         self._device = logprobs.device
         self._values: dict[str, Value] = {}
-        self._num_elements = 0
         self._work = work
+        self._elements_before = work.num_elements
+        self._num_tensors = 0
 
     def values(self) -> dict[str, Value]:
         """Every node's value by name."""
@@ -159,43 +207,57 @@ class _Run:
             raise Refused(f"called on {described(args[0])} instead of a tensor")
         if "device" in signature.kwargs:  # a custom loss runs where its model is
             kwargs["device"] = self._device
-        tensors = [value for value in flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
-        if tensors or "device" in signature.kwargs:
-            self._admit(function, args, kwargs, tensors)
-        return function(*args, **kwargs)
+        return self._counted(RULES[signature.cost], function, args, kwargs)
 
-    def _admit(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor]
-    ) -> None:
-        """Count what the operation will make, before it does.
+    def _counted(
+        self,
+        rule: Callable[[Call], Cost],
+        function: Callable[..., Any],
+        args: list[Value],
+        kwargs: dict[str, Value],
+    ) -> Value:
+        """The operation's value, its cost counted before it is computed.
+
+        What was made beyond that is counted too: a rule that says too little must not be a way
+        round the limits.
+        """
+        expected = rule(Call(args=args, kwargs=kwargs))
+        self._count(expected)
+        value = function(*args, **kwargs)
+        if expected.tensors:
+            self._count(excess(made(value), expected))
+        return value
+
+    def _count(self, cost: Cost) -> None:
+        """Add to what was counted.
 
         Raises:
-            LimitExceeded: It is too much.
+            LimitExceeded: It would be too much; then nothing is added.
         """
-        if function in PRODUCTS:
-            self._work.num_multiplications += PRODUCTS[function](args)
-            if self._work.num_multiplications > MAX_MULTIPLICATIONS:
-                raise LimitExceeded(f"more than {MAX_MULTIPLICATIONS} multiplications in a request")
-        if function in BROADCASTING:
-            self._count(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)).numel())
-        if _is_selection(function, args):
-            # How much it selects, only the data say; no more than there is.
-            num_elements = max(tensor.numel() for tensor in tensors)
-        else:
-            with torch.no_grad():
-                made = function(*_on_meta(args), **_on_meta(kwargs))
-            num_elements = sum(value.numel() for value in flat([made]) if is_tensor(value))
-        self._count(num_elements)
-
-    def _count(self, num_elements: int) -> None:
-        self._num_elements += num_elements
-        self._work.num_elements += num_elements
-        if num_elements > MAX_ELEMENTS:
-            raise LimitExceeded(f"{num_elements} elements; a value may have {MAX_ELEMENTS}")
-        if self._num_elements > MAX_TOTAL_ELEMENTS:
-            raise LimitExceeded(f"more than {MAX_TOTAL_ELEMENTS} elements in all for a datum")
-        if self._work.num_elements > MAX_WORK:
-            raise LimitExceeded(f"more than {MAX_WORK} elements in all for a request")
+        work = self._work
+        if not work.is_replay:
+            _check_value("dimensions", cost.dimensions, MAX_DIMENSIONS)
+            _check_value("elements", cost.largest, MAX_ELEMENTS)
+            num_elements = work.num_elements - self._elements_before
+            for what, added, before, limit in (
+                ("tensors made or read; a datum", cost.tensors, self._num_tensors, MAX_TENSORS),
+                ("elements made; a datum", cost.elements, num_elements, MAX_TOTAL_ELEMENTS),
+                ("steps to compute; a request", cost.steps, work.num_steps, MAX_STEPS),
+                (
+                    "multiplications of matrices; a request",
+                    cost.multiplications,
+                    work.num_multiplications,
+                    MAX_MULTIPLICATIONS,
+                ),
+            ):
+                if before + added > limit:
+                    raise LimitExceeded(
+                        f"{_shown(added)} {what} may have {limit} in all, and {before} came before"
+                    )
+        self._num_tensors += cost.tensors
+        work.num_elements += cost.elements
+        work.num_steps += cost.steps
+        work.num_multiplications += cost.multiplications
 
     def _decoded(self, value: Any) -> Value:
         """An argument from the form in which it travels."""
@@ -225,23 +287,10 @@ def _reason(error: Exception) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _on_meta(value: Any) -> Any:
-    """The same with every tensor and device replaced by its like without memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("meta")
-    if isinstance(value, torch.device):
-        return torch.device("meta")
-    if isinstance(value, dict):
-        return {key: _on_meta(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_meta(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_on_meta(item) for item in value)
-    return value
+def _check_value(what: str, asked: int, limit: int) -> None:
+    if asked > limit:
+        raise LimitExceeded(f"{_shown(asked)} {what}; a value may have {limit}")
 
 
-def _is_selection(function: Callable[..., Any], args: Any) -> bool:
-    """Whether the result's size depends on values: a mask that picks elements."""
-    if function in (torch.masked_select, Tensor.masked_select):
-        return True
-    return function is getitem and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+def _shown(count: int) -> str:
+    return str(count) if count < 2**63 else "more than 2^63"

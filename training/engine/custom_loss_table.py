@@ -72,7 +72,9 @@ def getitem(value: Value, index: Value) -> Value:
     if not isinstance(value, Tensor) and not isinstance(index, (int, slice)):
         raise Refused(f"{described(index)} is no index of {described(value)}")
     is_many = isinstance(index, (tuple, list))
-    if is_many and any(is_tensor(item) and item.dtype == torch.bool for item in flat(index)):
+    if is_many and any(
+        isinstance(item, Tensor) and item.dtype == torch.bool for item in flat(index)
+    ):
         raise Refused("a mask among other indices is not supported; use it alone")
     return value[index]
 
@@ -108,32 +110,6 @@ def _to(value: Tensor, *args: Value, **kwargs: Value) -> Tensor:
         elif not isinstance(item, torch.device):
             raise Refused(f"to() takes a dtype, not {described(item)}")
     return value.to(dtype)
-
-
-def _einsum(equation: str, *operands: Tensor) -> Tensor:
-    if "..." in equation or len(flat(operands)) > 2:
-        raise Refused("einsum takes one or two tensors here, and no ellipsis")
-    return torch.einsum(equation, *operands)
-
-
-def _einsum_multiplications(args: Any) -> int:
-    """The product of the sizes of all letters of the equation."""
-    equation, *given = args
-    operands = flat(given)
-    terms = equation.replace(" ", "").partition("->")[0].split(",")
-    sizes: dict[str, int] = {}
-    for term, operand in zip(terms, operands, strict=False):
-        for letter, size in zip(term, operand.shape, strict=False):
-            sizes[letter] = max(size, sizes.get(letter, 1))
-    return math.prod(sizes.values())
-
-
-def _product_multiplications(args: Any) -> int:
-    """Of ``a @ b``: each row of a with each column of b, for every matrix of a stack."""
-    first, second = args[:2]
-    columns = second.shape[-1] if second.ndim > 1 else 1
-    stack = second.shape[:-2].numel() if second.ndim > 2 else 1
-    return int(first.numel() * columns * stack)
 
 
 def _scalar_math(function: Callable[..., float]) -> Callable[..., float]:
@@ -172,7 +148,6 @@ def _function(qualified_name: str) -> Callable[..., Any]:
 FUNCTION_TABLE: Mapping[str, Callable[..., Any]] = {
     **{name: _function(name) for name in FUNCTIONS if name != "getattr"},
     "operator.getitem": getitem,
-    "torch.functional.einsum": _einsum,
     "getattr": _attribute,
 }
 METHOD_TABLE: Mapping[str, Callable[..., Any]] = {
@@ -180,23 +155,6 @@ METHOD_TABLE: Mapping[str, Callable[..., Any]] = {
     "to": _to,
 }
 DTYPE_TABLE: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
-PRODUCTS: Mapping[Callable[..., Any], Callable[[Any], int]] = {
-    _einsum: _einsum_multiplications,
-    **dict.fromkeys(
-        (
-            *(FUNCTION_TABLE[f"torch.{name}"] for name in ("matmul", "mm", "mv", "bmm")),
-            *(METHOD_TABLE[name] for name in ("matmul", "mm", "mv", "bmm")),
-            FUNCTION_TABLE["operator.matmul"],
-        ),
-        _product_multiplications,
-    ),
-}
-BROADCASTING = frozenset(
-    function
-    for name, function in FUNCTION_TABLE.items()
-    if name.startswith("torch.nn.functional.") or name == "torch.cosine_similarity"
-)
-"""What may reduce an intermediate value that is larger than its arguments and its result."""
 
 
 def flat(values: Any) -> list[Value]:
@@ -212,7 +170,3 @@ def flat(values: Any) -> list[Value]:
         else:
             found.append(value)
     return found
-
-
-def is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)

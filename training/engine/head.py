@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 
 from training.custom_loss_graph import CustomLossGraph
 from training.engine.base_model import BaseModel
-from training.engine.custom_loss import CustomLossOutput, Work, run_custom_loss
+from training.engine.custom_loss import CustomLossInputs, CustomLossRunner, Outcome, Work
 from training.engine.lora import add_product
 from training.engine.losses import LossInputs, loss_and_slope
 from training.engine.microbatches import LossSpan, PackedDatum
@@ -51,6 +51,7 @@ class HeadInputs:
     loss_spans: Sequence[LossSpan]
     work: Mapping[PlannedJob, Work]
     """What jobs with custom losses have cost so far, in earlier micro-batches too."""
+    custom_losses: CustomLossRunner
 
     def tokens(self, span: LossSpan, rows: slice) -> Tensor:
         """(n,) int64, the tokens of the span whose row is one of these, in order."""
@@ -73,7 +74,7 @@ class HeadOutput:
         """(S, C), d loss / d hidden; zero where no row trains."""
         self.loss = hidden.new_zeros(len(inputs.places), dtype=torch.float32)
         """(N,), summed over K"""
-        self.custom: dict[PackedDatum, CustomLossOutput | TrainingError] = {}
+        self.custom: dict[PackedDatum, Outcome] = {}
         """What custom losses said of their datums. An error's tokens have no loss and no
         gradient."""
 
@@ -107,9 +108,10 @@ def score_targets(
             output.row_logprobs[rows] = _Chunk.of(base_model, hidden, segments, rows).scored(
                 inputs.targets[rows]
             )
+    _run_custom(whole, inputs, output)
     for span in whole:
-        if span.whole is not None and span.whole.planned.job.custom_loss is not None:
-            _run_custom(span.whole, span.whole.planned.job.custom_loss, inputs, output)
+        if span.whole is not None and span.whole in output.custom:
+            _take_custom(span.whole, output)
         else:
             _differentiate(span, inputs.tokens(span, slice(0, len(hidden))), inputs, output)
     elementwise = [span for span in inputs.loss_spans if span.whole is None]
@@ -177,28 +179,46 @@ def _differentiate(span: LossSpan, tokens: Tensor, inputs: HeadInputs, output: H
     output.loss[tokens] = loss.where(seeds.isfinite(), seeds).sum(-1)
 
 
-def _run_custom(
-    packed: PackedDatum, graph: CustomLossGraph, inputs: HeadInputs, output: HeadOutput
-) -> None:
-    """The same for a client's own loss of one datum; the datum's first token gets the loss.
+def _run_custom(spans: Sequence[LossSpan], inputs: HeadInputs, output: HeadOutput) -> None:
+    """Note what clients' own losses say of their datums: one call for each job.
 
-    It runs on the CPU, where an index out of range is an error and not the end of the device.
+    They run on the CPU, where an index out of range is an error and not the end of the device.
     """
-    tokens, k = slice(packed.start, packed.end), packed.num_targets
+    datums: dict[PlannedJob, list[PackedDatum]] = {}
+    for span in spans:
+        if span.whole is not None and span.whole.planned.job.custom_loss is not None:
+            datums.setdefault(span.whole.planned, []).append(span.whole)
+    for planned, own in datums.items():
+        graph = planned.job.custom_loss
+        assert graph is not None  # noqa: S101  (for mypy; chosen above)
+        data = [_custom_inputs(packed, graph, output) for packed in own]
+        outcomes = inputs.custom_losses(graph, data, inputs.work[planned])
+        output.custom.update(zip(own, outcomes, strict=True))
+
+
+def _custom_inputs(
+    packed: PackedDatum, graph: CustomLossGraph, output: HeadOutput
+) -> CustomLossInputs:
     given = packed.datum.loss_fn_inputs
-    logprobs = output.target_logprobs(tokens)[:, :k].cpu().reshape(given[TARGET_TOKENS].shape)
-    values = {}
+    logprobs = output.target_logprobs(slice(packed.start, packed.end))[:, : packed.num_targets]
+    others = {}
     for item in graph.inputs[1:]:
         tensor = torch.tensor(given[item.name])  # a copy: the array may be read-only
-        values[item.name] = tensor.reshape(()) if item.rank == 0 else tensor
-    try:
-        result = run_custom_loss(graph, logprobs, values, inputs.work[packed.planned])
-    except TrainingError as error:
-        output.custom[packed] = type(error)(f"data[{packed.index}]: {error}")
+        others[item.name] = tensor.reshape(()) if item.rank == 0 else tensor
+    return CustomLossInputs(
+        logprobs=logprobs.cpu().reshape(given[TARGET_TOKENS].shape), others=others
+    )
+
+
+def _take_custom(packed: PackedDatum, output: HeadOutput) -> None:
+    """Count in what a client's own loss said of a datum, whose first token gets the loss."""
+    outcome = output.custom[packed]
+    if isinstance(outcome, TrainingError):
+        output.custom[packed] = type(outcome)(f"data[{packed.index}]: {outcome}")
         return
-    output.custom[packed] = result
-    output.loss[packed.start] = result.loss
-    output.add_seeds(tokens, result.grad.reshape(-1, k).to(output.seeds.device))
+    grad = outcome.grad.reshape(-1, packed.num_targets)
+    output.loss[packed.start] = outcome.loss
+    output.add_seeds(slice(packed.start, packed.end), grad.to(output.seeds.device))
 
 
 def _backward_chunk(

@@ -59,6 +59,8 @@ class ForwardBackwardJob:
     """True computes the same numbers and leaves the accumulated gradient alone."""
     custom_loss: CustomLossGraph | None = None
     """What ``loss_fn="custom"`` means; None for the others."""
+    is_replay: bool = False
+    """True if it was computed before: what its custom loss may use is not measured as strictly."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,6 +17,7 @@ from training.engine.adapters import (
     new_adapter,
 )
 from training.engine.base_model import BaseModel
+from training.engine.custom_loss import CustomLossRunner, run_custom_losses
 from training.engine.interface import Engine, ForwardBackwardJob, Sampler
 from training.engine.out_of_memory import out_of_memory_by_name
 from training.engine.passes import run_pass
@@ -58,17 +59,25 @@ class TorchEngine(Engine):
     """
 
     def __init__(
-        self, base_model: BaseModel, *, token_budget: int = 4096, cache_tokens: int = 32_768
+        self,
+        base_model: BaseModel,
+        *,
+        token_budget: int = 4096,
+        cache_tokens: int = 32_768,
+        custom_losses: CustomLossRunner = run_custom_losses,
     ) -> None:
         """Begin without adapters.
 
         Args:
             token_budget: Most tokens in one training micro-batch; memory grows with it.
             cache_tokens: Tokens of all sequences that are sampled at one time.
+            custom_losses: Computes clients' own losses. The default does so right here, counted
+                but without a limit on time; a worker, which serves others too, gives another.
         """
         self.info = base_model.info
         self._base_model = base_model
         self._token_budget = token_budget
+        self._custom_losses = custom_losses
         self._sums_by_job = base_model.device.type == "cpu"
         self._text = ChatText(
             base_model.tokenizer,
@@ -142,6 +151,7 @@ class TorchEngine(Engine):
                         self._adapters,
                         token_budget=self._token_budget,
                         trains=trains,
+                        custom_losses=self._custom_losses,
                     )
             except OutOfMemory:
                 return outcome | self._run_smaller(jobs, trains=trains)

@@ -8,8 +8,14 @@ import torch
 
 from training.errors import OutOfMemory
 
-ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
-"""In the texts of plain RuntimeErrors: torch's allocator on a CPU, and CUDA's libraries."""
+ALLOCATION_FAILED = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+)
+"""In the texts of plain RuntimeErrors: torch's allocator on a CPU, CUDA's libraries, and C++."""
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from training.engine.adapters import Adapter, AdapterTensors
 from training.engine.attention import SequenceAttention
 from training.engine.base_model import BaseModel
-from training.engine.custom_loss import CustomLossOutput, Work
+from training.engine.custom_loss import CustomLossRunner, Outcome, Work
 from training.engine.head import HeadInputs, HeadOutput, score_targets
 from training.engine.microbatches import MicroBatch, PackedDatum, PartSpan, plan_micro_batches
 from training.engine.packed import PackedContext, Segment
@@ -57,7 +57,7 @@ class JobScores:
             loss=loss, logprobs=self.logprobs, metrics={**metrics, "loss:sum": loss}
         )
 
-    def add_custom(self, index: int, result: CustomLossOutput | TrainingError) -> None:
+    def add_custom(self, index: int, result: Outcome) -> None:
         """Count in what a custom loss said of one datum."""
         if isinstance(result, TrainingError):
             self.errors[index] = result
@@ -82,12 +82,14 @@ def run_pass(
     *,
     token_budget: int,
     trains: bool,
+    custom_losses: CustomLossRunner,
 ) -> PassResult:
     """Score every datum of every job; with ``trains``, differentiate too.
 
     Args:
         adapters: By name, those of the jobs at least.
         token_budget: Most tokens in one micro-batch.
+        custom_losses: Computes clients' own losses.
     """
     result = PassResult()
     for planned in jobs:
@@ -100,10 +102,10 @@ def run_pass(
             # A copy of what there is, not zeros: a sum's last bits depend on where it begins.
             grad = adapters[name].grad
             result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
-    work = {planned: Work() for planned in jobs}
+    work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
     for batch in plan_micro_batches(jobs, token_budget):
         with torch.set_grad_enabled(trains):
-            head = _run_micro_batch(base_model, batch, adapters, result.grads, work)
+            head = _run_micro_batch(base_model, batch, adapters, result.grads, work, custom_losses)
         _scatter_scores(batch, head, result.scores)
     return result
 
@@ -114,6 +116,7 @@ def _run_micro_batch(
     adapters: Mapping[str, Adapter],
     grads: Mapping[str, AdapterTensors],
     work: Mapping[PlannedJob, Work],
+    custom_losses: CustomLossRunner,
 ) -> HeadOutput:
     def segments(bounds: Callable[[PartSpan], tuple[int, int]]) -> list[Segment]:
         return [
@@ -146,6 +149,7 @@ def _run_micro_batch(
             inputs={n: _to_device(v, device) for n, v in batch.inputs.items()},
             loss_spans=batch.loss_spans,
             work=work,
+            custom_losses=custom_losses,
         ),
     )
     if scored.requires_grad:

@@ -14,14 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.custom_loss_graph import CustomLossGraph
+from training.custom_loss_limits import MAX_OPERATIONS
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
 from training.loss_checks import check_inputs, complete_config
 from training.loss_fns import CUSTOM, LOSS_FNS, TARGET_TOKENS, find_loss_fn
 from training.types import MAX_FLOAT32, AdamParams, Datum, LoraConfig, wrong_length
-
-MAX_CUSTOM_STEPS = 100_000
-"""Nodes of a custom loss times datums; a step on a few numbers takes about 100 microseconds."""
 
 
 def check_job(job: ForwardBackwardJob, info: BaseModelInfo) -> dict[str, float]:
@@ -80,10 +78,10 @@ def _check_custom_job(job: ForwardBackwardJob, graph: CustomLossGraph, info: Bas
     if job.loss_fn_config:
         name = next(iter(job.loss_fn_config))
         raise InvalidRequest(f"loss_fn_config.{name[:60]}: unknown for a custom loss")
-    if len(graph.nodes) * len(job.data) > MAX_CUSTOM_STEPS:
+    if len(graph.nodes) * len(job.data) > MAX_OPERATIONS and not job.is_replay:
         raise LimitExceeded(
             f"data: {len(job.data)} datums for a custom loss of {len(graph.nodes)} operations; "
-            f"this server takes {MAX_CUSTOM_STEPS // len(graph.nodes)} in one request"
+            f"this server takes {MAX_OPERATIONS // len(graph.nodes)} in one request"
         )
     ranks = {item.name: item.rank for item in graph.inputs[1:]}
     ranks[TARGET_TOKENS] = graph.inputs[0].rank  # logprobs have the targets' shape

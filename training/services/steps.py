@@ -60,7 +60,7 @@ def forward_backward_submit(
         payload,
         cost=payloads.data_cost(data),
         patient=patient,
-        summary={"datums": len(data)},
+        summary={"datums": len(data), **({"loss_fn": loss_fn} if loss_id else {})},
         seq_id=seq_id,
         idempotency_key=idempotency_key,
     )

@@ -8,6 +8,7 @@ loop raises and the process must end: the next one rebuilds from snapshot and lo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ from training.worker.operations import Effects, Operations
 from training.worker.pace import Pace
 from training.worker.residency import Residency
 from training.worker.samples import Samples
-from training.worker.scheduler import Batch, Scheduler
+from training.worker.scheduler import Batch, Scheduler, has_custom_loss
 
 CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
@@ -110,10 +111,14 @@ class WorkLoop:
                 gather(may_wait=self._may_wait, bell_rang=self._listen, claim=self._claim)
             self._let_go_of_cancelled()
             batch = self._scheduler.next_batch()
+            begin = time.monotonic()
             if batch:
                 self._run(batch)
             if self._engine.sampler.active:
-                self._sample()
+                # Samples get as much time as clients' own losses, however slow those are.
+                is_custom = any(map(has_custom_loss, batch.passes))
+                took = time.monotonic() - begin if is_custom else 0.0
+                self._sample(max(SAMPLING_SLICE_SECONDS, took))
             elif not batch and not self._unclaimed:
                 return
 
@@ -182,9 +187,9 @@ class WorkLoop:
             self._scheduler.sample_finished(future)
             effects.outcomes.append(outcomes.failed(future, error))
 
-    def _sample(self) -> None:
+    def _sample(self, seconds: float) -> None:
         """Step the sampler for a slice of time or until something finished."""
-        finished = self._samples.step(seconds=SAMPLING_SLICE_SECONDS, on_step=self._on_turn)
+        finished = self._samples.step(seconds=seconds, on_step=self._on_turn)
         if finished:
             for sampled in finished:
                 self._scheduler.sample_finished(sampled.future)

@@ -30,8 +30,13 @@ class PassAnswer:
     output: ForwardBackwardOutput | TrainingError
 
 
-def run_passes(engine: Engine, requests: Sequence[tuple[str, Future]]) -> list[PassAnswer]:
+def run_passes(
+    engine: Engine, requests: Sequence[tuple[str, Future]], *, is_replay: bool = False
+) -> list[PassAnswer]:
     """Run (adapter name, future) pairs together; one bad future fails alone.
+
+    Args:
+        is_replay: They were answered before, and are computed again to rebuild a run.
 
     Returns:
         One answer per pair, in order.
@@ -57,6 +62,7 @@ def run_passes(engine: Engine, requests: Sequence[tuple[str, Future]]) -> list[P
                 loss_fn_config=payload["loss_fn_config"],
                 forward_only=future.kind == Kind.FORWARD,
                 custom_loss=custom_loss,
+                is_replay=is_replay,
             )
         )
     outputs = iter(zip(jobs, engine.forward_backward(jobs) if jobs else [], strict=True))

@@ -53,6 +53,7 @@ def build_engine(base_model: BaseModel) -> Engine:
 
     from training.engine.loading import load_base_model
     from training.engine.model_engine import TorchEngine
+    from training.worker.custom_loss_process import CustomLossProcess
 
     torch.set_num_threads(num_threads(torch.get_num_threads()))
     device = device_of(
@@ -63,6 +64,7 @@ def build_engine(base_model: BaseModel) -> Engine:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # or whatever names no device would be made on the first
     stages = Stages()
+    custom_losses = CustomLossProcess()  # gets ready while the model is read
     with _faults_of(base_model.folder):
         loaded = load_base_model(
             str(base_model.folder),
@@ -73,7 +75,10 @@ def build_engine(base_model: BaseModel) -> Engine:
         )
     logger.info("%s: %s", base_model.name, stages)
     return TorchEngine(
-        loaded, token_budget=settings.BATCH_TOKENS, cache_tokens=settings.CACHE_TOKENS
+        loaded,
+        token_budget=settings.BATCH_TOKENS,
+        cache_tokens=settings.CACHE_TOKENS,
+        custom_losses=custom_losses,
     )
 
 

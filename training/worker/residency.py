@@ -276,7 +276,8 @@ class Residency:
             self._on_turn()
             futures = list(group)
             if kind == Kind.FORWARD_BACKWARD:
-                for answer in run_passes(self._engine, [(run.id, future) for future in futures]):
+                requests = [(run.id, future) for future in futures]
+                for answer in run_passes(self._engine, requests, is_replay=True):
                     if isinstance(answer.output, TrainingError):
                         raise answer.output
                 continue

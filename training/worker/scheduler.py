@@ -9,7 +9,9 @@ what may run now:
 
 So the forward_backwards of many runs share a pass over the base model, consecutive ones of
 one run are merged, and none crosses an optim_step, a save or a load of its own run. A batch
-is one commit; its size is bounded by a budget of tokens so that no commit waits for long.
+is one commit; its size is bounded by a budget of tokens so that no commit waits for long. What a
+client's own loss takes, tokens do not say, so a batch has one request with such a loss of an owner:
+others wait for one graph's time limit at most.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 
 from futures.models import Future
 from training.kinds import SHARED, Kind
+from training.loss_fns import CUSTOM
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Scheduler:
         run."""
         batch, cost = Batch(), 0
         barred: set[str] = set()
+        graph_owners: set[int | None] = set()
         touched: set[str] = set()
         progress = True
         while progress:
@@ -76,7 +80,9 @@ class Scheduler:
                     if lane in self._sampling:
                         continue
                     batch.barriers.append(future)
-                elif batch and cost + future.cost > self._batch_cost:
+                elif (batch and cost + future.cost > self._batch_cost) or (
+                    has_custom_loss(future) and future.owner_id in graph_owners
+                ):
                     # Later futures of this lane may not overtake it.
                     barred.add(lane)
                     continue
@@ -85,6 +91,8 @@ class Scheduler:
                     self._sampling.setdefault(lane, set()).add(future.id)
                 else:
                     batch.passes.append(future)
+                    if has_custom_loss(future):
+                        graph_owners.add(future.owner_id)
                 touched.add(lane)
                 cost += future.cost
                 progress = True
@@ -124,3 +132,8 @@ class Scheduler:
     def held_cost(self) -> int:
         """Tokens claimed and not begun."""
         return sum(future.cost for queue in self._lanes.values() for future in queue)
+
+
+def has_custom_loss(future: Future) -> bool:
+    """Whether the request is computed with a loss that its client wrote."""
+    return bool(future.summary.get("loss_fn") == CUSTOM)

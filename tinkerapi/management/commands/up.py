@@ -46,9 +46,9 @@ from tinkerapi.supervisor import (
     Refused,
     Supervisor,
     Watch,
-    parent_death_prefix,
 )
 from training.base_models import BaseModel, base_models, base_models_problem
+from training.parent_death import parent_death_prefix
 
 TICK_SECONDS = 0.1
 READY_LOOK_SECONDS = 0.5  # each look that finds the worker loading costs a query and a log line

@@ -1,0 +1,19 @@
+"""Random graphs of hostile sizes in the process that a worker uses: it outlives all of them.
+
+Some dozens; ``python -m tests.engine.custom_loss_fuzz 2000`` is the long form.
+"""
+
+from __future__ import annotations
+
+from tests.engine.custom_loss_fuzz import OPERATIONS, Tally
+from training.worker.custom_loss_process import CustomLossProcess
+
+
+def test_no_random_graph_ends_its_process_or_takes_more_than_is_stated(
+    custom_loss_process: CustomLossProcess,
+) -> None:
+    tally = Tally()
+    for number in range(0, len(OPERATIONS), 8):
+        tally.add(f"short.{number}", OPERATIONS[number], custom_loss_process)
+    assert not tally.faults, tally
+    assert tally.outcomes["CustomLossOutput"] > 8, tally

@@ -1,0 +1,312 @@
+"""Has custom losses computed in a process of their own, so that a worker outlives every graph.
+
+A graph has been counted before it runs, and is refused if it is too large. What counting does not
+foresee ends here: the other process has a limit on memory and processor time, this side one on
+waiting, and whatever ends the other process fails the request whose graph it was computing, by
+name. The next request finds another process ready within milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from training.custom_loss_graph import CustomLossGraph
+from training.custom_loss_limits import CPU_SECONDS, MEMORY_BYTES, REPLAY_FACTOR, WALL_SECONDS
+from training.engine.custom_loss import CustomLossInputs, Outcome, Work
+from training.engine.custom_loss_server import END, FORK, READY, STATUS
+from training.engine.custom_loss_wire import (
+    decode_reply,
+    encode_limits,
+    encode_request,
+    receive,
+    send,
+)
+from training.errors import InvalidRequest, LimitExceeded, OutOfMemory, TrainingError
+from training.parent_death import parent_death_prefix
+
+COMMAND = (sys.executable, "-m", "training.engine.custom_loss_server")
+START_SECONDS = 120.0
+"""For an import of torch on a busy machine."""
+FORK_SECONDS = 20.0
+MEMO_BYTES = 32 * 2**20
+_PASSED_ON = ("LANG", "LC_", "LD_", "PATH", "TMPDIR", "MKL_", "ATEN_", "TORCH_", "DNNL_", "ONEDNN_")
+"""Beginnings of the names of what it gets of our environment: what torch reads, and no secrets."""
+
+
+class _Died(Exception):
+    """The process ended in the middle of a request, not by a limit; ``status`` says how."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+class CustomLossProcess:
+    """A ``CustomLossRunner``. It starts its process at once and does not wait for it."""
+
+    def __init__(
+        self,
+        *,
+        cpu_seconds: float = CPU_SECONDS,
+        wall_seconds: float = WALL_SECONDS,
+        memory_bytes: int = MEMORY_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Limits are those of one request: all calls with the same ``Work``."""
+        self._cpu_seconds = cpu_seconds
+        self._wall_seconds = wall_seconds
+        self._memory_bytes = memory_bytes
+        self._clock = clock
+        self._memo = _Memo()
+        self._server: _Server | None = None
+        with contextlib.suppress(OSError):  # the first call tries again, and says what is wrong
+            self._server = _Server()
+
+    def __call__(
+        self, graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work
+    ) -> list[Outcome]:
+        """See ``CustomLossRunner``. What ends the process fails every datum of the call."""
+        try:
+            reply = decode_reply(self._reply(graph, data, work))
+        except TrainingError as error:
+            return [error] * len(data)
+        work.num_elements = reply.work.num_elements
+        work.num_steps = reply.work.num_steps
+        work.num_multiplications = reply.work.num_multiplications
+        work.cpu_seconds += reply.cpu_seconds
+        return reply.outcomes
+
+    def wait_until_ready(self) -> None:
+        """Wait for what the first call would wait for: torch is imported there.
+
+        Raises:
+            OutOfMemory: It does not start.
+        """
+        self._running()
+
+    def close(self) -> None:
+        """End the process. Another call would start a new one."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    @property
+    def child_pid(self) -> int | None:
+        """The process that computes graphs, if there is one."""
+        return self._server.child_pid if self._server is not None else None
+
+    def _reply(self, graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work) -> bytes:
+        """The other process's answer.
+
+        It is tried again once if the process ends without a reason that we know: the machine, or
+        somebody, may have ended it.
+        """
+        message = encode_request(graph, data, work)
+        # A pass is repeated without the jobs that failed in it. The graphs of the others must not
+        # keep their batch-mates waiting a second time.
+        key = hashlib.blake2b(message).digest()
+        reply = self._memo.find(key)
+        for attempt in range(2):
+            if reply is not None:
+                break
+            try:
+                reply = self._ask(graph, message, work)
+            except _Died as death:
+                if attempt:
+                    raise _death(graph, death.status) from None
+        assert reply is not None  # noqa: S101  (the second death has raised)
+        self._memo.keep(key, reply)
+        return reply
+
+    def _ask(self, graph: CustomLossGraph, message: bytes, work: Work) -> bytes:
+        factor = REPLAY_FACTOR if work.is_replay else 1
+        cpu_left = factor * self._cpu_seconds - work.cpu_seconds
+        wall_left = factor * self._wall_seconds - work.wall_seconds
+        if cpu_left <= 0:
+            raise self._out_of_time(graph, work, "processor time", self._cpu_seconds)
+        memory = (2 if work.is_replay else 1) * self._memory_bytes
+        server = self._running()
+        connection = server.connection()
+        begin = self._clock()
+
+        def limit_wait() -> None:
+            left = begin + wall_left - self._clock()
+            if left <= 0:
+                raise TimeoutError
+            connection.settimeout(left)
+
+        try:
+            limit_wait()
+            send(connection, encode_limits(cpu_left, memory) + message)
+            reply = receive(connection, limit_wait)
+        except TimeoutError:
+            server.end_child()
+            raise self._out_of_time(graph, work, "time", self._wall_seconds) from None
+        except OSError:
+            reply = None
+        finally:
+            work.wall_seconds += self._clock() - begin
+        if reply is not None:
+            return reply
+        status = server.end_child()
+        if status == -signal.SIGPROF:
+            raise self._out_of_time(graph, work, "processor time", self._cpu_seconds)
+        raise _Died(status)
+
+    def _running(self) -> _Server:
+        """The server, started again if it has ended."""
+        if self._server is not None and not self._server.is_alive():
+            self.close()
+        try:
+            if self._server is None:
+                self._server = _Server()
+            self._server.wait_until_ready()
+        except OSError as error:
+            self.close()
+            raise OutOfMemory(
+                f"the process that computes custom losses does not start: {error}"
+            ) from None
+        return self._server
+
+    def _out_of_time(
+        self, graph: CustomLossGraph, work: Work, what: str, seconds: float
+    ) -> TrainingError:
+        if work.is_replay:  # it was in time once, so another attempt may be
+            return OutOfMemory(f"custom loss {graph.name!r}: its replay took too much {what}")
+        return LimitExceeded(
+            f"custom loss {graph.name!r}: it took more than the {seconds:g} s of {what} that the "
+            "custom loss of one request may take"
+        )
+
+
+def _death(graph: CustomLossGraph, status: int) -> TrainingError:
+    """Why a request has no result whose graph the process did not survive twice."""
+    if status == -signal.SIGKILL:
+        return OutOfMemory(
+            f"custom loss {graph.name!r}: the machine has no memory left for its process"
+        )
+    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit code {status}"
+    return InvalidRequest(f"custom loss {graph.name!r}: its process ended {how}")
+
+
+class _Server:
+    """The process that forks, and its newest child."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603
+                [*parent_death_prefix("KILL"), *COMMAND],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=_environment(),
+            )
+        finally:
+            theirs.close()
+        self._is_ready = False
+        self._connection: socket.socket | None = None
+        self.child_pid: int | None = None
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_until_ready(self) -> None:
+        """Wait until it has loaded what it needs.
+
+        Raises:
+            OSError: It does not.
+        """
+        if self._is_ready:
+            return
+        self._control.settimeout(START_SECONDS)
+        if self._control.recv(1) != READY:
+            raise ConnectionError(f"it ended with exit code {self._process.wait()}")
+        self._is_ready = True
+
+    def connection(self) -> socket.socket:
+        """The way to the child, which is forked if there is none.
+
+        Raises:
+            OutOfMemory: It cannot be.
+        """
+        if self._connection is None:
+            ours, theirs = socket.socketpair()
+            try:
+                with theirs:
+                    socket.send_fds(self._control, [FORK], [theirs.fileno()])
+                    self.child_pid = self._status()
+            except OSError as error:
+                ours.close()
+                self.close()
+                raise OutOfMemory(f"a custom loss gets no process: {error}") from None
+            self._connection = ours
+        return self._connection
+
+    def end_child(self) -> int:
+        """End the child, if it has not ended; its exit code, or the signal below 0."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self.child_pid = None
+        try:
+            self._control.sendall(END)
+            return self._status()
+        except OSError:  # the server ended too, and took the child with it
+            self.close()
+            return -signal.SIGKILL
+
+    def close(self) -> None:
+        """End both."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self.child_pid = None
+        self._control.close()
+        self._process.kill()  # the child goes with it
+        self._process.wait()
+
+    def _status(self) -> int:
+        self._control.settimeout(FORK_SECONDS)
+        received = b""
+        while len(received) < STATUS.size:
+            piece = self._control.recv(STATUS.size - len(received))
+            if not piece:
+                raise ConnectionError("its server ended")
+            received += piece
+        status: int = STATUS.unpack(received)[0]
+        return status
+
+
+class _Memo:
+    """The newest replies by what was asked: graphs are pure functions of it."""
+
+    def __init__(self) -> None:
+        self._replies: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def find(self, key: bytes) -> bytes | None:
+        return self._replies.get(key)
+
+    def keep(self, key: bytes, reply: bytes) -> None:
+        self._replies[key] = reply
+        while sum(map(len, self._replies.values())) > MEMO_BYTES:
+            self._replies.popitem(last=False)
+
+
+def _environment() -> dict[str, str]:
+    """What the process finds: how torch is to compute, and where our code is."""
+    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    root = str(Path(__file__).resolve().parents[2])
+    return {
+        **passed,
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
