@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from django.conf import settings
@@ -49,11 +50,16 @@ def test_a_public_checkpoint_is_read_by_all_and_changed_by_its_owner_only(pair: 
         ("DELETE", "/publish", None),
         ("POST", "/publish", None),
         ("PUT", "/ttl", {"ttl_seconds": 4000}),
-        ("GET", "/archive", None),
-        ("GET", "/external_weights_urls", None),
     ):
         assert bob.ask(method, address(theirs, verb), body, sdk=True).status_code == 404
     assert zelda.rows() == before
+
+
+def downloads(tenant: Tenant, ids: Ids) -> list[int]:
+    return [
+        tenant.ask("GET", address(ids, verb), sdk=True).status_code
+        for verb in ("/archive", "/external_weights_urls")
+    ]
 
 
 def test_what_is_public_no_more_is_read_no_more(pair: Pair) -> None:
@@ -61,6 +67,35 @@ def test_what_is_public_no_more_is_read_no_more(pair: Pair) -> None:
     zelda.ask("POST", address(theirs, "/publish"), sdk=True)
     zelda.ask("DELETE", address(theirs, "/publish"), sdk=True)
     assert read_as(bob, own, path_of(theirs), 8) == 404
+    assert downloads(bob, theirs) == [404, 404]
+
+
+def test_what_is_public_is_downloaded_by_all_and_its_owner_hears_of_it(pair: Pair) -> None:
+    zelda, bob, theirs, _ = pair
+    assert downloads(bob, theirs) == [404, 404]
+    zelda.ask("POST", address(theirs, "/publish"), sdk=True)
+    assert downloads(bob, theirs) == [200, 200]
+    urls = bob.ask("GET", address(theirs, "/external_weights_urls"), sdk=True).json()["urls"]
+    assert urls == {name: urls[name] for name in sorted(urls)}
+    assert "meta.json" in urls
+    heard = AuditEvent.objects.filter(event="checkpoint_read", owner_id=zelda.user_id)
+    assert {(e.actor_id, e.details["purpose"]) for e in heard} == {(bob.user_id, "download")}
+
+
+def test_a_link_to_what_is_public_no_more_is_dead(pair: Pair) -> None:
+    zelda, bob, theirs, _ = pair
+
+    def fetched(link: str) -> int:
+        return int(bob.ask("HEAD", urlsplit(link).path).status_code)
+
+    own = zelda.ask("GET", address(theirs, "/external_weights_urls"), sdk=True).json()["urls"]
+    zelda.ask("POST", address(theirs, "/publish"), sdk=True)
+    urls = bob.ask("GET", address(theirs, "/external_weights_urls"), sdk=True).json()["urls"]
+    archive = bob.ask("GET", address(theirs, "/archive"), sdk=True).json()["url"]
+    assert [fetched(link) for link in (urls["meta.json"], archive)] == [200, 200]
+    zelda.ask("DELETE", address(theirs, "/publish"), sdk=True)
+    assert [fetched(link) for link in (urls["meta.json"], archive)] == [404, 404]
+    assert fetched(own["meta.json"]) == 200
 
 
 def test_publishing_one_checkpoint_opens_no_other_of_the_run(pair: Pair) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from tests.conftest import InProcessWorker
 from tests.sdk.conftest import SdkClient
-from training import age
 from training.models import Checkpoint
 
 
@@ -54,21 +53,3 @@ def test_what_is_no_public_key_is_refused_by_name(
 
     assert sdk.result(answer)["error"].startswith("age_encryption_recipients")
     assert sdk.result(answer)["category"] == "user"
-
-
-def test_without_the_package_the_request_is_refused_and_says_what_is_missing(
-    sdk: SdkClient, work: InProcessWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(age, "find_spec", lambda name: None)
-    recipient = str(pyrage.x25519.Identity.generate().to_public())
-    answer = sdk.post(
-        "save_weights_external",
-        model_id=sdk.model(),
-        seq_id=1,
-        path="a",
-        age_encryption_recipients=[recipient],
-    )
-    work()
-
-    assert "pyrage" in sdk.result(answer)["error"]
-    assert not Checkpoint.objects.exists()

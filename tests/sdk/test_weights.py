@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.utils import timezone
+from tinker import TrainingClient
 
 from futures.models import Future, Lane
 from tests.conftest import ApiClient, InProcessWorker
@@ -283,6 +286,26 @@ def test_weights_that_a_loop_left_behind_go_before_their_session(
     assert checkpoints_expire() == 1
     left = SamplingSession.objects.filter(checkpoint__isnull=False).order_by("seq_id")
     assert [sampler.seq_id for sampler in left] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        ("save_weights", TrainingClient.save_state),
+        ("save_weights_for_sampler", TrainingClient.save_weights_for_sampler),
+        ("save_weights_external", TrainingClient.save_weights_external),
+    ],
+)
+def test_a_taken_name_is_answered_with_what_the_official_client_can_do(
+    sdk: SdkClient, work: InProcessWorker, path: str, method: Callable[..., object]
+) -> None:
+    model_id = sdk.model()
+    answers = [sdk.post(path, model_id=model_id, seq_id=n, path="a") for n in (1, 2)]
+    work()
+
+    error = sdk.result(answers[1])["error"]
+    assert "exists already" in error
+    assert ("overwrite" in error) == ("overwrite" in inspect.signature(method).parameters)
 
 
 def test_weights_info_tells_base_model_and_shape(sdk: SdkClient, work: InProcessWorker) -> None:

@@ -33,7 +33,7 @@ def save_weights_submit(
     model_id: str,
     name: str,
     kind: Literal["training", "sampler", "external"],
-    overwrite: bool = False,
+    overwrite: bool | None = False,
     ttl_seconds: int | None = None,
     user_metadata: Mapping[str, str] | None = None,
     recipients: Sequence[str] = (),
@@ -44,6 +44,7 @@ def save_weights_submit(
 
     Args:
         kind: What it is for. ``external`` writes the files that peft reads.
+        overwrite: Whether to replace one of this name; None if the client cannot ask for that.
         recipients: age public keys that the files of an external one are encrypted for.
 
     Raises:
@@ -96,7 +97,7 @@ def save_for_sampling_session_submit(
     )
 
 
-def checkpoint_check_free(*, owner_id: int, path: TinkerPath, overwrite: bool) -> None:
+def checkpoint_check_free(*, owner_id: int, path: TinkerPath, overwrite: bool | None) -> None:
     """Refuse a save that could not have its path, before anything is written for it.
 
     Raises:
@@ -105,7 +106,7 @@ def checkpoint_check_free(*, owner_id: int, path: TinkerPath, overwrite: bool) -
     _check_replaceable(checkpoint_at(owner_id=owner_id, path=path), path, overwrite)
 
 
-def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool) -> None:
+def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool | None) -> None:
     """Insert a checkpoint whose files are written, in place of what has its path.
 
     Of several at once the database says who was first: the others replace it, or are refused.
@@ -165,7 +166,7 @@ def load_weights_submit(
             "modules to load it"
         )
     _check_optimizer(checkpoint, parsed, optimizer)
-    _audit_read(checkpoint, owner_id)
+    checkpoint_audit_read(checkpoint, reader_id=owner_id, purpose="load")
     return submit_in_lane(
         run,
         Kind.LOAD_WEIGHTS,
@@ -211,7 +212,7 @@ def model_load_submit(
             f"base_model: {parsed} is of base model {checkpoint.run.base_model}, not {base_model}"
         )
     _check_optimizer(checkpoint, parsed, optimizer)
-    _audit_read(checkpoint, owner_id)
+    checkpoint_audit_read(checkpoint, reader_id=owner_id, purpose="load")
     config = run_lora_config(checkpoint.run)
     run = session_run_create(
         owner_id=owner_id,
@@ -233,12 +234,17 @@ def model_load_submit(
     )
 
 
-def _check_replaceable(old: Checkpoint | None, path: TinkerPath, overwrite: bool) -> None:
+def checkpoint_audit_read(checkpoint: Checkpoint, *, reader_id: int, purpose: str) -> None:
+    """Tell its owner that somebody else reads it."""
+    if checkpoint.run.owner_id != reader_id:
+        audit_checkpoint("read", checkpoint, actor_id=reader_id, purpose=purpose)
+
+
+def _check_replaceable(old: Checkpoint | None, path: TinkerPath, overwrite: bool | None) -> None:
     if old is not None and not (overwrite or old.has_expired):
         of = "" if old.run.deleted_at is None else f", of a model {old.run.name!r} that was removed"
-        raise CheckpointExists(
-            f"{path} exists already{of}; send overwrite: true to replace it, or choose another name"
-        )
+        hint = "delete it" if overwrite is None else "send overwrite: true to replace it"
+        raise CheckpointExists(f"{path} exists already{of}; {hint}, or choose another name")
 
 
 def _replace(old: Checkpoint) -> None:
@@ -246,12 +252,6 @@ def _replace(old: Checkpoint) -> None:
     transaction.on_commit(lambda: shutil.rmtree(files, ignore_errors=True))
     audit_checkpoint("overwrite", old, actor_id=old.owner_id)
     old.delete()
-
-
-def _audit_read(checkpoint: Checkpoint, reader_id: int) -> None:
-    """Tell its owner that somebody else loads it."""
-    if checkpoint.run.owner_id != reader_id:
-        audit_checkpoint("read", checkpoint, actor_id=reader_id, purpose="load")
 
 
 def _check_optimizer(checkpoint: Checkpoint, path: TinkerPath, optimizer: bool) -> None:

@@ -30,16 +30,23 @@ class Link:
     expires: datetime
 
 
-def file_links(request: Request, checkpoint: Checkpoint, names: list[str]) -> dict[str, Link]:
+def file_links(
+    request: Request, checkpoint: Checkpoint, names: list[str], *, reader_id: int
+) -> dict[str, Link]:
     """A link to each of a checkpoint's files, by its name."""
-    return {
-        name: _link(request, {"checkpoint": checkpoint.pk, "file": name}, name) for name in names
-    }
+    target = _target(checkpoint, reader_id)
+    return {name: _link(request, {**target, "file": name}, name) for name in names}
 
 
-def archive_link(request: Request, checkpoint: Checkpoint) -> Link:
+def archive_link(request: Request, checkpoint: Checkpoint, *, reader_id: int) -> Link:
     """A link to a checkpoint's files in one tar."""
-    return _link(request, {"checkpoint": checkpoint.pk}, f"{checkpoint.name}.tar")
+    return _link(request, _target(checkpoint, reader_id), f"{checkpoint.name}.tar")
+
+
+def _target(checkpoint: Checkpoint, reader_id: int) -> dict[str, Any]:
+    """What a link to it names; another's ends working when it is published no more."""
+    is_own = checkpoint.run.owner_id == reader_id
+    return {"checkpoint": checkpoint.pk} | ({} if is_own else {"while_public": True})
 
 
 def trace_link(request: Request, session: Session) -> Link:

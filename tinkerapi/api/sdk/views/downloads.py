@@ -18,8 +18,22 @@ from tinkerapi.api.views.base import owner_of
 from training.errors import CheckpointNotFound
 from training.models import Checkpoint
 from training.paths import TinkerPath
-from training.selectors import checkpoint_by_id, checkpoint_own
+from training.selectors import checkpoint_by_id, checkpoint_get
+from training.services.checkpoints import checkpoint_audit_read
 from training.trace import session_trace
+
+
+def _downloadable(request: Request, run: str, checkpoint_id: str) -> Checkpoint:
+    """The client's own checkpoint, or one that somebody published; its owner hears of that.
+
+    Raises:
+        CheckpointNotFound: There is none; what is not published answers the same. (404)
+    """
+    reader_id = owner_of(request)
+    path = TinkerPath.of_checkpoint_id(run, checkpoint_id)
+    checkpoint = checkpoint_get(owner_id=reader_id, path=path, with_files=True)
+    checkpoint_audit_read(checkpoint, reader_id=reader_id, purpose="download")
+    return checkpoint
 
 
 def _files(checkpoint: Checkpoint) -> list[Path]:
@@ -38,9 +52,9 @@ class ExternalWeightsUrlsView(SdkView):
     """Link to each file of a checkpoint; the links need no key and expire."""
 
     def get(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
-        path = TinkerPath.of_checkpoint_id(run, checkpoint_id)
-        checkpoint = checkpoint_own(owner_id=owner_of(request), path=path)
-        links = file_links(request, checkpoint, [file.name for file in _files(checkpoint)])
+        checkpoint = _downloadable(request, run, checkpoint_id)
+        names = [file.name for file in _files(checkpoint)]
+        links = file_links(request, checkpoint, names, reader_id=owner_of(request))
         return JSONResponse(
             {
                 "urls": {name: link.url for name, link in links.items()},
@@ -57,9 +71,8 @@ class ArchiveView(SdkView):
     """
 
     def get(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
-        path = TinkerPath.of_checkpoint_id(run, checkpoint_id)
-        checkpoint = checkpoint_own(owner_id=owner_of(request), path=path)
-        link = archive_link(request, checkpoint)
+        checkpoint = _downloadable(request, run, checkpoint_id)
+        link = archive_link(request, checkpoint, reader_id=owner_of(request))
         if "application/gzip" in request.headers.get("Accept", ""):
             return HttpResponse(
                 status=HTTPStatus.FOUND,
@@ -79,6 +92,8 @@ class DownloadView(SdkView):
         if "session" in target:
             return JSONResponse(session_trace(target["session"]))
         checkpoint = checkpoint_by_id(target["checkpoint"])
+        if "while_public" in target and not checkpoint.public:
+            raise CheckpointNotFound
         try:
             if "file" not in target:
                 return tar_response(request, _files(checkpoint))
