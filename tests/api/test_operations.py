@@ -37,6 +37,12 @@ OPERATIONS = [
         {"model_id": "m", "name": "one"},
     ),
     (
+        "/api/v1/save_weights_external",
+        "/api/v1/save_weights_external_async",
+        None,
+        {"model_id": "m", "name": "one"},
+    ),
+    (
         "/api/v1/load_weights",
         "/api/v1/load_weights_async",
         "/load_weights",
@@ -54,6 +60,7 @@ ANSWER_KEYS = {
     "sample": {"generated_text", "completions", "sequences", "prompt_logprobs", "model_id"},
     "save_weights": {"path", "model_id"},
     "save_weights_for_sampler": {"path", "model_id"},
+    "save_weights_external": {"path", "model_id"},
     "load_weights": {"path", "model_id"},
     "remove_lora": {"status", "model_id"},
 }

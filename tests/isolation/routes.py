@@ -140,6 +140,8 @@ _QUICK: dict[str, Sequence[Probe]] = {
     **three("remove_lora", "remove_lora", *ANY_MODEL),
     **three("save_weights", "save_weights", *SAVES),
     **three("save_weights_for_sampler", "save_weights_for_sampler", *SAVES),
+    "api/v1/save_weights_external": quick("/api/v1/save_weights_external", *SAVES),
+    "api/v1/save_weights_external_async": quick("/api/v1/save_weights_external_async", *SAVES),
     **three("load_weights", "load_weights", *LOADS),
     "api/v1/sample": quick("/api/v1/sample", *SAMPLES),
     "api/v1/asample": quick("/api/v1/asample", *SAMPLES),
@@ -172,6 +174,7 @@ _BOTH_DIALECTS: dict[str, Sequence[Probe]] = {
         },
     ),
     "api/v1/save_weights": sdk("save_weights", *SDK_SAVES),
+    "api/v1/save_weights_external": sdk("save_weights_external", *SDK_SAVES),
     "api/v1/save_weights_for_sampler": sdk(
         "save_weights_for_sampler",
         *SDK_SAVES,
@@ -236,7 +239,6 @@ _SDK: dict[str, Sequence[Probe | Listing] | Open] = {
     "api/v1/join_sampling_session": sdk(
         "join_sampling_session", {"sampling_session_id": "{sampler}"}
     ),
-    "api/v1/save_weights_external": sdk("save_weights_external", *SDK_SAVES),
     "api/v1/weights_info": sdk("weights_info", {"tinker_path": SDK_PATH}),
     "api/v1/copy_weights": sdk(
         "copy_weights",

@@ -76,6 +76,17 @@ urlpatterns: list[URLPattern] = [
         weights.SaveWeightsForSamplerView.as_view(waits=False, legacy=True),
     ),
     path(
+        "api/v1/save_weights_external",
+        by_dialect(
+            weights.SaveWeightsExternalView.as_view(),
+            sdk_weights.SaveWeightsExternalView.as_view(),
+        ),
+    ),
+    path(
+        "api/v1/save_weights_external_async",
+        weights.SaveWeightsExternalView.as_view(waits=False),
+    ),
+    path(
         "api/v1/load_weights",
         by_dialect(weights.LoadWeightsView.as_view(), sdk_weights.LoadWeightsView.as_view()),
     ),

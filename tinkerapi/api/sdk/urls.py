@@ -51,7 +51,6 @@ urlpatterns: list[URLPattern] = [
     path("samplers/<str:sampling_session_id>", sampling.SamplerView.as_view()),
     path("join_sampling_session", sampling.JoinSamplingSessionView.as_view()),
     # Weights
-    path("save_weights_external", weights.SaveWeightsExternalView.as_view()),
     path("weights_info", weights.WeightsInfoView.as_view()),
     path("copy_weights", weights.CopyWeightsView.as_view()),
     # Listings and checkpoints

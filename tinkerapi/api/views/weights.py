@@ -35,7 +35,7 @@ class SaveWeightsView(OperationView):
     """
 
     group = "Weights"
-    kind: ClassVar[Literal["training", "sampler"]] = "training"
+    kind: ClassVar[Literal["training", "sampler", "external"]] = "training"
     fields: ClassVar[Mapping[str, Field]] = {
         "model_id": MODEL_ID,
         "name": Text(
@@ -90,6 +90,20 @@ class SaveWeightsForSamplerView(SaveWeightsView):
     kind = "sampler"
     answer_example: ClassVar[Any] = {
         "path": "tinker://my_model/sampler_weights/first",
+        "model_id": "my_model",
+    }
+
+
+class SaveWeightsExternalView(SaveWeightsView):
+    """Write the model's weights as they are now as the files that peft and others read.
+
+    ``GET /api/v1/training_runs/<run>/checkpoints/external_weights/<name>/external_weights_urls``
+    links to them.
+    """
+
+    kind = "external"
+    answer_example: ClassVar[Any] = {
+        "path": "tinker://my_model/external_weights/first",
         "model_id": "my_model",
     }
 
