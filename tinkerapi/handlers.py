@@ -22,6 +22,7 @@ from django.urls import set_script_prefix
 
 from tinkerapi.api.body_limit import Application, Receive, Scope, Send, limit_body
 from tinkerapi.api.leaving import client_left
+from tinkerapi.api.openai.shape import openai_shape
 from tinkerapi.pages import is_page
 
 
@@ -67,7 +68,7 @@ class ApiHandler(ASGIHandler):
 
 
 def build_application() -> Application:
-    """The ASGI application: both handlers behind the body limit."""
+    """The ASGI application: both handlers behind the body limit, and OpenAI's shape around all."""
     pages = get_asgi_application()
     api = ApiHandler()
 
@@ -75,4 +76,4 @@ def build_application() -> Application:
         handler = pages if is_page(scope.get("path", "")) else api
         await handler(scope, receive, send)
 
-    return limit_body(route)
+    return openai_shape(limit_body(route))

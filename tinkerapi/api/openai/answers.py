@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from futures import payload
@@ -55,6 +56,8 @@ class AnswerForm(ABC):
 
     answer_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    names: ClassVar[Mapping[str, str]]
+    """What the request calls the fields that the worker's errors name."""
 
     def answer(self, future: Future, options: Options) -> dict[str, Any]:
         """The whole answer of a ready future."""
@@ -119,6 +122,7 @@ class AnswerForm(ABC):
 class CompletionForm(AnswerForm):
     """``/v1/completions``."""
 
+    names = MappingProxyType({"num_samples": "n"})
     answer_object = "text_completion"
     chunk_object = "text_completion"
 
@@ -139,6 +143,7 @@ class CompletionForm(AnswerForm):
 class ChatForm(AnswerForm):
     """``/v1/chat/completions``."""
 
+    names = MappingProxyType({"num_samples": "n", "prompt": "messages"})
     answer_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 

@@ -8,6 +8,7 @@ again unless ``x-should-retry`` says no; where the same request would fail the s
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar
 
@@ -25,6 +26,19 @@ _PARAM = re.compile(r"([a-z][\w.\[\]]*): ")
 """The field that a message is about."""
 
 
+REQUEST_ID = "x-request-id"
+"""Of an answer: the future's id where there is one, or the id under which the log has the cause."""
+
+CODES = {
+    "ModelNotFound": "model_not_found",
+    "ContextLengthExceeded": "context_length_exceeded",
+    "QueueFull": "rate_limit_exceeded",
+    "NotFound": "unknown_url",
+    "MethodNotAllowed": "method_not_supported",
+}
+"""What OpenAI calls our errors, where its clients know a name; the others keep ours."""
+
+
 class ModelNotFound(APIException):
     """No such model; another owner's answers the same."""
 
@@ -36,6 +50,7 @@ class SampleFailed(APIException):
     """An accepted request that has failed, or that took too long to wait for."""
 
     default_code = "ServerError"
+    request_id = ""
 
 
 def model_not_found(model: str) -> ModelNotFound:
@@ -43,25 +58,36 @@ def model_not_found(model: str) -> ModelNotFound:
     return ModelNotFound(f"model: {model[:200]!r} does not exist, or it is not yours")
 
 
-def failure(status: int, detail: str, code: str) -> SampleFailed:
+def failure(future: Future, status: int, detail: str, code: str) -> SampleFailed:
     """The error with its status and the name of its cause."""
     error = SampleFailed(detail, code)
     error.status_code = status
+    error.request_id = future.id
     return error
 
 
-def sample_failed(future: Future) -> SampleFailed:
-    """What a future that ended without a result raises."""
+def sample_failed(future: Future, names: Mapping[str, str]) -> SampleFailed:
+    """What a future that ended without a result raises.
+
+    Args:
+        names: What the client calls the fields that the worker's message may begin with.
+    """
     if future.state == State.CANCELLED:
-        return failure(HTTPStatus.CONFLICT, "The request was cancelled.", "FutureCancelled")
+        return failure(future, HTTPStatus.CONFLICT, "The request was cancelled.", "FutureCancelled")
     is_users = future.category == Category.USER
     status = HTTPStatus.BAD_REQUEST if is_users else HTTPStatus.INTERNAL_SERVER_ERROR
-    return failure(status, future.error, future.error_code or SampleFailed.default_code)
+    detail = future.error
+    for ours, theirs in names.items():
+        if re.match(rf"{ours}[:\[.]", detail):
+            detail = theirs + detail.removeprefix(ours)
+            break
+    return failure(future, status, detail, future.error_code or SampleFailed.default_code)
 
 
 def not_finished(future: Future) -> SampleFailed:
     """What a future raises that was waited for too long."""
     return failure(
+        future,
         HTTPStatus.GATEWAY_TIMEOUT,
         f"Not finished after {settings.SYNC_TIMEOUT_SECONDS} s; it goes on, and "
         f"/retrieve_future has its result under {future.id}.",
@@ -87,6 +113,9 @@ class OpenAIView(AsyncAPIView):
                 response[header] = planned[header]
         if isinstance(exc, SampleFailed):
             response["x-should-retry"] = "false"
+            response[REQUEST_ID] = exc.request_id
+        elif "log_id" in body:
+            response[REQUEST_ID] = body["log_id"]
         return response
 
 
@@ -94,14 +123,18 @@ def error_body(status: int, message: str, code: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     if status == HTTPStatus.UNAUTHORIZED:
         code = "invalid_api_key"
-    elif code == ModelNotFound.__name__:
-        code = "model_not_found"
     param = _PARAM.match(message)
     return {
         "error": {
             "message": message,
-            "type": "invalid_request_error" if status < 500 else "server_error",
+            "type": _type(status),
             "param": param[1] if param else None,
-            "code": code,
+            "code": CODES.get(code, code),
         }
     }
+
+
+def _type(status: int) -> str:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"

@@ -62,11 +62,12 @@ async def answer_chunks(
         if final is None and is_silent:
             raise not_finished(future)
     if final.state != State.READY:
-        raise sample_failed(final)
+        raise sample_failed(final, form.names)
     sequences = sequences_of(final)
     for sequence, text in zip(sequences, sent, strict=True):
         if not sequence["text"].startswith(text):
             raise failure(
+                final,
                 HTTPStatus.INTERNAL_SERVER_ERROR,
                 "The sample was repeated after a crash and differs from what was sent; "
                 f"/retrieve_future has it under {future.id}.",

@@ -22,7 +22,13 @@ from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.fields import Field, check_object
 from tinkerapi.api.leaving import when_client_leaves
 from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
-from tinkerapi.api.openai.base import OpenAIView, model_not_found, not_finished, sample_failed
+from tinkerapi.api.openai.base import (
+    REQUEST_ID,
+    OpenAIView,
+    model_not_found,
+    not_finished,
+    sample_failed,
+)
 from tinkerapi.api.openai.options import Options, chat_options, completion_options
 from tinkerapi.api.openai.streams import answer_chunks, event_stream
 from tinkerapi.api.openai.tables import CHAT_FIELDS, COMPLETION_FIELDS
@@ -106,7 +112,9 @@ class SamplingView(OpenAIView):
     async def _stream(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
         """Begin once there is something to send: a request that fails before has its status."""
         chunks = answer_chunks(future, options, self.form, owner_id=owner_id)
-        return event_stream(await anext(chunks), chunks, self.handle_exception)
+        stream = event_stream(await anext(chunks), chunks, self.handle_exception)
+        stream[REQUEST_ID] = future.id
+        return stream
 
     async def _answer(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
         """Wait without a thread and without a connection."""
@@ -124,8 +132,10 @@ class SamplingView(OpenAIView):
 
     def _finished(self, future: Future, options: Options) -> JSONResponse:
         if future.state != State.READY:
-            raise sample_failed(future)
-        return JSONResponse(self.form.answer(future, options))
+            raise sample_failed(future, self.form.names)
+        response = JSONResponse(self.form.answer(future, options))
+        response[REQUEST_ID] = future.id
+        return response
 
 
 class CompletionView(SamplingView):
