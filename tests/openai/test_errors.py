@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -40,6 +44,7 @@ def check(response: httpx2.Response, status: int, code: str, param: str | None =
     assert int(response.headers["content-length"]) == len(response.content)
 
 
+ROOT = Path(__file__).resolve().parents[2]
 BROKEN = {"content": b"{", "headers": {"Content-Type": "application/json"}}
 PLAIN = {"content": b"{}", "headers": {"Content-Type": "text/plain"}}
 LARGE = {"content": b"x", "headers": {"Content-Length": "9" * 12}}
@@ -112,3 +117,13 @@ def test_an_answer_has_its_futures_id(user):
     assert missing.value.code == "model_not_found"
     assert missing.value.request_id.startswith("req_")
     assert listed.data[0].id == MODEL
+
+
+def test_the_application_is_there_before_django_is_set_up():
+    """As a server starts: the views, and with them the rows, come only after that."""
+    code = "from tinkerapi.asgi import application; print(callable(application))"
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.stdout.strip() == "True", done.stderr

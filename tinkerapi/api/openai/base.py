@@ -20,23 +20,8 @@ from rest_framework.exceptions import APIException
 from futures.models import Future
 from futures.transitions import Category, State
 from tinkerapi.api.async_view import AsyncAPIView
+from tinkerapi.api.openai.error_body import REQUEST_ID, error_body
 from tinkerapi.api.renderers import JSONResponse
-
-_PARAM = re.compile(r"([a-z][\w.\[\]]*): ")
-"""The field that a message is about."""
-
-
-REQUEST_ID = "x-request-id"
-"""Of an answer: the future's id where there is one, or the id under which the log has the cause."""
-
-CODES = {
-    "ModelNotFound": "model_not_found",
-    "ContextLengthExceeded": "context_length_exceeded",
-    "QueueFull": "rate_limit_exceeded",
-    "NotFound": "unknown_url",
-    "MethodNotAllowed": "method_not_supported",
-}
-"""What OpenAI calls our errors, where its clients know a name; the others keep ours."""
 
 
 class ModelNotFound(APIException):
@@ -117,24 +102,3 @@ class OpenAIView(AsyncAPIView):
         elif "log_id" in body:
             response[REQUEST_ID] = body["log_id"]
         return response
-
-
-def error_body(status: int, message: str, code: str) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    if status == HTTPStatus.UNAUTHORIZED:
-        code = "invalid_api_key"
-    param = _PARAM.match(message)
-    return {
-        "error": {
-            "message": message,
-            "type": _type(status),
-            "param": param[1] if param else None,
-            "code": CODES.get(code, code),
-        }
-    }
-
-
-def _type(status: int) -> str:
-    if status == HTTPStatus.TOO_MANY_REQUESTS:
-        return "rate_limit_error"
-    return "invalid_request_error" if status < 500 else "server_error"

@@ -23,12 +23,12 @@ from tinkerapi.api.fields import Field, check_object
 from tinkerapi.api.leaving import when_client_leaves
 from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
 from tinkerapi.api.openai.base import (
-    REQUEST_ID,
     OpenAIView,
     model_not_found,
     not_finished,
     sample_failed,
 )
+from tinkerapi.api.openai.error_body import REQUEST_ID
 from tinkerapi.api.openai.options import Options, chat_options, completion_options
 from tinkerapi.api.openai.streams import answer_chunks, event_stream
 from tinkerapi.api.openai.tables import CHAT_FIELDS, COMPLETION_FIELDS
