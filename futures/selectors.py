@@ -95,15 +95,12 @@ def lane_completions(
 
 def queue_state(queue: str) -> QueueState:
     """Whether a worker serves the queue now, and if not, why."""
-    worker = (
-        Worker.objects.filter(
-            queue=queue, state__in=[Worker.WorkerState.STARTING, Worker.WorkerState.LIVE]
-        )
-        .only("state", "heartbeat_at", "figures", "started_at")
-        .first()
-    )
-    if worker is None:
+    newest = Worker.objects.filter(queue=queue).order_by("-id")
+    worker = newest.only("state", "heartbeat_at", "figures", "started_at").first()
+    if worker is None or worker.state == Worker.WorkerState.STOPPED:
         return QueueState(PAUSED, "No worker serves this queue at the moment.")
+    if worker.state == Worker.WorkerState.LOST:
+        return QueueState(PAUSED, "The worker has ended; its requests wait for the next one.")
     if worker.state == Worker.WorkerState.STARTING:
         return QueueState(PAUSED, "The worker is starting.", started_at=worker.started_at)
     if worker.heartbeat_at < timezone.now() - HEARTBEAT_TIMEOUT:

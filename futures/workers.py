@@ -3,7 +3,8 @@
 Two guards keep a second worker out. A session-level advisory lock on a connection of its own
 says whether the process lives; Postgres frees it when the process dies, however it dies. And
 the worker's row says which epoch may commit; a constraint allows one open row per queue.
-Recovery is the next worker's start: it does not depend on any timeout.
+Recovery is the next worker's start: it does not depend on any timeout. A supervisor that sees a
+worker's process end may mark the row before that, so that nobody takes it for alive.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import psycopg
 from django.db import OperationalError, transaction
+from django.db.models import QuerySet
 from django.utils import timezone
 
 from futures.broker import doorbell
@@ -146,8 +148,8 @@ def worker_start(
     Args:
         queue: Whose futures it runs.
         figures: What it has to say of itself.
-        crashed: Asked about a last worker that did not stop: False if it is known that nothing
-            it did ended it, so that its futures are no suspects.
+        crashed: Asked about a last worker that did not stop, also if it was marked lost already:
+            False if it is known that nothing it did ended it, so that its futures are no suspects.
 
     Raises:
         QueueTaken: Another live process serves the queue.
@@ -155,9 +157,11 @@ def worker_start(
     lock = QueueLock(queue)
     try:
         with transaction.atomic(using=alias()):
-            last = Worker.objects.filter(queue=queue, state__in=_OPEN)
-            has_crashed = any(crashed(worker) for worker in last)
-            last.update(state=Worker.WorkerState.LOST, stopped_at=timezone.now())
+            last = Worker.objects.filter(queue=queue).order_by("-id").first()
+            has_crashed = (
+                last is not None and last.state != Worker.WorkerState.STOPPED and crashed(last)
+            )
+            _mark_lost(Worker.objects.filter(queue=queue))
             limit = MAX_ATTEMPTS if has_crashed else MAX_INTERRUPTIONS
             failed = execute(
                 _TAKE_OVER,
@@ -187,6 +191,35 @@ def worker_start(
         raise
     worker.queue_lock = lock
     return worker
+
+
+def worker_mark_lost(*, queue: str, pid: int | None = None) -> bool:
+    """Say of a queue's worker that it is dead, for whoever knows before its heartbeats are missed.
+
+    What it held stays as it is until the next one starts. The lock is what proves it dead: while it
+    is held, a worker lives, or the dead one's connection is not closed yet. Then nothing is marked
+    and the answer is False; it is True when there is nothing left to mark.
+
+    Args:
+        queue: Whose worker.
+        pid: Of the process of this machine that has ended; another's worker is left alone. None:
+            whichever worker does not hold the lock.
+    """
+    dead = Worker.objects.filter(queue=queue, state__in=_OPEN)
+    if pid is not None:
+        dead = dead.filter(pid=pid, hostname=socket.gethostname())
+    if not dead.exists():
+        return True
+    with transaction.atomic(using=alias()):
+        # Until the commit, so that no worker starts meanwhile.
+        [(is_free,)] = execute(
+            "SELECT pg_try_advisory_xact_lock(hashtextextended('futures queue ' || %(queue)s, 0))",
+            {"queue": queue},
+        )
+        if not is_free:
+            return False
+        _mark_lost(dead)
+    return True
 
 
 def worker_live(worker: Worker, figures: Mapping[str, Any]) -> None:
@@ -222,6 +255,10 @@ def worker_stop(worker: Worker) -> None:
             futures_release(worker=worker, request_ids=[request_id for (request_id,) in held])
     if worker.queue_lock is not None:
         worker.queue_lock.release()
+
+
+def _mark_lost(workers: QuerySet[Worker]) -> None:
+    workers.filter(state__in=_OPEN).update(state=Worker.WorkerState.LOST, stopped_at=timezone.now())
 
 
 def _beat(worker: Worker, figures: Mapping[str, Any], **changes: Any) -> None:

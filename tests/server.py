@@ -93,7 +93,7 @@ class Server:
     def answers(self, path: str) -> bool:
         try:
             return requests.get(f"{self.url}{path}", timeout=5).status_code == 200
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):  # a busy machine, or nobody
             return False
 
     def is_ready(self) -> bool:

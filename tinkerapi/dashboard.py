@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.conf import settings
-from django.db.models import Count, QuerySet, Sum
+from django.db.models import Count, Q, QuerySet, Sum
 from django.db.models.functions import TruncHour
 from django.http import HttpRequest
 from django.template.defaultfilters import filesizeformat
@@ -25,6 +25,7 @@ from futures.display import bar_chart, changelist_url, link, moment, one_line, s
 from futures.models import Future, FutureQuerySet, Worker
 from futures.transitions import State
 from training.admin.runs import short_loss
+from training.base_models import base_models
 from training.models import Checkpoint, Run, Snapshot
 from training.progress import with_progress
 
@@ -110,10 +111,12 @@ def _futures_chart(hourly: dict[tuple[Any, str], int]) -> str:
 
 
 def _workers_table(request: HttpRequest) -> Context:
-    """Workers that live or say so, and the newest that ended if none does."""
-    living = [Worker.WorkerState.STARTING, Worker.WorkerState.LIVE]
-    workers = list(Worker.objects.filter(state__in=living).order_by("queue"))
-    workers = workers or list(Worker.objects.order_by("-id")[:1])
+    """The newest worker of every base model that is served, and all that live or say so."""
+    queues = [base_model.queue for base_model in base_models()]
+    newest = Worker.objects.filter(queue__in=queues).order_by("queue", "-id").distinct("queue")
+    living = Q(state__in=[Worker.WorkerState.STARTING, Worker.WorkerState.LIVE])
+    shown = Worker.objects.filter(living | Q(pk__in=newest.values("pk")))
+    workers = list(shown.order_by("queue")) or list(Worker.objects.order_by("-id")[:1])
     return {
         "headers": ["Worker", "State", "Queue", "Heartbeat", "Device", "Memory"],
         "rows": [

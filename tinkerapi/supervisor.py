@@ -124,6 +124,8 @@ class Child:
     """None: it is trusted to get on as long as it runs."""
     refusal_status: int | None = None
     """Exit code that says that it can never start; its last line says why."""
+    on_end: Callable[[int], None] = lambda pid: None
+    """Called with the number of a process that has ended without being asked to; must not block."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     hung: bool = field(default=False, init=False)
     log_start: int = field(default=0, init=False)
@@ -161,6 +163,7 @@ class Child:
             return None
         # A killed server leaves its own children, and they hold the port.
         self._kill_group(self.process)
+        self.on_end(self.process.pid)
         self.process = None
         if self.hung and self.watch is not None:
             return f"made no progress for {self.watch.silence_seconds:g} s and was killed"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.platform.processes import wait_for
 from tests.server import Json, Server, free_port
@@ -72,6 +73,20 @@ def test_a_stopped_worker_is_replaced_and_the_run_goes_on_to_the_same_bits(
     assert metrics(server, ids) == unbroken
     assert "made no progress for 15 s and was killed" in server.log()
     assert server.worker_pid() != stopped
+
+
+def test_a_killed_worker_is_not_ready_before_its_successor_has_begun(server: Server) -> None:
+    """The heartbeats of a worker that was killed are missed after half a minute only."""
+    os.kill(server.worker_pid(), signal.SIGKILL)
+
+    def missing() -> list[str] | None:
+        answer = requests.get(f"{server.url}/readyz", timeout=5)
+        return answer.json()["missing"] if answer.status_code == 503 else None
+
+    assert wait_for(missing)[0].endswith(
+        "The worker has ended; its requests wait for the next one."
+    )
+    server.wait_until("/readyz")
 
 
 def test_a_worker_that_may_not_write_trains_on_and_fails_saves_by_name(

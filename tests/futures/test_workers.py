@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -17,16 +18,19 @@ from futures.claiming import SUSPECT_INTERRUPTIONS, future_claim
 from futures.database import dedicated_parameters
 from futures.errors import Fenced, QueueTaken
 from futures.models import Future, Lane, Worker
+from futures.selectors import queue_state
 from futures.transitions import State
 from futures.workers import (
     MAX_ATTEMPTS,
     MAX_INTERRUPTIONS,
     worker_heartbeat,
     worker_live,
+    worker_mark_lost,
     worker_start,
     worker_stop,
 )
-from tests.futures.conftest import QUEUE, SubmitFactory, finish, kill
+from tests.futures.conftest import QUEUE, SubmitFactory, finish, kill, race
+from tests.platform.processes import wait_for
 
 pytestmark = pytest.mark.django_db
 
@@ -276,3 +280,94 @@ def test_a_start_that_fails_lets_the_lock_go(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError):
         worker_start(queue=QUEUE, figures={})
     assert lock_holders() == []
+
+
+def test_a_dead_workers_row_says_so_before_the_next_one_starts(
+    worker_factory: Callable[..., Worker],
+) -> None:
+    dead = worker_factory()
+    worker_live(dead, {})
+    kill(dead)
+
+    assert wait_for(lambda: worker_mark_lost(queue=QUEUE, pid=dead.pid))
+
+    row = Worker.objects.get(pk=dead.pk)
+    assert (row.state, row.stopped_at is not None) == ("lost", True)
+    reason = "The worker has ended; its requests wait for the next one."
+    assert (queue_state(QUEUE).state, queue_state(QUEUE).reason) == ("paused_capacity", reason)
+    with pytest.raises(Fenced):
+        worker_heartbeat(dead, {})
+
+
+def test_a_worker_that_holds_its_lock_is_never_marked(worker: Worker) -> None:
+    worker_live(worker, {})
+
+    assert not worker_mark_lost(queue=QUEUE, pid=worker.pid)
+    assert not worker_mark_lost(queue=QUEUE)
+
+    worker_heartbeat(worker, {})
+    assert queue_state(QUEUE).state == "active"
+
+
+@pytest.mark.parametrize("other", [{"pid": 1}, {"hostname": "elsewhere"}])
+def test_another_supervisors_worker_is_left_alone_also_while_it_lost_its_lock(
+    worker: Worker, other: dict[str, object]
+) -> None:
+    """Its connection went, with Postgres say; its next heartbeat takes the lock again."""
+    pid = worker.pid
+    Worker.objects.filter(pk=worker.pk).update(**other)
+    kill(worker)
+
+    assert worker_mark_lost(queue=QUEUE, pid=pid)
+
+    worker_heartbeat(worker, {})
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("does_crash", [True, False])
+def test_what_a_marked_worker_held_is_judged_like_any_others(
+    submit: SubmitFactory, worker_factory: Callable[..., Worker], does_crash: bool
+) -> None:
+    future = submit()
+    dead = worker_factory()
+    claim(dead)
+    kill(dead)
+    wait_for(lambda: worker_mark_lost(queue=QUEUE, pid=dead.pid))
+
+    judged: list[int] = []
+
+    def judge(before: Worker) -> bool:
+        judged.append(before.pk)
+        return does_crash
+
+    kill(worker_start(queue=QUEUE, figures={}, crashed=judge))
+
+    assert judged == [dead.pk]
+    row = Future.objects.get(pk=future.pk)
+    assert (row.state, row.attempts, row.interruptions) == (
+        State.PENDING,
+        int(does_crash),
+        int(not does_crash),
+    )
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_successor_that_starts_meanwhile_is_not_taken_for_the_dead_one(
+    worker_factory: Callable[..., Worker],
+) -> None:
+    for _ in range(5):
+        dead = worker_factory()
+        kill(dead)
+
+        def successor(queue: str = QUEUE) -> Worker:
+            worker = worker_factory(queue)
+            worker_live(worker, {})
+            return worker
+
+        # The successor is of this very process, so only the lock tells it from the dead one.
+        _, started = race(lambda: worker_mark_lost(queue=QUEUE, pid=os.getpid()), successor)
+
+        assert isinstance(started, Worker), started
+        assert Worker.objects.get(pk=started.pk).state == "live"
+        assert Worker.objects.get(pk=dead.pk).state == "lost"
+        worker_stop(started)

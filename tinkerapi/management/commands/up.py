@@ -26,6 +26,7 @@ from django.core.management import CommandError, call_command
 from django.core.management.base import BaseCommand
 from django.db import OperationalError, connection
 
+from futures.workers import worker_mark_lost
 from tinkerapi.postgres import EmbeddedPostgres, PostgresError
 from tinkerapi.preflight import (
     PreflightError,
@@ -38,6 +39,7 @@ from tinkerapi.preflight import (
     resolve_host,
 )
 from tinkerapi.schema import SchemaError, schema_migrate
+from tinkerapi.server.lost_workers import report_worker_end
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
 from tinkerapi.supervisor import (
     FIRST_DELAY_SECONDS,
@@ -191,6 +193,9 @@ class Command(BaseCommand):
         except OperationalError as error:
             raise PreflightError(f"the database does not answer: {_first_line(error)}") from error
         self.say(f"database  {f'{count} migrations applied' if count else 'up to date'}")
+        # Of a server that was killed: web answers before the new workers have begun.
+        for base_model in base_models():
+            worker_mark_lost(queue=base_model.queue)
         accounts = first_accounts_ensure()
         connection.close()
         if accounts.admin_password:
@@ -238,6 +243,7 @@ class Command(BaseCommand):
                 stop_rank=1,
                 watch=Watch("TINKERAPI_PULSE_FD", silence_seconds=settings.HANG_SECONDS),
                 refusal_status=os.EX_CONFIG,
+                on_end=report_worker_end(base_model.queue),
             )
         )
 

@@ -1,0 +1,43 @@
+"""Says of a worker's row that its process is gone, as soon as the process's parent knows.
+
+Without it a killed worker looks alive until its successor starts or its heartbeats are missed. The
+supervisor must not wait for Postgres, which may have gone with the worker, so a thread tells it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from django.db import DatabaseError, InterfaceError, connection
+
+from futures.workers import worker_mark_lost
+
+TRY_SECONDS = 15.0  # later its successor has told it, or the heartbeats are missed anyway
+LOOK_SECONDS = 0.1  # Postgres needs a moment to see that the dead worker's connection is closed
+
+
+def report_worker_end(queue: str) -> Callable[[int], None]:
+    """For the supervisor of a queue's worker: marks the worker of a process that has ended."""
+
+    def report(pid: int) -> None:
+        threading.Thread(
+            target=_mark, args=(queue, pid), name=f"end of {queue}", daemon=True
+        ).start()
+
+    return report
+
+
+def _mark(queue: str, pid: int) -> None:
+    deadline = time.monotonic() + TRY_SECONDS
+    try:
+        while time.monotonic() < deadline:
+            try:
+                if worker_mark_lost(queue=queue, pid=pid):
+                    return
+            except (DatabaseError, InterfaceError):
+                connection.close()
+            time.sleep(LOOK_SECONDS)
+    finally:
+        connection.close()
