@@ -196,7 +196,7 @@ class EmbeddedPostgres:
 
     def _prepare_folders(self) -> None:
         try:
-            self.data_dir.mkdir(parents=True, exist_ok=True)
+            self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder.mkdir(mode=0o700, exist_ok=True)
             self.socket_folder.mkdir(mode=0o700, exist_ok=True)
             for folder in (self.folder, self.socket_folder):

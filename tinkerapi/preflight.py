@@ -69,7 +69,7 @@ def lock_data_folder(data_dir: Path, server: RunningServer) -> Iterator[RunningS
         PreflightError: It cannot be written, or another ``up`` has it.
     """
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Append mode: opening must not empty the file that names the other process.
         lock = (data_dir / LOCK_FILE).open("a+")
     except OSError as error:

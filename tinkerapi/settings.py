@@ -37,6 +37,11 @@ DATA_DIR = Path(
 ).resolve()
 """Embedded database, converted models, snapshots and checkpoints; back this up."""
 
+# Every process of ours reads this, so none leaves a file that other users of the machine can read:
+# neither in the data folder nor where a command writes, such as a backup.
+os.umask(0o077)
+FILE_UPLOAD_PERMISSIONS = 0o600  # of the admin's static files; Django's own would open them
+
 ROLE = env_choice("TINKERAPI_ROLE", "cli", ("cli", "web", "worker"))
 """Which process this is; set by ``up``, never by hand. Decides how connections are kept."""
 

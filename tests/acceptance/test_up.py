@@ -153,3 +153,30 @@ def test_a_killed_up_takes_everything_along_and_the_next_one_finds_it_all(start:
     wrong = requests.get(adapters, headers={"X-API-Key": key + "x"}, timeout=5)
     assert wrong.status_code == 401
     server.stop()
+
+
+def test_other_users_of_the_machine_can_read_nothing_that_a_server_writes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    data_dir.chmod(0o755)  # as an older version left it
+    settings = {"TINKERAPI_BASE_MODEL": str(tiny_model), "TINKERAPI_SNAPSHOT_SECONDS": "0"}
+    server = Server(data_dir, free_port(), settings)
+    server.start()
+    try:
+        server.results(server.submit_steps("m", 2, learning_rate=0.1))
+        for path in ("save_weights", "save_weights_for_sampler"):
+            assert server.post(f"/api/v1/{path}", model_id="m", name="kept").status_code == 200
+        wait_for(lambda: list((data_dir / "snapshots").iterdir()))
+        backup = manage(server, "backup", str(tmp_path / "backup"))
+        assert backup.returncode == 0, backup.stderr
+    finally:
+        server.stop()
+
+    written = [path for folder in (data_dir, tmp_path / "backup") for path in folder.rglob("*")]
+    folders = {path.name for path in written}
+    assert {"checkpoints", "snapshots", "logs", "postgres", "secret_key", "static"} <= folders
+    paths = [data_dir, tmp_path / "backup", *written]
+    assert [str(path) for path in paths if path.lstat().st_mode & 0o077] == []
+    assert f"data      {data_dir} is now closed to other users" in server.log()

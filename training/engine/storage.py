@@ -40,7 +40,6 @@ def new_directory(directory: Path) -> Iterator[Path]:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        temporary.chmod(0o755)  # mkdtemp's 0700 would outlive the rename
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
             _fsync(path)

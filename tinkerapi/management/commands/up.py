@@ -40,6 +40,7 @@ from tinkerapi.preflight import (
 )
 from tinkerapi.schema import SchemaError, schema_migrate
 from tinkerapi.server.lost_workers import report_worker_end
+from tinkerapi.server.private_folder import folder_close
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
 from tinkerapi.supervisor import (
     FIRST_DELAY_SECONDS,
@@ -122,6 +123,8 @@ class Command(BaseCommand):
         with lock_data_folder(settings.DATA_DIR, self.server) as killed:
             # The web process of an ``up`` that was killed needs a moment to leave its port.
             check_port(host, self.server.port, wait_seconds=10 if killed else 0)
+            if remark := folder_close(settings.DATA_DIR):
+                self.say(f"data      {remark}")
             if problem := base_models_problem():
                 raise PreflightError(problem)
             for base_model in base_models():
