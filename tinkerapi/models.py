@@ -1,4 +1,5 @@
-"""API keys: who a request speaks for. Only a hash is kept; the key is shown once."""
+"""API keys: who a request speaks for. Only a hash is kept; the key is shown once. And the logins to
+the admin that failed, which slow the next ones down."""
 
 from __future__ import annotations
 
@@ -36,3 +37,21 @@ class ApiKey(models.Model):
         """Whether it opens the door now: not revoked, not expired, of an active user."""
         is_current = self.expires_at is None or self.expires_at > timezone.now()
         return self.revoked_at is None and is_current and self.user.is_active
+
+
+class FailedLogins(models.Model):
+    """Logins of one user, one address, or one user from one address that failed lately; what has
+    been quiet for long is forgotten."""
+
+    key = models.CharField(primary_key=True, max_length=64)
+    """A hash of what is counted; names that do not exist come too, and passwords typed as names."""
+    failures = models.IntegerField()
+    last_at = models.DateTimeField(db_index=True)
+    closed_until = models.DateTimeField()
+    """Until then no password is looked at."""
+
+    class Meta:
+        verbose_name_plural = "failed logins"
+
+    def __str__(self) -> str:
+        return f"{self.failures} failed logins"

@@ -296,6 +296,7 @@ UNFOLD = {
     ],
     "STYLES": ["tinkerapi.dashboard.stylesheet"],
     "DASHBOARD_CALLBACK": "tinkerapi.dashboard.dashboard",
+    "LOGIN": {"form": "tinkerapi.login_form.LoginForm"},
     "SIDEBAR": {"navigation": "tinkerapi.dashboard.navigation"},
 }
 

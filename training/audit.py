@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
+from django.contrib.auth import get_user_model
 from django.db.models import QuerySet
+from django.utils import timezone
 
 from training.models import AuditEvent, Checkpoint
 
@@ -45,6 +47,33 @@ def audit_checkpoint(
         model_id=checkpoint.run.name,
         **more,
     )
+
+
+def audit_login(verb: Literal["succeeded", "failed"], *, username: str, address: str) -> None:
+    """Note that somebody asked to be let into the admin under this name.
+
+    A failure's actor is nobody: its password was not the user's.
+    """
+    user = get_user_model().objects.filter(username=username).first()
+    actor = user if verb == "succeeded" else None
+    audit_record(
+        f"login_{verb}",
+        actor_id=actor.pk if actor else None,
+        owner_id=user.pk if user else None,
+        # Of a name that nobody has, nothing: it may be a password that was typed a field too early.
+        username=username if user else None,
+        address=address,
+    )
+
+
+def audit_logged_in_lately(*, username: str, address: str, within: timedelta) -> bool:
+    """Whether this user was let into the admin from this address lately."""
+    return AuditEvent.objects.filter(
+        owner__username=username,
+        event="login_succeeded",
+        created_at__gt=timezone.now() - within,
+        details__address=address,
+    ).exists()
 
 
 def audit_events(

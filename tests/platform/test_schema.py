@@ -40,7 +40,10 @@ def test_a_broken_history_is_refused() -> None:
 
 @pytest.mark.django_db
 def test_tables_that_do_not_fit_their_history_are_refused() -> None:
-    MigrationRecorder(connection).record_unapplied("tinkerapi", "0001_initial")
+    recorder = MigrationRecorder(connection)
+    for app, name in recorder.applied_migrations():
+        if app == "tinkerapi":
+            recorder.record_unapplied(app, name)
     assert unapplied_migrations() >= 1
 
     with pytest.raises(SchemaError, match=r"do not fit this version: .*already exists"):

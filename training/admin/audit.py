@@ -42,7 +42,10 @@ class AuditEventAdmin(ConsoleAdmin):
 
     @admin.display(description="Who")
     def actor_link(self, event: AuditEvent) -> SafeString | str | None:
-        return link(event.actor) if event.actor else "the server or its console"
+        if event.actor:
+            return link(event.actor)
+        address = event.details.get("address")
+        return f"somebody at {address}" if address else "the server or its console"
 
     @admin.display(description="Whose")
     def owner_link(self, event: AuditEvent) -> SafeString | None:
