@@ -30,6 +30,7 @@ import dj_database_url
 import psycopg
 
 from tinkerapi.postgres_binaries import Binaries, installed_binaries
+from tinkerapi.server.log_file import log_rotate
 
 DATABASE_NAME = "tinkerapi"
 SUPERUSER = "postgres"
@@ -40,7 +41,6 @@ MINIMUM_FREE_BYTES = 512 * 1024 * 1024  # a new cluster, its WAL, and room to fi
 START_SECONDS = 300.0  # crash recovery of a large WAL may take minutes
 STOP_SECONDS = 60.0
 PREVIOUS_SERVER_SECONDS = 30.0  # for a server whose parent was killed to finish its shutdown
-MAX_LOG_BYTES = 10 * 1024 * 1024
 
 SETTINGS = {
     "shared_buffers": "256MB",
@@ -167,6 +167,7 @@ class EmbeddedPostgres:
             return "was not started"
         status = self.process.poll()
         if status is None:
+            log_rotate(self.log)
             return None
         if status < 0:
             return f"was ended by {signal.Signals(-status).name}"
@@ -292,8 +293,7 @@ class EmbeddedPostgres:
             *("-k", str(self.socket_folder), "-h", "", "-p", PORT),
             *options,
         ]
-        if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
-            self.log.rename(self.log.with_suffix(".log.1"))
+        log_rotate(self.log)
         with self.log.open("ab") as log:
             log.write(b"--- start\n")
             log.flush()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from tinkerapi.server.log_file import log_rotate
 from training.parent_death import parent_death_prefix
 
 FIRST_DELAY_SECONDS = 0.5
@@ -28,7 +29,6 @@ MAX_DELAY_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # who lived this long starts again without back-off
 LONGEST_LOOK_SECONDS = 5.0  # what a silence may grow by between two looks
 LAST_WORDS_SECONDS = 2.0  # for a hung child to write where it hangs, before it is killed
-MAX_LOG_BYTES = 10 * 1024 * 1024
 
 
 class Refused(Exception):
@@ -132,8 +132,7 @@ class Child:
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
-            self.log.rename(self.log.with_suffix(".log.1"))
+        log_rotate(self.log)
         self.hung = False
         environment = dict(self.environment)
         with contextlib.ExitStack() as stack:
@@ -160,6 +159,8 @@ class Child:
         status = self.process.poll()
         if status is None:
             self._end_if_hung(self.process)
+            if log_rotate(self.log):
+                self.log_start = 0
             return None
         # A killed server leaves its own children, and they hold the port.
         self._kill_group(self.process)

@@ -1,0 +1,115 @@
+"""Log lines that nobody can forge, and not more of them than anybody reads.
+
+What a client sends reaches the log: paths, names, the text of errors. So what is not printable is
+written as its escape, and everything after a line break begins with a mark that no first line has.
+And whoever may send requests may make lines: of one place in the code so many are written and then
+so many a minute, with the number of those that were left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from threading import Lock
+
+MAX_MESSAGE = 4_000
+MAX_REQUEST = 300
+MAX_TRACEBACK = 20_000
+CONTINUATION = "\n  | "
+
+AT_ONCE = 50
+SECONDS_EACH = 5.0  # of a place that has used up what it may write at once
+
+_UNPRINTABLE = re.compile(
+    # C0 and C1 but the line break, line separators, what changes the direction of text, surrogates
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+class LineFormatter(logging.Formatter):
+    """Time, level, logger and message; further lines, of a traceback say, are marked as such."""
+
+    def __init__(self) -> None:
+        super().__init__("{asctime} {levelname} {name}: {message}", style="{")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The whole text of a record."""
+        head = f"{self.formatTime(record)} {record.levelname} {record.name}: "
+        # Django's records repeat what a request said; of a bad Host header also with a traceback,
+        # although nothing of ours went wrong.
+        limit = MAX_REQUEST if record.name.startswith("django.") else MAX_MESSAGE
+        parts = [_cut_end(record.getMessage(), limit)]
+        if record.exc_info and not record.name.startswith("django.security"):
+            parts.append(_cut_middle(self.formatException(record.exc_info), MAX_TRACEBACK))
+        if record.stack_info:
+            parts.append(_cut_middle(self.formatStack(record.stack_info), MAX_TRACEBACK))
+        return head + printable("\n".join(parts))
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what is not printable, and a mark before each further line."""
+    return _UNPRINTABLE.sub(_escape, text).replace("\n", CONTINUATION)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return "\t" if code == 9 else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def _cut_end(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text):,} characters)"
+
+
+def _cut_middle(text: str, limit: int) -> str:
+    """The beginning and the end: where it happened and what it was."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}\n... ({len(text):,} characters)\n{text[-limit // 2 :]}"
+
+
+class RepeatFilter(logging.Filter):
+    """Lets so many records of one place in the code through; a later one says how many it did not.
+
+    For a handler, so that it counts what would be written.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._lock = Lock()
+        self._places: dict[tuple[str, int, int], _Place] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write the record, to whose message the number of those left out is added."""
+        with self._lock:
+            key = (record.pathname, record.lineno, record.levelno)
+            place = self._places.setdefault(key, _Place(self._clock()))
+            left_out = place.take(self._clock())
+        if left_out is None:
+            return False
+        if left_out:
+            record.msg = f"{record.getMessage()} ({left_out:,} like this were left out)"
+            record.args = None
+        return True
+
+
+class _Place:
+    """What one place in the code may still write."""
+
+    def __init__(self, now: float) -> None:
+        self._left = float(AT_ONCE)
+        self._at = now
+        self._left_out = 0
+
+    def take(self, now: float) -> int | None:
+        """None: not this one; otherwise how many were not written before it."""
+        self._left = min(AT_ONCE, self._left + (now - self._at) / SECONDS_EACH)
+        self._at = now
+        if self._left < 1:
+            self._left_out += 1
+            return None
+        self._left -= 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
