@@ -261,6 +261,9 @@ MAX_ADAPTERS = env_int("TINKERAPI_MAX_ADAPTERS", 100)
 MAX_PENDING = env_int("TINKERAPI_MAX_PENDING", 20000)
 """Futures of one user that wait."""
 
+USER_STORAGE_BYTES = env_int("TINKERAPI_USER_STORAGE_BYTES", 0, minimum=0, maximum=2**60)
+"""What one user's checkpoints, snapshots, and kept requests and results may take; 0: no limit."""
+
 SYNC_TIMEOUT_SECONDS = env_int("TINKERAPI_SYNC_TIMEOUT_SECONDS", 300)
 """How long a sync call waits before it answers 202 with the future's id."""
 MAX_WAIT_SECONDS = env_int("TINKERAPI_MAX_WAIT_SECONDS", 60)

@@ -30,6 +30,10 @@ class ContextLengthExceeded(InvalidRequest):
     """The prompt leaves no room in the model's context."""
 
 
+class StorageQuotaExceeded(LimitExceeded):
+    """You store as much as one user of this server may; delete some of it first."""
+
+
 class SessionNotFound(TrainingError):
     """No session of this id exists."""
 

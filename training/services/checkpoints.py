@@ -22,6 +22,7 @@ from training.selectors import checkpoint_at, checkpoint_get, run_get
 from training.services.runs import run_lora_config
 from training.services.sessions import CREATION_SEQ_ID, session_run_create
 from training.services.submission import Submission, run_asked, submit_in_lane
+from training.storage_quota import storage_check
 
 ONE_OF_A_PATH = ("checkpoint_path_means_one", "checkpoint_run_kind_name")
 """The constraints that say whose a path is."""
@@ -114,6 +115,7 @@ def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool | None) -> None:
 
     Raises:
         CheckpointExists: Another has the path, and is not to be replaced; nothing is changed.
+        StorageQuotaExceeded: It would take its owner over the quota; nothing is changed.
     """
     path = checkpoint.path
     while True:
@@ -121,6 +123,11 @@ def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool | None) -> None:
             with transaction.atomic():
                 old = checkpoint_at(owner_id=checkpoint.owner_id, path=path)
                 _check_replaceable(old, path, overwrite)
+                storage_check(
+                    owner_id=checkpoint.owner_id,
+                    more_bytes=checkpoint.size_bytes,
+                    freed_bytes=old.size_bytes if old is not None else 0,
+                )
                 if old is not None:
                     _replace(old)
                 checkpoint.save(force_insert=True)

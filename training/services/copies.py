@@ -14,15 +14,17 @@ from datetime import timedelta
 from pathlib import Path
 
 from django.conf import settings
+from django.contrib.auth import get_user_model
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
 from training.audit import audit_checkpoint
-from training.errors import CheckpointNotFound, InvalidRequest
+from training.errors import CheckpointNotFound, InvalidRequest, StorageQuotaExceeded
 from training.models import Checkpoint, Run, Session, new_session_id
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
 from training.services.sessions import session_open
+from training.storage_quota import storage_check
 
 COPY_CLIENT = "copy"
 """What a session that exists for one copy says of its client."""
@@ -49,6 +51,7 @@ def checkpoint_copy(
     Raises:
         CheckpointNotFound, SessionNotFound: (404)
         InvalidRequest: One of session id and number is missing, or the number is taken. (400)
+        StorageQuotaExceeded: The owner stores as much as one user may. (413)
     """
     if (session_id is None) != (model_seq_id is None):
         raise InvalidRequest("session_id, model_seq_id: give both of them or none")
@@ -69,10 +72,16 @@ def checkpoint_copy(
                 owner_id=owner_id,
                 defaults={"sdk_version": COPY_CLIENT, "project_id": project_id},
             )
+            # One copy at a time per owner, so that many at once do not pass the quota together.
+            get_user_model().objects.select_for_update(no_key=True).get(pk=owner_id)
+            storage_check(owner_id=owner_id, more_bytes=original.size_bytes)
             audit_checkpoint("copy", original, actor_id=owner_id)
             checkpoint = _rows(
                 original, str(source), session, run_id, model_seq_id or 0, directory, ttl_seconds
             )
+    except StorageQuotaExceeded:
+        shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+        raise
     except IntegrityError:  # the same request, at the same time
         shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
         if path := _made_before(owner_id, run_id, source):

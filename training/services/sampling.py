@@ -10,6 +10,7 @@ from typing import Any
 
 from django.conf import settings
 
+from futures.payload import encode_payload
 from futures.services import future_submit
 from training import payloads
 from training.base_models import base_model_get
@@ -18,6 +19,7 @@ from training.kinds import Kind
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
 from training.services.submission import Submission, run_asked, submit_in_lane
+from training.storage_quota import storage_admit
 from training.types import Prompt, SamplingParams, ScoringParams
 
 NO_SCORING = ScoringParams()
@@ -99,11 +101,16 @@ def sample_submit(
         payload["checkpoint"] = checkpoint.pk
         base_model = checkpoint.run.base_model
         summary["path"] = str(path)
+    encoded = encode_payload(Kind.SAMPLE, payload)
+    queue = base_model_get(base_model).queue
+    storage_admit(
+        encoded, owner_id=owner_id, lane_id=None, seq_id=None, idempotency_key=idempotency_key
+    )
     future = future_submit(
         owner_id=owner_id,
-        queue=base_model_get(base_model).queue,
+        queue=queue,
         kind=Kind.SAMPLE,
-        payload=payload,
+        payload=encoded,
         cost=cost,
         interruptible=True,
         summary=summary,

@@ -15,6 +15,7 @@ from django.db.models import F
 
 from futures.errors import SeqIdReused
 from futures.models import Future
+from futures.payload import encode_payload
 from futures.services import future_submit, lane_create
 from training import payloads
 from training.base_models import base_model_get
@@ -25,6 +26,7 @@ from training.paths import TinkerPath
 from training.selectors import checkpoint_get, checkpoints_kept, sampling_session_get
 from training.services.sampling import sample_payload
 from training.services.sessions import session_open
+from training.storage_quota import storage_admit
 from training.types import SamplingParams, ScoringParams
 
 
@@ -134,11 +136,20 @@ def session_sample_submit(
     )
     payload["checkpoint"] = checkpoint_id
     summary = {"prompts": 1, "samples": num_samples}
+    encoded = encode_payload(Kind.SAMPLE, payload)
+    queue = base_model_get(sampling_session.base_model).queue
+    storage_admit(
+        encoded,
+        owner_id=owner_id,
+        lane_id=sampling_session_id,
+        seq_id=seq_id,
+        idempotency_key=None,
+    )
     return future_submit(
         owner_id=owner_id,
-        queue=base_model_get(sampling_session.base_model).queue,
+        queue=queue,
         kind=Kind.SAMPLE,
-        payload=payload,
+        payload=encoded,
         lane_id=sampling_session_id,
         seq_id=seq_id,
         cost=payloads.prompt_cost(tuple(prompt)),

@@ -11,12 +11,14 @@ from django.conf import settings
 from django.db import transaction
 
 from futures.models import Future, Lane
+from futures.payload import encode_payload
 from futures.services import Refusal, future_submit, lane_refuse
 from training.base_models import base_model_get, queue_is_served
 from training.errors import BaseModelNotFound, InvalidRequest, SessionFinished
 from training.kinds import Kind
 from training.models import Run
 from training.selectors import run_get
+from training.storage_quota import storage_admit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ def submit_in_lane(
         InvalidRequest: The run's requests are numbered by its SDK client, and this has no number;
             only its removal needs none. (400)
         SessionFinished: The run's session is over; only its removal may still be asked for. (400)
+        StorageQuotaExceeded: Its owner stores as much as one user may. (413)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
     is_removal = kind == Kind.REMOVE_RUN
@@ -63,11 +66,20 @@ def submit_in_lane(
     if lane is not None and not queue_is_served(lane.queue):
         _abandon(run)
         result = {"status": "deleted", "model_id": run.name}
+    encoded = encode_payload(kind, payload)
+    if not is_removal:
+        storage_admit(
+            encoded,
+            owner_id=run.owner_id,
+            lane_id=run.id,
+            seq_id=seq_id,
+            idempotency_key=idempotency_key,
+        )
     future = future_submit(
         owner_id=run.owner_id,
         queue=lane.queue if lane else base_model_get(run.base_model).queue,
         kind=kind,
-        payload=payload,
+        payload=encoded,
         lane_id=run.id,
         seq_id=seq_id,
         cost=cost,

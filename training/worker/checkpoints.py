@@ -22,11 +22,12 @@ from futures.services import lane_create
 from training.age import SUFFIX, encrypt_file
 from training.engine.interface import Engine
 from training.engine.storage import new_directory
-from training.errors import CheckpointExists, InvalidRequest
+from training.errors import CheckpointExists, InvalidRequest, StorageQuotaExceeded
 from training.models import Checkpoint, Run, SamplingSession
 from training.paths import TinkerPath
 from training.payloads import Payload
 from training.services.checkpoints import checkpoint_check_free, checkpoint_place
+from training.storage_quota import storage_check
 from training.worker import outcomes
 from training.worker.residency import Residency, load_checkpoint
 
@@ -59,7 +60,7 @@ class CheckpointOperations:
         def place() -> None:
             try:
                 checkpoint_place(row, overwrite=overwrite)
-            except CheckpointExists:  # saved meanwhile, by a request of another run
+            except (CheckpointExists, StorageQuotaExceeded):  # of what was saved meanwhile
                 shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
                 raise
 
@@ -101,6 +102,7 @@ class CheckpointOperations:
         row.ephemeral = True
         try:
             with transaction.atomic():
+                storage_check(owner_id=run.owner_id, more_bytes=row.size_bytes)
                 row.save(force_insert=True)
                 SamplingSession.objects.create(
                     id=session_id,
@@ -113,6 +115,9 @@ class CheckpointOperations:
                 lane_create(
                     lane_id=session_id, owner_id=run.owner_id, queue=future.queue, ordered=False
                 )
+        except StorageQuotaExceeded:
+            shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
+            raise
         except IntegrityError:
             shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
             raise InvalidRequest(
