@@ -12,7 +12,8 @@ from tinker.lib.public_interfaces.custom_loss import encode_graph, trace_loss
 from torch.nn import functional as F  # noqa: N812  # as everyone writes it
 
 from tests.engine.reference import TinyEngine
-from training.base_models import BaseModel
+from training.base_model_config import BaseModelConfig
+from training.base_models import base_model_of
 from training.custom_loss_graph import check_graph
 from training.custom_loss_ops import FUNCTIONS, METHODS
 from training.engine import custom_loss
@@ -420,13 +421,13 @@ def test_a_custom_loss_that_is_ended_leaves_its_batch_mates_alone(
     np.testing.assert_array_equal(together.grad("a"), alone.grad("a"))
 
 
-def test_a_worker_computes_custom_losses_in_another_process(tied_folder, monkeypatch, settings):
+def test_a_worker_computes_custom_losses_in_another_process(tied_folder, monkeypatch):
     made = []
     monkeypatch.setattr(
         "training.worker.custom_loss_process.CustomLossProcess",
         lambda: made.append(object()) or made[0],
     )
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    settings.DEVICE, settings.DTYPE = "cpu", "float32"
-    engine = build_engine(BaseModel(name="tiny", queue="tiny", folder=tied_folder))
+    config = BaseModelConfig(name="tiny", path=str(tied_folder), device="cpu", dtype="float32")
+    engine = build_engine(base_model_of(config, tied_folder.parent))
     assert engine._custom_losses is made[0]
