@@ -179,3 +179,45 @@ def test_a_page_of_the_search_that_is_none_is_a_404(
     console: Client, page: str, status: int
 ) -> None:
     assert console.get(f"/admin/search/?s=run&page={page}").status_code == status
+
+
+FORMS = {
+    "/admin/login/": ("username", "password", "next"),
+    "/admin/password_change/": ("old_password", "new_password1", "new_password2"),
+    "/admin/auth/user/add/": ("username", "password1", "password2", "usable_password", "email"),
+    "/admin/django_q/schedule/add/": (
+        *("name", "func", "hook", "args", "kwargs", "schedule_type", "minutes", "repeats"),
+        *("next_run_0", "next_run_1", "cron", "cluster", "intended_date_kwarg"),
+    ),
+    "/admin/tinkerapi/apikey/new_key/": ("user", "name", "expires_in_days"),
+    "/admin/futures/future/": ("action", "_selected_action", "select_across", "index"),
+    "/admin/tinkerapi/apikey/": ("action", "_selected_action", "select_across", "index"),
+    "/admin/auth/user/": ("action", "_selected_action", "select_across", "index", "form-0-id"),
+}
+ACTIONS = {"action": "delete_selected", "_selected_action": "1", "index": "0"}
+
+
+def test_impossible_values_in_forms_are_no_server_errors(
+    trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    trained(superuser)
+    client = Client(raise_request_exception=False)
+    client.force_login(superuser)
+    posts = [
+        (page, name, value) for page, names in FORMS.items() for name in names for value in VALUES
+    ]
+    if not WHOLE:
+        posts = random.Random(3).sample(posts, SLICE)  # noqa: S311
+    wrong = []
+    for page, name, value in posts:
+        good = dict.fromkeys(FORMS[page], "1") | {
+            k: v for k, v in ACTIONS.items() if k in FORMS[page]
+        }
+        body = encoded(**{**good, name: value})
+        with transaction.atomic():
+            answer = client.post(page, body, content_type="application/x-www-form-urlencoded")
+            transaction.set_rollback(True)
+        if answer.status_code >= 500:
+            wrong.append((page, name, value[:40], repr(answer.exc_info[1])[:200]))  # type: ignore[attr-defined]
+
+    assert not wrong, f"{len(wrong)} of {len(posts)}\n" + "\n".join(map(str, wrong[:40]))
