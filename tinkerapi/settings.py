@@ -269,6 +269,10 @@ SYNC_TIMEOUT_SECONDS = env_int("TINKERAPI_SYNC_TIMEOUT_SECONDS", 300)
 MAX_WAIT_SECONDS = env_int("TINKERAPI_MAX_WAIT_SECONDS", 60)
 """Largest ``wait`` of /retrieve_future."""
 
+STABLE_REINFORCE = env_choice("TINKERAPI_STABLE_REINFORCE", "ours", ("ours", "refuse"))
+"""The hosted service's objective of this name is not public: serve our own (``losses.md``), or
+refuse the loss and what samples record for it."""
+
 GAP_SECONDS = env_int("TINKERAPI_GAP_SECONDS", 600)
 """How long a numbered request waits for a lower number that has not arrived, before it fails.
 The tinker SDK tries to deliver a request for about five minutes."""

@@ -124,14 +124,23 @@ def check_loss(
     data: Sequence[Conversation | Datum],
     *,
     forward_only: bool,
+    has_provenance: bool = False,
 ) -> None:
     """Whether the built-in loss exists and gets its settings and inputs, by name.
+
+    Args:
+        has_provenance: The datums have the log-probabilities of recorded samples.
 
     Raises:
         InvalidRequest: The message names the field. (400)
         InvalidDatum: The message names the datum and the input. (400)
     """
     complete_config(loss_fn, config)
+    if find_loss_fn(loss_fn).needs_provenance and not has_provenance:
+        raise InvalidRequest(
+            f"loss_fn: {loss_fn} needs the provenance of sampled tokens, which only the tinker "
+            "SDK's forward_backward sends"
+        )
     for index, item in enumerate(data):
         if isinstance(item, Datum):
             check_inputs(loss_fn, item.loss_fn_inputs, f"data[{index}]", trains=not forward_only)

@@ -15,6 +15,9 @@ from training.types import MAX_FLOAT32
 CUSTOM = "custom"
 """The name under which an uploaded loss is asked for; it is in no table, its graph says it all."""
 
+STABLE_REINFORCE = "stable_reinforce"
+"""The hosted service's name. Its formula is not public; this one is our own."""
+
 TARGET_TOKENS = "target_tokens"
 WEIGHTS = "weights"
 ADVANTAGES = "advantages"
@@ -29,6 +32,8 @@ class Setting:
     default: float | None
     """None means that it must be given."""
     minimum: float = -MAX_FLOAT32
+    may_be_text: bool = False
+    """Whether clients also send the number as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,9 @@ class LossSpec:
     """Whether ``target_tokens`` may be (N, K)."""
     is_elementwise: bool = True
     """Whether a token's loss depends on that token alone; if not, the whole datum is needed."""
+    needs_provenance: bool = False
+    """Whether the datum must say from which recorded samples its tokens come. ``logprobs`` are
+    then the recorded ones, put in when the request is accepted (``training.provenance``)."""
 
     @property
     def float_inputs(self) -> tuple[str, ...]:
@@ -104,6 +112,12 @@ LOSS_FNS: Mapping[str, LossSpec] = {
         config=_thresholds(None, None),
         is_elementwise=False,
     ),
+    STABLE_REINFORCE: LossSpec(
+        inputs=_POLICY_INPUTS,
+        factor=ADVANTAGES,
+        config={"kl_coeff": Setting(default=0.01, minimum=0.0, may_be_text=True)},
+        needs_provenance=True,
+    ),
 }
 
 FLOAT_INPUTS = frozenset(name for spec in LOSS_FNS.values() for name in spec.float_inputs)
@@ -114,7 +128,6 @@ TOLERATED_INPUTS = FLOAT_INPUTS | {MASK}
 loss does not read is refused."""
 
 _NOT_SERVED: Mapping[str, str] = {
-    "stable_reinforce": "its formula is not public, so this server does not have it",
     CUSTOM: "it needs a loss that was uploaded, named by loss_fn_config.loss_id",
 }
 

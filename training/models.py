@@ -118,6 +118,8 @@ class Run(models.Model):
     """Highest seq id whose effect is committed: where replay ends."""
     tokens = models.BigIntegerField(default=0)
     """Tokens trained on."""
+    own_objective = models.BooleanField(default=False, db_default=False)
+    """Trained with stable_reinforce, which here is not the hosted service's objective."""
     user_metadata = models.JSONField(default=dict, blank=True)
     replay_of = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL)
     """The run whose log this one was rebuilt from."""
@@ -312,6 +314,24 @@ class CustomLoss(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+
+class RecordedSample(models.Model):
+    """What one sample request of the SDK drew, kept for a while so that the loss stable_reinforce
+    can be asked for by naming its sequences. One row for all sequences, which share the prompt."""
+
+    request_id = models.CharField(primary_key=True, max_length=39)
+    """The sample's future; a sequence is ``<request id>-<number>``."""
+    session = models.ForeignKey(Session, on_delete=models.CASCADE, related_name="+")
+    """Only its models may be trained on it."""
+    num_tokens = models.BigIntegerField()
+    """Of the prompt and all sequences."""
+    data = models.BinaryField()
+    """``prompt``, and the sequences' ``tokens`` and ``logprobs`` (``futures.payload``)."""
+    expires_at = models.DateTimeField(db_index=True)
+
+    def __str__(self) -> str:
+        return f"samples of {self.request_id}"
 
 
 class AuditEvent(models.Model):

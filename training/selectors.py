@@ -261,7 +261,8 @@ def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
 
 
 def loss_functions() -> dict[str, dict[str, Any]]:
-    """Each loss function's inputs and settings with their defaults, by name."""
+    """Each loss function's inputs and settings with their defaults, by name; not those that need
+    the provenance of recorded samples, which only the SDK can send."""
     return {
         name: {
             "inputs": list(spec.inputs),
@@ -269,4 +270,5 @@ def loss_functions() -> dict[str, dict[str, Any]]:
             "config": {setting: spec.config[setting].default for setting in spec.config},
         }
         for name, spec in LOSS_FNS.items()
+        if not spec.needs_provenance
     }

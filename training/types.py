@@ -50,6 +50,40 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 """Who may speak in a conversation. Whether a model knows a role, its chat template says."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProvenanceSpan:
+    """A client's claim: this run of a datum's tokens comes from there."""
+
+    sequence_id: str
+    """A sampled sequence, by the id that ``asample`` answered."""
+    is_sampled: bool
+    """From its sampled tokens; if not, from the prompt of its request."""
+    offset: int
+    """Where the run begins there."""
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a datum's tokens come from: each list tiles its field, in order."""
+
+    model_input: tuple[ProvenanceSpan, ...]
+    loss_fn_inputs: tuple[ProvenanceSpan, ...]
+    """Of ``target_tokens``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordedSequence:
+    """What was kept of one sampled sequence for training on it."""
+
+    prompt: NDArray[np.int32]
+    """(P,) of its request."""
+    tokens: NDArray[np.int32]
+    """(L,) sampled."""
+    logprobs: NDArray[np.float32]
+    """(L,) of those, as they were sampled."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation. What is None is not there for the template."""

@@ -106,7 +106,7 @@ def test_a_bad_datum_fails_at_once_by_name_and_the_next_batch_works(sdk_server: 
     for name, sentence in (
         ("short", "data[1].loss_fn_inputs.weights: 1 values for 2 tokens"),
         ("token", "data[0].model_input[1]: "),
-        ("loss", "stable_reinforce"),
+        ("loss", "data[0].model_input_spans: missing"),
         ("dimuon", "optimizer_params: this server does not have the optimizer 'dimuon'"),
     ):
         message, category = facts[name]

@@ -276,6 +276,15 @@ def test_a_run_of_a_finished_session_is_shown_as_finished(
         assert re.findall(r">\s*(ready|finished)\s*</span>", html)[0] == "finished"
 
 
+@pytest.mark.parametrize("own_objective", [False, True])
+def test_a_runs_page_says_if_an_objective_only_has_the_hosted_ones_name(
+    own_objective: bool, console: Client, traces: SimpleNamespace
+) -> None:
+    Run.objects.filter(pk=traces.run.pk).update(own_objective=own_objective)
+    html = console.get(page(traces.run)).content.decode()
+    assert ("this server&#x27;s own objective, not the hosted service" in html) == own_objective
+
+
 def test_the_title_of_a_page_is_the_name_that_clients_use(
     console: Client, trained: Callable[..., SimpleNamespace], superuser: User
 ) -> None:

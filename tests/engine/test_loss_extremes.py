@@ -41,6 +41,11 @@ def reference(loss_fn, token, mean_gap=None):
     ratio = min(max(gap, -FURTHEST), FURTHEST).exp()
     if loss_fn == "importance_sampling":
         return -ratio * a, -ratio * a
+    if loss_fn == "stable_reinforce":
+        if a == 0:
+            return a, a
+        weight = min(ratio, Decimal(2))
+        return weight * (d["kl_coeff"] / 2 * gap * gap - a * lp), weight * (d["kl_coeff"] * gap - a)
     clipped = min(max(ratio, d["clip_low_threshold"]), d["clip_high_threshold"])
     if loss_fn == "cispo":
         return -clipped * lp * a, -clipped * a
@@ -55,7 +60,7 @@ def ours(loss_fn, tokens):
     x = LossInputs(
         target_logprobs=column("lp"),
         inputs={name: column(name) for name in LOSS_FNS[loss_fn].float_inputs},
-        config={"beta": tokens[0]["beta"]},
+        config={name: tokens[0][name] for name in ("beta", "kl_coeff")},
     )
     loss, slope = loss_and_slope(loss_fn, x)
     assert loss.dtype == slope.dtype == torch.float32
@@ -98,6 +103,7 @@ def tokens(draw):
         "clip_high_threshold": thresholds[1],
         "sequence_ratio_mask": draw(st.sampled_from([0.0, 1.0])),
         "beta": draw(float32s()),
+        "kl_coeff": draw(float32s(0.0)),
     }
 
 
@@ -124,8 +130,9 @@ def test_whatever_a_token_brings_its_loss_is_the_formulas(loss_fn, token):
         a, lp, beta = (Decimal(token[name]) for name in ("advantages", "lp", "beta"))
         gap = lp - Decimal(token["logprobs"])
         scale = max(1, abs(a), abs(lp))
-        if loss_fn == "dro":  # a difference: it is as exact as the larger of the two
-            scale += Decimal("1e31") * (abs(beta * gap * gap) + abs(lp * a) + abs(beta * gap))
+        if loss_fn in ("dro", "stable_reinforce"):  # differences: as exact as the larger of the two
+            factor = beta if loss_fn == "dro" else Decimal(2 * token["kl_coeff"])
+            scale += Decimal("3e33") * (abs(factor * gap * gap) + abs(lp * a) + abs(factor * gap))
         ((loss,), (slope,)) = ours(loss_fn, [token])
         assert_is(loss, expected_loss, scale)
         if not is_on_a_threshold(token, gap) and np.isfinite(loss):
@@ -159,7 +166,9 @@ def test_whatever_a_datum_brings_gspos_loss_is_the_formula(datum):
                 assert_is(slope, expected_slope, scale)
 
 
-@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo", "gspo"])
+@pytest.mark.parametrize(
+    "loss_fn", ["importance_sampling", "ppo", "cispo", "gspo", "stable_reinforce"]
+)
 @pytest.mark.parametrize("logprob", [-60.0, -95.0, -150.0, FILLER, -MAX_FLOAT32])
 def test_a_token_without_advantage_changes_nothing_whatever_its_logprob(
     loss_fn, logprob, engine, make_datum

@@ -10,7 +10,7 @@ from training.engine.losses import LOSSES, LossInputs
 from training.loss_fns import LOSS_FNS
 
 N = 200
-CONFIG = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05}
+CONFIG = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05, "kl_coeff": 0.1}
 
 
 def draw():
@@ -36,7 +36,7 @@ def evaluate(loss_fn, values, **config):
     return loss.detach().numpy(), grad.numpy()
 
 
-def closed_forms(v, clip_low_threshold=0.8, clip_high_threshold=1.2, beta=0.05):
+def closed_forms(v, clip_low_threshold=0.8, clip_high_threshold=1.2, beta=0.05, kl_coeff=0.1):
     """Loss and gradient of every loss, as formulas, by name."""
     lp, q, a, w, mask = (v[n] for n in ("lp", "logprobs", "advantages", "weights", MASK))
     lo, hi = v.get("clip_low_threshold", clip_low_threshold), clip_high_threshold
@@ -52,6 +52,10 @@ def closed_forms(v, clip_low_threshold=0.8, clip_high_threshold=1.2, beta=0.05):
         "ppo": (-np.minimum(r * a, clipped * a), np.where(is_unclipped_smaller, -r * a, 0)),
         "cispo": (-clipped * lp * a, -clipped * a),
         "dro": (-(lp * a - 0.5 * beta * (lp - q) ** 2), -(a - beta * (lp - q))),
+        "stable_reinforce": (
+            -np.minimum(r, 2) * (a * lp - kl_coeff / 2 * (lp - q) ** 2),
+            -np.minimum(r, 2) * (a - kl_coeff * (lp - q)),
+        ),
         "gspo": (-np.minimum(s * a, s_clipped * a), np.where(is_s_smaller, -s * a, 0)),
     }
 
@@ -124,6 +128,34 @@ def test_dro_without_a_penalty_is_advantage_weighted_cross_entropy():
         evaluate("dro", values, beta=0.0), evaluate("cross_entropy", values), strict=True
     ):
         np.testing.assert_allclose(ours, theirs)
+
+
+def test_on_policy_stable_reinforce_is_reinforce():
+    """Where nothing has moved, neither the ratio's bound nor the penalty says anything."""
+    values = draw()
+    values["logprobs"] = values["lp"]
+    _, grad = evaluate("stable_reinforce", values, kl_coeff=0.1)
+    np.testing.assert_allclose(grad, -values["advantages"])
+
+
+def test_the_penalty_of_stable_reinforce_is_the_gradient_of_the_kl_divergence():
+    """Summed over what the sampling policy q draws, while no ratio is bounded, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
+    q = (logits.detach() + 0.3 * torch.randn(6, generator=generator)).log_softmax(-1)
+    lp = logits.log_softmax(-1)
+    assert (lp - q).exp().max() < 2
+    kl = (lp.exp() * (lp - q)).sum()  # of the learner from the sampling policy
+    (expected,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    tiny = torch.full_like(q, 1e-12)  # an advantage of 0 would leave the tokens out
+    inputs = {"logprobs": q, "advantages": tiny}
+    leaf = lp.detach().requires_grad_()
+    loss = LOSSES["stable_reinforce"](
+        LossInputs(target_logprobs=leaf, inputs=inputs, config={"kl_coeff": 1.0})
+    )
+    (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    (ours,) = torch.autograd.grad((q.exp() * slope * lp).sum(), logits)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_ppo_stops_pushing_a_ratio_that_left_the_thresholds_the_good_way():

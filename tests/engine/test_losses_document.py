@@ -17,7 +17,7 @@ from training.loss_fns import LOSS_FNS
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = (ROOT / "tinkerapi" / "docs" / "losses.md").read_text()
 VECTORS = DOCUMENT.partition("## Test vectors")[2]
-CONFIG = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05}
+CONFIG = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2, "beta": 0.05, "kl_coeff": 0.05}
 
 
 def cells(label):

@@ -109,7 +109,11 @@ def test_a_wrong_model_input_is_refused_by_name(model_input, message, make_datum
     ("loss_fn", "config", "message"),
     [
         ("mse", {}, "loss_fn: expected one of cross_entropy, "),
-        ("stable_reinforce", {}, "loss_fn: stable_reinforce: its formula is not public"),
+        (
+            "stable_reinforce",
+            {"kl_coeff": -0.1},
+            "loss_fn_config.kl_coeff: -0.1 is not at least 0",
+        ),
         ("custom", {}, "loss_fn: custom: it needs a loss that was uploaded"),
         ("gspo", {"clip_low_threshold": 0.9}, "loss_fn_config.clip_high_threshold: this field is"),
         ("cross_entropy", {"beta": 1.0}, "loss_fn_config.beta: unknown for cross_entropy"),

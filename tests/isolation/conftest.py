@@ -23,7 +23,15 @@ from tinkerapi.api.sdk.views import futures as sdk_futures
 from tinkerapi.models import ApiKey
 from tinkerapi.services import api_key_create
 from training.base_models import base_model_get
-from training.models import Checkpoint, CustomLoss, Run, SamplingSession, Session, Snapshot
+from training.models import (
+    Checkpoint,
+    CustomLoss,
+    RecordedSample,
+    Run,
+    SamplingSession,
+    Session,
+    Snapshot,
+)
 
 HI = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]]
 
@@ -36,6 +44,7 @@ OWNED: Mapping[type[Model], str] = {
     Snapshot: "run__owner",
     SamplingSession: "session__owner",
     CustomLoss: "session__owner",
+    RecordedSample: "session__owner",
     ApiKey: "user",
 }
 """Every model whose rows belong to somebody, and where it says to whom."""

@@ -269,7 +269,7 @@ def test_a_number_means_one_sampling_session(sdk: SdkClient, work: InProcessWork
         ({"seq_id": 2**63}, "seq_id"),
         ({"sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
         ({"sampling_params": {"min_p": 0.1}}, "sampling_params.min_p"),
-        ({"record_stability_info": True}, "record_stability_info"),
+        ({"record_stability_info": 1}, "record_stability_info"),
         ({"prompt_logprobs_last_n": 2}, "prompt_logprobs_last_n"),
         ({"prompt_logprobs_last_n": 4, "prompt_logprobs": True}, "prompt_logprobs_last_n"),
         ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs"),

@@ -164,7 +164,7 @@ def test_what_a_step_cannot_do_is_said_by_its_future(
 @pytest.mark.parametrize(
     ("loss_fn", "config", "sentence"),
     [
-        ("stable_reinforce", {}, "loss_fn: "),
+        ("stable_reinforce", {}, "data[0].model_input_spans: missing"),
         ("cross_entropy", {"beta": 1.0}, "loss_fn_config.beta: "),
         ("ppo", {}, "data[0].loss_fn_inputs"),
     ],

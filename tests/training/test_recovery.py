@@ -10,15 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from django.contrib.auth.models import User
 from pytest_django import Settings
 
 from futures.models import Future
+from futures.payload import decode
 from tests.conftest import InProcessWorker
+from training.base_models import base_model_get
 from training.engine.fake import FakeEngine
 from training.engine.interface import ForwardBackwardJob
 from training.errors import TrainingError
-from training.models import Run, Snapshot
-from training.types import ForwardBackwardOutput
+from training.models import RecordedSample, Run, Session, Snapshot
+from training.services.sampling_sessions import sampling_session_create, session_sample_submit
+from training.types import ForwardBackwardOutput, SamplingParams, ScoringParams
 from training.worker.operations import Effects
 
 Submit = Callable[..., Future]
@@ -314,3 +318,47 @@ def test_a_snapshot_after_a_dropped_gradient_holds_that_it_was_dropped(
     before = state_of(work, "m")
     work.die()
     assert_same(state_of(start_worker(), "m"), before)
+
+
+def test_a_recorded_sample_is_committed_with_its_result_or_not_at_all(
+    start_worker: Start, owner: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that dies at the commit leaves neither; the next one leaves both, once."""
+    session = Session.objects.create(owner=owner, sdk_version="0.38.0")
+    work = start_worker()
+    sampling_session = sampling_session_create(
+        owner_id=owner.pk,
+        session_id=session.pk,
+        sampling_session_seq_id=0,
+        base_model=base_model_get(None).name,
+        model_path=None,
+    )
+    future = session_sample_submit(
+        owner_id=owner.pk,
+        sampling_session_id=sampling_session.pk,
+        seq_id=0,
+        prompt=[1, 2, 3],
+        num_samples=2,
+        sampling_params=SamplingParams(max_tokens=4),
+        prompt_logprobs=False,
+        scoring=ScoringParams(),
+        record_stability_info=True,
+    )
+
+    def die(**_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.worker.loop.futures_finish", die)
+        with pytest.raises(Killed):
+            work()
+    assert not RecordedSample.objects.exists()
+    work.die()
+    start_worker()()
+    future.refresh_from_db()
+    sequences = decode(bytes(future.result or b""))["sequences"]
+    record = decode(bytes(RecordedSample.objects.get(pk=future.id).data))
+    assert record["prompt"].tolist() == [1, 2, 3]
+    for ours, told in zip(record["sequences"], sequences, strict=True):
+        np.testing.assert_array_equal(ours["tokens"], told["tokens"])
+        np.testing.assert_array_equal(ours["logprobs"], told["logprobs"])

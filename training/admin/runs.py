@@ -84,6 +84,7 @@ class RunAdmin(ConsoleAdmin):
                     ("created", "last_request"),
                     ("replay_link", "removed"),
                     ("session_link", "lane"),
+                    "objective",
                     "id",
                 )
             },
@@ -149,6 +150,13 @@ class RunAdmin(ConsoleAdmin):
             return ", ".join(run.target_modules)
         parts = {"attn": run.train_attn, "mlp": run.train_mlp, "unembed": run.train_unembed}
         return ", ".join(name for name, is_trained in parts.items() if is_trained)
+
+    @admin.display(description="Objective")
+    def objective(self, run: Run) -> str | None:
+        """Said where a name could mislead."""
+        if not run.own_objective:
+            return None
+        return "stable_reinforce: this server's own objective, not the hosted service's"
 
     @admin.display(description="Waiting")
     def waiting(self, run: Run) -> int:

@@ -114,6 +114,23 @@ def gspo(x: LossInputs) -> Tensor:
     return -(ratio * advantages).minimum(_clipped(ratio, x) * advantages)
 
 
+RATIO_BOUND = 2.0
+"""The largest weight of a token in ``stable_reinforce``."""
+
+
+def stable_reinforce(x: LossInputs) -> Tensor:
+    """-c * (A * lp - kl / 2 * (lp - q)^2), with c = stopgrad(min(r, 2)), r = exp(lp - q) and kl
+    the setting ``kl_coeff``; 0 where A = 0. Our own objective, not the hosted service's.
+
+    The derivative is -c * (A - kl * (lp - q)): REINFORCE whose reward pays for each nat by which
+    the learner has left the sampling policy q.
+    """
+    lp, advantages = x.target_logprobs, x.inputs["advantages"]
+    penalty = 0.5 * x.config["kl_coeff"] * (lp - x.inputs["logprobs"]).square()
+    weight = _ratio(x).clamp(max=RATIO_BOUND).detach()
+    return (weight * (penalty - lp * advantages)).masked_fill(advantages == 0, 0.0)
+
+
 def _ratio(x: LossInputs) -> Tensor:
     return _exp(x.target_logprobs - x.inputs["logprobs"], x.inputs["advantages"])
 
@@ -152,5 +169,6 @@ LOSSES: Mapping[str, Callable[[LossInputs], Tensor]] = {
     "cispo": cispo,
     "dro": dro,
     "gspo": gspo,
+    "stable_reinforce": stable_reinforce,
 }
 """One function for each name in ``training.loss_fns.LOSS_FNS``."""

@@ -24,6 +24,7 @@ from training.kinds import Kind
 from training.models import SamplingSession
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get, checkpoints_kept, sampling_session_get
+from training.services.recorded_samples import stable_reinforce_check
 from training.services.sampling import sample_payload
 from training.services.sessions import session_open
 from training.storage_quota import storage_admit
@@ -107,10 +108,16 @@ def session_sample_submit(
     sampling_params: SamplingParams,
     prompt_logprobs: bool,
     scoring: ScoringParams,
+    record_stability_info: bool = False,
 ) -> Future:
     """Ask for completions of one prompt; asking twice under one number is asking once.
 
+    Args:
+        record_stability_info: Keep the sequences for the loss stable_reinforce, for the models of
+            the same session.
+
     Raises:
+        InvalidRequest: They are to be kept for it, and this server refuses that loss. (400)
         SamplingSessionNotFound, CheckpointNotFound: (404)
         SessionFinished: (400)
         SeqIdReused: The number was used for another request. (422)
@@ -135,6 +142,9 @@ def session_sample_submit(
         request_name=f"{sampling_session_id}:{seq_id}",
     )
     payload["checkpoint"] = checkpoint_id
+    if record_stability_info:
+        stable_reinforce_check()
+        payload["record"] = sampling_session.session_id
     summary = {"prompts": 1, "samples": num_samples}
     encoded = encode_payload(Kind.SAMPLE, payload)
     queue = base_model_get(sampling_session.base_model).queue

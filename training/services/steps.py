@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from training import payloads
 from training.kinds import Kind
+from training.loss_fns import STABLE_REINFORCE
+from training.models import Run
 from training.selectors import run_get
 from training.services.runs import run_get_or_create
 from training.services.submission import Submission, run_asked, submit_in_lane
@@ -54,6 +56,8 @@ def forward_backward_submit(
     }
     if loss_id is not None:
         payload["loss_id"] = loss_id
+    if loss_fn == STABLE_REINFORCE and not forward_only and not run.own_objective:
+        Run.objects.filter(pk=run.pk).update(own_objective=True)
     return submit_in_lane(
         run,
         Kind.FORWARD if forward_only else Kind.FORWARD_BACKWARD,

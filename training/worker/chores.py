@@ -19,6 +19,7 @@ from futures.broker import doorbells_unlock
 from futures.database import execute
 from futures.gaps import SETTLE_SECONDS, gaps_refuse
 from training.services import checkpoints_expire
+from training.services.recorded_samples import samples_forget
 from training.services.sessions import sessions_expire
 
 JUMP_SECONDS = 10.0
@@ -64,12 +65,13 @@ class Chores:
 
     def do(self) -> None:
         """Unlock doorbells that a clock set back has hidden. Then, once the clocks are steady,
-        delete checkpoints whose time is up, finish sessions whose client is gone, and fail
-        requests that wait for a number that does not come."""
+        delete checkpoints and recorded samples whose time is up, finish sessions whose client is
+        gone, and fail requests that wait for a number that does not come."""
         doorbells_unlock(self._queue)
         patience = settings.GAP_SECONDS
         if self._steady.steady_seconds(*self._wall_clocks()) >= max(SETTLE_SECONDS, patience):
             checkpoints_expire()
+            samples_forget()
             sessions_expire()
             gaps_refuse(queue=self._queue, patience_seconds=patience)
 

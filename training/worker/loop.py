@@ -194,7 +194,9 @@ class WorkLoop:
             for sampled in finished:
                 self._scheduler.sample_finished(sampled.future)
             self._batch += 1
-            self._commit(Effects(outcomes=[sampled.outcome for sampled in finished]))
+            records = [(item.future, item.record) for item in finished if item.record is not None]
+            done = [sampled.outcome for sampled in finished]
+            self._commit(Effects(outcomes=done, writes=records))
 
     def _let_go_of_cancelled(self) -> None:
         """Drop the samples that their owners have cancelled; costs nothing while nobody does.

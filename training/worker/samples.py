@@ -10,8 +10,10 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 from django.db import DatabaseError
 
 from futures.finishing import Outcome
@@ -20,6 +22,7 @@ from futures.notify import notify_progress
 from training import payloads
 from training.engine.interface import Engine, SampleJob, SampleOutput
 from training.errors import LimitExceeded, TrainingError
+from training.services.recorded_samples import samples_record
 from training.text_pieces import Told
 from training.types import Conversation, Prompt, ScoringParams
 from training.worker import outcomes
@@ -44,6 +47,10 @@ class _Sampling:
     """Of all prompts together."""
     told: Told | None = None
     """How much of the texts was noted for those who follow; None if nobody is to follow."""
+    record_for: str | None = None
+    """The session whose models may train on the sequences; None if they are not to be kept."""
+    prompt: list[int] = field(default_factory=list)
+    """Of a request to be kept, which has one."""
     with_token_texts: bool = False
     """Whether the result holds each token's text too, which the web process cannot make."""
     echoed: list[tuple[Sequence[int], str | None]] = field(default_factory=list)
@@ -56,6 +63,8 @@ class Sampled:
 
     future: Future
     outcome: Outcome
+    record: Callable[[], None] | None = None
+    """To be called in the transaction in which the outcome is committed."""
 
 
 class Samples:
@@ -129,6 +138,8 @@ class Samples:
             told=Told() if payload.get("stream", False) else None,
             with_token_texts=payload.get("token_texts", False),
             echoed=echoed,
+            record_for=payload.get("record"),
+            prompt=list(job.prompt) if "record" in payload else [],
         )
 
     def _tokens(self, prompt: Prompt) -> list[int]:
@@ -175,7 +186,8 @@ class Samples:
                 scoring=sampling.scoring,
             )
         del self._held[request_id]
-        return [Sampled(sampling.future, outcome)]
+        is_kept = sampling.record_for is not None and not isinstance(output, TrainingError)
+        return [Sampled(sampling.future, outcome, partial(_record, sampling) if is_kept else None)]
 
     def withdraw(self, request_ids: Collection[str]) -> dict[str, tuple[Future, dict[str, int]]]:
         """Take requests out of the sampler.
@@ -233,3 +245,21 @@ def _check_echo(num_entries: int) -> None:
             "echo: the prompts' tokens and their likely ones, once for each of n choices, are more"
             f" than the {MAX_ECHOED} that one answer may hold; send fewer prompts at a time"
         )
+
+
+def _record(sampling: _Sampling) -> None:
+    """Keep what was sampled, for the loss that names it."""
+    samples_record(
+        request_id=sampling.future.id,
+        session_id=sampling.record_for or "",
+        prompt=sampling.prompt,
+        sequences=[
+            {
+                "tokens": np.asarray(sequence.tokens, np.int32),
+                "logprobs": np.asarray(sequence.logprobs, np.float32),
+            }
+            for output in sampling.outputs
+            if output is not None
+            for sequence in output.sequences
+        ],
+    )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from django.conf import settings
 
 from tinkerapi.api.fields import Integer, Number, Text
 from training.errors import InvalidDatum, LimitExceeded
-from training.types import MAX_FLOAT32, Datum
+from training.loss_fns import LOSS_FNS
+from training.types import MAX_FLOAT32, Datum, Provenance
 
 _MODEL_ID = Text(description="The run.")
 _SEQ_ID = Integer(description="Its place in the run.", minimum=1, maximum=2**31 - 1)
@@ -34,6 +35,8 @@ class ForwardBackwardCall:
     """The uploaded loss that ``loss_fn="custom"`` means; None for the others."""
     forward_only: bool
     """True computes loss and outputs and leaves the gradients untouched."""
+    provenance: list[Provenance | None] = field(default_factory=list)
+    """Where each datum's tokens come from, for a loss that reads it; else empty."""
 
 
 def check_ids(model_id: Any, seq_id: Any) -> tuple[str, int]:
@@ -63,8 +66,24 @@ def check_config(config: Mapping[str, Any], loss_fn: str) -> tuple[dict[str, flo
         if loss_fn == "custom" and name == "loss_id":
             loss_id = _LOSS_ID.check(value, where)
         else:
-            numbers[name] = _SETTING.check(value, where)
+            numbers[name] = _SETTING.check(_number(loss_fn, name, value), where)
     return numbers, loss_id
+
+
+def reads_provenance(loss_fn: str) -> bool:
+    """Whether the loss reads the spans of its datums; for the others they have no effect."""
+    return loss_fn in LOSS_FNS and LOSS_FNS[loss_fn].needs_provenance
+
+
+def _number(loss_fn: str, name: str, value: Any) -> Any:
+    """The number that a text holds, for the settings that clients send as text too."""
+    setting = LOSS_FNS[loss_fn].config.get(name) if loss_fn in LOSS_FNS else None
+    if setting is None or not setting.may_be_text or not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def check_num_datums(num_datums: int) -> None:

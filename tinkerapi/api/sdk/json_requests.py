@@ -22,7 +22,10 @@ from tinkerapi.api.sdk.calls import (
     check_loss_fn,
     check_num_datums,
     check_num_tokens,
+    reads_provenance,
 )
+from tinkerapi.api.sdk.provenance import FIELDS as SPANS
+from tinkerapi.api.sdk.provenance import provenance_of_json
 from tinkerapi.api.sdk.tensors import (
     Array,
     DenseBudget,
@@ -35,7 +38,6 @@ from tinkerapi.api.views.sampling import SAMPLING_PARAMS
 from training.errors import InvalidDatum, InvalidRequest
 from training.types import Datum, SamplingParams
 
-_SPANS = ("model_input_spans", "loss_fn_input_spans")  # without effect, as in protobuf
 _NUMPY: Mapping[str, np.dtype[Any]] = {
     "int64": np.dtype(np.int64),
     "float32": np.dtype(np.float32),
@@ -72,6 +74,9 @@ def parse_json_forward_backward(body: Any, *, forward_only: bool = False) -> For
         loss_fn_config=numbers,
         loss_id=loss_id,
         forward_only=forward_only,
+        provenance=[provenance_of_json(datum, f"data[{i}]") for i, datum in enumerate(data)]
+        if reads_provenance(loss_fn)
+        else [],
     )
 
 
@@ -85,7 +90,7 @@ def parse_json_datum(value: Any, where: str, budget: DenseBudget | None = None) 
         InvalidDatum: It cannot be trained on. (400)
         LimitExceeded: It is larger than this server takes. (400)
     """
-    fields = _fields(value, ("model_input", "loss_fn_inputs", *_SPANS), where)
+    fields = _fields(value, ("model_input", "loss_fn_inputs", *SPANS), where)
     tokens = parse_model_input(fields.get("model_input"), f"{where}.model_input")
     inputs = fields.get("loss_fn_inputs")
     if not isinstance(inputs, dict):

@@ -2,8 +2,7 @@
 
 Every refusal names the place: ``data[3].loss_fn_inputs.weights: 12 values for shape [11]``. The
 arrays are read-only views of the message's bytes. Text only: image and audio chunks are refused.
-Provenance spans are read by the loss stable_reinforce alone, which this server does not have, so
-they are accepted and have no effect on any result.
+Provenance spans are read for the loss stable_reinforce alone; for the others they have no effect.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ from tinkerapi.api.sdk.calls import (
     check_loss_fn,
     check_num_datums,
     check_num_tokens,
+    reads_provenance,
 )
 from tinkerapi.api.sdk.field_count import check_field_count
+from tinkerapi.api.sdk.provenance import provenance_of_message
 from tinkerapi.api.sdk.tensors import (
     Array,
     DenseBudget,
@@ -92,6 +93,11 @@ def parse_forward_backward(body: bytes) -> ForwardBackwardCall:
         loss_fn_config=config,
         loss_id=loss_id,
         forward_only=message.forward_only,
+        provenance=[
+            provenance_of_message(datum, f"data[{i}]") for i, datum in enumerate(message.data)
+        ]
+        if reads_provenance(loss_fn)
+        else [],
     )
 
 

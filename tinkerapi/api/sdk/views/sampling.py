@@ -32,8 +32,8 @@ from tinkerapi.api.sdk.views.futures import POLL_SECONDS
 from tinkerapi.api.sdk.views.service import SESSION_ID
 from tinkerapi.api.views.base import owner_of
 from tinkerapi.api.views.sampling import check_num_samples
-from training.errors import InvalidRequest
 from training.selectors import sampling_session_get
+from training.services.recorded_samples import sequence_id
 from training.services.sampling_sessions import (
     sampling_session_create,
     sampling_session_join,
@@ -52,12 +52,6 @@ MAX_CURSOR = 2**53
 LOOK_BACK_MICROSECONDS = 5_000_000
 
 SAMPLING_SESSION_ID = Text(description="The sampling session.", required=True, max_length=120)
-
-
-def _refuse_option(value: Any, where: str) -> None:
-    """An option that does nothing as long as it is off; ignoring it otherwise would be wrong."""
-    if value not in (0, False):
-        raise InvalidRequest(f"{where}: this server does not have this option")
 
 
 class CreateSamplingSessionView(SdkView):
@@ -127,14 +121,13 @@ class SampleView(SdkView):
         ),
         "prompt_logprobs": Flag(description="Score the prompt.", default=False),
         **SCORING_FIELDS,
-        "record_stability_info": Custom(
-            description="For the loss stable_reinforce.", checker=_refuse_option, json={}
+        "record_stability_info": Flag(
+            description="Keep the sequences for the loss stable_reinforce.", default=False
         ),
     }
 
     def post(self, request: Request) -> HttpResponse:
         body = self.checked_body(request)
-        del body["record_stability_info"]
         prompt = body.pop("prompt").tolist()
         scoring = check_scoring(
             {name: body.pop(name) for name in SCORING_FIELDS},
@@ -150,7 +143,7 @@ class SampleView(SdkView):
             {
                 "request_id": future.id,
                 "sample_sequence_ids": [
-                    f"{future.id}-{number}" for number in range(body["num_samples"])
+                    sequence_id(future.id, number) for number in range(body["num_samples"])
                 ],
             }
         )

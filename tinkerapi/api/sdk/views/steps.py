@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from futures.models import Future
@@ -15,6 +16,7 @@ from training.errors import InvalidRequest
 from training.loss_checks import check_loss
 from training.services import forward_backward_submit, optim_step_submit
 from training.services.custom_losses import custom_loss_check
+from training.services.recorded_samples import logprobs_resolve
 from training.types import AdamParams
 
 
@@ -39,11 +41,22 @@ class ForwardBackwardView(NumberedView):
                 owner_id=owner_id, model_id=model_id, loss_id=call.loss_id, data=call.data
             )
         else:
+            if call.provenance:
+                call = replace(
+                    call,
+                    data=logprobs_resolve(
+                        owner_id=owner_id,
+                        model_id=model_id,
+                        data=call.data,
+                        provenance=call.provenance,
+                    ),
+                )
             check_loss(
                 call.loss_fn,
                 call.loss_fn_config,
                 list(call.data),
                 forward_only=call.forward_only,
+                has_provenance=bool(call.provenance),
             )
         return forward_backward_submit(
             owner_id=owner_id,
