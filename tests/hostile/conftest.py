@@ -109,7 +109,8 @@ class Attacker:
         """A number that could be read is used up; one that could not is sent again, and well."""
         model, number = ids or (None, None)
         is_ours = model == self.ids["sdk_model"] and type(number) is int
-        if is_ours and 0 < number < 2**31 and answer.status_code != 200:
+        is_used_up = answer.status_code == 200 or b'"SeqIdReused"' in answer.content
+        if is_ours and 0 < number < 2**31 and not is_used_up:
             self.fault(f"number {number} is not used up: {answer.status_code}", body, answer)
         if not (is_ours and number == self.seq_id and answer.status_code == 200):
             self.step(self.seq_id)
