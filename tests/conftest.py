@@ -19,7 +19,8 @@ from futures.broker import PostgresBroker
 from futures.models import Future
 from futures.reader import FutureReader
 from futures.workers import worker_start
-from tinkerapi.api import answers, async_view
+from tinkerapi.api import answers, async_view, threads
+from tinkerapi.api.sdk import dispatch
 from tinkerapi.postgres import EmbeddedPostgres
 from training.base_models import base_model_get
 from training.engine.fake import FakeEngine
@@ -51,14 +52,18 @@ def django_db_setup(django_db_setup: None) -> Iterator[None]:
     """
     yield
     gc.collect()
-    every_thread = threading.Barrier(async_view.DATABASE_THREADS)
+    for executor, number in (
+        (threads.executor, threads.DATABASE_THREADS),
+        (threads.bulk_executor, threads.BULK_THREADS),
+    ):
+        every_thread = threading.Barrier(number)
 
-    def close() -> None:
-        every_thread.wait()
-        connections.close_all()
+        def close(every_thread: threading.Barrier = every_thread) -> None:
+            every_thread.wait()
+            connections.close_all()
 
-    for closing in [async_view.executor.submit(close) for _ in range(every_thread.parties)]:
-        closing.result()
+        for closing in [executor.submit(close) for _ in range(number)]:
+            closing.result()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -108,6 +113,11 @@ def work(start_worker: Callable[..., InProcessWorker]) -> InProcessWorker:
     return start_worker()
 
 
+def local_client(**options: Any) -> Client:
+    """A client that asks for this machine, as one that needs no key must."""
+    return Client(headers={"Host": "localhost"}, **options)
+
+
 class ApiClient:
     """A client of the HTTP API: ``api.post("/fwdbwd", model_id="m", data=[...])``."""
 
@@ -138,10 +148,15 @@ def api(db: None, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
         found = Future.objects.defer("payload").filter(pk=request_id)
         return await in_this_thread(found.first)
 
-    for module in (async_view, answers):
+    async def bulk_in_this_thread(owner: object, function: Callable[..., Any], *args: Any) -> Any:
+        return await in_this_thread(function, *args)
+
+    for module in (async_view, answers, threads):
         monkeypatch.setattr(module, "in_database_thread", in_this_thread)
+    for bulk in (async_view, dispatch):
+        monkeypatch.setattr(bulk, "in_bulk_thread", bulk_in_this_thread)
     monkeypatch.setattr(FutureReader, "read", read)
-    return ApiClient(Client(raise_request_exception=False))
+    return ApiClient(local_client(raise_request_exception=False))
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +189,7 @@ def served_api(transactional_db: None) -> Iterator[ApiClient]:
     thread.start()
     try:
         assert started.wait(10)
-        yield ApiClient(Client(raise_request_exception=False))
+        yield ApiClient(local_client(raise_request_exception=False))
     finally:
         stopping.set()
         thread.join()

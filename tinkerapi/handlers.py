@@ -13,6 +13,7 @@ import asyncio
 from contextlib import closing
 from typing import Any, cast
 
+from django.conf import settings
 from django.core.asgi import get_asgi_application
 from django.core.exceptions import RequestAborted
 from django.core.handlers.asgi import ASGIHandler, get_script_prefix
@@ -68,12 +69,31 @@ class ApiHandler(ASGIHandler):
 
 
 def build_application() -> Application:
-    """The ASGI application: both handlers behind the body limit, and OpenAI's shape around all."""
+    """The ASGI application: both handlers behind the gate that bodies have to pass, and OpenAI's
+    shape around all."""
     pages = get_asgi_application()
     api = ApiHandler()
+    # Not before Django is set up.
+    from tinkerapi.api.admission import admit
+    from tinkerapi.api.keyless import is_local_host
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
         handler = pages if is_page(scope.get("path", "")) else api
-        await handler(scope, receive, send)
+        await handler(cast(Any, scope), cast(Any, receive), cast(Any, send))
 
-    return openai_shape(limit_body(route))
+    limited = openai_shape(limit_body(route, admit))
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # before it is accepted: 403
+        elif scope["type"] == "http":
+            if settings.TLS and not is_local_host(_host(scope)):
+                scope["scheme"] = "https"  # as the client wrote it, to the proxy before us
+            await limited(scope, receive, send)
+
+    return application
+
+
+def _host(scope: Scope) -> str:
+    hosts = [value.decode("latin1") for name, value in scope["headers"] if name == b"host"]
+    return hosts[0] if hosts else ""

@@ -18,6 +18,7 @@ from tinkerapi.config.environment import (
     env_names,
     env_origins,
     env_text,
+    env_url,
     kept_secret,
     refuse_beside,
     refuse_unknown_variables,
@@ -52,9 +53,22 @@ PULSE_FD = env_int("TINKERAPI_PULSE_FD", -1, minimum=-1)
 
 DEBUG = env_bool("TINKERAPI_DEBUG", False)
 SECRET_KEY = env_text("TINKERAPI_SECRET_KEY") or kept_secret(DATA_DIR / "secret_key")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+PUBLIC_URL = env_url("TINKERAPI_PUBLIC_URL")
+"""Where clients reach the server through a proxy; links begin with it. Empty: nowhere."""
+
+TLS = env_bool("TINKERAPI_TLS", PUBLIC_URL.startswith("https://"))
+"""Clients reach the server through a proxy that speaks TLS: links say https, cookies are only
+sent there, and browsers are told to come back by no other way."""
+
 # Loopback's own names always: health checks ask by them, and no other site can pass for them.
-ALLOWED_HOSTS = [*env_hosts("TINKERAPI_ALLOWED_HOSTS", "*"), "localhost", "127.0.0.1", "[::1]"]
+ALLOWED_HOSTS = [*env_hosts("TINKERAPI_ALLOWED_HOSTS", "*"), *LOOPBACK_NAMES]
 CSRF_TRUSTED_ORIGINS = env_origins("TINKERAPI_CSRF_TRUSTED_ORIGINS")
+if PUBLIC_URL:
+    CSRF_TRUSTED_ORIGINS.append(PUBLIC_URL)
+HAS_PUBLIC_NAME = bool(TLS or CSRF_TRUSTED_ORIGINS or set(ALLOWED_HOSTS) - {"*", *LOOPBACK_NAMES})
+"""Whether the settings say that the server is reached from elsewhere."""
 
 INSTALLED_APPS = [
     "unfold",  # before django.contrib.admin, whose templates it replaces
@@ -78,6 +92,7 @@ INSTALLED_APPS = [
 # Async-capable ones only: a sync middleware would cost every parked wait a thread hop.
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
+    "tinkerapi.content_policy.content_policy_middleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
@@ -122,6 +137,8 @@ STATIC_ROOT = DATA_DIR / "static"
 X_FRAME_OPTIONS = "DENY"
 SECURE_CONTENT_TYPE_NOSNIFF = True
 SECURE_REFERRER_POLICY = "same-origin"
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = TLS
+SECURE_HSTS_SECONDS = 365 * 24 * 3600 if TLS else 0
 
 # --- Postgres ---------------------------------------------------------------------------
 
@@ -246,10 +263,14 @@ thousands of waits; a second helps where cores are idle."""
 
 # --- Ours: access and limits ------------------------------------------------------------
 
-REQUIRE_API_KEY = env_bool("TINKERAPI_REQUIRE_API_KEY", False)
+REQUIRE_API_KEY = env_bool("TINKERAPI_REQUIRE_API_KEY", False) or HAS_PUBLIC_NAME
 """``up`` turns it on whenever it binds to an address that is not loopback."""
 
 MAX_BODY_BYTES = env_int("TINKERAPI_MAX_BODY_BYTES", 32 * 1024 * 1024, maximum=2**40)
+BODY_IDLE_SECONDS = env_int("TINKERAPI_BODY_IDLE_SECONDS", 20)
+"""How long a request's body may stand still on its way here."""
+BODY_SECONDS = env_int("TINKERAPI_BODY_SECONDS", 300)
+"""How long the whole of it may take."""
 MAX_DATUMS = env_int("TINKERAPI_MAX_DATUMS", 1024)
 MAX_DATUM_TOKENS = env_int("TINKERAPI_MAX_DATUM_TOKENS", 32768)
 MAX_SAMPLES = env_int("TINKERAPI_MAX_SAMPLES", 256)

@@ -11,13 +11,9 @@ import pytest
 from django.db import connection
 
 from futures.hub import hub
-from tinkerapi.api.async_view import DATABASE_THREADS
+from tinkerapi.api.threads import DATABASE_THREADS
 from tinkerapi.asgi import application
 from tinkerapi.handlers import ApiHandler
-
-
-class Unread(AssertionError):
-    """The application read a body that it should have refused unread."""
 
 
 def scope_of(
@@ -37,11 +33,16 @@ def scope_of(
 
 
 def call(
-    path: str, *, method: str = "POST", headers: dict[str, str] | None = None, body: Iterable[bytes]
+    path: str,
+    *,
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+    body: Iterable[bytes],
+    http_version: str = "1.1",
 ) -> tuple[int, dict[str, str], bytes]:
     """One request through the application; body chunks are only made when they are read."""
     chunks, sent = iter(body), []
-    scope = scope_of(path, method, headers)
+    scope = {**scope_of(path, method, headers), "http_version": http_version}
 
     async def run() -> None:
         over = asyncio.Event()
@@ -62,21 +63,33 @@ def call(
     return sent[0]["status"], answer, b"".join(message.get("body", b"") for message in sent[1:])
 
 
-def test_a_body_too_large_by_its_length_is_refused_unread(settings):
-    def unread() -> Iterable[bytes]:
-        raise Unread
-        yield b""
-
-    status, headers, body = call(
-        "/fwdbwd", headers={"content-length": str(50 * 2**20)}, body=unread()
-    )
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [("/fwdbwd", 32 * 2**20), ("/optim_step", 2**18), ("/retrieve_future", 2**18)],
+)
+def test_a_body_too_large_by_its_length_is_refused_before_it_is_read(
+    transactional_db, monkeypatch, path, limit
+):
+    monkeypatch.setattr("tinkerapi.api.body_limit.PAST_ANSWER_SECONDS", 0.01)
+    status, headers, body = call(path, headers={"content-length": str(limit + 1)}, body=[])
 
     assert status == 413
     assert headers["connection"] == "close"
-    assert f"{settings.MAX_BODY_BYTES} bytes" in json.loads(body)["detail"]
+    assert f"{limit} bytes" in json.loads(body)["detail"]
 
 
-def test_a_body_without_a_length_is_cut_off_at_the_limit(settings):
+def test_a_websocket_is_refused():
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(application({"type": "websocket", "path": "/", "headers": []}, None, send))
+
+    assert sent == [{"type": "websocket.close"}]
+
+
+def test_a_body_without_a_length_is_cut_off_at_the_limit(transactional_db, settings, monkeypatch):
     settings.MAX_BODY_BYTES = 2**20
     read = 0
 
@@ -86,7 +99,8 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit(settings):
             read += 2**16
             yield b"x" * 2**16
 
-    status, _, body = call("/fwdbwd", body=endless())
+    monkeypatch.setattr("tinkerapi.api.body_limit.PAST_ANSWER_SECONDS", 0.01)
+    status, _, body = call("/fwdbwd", headers={"transfer-encoding": "chunked"}, body=endless())
 
     assert status == 413
     assert json.loads(body)["error_code"] == "BodyTooLarge"

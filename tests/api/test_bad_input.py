@@ -324,7 +324,8 @@ BAD_BYTES = [
     (b'{"model_id": "\xff"}', 400, "The body is not valid JSON: "),
     (b'{"model_id": "\\ud800"}', 400, "The body is not valid JSON: "),
     (b"[]", 400, "The body must be a JSON object"),
-    (b"[" * 100_000, 400, "The body is not valid JSON: "),
+    (b"[" * 32, 400, "The body is not valid JSON: "),
+    (b"[" * 100_000, 400, "The body nests lists and objects more than 32 deep"),
     (b"", 400, "request_id: this field is required"),
 ]
 

@@ -19,7 +19,7 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi import checks
 
 from futures.workers import worker_live
-from tests.conftest import ApiClient
+from tests.conftest import ApiClient, local_client
 
 EXAMPLES = 10
 
@@ -73,7 +73,7 @@ def waiting_client(transactional_db, work, settings) -> Client:
     """Likewise, for calls that wait: their waits end at once."""
     worker_live(work.worker, {})
     settings.SYNC_TIMEOUT_SECONDS = 0
-    client = Client(raise_request_exception=False)
+    client = local_client(raise_request_exception=False)
     ApiClient(client).post("/add_lora", model_id="m")
     return client
 

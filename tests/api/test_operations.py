@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from django.contrib.auth.models import User
-from django.test import Client, RequestFactory
+from django.test import RequestFactory
 
 from futures.models import Future
+from tests.conftest import local_client
 from tinkerapi.api.dialect import is_sdk_dialect
 
 REQUESTS = RequestFactory()
@@ -198,7 +199,7 @@ def test_a_mistake_that_the_worker_finds_is_a_400_of_the_waiting_call(
 def test_a_waiting_call_past_its_deadline_answers_202_and_nothing_is_lost(
     transactional_db, start_worker
 ):
-    client = Client()
+    client = local_client()
     body = {"rank": 4, "wait": 0.01}
     late = client.post("/api/v1/add_lora", body, content_type="application/json")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from django.test import Client
 from django.utils import timezone
 
 from futures.models import Future
-from tests.conftest import ApiClient
+from tests.conftest import ApiClient, local_client
 
 HI = [[{"role": "user", "content": "hi"}]]
 
@@ -111,7 +110,7 @@ def test_a_pruned_future_is_a_410(api, work):
 
 def test_a_wait_is_cut_to_the_servers_limit(transactional_db, settings):
     settings.MAX_WAIT_SECONDS = 0.01
-    client = ApiClient(Client())
+    client = ApiClient(local_client())
     request_id = submit(client)
 
     answer = client.post("/retrieve_future", request_id=request_id, wait=1e9)

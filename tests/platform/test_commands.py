@@ -230,7 +230,9 @@ def test_up_demands_keys_wherever_others_can_reach_it(
         assert environment["TINKERAPI_REQUIRE_API_KEY"] == required
         assert environment["TINKERAPI_DATA_DIR"] == str(tmp_path)
         assert len(environment["TINKERAPI_SECRET_KEY"]) >= 50
-    assert ("every request needs a key" in output.getvalue()) is (required == "1")
+    said = output.getvalue()
+    assert ("every request needs a key" in said) is (required == "1")
+    assert ("acts as the user local" in said) is (required == "0")
 
 
 def manage(data_dir: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

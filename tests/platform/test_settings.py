@@ -10,7 +10,14 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 
 from tests.environment import command_environment
-from tinkerapi.config.environment import env_database, env_hosts, env_int, env_names, env_origins
+from tinkerapi.config.environment import (
+    env_database,
+    env_hosts,
+    env_int,
+    env_names,
+    env_origins,
+    env_url,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, got"
@@ -191,3 +198,71 @@ def test_loopback_may_ask_by_its_own_names_whatever_hosts_are_allowed(
     )
 
     assert answer.stdout.split() == ["True", "True", "True", "False"]
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("", ""),
+        ("https://train.example.com", "https://train.example.com"),
+        (" HTTPS://Train.example.com/ ", "https://train.example.com"),
+        ("http://10.0.0.7:8080", "http://10.0.0.7:8080"),
+        ("https://[fd00::1]", "https://[fd00::1]"),
+    ],
+)
+def test_an_address_is_scheme_host_and_port(
+    monkeypatch: pytest.MonkeyPatch, value: str, read: str
+) -> None:
+    monkeypatch.setenv("TINKERAPI_X", value)
+
+    assert env_url("TINKERAPI_X") == read
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a.example", "https://", "https://a/b", "ftp://a", "https://u@a", "http://a b"],
+)
+def test_an_address_of_another_form_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("TINKERAPI_X", value)
+
+    with pytest.raises(ImproperlyConfigured, match="TINKERAPI_X: expected https://HOST"):
+        env_url("TINKERAPI_X")
+
+
+@pytest.mark.parametrize(
+    ("environment", "needs_keys", "has_tls"),
+    [
+        ({}, False, False),
+        ({"TINKERAPI_ALLOWED_HOSTS": "localhost"}, False, False),
+        ({"TINKERAPI_ALLOWED_HOSTS": "train.example.com"}, True, False),
+        ({"TINKERAPI_CSRF_TRUSTED_ORIGINS": "https://train.example.com"}, True, False),
+        ({"TINKERAPI_PUBLIC_URL": "http://train.example.com"}, True, False),
+        (
+            {"TINKERAPI_PUBLIC_URL": "https://a.example", "TINKERAPI_REQUIRE_API_KEY": "0"},
+            True,
+            True,
+        ),
+        ({"TINKERAPI_TLS": "1"}, True, True),
+    ],
+)
+def test_a_server_that_is_named_elsewhere_needs_keys_and_tls_closes_its_cookies(
+    tmp_path: Path, environment: dict[str, str], needs_keys: bool, has_tls: bool
+) -> None:
+    names = "REQUIRE_API_KEY TLS SESSION_COOKIE_SECURE CSRF_COOKIE_SECURE SECURE_HSTS_SECONDS"
+    printed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from tinkerapi import settings;"
+            f"print([bool(getattr(settings, name)) for name in {names.split()}])",
+        ],
+        cwd=ROOT,
+        env=command_environment(tmp_path, environment),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+    assert printed.strip() == str([needs_keys, *[has_tls] * 4])

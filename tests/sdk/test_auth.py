@@ -81,6 +81,18 @@ def test_a_token_ends_with_its_time_and_with_its_key(
     assert 'error="invalid_token"' in answer["WWW-Authenticate"]
 
 
+def test_a_token_buys_no_token_and_a_key_does(sdk: SdkClient, token: str) -> None:
+    with_token = {**sdk.headers, "X-API-Key": token}
+    refused = sdk.api.post("/api/v1/auth/token", headers=with_token)
+
+    assert refused.status_code == 403
+    assert "jwt" not in refused.json()
+    bearer = {"Authorization": f"Bearer {token}"}
+    assert sdk.api.post("/api/v1/auth/token", headers=bearer).status_code == 403
+    assert sdk.post("auth/token").status_code == 200
+    assert sdk.api.get("/api/v1/auth/apikey/me", **with_token).json()["name"] == "laptop"
+
+
 def encoded(value: object) -> str:
     return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
 

@@ -10,7 +10,7 @@ from django.test import RequestFactory
 from pytest_django import Settings
 
 from tests.conftest import ApiClient
-from tinkerapi.api.body_limit import HOLDS_SEQ_ID, limit_body
+from tinkerapi.api.body_limit import HOLDS_SEQ_ID, Body
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.sdk.dispatch import speaks_sdk
 
@@ -36,7 +36,7 @@ def test_headers_and_the_number_tell_the_dialect(
 ) -> None:
     request = RequestFactory().post("/", body, content_type=content_type, headers=headers)
 
-    assert speaks_sdk(request) is expected
+    assert asyncio.run(speaks_sdk(request)) is expected
 
 
 def test_a_body_that_is_too_large_is_the_quick_references_to_refuse(
@@ -45,7 +45,7 @@ def test_a_body_that_is_too_large_is_the_quick_references_to_refuse(
     settings.DATA_UPLOAD_MAX_MEMORY_SIZE = 10
     request = RequestFactory().post("/", b'{"seq_id": 1}', content_type=JSON)
 
-    assert not speaks_sdk(request)
+    assert not asyncio.run(speaks_sdk(request))
 
 
 @pytest.mark.parametrize(
@@ -63,21 +63,16 @@ def test_a_body_that_is_too_large_is_the_quick_references_to_refuse(
 def test_the_number_is_seen_as_the_body_passes_however_it_is_cut(
     pieces: list[bytes], held: bool
 ) -> None:
-    scope: Any = {"type": "http", "headers": []}
+    scope: Any = {}
     arriving = iter(pieces)
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        for _ in pieces:
-            await receive()
 
     async def receive() -> Any:
         return {"type": "http.request", "body": next(arriving), "more_body": True}
 
-    async def send(message: Any) -> None:
-        """Nothing is answered."""
-
     async def run() -> None:
-        await limit_body(application)(scope, receive, send)
+        body = Body(scope, receive, limit=1000)
+        for _ in pieces:
+            await body.receive()
 
     asyncio.run(run())
 
@@ -88,7 +83,7 @@ def test_a_body_without_the_number_is_not_read_to_tell_the_dialect() -> None:
     request: Any = RequestFactory().post("/", b'{"model_id": "m"}', content_type=JSON)
     request.scope = {HOLDS_SEQ_ID: False}
 
-    assert not speaks_sdk(request)
+    assert not asyncio.run(speaks_sdk(request))
     assert not hasattr(request, "_body")
 
 

@@ -18,9 +18,9 @@ from futures.models import Future
 from futures.places import Place
 from futures.selectors import PAUSED, future_get
 from futures.transitions import State
-from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.errors import error_response, failure_status
 from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.threads import in_database_thread
 from training.waiting import future_waiting, waits_for_nobody
 
 RETRY_AFTER_SECONDS = 1

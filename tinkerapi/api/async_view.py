@@ -1,57 +1,37 @@
 """A DRF view whose waiting costs no thread of ours and no database connection.
 
 The synchronous part of a request (authentication, parsing, one service call) runs in one of
-a few threads, each of which keeps its own database connection. If the handler returns an
-awaitable, that is awaited on the event loop, after the thread was given back: thousands of
-requests may wait for their futures on four threads.
+a few threads (``threads``). If the handler returns an awaitable, that is awaited on the event
+loop, after the thread was given back: thousands of requests may wait for their futures on four
+threads.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, cast
 
-from django.db import Error as DatabaseFailure
+from django.conf import settings
 from django.db import connection
 from django.http import HttpRequest, HttpResponseBase
 from rest_framework.exceptions import MethodNotAllowed
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
-from futures.database import is_lost
 from futures.outage import outage
+from tinkerapi.api.body_limit import BODY_BYTES
+from tinkerapi.api.compression import HEADER_BYTES, claimed_size
+from tinkerapi.api.errors import BodyTooLarge
 from tinkerapi.api.fields import check_characters
+from tinkerapi.api.parsers import declared_length, too_large_sentence
+from tinkerapi.api.threads import in_bulk_thread, in_database_thread
 
-T = TypeVar("T")
+CONTROL_BODY_BYTES = 256 * 1024
+"""The largest body of a view that takes no data: ids, settings, a session's metadata."""
 
-DATABASE_THREADS = 4
-"""More would wait for Python's lock."""
-
-executor = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
-
-
-def _with_connection(function: Callable[..., T], *args: Any) -> T:
-    """Call it on this thread's connection, and leave that one fit for the next call."""
-    raw = connection.connection
-    if raw is not None and is_lost(raw):
-        connection.close()
-    try:
-        answer = function(*args)
-    except DatabaseFailure:
-        connection.close()  # it may be what failed
-        raise
-    if connection.connection is not None:
-        outage.is_over()
-    return answer
-
-
-async def in_database_thread(function: Callable[..., T], *args: Any) -> T:
-    """Run a function that uses the database."""
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(executor, _with_connection, function, *args)
+BULK_BYTES = 256 * 1024
+"""From this size on a body is decoded where only large ones are."""
 
 
 def _check_address(request: Request, path: Mapping[str, Any]) -> None:
@@ -78,16 +58,49 @@ class AsyncAPIView(APIView):
 
     view_is_async = True
 
+    takes_data: ClassVar[bool] = False
+    """Whether a body may hold training data or prompts, and be as large as the settings say."""
+
+    def max_body_bytes(self) -> int:
+        """The largest body that this view takes, once it is decompressed."""
+        limit: int = settings.MAX_BODY_BYTES
+        return limit if self.takes_data else min(limit, CONTROL_BODY_BYTES)
+
+    async def admit(
+        self, request: HttpRequest, *args: Any, **kwargs: Any
+    ) -> HttpResponseBase | None:
+        """The answer that refuses this request by its headers alone; None if they are good.
+
+        Called before a body of any size is read: who asks, whether the address takes the method
+        and whether the body is too large by what its headers say of it.
+        """
+        self._prepare(request, *args, **kwargs)
+        try:
+            request.get_host()
+            await in_database_thread(self._begin, self.request)
+            self._handler(self.request)
+            limit = self.max_body_bytes()
+            if declared_length(request) > limit:
+                raise BodyTooLarge(too_large_sentence(limit))
+        except Exception as exc:
+            response = self.handle_exception(exc)
+            return self.finalize_response(self.request, response, *args, **kwargs)
+        return None
+
     # DRF's own is synchronous; Django awaits this one because view_is_async says so.
     async def dispatch(  # type: ignore[override]
         self, request: HttpRequest, *args: Any, **kwargs: Any
     ) -> HttpResponseBase:
-        self.args, self.kwargs = args, kwargs
-        self.headers = self.default_response_headers
-        self.request = drf_request = self.initialize_request(request, *args, **kwargs)
+        drf_request = self._prepare(request, *args, **kwargs)
         try:
             request.get_host()  # raises for a host that is not in ALLOWED_HOSTS
-            response = await in_database_thread(self._handle, drf_request)
+            if is_bulky(request):
+                # Who asks is known before anything is decoded, and has one turn at a time.
+                await in_database_thread(self._begin, drf_request)
+                owner = getattr(drf_request.user, "pk", None)
+                response = await in_bulk_thread(owner, self._run_handler, drf_request)
+            else:
+                response = await in_database_thread(self._handle, drf_request)
             if inspect.isawaitable(response):
                 # The wait may be long and the body large; it was read, and nobody reads it again.
                 vars(request).pop("_body", None)
@@ -97,17 +110,37 @@ class AsyncAPIView(APIView):
         self.response = self.finalize_response(drf_request, response, *args, **kwargs)
         return self.response
 
+    def _prepare(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Request:
+        """What DRF's dispatch does first."""
+        self.args, self.kwargs = args, kwargs
+        self.headers = self.default_response_headers
+        self.request = self.initialize_request(request, *args, **kwargs)
+        return self.request
+
     def _handle(self, request: Request) -> Any:
-        # Who asks is a question for the database.
+        self._begin(request)
+        return self._run_handler(request)
+
+    def _begin(self, request: Request) -> None:
+        """Find out who asks, and whether they may."""
         if self.authentication_classes and connection.connection is None:
             outage.wait_out(connection.ensure_connection)
         self.initial(request, *self.args, **self.kwargs)
         _check_address(request, self.kwargs)
+
+    def _run_handler(self, request: Request) -> Any:
+        return self._handler(request)(request, *self.args, **self.kwargs)
+
+    def _handler(self, request: Request) -> Callable[..., Any]:
+        """The method of this view that answers.
+
+        Raises:
+            MethodNotAllowed: There is none. (405)
+        """
         method = (request.method or "").lower()
-        handler = self.http_method_not_allowed
-        if method in self.http_method_names:
-            handler = getattr(self, method, handler)
-        return handler(request, *self.args, **self.kwargs)
+        if method in self.http_method_names and (handler := getattr(self, method, None)):
+            return cast(Callable[..., Any], handler)
+        self.http_method_not_allowed(request, *self.args, **self.kwargs)
 
     def http_method_not_allowed(
         self, request: HttpRequest | Request, *args: Any, **kwargs: Any
@@ -119,3 +152,14 @@ class AsyncAPIView(APIView):
     def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
         """Nothing is negotiated: see ``renderers``."""
         return self.get_renderers()[0], "application/json"
+
+
+def is_bulky(request: HttpRequest) -> bool:
+    """Whether the request's body is large, or may be once it is decompressed."""
+    arrived = getattr(request, "scope", {}).get(BODY_BYTES)  # in chunks it says no length
+    if (declared_length(request) if arrived is None else arrived) > BULK_BYTES:
+        return True
+    if "Content-Encoding" not in request.headers:
+        return False
+    size = claimed_size(request.body[:HEADER_BYTES])
+    return size is None or size > BULK_BYTES

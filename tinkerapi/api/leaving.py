@@ -36,7 +36,7 @@ async def client_left(request: HttpRequest) -> None:
     if _ACT not in vars(request):
         return
     # Not before Django is set up, which is after the handler has been imported.
-    from tinkerapi.api.async_view import in_database_thread
+    from tinkerapi.api.threads import in_database_thread
 
     try:
         await in_database_thread(_act, request)

@@ -1,7 +1,8 @@
 """Bytes to values: the request body as one JSON object, or a sentence about why not.
 
 Django has spooled the body to a temporary file by now; nothing of it is read into memory
-beyond the limit. ``body_limit`` refuses large bodies earlier, before they arrive.
+beyond the limit. ``body_limit`` refuses large bodies earlier, before they arrive, and
+``json_limits`` bounds what decoding them takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rest_framework.exceptions import ParseError, UnsupportedMediaType
 from rest_framework.parsers import BaseParser
 
 from tinkerapi.api.errors import BodyTooLarge
+from tinkerapi.api.json_limits import check_json_size
 
 JSON = "application/json"
 
@@ -39,23 +41,32 @@ class JSONParser(BaseParser):
         media_type: str | None = None,
         parser_context: Mapping[str, Any] | None = None,
     ) -> Any:
-        body = stream.read(settings.MAX_BODY_BYTES + 1)
-        if len(body) > settings.MAX_BODY_BYTES:
-            raise BodyTooLarge(too_large_sentence())
-        return parse_json(body)
+        return parse_json(read_body(stream, settings.MAX_BODY_BYTES))
 
 
-def json_object(request: HttpRequest) -> dict[str, Any]:
+def read_body(stream: IO[Any], max_bytes: int) -> bytes:
+    """All of it.
+
+    Raises:
+        BodyTooLarge: It is more than ``max_bytes``; no more than that was read. (413)
+    """
+    body: bytes = stream.read(max_bytes + 1)
+    if len(body) > max_bytes:
+        raise BodyTooLarge(too_large_sentence(max_bytes))
+    return body
+
+
+def json_object(request: HttpRequest, *, max_bytes: int) -> dict[str, Any]:
     """The request's body as a dictionary; no body at all is an empty one.
 
     Raises:
         BodyTooLarge: By its Content-Length, or by what arrived. (413)
+        LimitExceeded: It nests too deep, or holds too many values. (400)
         UnsupportedMediaType: Not JSON, or compressed. (415)
         ParseError: Not JSON inside, or not an object. (400)
     """
-    length = request.META.get("CONTENT_LENGTH") or "0"
-    if length.isdigit() and int(length) > settings.MAX_BODY_BYTES:
-        raise BodyTooLarge(too_large_sentence())
+    if declared_length(request) > max_bytes:
+        raise BodyTooLarge(too_large_sentence(max_bytes))
     if encoding := request.headers.get("Content-Encoding"):
         raise UnsupportedMediaType(
             encoding,
@@ -66,7 +77,7 @@ def json_object(request: HttpRequest) -> dict[str, Any]:
         raise UnsupportedMediaType(
             content_type, detail=f"Content-Type: expected {JSON}; got {content_type[:100]!r}"
         )
-    value = JSONParser().parse(cast(IO[bytes], request))
+    value = parse_json(read_body(cast(IO[bytes], request), max_bytes))
     if not isinstance(value, dict):
         raise ParseError('The body must be a JSON object, such as {"model_id": "my_model"}.')
     if value and not content_type:
@@ -80,8 +91,10 @@ def parse_json(body: bytes) -> Any:
     """The value; an empty body counts as ``{}``.
 
     Raises:
+        LimitExceeded: It nests too deep, or holds too many values; it was not decoded.
         ParseError: With line and column of the first wrong byte.
     """
+    check_json_size(body)
     if not body.strip():
         return {}
     try:
@@ -99,8 +112,20 @@ def parse_json(body: bytes) -> Any:
         ) from None
 
 
-def too_large_sentence() -> str:
+def declared_length(request: HttpRequest) -> int:
+    """What the request says of its body's bytes; 0 where it does not."""
+    length = request.META.get("CONTENT_LENGTH") or ""
+    return int(length) if length.isdigit() else 0
+
+
+def too_large_sentence(max_bytes: int, *, when: str = "") -> str:
+    """Why a body is refused that has more than its address takes; ``when`` is half a sentence."""
+    if max_bytes < settings.MAX_BODY_BYTES:
+        return (
+            f"The body is larger than {max_bytes} bytes{when}, the limit of addresses that take no "
+            "training data and no prompts."
+        )
     return (
-        f"The body is larger than {settings.MAX_BODY_BYTES} bytes; send the data in several "
-        "requests, or raise TINKERAPI_MAX_BODY_BYTES."
+        f"The body is larger than {max_bytes} bytes{when}; send the data in several requests, or "
+        "raise TINKERAPI_MAX_BODY_BYTES."
     )

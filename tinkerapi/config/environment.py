@@ -1,6 +1,7 @@
 """Readers of environment variables; a value that makes no sense stops the start with a sentence."""
 
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -107,6 +108,14 @@ def env_origins(name: str) -> list[str]:
         if not origin.startswith(("http://", "https://")):
             raise ImproperlyConfigured(f"{name}: expected https://HOST, got {origin!r}")
     return origins
+
+
+def env_url(name: str) -> str:
+    """Scheme, host and port of an address, or nothing; anything else stops the start."""
+    value = env_text(name).strip().rstrip("/").lower()
+    if value and not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?", value):
+        raise ImproperlyConfigured(f"{name}: expected https://HOST without a path, got {value!r}")
+    return value
 
 
 def env_database(name: str) -> dj_database_url.DBConfig:

@@ -9,6 +9,7 @@ import orjson
 
 from futures.plain import MAX_DEPTH
 from tinkerapi.api.fields import refuse, refuse_size
+from tinkerapi.api.json_limits import check_json_size
 from training.errors import InvalidRequest
 from training.types import ROLES, Message
 
@@ -139,6 +140,7 @@ def _tool_call(value: Any, where: str) -> dict[str, Any]:
 def _arguments(value: Any, where: str) -> dict[str, Any]:
     """The object that a call's text of JSON says; no text at all is no arguments."""
     if type(value) is str:
+        check_json_size(value.encode())
         try:
             value = orjson.loads(value) if value.strip() else {}
         except orjson.JSONDecodeError:

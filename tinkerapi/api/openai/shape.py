@@ -51,11 +51,13 @@ class _ShapedSend:
         else:
             if len(self._body) < MAX_ERROR_BYTES:
                 self._body += message.get("body", b"")
-            if not message.get("more_body", False):
+            more_body = message.get("more_body", False)
+            # A refused body may still be on its way: its answer does not wait for that.
+            if not more_body or len(self._body) == _declared_length(self._start):
                 start, self._start = self._start, None
                 body, headers = _shaped_error(start["status"], self._body)
                 await self._send(_with_headers(start, headers))
-                await self._send({"type": "http.response.body", "body": body})
+                await self._send({**message, "body": body})
 
 
 def _shaped_error(status: int, body: bytes) -> tuple[bytes, dict[str, str]]:
@@ -84,3 +86,10 @@ def _with_headers(start: Message, headers: Mapping[str, str]) -> Message:
     if not any(name.lower() == REQUEST_ID.encode() for name, _ in merged):
         merged.append((REQUEST_ID.encode(), f"req_{secrets.token_hex(16)}".encode()))
     return {**start, "headers": merged}
+
+
+def _declared_length(start: Message) -> int | None:
+    for name, value in start["headers"]:
+        if bytes(name).lower() == b"content-length":
+            return int(value)
+    return None

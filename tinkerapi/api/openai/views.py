@@ -18,7 +18,6 @@ from futures.models import Future
 from futures.services import future_cancel
 from futures.transitions import State
 from tinkerapi.api.answers import LARGE_RESULT_BYTES
-from tinkerapi.api.async_view import in_database_thread
 from tinkerapi.api.fields import Field, check_object
 from tinkerapi.api.leaving import when_client_leaves
 from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
@@ -34,6 +33,7 @@ from tinkerapi.api.openai.streams import answer_chunks, event_stream
 from tinkerapi.api.openai.tables import CHAT_FIELDS, COMPLETION_FIELDS
 from tinkerapi.api.parsers import json_object
 from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.threads import in_database_thread
 from tinkerapi.api.views.base import idempotency_key_of, owner_of
 from training.base_models import base_model_get, base_models
 from training.errors import BaseModelNotFound, CheckpointNotFound, InvalidRequest
@@ -73,6 +73,7 @@ class ModelView(OpenAIView):
 class SamplingView(OpenAIView):
     """A request for text."""
 
+    takes_data = True
     fields: ClassVar[Mapping[str, Field]]
     form: ClassVar[AnswerForm]
 
@@ -81,7 +82,8 @@ class SamplingView(OpenAIView):
         """What a checked body asks for."""
 
     def post(self, request: Request) -> Awaitable[HttpResponseBase]:
-        body = check_object(self.fields, json_object(request._request))
+        given = json_object(request._request, max_bytes=self.max_body_bytes())
+        body = check_object(self.fields, given)
         options = self.options_of(body)
         owner_id = owner_of(request)
         path = _model_path(options.model)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, ClassVar
 
-from django.conf import settings
 from django.core.exceptions import RequestDataTooBig
 from django.http import HttpResponse
 from rest_framework.exceptions import APIException, ParseError
@@ -25,6 +24,7 @@ from futures.models import Future
 from futures.services import Refusal
 from futures.transitions import Category
 from tinkerapi.api.async_view import AsyncAPIView
+from tinkerapi.api.compression import decompress_body
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.errors import UNSTORABLE, BodyTooLarge, refusal_of
 from tinkerapi.api.fields import Field, check_object
@@ -32,7 +32,6 @@ from tinkerapi.api.parsers import parse_json, too_large_sentence
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.broken_bodies import ids_of_broken_json
 from tinkerapi.api.sdk.calls import check_ids
-from tinkerapi.api.sdk.compression import decompress_body
 from tinkerapi.api.views.base import owner_of
 from training.errors import InvalidRequest, RunNotFound, SessionFinished, TrainingError
 from training.services.sessions import refused_submit
@@ -62,12 +61,13 @@ class SdkView(AsyncAPIView):
             BodyTooLarge, PayloadTooLarge: (413)
             InvalidRequest: Compressed in another way than zstd. (400)
         """
+        limit = self.max_body_bytes()
         try:
             body = request._request.body
         except RequestDataTooBig:
-            raise BodyTooLarge(too_large_sentence()) from None
+            raise BodyTooLarge(too_large_sentence(limit)) from None
         encoding = request.headers.get("Content-Encoding")
-        return decompress_body(body, encoding, max_bytes=settings.MAX_BODY_BYTES)
+        return decompress_body(body, encoding, max_bytes=limit)
 
     def json_body(self, request: Request) -> dict[str, Any]:
         """The body as a dictionary; no body at all is an empty one.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from django.conf import settings
 from django.core import signing
 from django.urls import reverse
 from django.utils import timezone
@@ -72,4 +73,5 @@ def link_target(token: str) -> dict[str, Any]:
 def _link(request: Request, target: dict[str, Any], file_name: str) -> Link:
     token = signing.dumps(target, salt=_SALT)
     path = reverse("sdk-download", args=[token, file_name])
-    return Link(url=request.build_absolute_uri(path), expires=timezone.now() + LIFETIME)
+    url = settings.PUBLIC_URL + path if settings.PUBLIC_URL else request.build_absolute_uri(path)
+    return Link(url=url, expires=timezone.now() + LIFETIME)

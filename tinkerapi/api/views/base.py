@@ -63,7 +63,7 @@ class ApiView(AsyncAPIView):
         django_request = request._request
         if is_sdk_dialect(django_request):
             raise SdkDialectNotSpoken
-        body = json_object(django_request)
+        body = json_object(django_request, max_bytes=self.max_body_bytes())
         if is_sdk_dialect(django_request, body):
             raise SdkDialectNotSpoken
         return check_object(self.body_fields(), body)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from django.http import HttpRequest
-from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerView
+from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
 GROUP = "Documents"
 
@@ -19,7 +19,7 @@ class SchemaView(SpectacularAPIView):
         what was asked for into a header, which not every text can stand in."""
 
 
-class TryView(SpectacularSwaggerView):
+class TryView(SpectacularSwaggerSplitView):
     """Show that description as a page to try the endpoints in."""
 
     group = GROUP

@@ -126,6 +126,7 @@ class SampleView(OperationView):
     """
 
     group = "Sampling"
+    takes_data = True
     fields: ClassVar[Mapping[str, Field]] = {
         "model_id": replace(MODEL_ID, required=False),
         "model_path": Text(

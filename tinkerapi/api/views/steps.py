@@ -66,6 +66,7 @@ class ForwardBackwardView(OperationView):
     """
 
     group = "Training"
+    takes_data = True
     forward_only: ClassVar[bool] = False
     fields: ClassVar[Mapping[str, Field]] = {
         "model_id": MODEL_ID,

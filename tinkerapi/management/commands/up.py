@@ -135,6 +135,13 @@ class Command(BaseCommand):
             if not is_loopback(host) and not require_api_key:
                 require_api_key = True
                 self.say(f"{host} can be reached from elsewhere: every request needs a key")
+            elif require_api_key:
+                self.say("keys      every request needs one")
+            else:
+                self.say(
+                    "keys      none needed: every program on this machine acts as the user "
+                    f"{LOCAL_USERNAME}; behind a proxy, set TINKERAPI_PUBLIC_URL"
+                )
             secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
                 settings.DATA_DIR
             )
@@ -212,7 +219,8 @@ class Command(BaseCommand):
         settings.STATIC_ROOT.mkdir(parents=True, exist_ok=True)
         command = [
             *(sys.executable, "-m", "granian", "tinkerapi.asgi:application"),
-            *("--interface", "asginl", "--host", self.server.host, "--port", str(self.server.port)),
+            *("--interface", "asginl", "--http", "1", "--no-ws"),
+            *("--host", self.server.host, "--port", str(self.server.port)),
             *("--workers", str(settings.WEB_PROCESSES)),
             *("--backlog", str(OPEN_REQUESTS), "--backpressure", str(OPEN_REQUESTS)),
             *("--static-path-route", settings.STATIC_URL.rstrip("/")),

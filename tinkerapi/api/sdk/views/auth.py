@@ -6,9 +6,10 @@ from typing import cast
 
 from django.conf import settings
 from django.http import Http404, HttpResponse
-from rest_framework.exceptions import AuthenticationFailed
+from rest_framework.exceptions import AuthenticationFailed, PermissionDenied
 from rest_framework.request import Request
 
+from tinkerapi.api.authentication import bears_token
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView, empty_response
 from tinkerapi.models import ApiKey
@@ -22,6 +23,8 @@ class TokenView(SdkView):
     def post(self, request: Request) -> HttpResponse:
         if not settings.SDK_JWT:
             raise Http404
+        if bears_token(request):  # or a stolen one would be good for ever
+            raise PermissionDenied("A token buys no other token; send the API key itself.")
         return JSONResponse({"jwt": token_issue(_api_key(request))})
 
 

@@ -25,6 +25,8 @@ _KNOWN = ("session_id", "custom_loss_seq_id", "name", "inputs", "graph", "type")
 class CreateCustomLossView(SdkView):
     """Keep a loss of the session's; what is wrong with it, its future says."""
 
+    takes_data = True
+
     def post(self, request: Request) -> HttpResponse:
         owner_id = owner_of(request)
         raw = self.raw_body(request)

@@ -21,7 +21,7 @@ from futures.models import Future
 from futures.selectors import future_get
 from futures.services import future_cancel
 from futures.transitions import Category, State
-from tinkerapi.api import async_view
+from tinkerapi.api import threads
 from tinkerapi.api.answers import LARGE_RESULT_BYTES
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.fields import Field, Flag
@@ -126,11 +126,11 @@ class RetrieveFutureView(SdkView):
     async def _waited(self, request_id: str, owner_id: int, form: dict[str, bool]) -> HttpResponse:
         final = await future_wait(request_id, owner_id=owner_id, timeout_seconds=POLL_SECONDS)
         if final is None:
-            return await async_view.in_database_thread(
+            return await threads.in_database_thread(
                 lambda: pending_answer(future_get(request_id=request_id, owner_id=owner_id))
             )
         if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
-            return await async_view.in_database_thread(lambda: final_answer(final, **form))
+            return await threads.in_database_thread(lambda: final_answer(final, **form))
         return final_answer(final, **form)
 
 

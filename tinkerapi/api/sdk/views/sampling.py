@@ -11,7 +11,7 @@ from rest_framework.request import Request
 
 from futures.hub import read_when_woken
 from futures.selectors import Completion, lane_completions
-from tinkerapi.api import async_view
+from tinkerapi.api import threads
 from tinkerapi.api.fields import (
     MAX_FLOAT,
     Choice,
@@ -104,6 +104,7 @@ class SampleView(SdkView):
     must be used up.
     """
 
+    takes_data = True
     fields: ClassVar[Mapping[str, Field]] = {
         "sampling_session_id": SAMPLING_SESSION_ID,
         "seq_id": Integer(description="The client's number of it.", required=True),
@@ -212,12 +213,12 @@ class RetrieveFuturesView(SdkView):
     ) -> HttpResponse:
         answer = await read_when_woken(
             lane_id,
-            lambda: async_view.in_database_thread(completions, cursor),
+            lambda: threads.in_database_thread(completions, cursor),
             timeout_seconds=min(POLL_SECONDS, timeout_seconds or POLL_SECONDS),
         )
         if answer is None:  # what a cancellation may have passed by; to be told twice is harmless
             look_back = max(cursor - LOOK_BACK_MICROSECONDS, 0)
-            answer = await async_view.in_database_thread(completions, look_back)
+            answer = await threads.in_database_thread(completions, look_back)
         return answer or _completions_answer([], cursor)
 
 

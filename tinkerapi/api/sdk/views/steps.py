@@ -23,6 +23,7 @@ from training.types import AdamParams
 class ForwardBackwardView(NumberedView):
     """Compute the loss of some data and, unless ``forward_only``, add its gradient."""
 
+    takes_data = True
     forward_only: ClassVar[bool] = False
     """True for the address that clients before 0.25 use instead of the flag."""
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 import zstandard
 
 from futures.errors import PayloadTooLarge
+from tinkerapi.api.parsers import too_large_sentence
 from training.errors import InvalidRequest
+
+HEADER_BYTES = 18
+"""The largest header of a zstd frame."""
 
 _PIECE_BYTES = 256 * 1024
 
@@ -65,7 +69,14 @@ def _decompress_unsized(
 
 
 def _too_large(max_bytes: int) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        f"The body is larger than {max_bytes} bytes once decompressed; send the data in several "
-        "requests."
-    )
+    return PayloadTooLarge(too_large_sentence(max_bytes, when=" once decompressed"))
+
+
+def claimed_size(beginning: bytes) -> int | None:
+    """What a zstd frame says of its size once decompressed, by its first ``HEADER_BYTES``; None if
+    it does not say, and 0 for what is no frame."""
+    try:
+        size = zstandard.get_frame_parameters(beginning).content_size
+    except zstandard.ZstdError:
+        return 0
+    return None if size == zstandard.CONTENTSIZE_UNKNOWN else size

@@ -1,0 +1,112 @@
+"""Large bodies have threads of their own, and users take turns in them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from tinkerapi.api import async_view, threads
+from tinkerapi.api.threads import BULK_THREADS, in_bulk_thread, in_database_thread
+
+
+class Jobs:
+    """Work that goes on until it is let go, and the order in which it began."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.gates: dict[str, threading.Event] = {}
+
+    def job(self, name: str) -> Callable[[], str]:
+        gate = self.gates.setdefault(name, threading.Event())
+
+        def run() -> str:
+            self.begun.append(name)
+            assert gate.wait(20)
+            return name
+
+        return run
+
+    async def until_begun(self, *names: str) -> None:
+        while not set(names) <= set(self.begun):
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def jobs() -> Iterator[Jobs]:
+    made = Jobs()
+    yield made
+    for gate in made.gates.values():
+        gate.set()
+
+
+def test_a_user_has_one_turn_at_a_time_and_another_user_the_next(jobs: Jobs) -> None:
+    async def run() -> list[str]:
+        work = [
+            asyncio.ensure_future(in_bulk_thread(name[0], jobs.job(name)))
+            for name in ("a1", "a2", "a3", "b1")
+        ]
+        await jobs.until_begun("a1", "b1")
+        assert jobs.begun == ["a1", "b1"]
+        for name in ("a1", "a2", "a3", "b1"):
+            jobs.gates[name].set()
+        return await asyncio.gather(*work)
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == ["a1", "a2", "a3", "b1"]
+    assert jobs.begun == ["a1", "b1", "a2", "a3"]
+
+
+def test_a_client_that_leaves_keeps_its_turn_until_its_work_is_over(jobs: Jobs) -> None:
+    """Else many that leave at once would have all threads."""
+
+    async def run() -> None:
+        first = asyncio.ensure_future(in_bulk_thread("a", jobs.job("a1")))
+        await jobs.until_begun("a1")
+        first.cancel()
+        with suppress(asyncio.CancelledError):
+            await first
+        second = asyncio.ensure_future(in_bulk_thread("a", jobs.job("a2")))
+        await asyncio.sleep(0.05)
+        assert jobs.begun == ["a1"]
+        jobs.gates["a1"].set()
+        await jobs.until_begun("a2")
+        jobs.gates["a2"].set()
+        assert await second == "a2"
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert not threads._turns
+
+
+def test_small_work_does_not_wait_for_large(jobs: Jobs) -> None:
+    async def run() -> None:
+        names = [f"{owner}" for owner in range(BULK_THREADS)]
+        work = [asyncio.ensure_future(in_bulk_thread(name, jobs.job(name))) for name in names]
+        await jobs.until_begun(*names)
+        assert await in_database_thread(lambda: "small") == "small"
+        for name in names:
+            jobs.gates[name].set()
+        await asyncio.gather(*work)
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_large_body_is_decoded_where_large_ones_are(transactional_db, monkeypatch) -> None:
+    from tests.api.test_asgi import call
+
+    seen: list[str] = []
+    begin = async_view.AsyncAPIView._run_handler
+
+    def noting(self, request):
+        seen.append(threading.current_thread().name.partition("_")[0])
+        return begin(self, request)
+
+    monkeypatch.setattr(async_view.AsyncAPIView, "_run_handler", noting)
+    for size in (10, async_view.BULK_BYTES + 1):
+        body = b'{"data": "%s"}' % (b"x" * size)
+        for length in ({"content-length": str(len(body))}, {"transfer-encoding": "chunked"}):
+            assert call("/fwdbwd", headers=length, body=[body, b""])[0] == 400
+
+    assert seen == ["database", "database", "bulk", "bulk"]

@@ -1,0 +1,40 @@
+"""Whether a request may send its body, and how much of it: by its path and its headers alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import MutableMapping
+from typing import Any
+
+from django.core.handlers.asgi import ASGIRequest, get_script_prefix
+from django.http import HttpRequest, HttpResponseBase
+from django.urls import Resolver404, resolve, set_script_prefix
+
+from tinkerapi.api.async_view import CONTROL_BODY_BYTES, AsyncAPIView
+from tinkerapi.api.body_limit import SMALL_BODY_BYTES, too_large
+from tinkerapi.api.errors import bad_request, page_not_found
+from tinkerapi.api.sdk.dispatch import view_by_headers
+from tinkerapi.pages import is_page
+
+
+async def admit(scope: MutableMapping[str, Any]) -> HttpResponseBase | int:
+    """The most bytes that this request's body may have, or the answer that refuses it unread."""
+    if is_page(scope["path"]):
+        return CONTROL_BODY_BYTES  # forms; who may send which, the pages say themselves
+    set_script_prefix(get_script_prefix(scope))
+    try:
+        request = ASGIRequest(scope, io.BytesIO())
+    except UnicodeDecodeError as error:
+        return bad_request(HttpRequest(), error)
+    try:
+        match = resolve(request.path_info)
+    except Resolver404 as error:
+        return page_not_found(request, error)
+    callback: Any = view_by_headers(match.func, request)
+    view_class = getattr(callback, "view_class", None)
+    if view_class is None or not issubclass(view_class, AsyncAPIView):
+        return too_large(SMALL_BODY_BYTES)  # it reads none
+    view: AsyncAPIView = view_class(**callback.view_initkwargs)
+    view.setup(request, *match.args, **match.kwargs)
+    refusal = await view.admit(request, *match.args, **match.kwargs)
+    return view.max_body_bytes() if refusal is None else refusal
