@@ -130,7 +130,7 @@ def test_downloaded_files_load_in_stock_peft_and_compute_the_same(
         [folder] = (tmp_path / kind).iterdir()
         assert peft_logprobs(sdk_server, folder) == pytest.approx(kept["logprobs"], rel=1e-4)
         files = {path.name for path in folder.iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+        assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_runs_and_checkpoints_are_listed_and_described(

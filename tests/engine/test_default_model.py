@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFWriter, TokenType
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -113,11 +114,14 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch
 
 def test_the_folder_holds_the_weights_in_bfloat16(packaged: Any, tmp_path: Path) -> None:
     folder = prepare_default_model(tmp_path / "models" / "tiny")
-    stored = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    stored = model.state_dict()
     for name, weight in packaged.items():
         assert stored[name].dtype == torch.bfloat16
         assert torch.equal(stored[name], weight.bfloat16()), name
     assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert "lm_head.weight" in load_file(folder / "model.safetensors")  # where tools look for it
 
 
 def test_the_tokenizer_splits_digits_off_as_the_model_was_trained(

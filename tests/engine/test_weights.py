@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -183,3 +186,36 @@ def test_stock_peft_loads_an_export_and_computes_the_same(
     with torch.no_grad():
         logprobs = model(input_ids=tokens).logits[0].log_softmax(-1).gather(1, targets)
     np.testing.assert_allclose(expected, logprobs[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_merged_by_the_lines_of_its_readme_an_export_computes_the_same(
+    tied, make_engine, make_datum, tmp_path, monkeypatch
+):
+    engine = make_engine(tied=tied)
+    engine.create_adapter("a", LoraConfig(rank=4, alpha=6.0))
+    engine.randomise("a")
+    datum = make_datum(12)
+    expected = engine.train_one("a", [datum]).logprobs[0]
+    engine.save_peft("a", tmp_path / "export")
+    monkeypatch.chdir(tmp_path / "export")
+
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    with peft_warnings_ignored():
+        exec("".join(blocks), names)  # noqa: S102 - our own lines, as a reader would run them
+    names["merged"].save_pretrained("merged")
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    tokens = torch.from_numpy(datum.model_input.astype(np.int64))[None]
+    targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])[:, None]
+    with torch.no_grad():
+        logprobs = merged(input_ids=tokens).logits[0].log_softmax(-1).gather(1, targets)
+    np.testing.assert_allclose(expected, logprobs[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_without_the_head_says_nothing_of_merging(engine, tmp_path):
+    engine.create_adapter("a", LoraConfig(rank=4, alpha=6.0, train_unembed=False))
+    engine.save_peft("a", tmp_path / "export")
+    readme = (tmp_path / "export" / "README.md").read_text()
+    assert "peft.PeftModel.from_pretrained" in readme
+    assert "merge" not in readme

@@ -231,7 +231,12 @@ class TorchEngine(Engine):
         self._adapters[adapter_name] = adapter
 
     def save_peft(self, adapter_name: str, directory: Path) -> int:
-        return weights.save_peft(self._use(adapter_name), directory, base_model_name=self.info.name)
+        return weights.save_peft(
+            self._use(adapter_name),
+            directory,
+            base_model_name=self.info.name,
+            head_name=self._base_model.head_name,
+        )
 
     def adapter_state(self, adapter_name: str) -> dict[str, Any]:
         adapter = self._peek(adapter_name)

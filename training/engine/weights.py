@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from training.engine.adapters import Adapter, AdapterLayout, AdapterTensors, LoraShape, new_adapter
+from training.engine.export_readme import export_readme
 from training.engine.storage import new_directory, read_meta, write_meta
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.types import LoraConfig
@@ -99,8 +100,12 @@ def load_adapter(
     return adapter
 
 
-def save_peft(adapter: Adapter, directory: Path, *, base_model_name: str) -> int:
-    """Write what ``peft.PeftModel.from_pretrained`` reads; see ``Engine.save_peft``."""
+def save_peft(adapter: Adapter, directory: Path, *, base_model_name: str, head_name: str) -> int:
+    """Write what ``peft.PeftModel.from_pretrained`` reads; see ``Engine.save_peft``.
+
+    Beside it a README.md for people: how to load it and, with an adapter on the output head, what
+    merging needs.
+    """
     layout = adapter.layout
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
@@ -118,6 +123,10 @@ def save_peft(adapter: Adapter, directory: Path, *, base_model_name: str) -> int
     with new_directory(directory) as temporary:
         _write(temporary / "adapter_model.safetensors", tensors)
         config.save_pretrained(str(temporary))
+        readme = export_readme(
+            base_model_name, layout, head_name if head_name in layout.places else None
+        )
+        (temporary / "README.md").write_text(readme)
         return sum(path.stat().st_size for path in temporary.iterdir())
 
 
