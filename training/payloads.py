@@ -137,21 +137,21 @@ def prompt_cost(prompt: Prompt) -> int:
 def _conversation_cost(conversation: Conversation) -> int:
     # Five tokens frame each message in ChatML.
     return sum(
-        _characters(message) // CHARACTERS_PER_TOKEN + 5 for message in conversation.messages
-    ) + (_characters(conversation.options.tools) // CHARACTERS_PER_TOKEN)
+        count_characters(message) // CHARACTERS_PER_TOKEN + 5 for message in conversation.messages
+    ) + (count_characters(conversation.options.tools) // CHARACTERS_PER_TOKEN)
 
 
-def _characters(value: Any) -> int:
-    """About how long a value is when a template writes it."""
+def count_characters(value: Any) -> int:
+    """About how long a value is when a template writes it; frames of JSON do not count."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Message):
         extras = (value.name, value.tool_calls, value.tool_call_id, value.reasoning_content)
-        return _characters(value.content) + _characters(extras)
+        return count_characters(value.content) + count_characters(extras)
     if isinstance(value, Mapping):
-        return sum(len(key) + _characters(item) for key, item in value.items())
+        return sum(len(key) + count_characters(item) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return sum(map(_characters, value))
+        return sum(map(count_characters, value))
     return 0 if value is None else len(str(value))
 
 

@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 
 from tinkerapi.api.fields import FLOAT32, Schema, refuse, shown
 from training.errors import InvalidDatum, LimitExceeded
+from training.payloads import count_characters
 from training.types import MAX_FLOAT32, Conversation, Datum, Message, Prompt, wrong_length
 
 ROLES = ("system", "user", "assistant")
 
 MAX_TOKEN_ID = 2**31 - 1
+
+CHARACTERS_PER_TOKEN = 8
+"""So much text is taken for each token that a sequence may have."""
 
 NO_INPUTS = "is empty; send what the loss reads, such as target_tokens and weights"
 
@@ -49,6 +53,7 @@ def check_prompt(value: Any, where: str) -> Prompt:
     if isinstance(value, str):
         if not value:
             raise InvalidDatum(f"{where}: is empty")
+        check_characters(value, where)
         return value
     if isinstance(value, dict) and "messages" in value:
         return check_conversation(value, where)
@@ -81,9 +86,30 @@ def check_conversation(value: Any, where: str) -> Conversation:
         raise _wrong(where, "a list of messages", value)
     if not value:
         raise InvalidDatum(f"{where}: has no messages")
-    return Conversation(
-        tuple(_check_message(item, f"{where}[{index}]") for index, item in enumerate(value))
-    )
+    messages = tuple(_check_message(item, f"{where}[{index}]") for index, item in enumerate(value))
+    check_characters(messages, where)
+    return Conversation(messages)
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Refuse more text than could be ``MAX_DATUM_TOKENS`` tokens.
+
+    Tokenizing takes time and memory in proportion to the characters, so it is not begun for text
+    that is refused in the end. A token of ordinary text is four or five characters.
+
+    Args:
+        value: Text, or messages and whatever else a template is given; all texts in it count.
+
+    Raises:
+        LimitExceeded: (400)
+    """
+    most = settings.MAX_DATUM_TOKENS * CHARACTERS_PER_TOKEN
+    characters = count_characters(value)
+    if characters > most:
+        raise LimitExceeded(
+            f"{where}: {characters} characters; this server takes {most} in one sequence "
+            f"({CHARACTERS_PER_TOKEN} for each of {settings.MAX_DATUM_TOKENS} tokens)"
+        )
 
 
 def check_tokens(value: Any, where: str) -> NDArray[np.int32]:

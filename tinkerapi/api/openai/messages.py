@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from futures.plain import MAX_DEPTH
+from tinkerapi.api.data import check_characters
 from tinkerapi.api.fields import refuse, refuse_size
 from tinkerapi.api.json_limits import check_json_size
 from training.errors import InvalidRequest
@@ -45,7 +46,9 @@ def check_messages(value: Any, where: str) -> tuple[Message, ...]:
         raise InvalidRequest(f"{where}: has no messages")
     if len(value) > MAX_MESSAGES:
         raise refuse_size(where, len(value), "messages", MAX_MESSAGES)
-    return tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
+    messages = tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
+    check_characters(messages, where)
+    return messages
 
 
 def _message(value: Any, where: str) -> Message:
