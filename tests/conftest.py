@@ -25,6 +25,7 @@ from tinkerapi.postgres import EmbeddedPostgres
 from training.base_models import base_model_get
 from training.engine.fake import FakeEngine
 from training.worker.loop import WorkLoop
+from training.worker.text_pool import TextPool
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +75,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 class InProcessWorker:
     """The real work loop on a fake engine, stepped by the test instead of by doorbells."""
 
-    def __init__(self, engine: FakeEngine | None = None) -> None:
+    def __init__(self, engine: FakeEngine | None = None, text_pool: TextPool | None = None) -> None:
         self.engine = engine or FakeEngine()
         self.worker = worker_start(queue=base_model_get(None).queue, figures={})
         self.loop = WorkLoop(
-            self.engine, self.worker, stopping=lambda: False, bell_rang=lambda seconds: False
+            self.engine,
+            self.worker,
+            stopping=lambda: False,
+            bell_rang=lambda seconds: False,
+            text_pool=text_pool,
         )
 
     def __call__(self) -> None:
@@ -96,10 +101,12 @@ def start_worker(db: None) -> Iterator[Callable[..., InProcessWorker]]:
     """``start_worker()``: a new worker life; ``work = start_worker(); work()`` runs what waits."""
     workers: list[InProcessWorker] = []
 
-    def start(engine: FakeEngine | None = None) -> InProcessWorker:
+    def start(
+        engine: FakeEngine | None = None, text_pool: TextPool | None = None
+    ) -> InProcessWorker:
         if workers:
             workers[-1].die()
-        workers.append(InProcessWorker(engine))
+        workers.append(InProcessWorker(engine, text_pool))
         return workers[-1]
 
     yield start

@@ -18,6 +18,7 @@ from tests.tiny_model import (
     VOCAB_SIZE,
     make_tokenizer,
 )
+from training.engine import text as text_module
 from training.engine.chat_template import Message
 from training.engine.text import ChatText
 from training.errors import InvalidRequest
@@ -255,6 +256,15 @@ def test_where_contents_are_rewritten_an_answer_is_what_follows_its_prompt() -> 
 def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day() -> None:
     dated = text_with_template("{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}")
     assert dated.decode(dated.render_prompt(chat("user: x"))) == "26 Jul 2024x"
+
+
+def test_a_template_that_does_not_end_is_found_out_when_it_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(text_module, "TRY_SECONDS", 0.2)
+    loops = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    assert "takes more than 0.2 seconds" in str(text_with_template(loops).fault)
+    assert text_with_template(loops).encode("a") == TINY.encode("a"), "and text is served"
 
 
 def test_a_model_without_a_template_says_so() -> None:

@@ -185,6 +185,16 @@ def test_a_worker_that_reports_is_ok(
 
 
 @pytest.mark.django_db
+def test_a_model_whose_conversations_cannot_be_trained_on_says_why(
+    base_model: BaseModel, start_worker_row: Callable[..., Worker]
+) -> None:
+    start_worker_row(figures={"conversation_fault": "no token ends an answer"})
+    finding = doctor.check_worker(base_model, SERVER)
+    assert finding.verdict is Verdict.OK
+    assert finding.detail.endswith("takes no conversations to train on: no token ends an answer")
+
+
+@pytest.mark.django_db
 def test_a_worker_that_is_silent_or_absent_has_failed(
     base_model: BaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:

@@ -45,6 +45,8 @@ class BaseModelInfo:
     num_parameters: int
     device: str
     dtype: str
+    conversation_fault: str | None = None
+    """Why no conversation can be trained on; None if they can be."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,6 +150,10 @@ class Engine(ABC):
 
     info: BaseModelInfo
     sampler: Sampler
+    text: Any = None
+    """What has ``render_conversation``, ``render_prompt`` and ``encode`` of this engine and can be
+    copied into another process, where a text that takes long holds up nobody; None if the
+    engine's own verbs take no time."""
 
     @abstractmethod
     def report_progress(self, to: Callable[[], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,6 @@ class TorchEngine(Engine):
             custom_losses: Computes clients' own losses. The default does so right here, counted
                 but without a limit on time; a worker, which serves others too, gives another.
         """
-        self.info = base_model.info
         self._base_model = base_model
         self._token_budget = token_budget
         self._custom_losses = custom_losses
@@ -84,6 +84,8 @@ class TorchEngine(Engine):
             base_model.info.vocab_size,
             end_token_ids=base_model.end_token_ids,
         )
+        self.text = self._text
+        self.info = replace(base_model.info, conversation_fault=self._text.fault)
         self.sampler: Sampler = ContinuousSampler(
             base_model, self._text, self.adapter_weights, cache_tokens=cache_tokens
         )

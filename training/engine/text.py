@@ -20,10 +20,14 @@ from training.engine.edges import EdgedTokens, TextTokens, tokenize_with_edges
 from training.engine.rendered import RenderedConversation, answers, prompt_length
 from training.engine.stopping import text_after
 from training.engine.template_check import find_fault
+from training.engine.time_limit import time_limit
 from training.engine.token_texts import TokenTexts
 from training.engine.turn_ends import find_turn_ends
 from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText
+
+TRY_SECONDS = 5.0
+"""What a template may take for a short conversation when it is tried."""
 
 TRAIN_ON = ("auto", "assistant", "all")
 
@@ -54,14 +58,16 @@ class ChatText:
         """Special tokens, written out; ``decode`` leaves them out."""
         self._first_tokens = _first_tokens(tokenizer)
         self._token_texts = TokenTexts(tokenizer, neutral=self._ids_of("a")[-1:])
-        self._ends = find_turn_ends(self._template, self._added_tokens_in)
+        with time_limit(TRY_SECONDS):
+            self._ends = find_turn_ends(self._template, self._added_tokens_in)
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self.end_token_ids: tuple[int, ...] = tuple(
             sorted({*own, *end_token_ids, *self._ends.stops})
         )
         """Where the model itself ends what it says: the tokenizer's end token, those handed in,
         and what the chat template writes after what the assistant says."""
-        self.fault = find_fault(self, self._template)
+        with time_limit(TRY_SECONDS):
+            self.fault = find_fault(self, self._template)
         """Why no conversation can be trained on; None if they can be."""
 
     # -- text ------------------------------------------------------------------------------------

@@ -32,10 +32,15 @@ from training.worker.pace import Pace
 from training.worker.residency import Residency
 from training.worker.samples import Samples
 from training.worker.scheduler import Batch, Scheduler, has_custom_loss
+from training.worker.text_pool import TextPool
+from training.worker.texts import Texts
 
 CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
+PENDING_TEXT_BYTES = 1024**3  # of text that is not tokens yet; more is not claimed
+TEXT_SLICE_SECONDS = 0.02  # waiting for text to become tokens between two looks at the bell
+COMPANY_SECONDS = 0.02  # a batch waits so long for text that was claimed with it
 
 # Fenced as the outcomes are, for a batch that only begins samples has none.
 _ADVANCE = """
@@ -65,6 +70,7 @@ class WorkLoop:
         bell_rang: Callable[[float], Bell],
         figures: dict[str, Any] | None = None,
         on_turn: Callable[[], None] = lambda: None,
+        text_pool: TextPool | None = None,
     ) -> None:
         """Begin with nothing held.
 
@@ -74,18 +80,24 @@ class WorkLoop:
                 up to so many seconds; 0 is a cheap look.
             figures: Where the loop writes what it has to say of itself.
             on_turn: Called whenever the loop has got on; see ``training.worker.pulse``.
+            text_pool: Where text becomes tokens; None does it in this thread.
         """
         self._engine = engine
         self._worker = worker
         self._stopping = stopping
         self._bell_rang = bell_rang
+        self._texts = Texts(engine, text_pool, seconds=settings.TEXT_SECONDS)
         self._scheduler = Scheduler(
-            batch_cost=settings.BATCH_TOKENS, batch_lanes=settings.RESIDENT_ADAPTERS
+            batch_cost=settings.BATCH_TOKENS,
+            batch_lanes=settings.RESIDENT_ADAPTERS,
+            is_ready=self._texts.is_ready,
         )
         self._on_turn = on_turn
         self.residency = Residency(engine, worker, on_turn=on_turn)
-        self._operations = Operations(engine, self.residency)
-        self._samples = Samples(engine)
+        self._operations = Operations(engine, self.residency, self._texts)
+        self._samples = Samples(engine, self._texts)
+        self._company_until = 0.0
+        """Until when a batch waits for text that was claimed with it."""
         self._figures = figures if figures is not None else {}
         self._batch = 0
         self._unclaimed = True
@@ -110,6 +122,7 @@ class WorkLoop:
                 self._claim()
                 gather(may_wait=self._may_wait, bell_rang=self._listen, claim=self._claim)
             self._let_go_of_cancelled()
+            self._look_at_texts()
             batch = self._scheduler.next_batch()
             begin = time.monotonic()
             if batch:
@@ -119,6 +132,8 @@ class WorkLoop:
                 is_custom = any(map(has_custom_loss, batch.passes))
                 took = time.monotonic() - begin if is_custom else 0.0
                 self._sample(max(SAMPLING_SLICE_SECONDS, took))
+            elif not batch and self._texts.are_pending:
+                self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
             elif not batch and not self._unclaimed:
                 return
 
@@ -135,7 +150,8 @@ class WorkLoop:
 
     def _claim(self) -> None:
         """Take what may run, unless enough is held already."""
-        if self._scheduler.held_cost > settings.BATCH_TOKENS:
+        is_full = self._scheduler.held_cost > settings.BATCH_TOKENS
+        if is_full or self._texts.pending_bytes > PENDING_TEXT_BYTES:
             self._unclaimed = True
             return
         claimed = future_claim(
@@ -143,8 +159,23 @@ class WorkLoop:
             max_futures=CLAIM_FUTURES,
             max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
         )
+        if self._texts.begin(claimed):
+            self._company_until = time.monotonic() + COMPANY_SECONDS
         self._scheduler.add(claimed)
         self._unclaimed = self._worker.more_waits
+
+    def _look_at_texts(self) -> None:
+        """See whose text is tokens by now.
+
+        Short texts take a moment, and what was claimed together should share a pass: so what was
+        just claimed is waited for a little, unless that would hold up who is being sampled for.
+        """
+        self._texts.look()
+        while self._texts.are_pending and not self._engine.sampler.active:
+            left = self._company_until - time.monotonic()
+            if left <= 0:
+                return
+            self._texts.look(wait_seconds=left)
 
     def _may_wait(self) -> bool:
         """Whether nobody minds if what is held waits for company."""
@@ -184,6 +215,7 @@ class WorkLoop:
                 future, payload, model_id=run.name if run else None, adapter_name=adapter_name
             )
         except TrainingError as error:
+            self._texts.forget([future.id])
             self._scheduler.sample_finished(future)
             effects.outcomes.append(outcomes.failed(future, error))
 
@@ -211,6 +243,7 @@ class WorkLoop:
             worker=self._worker, request_ids=[*self._samples.request_ids, *waiting]
         )
         self._scheduler.withdraw(cancelled)
+        self._texts.forget(cancelled)
         summaries: dict[str, dict[str, int]] = {}
         for request_id, (future, used) in self._samples.withdraw(cancelled).items():
             self._scheduler.sample_finished(future)
@@ -253,4 +286,5 @@ class WorkLoop:
             future for future, _ in self._samples.withdraw(self._samples.request_ids).values()
         ]
         futures_release(worker=self._worker, request_ids=[future.id for future in futures])
+        self._texts.close()
         self.residency.snapshot_all()

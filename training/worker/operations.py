@@ -26,6 +26,7 @@ from training.worker import outcomes
 from training.worker.checkpoints import CheckpointOperations
 from training.worker.passes import run_passes
 from training.worker.residency import Residency
+from training.worker.texts import Texts
 
 
 @dataclass
@@ -56,8 +57,9 @@ class Effects:
 class Operations:
     """Runs batches against one engine."""
 
-    def __init__(self, engine: Engine, residency: Residency) -> None:
+    def __init__(self, engine: Engine, residency: Residency, texts: Texts) -> None:
         self._engine = engine
+        self._texts = texts
         self._residency = residency
         self._checkpoints = CheckpointOperations(engine, residency)
         self._backend = f"torch-{engine.info.device}"
@@ -77,11 +79,12 @@ class Operations:
             try:
                 requests.append((self.bring(future, runs), future))
             except TrainingError as error:
+                self._texts.forget([future.id])
                 effects.outcomes.append(outcomes.failed(future, error))
         if not requests:
             return
         begin = time.monotonic()
-        answers = run_passes(self._engine, requests)
+        answers = run_passes(self._engine, requests, self._texts.take)
         seconds = time.monotonic() - begin
         total = sum(future.cost for _, future in requests)
         for answer in answers:

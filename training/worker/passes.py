@@ -5,18 +5,20 @@ Used for new requests and for the replay of old ones, so that both compute the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from futures.models import Future
 from futures.payload import decode
-from training import payloads
 from training.custom_loss_graph import CustomLossGraph, check_graph, graph_as_sent
 from training.engine.interface import Engine, ForwardBackwardJob
-from training.errors import InvalidDatum, TrainingError
+from training.errors import TrainingError
 from training.kinds import Kind
 from training.selectors import custom_loss_get
-from training.types import Conversation, Datum, ForwardBackwardOutput
+from training.types import Datum, ForwardBackwardOutput
+from training.worker.text_work import Item
+from training.worker.texts import render
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +32,21 @@ class PassAnswer:
     output: ForwardBackwardOutput | TrainingError
 
 
+TakeTokens = Callable[[Future, Mapping[str, Any]], Sequence[Item]]
+"""The datums of a future with this payload, in tokens; ``Texts.take``."""
+
+
 def run_passes(
-    engine: Engine, requests: Sequence[tuple[str, Future]], *, is_replay: bool = False
+    engine: Engine,
+    requests: Sequence[tuple[str, Future]],
+    take_tokens: TakeTokens | None = None,
+    *,
+    is_replay: bool = False,
 ) -> list[PassAnswer]:
     """Run (adapter name, future) pairs together; one bad future fails alone.
 
     Args:
+        take_tokens: None makes the tokens here.
         is_replay: They were answered before, and are computed again to rebuild a run.
 
     Returns:
@@ -46,7 +57,8 @@ def run_passes(
     for adapter_name, future in requests:
         payload = decode(bytes(future.payload or b""))
         try:
-            data = _render(engine, payload)
+            items = take_tokens(future, payload) if take_tokens else render(engine, payload)
+            data = [item for item in items if isinstance(item, Datum)]
             custom_loss = _custom_loss(payload.get("loss_id"))
         except TrainingError as error:
             answers.append(
@@ -75,31 +87,6 @@ def run_passes(
             )
         complete.append(answer)
     return complete
-
-
-def _render(engine: Engine, payload: payloads.Payload) -> list[Datum]:
-    data = []
-    for index, item in enumerate(payloads.data_from_payload(payload["data"])):
-        if isinstance(item, Conversation):
-            try:
-                item = engine.render_conversation(
-                    item.to_dicts(), train_on=payload["train_on"], options=item.options
-                )
-            except TrainingError as error:
-                raise type(error)(f"data[{index}]: {error}") from error
-            _check_length(item, f"data[{index}]", engine.info.max_context_tokens)
-        data.append(item)
-    return data
-
-
-def _check_length(rendered: Datum, where: str, most: int) -> None:
-    """Refuse a conversation that is too long in words of its own: it named no ``model_input``."""
-    num_tokens = len(rendered.model_input)
-    if num_tokens > most:
-        raise InvalidDatum(
-            f"{where}: the conversation is {num_tokens} tokens once rendered, and the model reads "
-            f"at most {most}"
-        )
 
 
 def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:

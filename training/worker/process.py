@@ -27,6 +27,7 @@ from training import tasks
 from training.base_models import BaseModel
 from training.engine.interface import Engine
 from training.errors import BaseModelNotFound, TrainingError
+from training.worker import text_pool
 from training.worker.chores import Chores
 from training.worker.devices import device_of
 from training.worker.last_words import LastWords, crashed, oom_kills
@@ -55,6 +56,7 @@ def build_engine(base_model: BaseModel) -> Engine:
     from training.engine.model_engine import TorchEngine
     from training.worker.custom_loss_process import CustomLossProcess
 
+    text_pool.warm_up()
     torch.set_num_threads(num_threads(torch.get_num_threads()))
     device = device_of(
         base_model.config,
@@ -155,7 +157,14 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             "dtype": engine.info.dtype,
             "num_parameters": engine.info.num_parameters,
             "max_context_tokens": engine.info.max_context_tokens,
+            "conversation_fault": engine.info.conversation_fault,
         }
+        if engine.info.conversation_fault is not None:
+            logger.warning(
+                "%s: takes no conversations to train on: %s",
+                base_model.name,
+                engine.info.conversation_fault,
+            )
         consumer = Consumer(base_model.queue)
         loop = WorkLoop(
             engine,
@@ -164,6 +173,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             bell_rang=partial(bell_rang, base_model.queue),
             figures=figures,
             on_turn=pulse,
+            text_pool=None if engine.text is None else text_pool.TextPool(engine.text),
         )
         consumer.on_turn = loop.turn
         tasks.serve(base_model.queue, last_words.noted()(loop.run_until_idle))

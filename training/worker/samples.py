@@ -24,8 +24,9 @@ from training.engine.interface import Engine, SampleJob, SampleOutput
 from training.errors import LimitExceeded, TrainingError
 from training.services.recorded_samples import samples_record
 from training.text_pieces import Told
-from training.types import Conversation, Prompt, ScoringParams
+from training.types import Datum, ScoringParams
 from training.worker import outcomes
+from training.worker.texts import Texts
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,9 @@ class Sampled:
 class Samples:
     """What one engine samples for futures."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, texts: Texts) -> None:
         self._engine = engine
+        self._texts = texts
         self._held: dict[str, _Sampling] = {}
 
     def __len__(self) -> int:
@@ -105,10 +107,12 @@ class Samples:
         echoed: list[tuple[Sequence[int], str | None]] = []
         prompt_tokens = 0
         try:
-            for index, item in enumerate(payload["prompts"]):
-                prompt = payloads.prompt_from_payload(item)
+            stored = map(payloads.prompt_from_payload, payload["prompts"])
+            items = self._texts.take(future, payload)
+            tokens = [item for item in items if not isinstance(item, Datum)]
+            for index, (prompt, prompt_ids) in enumerate(zip(stored, tokens, strict=True)):
                 job = SampleJob(
-                    prompt=self._tokens(prompt),
+                    prompt=prompt_ids,
                     sampling_params=params,
                     num_samples=payload["num_samples"],
                     adapter_name=adapter_name,
@@ -141,11 +145,6 @@ class Samples:
             record_for=payload.get("record"),
             prompt=list(job.prompt) if "record" in payload else [],
         )
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, Conversation):
-            return self._engine.render_prompt(prompt.to_dicts(), prompt.options)
-        return self._engine.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def step(self, *, seconds: float, on_step: Callable[[], None]) -> list[Sampled]:
         """Sample for so long, or until something finished, and tell those who follow."""

@@ -17,7 +17,7 @@ others wait for one graph's time limit at most.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
 from futures.models import Future
@@ -43,15 +43,23 @@ class Batch:
 class Scheduler:
     """The futures that this worker holds and has not begun, and the lanes that wait."""
 
-    def __init__(self, *, batch_cost: int, batch_lanes: int) -> None:
+    def __init__(
+        self,
+        *,
+        batch_cost: int,
+        batch_lanes: int,
+        is_ready: Callable[[Future], bool] = lambda future: True,
+    ) -> None:
         """Begin with nothing held.
 
         Args:
             batch_cost: Tokens that one batch may hold; one future alone may exceed it.
             batch_lanes: Lanes that one batch may touch: as many adapters must be in memory.
+            is_ready: Whether a future may run; if not, it and what is behind it in its lane wait.
         """
         self._batch_cost = batch_cost
         self._batch_lanes = batch_lanes
+        self._is_ready = is_ready
         self._lanes: dict[str, deque[Future]] = {}
         self._sampling: dict[str, set[str]] = {}
 
@@ -75,6 +83,9 @@ class Scheduler:
                 if lane in barred or (lane not in touched and len(touched) >= self._batch_lanes):
                     continue
                 future = queue[0]
+                if not self._is_ready(future):
+                    barred.add(lane)
+                    continue
                 if future.kind not in SHARED:
                     barred.add(lane)
                     if lane in self._sampling:
@@ -130,8 +141,9 @@ class Scheduler:
 
     @property
     def held_cost(self) -> int:
-        """Tokens claimed and not begun."""
-        return sum(future.cost for queue in self._lanes.values() for future in queue)
+        """Tokens claimed, not begun and ready to run: what waits for its text holds up no claim."""
+        held = [f for queue in self._lanes.values() for f in queue]
+        return sum(future.cost for future in held if self._is_ready(future))
 
 
 def has_custom_loss(future: Future) -> bool:

@@ -1,0 +1,64 @@
+"""Texts that take long, crash or eat memory; their processes read this, so no Django here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from training.engine.fake import FakeEngine
+from training.errors import InvalidRequest
+from training.types import ChatOptions, Datum
+
+
+class OddText:
+    """Text whose first word says what becomes of its process."""
+
+    def encode(self, text: str) -> list[int]:
+        word, _, rest = text.partition(" ")
+        if word == "forever":
+            while True:
+                with suppress(Exception):  # nothing of its own ends it
+                    time.sleep(60)
+        if word == "crash" or (word == "crash-once" and not os.path.exists(rest)):
+            if rest:
+                os.close(os.open(rest, os.O_CREAT))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "memory":
+            return list(bytearray(64 * 1024**3))
+        if word == "refuse":
+            raise InvalidRequest(f"prompt: {rest}")
+        return list(text.encode())
+
+    def render_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+    ) -> list[int]:
+        return self.encode(messages[0]["content"])
+
+    def render_conversation(
+        self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
+    ) -> Datum:
+        raise NotImplementedError
+
+
+class SlowText:
+    """As the fake engine's text, but what contains "forever" never ends."""
+
+    def encode(self, text: str) -> list[int]:
+        while "forever" in text:
+            time.sleep(1)
+        return FakeEngine().encode(text)
+
+    def render_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+    ) -> list[int]:
+        return FakeEngine().render_prompt(messages, options)
+
+    def render_conversation(
+        self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
+    ) -> Datum:
+        self.encode(messages[0]["content"])
+        return FakeEngine().render_conversation(messages, train_on=train_on, options=options)

@@ -1,0 +1,107 @@
+"""Text becomes tokens in processes of its own: a slow one is ended and holds up nobody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from futures.payload import encode
+from tests.training.odd_text import OddText
+from training.errors import LimitExceeded, TrainingError
+from training.worker.text_pool import MOST_PROCESSES, TextPool
+from training.worker.text_process import Answer, TextTask
+
+
+def task(*prompts: str, seconds: float = 30.0, most: int = 1000) -> TextTask:
+    payload = {"prompts": [{"text": prompt} for prompt in prompts]}
+    return TextTask(encode(payload), max_context_tokens=most, seconds=seconds)
+
+
+Run = Callable[..., dict[str, Answer]]
+
+
+@pytest.fixture
+def pool() -> Iterator[TextPool]:
+    made = TextPool(OddText())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def answers(pool: TextPool) -> Run:
+    def wait(*keys: str) -> dict[str, Answer]:
+        got: dict[str, Answer] = {}
+        deadline = time.monotonic() + 60
+        while not got.keys() >= set(keys):
+            assert time.monotonic() < deadline, f"only {list(got)}"
+            got |= pool.answers(wait_seconds=1.0)
+        return got
+
+    return wait
+
+
+def test_prompts_become_tokens_in_order(pool: TextPool, answers: Run) -> None:
+    pool.submit("a", "ada", task("hi", "ho"))
+    assert answers("a")["a"] == [list(b"hi"), list(b"ho")]
+    assert pool.num_pending == 0
+
+
+def test_a_refusal_is_the_requests_answer(pool: TextPool, answers: Run) -> None:
+    pool.submit("a", "ada", task("hi", "refuse this"))
+    pool.submit("b", "ada", task("long", most=3))
+    refused = answers("a", "b")
+    assert [str(refused[key]) for key in "ab"] == [
+        "prompt: this",
+        "prompt: 4 tokens leave no room in the context of 3",
+    ]
+
+
+def test_what_takes_too_long_fails_alone_and_by_name(pool: TextPool, answers: Run) -> None:
+    pool.submit("slow", "ada", task("hi", "forever", seconds=0.5))
+    pool.submit("behind", "ada", task("hi"))
+    got = answers("slow", "behind")
+    assert isinstance(got["slow"], LimitExceeded)
+    assert "more than 0.5 seconds" in str(got["slow"])
+    assert got["behind"] == [list(b"hi")]
+
+
+def test_another_owner_does_not_wait_and_one_owner_has_one_process(
+    pool: TextPool, answers: Run
+) -> None:
+    for number in range(3):
+        pool.submit(f"slow{number}", "eve", task("forever"))
+    pool.submit("b", "bob", task("hi"))
+    assert answers("b")["b"] == [list(b"hi")]
+    assert pool.num_pending == 3
+    pool.forget("slow0")
+    assert pool.num_pending == 2
+
+
+def test_more_owners_than_processes_take_turns(pool: TextPool, answers: Run) -> None:
+    keys = [f"k{number}" for number in range(MOST_PROCESSES + 4)]
+    for key in keys:
+        pool.submit(key, f"owner {key}", task(key))
+    assert answers(*keys) == {key: [list(key.encode())] for key in keys}
+
+
+def test_a_process_that_somebody_ended_is_tried_again_once(
+    pool: TextPool, answers: Run, tmp_path: Any
+) -> None:
+    pool.submit("once", "ada", task(f"crash-once {tmp_path / 'note'}"))
+    pool.submit("always", "bob", task("crash"))
+    got = answers("once", "always")
+    assert isinstance(got["once"], list)
+    assert isinstance(got["always"], TrainingError)
+    assert "ended, twice (exit code -9)" in str(got["always"])
+
+
+def test_memory_beyond_the_limit_fails_the_request(pool: TextPool, answers: Run) -> None:
+    pool.submit("a", "ada", task("memory"))
+    pool.submit("b", "ada", task("hi"))
+    got = answers("a", "b")
+    assert isinstance(got["a"], LimitExceeded)
+    assert "more memory" in str(got["a"])
+    assert got["b"] == [list(b"hi")]

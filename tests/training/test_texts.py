@@ -1,0 +1,108 @@
+"""The worker's loop while text becomes tokens elsewhere: nobody waits for another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from django.contrib.auth.models import User
+
+from futures.models import Future
+from futures.payload import decode
+from tests.conftest import InProcessWorker
+from tests.training.odd_text import SlowText
+from training.services import optim_step_submit, sample_submit
+from training.types import AdamParams, SamplingParams
+from training.worker import loop
+from training.worker.text_pool import TextPool
+
+Submit = Callable[..., Future]
+
+
+@pytest.fixture
+def pool() -> Iterator[TextPool]:
+    made = TextPool(SlowText())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def work(
+    start_worker: Callable[..., InProcessWorker],
+    pool: TextPool,
+) -> InProcessWorker:
+    work = start_worker(text_pool=pool)
+    work.loop._texts._seconds = 1.0
+    return work
+
+
+def sample(owner: User, prompt: str) -> Future:
+    return sample_submit(
+        owner_id=owner.pk,
+        model_id=None,
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        model_path=None,
+        prompts=[prompt],
+        num_samples=1,
+        sampling_params=SamplingParams(max_tokens=3, seed=1),
+    ).future
+
+
+def finished(*futures: Future) -> list[str]:
+    """The states, in the order in which the futures were finished."""
+    for future in futures:
+        future.refresh_from_db()
+    return [f.state for f in sorted(futures, key=lambda f: f.finished_at or f.created_at)]
+
+
+def test_a_text_that_takes_long_fails_by_name_and_holds_up_nobody(
+    work: InProcessWorker, owner: User, forward_backward: Submit
+) -> None:
+    eve = User.objects.create_user("eve")
+    slow = forward_backward("evil", "forever", "no", owner_id=eve.pk)
+    step = optim_step_submit(owner_id=eve.pk, model_id="evil", adam_params=AdamParams()).future
+    trained = forward_backward("m", "hi", "yes")
+    sampled = sample(owner, "hello")
+    work()
+    assert finished(slow, step, trained, sampled) == ["ready", "ready", "failed", "ready"]
+    assert "took more than 1 seconds to become tokens" in slow.error
+    order = Future.objects.filter(pk__in=[slow.pk, step.pk]).order_by("finished_at", "seq_id")
+    assert list(order) == [slow, step], "what is behind it in its lane waited"
+
+
+def test_tokens_made_elsewhere_are_those_made_here(
+    start_worker: Callable[..., InProcessWorker], pool: TextPool, owner: User
+) -> None:
+    start_worker(text_pool=pool)
+    here = start_worker()
+    expected = sample(owner, "hello")
+    here()
+    elsewhere = start_worker(text_pool=pool)
+    future = sample(owner, "hello")
+    elsewhere()
+    expected.refresh_from_db()
+    future.refresh_from_db()
+    one, other = (decode(bytes(f.result or b""))["sequences"][0] for f in (expected, future))
+    assert one["tokens"].tolist() == other["tokens"].tolist()
+
+
+def test_requests_claimed_together_share_a_pass_when_their_texts_are_short(
+    work: InProcessWorker, forward_backward: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "COMPANY_SECONDS", 10.0)
+    futures = [forward_backward("m", f"hi {number}", "yes") for number in range(4)]
+    work()
+    for future in futures:
+        future.refresh_from_db()
+    assert len({future.batch for future in futures}) == 1
+
+
+def test_text_that_waits_holds_up_no_claim(work: InProcessWorker, owner: User) -> None:
+    """However much it is: what is counted as held is what can run."""
+    eve = User.objects.create_user("eve")
+    long = [sample(eve, "forever " * 20_000) for _ in range(3)]
+    work.loop._claim()
+    assert work.loop._scheduler.held_cost == 0
+    short = sample(owner, "hello")
+    work()
+    assert finished(*long, short)[0] == "ready"

@@ -1,0 +1,83 @@
+"""A process beside the worker that turns text into tokens, and nothing else.
+
+A template is a program and a tokenizer's time depends on the text, so both run where they can be
+ended: the kernel ends a process whose item takes too long, whatever it is at. And while one
+renders, Python's lock is not taken from the engine's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from futures.payload import decode
+from training.errors import LimitExceeded, TrainingError
+from training.worker.text_work import Item, Text, tokens_of
+
+MEMORY_BYTES = 4 * 1024**3
+"""Beyond what the process begins with; more is refused to it."""
+
+NICENESS = 5
+"""The engine's work goes first."""
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """One request's text."""
+
+    payload: bytes
+    """As the future stores it."""
+    max_context_tokens: int
+    seconds: float
+    """How long one conversation or prompt may take."""
+
+
+Answer = list[Item] | TrainingError
+
+
+def serve(connection: Connection, text: Text) -> None:
+    """Answer tasks until the other side closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl+C is the worker's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+    os.nice(NICENESS)
+    _limit_memory()
+    while True:
+        try:
+            task: TextTask = connection.recv()
+            connection.send(_answer(text, task))
+        except (EOFError, OSError):
+            return
+
+
+def _answer(text: Text, task: TextTask) -> Answer:
+    def begin_item() -> None:
+        signal.setitimer(signal.ITIMER_REAL, task.seconds)
+
+    try:
+        return tokens_of(
+            text,
+            decode(task.payload),
+            max_context_tokens=task.max_context_tokens,
+            on_item=begin_item,
+        )
+    except TrainingError as error:
+        return error
+    except MemoryError:
+        return LimitExceeded(
+            "This request's text needs more memory to become tokens than there is for it: send "
+            "less text at a time, or tokens"
+        )
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _limit_memory() -> None:
+    try:
+        with open("/proc/self/statm") as statm:
+            now = int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:  # another system than Linux
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_BYTES, now + MEMORY_BYTES))

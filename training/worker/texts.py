@@ -1,0 +1,102 @@
+"""Which claimed requests' text is on its way into tokens, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from futures.models import Future
+from futures.payload import decode
+from training.engine.interface import Engine
+from training.errors import TrainingError
+from training.kinds import SHARED
+from training.worker.text_pool import TextPool
+from training.worker.text_process import Answer, TextTask
+from training.worker.text_work import Item, Text, has_text, tokens_of
+
+
+class Texts:
+    """Tokens of requests: made beforehand by a pool of processes, or on the spot without one."""
+
+    def __init__(self, engine: Engine, pool: TextPool | None, *, seconds: float) -> None:
+        """
+        Args:
+            pool: None has everything done on the spot, in the engine's thread.
+            seconds: What one conversation or prompt may take in a process.
+        """
+        self._engine = engine
+        self._pool = pool
+        self._seconds = seconds
+        self._begun: dict[str, int] = {}
+        """Request id -> the bytes of its payload."""
+        self._answers: dict[str, Answer] = {}
+
+    def begin(self, futures: Iterable[Future]) -> bool:
+        """Have the text of what was claimed made into tokens; returns whether there is any."""
+        begun = len(self._begun)
+        if self._pool is None:
+            return False
+        for future in futures:
+            if future.kind not in SHARED:
+                continue
+            payload = bytes(future.payload or b"")
+            if not has_text(decode(payload)):
+                continue
+            task = TextTask(payload, self._engine.info.max_context_tokens, self._seconds)
+            self._begun[future.id] = len(payload)
+            self._pool.submit(future.id, str(future.owner_id), task)
+        return len(self._begun) > begun
+
+    def is_ready(self, future: Future) -> bool:
+        """Whether a request may run: its text is tokens, or was refused, or it has none."""
+        return future.id not in self._begun or future.id in self._answers
+
+    @property
+    def are_pending(self) -> bool:
+        """Whether some text is not tokens yet."""
+        return bool(self._begun.keys() - self._answers.keys())
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of payloads whose text is not tokens yet."""
+        return sum(self._begun[key] for key in self._begun.keys() - self._answers.keys())
+
+    def look(self, *, wait_seconds: float = 0.0) -> None:
+        """See what has become tokens, waiting so long for some of it."""
+        if self._pool is not None:
+            answers = self._pool.answers(wait_seconds=wait_seconds)
+            self._answers |= {key: a for key, a in answers.items() if key in self._begun}
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Let go of requests that were cancelled; others may be named too."""
+        for request_id in request_ids:
+            if request_id in self._begun and self._pool is not None:
+                self._pool.forget(request_id)
+            self._begun.pop(request_id, None)
+            self._answers.pop(request_id, None)
+
+    def take(self, future: Future, payload: Mapping[str, Any]) -> list[Item]:
+        """The request's datums or prompts in tokens.
+
+        Raises:
+            TrainingError: They cannot be.
+        """
+        self._begun.pop(future.id, None)
+        answer = self._answers.pop(future.id, None)
+        if answer is None:
+            return render(self._engine, payload)
+        if isinstance(answer, TrainingError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+
+def render(engine: Engine, payload: Mapping[str, Any]) -> list[Item]:
+    """A request's datums or prompts in tokens, made here and now, without a limit of time: in a
+    replay, of what was accepted before."""
+    text: Text = engine
+    return tokens_of(text, payload, max_context_tokens=engine.info.max_context_tokens)
