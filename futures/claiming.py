@@ -24,7 +24,7 @@ Suspects
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import orjson
@@ -112,6 +112,7 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
             row_number() OVER (PARTITION BY l.id ORDER BY f.seq_id) - 1 AS position
         FROM lane_with_work
         JOIN futures_lane AS l ON l.id = lane_with_work.lane_id AND l.ordered
+            AND l.owner_id <> ALL (%(passed_over)s::bigint[])
         CROSS JOIN LATERAL (
             SELECT id, seq_id, state, cost, {is_suspect} AS is_suspect, created_at
             FROM futures_future
@@ -127,6 +128,7 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
     SELECT f.id, l.id, false, l.owner_id, f.seq_id, f.cost, f.is_suspect, f.created_at
     FROM lane_with_work
     JOIN futures_lane AS l ON l.id = lane_with_work.lane_id AND NOT l.ordered
+        AND l.owner_id <> ALL (%(passed_over)s::bigint[])
     CROSS JOIN LATERAL (
         SELECT id, seq_id, cost, {is_suspect} AS is_suspect, created_at FROM futures_future
         WHERE queue = %(queue)s AND state = 'pending' AND lane_id = l.id
@@ -141,6 +143,7 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
             AND owner_id = owner_without_lane.owner_id
         ORDER BY created_at LIMIT %(window)s
     ) AS f
+    WHERE f.owner_id <> ALL (%(passed_over)s::bigint[])
 ), in_order AS MATERIALIZED (                                                             -- 4
     SELECT *, sum(cost) OVER (ORDER BY place) AS spent
     FROM (
@@ -204,11 +207,14 @@ _ID = _FACTS + _COLUMNS.index("id")
 _SUMMARY = _FACTS + _COLUMNS.index("summary")
 
 
-def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Future]:
+def future_claim(
+    *, worker: Worker, max_futures: int, max_cost: int, passed_over: Collection[int] = ()
+) -> list[Future]:
     """Take what may run now, in the order in which to run it, with payloads.
 
     Answers the queue's doorbells, so whoever claims goes on claiming while ``worker.more_waits``
-    says that something was left, and after that when a bell rings. One statement, whose commit
+    says that something was left, and after that when a bell rings; who passes owners over asks
+    again when they may be served, whatever it says. One statement, whose commit
     does not wait for the disk: a claim that a power failure undoes is found out by
     ``futures.finishing.futures_finish``.
 
@@ -216,6 +222,7 @@ def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Fut
         worker: Whose epoch takes them.
         max_futures: At most so many.
         max_cost: At most so much cost in sum, except that the first is always taken.
+        passed_over: Owners of whom nothing is taken this time.
 
     Raises:
         Fenced: The worker was replaced.
@@ -230,6 +237,7 @@ def future_claim(*, worker: Worker, max_futures: int, max_cost: int) -> list[Fut
                 "max_futures": max_futures,
                 "max_cost": max_cost,
                 "served": list(worker.owners_served),
+                "passed_over": list(passed_over),
                 "interruptions": SUSPECT_INTERRUPTIONS,
                 "suspect_seconds": SUSPECT_SECONDS,
             },

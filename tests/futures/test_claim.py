@@ -321,3 +321,24 @@ def test_a_replaced_worker_claims_nothing(
 
     with pytest.raises(Fenced):
         claim(old)
+
+
+def test_an_owner_who_is_passed_over_keeps_what_waits(
+    submit: SubmitFactory,
+    lane_factory: Callable[..., Lane],
+    owner_factory: Callable[[], Any],
+    worker: Worker,
+) -> None:
+    """In lanes, in unordered lanes and without; the next claim takes all of it."""
+    full, other = owner_factory(), owner_factory()
+    of = {
+        owner.pk: [
+            submit(lane_factory(owner_id=owner.pk), owner_id=owner.pk),
+            submit(lane_factory(owner_id=owner.pk, ordered=False), owner_id=owner.pk, seq_id=5),
+            submit(owner_id=owner.pk),
+        ]
+        for owner in (full, other)
+    }
+    some = future_claim(worker=worker, max_futures=9, max_cost=9, passed_over=[full.pk])
+    assert sorted(keys(some)) == sorted(keys(of[other.pk]))
+    assert sorted(keys(claim(worker))) == sorted(keys(of[full.pk]))

@@ -13,7 +13,7 @@ from tests.conftest import InProcessWorker
 from tests.training.odd_text import SlowText
 from training.services import optim_step_submit, sample_submit
 from training.types import AdamParams, SamplingParams
-from training.worker import loop
+from training.worker import loop, texts
 from training.worker.text_pool import TextPool
 
 Submit = Callable[..., Future]
@@ -106,3 +106,21 @@ def test_text_that_waits_holds_up_no_claim(work: InProcessWorker, owner: User) -
     short = sample(owner, "hello")
     work()
     assert finished(*long, short)[0] == "ready"
+
+
+@pytest.mark.parametrize("full", ["OWNER_TEXT_BYTES", "PENDING_TEXT_BYTES"])
+def test_much_text_of_one_user_keeps_nobody_else_from_being_claimed(
+    work: InProcessWorker, owner: User, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """Neither an owner's limit nor everybody's; and what waits behind the text is not forgotten."""
+    monkeypatch.setattr(texts, full, 10)
+    eve = User.objects.create_user("eve")
+    slow = sample(eve, "forever " * 1000)
+    work.loop._claim()
+    assert Future.objects.get(pk=slow.pk).state == "running"
+    behind, other = sample(eve, "hello"), sample(owner, "hello")
+    work.loop._claim()
+    assert [Future.objects.get(pk=f.pk).state for f in (behind, other)] == ["pending", "running"]
+    work()
+    assert sorted(finished(slow, behind, other)) == ["failed", "ready", "ready"]
+    assert max((slow, behind, other), key=lambda f: f.finished_at) == behind

@@ -38,7 +38,6 @@ from training.worker.texts import Texts
 CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
-PENDING_TEXT_BYTES = 1024**3  # of text that is not tokens yet; more is not claimed
 TEXT_SLICE_SECONDS = 0.02  # waiting for text to become tokens between two looks at the bell
 COMPANY_SECONDS = 0.02  # a batch waits so long for text that was claimed with it
 
@@ -102,6 +101,8 @@ class WorkLoop:
         self._batch = 0
         self._unclaimed = True
         """Whether something may run that has no new bell: it was left behind by a claim."""
+        self._passed_over: set[int] = set()
+        """Owners of whom the last claim took nothing, for their text waits to become tokens."""
         self._pace = Pace()
         self._runs: dict[str, Run] = {}
         self._some_cancelled = False
@@ -118,7 +119,7 @@ class WorkLoop:
         self._pace.work_begins()
         while not self._stopping():
             self.turn()
-            if self._listen(0) & Bell.SUBMITTED or self._unclaimed:
+            if self._listen(0) & Bell.SUBMITTED or self._may_claim_more():
                 self._claim()
                 gather(may_wait=self._may_wait, bell_rang=self._listen, claim=self._claim)
             self._let_go_of_cancelled()
@@ -134,7 +135,7 @@ class WorkLoop:
                 self._sample(max(SAMPLING_SLICE_SECONDS, took))
             elif not batch and self._texts.are_pending:
                 self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
-            elif not batch and not self._unclaimed:
+            elif not batch and not self._may_claim_more():
                 return
 
     def turn(self) -> None:
@@ -148,16 +149,21 @@ class WorkLoop:
         self._some_cancelled |= bool(heard & Bell.CANCELLED)
         return heard
 
+    def _may_claim_more(self) -> bool:
+        """Whether something was left that may be claimed by now, without a new bell."""
+        return self._unclaimed or not self._passed_over <= self._texts.full_owners()
+
     def _claim(self) -> None:
         """Take what may run, unless enough is held already."""
-        is_full = self._scheduler.held_cost > settings.BATCH_TOKENS
-        if is_full or self._texts.pending_bytes > PENDING_TEXT_BYTES:
+        if self._scheduler.held_cost > settings.BATCH_TOKENS:
             self._unclaimed = True
             return
+        self._passed_over = self._texts.full_owners()
         claimed = future_claim(
             worker=self._worker,
             max_futures=CLAIM_FUTURES,
             max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
+            passed_over=self._passed_over,
         )
         if self._texts.begin(claimed):
             self._company_until = time.monotonic() + COMPANY_SECONDS

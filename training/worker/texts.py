@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from futures.models import Future
@@ -13,6 +15,17 @@ from training.kinds import SHARED
 from training.worker.text_pool import TextPool
 from training.worker.text_process import Answer, TextTask
 from training.worker.text_work import Item, Text, has_text, tokens_of
+
+OWNER_TEXT_BYTES = 64 * 1024**2
+"""Of one owner's text that is not tokens yet; beyond it nothing of theirs is claimed."""
+PENDING_TEXT_BYTES = 1024**3
+"""Of everybody's; beyond it only who has none waiting is claimed for."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    owner_id: int
+    payload_bytes: int
 
 
 class Texts:
@@ -27,8 +40,7 @@ class Texts:
         self._engine = engine
         self._pool = pool
         self._seconds = seconds
-        self._begun: dict[str, int] = {}
-        """Request id -> the bytes of its payload."""
+        self._begun: dict[str, _Begun] = {}
         self._answers: dict[str, Answer] = {}
 
     def begin(self, futures: Iterable[Future]) -> bool:
@@ -43,7 +55,7 @@ class Texts:
             if not has_text(decode(payload)):
                 continue
             task = TextTask(payload, self._engine.info.max_context_tokens, self._seconds)
-            self._begun[future.id] = len(payload)
+            self._begun[future.id] = _Begun(future.owner_id, len(payload))
             self._pool.submit(future.id, str(future.owner_id), task)
         return len(self._begun) > begun
 
@@ -56,10 +68,16 @@ class Texts:
         """Whether some text is not tokens yet."""
         return bool(self._begun.keys() - self._answers.keys())
 
-    @property
-    def pending_bytes(self) -> int:
-        """Of payloads whose text is not tokens yet."""
-        return sum(self._begun[key] for key in self._begun.keys() - self._answers.keys())
+    def full_owners(self) -> set[int]:
+        """Who has so much text waiting that no more of theirs is to be claimed.
+
+        Somebody who has none waiting is never among them, however much others have.
+        """
+        pending: Counter[int] = Counter()
+        for key in self._begun.keys() - self._answers.keys():
+            pending[self._begun[key].owner_id] += self._begun[key].payload_bytes
+        share = OWNER_TEXT_BYTES if pending.total() <= PENDING_TEXT_BYTES else 0
+        return {owner_id for owner_id, size in pending.items() if size > share}
 
     def look(self, *, wait_seconds: float = 0.0) -> None:
         """See what has become tokens, waiting so long for some of it."""
