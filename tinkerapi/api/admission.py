@@ -11,16 +11,16 @@ from django.http import HttpRequest, HttpResponseBase
 from django.urls import Resolver404, resolve, set_script_prefix
 
 from tinkerapi.api.async_view import CONTROL_BODY_BYTES, AsyncAPIView
-from tinkerapi.api.body_limit import SMALL_BODY_BYTES, too_large
+from tinkerapi.api.body_limit import SMALL_BODY_BYTES, Admitted, too_large
 from tinkerapi.api.errors import bad_request, page_not_found
 from tinkerapi.api.sdk.dispatch import view_by_headers
 from tinkerapi.pages import is_page
 
 
-async def admit(scope: MutableMapping[str, Any]) -> HttpResponseBase | int:
-    """The most bytes that this request's body may have, or the answer that refuses it unread."""
+async def admit(scope: MutableMapping[str, Any]) -> HttpResponseBase | Admitted:
+    """Who sends how much at most, or the answer that refuses this request's body unread."""
     if is_page(scope["path"]):
-        return CONTROL_BODY_BYTES  # forms; who may send which, the pages say themselves
+        return Admitted(CONTROL_BODY_BYTES)  # forms; who may send which, the pages say themselves
     set_script_prefix(get_script_prefix(scope))
     try:
         request = ASGIRequest(scope, io.BytesIO())
@@ -37,4 +37,6 @@ async def admit(scope: MutableMapping[str, Any]) -> HttpResponseBase | int:
     view: AsyncAPIView = view_class(**callback.view_initkwargs)
     view.setup(request, *match.args, **match.kwargs)
     refusal = await view.admit(request, *match.args, **match.kwargs)
-    return view.max_body_bytes() if refusal is None else refusal
+    if refusal is not None:
+        return refusal
+    return Admitted(view.max_body_bytes(), view.request.user.pk)

@@ -21,6 +21,7 @@ from rest_framework.views import APIView
 
 from futures.outage import outage
 from tinkerapi.api.body_limit import BODY_BYTES
+from tinkerapi.api.body_turns import let_go_of_body
 from tinkerapi.api.compression import HEADER_BYTES, claimed_size
 from tinkerapi.api.errors import BodyTooLarge
 from tinkerapi.api.fields import check_characters
@@ -102,8 +103,7 @@ class AsyncAPIView(APIView):
             else:
                 response = await in_database_thread(self._handle, drf_request)
             if inspect.isawaitable(response):
-                # The wait may be long and the body large; it was read, and nobody reads it again.
-                vars(request).pop("_body", None)
+                let_go_of_body(request)
                 response = await response
         except Exception as exc:
             response = self.handle_exception(exc)

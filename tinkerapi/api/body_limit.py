@@ -3,7 +3,8 @@
 Django reads a request's whole body into a temporary file before any view sees the request, so a
 view cannot protect memory or disk. This stands in front of Django. A small body may come with its
 headers. Before a larger one, or one of unknown length, the view says by the headers alone whether
-it wants it: who asks is settled by then (``admission``). Every body has to arrive in time.
+it wants it: who asks is settled by then (``admission``), and has a few of them here at a time
+(``body_turns``). Every body has to arrive in time.
 
 It also notes, as the body passes, how large it is, and whether it could hold the SDK's number: to
 look for that later would bring the bodies of all clients into memory at once, before their turn.
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.conf import settings
 from django.http import HttpResponseBase
 
+from tinkerapi.api.body_turns import body_turn, held_turn
 from tinkerapi.api.dialect import SEQ_ID_WORD
 from tinkerapi.api.errors import BodyTooLarge, error_response
 from tinkerapi.api.parsers import too_large_sentence
@@ -40,8 +42,18 @@ Message = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-Admit = Callable[[Scope], Awaitable[HttpResponseBase | int]]
-"""The most bytes that a request's body may have, or the answer that refuses it unread."""
+
+
+class Admitted(NamedTuple):
+    """A request whose body may come."""
+
+    max_bytes: int
+    owner: object = None
+    """Whose it is; None if nobody's, which only small ones are."""
+
+
+Admit = Callable[[Scope], Awaitable[HttpResponseBase | Admitted]]
+"""Whether a request's body may come, or the answer that refuses it unread."""
 
 _GONE: Message = {"type": "http.disconnect"}
 
@@ -50,22 +62,31 @@ def limit_body(application: Application, admit: Admit) -> Application:
     """The application, which sees no body that is refused, too large or too slow."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
-        length, limit = _declared_length(scope), SMALL_BODY_BYTES
-        if length is None or length > SMALL_BODY_BYTES:
-            admitted = await admit(scope)
-            if isinstance(admitted, HttpResponseBase):
-                await _refuse(admitted, receive, send)
-                return
-            limit = admitted
-            if (length or 0) > limit:
-                await _refuse(too_large(limit), receive, send)
-                return
-        body = Body(scope, receive, limit)
-        await application(scope, body.receive, send)
-        if body.refusal is not None:
-            await _answer(body.refusal, send)
+        length = _declared_length(scope)
+        if length is not None and length <= SMALL_BODY_BYTES:
+            await _pass_on(application, scope, receive, send, max_bytes=SMALL_BODY_BYTES)
+            return
+        admitted = await admit(scope)
+        if isinstance(admitted, HttpResponseBase):
+            await _refuse(admitted, receive, send)
+        elif (length or 0) > admitted.max_bytes:
+            await _refuse(too_large(admitted.max_bytes), receive, send)
+        elif admitted.owner is None:
+            await _pass_on(application, scope, receive, send, max_bytes=admitted.max_bytes)
+        else:
+            with held_turn(scope, await body_turn(admitted.owner)):
+                await _pass_on(application, scope, receive, send, max_bytes=admitted.max_bytes)
 
     return limited
+
+
+async def _pass_on(
+    application: Application, scope: Scope, receive: Receive, send: Send, *, max_bytes: int
+) -> None:
+    body = Body(scope, receive, max_bytes)
+    await application(scope, body.receive, send)
+    if body.refusal is not None:
+        await _answer(body.refusal, send)
 
 
 class Body:
