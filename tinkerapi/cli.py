@@ -30,8 +30,9 @@ GROUPS = {
 }
 """Our commands and what they do, as ``tinkerapi help`` lists them: it loads no Django."""
 
-_SAY_IT_THEMSELVES = ("up", "engineworker", "crashdrill")
-"""The first prints it among its lines; the last two are told it, or make one of their own."""
+_DO_NOT_SAY_IT = ("up", "preparemodel", "engineworker", "crashdrill")
+"""The first prints it among its lines, and starts the next two, whose lines stand among its own;
+the last makes a folder of its own."""
 
 SHELLS = {
     "bash": 'complete -W "{words}" tinkerapi',
@@ -98,7 +99,7 @@ def _say_data_folder(arguments: Sequence[str]) -> None:
     from django.conf import settings
 
     name = arguments[1] if len(arguments) > 1 else ""
-    works_on_it = any(name in group for group in GROUPS.values()) and name not in _SAY_IT_THEMSELVES
+    works_on_it = any(name in group for group in GROUPS.values()) and name not in _DO_NOT_SAY_IT
     if works_on_it and not {"-h", "--help"} & set(arguments):
         sys.stderr.write(f"data folder {settings.DATA_DIR}\n")
 

@@ -168,10 +168,11 @@ def check_device() -> Finding:
             return Finding("device", Verdict.FAILED, str(error))
     if figures["gpus"]:
         return Finding("device", Verdict.OK, "; ".join(figures["gpus"]))
-    flags = " ".join(flag for flag in CPU_FLAGS if flag in _cpu_flags())
     threads = num_threads(figures["threads"])
-    detail = f"CPU, {threads} thread{pluralize(threads)} for a worker {flags}"
-    return Finding("device", Verdict.OK, detail.strip())
+    detail = f"CPU, {threads} thread{pluralize(threads)} for a worker"
+    if flags := [flag for flag in CPU_FLAGS if flag in _cpu_flags()]:
+        detail += f"; it has {', '.join(flags)}"
+    return Finding("device", Verdict.OK, detail)
 
 
 def check_server(server: RunningServer | None) -> Finding:

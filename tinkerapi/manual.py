@@ -14,16 +14,24 @@ from markdown import Markdown  # type: ignore[import-untyped]  # it ships no ann
 
 DOCS_DIR = Path(__file__).parent / "docs"
 
+READ_FIRST = ("quick-reference", "tinker-sdk", "openai", "losses", "text", "checkpoints", "sdk")
+"""Clients' pages, in the order in which they are of use; those for operators follow."""
+
 _LINK = re.compile(r'href="([\w-]+)\.md(#[^"]*)?"')
 
 
 @cache
 def titles() -> dict[str, str]:
-    """File name without suffix to title, in the order of the file names.
+    """File name without suffix to title: first what a newcomer reads first, then by name.
 
     Pages are looked up here and nowhere else, so a name from an address never becomes a path.
     """
-    return {path.stem: _title(path) for path in sorted(DOCS_DIR.glob("*.md"))}
+    paths = sorted(DOCS_DIR.glob("*.md"), key=lambda path: (_rank(path.stem), path.stem))
+    return {path.stem: _title(path) for path in paths}
+
+
+def _rank(name: str) -> int:
+    return READ_FIRST.index(name) if name in READ_FIRST else len(READ_FIRST)
 
 
 class IndexView(View):

@@ -62,3 +62,10 @@ def test_a_slash_that_is_missing_or_too_many_is_forgiven_a_browser(docs, client,
 @pytest.mark.parametrize("path", ["/docs", "/docs/", "/docs/first-steps", "/admin"])
 def test_a_page_that_is_only_read_answers_a_post_with_405(docs, path):
     assert Client(enforce_csrf_checks=True).post(path).status_code == 405
+
+
+def test_what_a_newcomer_reads_first_is_listed_first():
+    names = list(manual.titles())
+
+    assert names[: len(manual.READ_FIRST)] == list(manual.READ_FIRST)
+    assert names[len(manual.READ_FIRST) :] == ["architecture", "benchmarks", "operations"]

@@ -103,3 +103,13 @@ def test_a_command_says_on_which_data_folder_it_works(
     say(monkeypatch, "doctor")
 
     assert capsys.readouterr().err == f"data folder {settings.DATA_DIR}\n"
+
+
+def test_a_part_of_up_does_not_say_the_data_folder_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("django.core.management.execute_from_command_line", lambda arguments: None)
+
+    say(monkeypatch, "preparemodel", "some/model")
+
+    assert capsys.readouterr().err == ""

@@ -41,7 +41,7 @@ def test_createapikey_prints_a_key_that_opens_the_door() -> None:
     assert found is not None
     assert (found.user, found.name) == (user, "laptop")
     assert found.expires_at is not None
-    assert f"until {found.expires_at:%Y-%m-%d}" in remarks.getvalue()
+    assert f"it expires on {found.expires_at:%Y-%m-%d}," in remarks.getvalue()
     assert 6 <= (found.expires_at - found.created_at).days <= 7
 
 
@@ -77,15 +77,21 @@ def test_createapikey_refuses_in_a_sentence_and_makes_no_key(
 
 @pytest.mark.django_db
 def test_createapikey_makes_an_ordinary_user_without_a_password_once() -> None:
-    keys = []
+    keys, remarks = [], StringIO()
     for _ in range(2):
         output = StringIO()
-        call_command("createapikey", "bob", create_user=True, stdout=output, stderr=StringIO())
+        call_command("createapikey", "bob", create_user=True, stdout=output, stderr=remarks)
         keys.append(api_key_verify(output.getvalue().strip()))
 
     bob = User.objects.get()
     assert [key.user for key in keys if key is not None] == [bob, bob]
     assert not bob.has_usable_password()
+    said_of_the_key = "key of bob; it does not expire, and is shown only once:"
+    assert remarks.getvalue().splitlines() == [
+        "made user bob, without a password",
+        said_of_the_key,
+        said_of_the_key,
+    ]
     assert (bob.is_staff, bob.is_superuser) == (False, False)
 
 

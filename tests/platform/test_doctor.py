@@ -143,6 +143,15 @@ def test_the_threads_are_those_that_the_worker_will_use(
     assert "CPU, 4 threads for a worker" in doctor.check_device().detail
 
 
+def test_the_device_line_sets_the_instruction_sets_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "import json; print(json.dumps({'torch': '2', 'threads': 4, 'gpus': []}))"
+    monkeypatch.setattr(doctor, "DEVICE_PROGRAM", answer)
+    for flags, end in ({"avx2", "avx512f"}, "worker; it has avx2, avx512f"), (set(), "worker"):
+        monkeypatch.setattr(doctor, "_cpu_flags", lambda flags=flags: flags)
+
+        assert doctor.check_device().detail.endswith(end)
+
+
 def test_no_server_is_off_and_a_silent_one_has_failed() -> None:
     assert doctor.check_server(None).verdict is Verdict.OFF
 

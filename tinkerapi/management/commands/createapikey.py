@@ -18,14 +18,14 @@ class Command(BaseCommand):
     help = "Make an API key for a user and print it; only its hash is kept."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("username")
+        parser.add_argument("username", help="whose key it is")
         parser.add_argument(
             "--create-user",
             action="store_true",
             help="make the user if there is none: an ordinary one, without a password",
         )
-        parser.add_argument("--name", default="from the command line", help="to tell keys apart")
-        parser.add_argument("--expires-days", type=int, help="default: it never expires")
+        parser.add_argument("--name", default="from the command line", help="label in the admin")
+        parser.add_argument("--expires-days", type=int, help="default: the key does not expire")
 
     def handle(
         self,
@@ -48,8 +48,10 @@ class Command(BaseCommand):
         expires_in = timedelta(days=expires_days) if expires_days is not None else None
         api_key, key = api_key_create(user=user, name=name, expires_in=expires_in)
         # The key alone on standard output, so that a script can take it.
-        until = f"until {api_key.expires_at:%Y-%m-%d}" if api_key.expires_at else "for ever"
-        self.stderr.write(f"key of {username}, good {until}; it is shown this once:", str)
+        expiry = "does not expire"
+        if api_key.expires_at:
+            expiry = f"expires on {api_key.expires_at:%Y-%m-%d}"
+        self.stderr.write(f"key of {username}; it {expiry}, and is shown only once:", str)
         self.stdout.write(key)
 
     def user_found(self, username: str) -> User:
@@ -68,5 +70,5 @@ class Command(BaseCommand):
         except ValidationError as error:
             raise CommandError(f"user {username!r}: {' '.join(error.messages)}") from None
         if is_new:
-            self.stderr.write(f"made user {user.username}, whom no password opens", str)
+            self.stderr.write(f"made user {user.username}, without a password", str)
         return user

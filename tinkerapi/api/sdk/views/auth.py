@@ -18,18 +18,18 @@ from tinkerapi.tokens import ORGANIZATION, token_issue
 
 
 class TokenView(SdkView):
-    """Exchange a key for a token of an hour; ``TINKERAPI_SDK_JWT`` opens it."""
+    """Exchange a key for a token of an hour, if TINKERAPI_SDK_JWT is 1."""
 
     def post(self, request: Request) -> HttpResponse:
         if not settings.SDK_JWT:
             raise Http404
-        if bears_token(request):  # or a stolen one would be good for ever
+        if bears_token(request):  # or a stolen one would never expire
             raise PermissionDenied("A token buys no other token; send the API key itself.")
         return JSONResponse({"jwt": token_issue(_api_key(request))})
 
 
 class OwnKeyView(SdkView):
-    """The key itself: describe it, revoke it."""
+    """Describe the key that is sent (GET), or revoke it (DELETE)."""
 
     def get(self, request: Request) -> HttpResponse:
         api_key = _api_key(request)

@@ -103,9 +103,11 @@ class CheckpointView(SdkView):
 
 
 class CheckpointPublishView(SdkView):
-    """Let everybody read a checkpoint, or nobody else. Asking for what is so already is fine:
-    the SDK would repeat a 409 for minutes. The SDK is answered nothing, as it expects; others the
-    path to give away."""
+    """Publish a checkpoint to everybody with a key (POST), or withdraw it (DELETE).
+
+    A repetition succeeds: the SDK would retry a 409 for minutes. The SDK is answered nothing, as
+    it expects; others get the path to give away.
+    """
 
     def post(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
         return self._set(request, run, checkpoint_id, public=True)
