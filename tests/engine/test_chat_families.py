@@ -398,7 +398,7 @@ def test_a_prompt_and_what_follows_are_the_text_of_all_tokens(
     if kind in ("wordpiece", "unigram") or "\ufffd" in own:
         return  # which know no bytes, or one token for many; or the prompt ends in a character
     placed = text.token_texts(following, prompt)
-    ends = [offset for _, offset in placed[1:]] + [len(own)]
-    for (written, begin), end in zip(placed, ends, strict=True):
-        if "\ufffd" not in written:
-            assert own[begin:end] == written
+    ends = [token.offset for token in placed[1:]] + [len(own)]
+    for token, end in zip(placed, ends, strict=True):
+        if "\ufffd" not in token.text:
+            assert own[token.offset : end] == token.text
