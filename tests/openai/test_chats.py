@@ -104,11 +104,6 @@ def nested(depth: int) -> dict[str, Any]:
         ({"tools": {}}, "tools"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {"name": "f", "extra": 1}}]}, "tools[0].f"),
-        (
-            {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(40)}}]},
-            "tools[0].function",
-        ),
-        ({"extra_body": {"chat_template_kwargs": nested(40)}}, "chat_template_kwargs"),
         ({"extra_body": {"chat_template_kwargs": [1]}}, "chat_template_kwargs"),
         ({"extra_body": {"continue_final_message": True}}, "continue_final_message"),
     ],
@@ -117,3 +112,29 @@ def test_what_no_template_takes_is_refused_by_name(user, fields, param):
     with pytest.raises(openai.BadRequestError) as refused:
         chat(user, **fields)
     assert refused.value.param.startswith(param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": nested(40)}}]},
+        {"extra_body": {"chat_template_kwargs": nested(40)}},
+    ],
+)
+def test_what_nests_too_deep_is_refused_before_anybody_looks_for_its_name(user, fields):
+    with pytest.raises(openai.BadRequestError, match="nests lists and objects more than 32 deep"):
+        chat(user, **fields)
+
+
+def test_the_arguments_of_all_calls_together_hold_no_more_than_one_body_may(user, monkeypatch):
+    monkeypatch.setattr("tinkerapi.api.json_limits.MAX_CONTAINERS", 200)
+    monkeypatch.setattr("tinkerapi.api.json_limits.MAX_DEPTH", 8)
+
+    def ask(num_lists: int) -> None:
+        arguments = '{"a": [' + ",".join(["[]"] * num_lists) + "]}"
+        calls = [{"function": {"name": "f", "arguments": arguments}}] * 3
+        chat(user, messages=[*HELLO, {"role": "assistant", "tool_calls": calls}], max_tokens=1)
+
+    ask(40)
+    with pytest.raises(openai.BadRequestError, match="more than 200 lists and objects"):
+        ask(80)

@@ -46,6 +46,7 @@ def check_messages(value: Any, where: str) -> tuple[Message, ...]:
         raise InvalidRequest(f"{where}: has no messages")
     if len(value) > MAX_MESSAGES:
         raise refuse_size(where, len(value), "messages", MAX_MESSAGES)
+    _check_arguments_size(value)
     messages = tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
     check_characters(messages, where)
     return messages
@@ -124,6 +125,24 @@ def _tool_calls(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
     return tuple(_tool_call(item, f"{where}[{index}]") for index, item in enumerate(value))
 
 
+def _check_arguments_size(messages: list[Any]) -> None:
+    """Refuse more JSON in the texts of all calls together than one body may hold.
+
+    They are looked at as one list, in the order in which they are decoded: a text that is no JSON,
+    and hides what follows, is refused before that is reached.
+    """
+    calls = [
+        call
+        for message in messages
+        if isinstance(message, dict) and isinstance(message.get("tool_calls"), list)
+        for call in message["tool_calls"]
+    ]
+    functions = [call.get("function") for call in calls if isinstance(call, dict)]
+    arguments = [f.get("arguments") for f in functions if isinstance(f, dict)]
+    texts = [text.encode() for text in arguments if type(text) is str]
+    check_json_size(b"[" + b",".join(texts) + b"]")
+
+
 def _tool_call(value: Any, where: str) -> dict[str, Any]:
     call = _object(value, where, required=("function",), optional=("id", "type", "index"))
     if call.get("type", "function") != "function":
@@ -143,7 +162,6 @@ def _tool_call(value: Any, where: str) -> dict[str, Any]:
 def _arguments(value: Any, where: str) -> dict[str, Any]:
     """The object that a call's text of JSON says; no text at all is no arguments."""
     if type(value) is str:
-        check_json_size(value.encode())
         try:
             value = orjson.loads(value) if value.strip() else {}
         except orjson.JSONDecodeError:
