@@ -41,6 +41,9 @@ def sent(sdk: SdkClient, path: str, body: bytes | str, content_type: str) -> Any
 def json_bodies(model_id: str) -> list[tuple[str, str]]:
     """Paths and bodies that cannot be accepted, numbered from 1 in their order."""
     hostile = ["NaN", "1e400", '"\\ud800"', "[" * 3000 + "]" * 3000, "{", '"\x01"']
+    hostile.append(
+        '{"seq_id": 7, "model_id": "' + "[" * 40 + '", "a": ' + "[" * 40 + "]" * 40 + "}"
+    )
     rest = [(path, f'"type": {value}') for value in hostile for path in JSON_ONLY]
     for name in ("\\u0000", "a\\u0000b", "x" * 3000, "\\u202e\\n\\u001b[31m"):
         rest += [(path, f'"{name}": 1') for path in JSON_ONLY]
@@ -125,7 +128,17 @@ def test_a_value_that_only_the_database_refuses_uses_its_number_up_too(
         (b'{"x": [[[[, "seq_id":3,"model_id":"a:train:0"', {"model_id": "a:train:0", "seq_id": 3}),
         (b'{"model_id": "m", "x": NaN}', {}),
         (b'{"model_id": "m", "model_id": "n", "seq_id": 3, NaN}', {}),
-        (b'{"model_id": "m", "seq_id": 3, "x": {"seq_id": 4}, NaN}', {}),
+        (b'{"model_id": "m", "seq_id": 3, "model_id": "m", NaN}', {}),
+        (
+            b'{"x": {"seq_id": 4}, "seq_id": 3, "model_id": "m", "y": [{"model_id": "n"}], NaN}',
+            {"model_id": "m", "seq_id": 3},
+        ),
+        (
+            b'{"x": "\\\\", "y": "[{ ,\\"", "z": {"seq_id": 4}, "seq_id": 3, "model_id": "m", NaN}',
+            {"model_id": "m", "seq_id": 3},
+        ),
+        (b'{"x": [[[[{"seq_id": 4}, "seq_id": 3, "model_id": "m", NaN}', {}),
+        (b'"seq_id": 1, ' * 1000 + b'{"model_id": "m", "seq_id": 3}', {}),
         (b'{"model_id": "m", "seq_id": 3.5, NaN}', {}),
         (b'{"model_id": "m", "x": "\\"seq_id\\": 3", NaN}', {}),
         (b'{"model_id": "m", "seq_id": 99999999999999999999, NaN}', {}),

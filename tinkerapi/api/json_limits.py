@@ -9,6 +9,7 @@ costs a few hundredths of what decoding costs.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -61,11 +62,28 @@ def check_json_size(body: bytes) -> None:
         )
 
 
+def outermost(body: bytes, quotes: Iterable[int]) -> list[int]:
+    """Those of some quotation marks, in ascending order, that open a text of the outermost object.
+
+    Of what is no JSON: as far as its brackets and quotation marks can be taken for JSON's.
+    """
+    found = []
+    place, begin = _Place(), 0
+    for at in quotes:
+        while begin < at:
+            end = _end_of_piece(body, begin, at)
+            place = _scan_piece(body[begin:end], place, exactly=False, max_depth=len(body))
+            begin = end
+        if place.depth == 1 and not place.in_string:
+            found.append(at)
+    return found
+
+
 def _scan(body: bytes, *, exactly: bool) -> _Place:
     """Where the scan ends; ``exactly`` does not count the commas in texts."""
     place, begin = _Place(), 0
     while begin < len(body):
-        end = _end_of_piece(body, begin)
+        end = _end_of_piece(body, begin, len(body))
         place = _scan_piece(body[begin:end], place, exactly=exactly)
         if place.containers > MAX_CONTAINERS:
             raise LimitExceeded(
@@ -76,16 +94,19 @@ def _scan(body: bytes, *, exactly: bool) -> _Place:
     return place
 
 
-def _end_of_piece(body: bytes, begin: int) -> int:
-    """Behind a byte that is no backslash, so that no escape is cut."""
-    end = min(begin + _PIECE_BYTES, len(body))
+def _end_of_piece(body: bytes, begin: int, stop: int) -> int:
+    """Behind a byte that is no backslash, so that no escape is cut; at ``stop`` at the latest,
+    before which there is none."""
+    end = min(begin + _PIECE_BYTES, stop)
     if body[end - 1] != _BACKSLASH:
         return end
-    found = _OTHER_THAN_BACKSLASH.search(body, end)
-    return len(body) if found is None else found.end()
+    found = _OTHER_THAN_BACKSLASH.search(body, end, stop)
+    return stop if found is None else found.end()
 
 
-def _scan_piece(piece: bytes, place: _Place, *, exactly: bool) -> _Place:
+def _scan_piece(
+    piece: bytes, place: _Place, *, exactly: bool, max_depth: int | None = None
+) -> _Place:
     data = np.frombuffer(piece, np.uint8)
     is_quote = data == _QUOTE
     quoted = np.flatnonzero(is_quote)
@@ -95,7 +116,7 @@ def _scan_piece(piece: bytes, place: _Place, *, exactly: bool) -> _Place:
         if (data[quoted[is_escaped] - 2] == _BACKSLASH).any():
             # Backslashes stand in pairs, but for the one before a character that it escapes.
             plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
-            return _scan_piece(plain, place, exactly=exactly)
+            return _scan_piece(plain, place, exactly=exactly, max_depth=max_depth)
         is_quote[quoted[is_escaped]] = False
     folded = data & _FOLD
     is_comma = data == _COMMA
@@ -110,7 +131,7 @@ def _scan_piece(piece: bytes, place: _Place, *, exactly: bool) -> _Place:
     opens = (kinds == _OPEN) & outside
     closes = (kinds == _CLOSE) & outside
     depths = np.cumsum(opens.astype(np.int32) - closes) + place.depth
-    if int(depths.max()) > MAX_DEPTH:
+    if int(depths.max()) > (MAX_DEPTH if max_depth is None else max_depth):
         raise LimitExceeded(
             f"The body nests lists and objects more than {MAX_DEPTH} deep, which is this server's "
             "limit."

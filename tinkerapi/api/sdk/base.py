@@ -32,6 +32,7 @@ from tinkerapi.api.parsers import parse_json, too_large_sentence
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.broken_bodies import ids_of_broken_json
 from tinkerapi.api.sdk.calls import check_ids
+from tinkerapi.api.sdk.requests import parse_ids
 from tinkerapi.api.views.base import owner_of
 from training.errors import InvalidRequest, RunNotFound, SessionFinished, TrainingError
 from training.services.sessions import refused_submit
@@ -87,17 +88,25 @@ class SdkView(AsyncAPIView):
 
 
 class NumberedView(SdkView):
-    """A request that has its place in a model's order."""
+    """A request that has its place in a model's order. Its JSON is decoded once."""
+
+    takes_protobuf: ClassVar[bool] = False
 
     def post(self, request: Request) -> HttpResponse:
         body = self.raw_body(request)
-        is_protobuf = request.content_type == PROTOBUF
         owner_id = owner_of(request)
-        model_id, seq_id = self.ids(body, is_protobuf=is_protobuf)
+        is_protobuf = request.content_type == PROTOBUF
+        fields: dict[str, Any] | APIException | TrainingError | None = None
+        if not is_protobuf or not self.takes_protobuf:
+            fields = read_json_fields(body)
+        model_id, seq_id = self.ids(body, fields)
         try:
+            if isinstance(fields, Exception):
+                raise fields
+            if is_protobuf and not self.takes_protobuf:
+                raise InvalidRequest("body: expected JSON; got protobuf")
             future = self.submit(
-                body,
-                is_protobuf=is_protobuf,
+                body if fields is None else fields,
                 owner_id=owner_id,
                 model_id=model_id,
                 seq_id=seq_id,
@@ -119,37 +128,42 @@ class NumberedView(SdkView):
             )
         return JSONResponse({"request_id": future.id, "model_id": model_id})
 
-    def ids(self, body: bytes, *, is_protobuf: bool) -> tuple[str, int]:
+    def ids(
+        self, body: bytes, fields: dict[str, Any] | APIException | TrainingError | None
+    ) -> tuple[str, int]:
         """Model id and seq id, whatever else may be wrong.
+
+        Args:
+            fields: What the JSON says, or why it cannot be read; None if it is protobuf.
 
         Raises:
             InvalidRequest: Not even these two can be read. (400)
         """
-        try:
-            fields: Mapping[str, Any] = json_fields(body)
-        except (APIException, TrainingError):
-            fields = ids_of_broken_json(body)
-            if len(fields) < 2:
-                raise
+        if fields is None:
+            return parse_ids(body)
+        if isinstance(fields, Exception):
+            ids = ids_of_broken_json(body)
+            if not ids:
+                raise fields
+            fields = ids
         return check_ids(fields.get("model_id"), fields.get("seq_id"))
 
     @abstractmethod
     def submit(
-        self, body: bytes, *, is_protobuf: bool, owner_id: int, model_id: str, seq_id: int
+        self, body: bytes | dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
     ) -> Future:
-        """Parse the body and call the one service that this operation is."""
+        """Call the one service that this operation is with a body of protobuf's bytes, where it
+        takes them, or of JSON's fields."""
 
 
 class NumberedJSONView(NumberedView):
     """A numbered request whose body is JSON."""
 
     def submit(
-        self, body: bytes, *, is_protobuf: bool, owner_id: int, model_id: str, seq_id: int
+        self, body: bytes | dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
     ) -> Future:
-        if is_protobuf:
-            raise InvalidRequest("body: expected JSON; got protobuf")
-        given = json_fields(body)
-        del given["model_id"], given["seq_id"]
+        assert isinstance(body, dict)  # noqa: S101  (it takes no protobuf)
+        given = {name: item for name, item in body.items() if name not in ("model_id", "seq_id")}
         checked = check_fields(self.fields, given)
         return self.submit_fields(checked, owner_id=owner_id, model_id=model_id, seq_id=seq_id)
 
@@ -158,6 +172,14 @@ class NumberedJSONView(NumberedView):
         self, body: dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
     ) -> Future:
         """Call the one service that this operation is with the checked body, ids apart."""
+
+
+def read_json_fields(body: bytes) -> dict[str, Any] | APIException | TrainingError:
+    """``json_fields``, or why there are none."""
+    try:
+        return json_fields(body)
+    except (APIException, TrainingError) as error:
+        return error
 
 
 def json_fields(body: bytes) -> dict[str, Any]:

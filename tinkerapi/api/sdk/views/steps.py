@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from futures.models import Future
 from tinkerapi.api.fields import Custom, Field
-from tinkerapi.api.sdk.base import NumberedJSONView, NumberedView, json_fields
+from tinkerapi.api.sdk.base import NumberedJSONView, NumberedView
 from tinkerapi.api.sdk.json_requests import parse_json_forward_backward
-from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids
+from tinkerapi.api.sdk.requests import parse_forward_backward
 from tinkerapi.api.views import steps as quick_reference
 from training.errors import InvalidRequest
 from training.loss_checks import check_loss
@@ -24,19 +24,17 @@ class ForwardBackwardView(NumberedView):
     """Compute the loss of some data and, unless ``forward_only``, add its gradient."""
 
     takes_data = True
+    takes_protobuf = True
     forward_only: ClassVar[bool] = False
     """True for the address that clients before 0.25 use instead of the flag."""
 
-    def ids(self, body: bytes, *, is_protobuf: bool) -> tuple[str, int]:
-        return parse_ids(body) if is_protobuf else super().ids(body, is_protobuf=False)
-
     def submit(
-        self, body: bytes, *, is_protobuf: bool, owner_id: int, model_id: str, seq_id: int
+        self, body: bytes | dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
     ) -> Future:
-        if is_protobuf:
+        if isinstance(body, bytes):
             call = parse_forward_backward(body)
         else:
-            call = parse_json_forward_backward(json_fields(body), forward_only=self.forward_only)
+            call = parse_json_forward_backward(body, forward_only=self.forward_only)
         if call.loss_fn == "custom":
             custom_loss_check(
                 owner_id=owner_id, model_id=model_id, loss_id=call.loss_id, data=call.data
