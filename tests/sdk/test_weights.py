@@ -12,6 +12,7 @@ from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.utils import timezone
 from tinker import TrainingClient
+from tinker.types import LoadWeightsResponse
 
 from futures.models import Future, Lane
 from tests.conftest import ApiClient, InProcessWorker
@@ -147,6 +148,7 @@ def test_a_model_is_made_from_a_checkpoint_at_number_0_with_its_shape(
     copy_id = f"{session_id}:train:7"
     assert made.json() == again.json()
     assert made.json()["model_id"] == sdk.result(made)["model_id"] == copy_id
+    assert LoadWeightsResponse.model_validate(sdk.result(made)).path == path
     assert sdk.result(step).metrics["loss:sum"] != 0
     assert sdk.post("get_info", model_id=copy_id).json()["lora_rank"] == 4
     original, copy = (work.engine.adapter_state(name) for name in (model_id, copy_id))

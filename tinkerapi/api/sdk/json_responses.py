@@ -39,6 +39,8 @@ def typed_result(kind: str, result: Mapping[str, Any]) -> dict[str, Any]:
         path = result.get("path")
         saved = "sampler" if path is None else TinkerPath.parse(path, field="path").kind
         return {**result, "type": _SAVE_TYPES[saved]}
+    if kind == Kind.CREATE_RUN and "path" in result:  # from a checkpoint: the SDK asked to load
+        kind = Kind.LOAD_WEIGHTS
     return {**result, "type": _TYPES[kind]} if kind in _TYPES else dict(result)
 
 
