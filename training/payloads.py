@@ -7,9 +7,12 @@ stored as text; the worker, which has the tokenizer, turns it into tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
+from training.loss_fns import WEIGHTS
 from training.types import (
     NO_CHAT_OPTIONS,
     AdamParams,
@@ -40,6 +43,20 @@ def data_to_payload(data: Sequence[Conversation | Datum]) -> list[Payload]:
         if isinstance(item, Conversation)
         else {"model_input": item.model_input, "loss_fn_inputs": dict(item.loss_fn_inputs)}
         for item in data
+    ]
+
+
+def with_weights_of_one(data: Sequence[Datum]) -> list[Datum]:
+    """The datums with cross_entropy's weights where they have none: 1, as the engine takes it.
+
+    For what was stored so since the first version; see ``sampling_params_to_payload``.
+    """
+    return [
+        replace(datum, loss_fn_inputs={**inputs, WEIGHTS: np.ones(targets.shape, np.float32)})
+        if WEIGHTS not in (inputs := datum.loss_fn_inputs)
+        and (targets := inputs.get("target_tokens")) is not None
+        else datum
+        for datum in data
     ]
 
 

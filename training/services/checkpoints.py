@@ -34,7 +34,7 @@ def save_weights_submit(
     model_id: str,
     name: str,
     kind: Literal["training", "sampler", "external"],
-    overwrite: bool | None = False,
+    overwrite: bool = False,
     ttl_seconds: int | None = None,
     user_metadata: Mapping[str, str] | None = None,
     recipients: Sequence[str] = (),
@@ -45,7 +45,7 @@ def save_weights_submit(
 
     Args:
         kind: What it is for. ``external`` writes the files that peft reads.
-        overwrite: Whether to replace one of this name; None if the client cannot ask for that.
+        overwrite: Whether to replace one of this name.
         recipients: age public keys that the files of an external one are encrypted for.
 
     Raises:
@@ -98,7 +98,7 @@ def save_for_sampling_session_submit(
     )
 
 
-def checkpoint_check_free(*, owner_id: int, path: TinkerPath, overwrite: bool | None) -> None:
+def checkpoint_check_free(*, owner_id: int, path: TinkerPath, overwrite: bool) -> None:
     """Refuse a save that could not have its path, before anything is written for it.
 
     Raises:
@@ -107,7 +107,7 @@ def checkpoint_check_free(*, owner_id: int, path: TinkerPath, overwrite: bool | 
     _check_replaceable(checkpoint_at(owner_id=owner_id, path=path), path, overwrite)
 
 
-def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool | None) -> None:
+def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool) -> None:
     """Insert a checkpoint whose files are written, in place of what has its path.
 
     Of several at once the database says who was first: the others replace it, or are refused.
@@ -247,10 +247,12 @@ def checkpoint_audit_read(checkpoint: Checkpoint, *, reader_id: int, purpose: st
         audit_checkpoint("read", checkpoint, actor_id=reader_id, purpose=purpose)
 
 
-def _check_replaceable(old: Checkpoint | None, path: TinkerPath, overwrite: bool | None) -> None:
+def _check_replaceable(old: Checkpoint | None, path: TinkerPath, overwrite: bool) -> None:
     if old is not None and not (overwrite or old.has_expired):
         of = "" if old.run.deleted_at is None else f", of a model {old.run.name!r} that was removed"
-        hint = "delete it" if overwrite is None else "send overwrite: true to replace it"
+        # A model of the SDK is saved by its client, which can ask for that with save_state alone.
+        knows_overwrite = old.run.session_id is None or path.kind == "training"
+        hint = "send overwrite: true to replace it" if knows_overwrite else "delete it"
         raise CheckpointExists(f"{path} exists already{of}; {hint}, or choose another name")
 
 

@@ -14,6 +14,7 @@ from tinkerapi.api.sdk.requests import parse_forward_backward
 from tinkerapi.api.views import steps as quick_reference
 from training.errors import InvalidRequest
 from training.loss_checks import check_loss
+from training.payloads import with_weights_of_one
 from training.services import forward_backward_submit, optim_step_submit
 from training.services.custom_losses import custom_loss_check
 from training.services.recorded_samples import logprobs_resolve
@@ -57,6 +58,8 @@ class ForwardBackwardView(NumberedView):
                 forward_only=call.forward_only,
                 has_provenance=bool(call.provenance),
             )
+        if call.forward_only and call.loss_fn == "cross_entropy":
+            call = replace(call, data=with_weights_of_one(call.data))
         return forward_backward_submit(
             owner_id=owner_id,
             model_id=model_id,

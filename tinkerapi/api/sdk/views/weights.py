@@ -127,7 +127,6 @@ class SaveWeightsForSamplerView(NumberedJSONView):
             seq_id=seq_id,
             name=name,
             kind="sampler",
-            overwrite=None,
             ttl_seconds=body["ttl_seconds"],
             user_metadata=body["user_metadata"],
         ).future
@@ -153,7 +152,6 @@ class SaveWeightsExternalView(NumberedJSONView):
             seq_id=seq_id,
             name=body["path"],
             kind="external",
-            overwrite=None,
             ttl_seconds=body["ttl_seconds"],
             recipients=body["age_encryption_recipients"],
         ).future
