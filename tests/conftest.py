@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from asgiref.sync import sync_to_async
 from django.conf import settings
@@ -26,6 +27,11 @@ from training.base_models import base_model_get
 from training.engine.fake import FakeEngine
 from training.worker.loop import WorkLoop
 from training.worker.text_pool import TextPool
+
+
+# No test is about time, and a busy machine is slow.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

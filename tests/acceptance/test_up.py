@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.acceptance.official_sdk import api_key
 from tests.platform.processes import is_running, wait_for
 from tests.server import ROOT, Server, free_port
 from tests.tiny_model import make_tiny_model
@@ -108,7 +109,12 @@ def test_up_heals_what_dies_and_stops_without_a_trace(
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: "worker tiny was ended by SIGKILL; starting it again" in server.log())
     wait_for(lambda: len(children(up)) == 3)
-    trained = server.post("/api/v1/add_lora", model_id="after", rank=2)
+    trained = requests.post(
+        f"{server.url}/api/v1/add_lora",
+        json={"model_id": "after", "rank": 2},
+        headers={"X-API-Key": api_key(server)},  # a server with a public name asks for one
+        timeout=120,
+    )
     assert trained.status_code == 200, "the new worker does the work"
 
     everyone |= family(up)
