@@ -27,7 +27,7 @@ from training.base_models import base_model_get
 from training.engine.fake import FakeEngine
 from training.worker.loop import WorkLoop
 from training.worker.text_pool import TextPool
-
+from training.worker.texts import TEXT_RULES
 
 # No test is about time, and a busy machine is slow.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -83,12 +83,14 @@ class InProcessWorker:
 
     def __init__(self, engine: FakeEngine | None = None, text_pool: TextPool | None = None) -> None:
         self.engine = engine or FakeEngine()
-        self.worker = worker_start(queue=base_model_get(None).queue, figures={})
+        figures = {"text_rules": TEXT_RULES}
+        self.worker = worker_start(queue=base_model_get(None).queue, figures=figures)
         self.loop = WorkLoop(
             self.engine,
             self.worker,
             stopping=lambda: False,
             bell_rang=lambda seconds: False,
+            figures=dict(figures),
             text_pool=text_pool,
         )
 

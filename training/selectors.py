@@ -143,6 +143,7 @@ def run_log(run: Run, *, after_seq_id: int = -1) -> list[Future]:
             seq_id__lte=run.applied_seq_id,
         )
         .defer("result")
+        .select_related("worker")
         .order_by("seq_id")
     )
     if any(future.payload is None for future in log):

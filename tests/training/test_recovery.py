@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ import pytest
 from django.contrib.auth.models import User
 from pytest_django import Settings
 
-from futures.models import Future
+from futures.models import Future, Worker
 from futures.payload import decode
 from tests.conftest import InProcessWorker
 from training.base_models import base_model_get
 from training.engine.fake import FakeEngine
 from training.engine.interface import ForwardBackwardJob
-from training.errors import TrainingError
+from training.errors import InvalidRequest, TrainingError
 from training.models import RecordedSample, Run, Session, Snapshot
 from training.services.sampling_sessions import sampling_session_create, session_sample_submit
-from training.types import ForwardBackwardOutput, SamplingParams, ScoringParams
+from training.types import Datum, ForwardBackwardOutput, SamplingParams, ScoringParams
 from training.worker.operations import Effects
 
 Submit = Callable[..., Future]
@@ -68,6 +69,40 @@ def test_a_new_worker_rebuilds_a_run_from_its_log(
     before = state_of(work, "m")
     work.die()
     assert_same(state_of(start_worker(), "m"), before)
+
+
+def test_what_the_first_version_trained_is_rebuilt_by_its_rules(
+    start_worker: Start, forward_backward: Submit, optim_step: Submit
+) -> None:
+    """Among it what is refused now: special tokens that are written out in a content."""
+
+    class Newer(FakeEngine):
+        def render_conversation(self, messages: Any, **more: Any) -> Datum:
+            if any("<|im_end|>" in message["content"] for message in messages):
+                raise InvalidRequest("it holds a special token")
+            datum = super().render_conversation(messages, **more)
+            return replace(datum, model_input=datum.model_input[::-1])  # other tokens than then
+
+        def render_by_first_rules(self, messages: Any, **more: Any) -> Datum:
+            return super().render_conversation(messages, **more)
+
+    work = start_worker()
+    forward_backward("m", "a question", "an answer<|im_end|>and more")
+    optim_step("m", learning_rate=0.1)
+    forward_backward("m", "a question", "an answer")
+    work()
+    then = state_of(work, "m")
+    work.die()
+    Worker.objects.update(figures={})  # as that version leaves its row
+
+    work = start_worker(Newer())
+    assert_same(state_of(work, "m"), then)
+    forward_backward("m", "a question", "an answer")
+    work()
+    now = state_of(work, "m")
+    work.die()
+
+    assert_same(state_of(start_worker(Newer()), "m"), now)
 
 
 def test_a_replay_is_told_from_a_first_time(

@@ -287,6 +287,13 @@ class Engine(ABC):
                 would be trained is not what would be sampled.
         """
 
+    def render_by_first_rules(
+        self, messages: Sequence[Mapping[str, Any]], *, train_on: str
+    ) -> Datum:
+        """A conversation of roles and texts as the first version made it a datum, for replays of
+        what that accepted."""
+        return self.render_conversation(messages, train_on=train_on)
+
     @abstractmethod
     def render_prompt(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS

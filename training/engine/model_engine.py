@@ -261,6 +261,11 @@ class TorchEngine(Engine):
     ) -> Datum:
         return self._text.render_conversation(messages, train_on, options)
 
+    def render_by_first_rules(
+        self, messages: Sequence[Mapping[str, Any]], *, train_on: str
+    ) -> Datum:
+        return self._text.render_by_first_rules(messages, train_on)
+
     def render_prompt(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
     ) -> list[int]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.engine.chat_template import ChatTemplate, Message
 from training.engine.edges import EdgedTokens, TextTokens, tokenize_with_edges
+from training.engine.first_rules import first_datum
 from training.engine.rendered import RenderedConversation, answers, prompt_length
 from training.engine.stopping import text_after
 from training.engine.template_check import find_fault
@@ -214,6 +215,16 @@ class ChatText:
                 "target_tokens": np.asarray(ids[1:], dtype=np.int64),
                 "weights": weights[1 : len(ids)],
             },
+        )
+
+    def render_by_first_rules(self, messages: Sequence[Message], train_on: str) -> Datum:
+        """What the first version made of a conversation that it accepted; see ``first_rules``."""
+        return first_datum(
+            self._template,
+            messages,
+            train_on,
+            tokenize=self._tokenize,
+            special_texts=list(self.special_texts.values()),
         )
 
     # -- tokens ----------------------------------------------------------------------------------

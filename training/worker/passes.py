@@ -18,7 +18,7 @@ from training.kinds import Kind
 from training.selectors import custom_loss_get
 from training.types import Datum, ForwardBackwardOutput
 from training.worker.text_work import Item
-from training.worker.texts import render
+from training.worker.texts import has_first_rules, render
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,12 @@ def run_passes(
     for adapter_name, future in requests:
         payload = decode(bytes(future.payload or b""))
         try:
-            items = take_tokens(future, payload) if take_tokens else render(engine, payload)
+            if take_tokens is None:
+                items: Sequence[Item] = render(
+                    engine, payload, first_rules=is_replay and has_first_rules(future)
+                )
+            else:
+                items = take_tokens(future, payload)
             data = [item for item in items if isinstance(item, Datum)]
             custom_loss = _custom_loss(payload.get("loss_id"))
         except TrainingError as error:

@@ -33,6 +33,7 @@ from training.worker.devices import device_of
 from training.worker.last_words import LastWords, crashed, oom_kills
 from training.worker.loop import WorkLoop
 from training.worker.pulse import EVERY_SECONDS, Pulse
+from training.worker.texts import TEXT_RULES
 from training.worker.threads import num_threads
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,11 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         BaseModelNotFound, DeviceNotFound: The model cannot be loaded.
     """
     pulse = Pulse(settings.PULSE_FD)
-    figures: dict[str, Any] = {"base_model": base_model.name, "oom_kills": oom_kills()}
+    figures: dict[str, Any] = {
+        "base_model": base_model.name,
+        "oom_kills": oom_kills(),
+        "text_rules": TEXT_RULES,
+    }
     start = partial(worker_start, queue=base_model.queue, figures=figures, crashed=crashed)
     worker = when_postgres_answers(start, meanwhile=pulse)
     last_words = LastWords(worker)  # also when a supervisor that takes us for hung asks where

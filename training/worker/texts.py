@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,14 @@ from futures.payload import decode
 from training.engine.interface import Engine
 from training.errors import TrainingError
 from training.kinds import SHARED
+from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 from training.worker.text_pool import TextPool
 from training.worker.text_process import Answer, TextTask
 from training.worker.text_work import Item, Text, has_text, tokens_of
+
+TEXT_RULES = 2
+"""By which conversations become tokens; each worker's row names its own among its figures. Those of
+the first version, in ``training.engine.first_rules``, name none."""
 
 OWNER_TEXT_BYTES = 64 * 1024**2
 """Of one owner's text that is not tokens yet; beyond it nothing of theirs is claimed."""
@@ -113,8 +118,37 @@ class Texts:
             self._pool.close()
 
 
-def render(engine: Engine, payload: Mapping[str, Any]) -> list[Item]:
+class _FirstRules:
+    """The text verbs of an engine as the first version's were."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.render_prompt = engine.render_prompt
+        self.encode = engine.encode
+
+    def render_conversation(
+        self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
+    ) -> Datum:
+        # That version took nothing but roles and texts.
+        is_plain = all(
+            m.keys() == {"role", "content"} and m["content"] is not None for m in messages
+        )
+        if is_plain and options == NO_CHAT_OPTIONS:
+            return self._engine.render_by_first_rules(messages, train_on=train_on)
+        return self._engine.render_conversation(messages, train_on=train_on, options=options)
+
+
+def render(engine: Engine, payload: Mapping[str, Any], *, first_rules: bool = False) -> list[Item]:
     """A request's datums or prompts in tokens, made here and now, without a limit of time: in a
-    replay, of what was accepted before."""
-    text: Text = engine
+    replay, of what was accepted before.
+
+    Args:
+        first_rules: A worker of the first version computed it.
+    """
+    text: Text = _FirstRules(engine) if first_rules else engine
     return tokens_of(text, payload, max_context_tokens=engine.info.max_context_tokens)
+
+
+def has_first_rules(future: Future) -> bool:
+    """Whether the worker that computed a future made tokens of its text by the first rules."""
+    return future.worker is None or int(future.worker.figures.get("text_rules", 1)) < TEXT_RULES
