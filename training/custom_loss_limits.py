@@ -18,8 +18,8 @@ MAX_TEXT = 200
 MAX_INTEGER = 2**53
 MAX_NAME = 200
 
-MAX_OPERATIONS = 50_000
-"""Nodes of a custom loss times datums of one request; a node on a few numbers takes about 20
+MAX_OPERATIONS = 25_000
+"""Nodes of a custom loss times datums of one request; a node on a few numbers takes 30 to 60
 microseconds."""
 MAX_DIMENSIONS = 16
 """Of one tensor."""
@@ -30,16 +30,16 @@ MAX_TOTAL_ELEMENTS = 2**26
 """Of all intermediate values of one datum together; autograd keeps them."""
 MAX_TENSORS = 2**14
 """That the operations on one datum may make, or read from lists."""
-MAX_STEPS = 2**30
+MAX_STEPS = 2**29
 """Of one request, forwards and backwards; a step is about a nanosecond of one processor."""
-MAX_MULTIPLICATIONS = 2**32
-"""Of all matrix products of one request together; a second or so likewise. They count 32 times in
+MAX_MULTIPLICATIONS = 2**31
+"""Of all matrix products of one request together; half a second likewise. They count 32 times in
 other dtypes than float32 and float64."""
 
-CPU_SECONDS = 3.0
+CPU_SECONDS = 1.5
 """Processor time that the graph of one request may take, all datums together."""
-WALL_SECONDS = 5.0
-"""Time that a worker waits for it, however busy the machine is."""
+WALL_SECONDS = 2.5
+"""Time that a worker waits for it, and others for the worker, however busy the machine is."""
 MEMORY_BYTES = 2 * 2**30
 """What it may allocate beyond what its process holds when it is idle."""
 REPLAY_FACTOR = 10

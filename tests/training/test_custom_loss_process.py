@@ -69,7 +69,7 @@ def checked(*nodes: tuple[str, list[Any]]) -> CustomLossGraph:
 
 PLAIN = checked()
 SLOW = checked(
-    ("torch.full", [[2**20], 0.5]), *(("torch.lgamma", [{"ref": "x0"}]) for _ in range(3))
+    ("torch.full", [[2**19], 0.5]), *(("torch.lgamma", [{"ref": "x0"}]) for _ in range(3))
 )
 LARGE = checked(*(("torch.ones", [[2**24]]) for _ in range(3)))
 
