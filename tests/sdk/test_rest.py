@@ -183,7 +183,7 @@ def test_a_deleted_checkpoint_is_gone_with_its_files(
 def test_anothers_things_answer_as_those_that_do_not_exist(
     rest: Callable[..., Any], model_id: str, other: SdkClient
 ) -> None:
-    Checkpoint.objects.update(public=True)  # may be read, but not changed
+    Checkpoint.objects.update(public=True)  # may be read and downloaded, but not changed
     session_id = model_id.partition(":")[0]
     a_run = f"training_runs/{model_id}"
     for method, path, body in (
@@ -192,8 +192,6 @@ def test_anothers_things_answer_as_those_that_do_not_exist(
         ("DELETE", f"{a_run}/checkpoints/weights/a", ""),
         ("POST", f"{a_run}/checkpoints/weights/a/publish", ""),
         ("PUT", f"{a_run}/checkpoints/weights/a/ttl", {"ttl_seconds": 4000}),
-        ("GET", f"{a_run}/checkpoints/external_weights/a/external_weights_urls", ""),
-        ("GET", f"{a_run}/checkpoints/weights/a/archive", ""),
         ("GET", f"sessions/{session_id}", ""),
         ("GET", f"sessions/{session_id}/trace_export", ""),
         ("PUT", f"sessions/{session_id}/project", {"project_id": "p"}),

@@ -55,7 +55,8 @@ def test_a_refusal_is_the_requests_answer(pool: TextPool, answers: Run) -> None:
     refused = answers("a", "b")
     assert [str(refused[key]) for key in "ab"] == [
         "prompt: this",
-        "prompt: 4 tokens leave no room in the context of 3",
+        "prompt: 4 tokens leave no room in the context: this model's maximum context length is 3 "
+        "tokens",
     ]
 
 

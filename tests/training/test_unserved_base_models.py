@@ -11,6 +11,7 @@ from pytest_django import Settings
 
 from futures.claiming import future_claim
 from futures.models import Future
+from tests.base_models import base_model_configs
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
 from training.models import Run, Snapshot
@@ -23,7 +24,7 @@ def restart(settings: Settings) -> Callable[[str], None]:
     """``restart("other")``: the server comes up again with another base model."""
 
     def serve(name: str) -> None:
-        settings.BASE_MODELS = [name]
+        settings.BASE_MODELS = base_model_configs(name)
 
     return serve
 
@@ -131,7 +132,7 @@ def test_a_repeated_removal_is_the_first_one(
 def test_a_request_from_before_is_kept_says_what_it_waits_for_and_goes_on(
     served_api: ApiClient, restart: Callable[[str], None], settings: Settings
 ) -> None:
-    served = settings.BASE_MODELS[0]
+    served = settings.BASE_MODELS[0].name
     made = served_api.post("/api/v1/add_lora", model_id="m", rank=4)
     assert made.status_code == 200
     request_id = served_api.post("/fwdbwd", model_id="m", data=HI).json()["request_id"]
@@ -158,7 +159,7 @@ def test_a_request_from_before_is_kept_says_what_it_waits_for_and_goes_on(
 def test_its_models_go_on_when_it_comes_back(
     api: ApiClient, work: InProcessWorker, restart: Callable[[str], None], settings: Settings
 ) -> None:
-    served = settings.BASE_MODELS[0]
+    served = settings.BASE_MODELS[0].name
     waits = api.post("/fwdbwd", model_id="m", data=HI).json()["request_id"]
     restart("other/model")
     assert api.post("/retrieve_future", request_id=waits).status_code == 202

@@ -80,7 +80,8 @@ def _prompt_tokens(text: Text, prompt: Prompt, most: int) -> list[int]:
         tokens = text.render_prompt(prompt.to_dicts(), prompt.options)
     if len(tokens) > most:
         raise ContextLengthExceeded(
-            f"prompt: {len(tokens)} tokens leave no room in the context of {most}"
+            f"prompt: {len(tokens)} tokens leave no room in the context: this model's maximum "
+            f"context length is {most} tokens"
         )
     return tokens
 
