@@ -73,6 +73,13 @@ def test_an_assistant_that_has_begun_goes_on(user):
     assert chat(user, messages=begun, max_tokens=9).usage.prompt_tokens > len(prompt)
 
 
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
