@@ -47,6 +47,11 @@ class QueueFull(FutureError):
     """As many of your requests wait as one user may have; send it again when some are done."""
 
 
+class QueueNotServed(FutureError):
+    """The server runs no worker for the future's queue, so what is submitted there would wait in
+    vain; serve its base model again first."""
+
+
 class PayloadTooLarge(FutureError):
     """The payload is larger than this server allows once decompressed."""
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from django.conf import settings
 from django.db import transaction
 from django.db.models import F, Max
 from django.db.models.functions import Coalesce, Greatest, Now
 from django.utils import timezone
+from django.utils.module_loading import import_string
 
 from futures.broker import doorbell
 from futures.database import alias, execute
@@ -25,6 +27,7 @@ from futures.errors import (
     IdempotencyKeyReused,
     LaneNumberedByClient,
     QueueFull,
+    QueueNotServed,
     SeqIdReused,
 )
 from futures.models import Future, Lane
@@ -192,6 +195,30 @@ def future_submit(
             raise QueueFull
         # The first one was undone, or the server's number met a client's in this lane.
         _renumber(future)
+
+
+def future_repeated(
+    *,
+    payload: EncodedPayload,
+    owner_id: int,
+    lane_id: str | None,
+    seq_id: int | None,
+    idempotency_key: str | None,
+) -> Future | None:
+    """The future of this request if it was submitted before; for what cannot be submitted now.
+
+    Raises:
+        SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
+    """
+    return _first(
+        Future(
+            owner_id=owner_id,
+            payload_digest=payload.digest,
+            lane_id=lane_id,
+            seq_id=seq_id,
+            idempotency_key=idempotency_key,
+        )
+    )
 
 
 def future_record(
@@ -390,6 +417,7 @@ def future_resubmit(*, request_id: str) -> Future:
         FutureNotFound: No such future. (404)
         FuturePayloadPruned: Its payload is gone. (410)
         LaneNumberedByClient: The server has numbered nothing in its lane. (409)
+        QueueNotServed: No worker would come for it. (409)
     """
     futures = Future.objects.defer("result").select_related("lane")
     first = futures.filter(pk=request_id).first()
@@ -399,6 +427,8 @@ def future_resubmit(*, request_id: str) -> Future:
         raise FuturePayloadPruned
     if first.lane is not None and first.lane.last_seq_id == 0:
         raise LaneNumberedByClient
+    if not import_string(settings.FUTURES_QUEUE_IS_SERVED)(first.queue):
+        raise QueueNotServed
     return future_submit(
         owner_id=first.owner_id,
         queue=first.queue,

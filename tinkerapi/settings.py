@@ -173,6 +173,9 @@ DATABASES = {
 
 # --- django-q2 --------------------------------------------------------------------------
 
+FUTURES_QUEUE_IS_SERVED = "training.base_models.queue_is_served"
+"""Says of an engine queue whether a worker of this server runs, or will run, what waits in it."""
+
 Q_CLUSTER = {
     "name": "tinkerapi",  # also the salt that signs tasks, so equal in every process
     "orm": "default",

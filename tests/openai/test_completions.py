@@ -87,6 +87,15 @@ def test_several_prompts_of_either_kind_make_their_choices_in_order(user):
     assert max(len(text) for text in texts) <= 16  # a completion's own default
 
 
+@pytest.mark.parametrize("long", ["x" * 600, [1] * 600])
+def test_a_prompt_that_cannot_be_sampled_is_named_among_several(user, long):
+    fine = "hello" if isinstance(long, str) else [1]
+    for prompts, name in (([fine, long], "prompt[1]"), ([long], "prompt")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            complete(user, prompt=prompts)
+        assert refused.value.body["message"].startswith(f"{name}: ")
+
+
 def test_a_chat_completion_is_what_sampling_says(user, served_api):
     completion = chat(user, max_completion_tokens=12, temperature=0.5, top_p=0.9)
     sample = sampled(

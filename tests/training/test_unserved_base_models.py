@@ -10,10 +10,13 @@ import pytest
 from pytest_django import Settings
 
 from futures.claiming import future_claim
+from futures.errors import QueueNotServed
 from futures.models import Future
+from futures.services import future_resubmit
 from tests.base_models import base_model_configs
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
+from training.base_models import base_model_get
 from training.models import Run, Snapshot
 
 HI = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]]
@@ -127,6 +130,54 @@ def test_a_repeated_removal_is_the_first_one(
     ]
 
     assert answers[0] == answers[1]
+
+
+def test_a_repeat_is_answered_with_the_first_future(
+    api: ApiClient, sdk: SdkClient, work: InProcessWorker, restart: Callable[[str], None]
+) -> None:
+    served = base_model_get(None).name
+    model, sampling = (
+        sdk.model(session := sdk.session()),
+        sdk.post(
+            "create_sampling_session",
+            session_id=session,
+            sampling_session_seq_id=0,
+            base_model=served,
+        ).json()["sampling_session_id"],
+    )
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1]}]}
+
+    def send() -> list[Any]:
+        return [
+            api.post("/optim_step", model_id="m", headers={"Idempotency-Key": "step"}),
+            api.post(
+                "/api/v1/asample",
+                base_model=served,
+                prompt="so",
+                headers={"Idempotency-Key": "sample"},
+            ),
+            sdk.forward_backward(model, 1),
+            sdk.post(
+                "asample",
+                sampling_session_id=sampling,
+                seq_id=1,
+                prompt=prompt,
+                sampling_params={"max_tokens": 2},
+                num_samples=1,
+            ),
+        ]
+
+    api.post("/add_lora", model_id="m", rank=4)
+    first = send()
+    restart("other/model")
+    again = send()
+
+    assert [answer.status_code for answer in first] == [200] * 4
+    ids = [[answer.json().get("request_id") for answer in sent] for sent in (first, again)]
+    assert ids[0] == ids[1]
+    assert "is not served here" in sdk.result(sdk.forward_backward(model, 2))["error"]
+    with pytest.raises(QueueNotServed, match="serve its base model again"):
+        future_resubmit(request_id=ids[0][0])
 
 
 def test_a_request_from_before_is_kept_says_what_it_waits_for_and_goes_on(

@@ -58,6 +58,7 @@ STATUS: Mapping[type[Exception], int] = {
     futures_errors.FuturePayloadPruned: 410,
     futures_errors.FutureNotCancellable: 409,
     futures_errors.LaneNumberedByClient: 409,
+    futures_errors.QueueNotServed: 409,
     futures_errors.SeqIdReused: 409,
     futures_errors.IdempotencyKeyReused: 409,
     futures_errors.QueueFull: 429,

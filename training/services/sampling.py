@@ -11,10 +11,10 @@ from typing import Any
 from django.conf import settings
 
 from futures.payload import encode_payload
-from futures.services import future_submit
+from futures.services import future_repeated, future_submit
 from training import payloads
 from training.base_models import base_model_get
-from training.errors import InvalidRequest
+from training.errors import BaseModelNotFound, InvalidRequest
 from training.kinds import Kind
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
@@ -102,7 +102,19 @@ def sample_submit(
         base_model = checkpoint.run.base_model
         summary["path"] = str(path)
     encoded = encode_payload(Kind.SAMPLE, payload)
-    queue = base_model_get(base_model).queue
+    try:
+        queue = base_model_get(base_model).queue
+    except BaseModelNotFound:
+        first = future_repeated(
+            payload=encoded,
+            owner_id=owner_id,
+            lane_id=None,
+            seq_id=None,
+            idempotency_key=idempotency_key,
+        )
+        if first is None:
+            raise
+        return Submission(future=first, model_id=None)
     storage_admit(
         encoded, owner_id=owner_id, lane_id=None, seq_id=None, idempotency_key=idempotency_key
     )

@@ -16,10 +16,15 @@ from django.db.models import F
 from futures.errors import SeqIdReused
 from futures.models import Future
 from futures.payload import encode_payload
-from futures.services import future_submit, lane_create
+from futures.services import future_repeated, future_submit, lane_create
 from training import payloads
 from training.base_models import base_model_get
-from training.errors import CheckpointNotFound, InvalidRequest, SessionFinished
+from training.errors import (
+    BaseModelNotFound,
+    CheckpointNotFound,
+    InvalidRequest,
+    SessionFinished,
+)
 from training.kinds import Kind
 from training.models import SamplingSession
 from training.paths import TinkerPath
@@ -147,7 +152,19 @@ def session_sample_submit(
         payload["record"] = sampling_session.session_id
     summary = {"prompts": 1, "samples": num_samples}
     encoded = encode_payload(Kind.SAMPLE, payload)
-    queue = base_model_get(sampling_session.base_model).queue
+    try:
+        queue = base_model_get(sampling_session.base_model).queue
+    except BaseModelNotFound:
+        first = future_repeated(
+            payload=encoded,
+            owner_id=owner_id,
+            lane_id=sampling_session_id,
+            seq_id=seq_id,
+            idempotency_key=None,
+        )
+        if first is None:
+            raise
+        return first
     storage_admit(
         encoded,
         owner_id=owner_id,

@@ -12,7 +12,7 @@ from django.db import transaction
 
 from futures.models import Future, Lane
 from futures.payload import encode_payload
-from futures.services import Refusal, future_submit, lane_refuse
+from futures.services import Refusal, future_repeated, future_submit, lane_refuse
 from training.base_models import base_model_get, queue_is_served
 from training.errors import BaseModelNotFound, InvalidRequest, SessionFinished
 from training.kinds import Kind
@@ -48,6 +48,7 @@ def submit_in_lane(
         InvalidRequest: The run's requests are numbered by its SDK client, and this has no number;
             only its removal needs none. (400)
         SessionFinished: The run's session is over; only its removal may still be asked for. (400)
+        BaseModelNotFound: Its base model is not served any more, and this is no repeat. (404)
         StorageQuotaExceeded: Its owner stores as much as one user may. (413)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
@@ -67,6 +68,19 @@ def submit_in_lane(
         _abandon(run)
         result = {"status": "deleted", "model_id": run.name}
     encoded = encode_payload(kind, payload)
+    try:
+        queue = lane.queue if lane else base_model_get(run.base_model).queue
+    except BaseModelNotFound:
+        first = future_repeated(
+            payload=encoded,
+            owner_id=run.owner_id,
+            lane_id=run.id,
+            seq_id=seq_id,
+            idempotency_key=idempotency_key,
+        )
+        if first is None:
+            raise
+        return Submission(future=first, model_id=run.name)
     if not is_removal:
         storage_admit(
             encoded,
@@ -77,7 +91,7 @@ def submit_in_lane(
         )
     future = future_submit(
         owner_id=run.owner_id,
-        queue=lane.queue if lane else base_model_get(run.base_model).queue,
+        queue=queue,
         kind=kind,
         payload=encoded,
         lane_id=run.id,

@@ -26,6 +26,7 @@ from training.services.recorded_samples import samples_record
 from training.text_pieces import Told
 from training.types import Datum, ScoringParams
 from training.worker import outcomes
+from training.worker.text_work import of_prompt
 from training.worker.texts import Texts
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,12 @@ class Samples:
                     group=str(future.owner_id),
                 )
                 key = f"{future.id}:{index}"
-                self._engine.sampler.admit(key, job)
+                try:
+                    self._engine.sampler.admit(key, job)
+                except TrainingError as error:
+                    if not str(error).startswith("prompt: "):  # what all prompts have in common
+                        raise
+                    raise of_prompt(error, index, len(tokens)) from error
                 keys.append(key)
                 prompt_tokens += len(job.prompt)
                 if payload.get("echo", False):

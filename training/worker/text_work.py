@@ -65,10 +65,21 @@ def tokens_of(
                 raise type(error)(f"{where}: {error}") from error
             _check_length(datum, where, max_context_tokens)
         items.append(datum)
-    for prompt in map(payloads.prompt_from_payload, payload.get("prompts", ())):
+    prompts = [payloads.prompt_from_payload(item) for item in payload.get("prompts", ())]
+    for index, prompt in enumerate(prompts):
         on_item()
-        items.append(_prompt_tokens(text, prompt, max_context_tokens))
+        try:
+            items.append(_prompt_tokens(text, prompt, max_context_tokens))
+        except TrainingError as error:
+            raise of_prompt(error, index, len(prompts)) from error
     return items
+
+
+def of_prompt(error: TrainingError, index: int, num_prompts: int) -> TrainingError:
+    """The error with the place of its prompt, where the request has several."""
+    if num_prompts == 1:
+        return error
+    return type(error)(f"prompt[{index}]: {str(error).removeprefix('prompt: ')}")
 
 
 def _prompt_tokens(text: Text, prompt: Prompt, most: int) -> list[int]:
