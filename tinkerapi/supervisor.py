@@ -243,6 +243,8 @@ class Supervisor:
         self.has_been_ready = False
         """Whoever sees that all parts work sets it: from then on a refusal is a failure too,
         for what was changed under a running server may be put right."""
+        self.restarts = 0
+        """How often a part ended by itself, or failed to start, and was given another try."""
         self._watched: list[_Watched] = []
 
     def add(self, part: Part) -> None:
@@ -300,4 +302,5 @@ class Supervisor:
         watched.failures = 1 if steady else watched.failures + 1
         delay = min(self.max_delay_seconds, FIRST_DELAY_SECONDS * 2 ** (watched.failures - 1))
         watched.start_at = now + delay
+        self.restarts += 1
         self.say(f"{watched.part.name} {how}; starting it again in {delay:g} s")

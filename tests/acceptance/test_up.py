@@ -116,6 +116,8 @@ def test_up_heals_what_dies_and_stops_without_a_trace(
         timeout=120,
     )
     assert trained.status_code == 200, "the new worker does the work"
+    wait_for(lambda: server.log().splitlines()[-1] == "ready again")
+    assert server.log().count("ready after") == 1
 
     everyone |= family(up)
     server.stop()

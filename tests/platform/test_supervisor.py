@@ -87,6 +87,7 @@ def test_a_part_that_ends_is_started_again_after_a_delay(
     supervisor.tick()
     assert calls == ["start web"]
     assert lines == ["web was ended by SIGKILL; starting it again in 0.5 s"]
+    assert supervisor.restarts == 1
 
     clock.now += FIRST_DELAY_SECONDS
     supervisor.tick()

@@ -55,6 +55,7 @@ from training.parent_death import parent_death_prefix
 
 TICK_SECONDS = 0.1
 READY_LOOK_SECONDS = 0.5  # each look that finds the worker loading costs a query and a log line
+LOST_PART_SECONDS = 2.0  # within which readiness knows that a part has ended
 WEB_STOP_SECONDS = 5.0
 WEB_KILL_SECONDS = 3  # what a parked long poll may delay the web's end; its client asks again
 WORKER_STOP_SECONDS = 120.0  # one batch; killing it sooner loses time, not work
@@ -263,18 +264,21 @@ class Command(BaseCommand):
         waiting = base_models()
         answered = ready = False
         look_at = 0.0
+        restarts = 0
         while True:
             for base_model in [model for model in waiting if self._is_prepared(model)]:
                 waiting.remove(base_model)
                 self._start_worker(base_model, environment)
             self.supervisor.tick()
+            if ready and self.supervisor.restarts > restarts:
+                ready, look_at = False, time.monotonic() + LOST_PART_SECONDS
+            restarts = self.supervisor.restarts
             if not answered:
                 if answered := self._answers("/healthz"):
                     self.say(f"web       answers after {self._seconds()}; the model is loading")
             elif not ready and not waiting and time.monotonic() >= look_at:
                 look_at = time.monotonic() + READY_LOOK_SECONDS
                 if ready := self._answers("/readyz"):
-                    self.supervisor.has_been_ready = True
                     self._say_ready()
             time.sleep(TICK_SECONDS)
 
@@ -301,6 +305,11 @@ class Command(BaseCommand):
         return f"{time.monotonic() - self.started_at:.1f} s"
 
     def _say_ready(self) -> None:
+        """Say it once with all addresses, and in two words after each time a part was lost."""
+        if self.supervisor.has_been_ready:
+            self.say("ready again")
+            return
+        self.supervisor.has_been_ready = True
         address = self.server.address
         self.say(f"ready after {self._seconds()}; Ctrl+C stops everything")
         self.say(f"  API     {address}/")
