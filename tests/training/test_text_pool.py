@@ -54,7 +54,7 @@ def test_a_refusal_is_the_requests_answer(pool: TextPool, answers: Run) -> None:
     pool.submit("b", "ada", task("long", most=3))
     refused = answers("a", "b")
     assert [str(refused[key]) for key in "ab"] == [
-        "prompt: this",
+        "prompt[1]: this",
         "prompt: 4 tokens leave no room in the context: this model's maximum context length is 3 "
         "tokens",
     ]

@@ -68,14 +68,18 @@ def build_engine(base_model: BaseModel) -> Engine:
         torch.cuda.set_device(device)  # or whatever names no device would be made on the first
     stages = Stages()
     custom_losses = CustomLossProcess()  # gets ready while the model is read
-    with _faults_of(base_model.folder):
-        loaded = load_base_model(
-            str(base_model.folder),
-            name=base_model.name,
-            device=device,
-            dtype=base_model.config.dtype,
-            on_stage=stages.begin,
-        )
+    try:
+        with _faults_of(base_model.folder):
+            loaded = load_base_model(
+                str(base_model.folder),
+                name=base_model.name,
+                device=device,
+                dtype=base_model.config.dtype,
+                on_stage=stages.begin,
+            )
+    except BaseException:
+        custom_losses.close()
+        raise
     logger.info("%s: %s", base_model.name, stages)
     return TorchEngine(
         loaded,
