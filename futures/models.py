@@ -69,7 +69,7 @@ class Worker(models.Model):
     stopped_at = models.DateTimeField(null=True, blank=True)
     figures = models.JSONField(default=dict, blank=True)
     """What the worker says of itself: base model, device, memory, resident adapters,
-    ``futures_per_second`` (``futures.places`` reads it)."""
+    ``futures_per_second`` (``futures.queue_positions`` reads it)."""
     queue_lock: QueueLock | None = None
     """The advisory lock, in the process that lives this life; not a column."""
     owners_served: Sequence[int] = ()
@@ -142,7 +142,7 @@ class Future(models.Model):
     """A few small facts for lists and charts: datums, tokens, loss."""
     cost = models.IntegerField(default=1)
     """Estimated work in tokens; a claim takes futures up to a budget of it."""
-    patient = models.BooleanField(default=False)
+    delayable = models.BooleanField(default=False)
     """Nobody waits on the line: a worker may wait a moment for others to run beside it."""
     interruptible = models.BooleanField(default=False)
     """It changes nothing but its own result, so its owner may cancel it while it runs."""

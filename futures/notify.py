@@ -36,19 +36,19 @@ def bell_channel(queue: str) -> str:
     return f"futures_bell_{hashlib.sha256(queue.encode()).hexdigest()[:32]}"
 
 
-def notify_bell(queue: str, *, patient: bool = False) -> None:
+def notify_bell(queue: str, *, delayable: bool = False) -> None:
     """Wake the queue's consumer once the outermost transaction has committed.
 
     When that fails the commit stands, and the consumer finds the doorbell at its next poll.
 
     Args:
-        patient: What was submitted may wait for company.
+        delayable: What was submitted may wait for batch-mates.
     """
 
     def ring() -> None:  # no partial: Django asks for the name of what failed
         execute(
             "SELECT pg_notify(%(channel)s, %(note)s)",
-            {"channel": bell_channel(queue), "note": PATIENT_NOTE if patient else ""},
+            {"channel": bell_channel(queue), "note": DELAYABLE_NOTE if delayable else ""},
         )
 
     transaction.on_commit(ring, using=alias(), robust=True)
@@ -120,23 +120,23 @@ class Bell(IntFlag):
     SILENT = 0
     RANG = 1
     """Something was submitted."""
-    HURRY = 2
+    FLUSH = 2
     """Somebody has begun to wait for what was submitted just now."""
     CANCELLED = 4
     """Something that a worker held was cancelled."""
-    PATIENT = 8
-    """Something was submitted that may wait for company."""
-    SUBMITTED = RANG | PATIENT
+    DELAYABLE = 8
+    """Something was submitted that may wait for batch-mates."""
+    SUBMITTED = RANG | DELAYABLE
 
 
-HURRY_NOTE = "hurry"
+FLUSH_NOTE = "flush"
 CANCELLED_NOTE = "cancelled"
-PATIENT_NOTE = "patient"
+DELAYABLE_NOTE = "delayable"
 
 _HEARD = {
-    HURRY_NOTE: Bell.HURRY,
+    FLUSH_NOTE: Bell.FLUSH,
     CANCELLED_NOTE: Bell.CANCELLED,
-    PATIENT_NOTE: Bell.PATIENT,
+    DELAYABLE_NOTE: Bell.DELAYABLE,
 }
 
 

@@ -105,8 +105,8 @@ def queue_state(queue: str) -> QueueState:
         return QueueState(PAUSED, "The worker is starting.", started_at=worker.started_at)
     if worker.heartbeat_at < timezone.now() - HEARTBEAT_TIMEOUT:
         return QueueState(PAUSED, "The worker does not answer.", started_at=worker.started_at)
-    pace = worker.figures.get("futures_per_second")
-    return QueueState(ACTIVE, "", pace, worker.started_at)
+    rate = worker.figures.get("futures_per_second")
+    return QueueState(ACTIVE, "", rate, worker.started_at)
 
 
 def worker_figure(queue: str, name: str) -> Any:

@@ -58,14 +58,14 @@ WITH waiting AS MATERIALIZED (
 ), inserted AS (
     INSERT INTO futures_future (
         id, owner_id, queue, lane_id, seq_id, idempotency_key, kind, state, payload, result,
-        payload_digest, summary, cost, patient, interruptible, error, category, error_code,
+        payload_digest, summary, cost, delayable, interruptible, error, category, error_code,
         attempts, replay_of_id, created_at, finished_at
     )
     SELECT
         %(id)s, %(owner_id)s, %(queue)s, %(lane_id)s,
         coalesce(%(seq_id)s::bigint, (SELECT last_seq_id FROM numbered)),
         %(idempotency_key)s, %(kind)s, %(state)s, %(payload)b, %(result)b, %(payload_digest)b,
-        %(summary)s::jsonb, %(cost)s, %(patient)s, %(interruptible)s, %(error)s, %(category)s,
+        %(summary)s::jsonb, %(cost)s, %(delayable)s, %(interruptible)s, %(error)s, %(category)s,
         %(error_code)s, 0, %(replay_of_id)s, %(created_at)s, %(finished_at)s
     WHERE (SELECT has_room FROM waiting) AND NOT EXISTS (
         SELECT FROM futures_lane
@@ -120,7 +120,7 @@ def future_submit(
     seq_id: int | None = None,
     idempotency_key: str | None = None,
     cost: int = 1,
-    patient: bool = False,
+    delayable: bool = False,
     interruptible: bool = False,
     summary: dict[str, Any] | None = None,
     replay_of: Future | None = None,
@@ -143,7 +143,7 @@ def future_submit(
         seq_id: The client's number; None lets the server give the lane's next one.
         idempotency_key: The client's name for this request.
         cost: Estimated tokens of work.
-        patient: A worker may wait a moment for others to run beside it.
+        delayable: A worker may wait a moment for others to run beside it.
         interruptible: It changes nothing but its own result, so it may be cancelled while it runs.
         summary: Small facts for lists and charts.
         replay_of: The future whose request this is.
@@ -170,7 +170,7 @@ def future_submit(
         seq_id=seq_id,
         idempotency_key=idempotency_key,
         cost=cost,
-        patient=patient,
+        delayable=delayable,
         interruptible=interruptible,
         summary=summary or {},
         replay_of=replay_of,
@@ -312,7 +312,7 @@ def _insert_once(future: Future, max_pending: int | None) -> _Inserted:
             "payload_digest": future.payload_digest,
             "summary": to_jsonb(future.summary),
             "cost": future.cost,
-            "patient": future.patient,
+            "delayable": future.delayable,
             "interruptible": future.interruptible,
             "error": future.error,
             "category": str(future.category),
@@ -329,7 +329,7 @@ def _insert_once(future: Future, max_pending: int | None) -> _Inserted:
     future.seq_id = seq_id
     future._state.adding = False
     future._state.db = alias()
-    notify_bell(future.queue, patient=future.patient)
+    notify_bell(future.queue, delayable=future.delayable)
     return _Inserted.YES
 
 

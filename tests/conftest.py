@@ -16,15 +16,15 @@ from django.conf import settings
 from django.db import connections
 from django.test import Client
 
+from futures.batched_reads import FutureReader
 from futures.broker import PostgresBroker
 from futures.models import Future
-from futures.reader import FutureReader
 from futures.workers import worker_start
 from tinkerapi.api import answers, async_view, threads
 from tinkerapi.api.sdk import dispatch
-from tinkerapi.postgres import EmbeddedPostgres
+from tinkerapi.server.postgres import EmbeddedPostgres
 from training.base_models import base_model_get
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.worker.loop import WorkLoop
 from training.worker.text_pool import TextPool
 from training.worker.texts import TEXT_RULES
@@ -55,7 +55,7 @@ def django_db_setup(django_db_setup: None) -> Iterator[None]:
     """pytest-django's, and at the end nothing holds the test database that is to be dropped.
 
     A request through Django's test client has an event loop of its own, which may end while
-    the hub of that loop is still connecting; such a connection is closed when it is collected.
+    the waiters' of that loop is still connecting; such a connection is closed when it is collected.
     """
     yield
     gc.collect()

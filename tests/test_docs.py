@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 SETTINGS = (ROOT / "tinkerapi" / "settings.py").read_text()
 
 VARIABLES = sorted(set(re.findall(r'"(TINKERAPI_[A-Z_]+|DATABASE_URL)"', SETTINGS)))
-SET_BY_UP = ("TINKERAPI_ROLE", "TINKERAPI_PULSE_FD")
+SET_BY_UP = ("TINKERAPI_ROLE", "TINKERAPI_WATCHDOG_FD")
 COMMANDS = sorted(
     name for name, app in get_commands().items() if app in ("tinkerapi", "training", "futures")
 )

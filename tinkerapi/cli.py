@@ -85,7 +85,7 @@ def run(arguments: Sequence[str]) -> None:
     except ImproperlyConfigured as error:  # a setting that makes no sense
         sys.exit(str(error))
     except (OperationalError, psycopg.OperationalError) as error:
-        from tinkerapi.schema import database_down_reason
+        from tinkerapi.server.upgrade import database_down_reason
 
         # Without ``up`` nobody runs the embedded Postgres: a sentence, not a traceback.
         reason = database_down_reason(error)

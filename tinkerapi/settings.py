@@ -46,7 +46,7 @@ FILE_UPLOAD_PERMISSIONS = 0o600  # of the admin's static files; Django's own wou
 ROLE = env_choice("TINKERAPI_ROLE", "cli", ("cli", "web", "worker"))
 """Which process this is; set by ``up``, never by hand. Decides how connections are kept."""
 
-PULSE_FD = env_int("TINKERAPI_PULSE_FD", -1, minimum=-1)
+WATCHDOG_FD = env_int("TINKERAPI_WATCHDOG_FD", -1, minimum=-1)
 """Where a worker tells its supervisor that it gets on; set by ``up``, never by hand."""
 
 # --- Django -----------------------------------------------------------------------------
@@ -92,14 +92,14 @@ INSTALLED_APPS = [
 # Async-capable ones only: a sync middleware would cost every parked wait a thread hop.
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
-    "tinkerapi.content_policy.content_policy_middleware",
+    "tinkerapi.console.content_policy.content_policy_middleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
-    "tinkerapi.page_errors.ImpossiblePageMiddleware",
+    "tinkerapi.console.page_errors.ImpossiblePageMiddleware",
 ]
 APPEND_SLASH = False  # a redirect would turn a client's POST into a GET
 
@@ -147,7 +147,7 @@ DATABASE_URL = os.environ.get("DATABASE_URL", "").strip()
 if DATABASE_URL:
     database = env_database("DATABASE_URL")
 else:
-    from tinkerapi.postgres import embedded_database
+    from tinkerapi.server.postgres import embedded_database
 
     database = embedded_database(DATA_DIR)
 
@@ -324,19 +324,19 @@ UNFOLD = {
     "SITE_URL": "/docs/",
     "SHOW_VIEW_ON_SITE": False,
     "SITE_FAVICONS": [
-        {"rel": "icon", "type": "image/svg+xml", "href": "tinkerapi.dashboard.favicon"}
+        {"rel": "icon", "type": "image/svg+xml", "href": "tinkerapi.console.dashboard.favicon"}
     ],
-    "STYLES": ["tinkerapi.dashboard.stylesheet"],
-    "DASHBOARD_CALLBACK": "tinkerapi.dashboard.dashboard",
-    "LOGIN": {"form": "tinkerapi.login_form.LoginForm"},
-    "SIDEBAR": {"navigation": "tinkerapi.dashboard.navigation"},
+    "STYLES": ["tinkerapi.console.dashboard.stylesheet"],
+    "DASHBOARD_CALLBACK": "tinkerapi.console.dashboard.dashboard",
+    "LOGIN": {"form": "tinkerapi.console.login_form.LoginForm"},
+    "SIDEBAR": {"navigation": "tinkerapi.console.dashboard.navigation"},
 }
 
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"()": "tinkerapi.logs.LineFormatter"}},
-    "filters": {"repeats": {"()": "tinkerapi.logs.RepeatFilter"}},
+    "formatters": {"line": {"()": "tinkerapi.server.logs.LineFormatter"}},
+    "filters": {"repeats": {"()": "tinkerapi.server.logs.RepeatFilter"}},
     "handlers": {
         "console": {
             "class": "logging.StreamHandler",

@@ -12,7 +12,7 @@ from django.urls import include, path
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
 
-from tinkerapi import manual
+from tinkerapi.console import manual
 
 
 def redirect_to(name: str) -> Callable[..., HttpResponseBase]:

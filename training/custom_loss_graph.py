@@ -3,7 +3,7 @@
 The graph is what torch.fx recorded of a Python function, as plain data. Checking needs no torch:
 that every node is one of the allowed operations, called with as many arguments as it takes, on
 results of nodes before it, and that the last one returns a loss and named metrics. What the
-operations compute, and how large it grows, ``training.engine.custom_loss`` finds out.
+operations compute, and how large it grows, ``training.engine.custom_loss.run`` finds out.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ place, draws random numbers, reads or writes files, knows devices, or makes a Py
 unbounded size.
 
 Each row names the rule by which its cost is counted before it runs. The rules are documented where
-they are: in ``training.engine.custom_loss_costs``, one function each.
+they are: in ``training.engine.custom_loss.costs``, one function each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The loss functions' names, inputs and settings: the one table, for all who may not import torch.
 
-Parsers, the worker and the engine read it. The formulas are in ``training.engine.losses``, one
-function per name here; what a request may bring is checked by ``training.loss_checks``.
+Parsers, the worker and the engine read it. The formulas are in
+``training.engine.torch.losses``, one function per name here; what a request may bring is checked
+by ``training.loss_checks``.
 """
 
 from __future__ import annotations

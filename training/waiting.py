@@ -7,27 +7,27 @@ from dataclasses import replace
 from django.conf import settings
 
 from futures.models import Future
-from futures.places import Place, future_place
+from futures.queue_positions import QueuePosition, future_position
 from futures.selectors import PAUSED
 from training.base_models import queue_is_served
 from training.models import Run
 
 
-def future_waiting(future: Future) -> Place:
+def future_waiting(future: Future) -> QueuePosition:
     """Where a future that is not final stands and what it waits for, in a sentence.
 
     One that waits for a base model which is not served any more is kept: it runs once a server
     on this data serves the model again.
     """
-    place = future_place(future, gap_seconds=settings.GAP_SECONDS)
+    found = future_position(future, gap_seconds=settings.GAP_SECONDS)
     if waits_for_nobody(future):
         name = Run.objects.filter(id=future.lane_id).values_list("base_model", flat=True).first()
         reason = (
             f"This server does not serve {f'base model {name}' if name else 'its base model'} any "
             "more; the request runs once it is served again."
         )
-        return replace(place, estimated_wait_seconds=None, state=PAUSED, reason=reason)
-    return place
+        return replace(found, estimated_wait_seconds=None, state=PAUSED, reason=reason)
+    return found
 
 
 def waits_for_nobody(future: Future) -> bool:

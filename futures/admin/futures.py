@@ -22,8 +22,8 @@ from futures.console import ConsoleAdmin, redirect, verb
 from futures.display import duration, link, moment, one_line, page_url, state_label
 from futures.filters import KindFilter, MomentFilter
 from futures.models import Future
-from futures.places import queue_position
 from futures.preview import body_preview
+from futures.queue_positions import queue_position
 from futures.services import future_cancel, future_resubmit
 from futures.transitions import FINAL_STATES, State
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from futures.hub import hub
+from futures.waiters import waiters
 from tinkerapi.api.threads import DATABASE_THREADS
 from tinkerapi.asgi import application
 from tinkerapi.handlers import ApiHandler
@@ -160,7 +160,7 @@ def test_a_wait_ends_when_its_client_goes_away(transactional_db):
             if not waiting:
                 waiting.append(0)
                 return {"type": "http.request", "body": json.dumps(body).encode()}
-            while not (known := len(hub()._waiting)):
+            while not (known := len(waiters()._waiting)):
                 await asyncio.sleep(0.01)
             waiting.append(known)
             return {"type": "http.disconnect"}
@@ -169,7 +169,7 @@ def test_a_wait_ends_when_its_client_goes_away(transactional_db):
             raise AssertionError(message)
 
         await application(scope_of("/api/v1/forward_backward"), receive, send)
-        waiting.append(len(hub()._waiting))
+        waiting.append(len(waiters()._waiting))
 
     asyncio.run(asyncio.wait_for(run(), 20))
     assert waiting == [0, 1, 0]

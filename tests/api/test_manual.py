@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from django.test import Client
 
-from tinkerapi import manual
+from tinkerapi.console import manual
 
 
 @pytest.fixture

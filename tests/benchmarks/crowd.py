@@ -22,7 +22,7 @@ from psycopg.conninfo import make_conninfo
 
 from tests.benchmarks.report import Report, at_most
 from tests.server import Server
-from tinkerapi.postgres import embedded_database
+from tinkerapi.server.postgres import embedded_database
 
 MEBIBYTE = 2**20
 CONNECTING = 64  # clients that connect at one time; the kernel's queue of connections is short

@@ -30,7 +30,7 @@ import numpy as np
 
 from tests.benchmarks.report import Report, at_most, results_option
 from tests.benchmarks.served_model import bare_engine
-from tinkerapi.postgres import EmbeddedPostgres
+from tinkerapi.server.postgres import EmbeddedPostgres
 from training.engine.interface import Engine, ForwardBackwardJob
 from training.types import AdamParams, Datum, LoraConfig
 
@@ -115,7 +115,7 @@ class Durable:
 
     def finish(self) -> None:
         """Wait for the snapshot that is still being written."""
-        self._loop.residency.settle()
+        self._loop.adapter_cache.settle()
 
 
 def take_turns(
@@ -213,7 +213,7 @@ def main() -> None:
         from django.conf import settings
         from django.db import connections
 
-        from tinkerapi.schema import schema_migrate
+        from tinkerapi.server.upgrade import schema_migrate
 
         with EmbeddedPostgres(settings.DATA_DIR) as postgres:
             schema_migrate()

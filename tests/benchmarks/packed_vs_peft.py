@@ -27,10 +27,10 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM
 
-from training.engine.base_model import BaseModel
 from training.engine.interface import ForwardBackwardJob
-from training.engine.loading import load_base_model
-from training.engine.model_engine import TorchEngine
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.loading import load_base_model
+from training.engine.torch.model_engine import TorchEngine
 from training.types import Datum, LoraConfig
 
 RESULTS = Path(__file__).parent / "results" / "packed_vs_peft.json"

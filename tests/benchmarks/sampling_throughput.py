@@ -23,9 +23,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.engine.interface import SampleJob
-from training.engine.loading import load_base_model
-from training.engine.sampling import ContinuousSampler
-from training.engine.text import ChatText
+from training.engine.renderer.chat_text import ChatText
+from training.engine.sampler.continuous_batching import ContinuousSampler
+from training.engine.torch.loading import load_base_model
 from training.types import SamplingParams
 
 NUM_TOKENS = 24

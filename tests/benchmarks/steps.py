@@ -111,7 +111,7 @@ def control_plane(report: Report, steps: int, repetitions: int) -> None:
     from futures.workers import worker_start, worker_stop
     from training import services
     from training.base_models import base_model_get
-    from training.engine.fake import FakeEngine
+    from training.engine.fake.engine import FakeEngine
     from training.worker.loop import WorkLoop
 
     # A queue of its own, which the server's worker does not serve.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinkerapi.drill.job import BAD_TOKEN, TEXT_TOKENS
 from tinkerapi.drill.model import CONTEXT_TOKENS, VOCAB_SIZE, make_drill_model
-from training.engine.loading import load_base_model
+from training.engine.torch.loading import load_base_model
 
 
 def test_the_engine_loads_it_and_its_tokens_are_bytes(tmp_path: Path) -> None:

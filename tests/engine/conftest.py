@@ -16,11 +16,11 @@ import torch
 from tests.engine.reference import TinyEngine
 from tests.engine.sampling_jobs import MakeSampler, job
 from tests.tiny_model import VOCAB_SIZE, make_tiny_model
-from training.engine.base_model import BaseModel
 from training.engine.interface import BaseModelInfo, SampleJob
-from training.engine.loading import load_base_model
-from training.engine.sampling import ContinuousSampler
-from training.engine.text import ChatText
+from training.engine.renderer.chat_text import ChatText
+from training.engine.sampler.continuous_batching import ContinuousSampler
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.loading import load_base_model
 from training.types import Datum, LoraConfig
 
 torch.set_num_threads(1)

@@ -21,7 +21,12 @@ import torch
 from training.custom_loss_graph import check_graph
 from training.custom_loss_limits import CPU_SECONDS, MEMORY_BYTES, WALL_SECONDS
 from training.custom_loss_ops import DTYPES, FUNCTIONS, METHODS, Signature
-from training.engine.custom_loss import CustomLossInputs, CustomLossOutput, CustomLossRunner, Work
+from training.engine.custom_loss.run import (
+    CustomLossInputs,
+    CustomLossOutput,
+    CustomLossRunner,
+    Work,
+)
 from training.errors import InvalidRequest, OutOfMemory
 from training.worker.custom_loss_process import CustomLossProcess
 

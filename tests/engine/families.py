@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tests.engine.reference import TinyEngine, peft_warnings_ignored
 from tests.tiny_model import VOCAB_SIZE, make_tokenizer
 from training.engine.interface import ForwardBackwardJob, SampleJob, SampleOutput
-from training.engine.loading import load_base_model
+from training.engine.torch.loading import load_base_model
 from training.errors import BaseModelNotFound
 from training.types import Datum, ForwardBackwardOutput, LoraConfig, SamplingParams
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from training.engine.interface import ForwardBackwardJob
-from training.engine.model_engine import TorchEngine
+from training.engine.torch.model_engine import TorchEngine
 from training.errors import TrainingError
 from training.types import Datum, ForwardBackwardOutput
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from training.engine.interface import SampleJob, SampleOutput
-from training.engine.sampling import ContinuousSampler
+from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.errors import TrainingError
 from training.types import SampledSequence, SamplingParams
 

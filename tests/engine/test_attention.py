@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from training.engine.attention import AttentionPlan, SequenceAttention
-from training.engine.short_attention import SHORT_TOKENS
-from training.engine.stretches import Stretch, whole_sequences
+from training.engine.torch.attention.backend import AttentionPlan, SequenceAttention
+from training.engine.torch.attention.short import SHORT_TOKENS
+from training.engine.torch.packing.ranges import RowRange, whole_sequences
 
 LENGTHS = [3, 16, 17, 1, 30, SHORT_TOKENS + 5, 16, 31, 2, SHORT_TOKENS + 5, SHORT_TOKENS + 5, 90]
 SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}
@@ -29,15 +29,15 @@ def random_stream(lengths: Sequence[int], shape: str, dtype: torch.dtype) -> Num
     )
 
 
-def make_tree(*parts: tuple[int, tuple[int, ...]]) -> list[Stretch]:
-    """Stretches from their lengths and the numbers of those that come before them."""
-    stretches: list[Stretch] = []
+def make_tree(*parts: tuple[int, tuple[int, ...]]) -> list[RowRange]:
+    """Ranges from their lengths and the numbers of those that come before them."""
+    row_ranges: list[RowRange] = []
     start = 0
     for length, before in parts:
-        seen = tuple(stretches[n] for n in before)
-        stretches.append(Stretch(start=start, length=length, before=seen))
+        seen = tuple(row_ranges[n] for n in before)
+        row_ranges.append(RowRange(start=start, length=length, before=seen))
         start += length
-    return stretches
+    return row_ranges
 
 
 LONG = SHORT_TOKENS + 5
@@ -50,27 +50,29 @@ BRANCHES: list[tuple[int, tuple[int, ...]]] = [
 TREE = make_tree(*BRANCHES)
 
 
-def attend(stretches: Sequence[Stretch], stream: Numbers, *, as_on_a_gpu: bool = False) -> Numbers:
+def attend(
+    row_ranges: Sequence[RowRange], stream: Numbers, *, as_on_a_gpu: bool = False
+) -> Numbers:
     """The output and the three gradients."""
     *inputs, grad_output = stream
     q, k, v = (x.clone().requires_grad_() for x in inputs)
-    attention = SequenceAttention(stretches)
+    attention = SequenceAttention(row_ranges)
     if as_on_a_gpu:
-        attention._plan = AttentionPlan.of(stretches, q.device, on_cpu=False)
+        attention._plan = AttentionPlan.of(row_ranges, q.device, on_cpu=False)
     output = attention.attend(0, q, k, v, 0.3)
     grads = torch.autograd.grad(output, (q, k, v), grad_output)
     return output.detach(), *grads
 
 
-def plain(stretches: Sequence[Stretch], stream: Numbers) -> Numbers:
+def plain(row_ranges: Sequence[RowRange], stream: Numbers) -> Numbers:
     """The same by its formula, over all rows at once, in float64."""
     *inputs, grad_output = (x.double() for x in stream)
     q, k, v = (x.requires_grad_() for x in inputs)
     sees = torch.zeros(len(q), len(q), dtype=torch.bool)
-    for stretch in stretches:
-        rows = slice(stretch.start, stretch.end)
-        sees[rows, rows] = torch.ones(stretch.length, stretch.length).tril().bool()
-        for before in stretch.before:
+    for row_range in row_ranges:
+        rows = slice(row_range.start, row_range.end)
+        sees[rows, rows] = torch.ones(row_range.length, row_range.length).tril().bool()
+        for before in row_range.before:
             sees[rows, before.start : before.end] = True
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * 0.3
@@ -79,19 +81,19 @@ def plain(stretches: Sequence[Stretch], stream: Numbers) -> Numbers:
     return output.detach(), *torch.autograd.grad(output, (q, k, v), grad_output)
 
 
-def lengths_of(stretches: Sequence[Stretch]) -> list[int]:
-    return [stretch.length for stretch in stretches]
+def lengths_of(row_ranges: Sequence[RowRange]) -> list[int]:
+    return [row_range.length for row_range in row_ranges]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("as_on_a_gpu", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("stretches", [whole_sequences(LENGTHS), TREE], ids=["whole", "tree"])
+@pytest.mark.parametrize("row_ranges", [whole_sequences(LENGTHS), TREE], ids=["whole", "tree"])
 def test_it_is_the_formula_forwards_and_backwards(
-    stretches: list[Stretch], as_on_a_gpu: bool, shape: str
+    row_ranges: list[RowRange], as_on_a_gpu: bool, shape: str
 ) -> None:
-    stream = random_stream(lengths_of(stretches), shape, torch.float32)
-    got = attend(stretches, stream, as_on_a_gpu=as_on_a_gpu)
-    for ours, expected in zip(got, plain(stretches, stream), strict=True):
+    stream = random_stream(lengths_of(row_ranges), shape, torch.float32)
+    got = attend(row_ranges, stream, as_on_a_gpu=as_on_a_gpu)
+    for ours, expected in zip(got, plain(row_ranges, stream), strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=5e-5, rtol=2e-5)
 
 
@@ -100,13 +102,13 @@ def test_a_row_that_many_read_gets_the_whole_sum_of_their_gradients_in_bfloat16(
     length: int,
 ) -> None:
     """512 equal parts: a bfloat16 sum would stop growing half way."""
-    stretches = make_tree((length, ()), *((1, (0,)),) * 512)
-    q, k, v, grad_output = random_stream(lengths_of(stretches), "one head", torch.float32)
+    row_ranges = make_tree((length, ()), *((1, (0,)),) * 512)
+    q, k, v, grad_output = random_stream(lengths_of(row_ranges), "one head", torch.float32)
     q[:] = 0  # everybody looks everywhere
     grad_output[:length] = 0
     grad_output[length:] = 1
     stream = tuple(x.to(torch.bfloat16) for x in (q, k, v, grad_output))
-    *_, grad_value = attend(stretches, stream)
+    *_, grad_value = attend(row_ranges, stream)
     expected = torch.full((1, 8), 512 / (length + 1))
     torch.testing.assert_close(grad_value[0].float(), expected, rtol=1e-2, atol=0)
 

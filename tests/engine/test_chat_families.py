@@ -23,9 +23,9 @@ from tests.engine.chat_families import (
     Family,
     make_tokenizer,
 )
-from training.engine.chat_template import Message
-from training.engine.stopping import TextSoFar
-from training.engine.text import ChatText
+from training.engine.renderer.chat_template import Message
+from training.engine.renderer.chat_text import ChatText
+from training.engine.sampler.stop_strings import TextSoFar
 from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 

@@ -16,9 +16,9 @@ from training.base_model_config import BaseModelConfig
 from training.base_models import base_model_of
 from training.custom_loss_graph import check_graph
 from training.custom_loss_ops import FUNCTIONS, METHODS
-from training.engine import custom_loss
-from training.engine.custom_loss import Work, run_custom_loss
-from training.engine.custom_loss_table import FUNCTION_TABLE, METHOD_TABLE
+from training.engine.custom_loss import run
+from training.engine.custom_loss.run import Work, run_custom_loss
+from training.engine.custom_loss.table import FUNCTION_TABLE, METHOD_TABLE
 from training.engine.interface import ForwardBackwardJob
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded, NonFiniteResult
 from training.types import LoraConfig
@@ -212,7 +212,7 @@ def test_what_would_grow_too_large_is_refused_before_it_runs(function, error, me
     size = 5000
     if function is too_much_work:
         size = 20
-        monkeypatch.setattr(custom_loss, "MAX_MULTIPLICATIONS", 3 * size**3 - 1)
+        monkeypatch.setattr(run, "MAX_MULTIPLICATIONS", 3 * size**3 - 1)
     with pytest.raises(error) as refusal:
         run_custom_loss(traced(function), draw("logprobs"), {"many": torch.ones(size)}, Work())
     assert str(refusal.value).startswith(f"custom loss {function.__name__!r}, {message}")
@@ -221,7 +221,7 @@ def test_what_would_grow_too_large_is_refused_before_it_runs(function, error, me
 def test_the_datums_of_a_request_share_its_limit(trained, make_datum, monkeypatch):
     graph = traced(weighted)
     data = [make_datum(5), make_datum(7), make_datum(7)]
-    monkeypatch.setattr(custom_loss, "MAX_STEPS", 40_000)
+    monkeypatch.setattr(run, "MAX_STEPS", 40_000)
     engine = trained()
     first, failed = engine.forward_backward([custom_job(graph, data[:2]), custom_job(graph, data)])
     assert first.loss
@@ -381,7 +381,7 @@ def test_a_datum_without_what_a_custom_loss_reads_is_refused(change, message, tr
 
 
 def test_more_steps_than_one_request_may_take_are_refused(trained, make_datum, monkeypatch):
-    monkeypatch.setattr("training.engine.validate.MAX_OPERATIONS", 20)
+    monkeypatch.setattr("training.engine.torch.validate.MAX_OPERATIONS", 20)
     (error,) = trained().forward_backward([custom_job(traced(weighted), [make_datum(2)] * 4)])
     assert isinstance(error, LimitExceeded)
     assert str(error).startswith("data: 4 datums for a custom loss of ")

@@ -10,10 +10,10 @@ import torch
 from tests.engine.custom_loss_fuzz import INPUTS, OPERATIONS, RandomGraph
 from training.custom_loss_graph import check_graph
 from training.custom_loss_limits import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS
-from training.engine import custom_loss
-from training.engine.custom_loss import Work, run_custom_loss
-from training.engine.custom_loss_arguments import Call
-from training.engine.custom_loss_costs import RULES, Cost, excess
+from training.engine.custom_loss import run
+from training.engine.custom_loss.arguments import Call
+from training.engine.custom_loss.costs import RULES, Cost, excess
+from training.engine.custom_loss.run import Work, run_custom_loss
 from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult
 
 ZEROS = torch.zeros(3, 4)
@@ -149,7 +149,7 @@ def test_nothing_that_was_computed_once_is_refused_when_it_is_computed_again(
     checked = graph(("x", "torch.ones", [[2**10]]))
     logprobs = torch.tensor([-1.0, -2.0])
     before = run_custom_loss(checked, logprobs, {}, Work())
-    monkeypatch.setattr(custom_loss, "MAX_ELEMENTS", 2**8)
+    monkeypatch.setattr(run, "MAX_ELEMENTS", 2**8)
     with pytest.raises(LimitExceeded):
         run_custom_loss(checked, logprobs, {}, Work())
     again = run_custom_loss(checked, logprobs, {}, Work(is_replay=True))
@@ -166,9 +166,9 @@ def test_no_rule_says_less_than_what_its_operation_makes(monkeypatch: pytest.Mon
             missed.append((name, more))
         return more
 
-    monkeypatch.setattr(custom_loss, "excess", noted)
-    monkeypatch.setattr(custom_loss, "MAX_ELEMENTS", 2**13)
-    monkeypatch.setattr(custom_loss, "MAX_STEPS", 2**24)
+    monkeypatch.setattr(run, "excess", noted)
+    monkeypatch.setattr(run, "MAX_ELEMENTS", 2**13)
+    monkeypatch.setattr(run, "MAX_STEPS", 2**24)
     monkeypatch.setattr("tests.engine.custom_loss_fuzz.HOSTILE_SHAPES", [[2**10], [64, 1], [9, 0]])
     computed = set()
     for number in range(3 * len(OPERATIONS)):

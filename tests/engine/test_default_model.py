@@ -20,8 +20,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_model import CHAT_TEMPLATE, SPECIAL_TOKENS
-from training.engine import default_model
-from training.engine.default_model import prepare_default_model
+from training.engine.torch import default_model
+from training.engine.torch.default_model import prepare_default_model
 from training.errors import BaseModelNotFound
 
 SMOLLM2_PROMPT = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.engine.test_model_engine import assert_same_state, job, poisoned
-from training.engine.fake import FakeEngine
-from training.engine.fake_sampling import END_TOKEN
+from training.engine.fake.engine import FakeEngine
+from training.engine.fake.sampler import END_TOKEN
 from training.engine.interface import SampleJob
 from training.errors import CheckpointNotFound, InvalidDatum, InvalidRequest, NonFiniteResult
 from training.types import AdamParams, Datum, LoraConfig, SamplingParams
@@ -50,7 +50,7 @@ def sample_all(engine, key, sample_job):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, training.engine.fake; sys.exit('torch' in sys.modules)"
+    code = "import sys, training.engine.fake.engine; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

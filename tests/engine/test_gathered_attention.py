@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from training.engine.cached_attention import DecodeAttention, DecodeRun
-from training.engine.gathered_attention import SHORT_TOKENS
-from training.engine.kv_cache import KvCache, Region
+from training.engine.sampler.kv_cache import KvCache, Region
+from training.engine.torch.attention.cached import DecodeAttention, DecodeRun
+from training.engine.torch.attention.gathered import SHORT_TOKENS
 
 LENGTHS = [3, 32, 33, 1, 60, SHORT_TOKENS, SHORT_TOKENS + 1, 31, 2, 100, 64]
 SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}

@@ -124,7 +124,7 @@ def test_the_head_in_small_chunks_is_the_head_at_once(make_engine, make_datum, m
     data = [make_datum(n, seed=n) for n in (3, 11, 7)]
     grads = []
     for chunk_bytes in (64 * 2**20, 5 * 4 * 259):
-        monkeypatch.setattr("training.engine.head.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("training.engine.torch.lm_head.CHUNK_BYTES", chunk_bytes)
         engine = make_engine()
         engine.create_adapter("a", LoraConfig(rank=4))
         engine.create_adapter("b", LoraConfig(rank=3))
@@ -143,7 +143,7 @@ def test_the_head_in_small_chunks_is_the_head_at_once(make_engine, make_datum, m
 def test_gspo_is_its_formula_over_whole_datums_however_the_head_is_cut(
     chunk_bytes, engine, make_datum, tied_folder, monkeypatch
 ):
-    monkeypatch.setattr("training.engine.head.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("training.engine.torch.lm_head.CHUNK_BYTES", chunk_bytes)
     engine.create_adapter("a", LoraConfig(rank=4))
     engine.randomise("a")
     data = [make_datum(n, seed=n, loss_fn="gspo") for n in (11, 3, 11, 1)]

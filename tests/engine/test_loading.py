@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from tests.tiny_model import VOCAB_SIZE, make_tokenizer
-from training.engine.attention import SequenceAttention
-from training.engine.loading import load_base_model
-from training.engine.packed import PackedContext, uniform_segments
-from training.engine.stretches import whole_sequences
+from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.loading import load_base_model
+from training.engine.torch.packing.ranges import whole_sequences
+from training.engine.torch.packing.stream import PackedContext, uniform_segments
 from training.errors import BaseModelNotFound
 
 SHAPE = {

@@ -15,9 +15,9 @@ from tests.engine.sampling_jobs import PROMPT, MakeSampler, job, run, sample
 from tests.engine.test_sampling import reference_logprobs
 from tests.engine.test_sampling_choice import logits_of
 from tests.tiny_model import VOCAB_SIZE
-from training.engine.logit_changes import changed_logits
-from training.engine.sampling import ContinuousSampler
-from training.engine.token_choice import choose_tokens
+from training.engine.sampler.continuous_batching import ContinuousSampler
+from training.engine.sampler.logit_changes import changed_logits
+from training.engine.sampler.logits import choose_tokens
 from training.errors import InvalidRequest
 from training.types import SamplingParams
 

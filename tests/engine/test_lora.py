@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from training.engine.adapters import AdapterLayout, AdapterTensors, LoraShape
-from training.engine.attention import SequenceAttention
-from training.engine.lora import LoraLinear
-from training.engine.packed import (
+from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape
+from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.lora_linear import LoraLinear
+from training.engine.torch.packing.ranges import whole_sequences
+from training.engine.torch.packing.stream import (
     MIN_ROWS,
     RANK_MULTIPLE,
     ContextHolder,
@@ -19,7 +20,6 @@ from training.engine.packed import (
     Segment,
     join,
 )
-from training.engine.stretches import whole_sequences
 from training.types import LoraConfig
 
 NAME = "layer"

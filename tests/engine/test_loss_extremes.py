@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.engine.losses import LOSSES, LossInputs, loss_and_slope
+from training.engine.torch.losses import LOSSES, LossInputs, loss_and_slope
 from training.errors import NonFiniteResult
 from training.loss_fns import LOSS_FNS
 from training.types import MAX_FLOAT32, Datum, LoraConfig

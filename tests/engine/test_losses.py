@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.engine.losses import LOSSES, LossInputs
+from training.engine.torch.losses import LOSSES, LossInputs
 from training.loss_fns import LOSS_FNS
 
 N = 200

@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-from training.engine.memory import keep_freed_memory
+from training.engine.torch.memory import keep_freed_memory
 
 FLOATS = 16 * 2**20
 PAGES = 4 * FLOATS // resource.getpagesize()

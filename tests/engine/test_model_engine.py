@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from training.engine.interface import ForwardBackwardJob
-from training.engine.targets import select_modules
+from training.engine.torch.target_modules import select_modules
 from training.errors import (
     GradientDropped,
     InvalidDatum,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.engine.loading import load_base_model
+from training.engine.torch.loading import load_base_model
 from training.errors import BaseModelNotFound
 
 

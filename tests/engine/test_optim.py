@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.engine.adapters import AdapterLayout, AdapterTensors, LoraShape, new_adapter
-from training.engine.optim import adamw_step
+from training.engine.torch.adamw import adamw_step
+from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape, new_adapter
 from training.errors import GradientDropped, NonFiniteResult
 from training.types import AdamParams, LoraConfig
 

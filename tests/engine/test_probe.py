@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.families import CONTEXT_TOKENS, save_random, small_config
 from tests.engine.test_model_families import LONGROPE
-from training.engine import loading, lora, stock_answers
-from training.engine.cached_attention import DecodeAttention
-from training.engine.few_layers import FewLayers
-from training.engine.loading import load_base_model
+from training.engine.probe import stock_answers
+from training.engine.probe.few_layers import FewLayers
+from training.engine.torch import loading, lora_linear
+from training.engine.torch.attention.cached import DecodeAttention
+from training.engine.torch.loading import load_base_model
 from training.errors import BaseModelNotFound
 
 
@@ -49,8 +50,10 @@ def test_a_cache_that_loses_a_key_is_seen(tied_folder, monkeypatch):
 
 
 def test_a_gradient_that_is_not_autograds_is_seen(tied_folder, monkeypatch):
-    add_product = lora.add_product
-    monkeypatch.setattr(lora, "add_product", lambda t, a, b, s=1.0: add_product(t, a, b, 1.01 * s))
+    add_product = lora_linear.add_product
+    monkeypatch.setattr(
+        lora_linear, "add_product", lambda t, a, b, s=1.0: add_product(t, a, b, 1.01 * s)
+    )
     with pytest.raises(BaseModelNotFound, match=r"gradient of LoRA's A at model\.layers\.0\."):
         load(tied_folder)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.engine.lora import add_times, times
-from training.engine.packed import SMALL_PRODUCT, fewest_rows
+from training.engine.torch.lora_linear import add_times, times
+from training.engine.torch.packing.stream import SMALL_PRODUCT, fewest_rows
 
 CPU = torch.device("cpu")
 FEW, MOST = 2, 40  # rows

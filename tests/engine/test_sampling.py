@@ -13,7 +13,7 @@ from tests.engine.reference import PeftReference, TinyEngine
 from tests.engine.sampling_jobs import PROMPT, MakeSampler, job, run, run_all, sample
 from tests.tiny_model import END_TOKEN, SPECIAL_TOKENS, VOCAB_SIZE, make_tokenizer
 from training.engine.interface import SampleJob, SampleOutput
-from training.engine.sampling import ContinuousSampler
+from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.types import AdamParams, Datum, SampledSequence
 
 

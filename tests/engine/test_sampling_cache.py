@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.engine.cached_attention import (
+from training.engine.sampler.kv_cache import ALIGNMENT_TOKENS, KvCache, Region
+from training.engine.torch.attention.cached import (
     DecodeAttention,
     DecodeRun,
     PrefillAttention,
     PrefillChunk,
 )
-from training.engine.kv_cache import ALIGNMENT_TOKENS, KvCache, Region
 
 CPU = torch.device("cpu")
 CAPACITY = 40 * ALIGNMENT_TOKENS

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from training.engine.token_choice import UniformNumbers, choose_tokens
+from training.engine.sampler.logits import UniformNumbers, choose_tokens
 from training.types import SamplingParams
 
 VOCAB = 40

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_model import VOCAB_SIZE
-from training.engine.base_model import BaseModel
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.engine.interface import SampleJob, Sampler
-from training.engine.sampling import ContinuousSampler
-from training.engine.stopping import StopWatch, TextSoFar
-from training.engine.text import ChatText
+from training.engine.renderer.chat_text import ChatText
+from training.engine.sampler.continuous_batching import ContinuousSampler
+from training.engine.sampler.stop_strings import StopWatch, TextSoFar
+from training.engine.torch.base_model import BaseModel
 from training.types import SamplingParams
 
 

@@ -9,7 +9,7 @@ from tests.engine.reference import TinyEngine
 from tests.engine.sampling_jobs import MakeSampler, job, run, run_all, sample
 from tests.tiny_model import VOCAB_SIZE
 from training.engine.interface import SampleJob, SampleOutput
-from training.engine.sampling import ContinuousSampler
+from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult, TrainingError
 from training.types import LoraConfig
 

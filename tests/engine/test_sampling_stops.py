@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.engine.stopping import UNFINISHED, StopScanner, StopWatch, StreamedText
+from training.engine.sampler.stop_strings import UNFINISHED, StopScanner, StopWatch, StreamedText
 
 letters = st.text(alphabet="ab", max_size=30)
 stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=6), min_size=1, max_size=4)

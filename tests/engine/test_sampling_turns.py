@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tests.engine.sampling_jobs import MakeSampler, job
 from training.engine.interface import SampleOutput
-from training.engine.sampling import ContinuousSampler
+from training.engine.sampler.continuous_batching import ContinuousSampler
 
 
 def order_of_ends(sampler: ContinuousSampler) -> list[str]:

@@ -18,9 +18,9 @@ from tests.tiny_model import (
     VOCAB_SIZE,
     make_tokenizer,
 )
-from training.engine import text as text_module
-from training.engine.chat_template import Message
-from training.engine.text import ChatText
+from training.engine.renderer import chat_text as text_module
+from training.engine.renderer.chat_template import Message
+from training.engine.renderer.chat_text import ChatText
 from training.errors import InvalidRequest
 from training.types import Datum
 

@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_model import make_tokenizer
-from training.engine.token_texts import TokenTexts
+from training.engine.renderer.token_texts import TokenTexts
 
 
 def texts_of(tokenizer: PreTrainedTokenizerFast) -> TokenTexts:

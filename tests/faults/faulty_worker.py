@@ -18,7 +18,7 @@ from typing import Any
 
 import django
 
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 
 

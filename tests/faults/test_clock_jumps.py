@@ -17,8 +17,8 @@ from tests.conftest import InProcessWorker
 from tests.faults.conftest import assert_all_ready
 from training.models import Run, Session
 from training.services.sessions import session_create
-from training.worker import chores
-from training.worker.chores import JUMP_SECONDS, SETTLE_SECONDS, Chores, SteadyClock
+from training.worker import maintenance
+from training.worker.maintenance import JUMP_SECONDS, SETTLE_SECONDS, Maintenance, SteadyClock
 
 Train = Callable[..., list[Future]]
 
@@ -79,16 +79,16 @@ def test_a_jump_of_any_clock_begins_anew(
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the chores did because of somebody's age."""
+    """What maintenance did because of somebody's age."""
     done: list[str] = []
     for name in ("checkpoints_expire", "sessions_expire"):
-        monkeypatch.setattr(chores, name, lambda name=name: done.append(name))
+        monkeypatch.setattr(maintenance, name, lambda name=name: done.append(name))
     return done
 
 
 @pytest.fixture
-def upkeep(time: Time, worker: Worker) -> Chores:
-    return Chores(
+def upkeep(time: Time, worker: Worker) -> Maintenance:
+    return Maintenance(
         worker.queue,
         steady=SteadyClock(stopwatch=time.stopwatch),
         wall_clocks=time.wall_clocks,
@@ -119,7 +119,7 @@ def waiting(owner: User, worker: Worker, train: Train, work: InProcessWorker) ->
 
 
 def test_a_jump_forward_ends_no_session_and_no_waiting(
-    time: Time, upkeep: Chores, waiting: Future, owner: User
+    time: Time, upkeep: Maintenance, waiting: Future, owner: User
 ) -> None:
     session = session_create(owner_id=owner.pk, sdk_version="1")
     upkeep.do()
@@ -150,7 +150,7 @@ def test_a_jump_forward_ends_no_session_and_no_waiting(
 
 @pytest.mark.django_db
 def test_a_server_that_was_off_gives_its_clients_time_to_show_themselves(
-    time: Time, upkeep: Chores, calls: list[str]
+    time: Time, upkeep: Maintenance, calls: list[str]
 ) -> None:
     upkeep.do()
     time.now += SETTLE_SECONDS - 1

@@ -12,7 +12,7 @@ from pytest_django import Settings
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import assert_all_ready, assert_same, state_of
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.models import Run, Snapshot
 
 Start = Callable[..., InProcessWorker]

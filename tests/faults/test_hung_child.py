@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.platform.processes import is_running, wait_for
-from tinkerapi.supervisor import (
+from tinkerapi.server.supervisor import (
     LAST_WORDS_SECONDS,
     LONGEST_LOOK_SECONDS,
     Child,

@@ -18,11 +18,11 @@ from tests.conftest import InProcessWorker
 from tests.faults.conftest import State, assert_all_ready, assert_same, state_of
 from tests.tiny_model import make_tiny_model
 from training import services
-from training.engine.base_model import BaseModel
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.engine.interface import ForwardBackwardJob
-from training.engine.loading import load_base_model
-from training.engine.model_engine import TorchEngine
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.loading import load_base_model
+from training.engine.torch.model_engine import TorchEngine
 from training.errors import OutOfMemory
 from training.types import AdamParams, Datum, LoraConfig
 

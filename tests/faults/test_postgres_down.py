@@ -12,7 +12,7 @@ import requests
 from tests.platform.processes import wait_for
 from tests.server import Json, Server, free_port
 from tests.tiny_model import make_tiny_model
-from tinkerapi.postgres import DATABASE_NAME, EmbeddedPostgres
+from tinkerapi.server.postgres import DATABASE_NAME, EmbeddedPostgres
 
 pytestmark = pytest.mark.acceptance
 

@@ -14,13 +14,13 @@ from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import Disk, assert_all_ready, assert_same, state_of
 from training import services
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.kinds import Kind
 from training.models import Run, Snapshot
 from training.paths import TinkerPath
 from training.services.submission import submit_in_lane
 from training.services.upkeep import checkpoint_remove
-from training.worker import residency
+from training.worker import adapter_cache
 
 Start = Callable[..., InProcessWorker]
 Train = Callable[..., list[Future]]
@@ -31,7 +31,7 @@ Files = Callable[[str], list[Path]]
 def _always_due(settings: Settings, monkeypatch: pytest.MonkeyPatch, files: Files) -> None:
     """Any work is worth a snapshot."""
     settings.SNAPSHOT_SECONDS = 0
-    monkeypatch.setattr(residency, "WRITE_COST_FACTOR", 0)
+    monkeypatch.setattr(adapter_cache, "WRITE_COST_FACTOR", 0)
 
 
 class SlowDisk:
@@ -73,7 +73,7 @@ def load(owner: User, name: str) -> Future:
 
 def let_it_finish(worker: InProcessWorker) -> None:
     """The disk is done, and the worker takes its next turn."""
-    worker.loop.residency.settle()
+    worker.loop.adapter_cache.settle()
     worker.loop.turn()
 
 
@@ -168,7 +168,7 @@ def test_a_full_disk_fails_no_step_and_the_snapshot_comes_later(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(residency, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(adapter_cache, "PAUSE_SECONDS", 0.0)
     work = start_worker()
     disk.fail()
     futures = train("m", 3)

@@ -11,7 +11,7 @@ from futures.models import Future
 from futures.payload import decode
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import assert_all_ready, assert_same, state_of
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.models import Run
 
 Start = Callable[..., InProcessWorker]

@@ -15,7 +15,7 @@ from django.db import connections
 from futures.models import Future, Worker
 from tests.platform.processes import wait_for
 from tests.server import ROOT
-from tinkerapi.supervisor import Child, Supervisor, Watch
+from tinkerapi.server.supervisor import Child, Supervisor, Watch
 from training import services
 from training.types import Conversation, Message
 
@@ -73,7 +73,7 @@ def supervisor(
             stop_seconds=10,
             parent_death_signal="KILL",
             stop_rank=0,
-            watch=Watch("TINKERAPI_PULSE_FD", silence_seconds=LIMIT, clock=clock),
+            watch=Watch("TINKERAPI_WATCHDOG_FD", silence_seconds=LIMIT, clock=clock),
         )
     )
     yield supervisor

@@ -29,7 +29,7 @@ from futures.cancelled import futures_cancelled
 from futures.claiming import future_claim
 from futures.errors import FutureNotCancellable, SeqIdReused
 from futures.finishing import Outcome, futures_finish, futures_release
-from futures.gaps import gaps_refuse
+from futures.lane_gaps import gaps_refuse
 from futures.models import Future, Lane, Worker
 from futures.payload import decode, encode
 from futures.services import future_cancel, future_submit, lane_create

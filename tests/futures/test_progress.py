@@ -9,11 +9,11 @@ import pytest
 
 from futures.claiming import future_claim
 from futures.errors import FutureNotFound
-from futures.hub import future_progress, hub
 from futures.models import Future, Worker
 from futures.notify import notify_progress
+from futures.waiters import future_progress, waiters
 from tests.futures.conftest import SubmitFactory, finish
-from tests.futures.test_hub import in_thread, listening, run
+from tests.futures.test_waiters import in_thread, listening, run
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -39,7 +39,7 @@ def test_followers_hear_the_notes_in_order_until_the_end(submit: SubmitFactory, 
         await in_thread(lambda: notify_progress(notes))
         await in_thread(lambda: finish(worker, mine))
         await asyncio.gather(*following)
-        assert hub()._following == {}
+        assert waiters()._following == {}
         return heard
 
     assert run(main()) == [["one  é", '"two"\\u0000']] * 2

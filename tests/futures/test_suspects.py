@@ -120,29 +120,27 @@ def test_who_is_suspected_more_often_runs_alone_to_its_end(
     assert len(claim(worker)) == 1
 
 
-@pytest.mark.parametrize(
-    ("times", "companies"), [(0, [2, 0, 0]), (1, [2, 1, 0]), (2, [2, 1, 1, 0])]
-)
+@pytest.mark.parametrize(("times", "counts"), [(0, [2, 0, 0]), (1, [2, 1, 0]), (2, [2, 1, 1, 0])])
 def test_a_poisonous_future_is_found_out_however_long_it_takes_to_work(
     times: int,
-    companies: list[int],
+    counts: list[int],
     submit: SubmitFactory,
     worker_factory: Callable[..., Worker],
 ) -> None:
     """It brings workers down at once, or when it is trusted again: how often, costs crashes."""
     poison, others = submit(), [submit() for _ in range(2)]
-    company = []
-    for _ in companies:
+    batch_mates = []
+    for _ in counts:
         worker = worker_factory()
         claim(worker)
         if times:
             run_for_a_while(poison, times=times)
         claim(worker)
-        company.append(Future.objects.filter(state="running").exclude(pk=poison.pk).count())
+        batch_mates.append(Future.objects.filter(state="running").exclude(pk=poison.pk).count())
         kill(worker)
     worker_factory()
 
-    assert company == companies
+    assert batch_mates == counts
     poison.refresh_from_db()
     assert (poison.state, poison.error_code) == ("failed", "CrashedWorker")
     spared = Future.objects.filter(pk__in=keys(others))

@@ -12,8 +12,8 @@ import pytest
 from django.contrib.auth import get_user_model
 from django.db.models import Model
 
-from futures.hub import future_wait
 from futures.models import Future, Lane
+from futures.waiters import future_wait
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
 from tests.sdk.test_custom_loss_steps import uploaded
@@ -146,7 +146,7 @@ def furnished(tenant: Tenant, work: InProcessWorker) -> Ids:
     tenant.ask("POST", "/save_weights", {"model_id": plain, "name": checkpoint})
     tenant.ask("POST", "/save_weights_for_sampler", {"model_id": plain, "name": checkpoint})
     work()
-    work.loop.residency.snapshot_all()
+    work.loop.adapter_cache.snapshot_all()
     sampler = sdk.post(
         "create_sampling_session",
         session_id=session,

@@ -1,4 +1,4 @@
-"""What one tenant trains is nothing to another: the same numbers, alone or in company."""
+"""What one tenant trains is nothing to another: the same numbers, alone or with batch-mates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_django import Settings
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.isolation.conftest import Tenant
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.models import Run
 
 Request = tuple[str, dict[str, Any]]
@@ -67,7 +67,7 @@ def results(ids: Sequence[str]) -> list[bytes]:
 def state(work: InProcessWorker, tenant: Tenant) -> dict[str, Any]:
     """Weights, gradient, moments and step of the tenant's model."""
     run = Run.objects.get(owner_id=tenant.user_id, name="m")
-    return work.engine.adapter_state(work.loop.residency.bring_run(run))
+    return work.engine.adapter_state(work.loop.adapter_cache.bring_run(run))
 
 
 def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:

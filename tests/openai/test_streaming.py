@@ -16,9 +16,9 @@ from typing import Any
 import openai
 import pytest
 
-from futures.hub import Hub, future_wait, hub
 from futures.models import Future
 from futures.transitions import State
+from futures.waiters import Waiters, future_wait, waiters
 from tests.openai.conftest import OpenAIUser
 from tests.openai.test_completions import HELLO, MODEL, chat, complete
 from tinkerapi.asgi import application
@@ -29,12 +29,12 @@ NOTE = tuple[str, str]
 
 @pytest.fixture(autouse=True)
 def _a_note_per_token_to_a_hub_that_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake engine is faster than the hub, whose first listening takes some milliseconds."""
+    """The fake engine is faster than the waiters, whose first listening takes some milliseconds."""
     monkeypatch.setattr(loop, "SAMPLING_SLICE_SECONDS", 0.0)
-    notify, wake = samples.notify_progress, Hub._wake
-    listening, followed = set[Hub](), set[str]()
+    notify, wake = samples.notify_progress, Waiters._wake
+    listening, followed = set[Waiters](), set[str]()
 
-    def wakes_when_it_listens(self: Hub, names: list[str]) -> None:
+    def wakes_when_it_listens(self: Waiters, names: list[str]) -> None:
         listening.add(self)
         wake(self, names)
 
@@ -43,10 +43,10 @@ def _a_note_per_token_to_a_hub_that_listens(monkeypatch: pytest.MonkeyPatch) -> 
         while notes[0][0] not in followed:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-            followed.update(*(hub._following for hub in listening.copy()))
+            followed.update(*(waiting._following for waiting in listening.copy()))
         notify(notes)
 
-    monkeypatch.setattr(Hub, "_wake", wakes_when_it_listens)
+    monkeypatch.setattr(Waiters, "_wake", wakes_when_it_listens)
     monkeypatch.setattr(samples, "notify_progress", notify_who_listens)
 
 
@@ -215,7 +215,7 @@ def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for
             return final
 
         await application(scope, receive, send)
-        assert hub()._following == {}
+        assert waiters()._following == {}
         gone.set()
         first = json.loads(sent[-1].removeprefix(b"data: "))
         final = await end_of(sent[-1])

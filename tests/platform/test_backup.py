@@ -19,9 +19,9 @@ from django.db import connection, connections
 
 from tests.environment import command_environment
 from tests.server import ROOT
-from tinkerapi import backup as module
-from tinkerapi.backup import BackupError, backup_make
-from tinkerapi.postgres_binaries import program
+from tinkerapi.server import backup as module
+from tinkerapi.server.backup import BackupError, backup_make
+from tinkerapi.server.postgres_binaries import program
 from training.models import Checkpoint, Run
 
 pytestmark = pytest.mark.django_db(transaction=True)

@@ -129,7 +129,7 @@ def states_in(server: Server) -> list[str]:
     """The states of all futures in a data folder whose server does not run."""
     script = (
         "import json;from django.conf import settings;"
-        "from tinkerapi.postgres import EmbeddedPostgres;from futures.models import Future\n"
+        "from tinkerapi.server.postgres import EmbeddedPostgres;from futures.models import Future\n"
         "with EmbeddedPostgres(settings.DATA_DIR):"
         " print(json.dumps(list(Future.objects.values_list('state', flat=True))))"
     )

@@ -21,7 +21,7 @@ from tests.server import free_port
 from tinkerapi import cli
 from tinkerapi.management.commands.up import Command
 from tinkerapi.models import ApiKey
-from tinkerapi.preflight import PreflightError, RunningServer, base_model_problem
+from tinkerapi.server.preflight import PreflightError, RunningServer, base_model_problem
 from tinkerapi.services import api_key_verify, first_accounts_ensure
 from training.base_models import base_models
 

@@ -18,9 +18,9 @@ from futures.models import Worker
 from futures.services import future_submit
 from tests.base_models import base_model_configs
 from tests.platform.model_folders import make_model_folder
-from tinkerapi import doctor
-from tinkerapi.doctor import Finding, Verdict
-from tinkerapi.preflight import RunningServer
+from tinkerapi.server import doctor
+from tinkerapi.server.doctor import Finding, Verdict
+from tinkerapi.server.preflight import RunningServer
 from tinkerapi.services import api_key_create
 from training.base_models import BaseModel, base_model_of, base_models
 

@@ -13,10 +13,10 @@ import pytest
 from django.test import Client
 
 from tests.platform.processes import wait_for
-from tinkerapi.logs import AT_ONCE, SECONDS_EACH, LineFormatter, RepeatFilter
 from tinkerapi.server import log_file
 from tinkerapi.server.log_file import log_rotate
-from tinkerapi.supervisor import Child
+from tinkerapi.server.logs import AT_ONCE, SECONDS_EACH, LineFormatter, RepeatFilter
+from tinkerapi.server.supervisor import Child
 
 FORGED = "2026-01-01 00:00:00,000 ERROR tinkerapi: the disk is on fire"
 
@@ -156,7 +156,7 @@ def test_a_log_that_is_written_to_is_rotated(
 
     assert not log.read_bytes().startswith(b"\0"), "cut, and written to from its new end"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["web.log", "web.log.1"]
-    assert child.last_words().startswith("line ")
+    assert child.crash_log().startswith("line ")
 
 
 def test_a_disk_without_room_for_the_old_log_keeps_the_new_one(

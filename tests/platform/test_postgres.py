@@ -16,8 +16,8 @@ import psycopg
 import pytest
 
 from tests.platform.processes import is_running, wait_for
-from tinkerapi import postgres as postgres_module
-from tinkerapi.postgres import (
+from tinkerapi.server import postgres as postgres_module
+from tinkerapi.server.postgres import (
     MAX_SOCKET_FOLDER_BYTES,
     EmbeddedPostgres,
     PostgresError,
@@ -112,7 +112,7 @@ def test_a_killed_server_recovers_what_was_committed(server: EmbeddedPostgres) -
 def test_the_server_ends_when_its_parent_is_killed(made_cluster: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; "
-        "from tinkerapi.postgres import EmbeddedPostgres; "
+        "from tinkerapi.server.postgres import EmbeddedPostgres; "
         f"server = EmbeddedPostgres(Path({str(made_cluster)!r}), durable=False); server.start(); "
         "print(server.process.pid, flush=True); time.sleep(60)"
     )

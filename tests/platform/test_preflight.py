@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.platform.model_folders import make_model_folder, weights
-from tinkerapi.preflight import (
+from tinkerapi.server.preflight import (
     PreflightError,
     RunningServer,
     base_model_problem,

@@ -13,7 +13,7 @@ from pytest_django import Settings
 
 from tests.base_models import base_model_configs
 from training.base_models import DEFAULT_MODEL_NAME, base_model_get
-from training.engine import default_model
+from training.engine.torch import default_model
 
 HUB_MODEL = "somebody/some-model"
 

@@ -8,7 +8,7 @@ from django.db import OperationalError, connection
 from django.db.migrations.recorder import MigrationRecorder
 from pytest_django import Settings
 
-from tinkerapi.schema import (
+from tinkerapi.server.upgrade import (
     SchemaError,
     database_down_reason,
     schema_migrate,

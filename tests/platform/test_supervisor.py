@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.platform.processes import is_running, wait_for
-from tinkerapi.supervisor import (
+from tinkerapi.server.supervisor import (
     FIRST_DELAY_SECONDS,
     MAX_DELAY_SECONDS,
     STEADY_SECONDS,
@@ -282,7 +282,7 @@ def test_a_killed_command_takes_its_own_children_along(child: Callable[..., Chil
         "print(inner.pid, flush=True); time.sleep(60)"
     )
     part.start()
-    inner = int(wait_for(part.last_words))
+    inner = int(wait_for(part.crash_log))
     assert part.process is not None
     part.process.kill()
 
@@ -297,12 +297,12 @@ def test_stopping_asks_first_and_waits(child: Callable[..., Child], tmp_path: Pa
         "print('up', flush=True); time.sleep(60)"
     )
     part.start()
-    wait_for(part.last_words)
+    wait_for(part.crash_log)
 
     part.ask_to_stop()
     part.stop(lambda: False)
 
-    assert part.last_words() == "wrote all"
+    assert part.crash_log() == "wrote all"
 
 
 @pytest.mark.parametrize(("stop_seconds", "hurry"), [(0.05, False), (60.0, True)])
@@ -315,7 +315,7 @@ def test_who_does_not_stop_in_time_is_killed(
         stop_seconds=stop_seconds,
     )
     part.start()
-    wait_for(part.last_words)
+    wait_for(part.crash_log)
     assert part.process is not None
     pid = part.process.pid
 

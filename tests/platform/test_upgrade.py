@@ -19,7 +19,7 @@ from futures.models import Future
 from futures.payload import decode
 from futures.services import future_cancel
 from tests.conftest import InProcessWorker
-from tinkerapi.schema import schema_migrate, unapplied_migrations
+from tinkerapi.server.upgrade import schema_migrate, unapplied_migrations
 from training.models import Checkpoint, Run
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from django.utils import timezone
 
-from futures.gaps import gaps_refuse
+from futures.lane_gaps import gaps_refuse
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.sdk.conftest import SdkClient

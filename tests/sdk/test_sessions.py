@@ -86,7 +86,7 @@ def test_a_finished_sessions_models_leave_memory_and_disk_but_not_the_lists(
     sdk.forward_backward(model_id, 1)
     work()
     run = Run.objects.get()
-    work.loop.residency.snapshot_all()
+    work.loop.adapter_cache.snapshot_all()
     files = [settings.DATA_DIR / item.directory for item in run.snapshots.all()]
     assert [path.exists() for path in files] == [True]
     assert model_id in work.engine.adapter_names()

@@ -15,10 +15,10 @@ from tests.sdk.conftest import SdkClient
 from training.models import Session
 from training.services.sessions import sessions_expire
 from training.worker import process
-from training.worker.chores import SETTLE_SECONDS, Chores, SteadyClock
+from training.worker.maintenance import SETTLE_SECONDS, Maintenance, SteadyClock
 
 
-def test_the_chores_fail_who_waits_for_nothing_and_finish_who_is_gone(
+def test_maintenance_fail_who_waits_for_nothing_and_finish_who_is_gone(
     served_api: ApiClient, settings: LazySettings
 ) -> None:
     settings.GAP_SECONDS = 60
@@ -32,15 +32,15 @@ def test_the_chores_fail_who_waits_for_nothing_and_finish_who_is_gone(
     gone = sdk.session()
     Session.objects.filter(pk=gone).update(heartbeat_at=timezone.now() - timedelta(days=8))
     seconds = iter([0.0, SETTLE_SECONDS])
-    chores = Chores(
+    maintenance = Maintenance(
         future.get().queue,
         steady=SteadyClock(stopwatch=lambda: next(seconds)),
         wall_clocks=lambda: (),
     )
 
-    chores.do()
+    maintenance.do()
     assert future.get().state == "pending"
-    chores.do()
+    maintenance.do()
 
     assert sdk.result(waiting) == {
         "error": "This request waited for seq_id 2, which never arrived.",
@@ -66,10 +66,10 @@ def test_a_session_ends_whatever_waits_and_whether_or_not_its_model_is_served(
     assert (removal.lane_id, removal.state) == (model_id, "ready")
 
 
-def test_a_chore_that_fails_leaves_the_heartbeat_alone(
+def test_maintenance_that_fails_leaves_the_heartbeat_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    class Broken(Chores):
+    class Broken(Maintenance):
         def do(self) -> None:
             raise ValueError("what nobody thought of")
 

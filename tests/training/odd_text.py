@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.errors import InvalidRequest
 from training.types import ChatOptions, Datum
 

@@ -21,7 +21,7 @@ from tests.futures.conftest import race
 from tests.training import test_worker
 from training.base_models import base_model_get
 from training.billing import usage_by_hour
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.models import Run
 from training.types import SamplingParams
 from training.worker import loop

@@ -17,14 +17,14 @@ import torch
 
 from tests.engine.test_custom_loss import LOSSES, draw, graph_of, many_targets
 from training.custom_loss_graph import CustomLossGraph, check_graph
-from training.engine.custom_loss import (
+from training.engine.custom_loss.run import (
     CustomLossInputs,
     CustomLossOutput,
     Outcome,
     Work,
     run_custom_losses,
 )
-from training.engine.custom_loss_wire import decode_request, encode_limits, encode_request
+from training.engine.custom_loss.wire import decode_request, encode_limits, encode_request
 from training.errors import InvalidRequest, LimitExceeded, OutOfMemory
 from training.worker import custom_loss_process
 from training.worker.custom_loss_process import CustomLossProcess

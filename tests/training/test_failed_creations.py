@@ -16,7 +16,7 @@ from tests.conftest import InProcessWorker
 from tests.training.test_races import at_once, create
 from tests.training.test_worker import sample
 from training import services
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.errors import OutOfMemory, RunExists, RunNotFound
 from training.models import Run
 from training.selectors import run_get, run_list

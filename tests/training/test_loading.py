@@ -16,7 +16,7 @@ from futures.errors import QueueTaken
 from tests.base_models import base_model_configs
 from tests.tiny_model import make_tiny_model
 from training.base_models import BaseModel, base_model_get
-from training.engine import loading
+from training.engine.torch import loading
 from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
 from training.management.commands import engineworker
 from training.worker.process import build_engine

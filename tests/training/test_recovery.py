@@ -18,7 +18,7 @@ from futures.models import Future, Worker
 from futures.payload import decode
 from tests.conftest import InProcessWorker
 from training.base_models import base_model_get
-from training.engine.fake import FakeEngine
+from training.engine.fake.engine import FakeEngine
 from training.engine.interface import ForwardBackwardJob
 from training.errors import InvalidRequest, TrainingError
 from training.models import RecordedSample, Run, Session, Snapshot
@@ -37,7 +37,7 @@ class Killed(BaseException):
 def state_of(worker: InProcessWorker, name: str) -> dict[str, Any]:
     """The run's adapter, rebuilt if need be."""
     run = Run.objects.get(name=name)
-    return worker.engine.adapter_state(worker.loop.residency.bring_run(run))
+    return worker.engine.adapter_state(worker.loop.adapter_cache.bring_run(run))
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def test_consecutive_passes_of_several_runs_share_one_engine_call(
     assert [len(names) for names in calls] == [4]
 
 
-def test_patient_requests_wait_for_those_that_keep_arriving(
+def test_delayable_requests_wait_for_those_that_keep_arriving(
     work: InProcessWorker, forward_backward: Submit
 ) -> None:
     forward_backward("m", "hi")
@@ -116,11 +116,11 @@ def test_patient_requests_wait_for_those_that_keep_arriving(
     def bell_rang(seconds: float) -> bool:
         if seconds == 0 or (text := next(arriving, None)) is None:
             return False
-        forward_backward("m", text, patient=True)
+        forward_backward("m", text, delayable=True)
         return True
 
     work.loop._bell_rang = bell_rang
-    forward_backward("m", "first", patient=True)
+    forward_backward("m", "first", delayable=True)
     work()
     assert calls == [3]
 

@@ -13,11 +13,11 @@ from django.db import InterfaceError, OperationalError
 
 from futures import payload
 from futures.errors import FuturePurged
-from futures.hub import future_wait
 from futures.models import Future
-from futures.places import Place
+from futures.queue_positions import QueuePosition
 from futures.selectors import PAUSED, future_get
 from futures.transitions import State
+from futures.waiters import future_wait
 from tinkerapi.api.errors import error_response, failure_status
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.threads import in_database_thread
@@ -63,14 +63,14 @@ def pending_answer(future: Future, **more: Any) -> JSONResponse:
     return _pending(future.id, future_waiting(future), **more)
 
 
-def _pending(request_id: str, place: Place, **more: Any) -> JSONResponse:
+def _pending(request_id: str, found: QueuePosition, **more: Any) -> JSONResponse:
     body = {
         "status": "pending",
         "request_id": request_id,
-        "queue_position": place.position,
-        "estimated_wait_seconds": place.estimated_wait_seconds,
-        "queue_state": place.state,
-        "queue_state_reason": place.reason,
+        "queue_position": found.position,
+        "estimated_wait_seconds": found.estimated_wait_seconds,
+        "queue_state": found.state,
+        "queue_state_reason": found.reason,
         **more,
     }
     response = JSONResponse(body, status=202)
@@ -116,8 +116,8 @@ async def waited_answer(
         except (OperationalError, InterfaceError):
             if not is_known:
                 raise
-            place = Place(None, None, PAUSED, "The database does not answer.")
-            return _pending(request_id, place, **more)
+            found = QueuePosition(None, None, PAUSED, "The database does not answer.")
+            return _pending(request_id, found, **more)
     if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
         return await in_database_thread(final_answer, final, is_known)
     return final_answer(final, is_known)

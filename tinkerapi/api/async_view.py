@@ -19,7 +19,7 @@ from rest_framework.exceptions import MethodNotAllowed
 from rest_framework.request import Request
 from rest_framework.views import APIView
 
-from futures.outage import outage
+from futures.circuit_breaker import circuit_breaker
 from tinkerapi.api.body_limit import BODY_BYTES
 from tinkerapi.api.body_turns import let_go_of_body
 from tinkerapi.api.compression import HEADER_BYTES, claimed_size
@@ -124,7 +124,7 @@ class AsyncAPIView(APIView):
     def _begin(self, request: Request) -> None:
         """Find out who asks, and whether they may."""
         if self.authentication_classes and connection.connection is None:
-            outage.wait_out(connection.ensure_connection)
+            circuit_breaker.wait_out(connection.ensure_connection)
         self.initial(request, *self.args, **self.kwargs)
         _check_address(request, self.kwargs)
 

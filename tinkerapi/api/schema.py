@@ -49,7 +49,7 @@ PENDING_SCHEMA: Schema = {
         "estimated_wait_seconds": {
             "type": "number",
             "nullable": True,
-            "description": "Until it is finished, at the worker's recent pace; null if unknown.",
+            "description": "Until it is finished, at the worker's recent rate; null if unknown.",
         },
         "queue_state": {"type": "string", "enum": ["active", "paused_capacity"]},
         "queue_state_reason": {"type": "string", "description": "What it waits for."},

@@ -17,8 +17,8 @@ from weakref import WeakValueDictionary
 from django.db import Error as DatabaseFailure
 from django.db import connection
 
+from futures.circuit_breaker import circuit_breaker
 from futures.database import is_lost
-from futures.outage import outage
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def with_connection(function: Callable[..., T], *args: Any) -> T:
         connection.close()  # it may be what failed
         raise
     if connection.connection is not None:
-        outage.is_over()
+        circuit_breaker.is_over()
     return answer
 
 

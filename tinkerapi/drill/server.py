@@ -15,8 +15,8 @@ from typing import Any
 
 import psycopg
 
-from tinkerapi.postgres import embedded_database
-from tinkerapi.preflight import RunningServer
+from tinkerapi.server.postgres import embedded_database
+from tinkerapi.server.preflight import RunningServer
 from tinkerapi.settings import BASE_DIR
 from training.parent_death import parent_death_prefix
 

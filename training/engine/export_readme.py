@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.engine.adapters import AdapterLayout
+from training.engine.torch.adapters import AdapterLayout
 
 _LOADING = """\
 # A LoRA adapter of {base_model}

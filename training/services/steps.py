@@ -24,7 +24,7 @@ def forward_backward_submit(
     train_on: str = "auto",
     forward_only: bool = False,
     loss_id: str | None = None,
-    patient: bool = False,
+    delayable: bool = False,
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
@@ -35,7 +35,7 @@ def forward_backward_submit(
 
     Args:
         loss_id: The uploaded loss that ``loss_fn="custom"`` means.
-        patient: Nobody waits on the line: the worker may wait a moment for others that can
+        delayable: Nobody waits on the line: the worker may wait a moment for others that can
             share the pass.
         seq_id: The client's number in the model's order; None lets the server give the next.
 
@@ -63,7 +63,7 @@ def forward_backward_submit(
         Kind.FORWARD if forward_only else Kind.FORWARD_BACKWARD,
         payload,
         cost=payloads.data_cost(data),
-        patient=patient,
+        delayable=delayable,
         summary={"datums": len(data), **({"loss_fn": loss_fn} if loss_id else {})},
         seq_id=seq_id,
         idempotency_key=idempotency_key,

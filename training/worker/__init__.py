@@ -4,7 +4,7 @@ scheduler
     Decides what runs next; pure Python over what was claimed.
 operations
     Turns futures into engine calls and engine answers into outcomes.
-residency
+adapter_cache
     Which adapters are in memory, and how one is rebuilt from snapshot and log.
 loop
     Claim, run, commit; sampling steps in between.

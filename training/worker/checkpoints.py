@@ -21,7 +21,7 @@ from futures.models import Future
 from futures.services import lane_create
 from training.age import SUFFIX, encrypt_file
 from training.engine.interface import Engine
-from training.engine.storage import new_directory
+from training.engine.torch.storage import new_directory
 from training.errors import CheckpointExists, InvalidRequest, StorageQuotaExceeded
 from training.models import Checkpoint, Run, SamplingSession
 from training.paths import TinkerPath
@@ -29,7 +29,7 @@ from training.payloads import Payload
 from training.services.checkpoints import checkpoint_check_free, checkpoint_place
 from training.storage_quota import storage_check
 from training.worker import outcomes
-from training.worker.residency import Residency, load_checkpoint
+from training.worker.adapter_cache import AdapterCache, load_checkpoint
 
 if TYPE_CHECKING:
     from training.worker.operations import Effects
@@ -41,9 +41,9 @@ FOLDER = Path("checkpoints")
 class CheckpointOperations:
     """The kinds of futures that write checkpoints and read them."""
 
-    def __init__(self, engine: Engine, residency: Residency) -> None:
+    def __init__(self, engine: Engine, adapter_cache: AdapterCache) -> None:
         self._engine = engine
-        self._residency = residency
+        self._adapter_cache = adapter_cache
 
     def save(self, future: Future, run: Run, payload: Payload, effects: Effects) -> Outcome:
         """Keep the run as it is under a name, or for one sampling session."""
@@ -70,7 +70,7 @@ class CheckpointOperations:
 
     def load(self, future: Future, run: Run, payload: Payload, effects: Effects) -> Outcome:
         """Make the run what a checkpoint holds."""
-        self.restore(self._residency.bring_run(run), run, payload, effects)
+        self.restore(self._adapter_cache.bring_run(run), run, payload, effects)
         return outcomes.ready(
             future, {"path": payload["path"], "model_id": run.name}, path=payload["path"]
         )
@@ -131,7 +131,7 @@ class CheckpointOperations:
         """The run's files, and the row that will name them."""
         directory = FOLDER / uuid.uuid4().hex
         target = settings.DATA_DIR / directory
-        adapter_name = self._residency.bring_run(run)
+        adapter_name = self._adapter_cache.bring_run(run)
         if kind != Checkpoint.Kind.EXTERNAL:
             size = self._engine.save_adapter(
                 adapter_name, target, with_optimizer=kind == Checkpoint.Kind.TRAINING

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from training.custom_loss_graph import CustomLossGraph
 from training.custom_loss_limits import CPU_SECONDS, MEMORY_BYTES, REPLAY_FACTOR, WALL_SECONDS
-from training.engine.custom_loss import CustomLossInputs, Outcome, Work
-from training.engine.custom_loss_server import END, FORK, READY, STATUS
-from training.engine.custom_loss_wire import (
+from training.engine.custom_loss.run import CustomLossInputs, Outcome, Work
+from training.engine.custom_loss.server import END, FORK, READY, STATUS
+from training.engine.custom_loss.wire import (
     decode_reply,
     encode_limits,
     encode_request,
@@ -34,7 +34,7 @@ from training.engine.custom_loss_wire import (
 from training.errors import InvalidRequest, LimitExceeded, OutOfMemory, TrainingError
 from training.parent_death import parent_death_prefix
 
-COMMAND = (sys.executable, "-m", "training.engine.custom_loss_server")
+COMMAND = (sys.executable, "-m", "training.engine.custom_loss.server")
 START_SECONDS = 120.0
 """For an import of torch on a busy machine."""
 FORK_SECONDS = 20.0

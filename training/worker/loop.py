@@ -26,14 +26,14 @@ from training.engine.interface import Engine
 from training.errors import TrainingError
 from training.models import Run
 from training.worker import outcomes
-from training.worker.gathering import gather
+from training.worker.adapter_cache import AdapterCache
+from training.worker.batching_delay import collect_batch_mates
 from training.worker.operations import Effects, Operations
-from training.worker.pace import Pace
-from training.worker.residency import Residency
 from training.worker.samples import Samples
 from training.worker.scheduler import Batch, Scheduler, has_custom_loss
 from training.worker.text_pool import TextPool
 from training.worker.texts import Texts
+from training.worker.throughput import Throughput
 
 CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
@@ -78,7 +78,7 @@ class WorkLoop:
             bell_rang: What was heard of the queue's bell since it was last asked, waiting for it
                 up to so many seconds; 0 is a cheap look.
             figures: Where the loop writes what it has to say of itself.
-            on_turn: Called whenever the loop has got on; see ``training.worker.pulse``.
+            on_turn: Called whenever the loop has got on; see ``training.worker.watchdog``.
             text_pool: Where text becomes tokens; None does it in this thread.
         """
         self._engine = engine
@@ -92,8 +92,8 @@ class WorkLoop:
             is_ready=self._texts.is_ready,
         )
         self._on_turn = on_turn
-        self.residency = Residency(engine, worker, on_turn=on_turn)
-        self._operations = Operations(engine, self.residency, self._texts)
+        self.adapter_cache = AdapterCache(engine, worker, on_turn=on_turn)
+        self._operations = Operations(engine, self.adapter_cache, self._texts)
         self._samples = Samples(engine, self._texts)
         self._company_until = 0.0
         """Until when a batch waits for text that was claimed with it."""
@@ -103,7 +103,7 @@ class WorkLoop:
         """Whether something may run that has no new bell: it was left behind by a claim."""
         self._passed_over: set[int] = set()
         """Owners of whom the last claim took nothing, for their text waits to become tokens."""
-        self._pace = Pace()
+        self._throughput = Throughput()
         self._runs: dict[str, Run] = {}
         self._some_cancelled = False
         """Whether the bell has said so since the last look."""
@@ -116,12 +116,14 @@ class WorkLoop:
             Exception: Memory is suspect or the commit is impossible; leave the process.
         """
         self._unclaimed = True
-        self._pace.work_begins()
+        self._throughput.work_begins()
         while not self._stopping():
             self.turn()
             if self._listen(0) & Bell.SUBMITTED or self._may_claim_more():
                 self._claim()
-                gather(may_wait=self._may_wait, bell_rang=self._listen, claim=self._claim)
+                collect_batch_mates(
+                    may_wait=self._may_wait, bell_rang=self._listen, claim=self._claim
+                )
             self._let_go_of_cancelled()
             self._look_at_texts()
             batch = self._scheduler.next_batch()
@@ -141,7 +143,7 @@ class WorkLoop:
     def turn(self) -> None:
         """What is done beside the work, between batches or while there is none."""
         self._on_turn()
-        self.residency.keep_up()
+        self.adapter_cache.keep_up()
 
     def _listen(self, timeout_seconds: float) -> Bell:
         """What is heard of the queue's bell, noting for later that something was cancelled."""
@@ -184,8 +186,8 @@ class WorkLoop:
             self._texts.look(wait_seconds=left)
 
     def _may_wait(self) -> bool:
-        """Whether nobody minds if what is held waits for company."""
-        return self._scheduler.is_patient and not self._engine.sampler.active
+        """Whether nobody minds if what is held waits for batch-mates."""
+        return self._scheduler.is_delayable and not self._engine.sampler.active
 
     def _run(self, batch: Batch) -> None:
         self._batch += 1
@@ -199,13 +201,13 @@ class WorkLoop:
             self._on_turn()
         self._commit(effects)
         for run_id, seconds in effects.seconds.items():
-            self.residency.worked(run_id, seconds)
+            self.adapter_cache.worked(run_id, seconds)
 
     def _load_runs(self, batch: Batch) -> None:
         lanes = {f.lane_id for f in [*batch.passes, *batch.samples, *batch.barriers] if f.lane_id}
         runs = rows_get(Run, "id = ANY (%(ids)s::text[])", {"ids": list(lanes)})
         self._runs = {run.id: run for run in runs}
-        self.residency.pin(self._runs)
+        self.adapter_cache.pin(self._runs)
 
     def _admit(self, future: Future, effects: Effects) -> None:
         """Hand a sample's prompts to the sampler, or fail it by name."""
@@ -216,7 +218,7 @@ class WorkLoop:
             if run is not None:
                 adapter_name = self._operations.bring(future, self._runs)
             elif payload["checkpoint"] is not None:
-                adapter_name = self.residency.bring_checkpoint(payload["checkpoint"])
+                adapter_name = self.adapter_cache.bring_checkpoint(payload["checkpoint"])
             self._samples.admit(
                 future, payload, model_id=run.name if run else None, adapter_name=adapter_name
             )
@@ -276,12 +278,12 @@ class WorkLoop:
             )
         for act in effects.after_commit:
             act()
-        self._pace.finished(len(effects.outcomes))
+        self._throughput.finished(len(effects.outcomes))
         self._figures |= {
             "batches": self._batch,
             "resident_adapters": len(self._engine.adapter_names()),
             "sampling": len(self._samples),
-            "futures_per_second": self._pace.futures_per_second,
+            "futures_per_second": self._throughput.futures_per_second,
         }
 
     def give_back(self) -> None:
@@ -293,4 +295,4 @@ class WorkLoop:
         ]
         futures_release(worker=self._worker, request_ids=[future.id for future in futures])
         self._texts.close()
-        self.residency.snapshot_all()
+        self.adapter_cache.snapshot_all()

@@ -23,9 +23,9 @@ from training.kinds import LOGGED, Kind
 from training.models import Run
 from training.types import ForwardBackwardOutput
 from training.worker import outcomes
+from training.worker.adapter_cache import AdapterCache
 from training.worker.checkpoints import CheckpointOperations
 from training.worker.passes import run_passes
-from training.worker.residency import Residency
 from training.worker.texts import Texts
 
 
@@ -57,11 +57,11 @@ class Effects:
 class Operations:
     """Runs batches against one engine."""
 
-    def __init__(self, engine: Engine, residency: Residency, texts: Texts) -> None:
+    def __init__(self, engine: Engine, adapter_cache: AdapterCache, texts: Texts) -> None:
         self._engine = engine
         self._texts = texts
-        self._residency = residency
-        self._checkpoints = CheckpointOperations(engine, residency)
+        self._adapter_cache = adapter_cache
+        self._checkpoints = CheckpointOperations(engine, adapter_cache)
         self._backend = f"torch-{engine.info.device}"
         self._barriers: dict[str, Callable[[Future, Run, payloads.Payload, Effects], Outcome]] = {
             Kind.CREATE_RUN: self._create_run,
@@ -128,7 +128,7 @@ class Operations:
             RunNotCreated: Its creation failed or was cancelled. (failed future)
             RunLost: It cannot be rebuilt. (failed future)
         """
-        return self._residency.bring_run(self._run_of(future, runs))
+        return self._adapter_cache.bring_run(self._run_of(future, runs))
 
     def _run_of(self, future: Future, runs: dict[str, Run]) -> Run:
         run = runs[future.lane_id or ""]
@@ -144,12 +144,12 @@ class Operations:
         self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
     ) -> Outcome:
         config = payloads.lora_config_from_payload(payload["lora_config"])
-        self._residency.make_room()
+        self._adapter_cache.make_room()
         if "checkpoint" in payload:
             self._checkpoints.restore(run.id, run, payload, effects)
         else:
             self._engine.create_adapter(run.id, config)
-        self._residency.created(run)
+        self._adapter_cache.created(run)
         effects.writes.append((future, lambda: _leave_creating(run)))
         result = {
             "model_id": run.name,
@@ -164,14 +164,14 @@ class Operations:
     def _remove_run(
         self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
     ) -> Outcome:
-        effects.after_commit.append(lambda: self._residency.remove_run(run))
+        effects.after_commit.append(lambda: self._adapter_cache.remove_run(run))
         return outcomes.ready(future, {"status": "deleted", "model_id": run.name})
 
     def _optim_step(
         self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
     ) -> Outcome:
         params = payloads.adam_params_from_payload(payload["adam_params"])
-        output = self._engine.optim_step(self._residency.bring_run(run), params)
+        output = self._engine.optim_step(self._adapter_cache.bring_run(run), params)
         run.step = output.step
         return outcomes.optim_step_ready(
             future, model_id=run.name, backend=self._backend, params=params, output=output
@@ -183,8 +183,8 @@ class Operations:
         other = Run.objects.filter(id=payload["other"], owner_id=run.owner_id).first()
         if other is None:
             raise RunNotFound("the run to compare with does not exist")
-        ours = self._engine.adapter_state(self._residency.bring_run(run))
-        theirs = self._engine.adapter_state(self._residency.bring_run(other))
+        ours = self._engine.adapter_state(self._adapter_cache.bring_run(run))
+        theirs = self._engine.adapter_state(self._adapter_cache.bring_run(other))
         difference = {
             key: float(np.max(np.abs(ours[key] - theirs[key]), initial=0.0))
             for key in ("weights", "exp_avg", "exp_avg_sq", "grad")

@@ -28,13 +28,13 @@ from training.base_models import BaseModel
 from training.engine.interface import Engine
 from training.errors import BaseModelNotFound, TrainingError
 from training.worker import text_pool
-from training.worker.chores import Chores
+from training.worker.crash_log import CrashLog, crashed, oom_kills
 from training.worker.devices import device_of
-from training.worker.last_words import LastWords, crashed, oom_kills
 from training.worker.loop import WorkLoop
-from training.worker.pulse import EVERY_SECONDS, Pulse
+from training.worker.maintenance import Maintenance
 from training.worker.texts import TEXT_RULES
 from training.worker.threads import num_threads
+from training.worker.watchdog import EVERY_SECONDS, WatchdogSignal
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def build_engine(base_model: BaseModel) -> Engine:
     """
     import torch
 
-    from training.engine.loading import load_base_model
-    from training.engine.model_engine import TorchEngine
+    from training.engine.torch.loading import load_base_model
+    from training.engine.torch.model_engine import TorchEngine
     from training.worker.custom_loss_process import CustomLossProcess
 
     text_pool.warm_up()
@@ -119,7 +119,7 @@ def _faults_of(folder: Path) -> Iterator[None]:
     """
     import torch
 
-    from training.engine.out_of_memory import is_out_of_memory
+    from training.engine.torch.out_of_memory import is_out_of_memory
 
     try:
         yield
@@ -143,24 +143,24 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         QueueTaken: Another live worker serves this base model.
         BaseModelNotFound, DeviceNotFound: The model cannot be loaded.
     """
-    pulse = Pulse(settings.PULSE_FD)
+    watchdog = WatchdogSignal(settings.WATCHDOG_FD)
     figures: dict[str, Any] = {
         "base_model": base_model.name,
         "oom_kills": oom_kills(),
         "text_rules": TEXT_RULES,
     }
     start = partial(worker_start, queue=base_model.queue, figures=figures, crashed=crashed)
-    worker = when_postgres_answers(start, meanwhile=pulse)
-    last_words = LastWords(worker)  # also when a supervisor that takes us for hung asks where
+    worker = when_postgres_answers(start, meanwhile=watchdog)
+    crash_log = CrashLog(worker)  # also when a supervisor that takes us for hung asks where
     over = threading.Event()
     beating = threading.Thread(
         target=_beat, args=(worker, figures, over), name="heartbeat", daemon=True
     )
     beating.start()
     try:
-        with _pulsing(pulse):
+        with _signalling(watchdog):
             engine = build(base_model)
-        engine.report_progress(pulse)
+        engine.report_progress(watchdog)
         figures |= {
             "device": engine.info.device,
             "dtype": engine.info.dtype,
@@ -181,11 +181,11 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             stopping=consumer.stopping.is_set,
             bell_rang=partial(bell_rang, base_model.queue),
             figures=figures,
-            on_turn=pulse,
+            on_turn=watchdog,
             text_pool=None if engine.text is None else text_pool.TextPool(engine.text),
         )
         consumer.on_turn = loop.turn
-        tasks.serve(base_model.queue, last_words.noted()(loop.run_until_idle))
+        tasks.serve(base_model.queue, crash_log.noted()(loop.run_until_idle))
         worker_live(worker, figures)
         logger.info("%s: ready on %s", base_model.name, engine.info.device)
         consumer.run()
@@ -194,7 +194,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         over.set()
         beating.join()
         worker_stop(worker)
-    last_words.close()
+    crash_log.close()
 
 
 def when_postgres_answers(
@@ -228,15 +228,15 @@ def when_postgres_answers(
 
 
 @contextmanager
-def _pulsing(pulse: Pulse) -> Iterator[None]:
+def _signalling(watchdog: WatchdogSignal) -> Iterator[None]:
     """Give the sign of life from a thread, while reading a model, which has no turns to count."""
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(EVERY_SECONDS):
-            pulse()
+            watchdog()
 
-    beating = threading.Thread(target=beat, name="pulse", daemon=True)
+    beating = threading.Thread(target=beat, name="watchdog", daemon=True)
     beating.start()
     try:
         yield
@@ -248,13 +248,13 @@ def _pulsing(pulse: Pulse) -> Iterator[None]:
 def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> None:
     """Say every few seconds that the worker lives; leave the process if it was replaced.
 
-    Also does the queue's chores, which a clock starts.
+    Also does the queue's maintenance, which a clock starts.
     """
-    chores = Chores(worker.queue)
+    maintenance = Maintenance(worker.queue)
     while not over.wait(HEARTBEAT_SECONDS):
         try:
             worker_heartbeat(worker, {**figures, "memory_bytes": _memory_bytes()})
-            _do(chores)
+            _do(maintenance)
         except Fenced:
             logger.error("another worker has taken over; leaving")
             logging.shutdown()
@@ -265,14 +265,14 @@ def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> Non
     connection.close()
 
 
-def _do(chores: Chores) -> None:
-    """Do the chores; one that fails must not end the heartbeat beside it."""
+def _do(maintenance: Maintenance) -> None:
+    """Do the maintenance; a task of it that fails must not end the heartbeat beside it."""
     try:
-        chores.do()
+        maintenance.do()
     except (Fenced, DatabaseError, InterfaceError):
         raise
     except Exception:
-        logger.exception("a chore failed; it is tried again")
+        logger.exception("maintenance failed; it is tried again")
 
 
 def _memory_bytes() -> int:

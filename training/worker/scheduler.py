@@ -134,10 +134,10 @@ class Scheduler:
         return [future for queue in self._lanes.values() for future in queue]
 
     @property
-    def is_patient(self) -> bool:
-        """Whether something is held and all of it may wait for company."""
+    def is_delayable(self) -> bool:
+        """Whether something is held and all of it may wait for batch-mates."""
         held = self.held()
-        return bool(held) and all(future.patient for future in held)
+        return bool(held) and all(future.delayable for future in held)
 
     @property
     def held_cost(self) -> int:

@@ -19,7 +19,7 @@ from training.worker.text_work import Item, Text, has_text, tokens_of
 
 TEXT_RULES = 2
 """By which conversations become tokens; each worker's row names its own among its figures. Those of
-the first version, in ``training.engine.first_rules``, name none."""
+the first version, in ``training.engine.renderer.first_rules``, name none."""
 
 OWNER_TEXT_BYTES = 64 * 1024**2
 """Of one owner's text that is not tokens yet; beyond it nothing of theirs is claimed."""

@@ -9,11 +9,11 @@ from asgiref.sync import async_to_sync
 from django.core.management.base import BaseCommand, CommandError
 
 from futures.errors import FutureError
-from futures.hub import future_wait, hub
 from futures.models import Future
 from futures.payload import decode, digest
 from futures.services import future_resubmit
 from futures.transitions import State
+from futures.waiters import future_wait, waiters
 
 
 class Command(BaseCommand):
@@ -83,4 +83,4 @@ async def _wait(replay: Future, timeout_seconds: float) -> Future | None:
             replay.pk, owner_id=replay.owner_id, timeout_seconds=timeout_seconds
         )
     finally:
-        await hub().close()
+        await waiters().close()

@@ -15,9 +15,9 @@ from typing import Any
 from django.conf import settings
 from django.http import HttpResponse, StreamingHttpResponse
 
-from futures.hub import future_progress, future_wait
 from futures.models import Future
 from futures.transitions import State
+from futures.waiters import future_progress, future_wait
 from tinkerapi.api.openai.answers import AnswerForm, sequences_of, usage
 from tinkerapi.api.openai.base import failure, not_finished, sample_failed
 from tinkerapi.api.openai.options import Options

@@ -13,10 +13,10 @@ from django.http import HttpResponse, HttpResponseBase
 from rest_framework.request import Request
 
 from futures.errors import FutureNotCancellable
-from futures.hub import future_wait
 from futures.models import Future
 from futures.services import future_cancel
 from futures.transitions import State
+from futures.waiters import future_wait
 from tinkerapi.api.answers import LARGE_RESULT_BYTES
 from tinkerapi.api.fields import Field, check_object
 from tinkerapi.api.leaving import when_client_leaves

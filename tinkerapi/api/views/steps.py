@@ -125,7 +125,7 @@ class ForwardBackwardView(OperationView):
             loss_fn_config=body["loss_fn_config"],
             train_on=body["train_on"],
             forward_only=self.forward_only,
-            patient=not self.waits,
+            delayable=not self.waits,
             idempotency_key=idempotency_key,
         )
 

@@ -9,8 +9,8 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError
 from django.db import OperationalError
 
-from tinkerapi.backup import BackupError, backup_make
-from tinkerapi.schema import database_down_reason
+from tinkerapi.server.backup import BackupError, backup_make
+from tinkerapi.server.upgrade import database_down_reason
 
 
 class Command(BaseCommand):

@@ -7,7 +7,7 @@ from typing import Any
 from django.core.management import CommandError
 from django.core.management.base import BaseCommand
 
-from tinkerapi.doctor import Verdict, examine
+from tinkerapi.server.doctor import Verdict, examine
 
 
 class Command(BaseCommand):

@@ -10,9 +10,9 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 from django.db import OperationalError
 
-from tinkerapi.backup import BackupError, backup_restore
-from tinkerapi.postgres import PostgresError
-from tinkerapi.schema import database_down_reason
+from tinkerapi.server.backup import BackupError, backup_restore
+from tinkerapi.server.postgres import PostgresError
+from tinkerapi.server.upgrade import database_down_reason
 
 
 class Command(BaseCommand):

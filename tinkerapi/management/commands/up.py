@@ -27,8 +27,9 @@ from django.core.management.base import BaseCommand
 from django.db import OperationalError, connection
 
 from futures.workers import worker_mark_lost
-from tinkerapi.postgres import EmbeddedPostgres, PostgresError
-from tinkerapi.preflight import (
+from tinkerapi.server.lost_workers import report_worker_end
+from tinkerapi.server.postgres import EmbeddedPostgres, PostgresError
+from tinkerapi.server.preflight import (
     PreflightError,
     RunningServer,
     base_model_problem,
@@ -38,11 +39,8 @@ from tinkerapi.preflight import (
     lock_data_folder,
     resolve_host,
 )
-from tinkerapi.schema import SchemaError, schema_migrate
-from tinkerapi.server.lost_workers import report_worker_end
 from tinkerapi.server.private_folder import folder_close
-from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
-from tinkerapi.supervisor import (
+from tinkerapi.server.supervisor import (
     FIRST_DELAY_SECONDS,
     MAX_DELAY_SECONDS,
     Child,
@@ -50,6 +48,8 @@ from tinkerapi.supervisor import (
     Supervisor,
     Watch,
 )
+from tinkerapi.server.upgrade import SchemaError, schema_migrate
+from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
 from training.base_models import BaseModel, base_models, base_models_problem
 from training.parent_death import parent_death_prefix
 
@@ -253,7 +253,7 @@ class Command(BaseCommand):
                 WORKER_STOP_SECONDS,
                 parent_death_signal="KILL",  # a batch may be long, and nothing is lost
                 stop_rank=1,
-                watch=Watch("TINKERAPI_PULSE_FD", silence_seconds=settings.HANG_SECONDS),
+                watch=Watch("TINKERAPI_WATCHDOG_FD", silence_seconds=settings.HANG_SECONDS),
                 refusal_status=os.EX_CONFIG,
                 on_end=report_worker_end(base_model.queue),
             )

@@ -33,7 +33,7 @@ class Command(BaseCommand):
 
     def _convert(self, base_model: BaseModel) -> None:
         # Imported late: this loads nothing yet, but the engine is not for commands at large.
-        from training.engine.default_model import prepare_default_model
+        from training.engine.torch.default_model import prepare_default_model
 
         prepare_default_model(base_model.folder, self._say)
 

@@ -16,11 +16,11 @@ from rest_framework.request import Request
 
 from futures import payload
 from futures.errors import FutureNotCancellable, FuturePurged
-from futures.hub import future_wait
 from futures.models import Future
 from futures.selectors import future_get
 from futures.services import future_cancel
 from futures.transitions import Category, State
+from futures.waiters import future_wait
 from tinkerapi.api import threads
 from tinkerapi.api.answers import LARGE_RESULT_BYTES
 from tinkerapi.api.dialect import PROTOBUF

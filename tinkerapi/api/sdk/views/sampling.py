@@ -9,8 +9,8 @@ from django.conf import settings
 from django.http import HttpResponse
 from rest_framework.request import Request
 
-from futures.hub import read_when_woken
 from futures.selectors import Completion, lane_completions
+from futures.waiters import read_when_woken
 from tinkerapi.api import threads
 from tinkerapi.api.fields import (
     MAX_FLOAT,

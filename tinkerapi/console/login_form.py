@@ -1,0 +1,41 @@
+"""The admin's login: slow after failures, and every look at a password is in the audit log."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from django.contrib.auth.models import User
+from django.core.exceptions import ValidationError
+from unfold.forms import AuthenticationForm
+
+from tinkerapi.console.login_delay import client_address, login_begin, login_succeeded
+from training.audit import audit_login
+
+MAX_USERNAME = 150  # of Django's users; what is longer is somebody's, and is not kept whole
+
+
+class LoginForm(AuthenticationForm):  # type: ignore[misc]  # unfold has no types
+    """Unfold's form; while the login is closed, no password is looked at."""
+
+    def clean(self) -> dict[str, Any]:
+        username = self.cleaned_data.get("username")
+        if username is None or not self.cleaned_data.get("password"):
+            cleaned: dict[str, Any] = super().clean()
+            return cleaned
+        address = client_address(self.request)
+        # As the database knows the user: nobody has two names.
+        username = User.normalize_username(username)[:MAX_USERNAME]
+        if wait := login_begin(username=username, address=address):
+            raise ValidationError(
+                f"Too many logins have failed. Try again in {math.ceil(wait)} seconds.",
+                code="too_many",
+            )
+        try:
+            cleaned = super().clean()
+        except ValidationError:
+            audit_login("failed", username=username, address=address)
+            raise
+        login_succeeded(username=username, address=address)
+        audit_login("succeeded", username=username, address=address)
+        return cleaned

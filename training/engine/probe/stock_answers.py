@@ -1,0 +1,164 @@
+"""What stock transformers says of a few passages: the reference of the proof at the start.
+
+Each passage is computed alone, in one pass, without a cache, with transformers' own attention, and
+with a LoRA update that is a plain term of autograd's on one linear layer of each name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from training.engine.probe.few_layers import FewLayers
+from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape
+from training.types import LoraConfig
+
+LENGTHS = (4, 20, 6)
+"""Tokens of the passages: a short one, a longer one, and one at the end of the context."""
+
+FEWEST_TOKENS = 8
+"""A model must take sequences of so many; none that anybody means to train takes fewer."""
+
+LORA = LoraConfig(rank=8, alpha=8.0)
+LORA_WEIGHT = 0.02
+"""Standard deviation of the update's A and B: large enough to be seen, small enough to change
+little."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Passage:
+    """Some tokens of one sequence, the first of them at ``first_position``."""
+
+    tokens: Tensor
+    """(n,) int64"""
+    first_position: int
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(n,) int64"""
+        numbers = torch.arange(len(self.tokens), device=self.tokens.device)
+        return numbers + self.first_position
+
+    def loss(self, logprobs: Tensor) -> Tensor:
+        """A sum with weights of both signs over the tokens that follow, given (n, V)."""
+        targets = self.tokens.roll(-1)[:, None]
+        weights = torch.linspace(-1.0, 2.0, len(targets), device=logprobs.device)
+        return (logprobs.gather(1, targets)[:, 0] * weights).sum()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StockAnswers:
+    """What a model says before anything of it is replaced. ``ask_stock`` makes it."""
+
+    passages: list[Passage]
+    logprobs: list[Tensor]
+    """By passage, (n, V) float32: of the layers in ``few_layers``, under the update."""
+    weights: AdapterTensors
+    """The update."""
+    grad: Tensor
+    """(P,) float32, of the sum of the passages' losses by the update."""
+    few_layers: FewLayers
+    whole: Tensor
+    """(n, V) float32: of the longest passage, by all layers, without the update."""
+
+    @property
+    def longest(self) -> Passage:
+        return max(self.passages, key=lambda passage: len(passage.tokens))
+
+
+def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -> StockAnswers:
+    """Compute the passages with the untouched model.
+
+    Args:
+        context_tokens: The longest sequence that the server will take for it, at least
+            ``FEWEST_TOKENS``.
+
+    Raises:
+        Exception: Whatever the model's own code raises.
+    """
+    passages = _make_passages(vocab_size, context_tokens, model.device)
+    modules = _one_of_each_name(model)
+    weights = _draw_update(modules, model.device)
+    few_layers = FewLayers(model)
+    flat = weights.flat.clone().requires_grad_()
+    logprobs = []
+    with ExitStack() as stack:
+        stack.enter_context(few_layers.alone())
+        for name, module in modules.items():
+            hook = _lora_term(weights.layout, flat, name)
+            stack.callback(module.register_forward_hook(hook).remove)
+        for passage in passages:
+            answer = _answer(model, passage)
+            passage.loss(answer).backward()
+            logprobs.append(answer.detach())
+    answers = StockAnswers(
+        passages=passages,
+        logprobs=logprobs,
+        weights=weights,
+        grad=torch.zeros_like(flat) if flat.grad is None else flat.grad,
+        few_layers=few_layers,
+        whole=torch.empty(0),
+    )
+    with torch.no_grad():
+        return replace(answers, whole=_answer(model, answers.longest))
+
+
+def _answer(model: PreTrainedModel, passage: Passage) -> Tensor:
+    """(n, V) float32 log-probabilities."""
+    output = model(
+        input_ids=passage.tokens[None],
+        position_ids=passage.position_ids[None],
+        use_cache=False,
+    )
+    logits: Tensor = output.logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def _make_passages(vocab_size: int, context_tokens: int, device: torch.device) -> list[Passage]:
+    """Tokens spread over the vocabulary: special ones alone make bfloat16 models very noisy."""
+    lengths = [min(length, context_tokens) for length in LENGTHS]
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Passage(
+            tokens=torch.randint(vocab_size, (length,), generator=generator).to(device),
+            first_position=first,
+        )
+        for length, first in zip(lengths, (0, 0, context_tokens - lengths[-1]), strict=True)
+    ]
+
+
+def _one_of_each_name(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The first linear layer of each name, numbers aside: ``layers.0.mlp.up_proj`` and so on."""
+    head = model.get_output_embeddings()
+    first: dict[str, tuple[str, nn.Linear]] = {}
+    for name, module in model.get_decoder().named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            general = ".".join("#" if part.isdigit() else part for part in name.split("."))
+            first.setdefault(general, (name, module))
+    full_names = {id(module): name for name, module in model.named_modules()}
+    return {full_names[id(module)]: module for _, module in first.values()}
+
+
+def _draw_update(modules: dict[str, nn.Linear], device: torch.device) -> AdapterTensors:
+    shapes = {n: LoraShape(m.in_features, m.out_features) for n, m in modules.items()}
+    layout = AdapterLayout(LORA, shapes)
+    flat = torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(1))
+    return AdapterTensors(layout, (flat * LORA_WEIGHT).to(device))
+
+
+def _lora_term(
+    layout: AdapterLayout, flat: Tensor, name: str
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook that adds the update as a plain term, in the layer's dtype."""
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        a, b = (matrix.to(output.dtype) for matrix in layout.pair(flat, name))
+        return output + layout.scale * linear(linear(args[0], a), b)
+
+    return add

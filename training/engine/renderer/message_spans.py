@@ -1,0 +1,100 @@
+"""Where each message's content lies in a rendered conversation.
+
+The conversation is rendered a second time with markers in place of the contents, so that the text
+between the markers is the template's own, to the character. Where putting the contents back does
+not give the real rendering, the template rewrites what it is given, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from training.engine.renderer.chat_template import ChatTemplate, Message
+from training.errors import InvalidRequest
+from training.types import ChatOptions
+
+_PADDING = "\t\v\t"
+"""White space around a marker: whether it is still there tells if the template trims contents.
+No template writes this itself."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters ``start`` to ``end`` (exclusive) of a rendered conversation."""
+
+    start: int
+    end: int
+
+
+def find_messages(
+    template: ChatTemplate, messages: Sequence[Message], options: ChatOptions, text: str
+) -> list[Span | None] | None:
+    """Where the contents lie in ``text``, the rendering of the messages.
+
+    Returns:
+        One span per message, None for one without content; or None where the template rewrites
+        contents, so that they cannot be told.
+
+    Raises:
+        InvalidRequest: The template leaves a content out.
+    """
+    # Private-use characters: no template writes them, no trimming removes them.
+    markers = [f"\ue000{n}\ue001" if _has_content(m) else None for n, m in enumerate(messages)]
+    marked = template.render(
+        [
+            message if marker is None else {**message, "content": f"{_PADDING}{marker}{_PADDING}"}
+            for message, marker in zip(messages, markers, strict=True)
+        ],
+        options,
+    )
+    rebuilt = ""
+    spans: list[Span | None] = []
+    for n, (message, marker) in enumerate(zip(messages, markers, strict=True)):
+        if marker is None:
+            spans.append(None)
+            continue
+        before, found, marked = marked.partition(marker)
+        if not found:
+            raise InvalidRequest(
+                f"messages[{n}]: the model's chat template leaves out this message "
+                f"(role {message['role']!r})"
+            )
+        content = message["content"]
+        if before.endswith(_PADDING):
+            before = before.removesuffix(_PADDING)
+        else:
+            content = content.lstrip()
+        if marked.startswith(_PADDING):
+            marked = marked.removeprefix(_PADDING)
+        else:
+            content = content.rstrip()
+        rebuilt += before
+        spans.append(Span(len(rebuilt), len(rebuilt) + len(content)))
+        rebuilt += content
+    return spans if rebuilt + marked == text else None
+
+
+def _has_content(message: Message) -> bool:
+    """An empty text beside tool calls is as good as none: many templates leave it out."""
+    content = message.get("content")
+    return content is not None and not (content == "" and message.get("tool_calls"))
+
+
+def begin_of_content(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    n: int,
+    options: ChatOptions,
+    text: str,
+) -> int:
+    """Before which character of ``text`` the content of message n begins, at the latest.
+
+    For templates that rewrite contents: the text differs from there on if the content does.
+    """
+    other = {**messages[n], "content": "\ue000\ue001"}
+    rendered = template.render([*messages[:n], other], options)
+    for at, (ours, theirs) in enumerate(zip(text, rendered, strict=False)):
+        if ours != theirs:
+            return at
+    return min(len(text), len(rendered))

@@ -1,0 +1,71 @@
+"""Whether a model's conversations can be trained on: tried out at the start, and the reason if not.
+
+What is tried is what is promised: the tokens of the conversation are those that transformers'
+``apply_chat_template`` gives (or its text's, cut where a prompt ends: see ``edges``), they begin
+with the tokens of the prompt, and what is trained of them is what follows, up to a token on which
+sampling stops. Every request is held to the same later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from training.engine.renderer.chat_template import ChatTemplate, Message
+from training.errors import InvalidRequest
+from training.types import NO_CHAT_OPTIONS
+
+if TYPE_CHECKING:
+    from training.engine.renderer.chat_text import ChatText
+
+_QUESTION: Message = {"role": "user", "content": "Where is Zürich?"}
+_ANSWER: Message = {"role": "assistant", "content": "In Switzerland."}
+_MORE: list[Message] = [
+    {"role": "user", "content": "and 東京 \N{GRINNING FACE}"},
+    {"role": "assistant", "content": "it's\n\n  in Japan"},
+]
+_PLAIN = [_QUESTION, _ANSWER]
+_SHAPES: list[list[Message]] = [
+    _PLAIN,
+    [{"role": "system", "content": "Be brief."}, *_PLAIN],
+    [*_PLAIN, *_MORE],
+]
+
+
+def find_fault(text: ChatText, template: ChatTemplate) -> str | None:
+    """Why this model's conversations cannot be trained on, in one sentence; None if they can.
+
+    A shape that the template refuses (many know no system message) proves nothing against it.
+    """
+    for messages in _SHAPES:
+        try:
+            template.check(messages, NO_CHAT_OPTIONS)
+            template.render(messages, NO_CHAT_OPTIONS)
+        except InvalidRequest as error:
+            if messages is _PLAIN:
+                return str(error).rstrip(".")
+            continue
+        try:
+            fault = _fault_of(messages, text, template)
+        except InvalidRequest as error:
+            fault = str(error)
+        if fault is not None:
+            return fault.rstrip(".")
+    return None
+
+
+def _fault_of(messages: Sequence[Message], text: ChatText, template: ChatTemplate) -> str | None:
+    datum = text.training_datum(messages, NO_CHAT_OPTIONS, everyone=False)
+    targets, weights = (datum.loss_fn_inputs[name] for name in ("target_tokens", "weights"))
+    tokens = [int(datum.model_input[0]), *targets.tolist()]
+    own = template.tokenize(messages)
+    if tokens[: len(own)] != own and text.written_out(tokens) != text.written_out(own):
+        return "the tokens of a conversation are not those of its own template"
+    trained = [int(position) + 1 for position in weights.nonzero()[0]]
+    prompt = text.render_prompt(messages[:-1])
+    last_answer = [position for position in trained if position >= len(prompt)]
+    if tokens[: len(prompt)] != prompt or last_answer[:1] != [len(prompt)]:
+        return "what it writes before an answer is not what an answer is sampled after"
+    if tokens[last_answer[-1]] not in text.end_token_ids:
+        return "sampling does not stop on what an answer is trained to end with"
+    return None

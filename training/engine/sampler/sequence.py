@@ -1,0 +1,209 @@
+"""One sampling job from admission to answer: what it asks, how far it is, when it ends.
+
+Knows nothing of passes, batches or the cache; ``sampling.ContinuousSampler`` moves it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
+from training.engine.renderer.chat_text import ChatText
+from training.engine.sampler.kv_cache import Region
+from training.engine.sampler.logit_changes import check_logit_changes
+from training.engine.sampler.logits import Choice, UniformNumbers, check_choice_params
+from training.engine.sampler.prompt_logprobs import PromptScorer, top_logprobs
+from training.engine.sampler.stop_strings import CONTEXT_TOKENS, StopWatch, TextSoFar
+from training.engine.torch.adapters import AdapterTensors
+from training.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    NonFiniteResult,
+    TrainingError,
+)
+from training.types import SampledSequence
+
+
+@dataclass(kw_only=True, eq=False)
+class ActiveSequence:
+    """One sample of a job."""
+
+    number: int
+    """Which of the job's samples this is, from 0."""
+    uniforms: UniformNumbers
+    stop_watch: StopWatch | None
+    """None if the job has no stop strings."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
+    stop_reason: str | None = None
+    """None while the sequence goes on."""
+    hides_last: bool = False
+    """Whether its last token is no part of its text: one of ``stop_token_ids``."""
+    text_so_far: TextSoFar | None = None
+    """Made when somebody asks how far a sequence without stop strings is."""
+
+    def progress(self, text: ChatText, prompt: Sequence[int]) -> str:
+        """Its text as far as it is certain."""
+        if self.stop_watch is not None:
+            return self.stop_watch.certain_text
+        if self.text_so_far is None:
+            self.text_so_far = TextSoFar(text.decode, prompt)
+        return self.text_so_far.read(self.spoken)
+
+    @property
+    def spoken(self) -> list[int]:
+        """The tokens that its text is of."""
+        return self.tokens[:-1] if self.hides_last else self.tokens
+
+
+@dataclass(kw_only=True, eq=False)
+class ActiveRequest:
+    """An admitted job."""
+
+    key: str
+    job: SampleJob
+    weights: AdapterTensors | None
+    """The adapter as it was at admission."""
+    max_tokens: int
+    end_token_ids: frozenset[int]
+    """A sequence that samples one of these has ended."""
+    sequences: list[ActiveSequence]
+    scorer: PromptScorer
+    region: Region | None = None
+    """Its rows in the cache, once it has started."""
+    num_prefilled: int = 0
+    """Prompt tokens that are in the cache."""
+
+    @property
+    def rows_each(self) -> int:
+        """Tokens that a sequence keeps in the cache: its last one is never read."""
+        return len(self.job.prompt) + max(self.max_tokens, 1) - 1
+
+    def unfinished(self) -> Iterator[ActiveSequence]:
+        return (sequence for sequence in self.sequences if sequence.stop_reason is None)
+
+    def append(self, sequence: ActiveSequence, choice: Choice) -> None:
+        """Add a token to one of the sequences, which may end with it."""
+        sequence.tokens.append(choice.token)
+        sequence.logprobs.append(choice.logprob)
+        sequence.top.append(choice.top)
+        if choice.token in self.end_token_ids or (
+            sequence.stop_watch is not None and sequence.stop_watch.has_stopped(sequence.tokens)
+        ):
+            sequence.stop_reason = "stop"
+            sequence.hides_last = choice.token in self.job.sampling_params.stop_token_ids
+        elif len(sequence.tokens) == self.max_tokens:
+            sequence.stop_reason = "length"
+
+    def output(self, text: ChatText) -> SampleOutput | TrainingError:
+        """What the client is told once all sequences have ended."""
+        if not self.scorer.is_finite:
+            return NonFiniteResult()
+        scores = self.scorer.scores()
+        sequences = [
+            SampledSequence(
+                tokens=sequence.tokens,
+                logprobs=sequence.logprobs,
+                stop_reason=sequence.stop_reason or "length",
+                text=_text_of(sequence, text, self.job.prompt),
+                top=top_logprobs(sequence.top, self.job.scoring.topk_sample_logprobs),
+            )
+            for sequence in self.sequences
+        ]
+        prompt_logprobs = None if scores.logprobs is None else scores.logprobs.tolist()
+        return SampleOutput(
+            sequences=sequences,
+            prompt_logprobs=prompt_logprobs,
+            scores=scores,
+            prompt_end=self.job.prompt[-CONTEXT_TOKENS:],
+        )
+
+
+def _text_of(sequence: ActiveSequence, text: ChatText, prompt: Sequence[int]) -> str:
+    if sequence.stop_watch is not None and sequence.stop_watch.text_before_stop is not None:
+        return sequence.stop_watch.text_before_stop
+    return text.decode_after(prompt, sequence.spoken)
+
+
+def new_request(
+    key: str,
+    job: SampleJob,
+    *,
+    weights: AdapterTensors | None,
+    max_tokens: int,
+    text: ChatText,
+    info: BaseModelInfo,
+) -> ActiveRequest:
+    """A job that has sampled nothing yet.
+
+    Raises:
+        InvalidRequest: A sampling parameter has no meaning; the message names it.
+    """
+    params = job.sampling_params
+    check_choice_params(params)
+    check_logit_changes(params, info.vocab_size)
+    if params.seed is None:
+        raise InvalidRequest("seed: none was chosen")
+    stop_strings = [stop for stop in params.stop or () if isinstance(stop, str)]
+    stop_ids = [stop for stop in params.stop or () if not isinstance(stop, str)]
+    if stop_strings and stop_ids:
+        raise InvalidRequest("stop: either strings or token ids, not both")
+    if "" in stop_strings:
+        raise InvalidRequest("stop: an empty string is said before anything is")
+    for name, ids in (("stop", stop_ids), ("stop_token_ids", params.stop_token_ids)):
+        for token in ids:
+            if not 0 <= token < info.vocab_size:
+                raise InvalidRequest(
+                    f"{name}: token {token} is not in the vocabulary of {info.vocab_size}"
+                )
+    # Who stops at a text of their own does not mean that the end of the turn is none.
+    natural_end = (params.stop is None or bool(stop_strings)) and not params.ignore_eos
+    end_token_ids = set(text.end_token_ids) if natural_end else set[int]()
+    return ActiveRequest(
+        key=key,
+        job=job,
+        weights=weights,
+        max_tokens=max_tokens,
+        scorer=PromptScorer(job, info.vocab_size),
+        end_token_ids=frozenset(end_token_ids | {*stop_ids, *params.stop_token_ids}),
+        sequences=[
+            ActiveSequence(
+                number=number,
+                uniforms=UniformNumbers(params.seed, number),
+                stop_watch=StopWatch(
+                    text.decode,
+                    stop_strings,
+                    before=job.prompt,
+                    special_texts=text.special_texts,
+                )
+                if stop_strings
+                else None,
+            )
+            for number in range(job.num_samples)
+        ],
+    )
+
+
+def check_prompt(job: SampleJob, info: BaseModelInfo) -> None:
+    """Refuse a prompt that cannot be continued, or, where no token is asked for, not read.
+
+    Raises:
+        InvalidRequest: It is empty, or holds a token out of vocabulary.
+        ContextLengthExceeded: It leaves no room in the context.
+    """
+    prompt = job.prompt
+    if not len(prompt):
+        raise InvalidRequest("prompt: empty")
+    room = info.max_context_tokens - len(prompt)
+    if room < 0 or (room == 0 and job.sampling_params.max_tokens != 0):
+        raise ContextLengthExceeded(
+            f"prompt: {len(prompt)} tokens leave no room in the context: this model's maximum "
+            f"context length is {info.max_context_tokens} tokens, sampled ones included"
+        )
+    for position, token in enumerate(prompt):
+        if not 0 <= token < info.vocab_size:
+            raise InvalidRequest(
+                f"prompt[{position}]: token {token} is not in the vocabulary of {info.vocab_size}"
+            )

@@ -1,0 +1,86 @@
+"""Attention of the newest tokens of many short sequences at once, on a CPU.
+
+A call per sequence and layer is most of what a short sequence's token costs. So the keys and values
+of short sequences are copied out of the cache, padded to a multiple of ``BUCKET_TOKENS``, and all
+sequences of one padded length share two batched products. A sequence's padded length follows
+from its own, and its numbers are the same whether it comes alone or with others (measured with
+MKL, one thread and two). The arithmetic is float32. What pads a sequence is its own first token
+again, out of sight behind a mask, so that nothing of a neighbour can reach it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.engine.sampler.kv_cache import KvCache
+from training.engine.torch.packing.stream import round_up
+
+SHORT_TOKENS = 256
+"""Longer sequences cost more to copy than a call of their own takes."""
+
+BUCKET_TOKENS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newest:
+    """The newest token of one sequence."""
+
+    row: int
+    """Of the stream."""
+    first_cache_row: int
+    """Where the sequence begins in the cache; its tokens lie one after another."""
+    length: int
+    """Tokens of the sequence, this one included."""
+
+
+class GatheredAttention:
+    """B sequences of one padded length L."""
+
+    def __init__(self, sequences: Sequence[Newest]) -> None:
+        length = round_up(sequences[0].length, BUCKET_TOKENS)
+        lengths = torch.tensor([each.length for each in sequences])[:, None]  # (B, 1)
+        first = torch.tensor([each.first_cache_row for each in sequences])[:, None]
+        places = torch.arange(length)
+        is_padding = places >= lengths  # (B, L)
+        self._rows = torch.tensor([each.row for each in sequences])
+        self._cache_rows = (first + places).where(~is_padding, first)  # (B, L)
+        self._mask = torch.zeros(is_padding.shape).masked_fill_(is_padding, -math.inf)
+        self._by_head: tuple[Tensor, Tensor] | None = None
+
+    def attend(
+        self, cache: KvCache, layer_idx: int, query: Tensor, scaling: float, output: Tensor
+    ) -> None:
+        """Write these sequences' rows of ``output`` (T, Hq, D), like ``query``'s."""
+        num_key_heads = cache.num_heads(layer_idx)
+        if self._by_head is None:
+            self._by_head = self._spread(num_key_heads)
+        places, mask = self._by_head
+        keys, values = (  # (B * Hkv, L, D)
+            x.float().view(len(mask), mask.shape[2], -1) for x in cache.gather(layer_idx, places)
+        )
+        q = query.index_select(0, self._rows).float()  # (B, Hq, D)
+        q = q.view(len(mask), -1, q.shape[2])  # (B * Hkv, Hq / Hkv, D)
+        scores = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=scaling)
+        attended = torch.bmm(scores.softmax(-1), values)  # (B * Hkv, Hq / Hkv, D)
+        attended = attended.view(-1, *output.shape[1:]).to(output.dtype)  # (B, Hq, D)
+        output.index_copy_(0, self._rows, attended)
+
+    def _spread(self, num_key_heads: int) -> tuple[Tensor, Tensor]:
+        """Places (B * Hkv * L,) in a cache seen as rows of single heads, mask (B * Hkv, 1, L)."""
+        heads = torch.arange(num_key_heads)[:, None]
+        places = self._cache_rows[:, None] * num_key_heads + heads  # (B, Hkv, L)
+        mask = self._mask[:, None].repeat_interleave(num_key_heads, 0)
+        return places.flatten(), mask
+
+
+def gather_by_length(sequences: Sequence[Newest]) -> list[GatheredAttention]:
+    """Sequences of one padded length together."""
+    members: dict[int, list[Newest]] = {}
+    for each in sequences:
+        members.setdefault(round_up(each.length, BUCKET_TOKENS), []).append(each)
+    return [GatheredAttention(same) for same in members.values()]

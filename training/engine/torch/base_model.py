@@ -1,0 +1,97 @@
+"""The frozen base model: a transformers causal LM whose layers know about packed streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from training.engine.interface import BaseModelInfo
+from training.engine.torch.adapters import AdapterTensors, LoraShape
+from training.engine.torch.lora_linear import times
+from training.engine.torch.packing.stream import (
+    ContextHolder,
+    PackedContext,
+    Segment,
+    join,
+    rows_of,
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BaseModel:
+    """One frozen model and its tokenizer. ``loading.load_base_model`` makes it."""
+
+    info: BaseModelInfo
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype
+    end_token_ids: tuple[int, ...]
+    """What ends a generation, by the model's generation configuration."""
+    head_name: str
+    """The output head's module name, which keys adapter layouts like any other module's."""
+    head_weight: Tensor
+    """(V, C); the embedding matrix itself where the two are tied."""
+    head_bias: Tensor | None
+    linear_shapes: dict[str, LoraShape]
+    """Every module that can have an adapter, the head last."""
+    _decoder: nn.Module
+    _holder: ContextHolder
+
+    def hidden_states(self, tokens: Tensor, position_ids: Tensor, context: PackedContext) -> Tensor:
+        """Run the stream through all layers.
+
+        Records a backward pass if gradients are enabled and a segment wants one; whoever runs
+        it needs no context any more.
+
+        Args:
+            tokens: (T,) int64 on the model's device.
+            position_ids: (T,) int64, each token's position in its own sequence.
+            context: Its segments cover the T rows.
+
+        Returns:
+            (T, C), what the output head reads.
+        """
+        with self._holder.active(context):
+            output = self._decoder(
+                input_ids=tokens[None],  # (1, T)
+                position_ids=position_ids[None],
+                use_cache=False,
+                packed_context=context,
+            )
+        hidden: Tensor = output.last_hidden_state[0]  # (T, C)
+        return hidden
+
+    def report_progress(self, to: Callable[[], None]) -> None:
+        """Have ``to`` called at every layer of every pass."""
+        self._holder.on_progress = to
+
+    def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """Next-token logits of some rows.
+
+        The caller chooses rows and their number: the result is (rows x vocabulary).
+
+        Args:
+            hidden: (n, C) rows of what ``hidden_states`` returned.
+            segments: Cover 0..n; whose weights the head's adapter has, row by row.
+
+        Returns:
+            (n, V) float32.
+        """
+        logits = linear(hidden, self.head_weight, self.head_bias).float()  # (n, V)
+        for group in join(segments):
+            weights, rows = group[0].weights, rows_of(group)
+            pair = self.head_pair(weights)
+            if weights is not None and pair is not None:
+                a, b = pair
+                xa = times(hidden[rows], a.T)  # (n, R)
+                logits[rows].add_(times(xa, b.T), alpha=weights.layout.scale)
+        return logits
+
+    def head_pair(self, weights: AdapterTensors | None) -> tuple[Tensor, Tensor] | None:
+        """The head's A (R, C) and B (V, R) in the model's dtype, if the adapter has one."""
+        return None if weights is None else weights.pair(self.head_name, self.dtype)

@@ -1,0 +1,155 @@
+"""An adapter as files: our own checkpoint, whole or absent, and peft's format for others.
+
+A checkpoint directory holds one safetensors file per buffer, so that loading the weights alone
+reads nothing else, and ``meta.json``: the adapter's shape, where each module's matrices lie,
+the step, what it was made with, and a SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from training.engine.export_readme import export_readme
+from training.engine.torch.adapters import (
+    Adapter,
+    AdapterLayout,
+    AdapterTensors,
+    LoraShape,
+    new_adapter,
+)
+from training.engine.torch.storage import new_directory, read_meta, write_meta
+from training.errors import CheckpointNotFound, InvalidRequest
+from training.types import LoraConfig
+
+FORMAT = 1
+LIBRARIES = ("torch", "transformers", "peft", "safetensors")
+
+
+def capture_adapter(
+    adapter: Adapter, *, base_model_name: str, with_optimizer: bool = True
+) -> Callable[[Path], int]:
+    """Everything that the next step depends on, to be written; see ``Engine.capture_adapter``.
+
+    Nothing is copied: passes and steps replace an adapter's buffers and write into none of them. An
+    all-zero gradient, as it is after every optimizer step, is left out.
+    """
+    buffers = {"weights": adapter.weights.flat}
+    if with_optimizer:
+        buffers |= {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
+        if adapter.grad.flat.any():
+            buffers["grad"] = adapter.grad.flat
+    places = adapter.layout.places.items()
+    meta = {
+        "format": FORMAT,
+        "base_model": base_model_name,
+        "step": adapter.step,
+        "config": asdict(adapter.layout.config),
+        "modules": {name: [p.shape.in_features, p.shape.out_features] for name, p in places},
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+    def write(directory: Path) -> int:
+        with new_directory(directory) as temporary:
+            for name, flat in buffers.items():
+                _write(temporary / f"{name}.safetensors", {name: flat})
+            return write_meta(temporary, meta)
+
+    return write
+
+
+def load_adapter(
+    directory: Path,
+    shapes: Mapping[str, LoraShape],
+    device: torch.device,
+    *,
+    with_optimizer: bool = True,
+) -> Adapter:
+    """The adapter that a directory holds; see ``Engine.load_adapter``.
+
+    Args:
+        shapes: Every module of the base model that can have an adapter.
+
+    Raises:
+        CheckpointNotFound: No such directory, it is damaged, or it holds weights only and the
+            optimizer was asked for.
+        InvalidRequest: It was made for a base model of another shape.
+    """
+    meta = read_meta(directory)
+    if meta.get("format") != FORMAT:
+        raise CheckpointNotFound(f"{directory.name}: format {meta.get('format')} is not known.")
+    if with_optimizer and "exp_avg.safetensors" not in meta["sha256"]:
+        raise CheckpointNotFound(f"{directory.name} holds weights only, no optimizer state.")
+    modules = {name: LoraShape(*shape) for name, shape in meta["modules"].items()}
+    for name, shape in modules.items():
+        if shapes.get(name) != shape:
+            raise InvalidRequest(
+                f"{directory.name} was made for {meta['base_model']}, whose {name} this base"
+                " model does not have in that shape."
+            )
+    adapter = new_adapter(AdapterLayout(_read_config(meta["config"]), modules), device)
+    adapter.weights = AdapterTensors(adapter.layout, _read(directory, "weights", device))
+    if with_optimizer:
+        adapter.step = meta["step"]
+        adapter.exp_avg = _read(directory, "exp_avg", device)
+        adapter.exp_avg_sq = _read(directory, "exp_avg_sq", device)
+        if "grad.safetensors" in meta["sha256"]:
+            adapter.grad = AdapterTensors(adapter.layout, _read(directory, "grad", device))
+    return adapter
+
+
+def save_peft(adapter: Adapter, directory: Path, *, base_model_name: str, head_name: str) -> int:
+    """Write what ``peft.PeftModel.from_pretrained`` reads; see ``Engine.save_peft``.
+
+    Beside it a README.md for people: how to load it and, with an adapter on the output head, what
+    merging needs.
+    """
+    layout = adapter.layout
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_model_name,
+        inference_mode=True,
+        r=layout.rank,
+        lora_alpha=layout.config.alpha,  # type: ignore[arg-type]  # peft divides it as any number
+        target_modules=list(layout.places),
+    )
+    tensors = {}
+    for name in layout.places:
+        a, b = layout.pair(adapter.weights.flat, name)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    with new_directory(directory) as temporary:
+        _write(temporary / "adapter_model.safetensors", tensors)
+        config.save_pretrained(str(temporary))
+        readme = export_readme(
+            base_model_name, layout, head_name if head_name in layout.places else None
+        )
+        (temporary / "README.md").write_text(readme)
+        return sum(path.stat().st_size for path in temporary.iterdir())
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Our own write call: safetensors' own reports a full disk as an error without errno.
+    content = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"format": "pt"})
+    path.write_bytes(content)
+
+
+def _read(directory: Path, name: str, device: torch.device) -> Tensor:
+    # A copy: the file's bytes are mapped at odd addresses, and float32 kernels sum in an order that
+    # depends on alignment, so a loaded run would leave its unbroken twin by the last bits.
+    return load_file(directory / f"{name}.safetensors", device=str(device))[name].clone()
+
+
+def _read_config(values: Mapping[str, Any]) -> LoraConfig:
+    target_modules = values["target_modules"]
+    return LoraConfig(
+        **{**values, "target_modules": None if target_modules is None else tuple(target_modules)}
+    )

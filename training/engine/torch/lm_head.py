@@ -1,0 +1,312 @@
+"""The output head in training: target log-probabilities and their gradient, chunk by chunk.
+
+The (tokens x vocabulary) matrix never exists. While a chunk of logits is there, the loss of its
+rows is computed and its gradient pushed back to the hidden states and to the head's adapter, so
+no logits are computed twice:
+
+    d loss / d logits = sum over k of g_k * (onehot(target_k) - softmax(logits))
+
+with g_k = d loss / d log p(target_k), summed over the tokens that share the row and its targets.
+Rows whose g is zero (a prompt's, say) end there. A loss that is not elementwise needs a datum's
+log-probabilities all at once: the chunks that hold such datums are passed through the head once
+before, for these alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from training.custom_loss_graph import CustomLossGraph
+from training.engine.custom_loss.run import CustomLossInputs, CustomLossRunner, Outcome, Work
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.lora_linear import add_product
+from training.engine.torch.losses import LossInputs, loss_and_slope
+from training.engine.torch.packing.micro_batches import LossSpan, PackedDatum
+from training.engine.torch.packing.plan import PlannedJob
+from training.engine.torch.packing.stream import MIN_ROWS, Segment
+from training.errors import TrainingError
+from training.loss_fns import LOSS_FNS, TARGET_TOKENS
+
+CHUNK_BYTES = 64 * 2**20
+"""What one chunk of float32 logits may take."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadInputs:
+    """What a micro-batch asks of S rows for its N tokens; tensors are on the model's device."""
+
+    targets: Tensor
+    """(S, K) int64"""
+    places: NDArray[np.int64]
+    """(N,), the row of each token."""
+    inputs: Mapping[str, Tensor]
+    """(N, K) float32 by name"""
+    loss_spans: Sequence[LossSpan]
+    work: Mapping[PlannedJob, Work]
+    """What jobs with custom losses have cost so far, in earlier micro-batches too."""
+    custom_losses: CustomLossRunner
+
+    def tokens(self, span: LossSpan, rows: slice) -> Tensor:
+        """(n,) int64, the tokens of the span whose row is one of these, in order."""
+        places = self.places[span.start : span.end]
+        is_here = (places >= rows.start) & (places < rows.stop)
+        tokens = np.flatnonzero(is_here) + span.start
+        return torch.from_numpy(tokens).to(self.targets.device)
+
+
+class HeadOutput:
+    """What the head says, filled row by row."""
+
+    def __init__(self, hidden: Tensor, inputs: HeadInputs) -> None:
+        self._places = torch.from_numpy(inputs.places).to(hidden.device)
+        self.row_logprobs = hidden.new_zeros(inputs.targets.shape, dtype=torch.float32)
+        """(S, K), in nats"""
+        self.grad_logprobs = torch.zeros_like(self.row_logprobs)
+        """(S, K), d loss / d log-probability; zero at filled-up targets."""
+        self.grad_hidden = torch.zeros_like(hidden)
+        """(S, C), d loss / d hidden; zero where no row trains."""
+        self.loss = hidden.new_zeros(len(inputs.places), dtype=torch.float32)
+        """(N,), summed over K"""
+        self.custom: dict[PackedDatum, Outcome] = {}
+        """What custom losses said of their datums. An error's tokens have no loss and no
+        gradient."""
+
+    def target_logprobs(self, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """(n, K) float32 of these tokens, in nats; all by default."""
+        return self.row_logprobs[self._places[tokens]]
+
+    def add_grad_logprobs(self, tokens: Tensor | slice, grad_logprobs: Tensor) -> None:
+        """Count in d loss / d log-probability (n, k) of these tokens' first k targets."""
+        self.grad_logprobs[:, : grad_logprobs.shape[1]].index_add_(
+            0, self._places[tokens], grad_logprobs
+        )
+
+
+@torch.no_grad()
+def score_targets(
+    base_model: BaseModel, hidden: Tensor, segments: Sequence[Segment], inputs: HeadInputs
+) -> HeadOutput:
+    """Log-probabilities and loss of all tokens, and the gradient of rows whose segment trains.
+
+    The gradient of the head's own adapter is added to each segment's gradient buffer.
+
+    Args:
+        hidden: (S, C); not read by autograd.
+        segments: Cover 0..S.
+    """
+    output = HeadOutput(hidden, inputs)
+    chunk_rows = max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))
+    chunks = list(_chunks(segments, chunk_rows))
+    whole = [span for span in inputs.loss_spans if span.whole is not None]
+    for rows in chunks:
+        if any(len(inputs.tokens(span, rows)) for span in whole):
+            output.row_logprobs[rows] = _Chunk.of(base_model, hidden, segments, rows).scored(
+                inputs.targets[rows]
+            )
+    _run_custom(whole, inputs, output)
+    for span in whole:
+        if span.whole is not None and span.whole in output.custom:
+            _take_custom(span.whole, output)
+        else:
+            _differentiate(span, inputs.tokens(span, slice(0, len(hidden))), inputs, output)
+    elementwise = [span for span in inputs.loss_spans if span.whole is None]
+    for rows in chunks:
+        chunk = _Chunk.of(base_model, hidden, segments, rows)
+        output.row_logprobs[rows] = chunk.scored(inputs.targets[rows])
+        for span in elementwise:
+            _differentiate(span, inputs.tokens(span, rows), inputs, output)
+        if any(segment.grad is not None for segment in chunk.segments):
+            grad_chunk = _backward_chunk(
+                base_model,
+                chunk.hidden,
+                chunk.segments,
+                logits=chunk.logits.sub_(chunk.log_norm),
+                targets=_padded(inputs.targets[rows]),
+                grad_logprobs=_padded(output.grad_logprobs[rows]),
+            )
+            output.grad_hidden[rows] = grad_chunk[: rows.stop - rows.start]
+    return output
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chunk:
+    """Some rows and their logits, n of them: at least ``MIN_ROWS``, zeros after the real ones."""
+
+    hidden: Tensor
+    """(n, C)"""
+    segments: Sequence[Segment]
+    logits: Tensor
+    """(n, V)"""
+    log_norm: Tensor
+    """(n, 1)"""
+
+    @classmethod
+    def of(
+        cls, base_model: BaseModel, hidden: Tensor, segments: Sequence[Segment], rows: slice
+    ) -> _Chunk:
+        segments = _cut(segments, rows)
+        hidden = _padded(hidden[rows])
+        logits = base_model.logits(hidden, segments)
+        log_norm = logits.logsumexp(-1, keepdim=True)
+        return cls(hidden=hidden, segments=segments, logits=logits, log_norm=log_norm)
+
+    def scored(self, targets: Tensor) -> Tensor:
+        """(n', K) the log-probabilities of the targets (n', K) of the real rows."""
+        return (self.logits.gather(1, _padded(targets)) - self.log_norm)[: len(targets)]
+
+
+def _differentiate(span: LossSpan, tokens: Tensor, inputs: HeadInputs, output: HeadOutput) -> None:
+    """Note the loss of these tokens (n,) of the span, and d loss / d log p."""
+    if not len(tokens):
+        return
+    k = span.num_targets
+    names = LOSS_FNS[span.loss_fn].float_inputs
+    loss, grad_logprobs = loss_and_slope(
+        span.loss_fn,
+        LossInputs(
+            target_logprobs=output.target_logprobs(tokens)[:, :k],
+            inputs={name: inputs.inputs[name][tokens, :k] for name in names},
+            config=span.config,
+        ),
+    )  # (n, K) each
+    output.add_grad_logprobs(tokens, grad_logprobs)
+    # A token whose derivative is infinite is told by its loss.
+    output.loss[tokens] = loss.where(grad_logprobs.isfinite(), grad_logprobs).sum(-1)
+
+
+def _run_custom(spans: Sequence[LossSpan], inputs: HeadInputs, output: HeadOutput) -> None:
+    """Note what clients' own losses say of their datums: one call for each job.
+
+    They run on the CPU, where an index out of range is an error and not the end of the device.
+    """
+    datums: dict[PlannedJob, list[PackedDatum]] = {}
+    for span in spans:
+        if span.whole is not None and span.whole.planned.job.custom_loss is not None:
+            datums.setdefault(span.whole.planned, []).append(span.whole)
+    for planned, own in datums.items():
+        graph = planned.job.custom_loss
+        assert graph is not None  # noqa: S101  (for mypy; chosen above)
+        data = [_custom_inputs(packed, graph, output) for packed in own]
+        outcomes = inputs.custom_losses(graph, data, inputs.work[planned])
+        output.custom.update(zip(own, outcomes, strict=True))
+
+
+def _custom_inputs(
+    packed: PackedDatum, graph: CustomLossGraph, output: HeadOutput
+) -> CustomLossInputs:
+    given = packed.datum.loss_fn_inputs
+    logprobs = output.target_logprobs(slice(packed.start, packed.end))[:, : packed.num_targets]
+    others = {}
+    for item in graph.inputs[1:]:
+        tensor = torch.tensor(given[item.name])  # a copy: the array may be read-only
+        others[item.name] = tensor.reshape(()) if item.rank == 0 else tensor
+    return CustomLossInputs(
+        logprobs=logprobs.cpu().reshape(given[TARGET_TOKENS].shape), others=others
+    )
+
+
+def _take_custom(packed: PackedDatum, output: HeadOutput) -> None:
+    """Count in what a client's own loss said of a datum, whose first token gets the loss."""
+    outcome = output.custom[packed]
+    if isinstance(outcome, TrainingError):
+        output.custom[packed] = type(outcome)(f"data[{packed.index}]: {outcome}")
+        return
+    grad = outcome.grad.reshape(-1, packed.num_targets)
+    output.loss[packed.start] = outcome.loss
+    output.add_grad_logprobs(slice(packed.start, packed.end), grad.to(output.grad_logprobs.device))
+
+
+def _backward_chunk(
+    base_model: BaseModel,
+    hidden: Tensor,
+    segments: Sequence[Segment],
+    *,
+    logits: Tensor,
+    targets: Tensor,
+    grad_logprobs: Tensor,
+) -> Tensor:
+    """Push one chunk's gradient on; ``logits`` (n, V) are normalised and used up.
+
+    Returns:
+        (n, C), d loss / d hidden.
+    """
+    grad_hidden = torch.zeros_like(hidden)
+    active = grad_logprobs.any(-1).nonzero()[:, 0]  # (m,)
+    if len(active) == 0:
+        return grad_hidden
+    if len(active) < len(grad_logprobs):
+        segments = _pick(segments, active)
+        hidden, logits, targets, grad_logprobs = (
+            t[active] for t in (hidden, logits, targets, grad_logprobs)
+        )
+    grad_logits = logits.exp_().mul_(-grad_logprobs.sum(-1, keepdim=True))  # (m, V)
+    grad_logits.scatter_add_(1, targets, grad_logprobs)
+    grad_logits = grad_logits.to(hidden.dtype)
+    grad_rows = (_padded(grad_logits) @ base_model.head_weight)[: len(active)]  # (m, C)
+    for segment in segments:
+        pair = base_model.head_pair(segment.weights)
+        if segment.weights is None or segment.grad is None or pair is None:
+            continue
+        a, b = pair
+        grad_a, grad_b = segment.grad.layout.pair(segment.grad.flat, base_model.head_name)
+        g, x = grad_logits[segment.rows], hidden[segment.rows]
+        scale = segment.weights.layout.scale
+        gb = (g @ b).mul_(scale)  # (m', R)
+        grad_rows[segment.rows].addmm_(gb, a)
+        add_product(grad_a, gb.T, x)
+        add_product(grad_b, g.T, x @ a.T, scale)
+    grad_hidden[active] = grad_rows
+    return grad_hidden
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """At least ``MIN_ROWS`` rows, zeros after the given ones."""
+    return pad(rows, (0, 0, 0, max(0, MIN_ROWS - len(rows))))
+
+
+def _chunks(segments: Iterable[Segment], chunk_rows: int) -> Iterator[slice]:
+    """Cut the rows into chunks, and each segment at the same places whatever lies before it.
+
+    A segment's gradient is a sum over chunks, so where they end is part of its rounding.
+    """
+    chunk_start = chunk_end = 0
+    for segment in segments:
+        for start in range(segment.start, segment.end, chunk_rows):
+            end = min(start + chunk_rows, segment.end)
+            if end - chunk_start > chunk_rows:
+                yield slice(chunk_start, chunk_end)
+                chunk_start = start
+            chunk_end = end
+    yield slice(chunk_start, chunk_end)
+
+
+def _cut(segments: Iterable[Segment], rows: slice) -> list[Segment]:
+    """The parts of the segments that lie in ``rows``, counted from its start."""
+    cut = []
+    for segment in segments:
+        start, end = max(segment.start, rows.start), min(segment.end, rows.stop)
+        if start < end:
+            cut.append(_moved(segment, start - rows.start, end - rows.start))
+    return cut
+
+
+def _pick(segments: Iterable[Segment], active: Tensor) -> list[Segment]:
+    """The segments over the rows ``active`` (m,), ascending, alone."""
+    picked = []
+    for segment in segments:
+        bounds = active.new_tensor([segment.start, segment.end])
+        start, end = torch.searchsorted(active, bounds).tolist()
+        if start < end:
+            picked.append(_moved(segment, start, end))
+    return picked
+
+
+def _moved(segment: Segment, start: int, end: int) -> Segment:
+    return Segment(start=start, end=end, weights=segment.weights, grad=segment.grad)

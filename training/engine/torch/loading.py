@@ -1,0 +1,242 @@
+"""How a model folder becomes a base model, and which folders are refused.
+
+Loading replaces every linear layer by a ``LoraLinear`` and attention by the packed one, and proves
+that what is computed is what the untouched model computes (``probe``). What we would silently
+leave out or make up is refused: weights that the folder lacks or has in a few bits each, layers
+that no adapter reaches, a scaled or capped output head, another attention. A folder's own code is
+never run, nor is the attention used that its configuration asks for, which may name code on a hub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from training.context_length import usable_context_tokens
+from training.engine.interface import BaseModelInfo
+from training.engine.probe.proof import prove, stock_answers
+from training.engine.torch.adapters import LoraShape
+from training.engine.torch.attention.backend import ATTENTION_NAME
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.lora_linear import LoraLinear
+from training.engine.torch.memory import keep_freed_memory
+from training.engine.torch.packing.stream import ContextHolder
+from training.errors import BaseModelNotFound
+
+
+def _nobody(stage: str) -> None:
+    """Nobody wants to know."""
+
+
+def load_base_model(
+    path: str,
+    *,
+    name: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_stage: Callable[[str], None] = _nobody,
+) -> BaseModel:
+    """Load a model folder (or hub name) and make it ready for adapters.
+
+    On a CPU the process keeps its freed memory from then on.
+
+    Args:
+        path: What transformers' ``from_pretrained`` takes.
+        name: What clients call it; the path if None.
+        device: ``auto`` takes the first GPU if there is one; else ``cpu`` or ``cuda``.
+        dtype: ``auto`` is bfloat16 where the device computes it natively, else float32.
+        on_stage: Called with the name of each stage as it begins: ``read``, then ``prove``.
+
+    Raises:
+        BaseModelNotFound: The folder cannot be read or lacks weights, or holds a model whose
+            layers, output head or attention we do not compute as it does.
+    """
+    on_stage("read")
+    _require_model_folder(path)
+    torch_device = torch.device(_choose_device(device))
+    torch_dtype = _choose_dtype(dtype, torch_device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, loaded = _load(path, torch_dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise BaseModelNotFound(f"No model can be read from {path}: {first_line}") from error
+    _require_all_weights(path, loaded)
+    nn.Module.to(model, device=torch_device)  # transformers' override has lost its signature
+    model.eval().requires_grad_(False)
+    on_stage("prove")
+    base_model = _proven(model, tokenizer, name or path)
+    if torch_device.type == "cpu":
+        keep_freed_memory()
+    return base_model
+
+
+def _require_model_folder(path: str) -> None:
+    """Say what is wrong with a local path; transformers would take it for a hub name."""
+    directory = Path(path)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise BaseModelNotFound(f"{path} is not a model folder: it has no config.json.")
+        _require_plain_weights(directory)
+    elif directory.is_absolute() or path.startswith("."):
+        raise BaseModelNotFound(f"There is no model folder at {path}.")
+
+
+def _require_plain_weights(directory: Path) -> None:
+    """Refuse what transformers would read: quantized weights, and pickles, which may hold code."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise BaseModelNotFound(f"No model can be read from {directory}: {error}") from error
+    quantized = config.get("quantization_config") if isinstance(config, dict) else None
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise BaseModelNotFound(
+            f"{directory} holds weights quantized by {method or 'an unknown method'}, which this"
+            " server does not train on; give it the model's float32, bfloat16 or float16 weights."
+        )
+    pickles = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise BaseModelNotFound(
+            f"{directory} has its weights in {pickles[0]}, a pickle, which may hold code and is not"
+            " read; load it where you trust it and save it with save_pretrained, which writes"
+            " safetensors."
+        )
+
+
+def _load(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of its weights."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    # transformers' own choice: a configuration may name kernels on a hub, which would be run.
+    config._attn_implementation = None
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )  # typed as the model alone
+    model, info = loaded
+    return model, info
+
+
+def _require_all_weights(path: str, loaded: Mapping[str, Any]) -> None:
+    """transformers draws at random what it does not find or what does not fit, and logs that."""
+    wrong = {str(key) for key in loaded["missing_keys"]}
+    wrong |= {str(key) for key, *_ in loaded["mismatched_keys"]}
+    if wrong:
+        first, *others = sorted(wrong)
+        more = f" and {len(others)} more" if others else ""
+        raise BaseModelNotFound(
+            f"{path} is not a complete causal language model: its files lack {first}{more}, or"
+            " have it in another shape."
+        )
+
+
+def _require_known_layers(model: PreTrainedModel, name: str) -> None:
+    """Refuse matrices that no adapter could reach: training would leave them out silently."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+            raise BaseModelNotFound(
+                f"{name} cannot be served: its layer {module_name} is a {type(module).__name__},"
+                " and adapters are for linear layers."
+            )
+
+
+def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> BaseModel:
+    """The model with our layers and attention, which compute what it computed before.
+
+    Raises:
+        BaseModelNotFound: They do not.
+    """
+    config = model.config.get_text_config()
+    context_tokens = usable_context_tokens(config.to_dict())
+    if context_tokens is None:
+        raise BaseModelNotFound(
+            f"{name} cannot be served: its config.json does not say how long a sequence may be;"
+            " add max_position_embeddings."
+        )
+    _require_known_layers(model, name)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise BaseModelNotFound(f"{name} has no linear output head.")
+    stock = stock_answers(
+        model, name=name, vocab_size=head.out_features, context_tokens=context_tokens
+    )
+    base_model = _wrap(model, tokenizer, name, head, context_tokens)
+    prove(base_model, stock, num_layers=config.num_hidden_layers)
+    return base_model
+
+
+def _wrap(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    head: nn.Linear,
+    context_tokens: int,
+) -> BaseModel:
+    num_parameters = model.num_parameters()
+    model.set_attn_implementation(ATTENTION_NAME)
+    holder = ContextHolder()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    head_name = next(n for n, module in linears.items() if module is head)
+    del linears[head_name]
+    for module_name, module in linears.items():
+        parent, _, child = module_name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LoraLinear(module, module_name, holder))
+    linears[head_name] = head
+    return BaseModel(
+        info=BaseModelInfo(
+            name=name,
+            vocab_size=head.out_features,
+            max_context_tokens=context_tokens,
+            num_parameters=num_parameters,
+            device=head.weight.device.type,
+            dtype=str(head.weight.dtype).removeprefix("torch."),
+        ),
+        tokenizer=tokenizer,
+        device=head.weight.device,
+        dtype=head.weight.dtype,
+        end_token_ids=_end_token_ids(model),
+        head_name=head_name,
+        head_weight=head.weight,
+        head_bias=head.bias,
+        linear_shapes={n: LoraShape(m.in_features, m.out_features) for n, m in linears.items()},
+        _decoder=model.get_decoder(),
+        _holder=holder,
+    )
+
+
+def _end_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id
+    if configured is None:
+        return ()
+    return tuple(configured) if isinstance(configured, list) else (int(configured),)
+
+
+def _choose_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """bfloat16 only where the hardware multiplies it; emulated it is slower than float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32

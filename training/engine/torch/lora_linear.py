@@ -1,0 +1,145 @@
+"""The linear layer under all adapters at once: base(x) + scale * (x A^T) B^T, per segment.
+
+One autograd function for the whole layer. It keeps x (shared by the layers that read the same
+x) and the small x A^T, never writes a base weight's gradient, and adds the gradients of A and B
+straight into the segment's flat gradient buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from training.engine.torch.packing.stream import (
+    ContextHolder,
+    PackedContext,
+    Segment,
+    fewest_rows,
+    rows_of,
+)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with the adapters of the current pass; without a pass, only itself."""
+
+    def __init__(self, base: nn.Linear, name: str, holder: ContextHolder) -> None:
+        """``name``: the module's dotted name in the base model, which keys adapter layouts."""
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.holder = holder
+        # Makes the output require a gradient where the input does not: in the first layer that
+        # is trained. Layers before it take no part in the backward pass.
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., T, in) -> (..., T, out)."""
+        context = self.holder.current
+        self.holder.on_progress()
+        if context is None:
+            output: Tensor = self.base(x)
+            return output
+        rows = x.flatten(0, -2)  # (T, in)
+        anchor = self._anchor if self._is_trained_by(context) else None
+        if torch.is_grad_enabled() and (anchor is not None or rows.requires_grad):
+            output = _LoraFunction.apply(  # type: ignore[no-untyped-call]  # torch has no types
+                rows, anchor, self, context
+            )
+        else:
+            output, _ = _forward(rows, self.base, self.name, context)
+        return output.view(*x.shape[:-1], -1)  # (..., T, out)
+
+    def _is_trained_by(self, context: PackedContext) -> bool:
+        return any(
+            segment.grad is not None and self.name in segment.grad.layout.places
+            for segment in context.segments
+        )
+
+
+def _forward(
+    x: Tensor, base: nn.Linear, name: str, context: PackedContext
+) -> tuple[Tensor, list[tuple[list[Segment], Tensor]]]:
+    """(T, out), and x A^T (n, R) of each group of joined segments that has this module."""
+    output = linear(x, base.weight, base.bias)  # (T, out)
+    inner = []
+    for group in context.joined:
+        weights, rows = group[0].weights, rows_of(group)
+        if weights is None:
+            continue
+        pair = weights.pair(name, x.dtype)
+        if pair is None:
+            continue
+        a, b = pair
+        xa = times(x[rows], a.T)  # (n, R)
+        add_times(output[rows], xa, b.T, weights.layout.scale)
+        inner.append((group, xa))
+    return output, inner
+
+
+class _LoraFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        layer: LoraLinear,
+        context: PackedContext,
+    ) -> Tensor:
+        output, inner = _forward(x, layer.base, layer.name, context)
+        ctx.save_for_backward(x if inner else None, *(xa for _, xa in inner))
+        ctx.groups = [group for group, _ in inner]
+        ctx.layer = layer
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, *inner = ctx.saved_tensors
+        layer: LoraLinear = ctx.layer
+        layer.holder.on_progress()
+        grad_x = grad_output @ layer.base.weight if ctx.needs_input_grad[0] else None  # (T, in)
+        for group, xa in zip(ctx.groups, inner, strict=True):
+            weights, rows = group[0].weights, rows_of(group)
+            g = grad_output[rows]  # (n, out)
+            scale = weights.layout.scale
+            a, b = weights.pair(layer.name, g.dtype)
+            gb = times(g, b).mul_(scale)  # (n, R)
+            if grad_x is not None:
+                add_times(grad_x[rows], gb, a)
+            for segment in group:
+                if segment.grad is not None:
+                    own = slice(segment.start - rows.start, segment.end - rows.start)
+                    grad_a, grad_b = segment.grad.pair(layer.name, torch.float32)
+                    add_product(grad_a, gb[own].T, x[segment.rows])
+                    add_product(grad_b, g[own].T, xa[own], scale)
+        return grad_x, None, None, None
+
+
+def times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """(n, N) = rows (n, K) @ matrix (K, N); a row's bits do not tell how many rows there are."""
+    fewest = fewest_rows(rows.device, rows.dtype, matrix.numel())
+    if len(rows) >= fewest:
+        return rows @ matrix
+    return (pad(rows, (0, 0, 0, fewest - len(rows))) @ matrix)[: len(rows)]
+
+
+def add_times(target: Tensor, rows: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
+    """target (n, N) += scale * rows (n, K) @ matrix (K, N); a row's bits do not tell how many
+    rows there are."""
+    missing = fewest_rows(rows.device, rows.dtype, matrix.numel()) - len(rows)
+    if missing <= 0:
+        target.addmm_(rows, matrix, alpha=scale)
+        return
+    padded = pad(target, (0, 0, 0, missing))
+    padded.addmm_(pad(rows, (0, 0, 0, missing)), matrix, alpha=scale)
+    target.copy_(padded[: len(rows)])
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """target += scale * left @ right; ``target`` is float32, the factors may be narrower."""
+    if left.dtype == target.dtype:
+        target.addmm_(left, right, alpha=scale)
+    else:
+        target.add_(left @ right, alpha=scale)

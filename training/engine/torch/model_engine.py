@@ -1,0 +1,294 @@
+"""The engine itself: one base model, its resident adapters, and the verbs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.engine.custom_loss.run import CustomLossRunner, run_custom_losses
+from training.engine.interface import Engine, ForwardBackwardJob, Sampler
+from training.engine.renderer.chat_text import ChatText
+from training.engine.sampler.continuous_batching import ContinuousSampler
+from training.engine.torch import adamw, checkpoint_io
+from training.engine.torch.adapters import (
+    Adapter,
+    AdapterLayout,
+    AdapterTensors,
+    all_finite,
+    new_adapter,
+)
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.out_of_memory import out_of_memory_by_name
+from training.engine.torch.packing.plan import PlannedJob
+from training.engine.torch.passes import run_pass
+from training.engine.torch.target_modules import select_modules
+from training.engine.torch.validate import check_adam_params, check_job, check_lora_config
+from training.errors import InvalidRequest, NonFiniteResult, OutOfMemory, TrainingError
+from training.types import (
+    NO_CHAT_OPTIONS,
+    AdamParams,
+    ChatOptions,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimStepOutput,
+    TokenText,
+)
+
+_GRADIENT_OVERFLOWS = (
+    "The gradient of this request, added to what was accumulated, is outside float32; it was not "
+    "added, and weights and gradient are as before. Send smaller advantages or weights."
+)
+
+JobResult = ForwardBackwardOutput | TrainingError
+
+
+class TorchEngine(Engine):
+    """One base model on one device; see ``Engine`` for the verbs.
+
+    On a CPU, what a job computes depends, to the bit, on the adapter and the job and the token
+    budget, and not on what shares its call: neither on other adapters nor on other jobs of its
+    own (measured in float32 and bfloat16, with one and two threads). So each job has
+    matrix products of its own, whose results are added to the adapter's gradient in the order
+    of the jobs, and only its own datums share the rows of a common beginning. On a GPU the number
+    of rows may choose another kernel, so that would buy nothing: there an adapter's jobs share
+    both, and a replay that must come close repeats the calls.
+    """
+
+    def __init__(
+        self,
+        base_model: BaseModel,
+        *,
+        token_budget: int = 4096,
+        cache_tokens: int = 32_768,
+        custom_losses: CustomLossRunner = run_custom_losses,
+    ) -> None:
+        """Begin without adapters.
+
+        Args:
+            token_budget: Most tokens in one training micro-batch; memory grows with it.
+            cache_tokens: Tokens of all sequences that are sampled at one time.
+            custom_losses: Computes clients' own losses. The default does so right here, counted
+                but without a limit on time; a worker, which serves others too, gives another.
+        """
+        self._base_model = base_model
+        self._token_budget = token_budget
+        self._custom_losses = custom_losses
+        self._sums_by_job = base_model.device.type == "cpu"
+        self._text = ChatText(
+            base_model.tokenizer,
+            base_model.info.vocab_size,
+            end_token_ids=base_model.end_token_ids,
+        )
+        self.text = self._text
+        self.info = replace(base_model.info, conversation_fault=self._text.fault)
+        self.sampler: Sampler = ContinuousSampler(
+            base_model, self._text, self.adapter_weights, cache_tokens=cache_tokens
+        )
+        # In order of use: the least recently used first.
+        self._adapters: dict[str, Adapter] = {}
+
+    def report_progress(self, to: Callable[[], None]) -> None:
+        self._base_model.report_progress(to)
+
+    def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
+        if adapter_name in self._adapters:
+            raise InvalidRequest(f"An adapter named {adapter_name} is resident already.")
+        check_lora_config(config)
+        modules = select_modules(config, self._base_model.linear_shapes, self._base_model.head_name)
+        with out_of_memory_by_name():
+            adapter = new_adapter(AdapterLayout(config, modules), self._base_model.device)
+        self._adapters[adapter_name] = adapter
+
+    def drop_adapter(self, adapter_name: str) -> None:
+        self._adapters.pop(adapter_name, None)
+
+    def adapter_names(self) -> list[str]:
+        return list(self._adapters)
+
+    def adapter_bytes(self, adapter_name: str) -> int:
+        return self._peek(adapter_name).num_bytes
+
+    def adapter_weights(self, adapter_name: str) -> AdapterTensors:
+        """The adapter's weights as of now; a later optimizer step does not touch them."""
+        return self._use(adapter_name).weights
+
+    def forward_backward(self, jobs: Sequence[ForwardBackwardJob]) -> list[JobResult]:
+        results: dict[int, JobResult] = {}
+        checked: dict[int, PlannedJob] = {}
+        for i, job in enumerate(jobs):
+            try:
+                self._use(job.adapter_name)
+                checked[i] = PlannedJob(
+                    job=job,
+                    config=check_job(job, self.info),
+                    part=(job.adapter_name, i if self._sums_by_job else 0),
+                )
+            except TrainingError as error:
+                results[i] = error
+        for trains in (True, False):
+            chosen = {i: p for i, p in checked.items() if p.job.forward_only is not trains}
+            outcome = self._run(list(chosen.values()), trains=trains)
+            results |= {i: outcome[planned] for i, planned in chosen.items()}
+        return [results[i] for i in range(len(jobs))]
+
+    def _run(self, jobs: Sequence[PlannedJob], *, trains: bool) -> dict[PlannedJob, JobResult]:
+        """Run jobs together and add their gradients.
+
+        What fails, fails alone. A job whose result is not finite may have spoilt the gradient
+        it shares with others of its adapter, so the pass is thrown away and the others run
+        again, exactly as if that job had not been there.
+        """
+        outcome: dict[PlannedJob, JobResult] = {}
+        while jobs:
+            try:
+                with out_of_memory_by_name():
+                    result = run_pass(
+                        self._base_model,
+                        jobs,
+                        self._adapters,
+                        token_budget=self._token_budget,
+                        trains=trains,
+                        custom_losses=self._custom_losses,
+                    )
+            except OutOfMemory:
+                return outcome | self._run_smaller(jobs, trains=trains)
+            bad = {p: error for p in jobs if (error := result.scores[p].error) is not None}
+            outcome |= bad
+            jobs = [planned for planned in jobs if planned not in outcome]
+            if not bad or not trains:
+                outcome |= {planned: result.scores[planned].output() for planned in jobs}
+                break
+        else:
+            return outcome
+        return outcome | self._keep_grads(jobs, result.grads)
+
+    def _keep_grads(
+        self, jobs: Sequence[PlannedJob], grads: Mapping[str, AdapterTensors]
+    ) -> dict[PlannedJob, JobResult]:
+        """Give a pass's gradients to their adapters; return the jobs whose outcome that changed.
+
+        A finite loss can still have an infinite gradient. If several jobs share it, each runs
+        again alone to find out whose it is.
+        """
+        changed: dict[PlannedJob, JobResult] = {}
+        for name, grad in grads.items():
+            if all_finite(grad.flat):
+                self._adapters[name].grad = grad
+                continue
+            sharing = [planned for planned in jobs if planned.job.adapter_name == name]
+            if len(sharing) == 1:
+                changed[sharing[0]] = NonFiniteResult(_GRADIENT_OVERFLOWS)
+            else:
+                for planned in sharing:
+                    changed |= self._run([planned], trains=True)
+        return changed
+
+    def _run_smaller(
+        self, jobs: Sequence[PlannedJob], *, trains: bool
+    ) -> dict[PlannedJob, JobResult]:
+        """After running out of memory: each job alone; one that still does not fit is refused."""
+        if len(jobs) == 1:
+            return {jobs[0]: OutOfMemory()}
+        outcome: dict[PlannedJob, JobResult] = {}
+        for planned in jobs:
+            outcome |= self._run([planned], trains=trains)
+        return outcome
+
+    def optim_step(self, adapter_name: str, adam_params: AdamParams) -> OptimStepOutput:
+        check_adam_params(adam_params)
+        with out_of_memory_by_name():
+            return adamw.adamw_step(self._use(adapter_name), adam_params)
+
+    def drop_gradient(self, adapter_name: str) -> None:
+        adapter = self._use(adapter_name)
+        with out_of_memory_by_name():
+            zeros = torch.zeros_like(adapter.grad.flat)
+        adapter.grad = AdapterTensors(adapter.layout, zeros)
+
+    def capture_adapter(
+        self, adapter_name: str, *, with_optimizer: bool = True
+    ) -> Callable[[Path], int]:
+        return checkpoint_io.capture_adapter(
+            self._use(adapter_name),
+            base_model_name=self.info.name,
+            with_optimizer=with_optimizer,
+        )
+
+    def load_adapter(
+        self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
+    ) -> None:
+        with out_of_memory_by_name():
+            adapter = checkpoint_io.load_adapter(
+                directory,
+                self._base_model.linear_shapes,
+                self._base_model.device,
+                with_optimizer=with_optimizer,
+            )
+        self._adapters.pop(adapter_name, None)
+        self._adapters[adapter_name] = adapter
+
+    def save_peft(self, adapter_name: str, directory: Path) -> int:
+        return checkpoint_io.save_peft(
+            self._use(adapter_name),
+            directory,
+            base_model_name=self.info.name,
+            head_name=self._base_model.head_name,
+        )
+
+    def adapter_state(self, adapter_name: str) -> dict[str, Any]:
+        adapter = self._peek(adapter_name)
+        buffers = {
+            "weights": adapter.weights.flat,
+            "exp_avg": adapter.exp_avg,
+            "exp_avg_sq": adapter.exp_avg_sq,
+            "grad": adapter.grad.flat,
+        }
+        # A copy each: numpy's arrays can be written to, the buffers must not be.
+        arrays = {name: flat.cpu().numpy().copy() for name, flat in buffers.items()}
+        return {**arrays, "step": adapter.step}
+
+    def render_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        train_on: str,
+        options: ChatOptions = NO_CHAT_OPTIONS,
+    ) -> Datum:
+        return self._text.render_conversation(messages, train_on, options)
+
+    def render_by_first_rules(
+        self, messages: Sequence[Mapping[str, Any]], *, train_on: str
+    ) -> Datum:
+        return self._text.render_by_first_rules(messages, train_on)
+
+    def render_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
+    ) -> list[int]:
+        return self._text.render_prompt(messages, options)
+
+    def encode(self, text: str) -> list[int]:
+        return self._text.encode(text)
+
+    def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
+        return self._text.token_texts(tokens, before)
+
+    def prompt_texts(
+        self, tokens: Sequence[int], text: str | None = None
+    ) -> tuple[str, list[TokenText]]:
+        return self._text.prompt_texts(tokens, text)
+
+    def _peek(self, adapter_name: str) -> Adapter:
+        if adapter_name not in self._adapters:
+            raise InvalidRequest(f"No adapter named {adapter_name} is resident.")
+        return self._adapters[adapter_name]
+
+    def _use(self, adapter_name: str) -> Adapter:
+        """The resident adapter of this name, which becomes the most recently used."""
+        adapter = self._peek(adapter_name)
+        self._adapters[adapter_name] = self._adapters.pop(adapter_name)
+        return adapter

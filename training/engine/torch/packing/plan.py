@@ -1,0 +1,157 @@
+"""Checked jobs, and which of their datums go through the model together.
+
+A part is what shares its products with LoRA matrices: one job where bits count, all jobs of an
+adapter where speed does. Its datums also share their common beginnings (``shared_prefixes``).
+Each part is first cut into pieces by itself, those datums beside each other that begin alike, and
+micro-batches are made of whole pieces, in order. So which datums are summed, in which order and
+with whom they share, does not depend on the other parts of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.engine.interface import ForwardBackwardJob
+from training.engine.torch.packing.prefix_tree import SHARED_BLOCK, Path, shared_paths
+from training.loss_fns import CUSTOM, LOSS_FNS
+
+KEYS_PER_ROW = 8
+"""How many datums may read a row as a key, on average over a piece. Each datum's attention makes
+copies of the keys that it shares; one is small beside what else a row keeps for the backward pass
+(a fiftieth, more or less), many are not."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlannedJob:
+    """A job that was checked, with its loss's complete config."""
+
+    job: ForwardBackwardJob
+    config: Mapping[str, float]
+    part: tuple[str, int]
+    """Jobs of one part share their matrix products. The adapter's name, and a number that tells
+    its parts apart."""
+
+    @property
+    def float_inputs(self) -> tuple[str, ...]:
+        """Inputs with a value for each target; what a custom loss reads, it reads by datum."""
+        loss_fn = self.job.loss_fn
+        return () if loss_fn == CUSTOM else LOSS_FNS[loss_fn].float_inputs
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the loss of a token depends on that token alone."""
+        return self.job.loss_fn != CUSTOM and LOSS_FNS[self.job.loss_fn].is_elementwise
+
+    @property
+    def loss_key(self) -> tuple[Any, ...]:
+        """Equal for jobs whose losses are the same function of their inputs."""
+        return (self.job.loss_fn, *sorted(self.config.items()))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """One datum that has no rows yet."""
+
+    planned: PlannedJob
+    index: int
+    """Which of the job's datums it is."""
+    path: Path
+    """The blocks at its beginning that other datums of its part have too."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.planned.job.data[self.index].model_input)
+
+
+class Piece:
+    """Datums of one part that go through the model together and share what they can."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.num_rows = 0
+        self._num_keys = 0
+        self._blocks: set[int] = set()
+
+    @property
+    def part(self) -> tuple[str, int]:
+        return self.items[0].planned.part
+
+    @property
+    def size(self) -> int:
+        """In tokens of the budget."""
+        return max(self.num_rows, self._num_keys // KEYS_PER_ROW)
+
+    def add(self, item: Item) -> None:
+        self.num_rows += self._rows_needed(item)
+        self._num_keys += item.num_tokens
+        self._blocks.update(item.path)
+        self.items.append(item)
+
+    def size_with(self, item: Item) -> int:
+        """``size`` if the datum were added."""
+        num_keys = self._num_keys + item.num_tokens
+        return max(self.num_rows + self._rows_needed(item), num_keys // KEYS_PER_ROW)
+
+    def _rows_needed(self, item: Item) -> int:
+        return item.num_tokens - SHARED_BLOCK * len(self._blocks.intersection(item.path))
+
+
+def plan_pieces(jobs: Sequence[PlannedJob], token_budget: int) -> list[list[Piece]]:
+    """Every datum of every job in one piece; the pieces of each micro-batch.
+
+    Args:
+        token_budget: Largest sum of sizes, unless one datum alone is larger.
+    """
+    by_part: dict[tuple[str, int], list[PlannedJob]] = {}
+    for planned in jobs:
+        by_part.setdefault(planned.part, []).append(planned)
+    batches: list[list[Piece]] = []
+    total = 0
+    for part in by_part.values():
+        for piece in _cut_part(part, token_budget):
+            if not batches or total + piece.size > token_budget:
+                batches.append([])
+                total = 0
+            batches[-1].append(piece)
+            total += piece.size
+    return batches
+
+
+def _cut_part(jobs: Sequence[PlannedJob], token_budget: int) -> list[Piece]:
+    """Those that begin alike beside each other, within that by loss, and the longest first."""
+    loss_order = _first_seen(planned.loss_key for planned in jobs)
+    pieces: list[Piece] = []
+    for item in sorted(
+        _items(jobs), key=lambda i: (i.path, loss_order[i.planned.loss_key], -i.num_tokens)
+    ):
+        if not pieces or pieces[-1].size_with(item) > token_budget:
+            pieces.append(Piece())
+        pieces[-1].add(item)
+    for piece in pieces:
+        piece.items.sort(key=lambda i: loss_order[i.planned.loss_key])
+    return pieces
+
+
+def _items(jobs: Sequence[PlannedJob]) -> list[Item]:
+    data: list[tuple[PlannedJob, int, NDArray[np.int32]]] = [
+        (planned, index, datum.model_input)
+        for planned in jobs
+        for index, datum in enumerate(planned.job.data)
+    ]
+    paths = shared_paths([tokens for _, _, tokens in data])
+    return [
+        Item(planned=planned, index=index, path=path)
+        for (planned, index, _), path in zip(data, paths, strict=True)
+    ]
+
+
+def _first_seen(values: Iterable[Any]) -> dict[Any, int]:
+    order: dict[Any, int] = {}
+    for value in values:
+        order.setdefault(value, len(order))
+    return order

@@ -1,0 +1,168 @@
+"""The packed stream and the context that travels with it: the engine's one meeting point.
+
+Every pass over the base model, training and sampling alike, is ONE stream of T tokens without
+padding, shape (1, T) to transformers. Who owns which rows is said by a ``PackedContext``:
+
+- ``segments`` cut the rows among adapters. Consecutive, without gaps, covering 0..T. LoRA
+  layers and the output head read them: rows of a segment see that segment's weights.
+- ``attention`` decides which keys a query sees. The model computes rotated queries, keys and
+  values for all T rows, then calls ``attend`` once per layer; the implementation keeps
+  sequences apart. Training uses ``attention.SequenceAttention``; the sampler brings its own,
+  which also stores the new keys and values in its cache and reads the old ones from there.
+
+The way to run a pass is ``BaseModel.hidden_states(tokens, position_ids, context)`` and then
+``BaseModel.logits(rows, segments)`` for the rows whose next token matters. Position ids are the
+caller's: for a cached sequence they go on where the cache ends.
+
+The context is handed over explicitly: attention functions get it as a keyword argument that
+transformers passes down; LoRA layers get only their input, so they read it from the
+``ContextHolder`` that their base model shares with them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from training.engine.torch.adapters import AdapterTensors
+
+MIN_ROWS = 16
+"""Fewest rows that a training pass gives to a matrix product of the base model; padding makes
+up for missing ones. CPU kernels for very few rows sum in another order than those for many, so
+without this a small request's last bits would tell whether others shared its pass."""
+
+RANK_MULTIPLE = 8
+"""At these ranks a row of a product with A or B has the same bits among few rows, at least
+``MIN_ROWS``, and among many; at ranks 1 and 5 it was found not to (float32, MKL)."""
+
+SMALL_PRODUCT = 16**3
+"""Multiplications up to which torch gives a bfloat16 product on a CPU to another kernel, which sums
+in another order: few rows of low rank, or of a small model, get there."""
+
+
+def fewest_rows(device: torch.device, dtype: torch.dtype, matrix_size: int) -> int:
+    """Rows that a product with a matrix of so many elements must have, so that their number does
+    not show in any row's bits."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return 0
+    return max(2, SMALL_PRODUCT // matrix_size + 1)  # one row alone has a kernel of its own
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below ``number``."""
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segment:
+    """Rows ``start`` to ``end`` (exclusive) of a stream, all under one adapter."""
+
+    start: int
+    end: int
+    weights: AdapterTensors | None
+    """The adapter's weights as this pass sees them; None is the bare base model."""
+    grad: AdapterTensors | None = None
+    """Where this pass adds the adapter's gradient; None computes none for these rows."""
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.end)
+
+
+class Attention(ABC):
+    """How the queries of one pass find their keys."""
+
+    @abstractmethod
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """Attention of one layer over the whole stream.
+
+        Called once per layer and pass, layers in order from 0.
+
+        Args:
+            layer_idx: Which layer calls.
+            query: (T, Hq, D), rotated.
+            key: (T, Hkv, D), rotated; Hq is a multiple of Hkv, and query heads
+                ``h * Hq / Hkv`` onwards share key head h.
+            value: (T, Hkv, D).
+            scaling: Multiplies the scores before the softmax.
+
+        Returns:
+            (T, Hq, D), in the queries' dtype.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedContext:
+    """What the layers must know about the stream that is passing through them."""
+
+    segments: Sequence[Segment]
+    attention: Attention
+
+    @cached_property
+    def joined(self) -> list[list[Segment]]:
+        """The segments, neighbours that may share a product with A or B together."""
+        return join(self.segments)
+
+
+def join(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Neighbours of one adapter together, where a row's bits do not tell: see RANK_MULTIPLE."""
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        if groups and _may_join(groups[-1][-1], segment):
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return groups
+
+
+def rows_of(group: Sequence[Segment]) -> slice:
+    """Where the stream has a group of joined segments."""
+    return slice(group[0].start, group[-1].end)
+
+
+def _may_join(left: Segment, right: Segment) -> bool:
+    return (
+        left.weights is right.weights
+        and left.weights is not None
+        and left.weights.layout.rank % RANK_MULTIPLE == 0
+        and min(left.end - left.start, right.end - right.start) >= MIN_ROWS
+    )
+
+
+class ContextHolder:
+    """Where the LoRA layers of one base model find the context of the current pass.
+
+    A plain attribute and not a context variable: autograd may run backward code that
+    recomputes a forward in a thread of its own.
+    """
+
+    def __init__(self) -> None:
+        self.current: PackedContext | None = None
+        self.on_progress: Callable[[], None] = _nothing
+        """Called by every LoRA layer, in both directions: a long pass shows that it moves."""
+
+    @contextmanager
+    def active(self, context: PackedContext) -> Iterator[None]:
+        """Make ``context`` the current one; passes do not nest."""
+        self.current = context
+        try:
+            yield
+        finally:
+            self.current = None
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
+def uniform_segments(num_rows: int, weights: AdapterTensors | None) -> tuple[Segment, ...]:
+    """One segment over all rows, without a gradient."""
+    return (Segment(start=0, end=num_rows, weights=weights),)

@@ -1,0 +1,222 @@
+"""One packed pass over the base model for a list of checked jobs, and what each job gets from it.
+
+Gradients are added up in copies. The caller gives those to the adapters when everything has
+turned out well, or drops them: a pass that fails has changed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.engine.custom_loss.run import CustomLossRunner, Outcome, Work
+from training.engine.torch.adapters import Adapter, AdapterTensors
+from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.lm_head import HeadInputs, HeadOutput, score_targets
+from training.engine.torch.packing.micro_batches import (
+    MicroBatch,
+    PackedDatum,
+    PartSpan,
+    plan_micro_batches,
+)
+from training.engine.torch.packing.plan import PlannedJob
+from training.engine.torch.packing.ranges import take_rows
+from training.engine.torch.packing.stream import PackedContext, Segment
+from training.errors import NonFiniteResult, TrainingError
+from training.types import ForwardBackwardOutput
+
+
+@dataclass(kw_only=True, eq=False)
+class JobScores:
+    """What a pass found out about one job; filled datum by datum."""
+
+    logprobs: list[NDArray[np.float32]]
+    """Per datum, shaped like its ``target_tokens``."""
+    losses: list[float]
+    """Per datum, summed over its tokens."""
+
+    metric_sums: dict[str, float] = field(default_factory=dict)
+    """Of a custom loss, over the datums, by metric name."""
+    errors: dict[int, TrainingError] = field(default_factory=dict)
+    """Which datums have no result, by index, and why."""
+
+    @property
+    def error(self) -> TrainingError | None:
+        """Why this job has no result, if it has none: what the first such datum says."""
+        return self.errors[min(self.errors)] if self.errors else None
+
+    def output(self) -> ForwardBackwardOutput:
+        loss = float(sum(self.losses))
+        metrics = {
+            name: total / len(self.losses) if name.endswith(":mean") else total
+            for name, total in self.metric_sums.items()
+        }
+        return ForwardBackwardOutput(
+            loss=loss, logprobs=self.logprobs, metrics={**metrics, "loss:sum": loss}
+        )
+
+    def add_custom(self, index: int, result: Outcome) -> None:
+        """Count in what a custom loss said of one datum."""
+        if isinstance(result, TrainingError):
+            self.errors[index] = result
+            return
+        for name, value in result.metrics.items():
+            self.metric_sums[name] = self.metric_sums.get(name, 0.0) + value
+
+
+@dataclass(kw_only=True, eq=False)
+class PassResult:
+    """Scores by job, and each adapter's gradient with this pass added, by name (empty if the
+    pass only scored)."""
+
+    scores: dict[PlannedJob, JobScores] = field(default_factory=dict)
+    grads: dict[str, AdapterTensors] = field(default_factory=dict)
+
+
+def run_pass(
+    base_model: BaseModel,
+    jobs: Sequence[PlannedJob],
+    adapters: Mapping[str, Adapter],
+    *,
+    token_budget: int,
+    trains: bool,
+    custom_losses: CustomLossRunner,
+) -> PassResult:
+    """Score every datum of every job; with ``trains``, differentiate too.
+
+    Args:
+        adapters: By name, those of the jobs at least.
+        token_budget: Most tokens in one micro-batch.
+        custom_losses: Computes clients' own losses.
+    """
+    result = PassResult()
+    for planned in jobs:
+        num_datums = len(planned.job.data)
+        result.scores[planned] = JobScores(
+            logprobs=[np.empty(0, np.float32)] * num_datums, losses=[0.0] * num_datums
+        )
+        name = planned.job.adapter_name
+        if trains and name not in result.grads:
+            # A copy of what there is, not zeros: a sum's last bits depend on where it begins.
+            grad = adapters[name].grad
+            result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
+    work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
+    for batch in plan_micro_batches(jobs, token_budget):
+        with torch.set_grad_enabled(trains):
+            head = _run_micro_batch(base_model, batch, adapters, result.grads, work, custom_losses)
+        _scatter_scores(batch, head, result.scores)
+    return result
+
+
+def _run_micro_batch(
+    base_model: BaseModel,
+    batch: MicroBatch,
+    adapters: Mapping[str, Adapter],
+    grads: Mapping[str, AdapterTensors],
+    work: Mapping[PlannedJob, Work],
+    custom_losses: CustomLossRunner,
+) -> HeadOutput:
+    def segments(bounds: Callable[[PartSpan], tuple[int, int]]) -> list[Segment]:
+        return [
+            Segment(
+                start=bounds(span)[0],
+                end=bounds(span)[1],
+                weights=adapters[span.part[0]].weights,
+                grad=grads.get(span.part[0]),
+            )
+            for span in batch.part_spans
+        ]
+
+    device = base_model.device
+    hidden = base_model.hidden_states(
+        _to_device(batch.tokens, device),
+        _to_device(batch.position_ids, device),
+        PackedContext(
+            segments=segments(lambda span: span.rows),
+            attention=SequenceAttention(batch.row_ranges),
+        ),
+    )  # (T, C)
+    scored = take_rows(hidden, _to_device(batch.scored_rows, device))  # (S, C)
+    head = score_targets(
+        base_model,
+        scored.detach(),
+        segments(lambda span: span.scored),
+        HeadInputs(
+            targets=_to_device(batch.targets, device),
+            places=batch.places,
+            inputs={n: _to_device(v, device) for n, v in batch.inputs.items()},
+            loss_spans=batch.loss_spans,
+            work=work,
+            custom_losses=custom_losses,
+        ),
+    )
+    if scored.requires_grad:
+        scored.backward(head.grad_hidden)
+    return head
+
+
+def _scatter_scores(
+    batch: MicroBatch, head: HeadOutput, scores: Mapping[PlannedJob, JobScores]
+) -> None:
+    logprobs = head.target_logprobs().cpu().numpy()  # (N, K)
+    losses = head.loss.double().cpu().numpy()  # (N,)
+    for packed in batch.datums:
+        tokens = slice(packed.start, packed.end)
+        shape = packed.datum.loss_fn_inputs["target_tokens"].shape
+        job_scores = scores[packed.planned]
+        job_scores.logprobs[packed.index] = (
+            logprobs[tokens, : packed.num_targets].reshape(shape).copy()
+        )
+        job_scores.losses[packed.index] = float(losses[tokens].sum())
+        if packed in head.custom:
+            job_scores.add_custom(packed.index, head.custom[packed])
+        fault = _fault(packed, losses[tokens], logprobs[tokens, : packed.num_targets])
+        if fault is not None:
+            job_scores.errors.setdefault(packed.index, fault)
+
+
+def _fault(
+    packed: PackedDatum, losses: NDArray[np.float64], logprobs: NDArray[np.float32]
+) -> NonFiniteResult | None:
+    """What is not finite in a datum, by position; None if nothing is.
+
+    Args:
+        losses: (N,) of its tokens.
+        logprobs: (N, K) of its targets.
+    """
+    has_logprobs = np.logical_and.reduce(np.isfinite(logprobs), axis=1)
+    is_wrong = ~(has_logprobs & np.isfinite(losses))
+    if not is_wrong.any():
+        return None
+    position = int(is_wrong.argmax())
+    where = f"data[{packed.index}], position {position}"
+    if not has_logprobs[position]:
+        return NonFiniteResult(
+            f"{where}: the model's log-probability of the target is {logprobs[position].min()}; "
+            "the adapter's weights are too large"
+        )
+    names = [n for n in packed.planned.float_inputs if n in packed.datum.loss_fn_inputs]
+    given = {"lp": logprobs} | {name: packed.datum.loss_fn_inputs[name] for name in names}
+    values = ", ".join(f"{name} {_shown(array[position])}" for name, array in given.items())
+    return NonFiniteResult(
+        f"{where}: the loss or its gradient is outside float32: "
+        f"{packed.planned.job.loss_fn} of {values}"
+    )
+
+
+def _shown(values: NDArray[Any] | np.generic) -> str:
+    """One number, or the first few of K."""
+    numbers = np.atleast_1d(values)
+    shown = " ".join(f"{number:g}" for number in numbers[:3].tolist())
+    return f"[{shown} ...]" if len(numbers) > 3 else shown
+
+
+def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
