@@ -1,0 +1,44 @@
+"""The contract between the worker and whatever computes: three roles, plain values, no Django.
+
+trainer
+    The adapters of one frozen base model: passes over data, optimizer steps, their files.
+sampler
+    Sequences that continue prompts.
+renderer
+    Conversations and text to tokens, and back.
+
+Errors come in two sorts. A domain error (``training.errors.TrainingError``) says that one
+request was refused and that the adapter is exactly as it was before. Any other exception
+means that memory is suspect: the worker must throw the engine away and rebuild its adapters
+from their logs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training.engine.interface.renderer import Renderer
+from training.engine.interface.sampler import SampleJob, SampleOutput, Sampler
+from training.engine.interface.trainer import ForwardBackwardJob, Trainer
+from training.engine.interface.values import BaseModelInfo
+
+__all__ = [
+    "BaseModelInfo",
+    "Engine",
+    "ForwardBackwardJob",
+    "Renderer",
+    "SampleJob",
+    "SampleOutput",
+    "Sampler",
+    "Trainer",
+]
+
+
+class Engine(Trainer, Renderer):
+    """All three roles of one base model."""
+
+    sampler: Sampler
+    text: Any = None
+    """What has ``render_conversation``, ``render_prompt`` and ``encode`` of this engine and can be
+    copied into another process, where a text that takes long holds up nobody; None if the
+    engine's own verbs take no time."""

@@ -1,0 +1,71 @@
+"""The renderer: conversations and text to tokens, and tokens back to text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText
+
+
+class Renderer(ABC):
+    """The text side of one base model: its chat template and its tokenizer."""
+
+    @abstractmethod
+    def render_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        train_on: str,
+        options: ChatOptions = NO_CHAT_OPTIONS,
+    ) -> Datum:
+        """One conversation as a datum for cross_entropy, shifted by one token.
+
+        The model's own chat template turns it into T tokens; the datum has T - 1 positions.
+        ``train_on``: ``assistant`` gives weight 1 to what follows each prompt that ends where the
+        assistant speaks, up to the token on which sampling stops; ``all`` to the text and end
+        of turn of every other message given as well; ``auto`` is ``assistant`` if there is an
+        assistant turn and ``all`` otherwise.
+
+        Raises:
+            InvalidRequest: ``assistant`` was asked for and there is no assistant turn, or what
+                would be trained is not what would be sampled.
+        """
+
+    def render_by_first_rules(
+        self, messages: Sequence[Mapping[str, Any]], *, train_on: str
+    ) -> Datum:
+        """A conversation of roles and texts as the first version made it a datum, for replays of
+        what that accepted."""
+        return self.render_conversation(messages, train_on=train_on)
+
+    @abstractmethod
+    def render_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
+    ) -> list[int]:
+        """A conversation as a prompt that ends where the assistant begins to speak."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Text as the token ids of a prompt, without a chat template, beginning as the model's
+        tokenizer begins every text."""
+
+    @abstractmethod
+    def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
+        """Each sampled token by itself, special tokens written out, and where it begins in the
+        sequence's text.
+
+        Args:
+            before: What the tokens were sampled after.
+        """
+
+    @abstractmethod
+    def prompt_texts(
+        self, tokens: Sequence[int], text: str | None = None
+    ) -> tuple[str, list[TokenText]]:
+        """A prompt's text, special tokens written out, and each token's place in it.
+
+        Args:
+            text: What the tokens were made of, if it was text; it comes back as it was.
+        """
