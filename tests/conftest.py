@@ -20,8 +20,8 @@ from futures.batched_reads import FutureReader
 from futures.broker import PostgresBroker
 from futures.models import Future
 from futures.workers import worker_start
-from tinkerapi.api import answers, async_view, threads
-from tinkerapi.api.sdk import dispatch
+from tinkerapi.api import async_view, dispatch, threads
+from tinkerapi.api.quickref import render as answers
 from tinkerapi.server.postgres import EmbeddedPostgres
 from training.base_models import base_model_get
 from training.engine.fake.engine import FakeEngine

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from django.conf import settings
 from django.core.management import get_commands
-from django.urls import URLPattern
 
-from tinkerapi.api.urls import urlpatterns
+from tinkerapi.api.quickref.urls import urlpatterns
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,9 +20,7 @@ SET_BY_UP = ("TINKERAPI_ROLE", "TINKERAPI_WATCHDOG_FD")
 COMMANDS = sorted(
     name for name, app in get_commands().items() if app in ("tinkerapi", "training", "futures")
 )
-ROUTES = sorted(
-    "/" + str(pattern.pattern) for pattern in urlpatterns if isinstance(pattern, URLPattern)
-)
+ROUTES = sorted("/" + str(pattern.pattern) for pattern in urlpatterns)
 
 
 def documented(prefix: str) -> list[str]:

@@ -21,7 +21,7 @@ from django.core.handlers.exception import convert_exception_to_response
 from django.http import HttpRequest
 from django.urls import set_script_prefix
 
-from tinkerapi.api.body_limit import Application, Receive, Scope, Send, limit_body
+from tinkerapi.api.bodies.limit import Application, Receive, Scope, Send, limit_body
 from tinkerapi.api.leaving import client_left
 from tinkerapi.api.openai.shape import openai_shape
 from tinkerapi.console.pages import is_page
@@ -74,7 +74,7 @@ def build_application() -> Application:
     pages = get_asgi_application()
     api = ApiHandler()
     # Not before Django is set up.
-    from tinkerapi.api.admission import admit
+    from tinkerapi.api.bodies.admission import admit
     from tinkerapi.api.keyless import is_local_host
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:

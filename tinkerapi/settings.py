@@ -206,7 +206,7 @@ FUTURES_PRUNABLE = "training.selectors.futures_prunable"
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": ["tinkerapi.api.authentication.ApiKeyAuthentication"],
     "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
-    "DEFAULT_PARSER_CLASSES": ["tinkerapi.api.parsers.JSONParser"],
+    "DEFAULT_PARSER_CLASSES": ["tinkerapi.api.bodies.parsers.JSONParser"],
     "DEFAULT_RENDERER_CLASSES": ["tinkerapi.api.renderers.JSONRenderer"],
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "EXCEPTION_HANDLER": "tinkerapi.api.errors.exception_handler",

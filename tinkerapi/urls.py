@@ -26,8 +26,6 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("", include("tinkerapi.api.urls")),
     path("api/docs/", redirect_to("api-docs")),
-    path("api/v1/", include("tinkerapi.api.sdk.urls")),
-    path("v1/", include("tinkerapi.api.openai.urls")),
     path("docs", redirect_to("docs")),
     path("docs/", csrf_exempt(manual.IndexView.as_view()), name="docs"),
     path("docs/<slug:name>", csrf_exempt(manual.PageView.as_view()), name="docs-page"),

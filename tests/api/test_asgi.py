@@ -70,7 +70,7 @@ def call(
 def test_a_body_too_large_by_its_length_is_refused_before_it_is_read(
     transactional_db, monkeypatch, path, limit
 ):
-    monkeypatch.setattr("tinkerapi.api.body_limit.PAST_ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr("tinkerapi.api.bodies.limit.PAST_ANSWER_SECONDS", 0.01)
     status, headers, body = call(path, headers={"content-length": str(limit + 1)}, body=[])
 
     assert status == 413
@@ -99,7 +99,7 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit(transactional_db, setti
             read += 2**16
             yield b"x" * 2**16
 
-    monkeypatch.setattr("tinkerapi.api.body_limit.PAST_ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr("tinkerapi.api.bodies.limit.PAST_ANSWER_SECONDS", 0.01)
     status, _, body = call("/fwdbwd", headers={"transfer-encoding": "chunked"}, body=endless())
 
     assert status == 413

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from django.http import HttpResponseBase
 
-from tinkerapi.api.body_limit import Admitted, Scope, limit_body
-from tinkerapi.api.body_turns import BODIES_AT_A_TIME, let_go_of_body
+from tinkerapi.api.bodies.limit import Admitted, Scope, limit_body
+from tinkerapi.api.bodies.turns import BODIES_AT_A_TIME, let_go_of_body
 
 LARGE = 2**20
 

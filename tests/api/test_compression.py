@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from futures.errors import PayloadTooLarge
-from tinkerapi.api.compression import decompress_body
+from tinkerapi.api.bodies.compression import decompress_body
 from training.errors import InvalidRequest
 
 TEXT = b"the same again " * 100

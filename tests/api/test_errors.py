@@ -12,7 +12,7 @@ from rest_framework.test import APIRequestFactory
 
 from futures.errors import FutureError
 from tinkerapi.api.errors import STATUS, exception_handler, failure_status
-from tinkerapi.api.views import runs
+from tinkerapi.api.quickref.views import runs
 from training.errors import RunLost, RunNotFound, TrainingError
 
 

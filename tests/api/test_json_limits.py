@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinkerapi.api import json_limits
-from tinkerapi.api.json_limits import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, check_json_size
+from tinkerapi.api.bodies import json_limits
+from tinkerapi.api.bodies.json_limits import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, check_json_size
 from training.errors import LimitExceeded
 
 TEXTS = st.text(st.sampled_from('[]{}",:\\/ \n\u00e9\u4e2d\U0001f600'), max_size=12)

@@ -8,7 +8,7 @@ import pytest
 
 from futures.models import Future
 from tests.conftest import ApiClient
-from tinkerapi.api import answers
+from tinkerapi.api.quickref import render as answers
 
 HI = [[{"role": "user", "content": "hi"}]]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ApiClient
-from tinkerapi.api.data import CHARACTERS_PER_TOKEN
+from tinkerapi.api.fields.prompts import CHARACTERS_PER_TOKEN
 
 MOST = 10 * CHARACTERS_PER_TOKEN
 LONG = "x" * (MOST + 1)

@@ -9,9 +9,9 @@ import pytest
 from pytest_django import Settings
 
 from tests.api.test_asgi import call
+from tinkerapi.api.quickref.views.service import HealthView
 from tinkerapi.api.renderers import JSONResponse
-from tinkerapi.api.sdk import links
-from tinkerapi.api.views.service import HealthView
+from tinkerapi.api.sdk.render import links
 from tinkerapi.handlers import build_application
 from training.models import Session
 

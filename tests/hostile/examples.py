@@ -17,7 +17,7 @@ from tests.isolation.conftest import Ids
 from tests.isolation.routes import DATUM, ROUTES, Open, Probe
 from tests.isolation.test_routes import filled
 from tests.sdk.test_custom_loss_steps import GRAPH, INPUTS
-from tinkerapi.api.fields import Field, Object
+from tinkerapi.api.fields.field import Field, Object
 
 SPARSE = {
     "data": [1],

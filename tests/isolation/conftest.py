@@ -17,8 +17,8 @@ from futures.waiters import future_wait
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
 from tests.sdk.test_custom_loss_steps import uploaded
-from tinkerapi.api import answers
 from tinkerapi.api.openai import views as openai_views
+from tinkerapi.api.quickref import render as answers
 from tinkerapi.api.sdk.views import futures as sdk_futures
 from tinkerapi.models import ApiKey
 from tinkerapi.services import api_key_create

@@ -14,7 +14,7 @@ from pytest_django import Settings
 
 from tests.api.test_asgi import scope_of
 from tests.isolation.test_routes import addresses
-from tinkerapi.api import json_limits
+from tinkerapi.api.bodies import json_limits
 from tinkerapi.asgi import application
 from tinkerapi.services import api_key_create
 
@@ -88,7 +88,7 @@ def test_without_a_good_key_nothing_of_a_large_body_is_read(
     length: dict[str, str],
 ) -> None:
     settings.REQUIRE_API_KEY = True
-    monkeypatch.setattr("tinkerapi.api.body_limit.PAST_ANSWER_SECONDS", 0.001)
+    monkeypatch.setattr("tinkerapi.api.bodies.limit.PAST_ANSWER_SECONDS", 0.001)
     headers = length | ({} if key is None else {"x-api-key": key})
 
     for route in routes():

@@ -13,7 +13,7 @@ from django.test import AsyncClient
 
 from tests.conftest import InProcessWorker
 from tests.isolation.conftest import Ids, Tenant, furnished
-from tinkerapi.api.sdk import links
+from tinkerapi.api.sdk.render import links
 from training.models import Checkpoint
 
 

@@ -127,8 +127,8 @@ def test_what_nests_too_deep_is_refused_before_anybody_looks_for_its_name(user, 
 
 
 def test_the_arguments_of_all_calls_together_hold_no_more_than_one_body_may(user, monkeypatch):
-    monkeypatch.setattr("tinkerapi.api.json_limits.MAX_CONTAINERS", 200)
-    monkeypatch.setattr("tinkerapi.api.json_limits.MAX_DEPTH", 8)
+    monkeypatch.setattr("tinkerapi.api.bodies.json_limits.MAX_CONTAINERS", 200)
+    monkeypatch.setattr("tinkerapi.api.bodies.json_limits.MAX_DEPTH", 8)
 
     def ask(num_lists: int) -> None:
         arguments = '{"a": [' + ",".join(["[]"] * num_lists) + "]}"

@@ -12,7 +12,7 @@ from tests.compat import cookbook, old_clients
 from tests.compat.sdk_fields import documented_fates, fields_table, request_fields
 from tests.compat.tables import read_table
 from tests.sdk.conftest import SdkClient
-from tinkerapi.api.fields import Field
+from tinkerapi.api.fields.field import Field
 from tinkerapi.api.sdk.views import models, sampling, service, weights
 from training.base_models import base_model_get
 

@@ -15,8 +15,8 @@ from tinker import types
 from tinker.types.provenance_spans import PromptProvenanceSpan
 
 from tests.sdk.official_sdk import refusal, sdk_body, sdk_datum, sdk_message
-from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids
-from tinkerapi.api.sdk.tensors import DenseBudget, TensorParts, build_array
+from tinkerapi.api.sdk.parse.protobuf import parse_forward_backward, parse_ids
+from tinkerapi.api.sdk.parse.tensors import DenseBudget, TensorParts, build_array
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
 
 TARGETS = np.array([2, 3, 4], np.int64)

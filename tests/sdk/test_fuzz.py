@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.sdk.official_sdk import refusal, sdk_datum, sdk_message
 from tinkerapi.api.sdk import tinker_public_pb2 as pb
-from tinkerapi.api.sdk.field_count import check_field_count
-from tinkerapi.api.sdk.requests import parse_forward_backward, parse_ids
+from tinkerapi.api.sdk.parse.field_count import check_field_count
+from tinkerapi.api.sdk.parse.protobuf import parse_forward_backward, parse_ids
 from training.errors import InvalidRequest, LimitExceeded, TrainingError
 
 VALID: bytes = sdk_message(

@@ -17,14 +17,14 @@ from tinker.types._pydantic_types.forward_backward_input import (
 from tinker.types.sample_request import SampleRequest
 
 from tests.sdk.official_sdk import refusal, sdk_body, sdk_datum, sdk_message
-from tinkerapi.api.sdk.json_requests import (
+from tinkerapi.api.sdk.parse.json_bodies import (
     parse_json_datum,
     parse_json_forward_backward,
     parse_model_input,
     parse_sampling_params,
     parse_tensor_data,
 )
-from tinkerapi.api.sdk.requests import parse_forward_backward
+from tinkerapi.api.sdk.parse.protobuf import parse_forward_backward
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
 from training.types import Datum, SamplingParams
 

@@ -14,7 +14,7 @@ from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
 from tests.sdk.official_sdk import sdk_body, sdk_datum
 from tinkerapi.api.dialect import PROTOBUF
-from tinkerapi.api.sdk.broken_bodies import ids_of_broken_json, ids_of_broken_protobuf
+from tinkerapi.api.sdk.parse.broken_bodies import ids_of_broken_json, ids_of_broken_protobuf
 from tinkerapi.api.sdk.views import steps
 
 DATUM = {

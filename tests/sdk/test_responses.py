@@ -17,8 +17,8 @@ from tinker.proto.response_conv import (
 )
 
 from futures.payload import decode, encode
-from tinkerapi.api.sdk.json_responses import forward_backward_output_json, sample_response_json
-from tinkerapi.api.sdk.responses import encode_forward_backward_output, encode_sample_response
+from tinkerapi.api.sdk.render.json_results import forward_backward_output_json, sample_response_json
+from tinkerapi.api.sdk.render.protobuf import encode_forward_backward_output, encode_sample_response
 from training.errors import InvalidRequest
 
 LOGPROBS = st.floats(width=32, allow_infinity=False)

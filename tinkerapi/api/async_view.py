@@ -20,12 +20,12 @@ from rest_framework.request import Request
 from rest_framework.views import APIView
 
 from futures.circuit_breaker import circuit_breaker
-from tinkerapi.api.body_limit import BODY_BYTES
-from tinkerapi.api.body_turns import let_go_of_body
-from tinkerapi.api.compression import HEADER_BYTES, claimed_size
+from tinkerapi.api.bodies.compression import HEADER_BYTES, claimed_size
+from tinkerapi.api.bodies.limit import BODY_BYTES
+from tinkerapi.api.bodies.parsers import declared_length, too_large_sentence
+from tinkerapi.api.bodies.turns import let_go_of_body
 from tinkerapi.api.errors import BodyTooLarge
-from tinkerapi.api.fields import check_characters
-from tinkerapi.api.parsers import declared_length, too_large_sentence
+from tinkerapi.api.fields.refusals import check_characters
 from tinkerapi.api.threads import in_bulk_thread, in_database_thread
 
 CONTROL_BODY_BYTES = 256 * 1024

@@ -29,7 +29,7 @@ from rest_framework.exceptions import (
     UnsupportedMediaType,
 )
 
-from tinkerapi.api.parsers import JSON
+from tinkerapi.api.bodies.parsers import JSON
 
 FORWARDING_HEADERS = frozenset(
     {

@@ -1,101 +1,40 @@
-"""The route table: one line per endpoint, in the order of the manual.
+"""All addresses of the API: each dialect's own table, put together.
 
-What only the tinker SDK asks for is in ``tinkerapi.api.sdk.urls``.
+A path that the quick reference and the tinker SDK both have goes to the view of whoever asks.
 """
 
-from django.urls import URLPattern, path
+from django.urls import URLPattern, URLResolver, include, path
 
-from tinkerapi.api.sdk.dispatch import by_dialect
-from tinkerapi.api.sdk.views import sampling as sdk_sampling
-from tinkerapi.api.sdk.views import steps as sdk_steps
-from tinkerapi.api.sdk.views import weights as sdk_weights
-from tinkerapi.api.views import description, futures, runs, sampling, service, steps, weights
+from tinkerapi.api.dispatch import by_dialect
+from tinkerapi.api.openai.urls import urlpatterns as openai_routes
+from tinkerapi.api.quickref.urls import urlpatterns as quickref_routes
+from tinkerapi.api.quickref.views.service import CapabilitiesView, HealthView
+from tinkerapi.api.sdk.base import GROUP as SDK
+from tinkerapi.api.sdk.urls import urlpatterns as sdk_routes
 
-urlpatterns: list[URLPattern] = [
-    # The server
-    path("", service.IndexView.as_view(), name="index"),
-    path("healthz", service.HealthView.as_view()),
-    path("readyz", service.ReadyView.as_view()),
-    path("get_server_capabilities", service.CapabilitiesView.as_view()),
-    path("list_loss_functions", service.LossFunctionListView.as_view()),
-    # Training
+SDK_PREFIX = "api/v1/"
+OPENAI_PREFIX = "v1/"
+
+_quickref_paths = {str(route.pattern) for route in quickref_routes}
+_sdk_views = {f"{SDK_PREFIX}{route.pattern}": route.callback for route in sdk_routes}
+
+
+def _shared(route: URLPattern) -> URLPattern:
+    """A route of the quick reference, which is also the SDK's if that has the path too."""
+    sdk_view = _sdk_views.get(str(route.pattern))
+    if sdk_view is None:
+        return route
+    return path(str(route.pattern), by_dialect(route.callback, sdk_view), name=route.name)
+
+
+urlpatterns: list[URLPattern | URLResolver] = [
+    *map(_shared, quickref_routes),
+    # Two answers that are the same in both dialects, at the SDK's addresses.
+    path(f"{SDK_PREFIX}healthz", HealthView.as_view(schema=None, group=SDK)),
+    path(f"{SDK_PREFIX}get_server_capabilities", CapabilitiesView.as_view(schema=None, group=SDK)),
     path(
-        "api/v1/forward",
-        by_dialect(steps.ForwardView.as_view(), sdk_steps.ForwardView.as_view()),
+        SDK_PREFIX,
+        include([r for r in sdk_routes if f"{SDK_PREFIX}{r.pattern}" not in _quickref_paths]),
     ),
-    path("api/v1/forward_async", steps.ForwardView.as_view(waits=False)),
-    path("fwd", steps.ForwardView.as_view(waits=False, legacy=True)),
-    path(
-        "api/v1/forward_backward",
-        by_dialect(steps.ForwardBackwardView.as_view(), sdk_steps.ForwardBackwardView.as_view()),
-    ),
-    path("api/v1/forward_backward_async", steps.ForwardBackwardView.as_view(waits=False)),
-    path("fwdbwd", steps.ForwardBackwardView.as_view(waits=False, legacy=True)),
-    path(
-        "api/v1/optim_step",
-        by_dialect(steps.OptimStepView.as_view(), sdk_steps.OptimStepView.as_view()),
-    ),
-    path("api/v1/optim_step_async", steps.OptimStepView.as_view(waits=False)),
-    path("optim_step", steps.OptimStepView.as_view(waits=False, legacy=True)),
-    # Models
-    path("api/v1/add_lora", runs.AddLoraView.as_view()),
-    path("api/v1/add_lora_async", runs.AddLoraView.as_view(waits=False)),
-    path("add_lora", runs.AddLoraView.as_view(waits=False, legacy=True)),
-    path("api/v1/remove_lora", runs.RemoveLoraView.as_view()),
-    path("api/v1/remove_lora_async", runs.RemoveLoraView.as_view(waits=False)),
-    path("remove_lora", runs.RemoveLoraView.as_view(waits=False, legacy=True)),
-    path("get_info", runs.GetInfoView.as_view()),
-    path("api/v1/adapters", runs.AdapterListView.as_view()),
-    path("api/v1/adapters/<str:model_id>", runs.AdapterView.as_view()),
-    # Sampling
-    path("api/v1/sample", sampling.SampleView.as_view()),
-    path(
-        "api/v1/asample",
-        by_dialect(sampling.SampleView.as_view(waits=False), sdk_sampling.SampleView.as_view()),
-    ),
-    # Weights
-    path(
-        "api/v1/save_weights",
-        by_dialect(weights.SaveWeightsView.as_view(), sdk_weights.SaveWeightsView.as_view()),
-    ),
-    path("api/v1/save_weights_async", weights.SaveWeightsView.as_view(waits=False)),
-    path("save_weights", weights.SaveWeightsView.as_view(waits=False, legacy=True)),
-    path(
-        "api/v1/save_weights_for_sampler",
-        by_dialect(
-            weights.SaveWeightsForSamplerView.as_view(),
-            sdk_weights.SaveWeightsForSamplerView.as_view(),
-        ),
-    ),
-    path(
-        "api/v1/save_weights_for_sampler_async",
-        weights.SaveWeightsForSamplerView.as_view(waits=False),
-    ),
-    path(
-        "save_weights_for_sampler",
-        weights.SaveWeightsForSamplerView.as_view(waits=False, legacy=True),
-    ),
-    path(
-        "api/v1/save_weights_external",
-        by_dialect(
-            weights.SaveWeightsExternalView.as_view(),
-            sdk_weights.SaveWeightsExternalView.as_view(),
-        ),
-    ),
-    path(
-        "api/v1/save_weights_external_async",
-        weights.SaveWeightsExternalView.as_view(waits=False),
-    ),
-    path(
-        "api/v1/load_weights",
-        by_dialect(weights.LoadWeightsView.as_view(), sdk_weights.LoadWeightsView.as_view()),
-    ),
-    path("api/v1/load_weights_async", weights.LoadWeightsView.as_view(waits=False)),
-    path("load_weights", weights.LoadWeightsView.as_view(waits=False, legacy=True)),
-    # Futures
-    path("retrieve_future", futures.RetrieveFutureView.as_view()),
-    path("cancel_future", futures.CancelFutureView.as_view()),
-    # The description of all this
-    path("api/schema", description.SchemaView.as_view(), name="schema"),
-    path("api/docs", description.TryView.as_view(url_name="schema"), name="api-docs"),
+    path(OPENAI_PREFIX, include(openai_routes)),
 ]

@@ -7,10 +7,9 @@ from typing import Any
 
 import orjson
 
-from futures.plain import MAX_DEPTH
-from tinkerapi.api.data import check_characters
-from tinkerapi.api.fields import refuse, refuse_size
-from tinkerapi.api.json_limits import check_json_size
+from tinkerapi.api.bodies.json_limits import check_json_size
+from tinkerapi.api.fields.prompts import check_text_length
+from tinkerapi.api.fields.refusals import refuse, refuse_size
 from training.errors import InvalidRequest
 from training.types import ROLES, Message
 
@@ -48,7 +47,7 @@ def check_messages(value: Any, where: str) -> tuple[Message, ...]:
         raise refuse_size(where, len(value), "messages", MAX_MESSAGES)
     _check_arguments_size(value)
     messages = tuple(_message(item, f"{where}[{index}]") for index, item in enumerate(value))
-    check_characters(messages, where)
+    check_text_length(messages, where)
     return messages
 
 
@@ -168,7 +167,6 @@ def _arguments(value: Any, where: str) -> dict[str, Any]:
             raise refuse(where, "a text that is a JSON object", value) from None
     if not isinstance(value, dict):
         raise refuse(where, "a text that is a JSON object", value)
-    check_depth(value, where)
     return value
 
 
@@ -200,7 +198,6 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
         raise refuse(
             f"{place}.parameters", "a JSON schema, which is an object", function["parameters"]
         )
-    check_depth(function, place)
     return {"type": "function", "function": function}
 
 
@@ -208,27 +205,7 @@ def check_template_kwargs(value: Any, where: str) -> dict[str, Any]:
     """Variables of the model's template; that it reads them, the worker sees."""
     if not isinstance(value, dict):
         raise refuse(where, "an object of the template's variables", value)
-    check_depth(value, where)
     return value
-
-
-def check_depth(value: Any, where: str) -> None:
-    """Refuse what nests deeper than what is stored may.
-
-    Raises:
-        InvalidRequest: (400)
-    """
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise InvalidRequest(f"{where}: is nested deeper than {MAX_DEPTH} levels")
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
 
 
 def _object(

@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from tinkerapi.api.data import check_characters
+from tinkerapi.api.fields.prompts import check_text_length
 from training.errors import InvalidRequest, LimitExceeded
 from training.types import ChatOptions, Conversation, Prompt, SamplingParams
 
@@ -89,8 +89,8 @@ def _template_options(body: Mapping[str, Any]) -> ChatOptions:
             "parallel_tool_calls: this server cannot keep a model from calling several tools; "
             "leave it out"
         )
-    check_characters(tools, "tools")
-    check_characters(body["chat_template_kwargs"], "chat_template_kwargs")
+    check_text_length(tools, "tools")
+    check_text_length(body["chat_template_kwargs"], "chat_template_kwargs")
     return ChatOptions(
         tools=tools if tools and body["tool_choice"] != "none" else None,
         add_generation_prompt=body["add_generation_prompt"],

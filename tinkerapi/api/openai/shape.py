@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from tinkerapi.api.body_limit import Application, Message, Receive, Scope, Send
+from tinkerapi.api.bodies.limit import Application, Message, Receive, Scope, Send
 from tinkerapi.api.openai.error_body import REQUEST_ID, error_body
 from tinkerapi.api.renderers import to_json
 

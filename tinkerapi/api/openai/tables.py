@@ -9,30 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from django.conf import settings
-
-from tinkerapi.api.data import MAX_TOKEN_ID, check_prompt
-from tinkerapi.api.fields import (
-    Custom,
-    Field,
-    Flag,
-    Integer,
-    Number,
-    Text,
-    check_object,
-    refuse,
-    refuse_size,
-)
-from tinkerapi.api.openai.messages import check_messages, check_template_kwargs, check_tools
-from tinkerapi.api.views.sampling import (
-    MAX_STOP_CHARACTERS,
-    MAX_STOPS,
+from tinkerapi.api.fields.field import Custom, Field, Flag, Integer, Number, Text, check_object
+from tinkerapi.api.fields.prompts import check_num_prompts, check_plain_prompt
+from tinkerapi.api.fields.refusals import refuse, refuse_size
+from tinkerapi.api.fields.sampling import (
+    SAMPLING_FIELDS,
+    STOP_TEXT,
     check_num_samples,
     check_top_k,
+    is_stop_text,
+    stop_list,
 )
-from training.errors import InvalidRequest, LimitExceeded
+from tinkerapi.api.fields.tokens import MAX_TOKEN_ID
+from tinkerapi.api.openai.messages import check_messages, check_template_kwargs, check_tools
+from training.errors import InvalidRequest
 from training.types import Prompt
 
 SMALLEST_SEED = -(2**63)
@@ -66,28 +59,11 @@ def _off(*values: Any, instead: str = NOT_HERE) -> Custom:
 
 def _check_stop(value: Any, where: str) -> tuple[str, ...] | None:
     """Stop strings; none at all, as OpenAI means it, stops at the model's own end tokens."""
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list):
-        raise refuse(where, f"text, or a list of up to {MAX_STOPS} texts", value)
-    if len(stops) > MAX_STOPS:
-        raise refuse_size(where, len(stops), "entries", MAX_STOPS)
+    stops = stop_list(value, where, "texts")
     for index, stop in enumerate(stops):
-        if type(stop) is not str or not 0 < len(stop) <= MAX_STOP_CHARACTERS:
-            raise refuse(
-                f"{where}[{index}]", f"text of 1 to {MAX_STOP_CHARACTERS} characters", stop
-            )
+        if not is_stop_text(stop):
+            raise refuse(f"{where}[{index}]", STOP_TEXT, stop)
     return tuple(stops) or None
-
-
-def _check_stop_tokens(value: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list):
-        raise refuse(where, f"a list of up to {MAX_STOPS} token ids", value)
-    if len(value) > MAX_STOPS:
-        raise refuse_size(where, len(value), "entries", MAX_STOPS)
-    for index, token in enumerate(value):
-        if type(token) is not int or not 0 <= token <= MAX_TOKEN_ID:
-            raise refuse(f"{where}[{index}]", f"a token id from 0 to {MAX_TOKEN_ID}", token)
-    return tuple(value)
 
 
 def _check_top_k(value: Any, where: str) -> int:
@@ -127,16 +103,13 @@ def _check_prompts(value: Any, where: str) -> list[Prompt]:
         raise refuse(where, "text, token ids, or a list of either", value)
     if isinstance(value, str) or not value or type(value[0]) is int:
         return [_check_prompt(value, where)]
-    if len(value) > settings.MAX_DATUMS:
-        raise LimitExceeded(
-            f"{where}: {len(value)} prompts; this server takes {settings.MAX_DATUMS} in one request"
-        )
+    check_num_prompts(len(value), where)
     return [_check_prompt(item, f"{where}[{index}]") for index, item in enumerate(value)]
 
 
 def _check_prompt(value: Any, where: str) -> Prompt:
     if isinstance(value, str) or (isinstance(value, list) and type((value or [0])[0]) is int):
-        return check_prompt(value, where)
+        return check_plain_prompt(value, where)
     raise refuse(where, "text or token ids", value)
 
 
@@ -148,21 +121,18 @@ def _check_tool_choice(value: Any, where: str) -> str:
     )
 
 
-def _max_tokens(minimum: int) -> Integer:
-    return Integer(
-        description="Most tokens of one choice.",
-        minimum=minimum,
-        maximum=lambda: settings.MAX_DATUM_TOKENS,
-    )
+def _max_tokens(minimum: int) -> Field:
+    return _sampling("max_tokens", minimum=minimum)
+
+
+def _sampling(name: str, **changes: Any) -> Field:
+    """A sampling field as all dialects have it, but for what OpenAI's clients write otherwise."""
+    return replace(SAMPLING_FIELDS[name], **changes)
 
 
 def _without_effect(max_length: int = MAX_USER_CHARACTERS) -> Text:
     """They tell OpenAI whose request it is, or how to keep what it computed."""
     return Text(description="Without effect.", max_length=max_length)
-
-
-def _penalty(description: str) -> Number:
-    return Number(description=description, minimum=-2, maximum=2, default=0.0)
 
 
 _SHARED: Mapping[str, Field] = {
@@ -172,12 +142,12 @@ _SHARED: Mapping[str, Field] = {
         max_length=400,
     ),
     "n": Custom(description="Choices.", checker=check_num_samples, json={}, default=1),
-    "stop": Custom(description="Stop strings.", checker=_check_stop, json={}),
-    "seed": Integer(description="Choice i depends on the seed and i only.", minimum=SMALLEST_SEED),
-    "temperature": Number(description="0 is greedy.", maximum=100, default=1.0),
-    "top_p": Number(description="Nucleus.", above_minimum=True, maximum=1, default=1.0),
-    "frequency_penalty": _penalty("For each time that a token was sampled."),
-    "presence_penalty": _penalty("Once for tokens that were sampled."),
+    "stop": _sampling("stop", checker=_check_stop),
+    "seed": _sampling("seed", minimum=SMALLEST_SEED),
+    "temperature": _sampling("temperature"),
+    "top_p": _sampling("top_p"),
+    "frequency_penalty": _sampling("frequency_penalty"),
+    "presence_penalty": _sampling("presence_penalty"),
     "logit_bias": Custom(
         description="Added to logits.", checker=_check_logit_bias, json={}, default=()
     ),
@@ -189,15 +159,11 @@ _SHARED: Mapping[str, Field] = {
 }
 
 _VLLM: Mapping[str, Field] = {
-    "top_k": Custom(description="-1 is no limit.", checker=_check_top_k, json={}, default=-1),
-    "min_p": Number(description="Of the likeliest token's probability.", maximum=1, default=0.0),
-    "repetition_penalty": Number(
-        description="Of tokens in prompt and text.", minimum=0.01, maximum=100, default=1.0
-    ),
-    "stop_token_ids": Custom(
-        description="End beside the others.", checker=_check_stop_tokens, json={}, default=()
-    ),
-    "ignore_eos": Flag(description="The model's end tokens end nothing.", default=False),
+    "top_k": _sampling("top_k", checker=_check_top_k),
+    "min_p": _sampling("min_p"),
+    "repetition_penalty": _sampling("repetition_penalty"),
+    "stop_token_ids": _sampling("stop_token_ids"),
+    "ignore_eos": _sampling("ignore_eos"),
     "min_tokens": _off(0, instead="use ignore_eos with max_tokens for a text of a fixed length"),
     "prompt_logprobs": _off(
         instead="a completion with echo and logprobs has the prompt's log-probabilities"

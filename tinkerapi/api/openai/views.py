@@ -17,8 +17,9 @@ from futures.models import Future
 from futures.services import future_cancel
 from futures.transitions import State
 from futures.waiters import future_wait
-from tinkerapi.api.answers import LARGE_RESULT_BYTES
-from tinkerapi.api.fields import Field, check_object
+from tinkerapi.api.bodies.parsers import json_object
+from tinkerapi.api.caller import idempotency_key_of, owner_of
+from tinkerapi.api.fields.field import Field, check_object
 from tinkerapi.api.leaving import when_client_leaves
 from tinkerapi.api.openai.answers import AnswerForm, ChatForm, CompletionForm
 from tinkerapi.api.openai.base import (
@@ -31,10 +32,8 @@ from tinkerapi.api.openai.error_body import REQUEST_ID
 from tinkerapi.api.openai.options import Options, chat_options, completion_options
 from tinkerapi.api.openai.streams import answer_chunks, event_stream
 from tinkerapi.api.openai.tables import CHAT_FIELDS, COMPLETION_FIELDS
-from tinkerapi.api.parsers import json_object
 from tinkerapi.api.renderers import JSONResponse
-from tinkerapi.api.threads import in_database_thread
-from tinkerapi.api.views.base import idempotency_key_of, owner_of
+from tinkerapi.api.results import rendered
 from training.base_models import base_model_get, base_models
 from training.errors import BaseModelNotFound, CheckpointNotFound, InvalidRequest
 from training.listings import samplers_listed
@@ -128,9 +127,7 @@ class SamplingView(OpenAIView):
         )
         if final is None:
             raise not_finished(future)
-        if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
-            return await in_database_thread(self._finished, final, options)
-        return self._finished(final, options)
+        return await rendered(final, partial(self._finished, options=options))
 
     def _finished(self, future: Future, options: Options) -> JSONResponse:
         if future.state != State.READY:

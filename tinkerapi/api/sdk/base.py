@@ -24,16 +24,16 @@ from futures.models import Future
 from futures.services import Refusal
 from futures.transitions import Category
 from tinkerapi.api.async_view import AsyncAPIView
-from tinkerapi.api.compression import decompress_body
+from tinkerapi.api.bodies.compression import decompress_body
+from tinkerapi.api.bodies.parsers import parse_json, too_large_sentence
+from tinkerapi.api.caller import owner_of
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.errors import UNSTORABLE, BodyTooLarge, refusal_of
-from tinkerapi.api.fields import Field, check_object
-from tinkerapi.api.parsers import parse_json, too_large_sentence
+from tinkerapi.api.fields.field import Field, check_object
 from tinkerapi.api.renderers import JSONResponse
-from tinkerapi.api.sdk.broken_bodies import ids_of_broken_json
-from tinkerapi.api.sdk.calls import check_ids
-from tinkerapi.api.sdk.requests import parse_ids
-from tinkerapi.api.views.base import owner_of
+from tinkerapi.api.sdk.parse.broken_bodies import ids_of_broken_json
+from tinkerapi.api.sdk.parse.calls import check_ids
+from tinkerapi.api.sdk.parse.protobuf import parse_ids
 from training.errors import InvalidRequest, RunNotFound, SessionFinished, TrainingError
 from training.services.sessions import refused_submit
 

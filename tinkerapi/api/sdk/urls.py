@@ -1,12 +1,10 @@
-"""The routes that only the tinker SDK uses, below ``/api/v1/``; those that both dialects have
-are in ``tinkerapi.api.urls``, where ``by_dialect`` chooses.
+"""The tinker SDK's route table, below ``/api/v1/``.
 
 No route ends in a slash, and nothing redirects: a client would send its POST as a GET.
 """
 
 from django.urls import URLPattern, path
 
-from tinkerapi.api.sdk.base import GROUP
 from tinkerapi.api.sdk.views import (
     admin,
     auth,
@@ -18,17 +16,15 @@ from tinkerapi.api.sdk.views import (
     sampling,
     service,
     sessions,
+    steps,
     weights,
 )
-from tinkerapi.api.views.service import CapabilitiesView, HealthView
 
 CHECKPOINT = "training_runs/<str:run>/checkpoints/<path:checkpoint_id>"
 """A checkpoint's id holds a slash; what follows it must stand before the bare address."""
 
 urlpatterns: list[URLPattern] = [
     # Service
-    path("healthz", HealthView.as_view(schema=None, group=GROUP)),
-    path("get_server_capabilities", CapabilitiesView.as_view(schema=None, group=GROUP)),
     path("client/config", service.ClientConfigView.as_view()),
     path("client/dynamic_config", service.DynamicConfigView.as_view()),
     path("auth/token", auth.TokenView.as_view()),
@@ -42,15 +38,24 @@ urlpatterns: list[URLPattern] = [
     path("get_info", models.GetInfoView.as_view()),
     path("unload_model", models.UnloadModelView.as_view()),
     path("create_custom_loss", custom_losses.CreateCustomLossView.as_view()),
+    # Training
+    path("forward", steps.ForwardView.as_view()),
+    path("forward_backward", steps.ForwardBackwardView.as_view()),
+    path("optim_step", steps.OptimStepView.as_view()),
     # Futures
     path("retrieve_future", futures.RetrieveFutureView.as_view()),
     path("retrieve_futures", sampling.RetrieveFuturesView.as_view()),
     path("cancel_future", futures.CancelFutureView.as_view()),
     # Sampling
+    path("asample", sampling.SampleView.as_view()),
     path("create_sampling_session", sampling.CreateSamplingSessionView.as_view()),
     path("samplers/<str:sampling_session_id>", sampling.SamplerView.as_view()),
     path("join_sampling_session", sampling.JoinSamplingSessionView.as_view()),
     # Weights
+    path("save_weights", weights.SaveWeightsView.as_view()),
+    path("save_weights_for_sampler", weights.SaveWeightsForSamplerView.as_view()),
+    path("save_weights_external", weights.SaveWeightsExternalView.as_view()),
+    path("load_weights", weights.LoadWeightsView.as_view()),
     path("weights_info", weights.WeightsInfoView.as_view()),
     path("copy_weights", weights.CopyWeightsView.as_view()),
     # Listings and checkpoints

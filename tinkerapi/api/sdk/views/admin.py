@@ -13,12 +13,12 @@ from django.http import HttpResponse
 from django.utils import timezone
 from rest_framework.request import Request
 
-from tinkerapi.api.fields import Choice
+from tinkerapi.api.caller import owner_of
+from tinkerapi.api.fields.field import Choice
 from tinkerapi.api.renderers import JSONResponse, timestamp
 from tinkerapi.api.sdk.base import SdkView
-from tinkerapi.api.sdk.descriptions import texts, user_urn
-from tinkerapi.api.sdk.queries import query_day, query_moment, query_text
-from tinkerapi.api.views.base import owner_of
+from tinkerapi.api.sdk.parse.queries import query_day, query_moment, query_text
+from tinkerapi.api.sdk.render.descriptions import texts, user_urn
 from training.audit import audit_events
 from training.billing import WINDOW, Usage, checkpoints_stored, usage_by_hour
 from training.errors import InvalidRequest

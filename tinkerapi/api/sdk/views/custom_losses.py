@@ -9,11 +9,12 @@ from rest_framework.request import Request
 
 from futures.services import Refusal
 from futures.transitions import Category
-from tinkerapi.api.fields import Integer, check_json
+from tinkerapi.api.caller import owner_of
+from tinkerapi.api.fields.field import Integer
+from tinkerapi.api.fields.refusals import check_json
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView, json_fields
 from tinkerapi.api.sdk.views.service import SESSION_ID
-from tinkerapi.api.views.base import owner_of
 from training.custom_loss_graph import check_graph
 from training.errors import InvalidRequest
 from training.services.custom_losses import custom_loss_create, custom_loss_refuse

@@ -10,11 +10,11 @@ from django.http import HttpResponse, HttpResponseBase
 from django.utils.http import http_date
 from rest_framework.request import Request
 
+from tinkerapi.api.caller import owner_of
 from tinkerapi.api.renderers import JSONResponse, timestamp
 from tinkerapi.api.sdk.base import SdkView
-from tinkerapi.api.sdk.links import archive_link, file_links, link_target
+from tinkerapi.api.sdk.render.links import archive_link, file_links, link_target
 from tinkerapi.api.streaming import file_response, tar_response
-from tinkerapi.api.views.base import owner_of
 from training.errors import CheckpointNotFound
 from training.models import Checkpoint
 from training.paths import TinkerPath

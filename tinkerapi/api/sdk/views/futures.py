@@ -22,19 +22,19 @@ from futures.services import future_cancel
 from futures.transitions import Category, State
 from futures.waiters import future_wait
 from tinkerapi.api import threads
-from tinkerapi.api.answers import LARGE_RESULT_BYTES
+from tinkerapi.api.caller import owner_of
 from tinkerapi.api.dialect import PROTOBUF
-from tinkerapi.api.fields import Field, Flag
+from tinkerapi.api.fields.field import Field, Flag
+from tinkerapi.api.fields.futures import REQUEST_ID
 from tinkerapi.api.renderers import JSONResponse, to_json
+from tinkerapi.api.results import rendered
 from tinkerapi.api.sdk.base import SdkView, empty_response
-from tinkerapi.api.sdk.json_responses import (
+from tinkerapi.api.sdk.render.json_results import (
     forward_backward_output_json,
     sample_response_json,
     typed_result,
 )
-from tinkerapi.api.sdk.responses import encode_forward_backward_output, encode_sample_response
-from tinkerapi.api.views.base import owner_of
-from tinkerapi.api.views.futures import REQUEST_ID
+from tinkerapi.api.sdk.render.protobuf import encode_forward_backward_output, encode_sample_response
 from training.kinds import Kind
 from training.waiting import future_waiting
 
@@ -129,9 +129,7 @@ class RetrieveFutureView(SdkView):
             return await threads.in_database_thread(
                 lambda: pending_answer(future_get(request_id=request_id, owner_id=owner_id))
             )
-        if final.result is not None and len(final.result) > LARGE_RESULT_BYTES:
-            return await threads.in_database_thread(lambda: final_answer(final, **form))
-        return final_answer(final, **form)
+        return await rendered(final, lambda future: final_answer(future, **form))
 
 
 class CancelFutureView(SdkView):

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 from django.http import HttpResponse
 from rest_framework.request import Request
 
-from tinkerapi.api.fields import Custom, Field, Flag, Integer, Text, check_object, refuse
+from tinkerapi.api.caller import owner_of
+from tinkerapi.api.fields.adapters import ADAPTER_FIELDS, check_adapts_something
+from tinkerapi.api.fields.field import Custom, Field, Integer, Text, check_object
+from tinkerapi.api.fields.refusals import refuse
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView
 from tinkerapi.api.sdk.views.service import METADATA, SESSION_ID
-from tinkerapi.api.views.base import owner_of
-from tinkerapi.api.views.runs import check_rank
 from training.errors import InvalidRequest
 from training.selectors import run_get
 from training.services import run_remove_submit
@@ -26,11 +27,8 @@ OPTIMIZER = "adamw"
 
 _LORA = LoraConfig()
 _LORA_FIELDS: Mapping[str, Field] = {
-    "rank": Custom(description="Inner size.", default=_LORA.rank, checker=check_rank, json={}),
+    **ADAPTER_FIELDS,
     "seed": Integer(description="Seeds the initial matrices; absent, the server chooses."),
-    "train_unembed": Flag(description="The output head.", default=_LORA.train_unembed),
-    "train_mlp": Flag(description="The MLP layers.", default=_LORA.train_mlp),
-    "train_attn": Flag(description="The attention layers.", default=_LORA.train_attn),
 }
 
 MODEL_ID = Text(description="The model.", required=True)
@@ -40,10 +38,7 @@ MODEL_SEQ_ID = Integer(description="Its number in the session.", required=True, 
 def check_lora_config(value: Any, where: str) -> dict[str, Any]:
     """Rank, seed or None, and which layers; alpha is fixed at 32, as the SDK documents it."""
     checked = check_object(_LORA_FIELDS, value, where)
-    if not (checked["train_mlp"] or checked["train_attn"] or checked["train_unembed"]):
-        raise InvalidRequest(
-            f"{where}.train_mlp, train_attn, train_unembed: at least one of them must be true"
-        )
+    check_adapts_something(checked, f"{where}.")
     return checked
 
 
@@ -89,7 +84,7 @@ class CreateModelView(SdkView):
     def post(self, request: Request) -> HttpResponse:
         body = self.checked_body(request)
         shape = body["lora_config"]
-        config = LoraConfig(**{name: shape[name] for name in _LORA_FIELDS if name != "seed"})
+        config = LoraConfig(**{name: shape[name] for name in ADAPTER_FIELDS})
         submission = model_create_submit(
             owner_id=owner_of(request),
             session_id=body["session_id"],

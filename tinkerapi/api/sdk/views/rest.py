@@ -9,19 +9,19 @@ from django.http import HttpResponse
 from rest_framework.exceptions import ParseError
 from rest_framework.request import Request
 
+from tinkerapi.api.bodies.parsers import parse_json
+from tinkerapi.api.caller import owner_of
 from tinkerapi.api.dialect import is_sdk_dialect
-from tinkerapi.api.fields import Integer
-from tinkerapi.api.parsers import parse_json
+from tinkerapi.api.fields.field import Integer
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView, empty_response
-from tinkerapi.api.sdk.descriptions import (
+from tinkerapi.api.sdk.parse.queries import check_access_scope, query_page, query_text
+from tinkerapi.api.sdk.render.descriptions import (
     checkpoint_description,
     cursor_description,
     published_description,
     run_description,
 )
-from tinkerapi.api.sdk.queries import check_access_scope, query_page, query_text
-from tinkerapi.api.views.base import owner_of
 from training.errors import InvalidRequest
 from training.listings import (
     checkpoint_page,

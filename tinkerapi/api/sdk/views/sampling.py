@@ -12,7 +12,8 @@ from rest_framework.request import Request
 from futures.selectors import Completion, lane_completions
 from futures.waiters import read_when_woken
 from tinkerapi.api import threads
-from tinkerapi.api.fields import (
+from tinkerapi.api.caller import owner_of
+from tinkerapi.api.fields.field import (
     MAX_FLOAT,
     Choice,
     Custom,
@@ -22,16 +23,15 @@ from tinkerapi.api.fields import (
     Number,
     Text,
     check_object,
-    refuse,
 )
+from tinkerapi.api.fields.refusals import refuse
+from tinkerapi.api.fields.sampling import check_num_samples
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView
-from tinkerapi.api.sdk.json_requests import parse_model_input, parse_sampling_params
-from tinkerapi.api.sdk.scoring import SCORING_FIELDS, check_scoring
+from tinkerapi.api.sdk.parse.json_bodies import parse_model_input, parse_sampling_params
+from tinkerapi.api.sdk.parse.scoring import SCORING_FIELDS, check_scoring
 from tinkerapi.api.sdk.views.futures import POLL_SECONDS
 from tinkerapi.api.sdk.views.service import SESSION_ID
-from tinkerapi.api.views.base import owner_of
-from tinkerapi.api.views.sampling import check_num_samples
 from training.selectors import sampling_session_get
 from training.services.recorded_samples import sequence_id
 from training.services.sampling_sessions import (

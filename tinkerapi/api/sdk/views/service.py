@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 from django.http import HttpResponse
 from rest_framework.request import Request
 
+from tinkerapi.api.caller import owner_of
 from tinkerapi.api.errors import error_response
-from tinkerapi.api.fields import Choice, Custom, Field, Text, check_json, refuse
+from tinkerapi.api.fields.field import Choice, Custom, Field, Text
+from tinkerapi.api.fields.refusals import check_json, refuse
 from tinkerapi.api.renderers import JSONResponse, to_json
 from tinkerapi.api.sdk.base import SdkView, empty_response
 from tinkerapi.api.sdk.flags import client_flags, dynamic_flags
-from tinkerapi.api.views.base import owner_of
 from training.errors import InvalidRequest
 from training.models import Session
 from training.services.sessions import session_create, session_finish, session_heartbeat

@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 from django.http import HttpResponse
 from rest_framework.request import Request
 
-from tinkerapi.api.fields import Choice, Custom, Field, Integer, Text, check_object, refuse
+from tinkerapi.api.caller import owner_of
+from tinkerapi.api.fields.field import Choice, Custom, Field, Integer, Text, check_object
+from tinkerapi.api.fields.refusals import refuse
 from tinkerapi.api.renderers import JSONResponse, timestamp
 from tinkerapi.api.sdk.base import SdkView, empty_response
-from tinkerapi.api.sdk.descriptions import session_description, texts, user_urn
-from tinkerapi.api.sdk.links import trace_link
-from tinkerapi.api.sdk.queries import check_access_scope, check_moment, query_page
+from tinkerapi.api.sdk.parse.queries import check_access_scope, check_moment, query_page
+from tinkerapi.api.sdk.render.descriptions import session_description, texts, user_urn
+from tinkerapi.api.sdk.render.links import trace_link
 from tinkerapi.api.sdk.views.service import check_metadata, check_tags
-from tinkerapi.api.views.base import owner_of
 from training.listings import SessionStatus, session_ids, session_search
 from training.models import Session
 from training.selectors import session_get

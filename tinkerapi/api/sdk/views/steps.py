@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from futures.models import Future
-from tinkerapi.api.fields import Custom, Field
+from tinkerapi.api.fields.field import Custom, Field
+from tinkerapi.api.fields.optimizer import ADAM_PARAMS
 from tinkerapi.api.sdk.base import NumberedJSONView, NumberedView
-from tinkerapi.api.sdk.json_requests import parse_json_forward_backward
-from tinkerapi.api.sdk.requests import parse_forward_backward
-from tinkerapi.api.views import steps as quick_reference
+from tinkerapi.api.sdk.parse.json_bodies import parse_json_forward_backward
+from tinkerapi.api.sdk.parse.protobuf import parse_forward_backward
 from training.errors import InvalidRequest
 from training.loss_checks import check_loss
 from training.payloads import with_weights_of_one
@@ -90,7 +90,7 @@ class OptimStepView(NumberedJSONView):
     """Take one AdamW step with the gradient accumulated so far, and clear it."""
 
     fields: ClassVar[Mapping[str, Field]] = {
-        "adam_params": quick_reference.OptimStepView.fields["adam_params"],
+        "adam_params": ADAM_PARAMS,
         "optimizer_params": Custom(
             description="Of another family.", checker=_refuse_params, json={}
         ),

@@ -10,7 +10,10 @@ from rest_framework.exceptions import APIException
 from rest_framework.request import Request
 
 from futures.models import Future
-from tinkerapi.api.fields import Choice, Custom, Field, Flag, Integer, Text, refuse
+from tinkerapi.api.caller import owner_of
+from tinkerapi.api.fields.checkpoints import TTL_SECONDS, USER_METADATA
+from tinkerapi.api.fields.field import Choice, Custom, Field, Flag, Integer, Text
+from tinkerapi.api.fields.refusals import refuse
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import NumberedJSONView, SdkView, check_fields
 from tinkerapi.api.sdk.views.models import (
@@ -19,8 +22,6 @@ from tinkerapi.api.sdk.views.models import (
     OPTIMIZER_CONFIG,
 )
 from tinkerapi.api.sdk.views.service import METADATA, SESSION_ID
-from tinkerapi.api.views import weights as quick_reference
-from tinkerapi.api.views.base import owner_of
 from tinkerapi.services import api_key_verify
 from tinkerapi.tokens import TOKEN_PREFIX, token_verify
 from training.errors import InvalidRequest, TrainingError
@@ -29,7 +30,6 @@ from training.selectors import checkpoint_get
 from training.services import load_weights_submit, save_weights_submit
 from training.services.checkpoints import model_load_submit, save_for_sampling_session_submit
 from training.services.copies import checkpoint_copy
-from training.services.upkeep import MAX_TTL_SECONDS
 
 MAX_SEQ_ID = 2**31 - 1
 
@@ -58,14 +58,6 @@ def check_lender(value: Any, where: str) -> int:
 
 NAME = Custom(
     description="The checkpoint's name.", required=True, checker=check_checkpoint_name, json={}
-)
-TTL_SECONDS = Integer(
-    description="Seconds until it is deleted; absent, it is kept.",
-    minimum=1,
-    maximum=MAX_TTL_SECONDS,
-)
-USER_METADATA = Custom(
-    description="Texts by name.", default={}, checker=quick_reference.check_user_metadata, json={}
 )
 PATH = Text(description="The checkpoint.", required=True, max_length=500)
 LENDER = Custom(description="Another user's key.", checker=check_lender, json={})

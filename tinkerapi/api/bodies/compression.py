@@ -1,0 +1,82 @@
+"""Compressed request bodies, opened no further than a limit.
+
+The SDK compresses with zstd and writes the size into the frame, so a bomb is refused from its
+header. A frame without a size is first counted, a piece at a time, and only then unpacked.
+"""
+
+from __future__ import annotations
+
+import zstandard
+
+from futures.errors import PayloadTooLarge
+from tinkerapi.api.bodies.parsers import too_large_sentence
+from training.errors import InvalidRequest
+
+HEADER_BYTES = 18
+"""The largest header of a zstd frame."""
+
+_PIECE_BYTES = 256 * 1024
+
+
+def decompress_body(body: bytes, encoding: str | None, *, max_bytes: int) -> bytes:
+    """The body as it was before ``Content-Encoding: encoding``; None and identity change nothing.
+
+    Raises:
+        PayloadTooLarge: It has more than ``max_bytes`` once decompressed. (413)
+        InvalidRequest: Another encoding than zstd, or not one whole zstd frame. (400)
+    """
+    encoding = (encoding or "identity").strip().lower()
+    if encoding == "identity":
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        return body
+    if encoding != "zstd":
+        raise InvalidRequest(
+            f"Content-Encoding: {encoding[:40]!r} is not supported; send zstd or nothing"
+        )
+    # A window is memory too; every decoder must grant 8 MB, and no more than the limit is needed.
+    window = max(8 * 1024 * 1024, 1 << max_bytes.bit_length())
+    decompressor = zstandard.ZstdDecompressor(max_window_size=window)
+    try:
+        size = zstandard.get_frame_parameters(body).content_size
+        if size == zstandard.CONTENTSIZE_UNKNOWN:
+            return _decompress_unsized(decompressor, body, max_bytes)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        return decompressor.decompress(body, allow_extra_data=False)
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise InvalidRequest(f"Content-Encoding: the body is not zstd: {error}") from None
+
+
+def _decompress_unsized(
+    decompressor: zstandard.ZstdDecompressor, body: bytes, max_bytes: int
+) -> bytes:
+    """Count first: only a frame known to be small enough is unpacked in one piece."""
+    total = 0
+    with decompressor.stream_reader(body) as reader:
+        while piece := reader.read(_PIECE_BYTES):
+            total += len(piece)
+            if total > max_bytes:
+                raise _too_large(max_bytes)
+    # The reader above takes a frame that is cut off for one that ends there; this one tells.
+    frame = decompressor.decompressobj()
+    data = frame.decompress(body)
+    if not frame.eof:
+        raise InvalidRequest("Content-Encoding: the zstd body is cut off")
+    if frame.unused_data:
+        raise InvalidRequest("Content-Encoding: data after the end of the zstd frame")
+    return data
+
+
+def _too_large(max_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(too_large_sentence(max_bytes, when=" once decompressed"))
+
+
+def claimed_size(beginning: bytes) -> int | None:
+    """What a zstd frame says of its size once decompressed, by its first ``HEADER_BYTES``; None if
+    it does not say, and 0 for what is no frame."""
+    try:
+        size = zstandard.get_frame_parameters(beginning).content_size
+    except zstandard.ZstdError:
+        return 0
+    return None if size == zstandard.CONTENTSIZE_UNKNOWN else size

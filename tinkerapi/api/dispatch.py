@@ -1,0 +1,74 @@
+"""One address, two dialects: a path that both know goes to the view of whoever asks.
+
+The rule is ``is_sdk_dialect``. A client that does not name itself is told by its body, and
+the body is read and parsed for that only where the bytes could hold the SDK's ``seq_id``; a large
+one where large ones are decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, cast
+
+from django.core.exceptions import RequestDataTooBig
+from django.http import HttpRequest, HttpResponseBase
+from rest_framework.exceptions import ParseError
+
+from tinkerapi.api.bodies.limit import BODY_BYTES, HOLDS_SEQ_ID, SMALL_BODY_BYTES
+from tinkerapi.api.bodies.parsers import parse_json
+from tinkerapi.api.dialect import SEQ_ID_WORD, is_sdk_dialect
+from tinkerapi.api.threads import in_bulk_thread
+from training.errors import LimitExceeded
+
+View = Callable[..., Any]
+
+_DIALECTS = "dialects"
+
+
+def by_dialect(quick_reference: View, sdk: View) -> View:
+    """A view that is the SDK's for the SDK and the quick reference's for everybody else.
+
+    To whatever reads the route table it is the quick reference's, which is documented.
+    """
+
+    @wraps(quick_reference)
+    async def view(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
+        chosen = sdk if await speaks_sdk(request) else quick_reference
+        return cast(HttpResponseBase, await chosen(request, *args, **kwargs))
+
+    setattr(view, _DIALECTS, (quick_reference, sdk))
+    return view
+
+
+def view_by_headers(view: View, request: HttpRequest) -> View:
+    """The view that answers if the request's headers tell the dialect, which large bodies' do."""
+    quick_reference, sdk = getattr(view, _DIALECTS, (view, view))
+    return sdk if is_sdk_dialect(request) else quick_reference
+
+
+async def speaks_sdk(request: HttpRequest) -> bool:
+    """Whether the official SDK sent this, by its headers or by its body."""
+    if is_sdk_dialect(request):
+        return True
+    scope = getattr(request, "scope", {})
+    if not scope.get(HOLDS_SEQ_ID, True):
+        return False
+    if scope.get(BODY_BYTES, 0) <= SMALL_BODY_BYTES:
+        return _is_numbered(request)
+    # The key was checked before the body was read, so this is a user's, and names which.
+    headers = request.headers
+    key = headers.get("X-API-Key") or headers.get("Authorization")
+    return await in_bulk_thread(key, _is_numbered, request)
+
+
+def _is_numbered(request: HttpRequest) -> bool:
+    """Whether the body says so; of a body that is wrong, the quick reference says what is."""
+    try:
+        body = request.body
+        if SEQ_ID_WORD not in body:
+            return False
+        value = parse_json(body)
+    except (RequestDataTooBig, OSError, LimitExceeded, ParseError):
+        return False
+    return isinstance(value, dict) and is_sdk_dialect(request, value)

@@ -1,0 +1,120 @@
+"""Futures as HTTP answers: one form for a waiting call and for ``/retrieve_future``.
+
+``/retrieve_future`` answers 500 for every failed future, although that is a normal outcome: the
+quick reference's clients loop until they see 200 or an error, and this is the error. Asking again
+gives the same. A waiting call answers with the status that the mistake has wherever it is found.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from django.db import InterfaceError, OperationalError
+
+from futures import payload
+from futures.errors import FuturePurged
+from futures.models import Future
+from futures.queue_positions import QueuePosition
+from futures.selectors import PAUSED, future_get
+from futures.transitions import State
+from futures.waiters import future_wait
+from tinkerapi.api.errors import error_response, failure_status
+from tinkerapi.api.renderers import JSONResponse
+from tinkerapi.api.results import rendered
+from tinkerapi.api.threads import in_database_thread
+from training.waiting import future_waiting, waits_for_nobody
+
+RETRY_AFTER_SECONDS = 1
+
+
+def final_answer(future: Future, *, is_known: bool) -> JSONResponse:
+    """A final future's answer.
+
+    Args:
+        is_known: See ``waited_answer``.
+
+    Raises:
+        FuturePurged: It was ready, and its result is no longer kept. (410)
+    """
+    if future.state == State.READY:
+        if future.result is None:
+            raise FuturePurged
+        return JSONResponse(payload.decode(bytes(future.result)))
+    if future.state == State.CANCELLED:
+        return error_response(
+            409,
+            "Job cancelled: its owner withdrew it.",
+            error_code="FutureCancelled",
+            request_id=future.id,
+        )
+    return error_response(
+        failure_status(future.category, future.error_code) if is_known else 500,
+        f"Job failed: {future.error}",
+        error_code=future.error_code or "ServerError",
+        category=future.category,
+        request_id=future.id,
+    )
+
+
+def pending_answer(future: Future, **more: Any) -> JSONResponse:
+    """202: come back later. Needs the database."""
+    return _pending(future.id, future_waiting(future), **more)
+
+
+def _pending(request_id: str, found: QueuePosition, **more: Any) -> JSONResponse:
+    body = {
+        "status": "pending",
+        "request_id": request_id,
+        "queue_position": found.position,
+        "estimated_wait_seconds": found.estimated_wait_seconds,
+        "queue_state": found.state,
+        "queue_state_reason": found.reason,
+        **more,
+    }
+    response = JSONResponse(body, status=202)
+    response["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return response
+
+
+async def waited_answer(
+    request_id: str,
+    *,
+    owner_id: int,
+    timeout_seconds: float,
+    is_known: bool = False,
+    **more: Any,
+) -> JSONResponse:
+    """The answer once the future is final, or 202 when the time is up; at once if no worker of
+    this server will ever run it.
+
+    Holds no thread and no connection meanwhile, nor what was asked; a client that goes away
+    loses nothing.
+
+    Args:
+        is_known: The caller has just submitted it: the answer names it even where Postgres has
+            gone away meanwhile, for it was accepted; and a failure has a status of its own.
+
+    Raises:
+        FutureNotFound: The owner has no such future. (404)
+    """
+    final = await future_wait(
+        request_id,
+        owner_id=owner_id,
+        timeout_seconds=timeout_seconds,
+        is_known=is_known,
+        is_hopeless=waits_for_nobody,
+    )
+    if final is None:
+
+        def pending() -> JSONResponse:
+            return pending_answer(future_get(request_id=request_id, owner_id=owner_id), **more)
+
+        try:
+            return await in_database_thread(pending)
+        except (OperationalError, InterfaceError):
+            if not is_known:
+                raise
+            found = QueuePosition(None, None, PAUSED, "The database does not answer.")
+            return _pending(request_id, found, **more)
+    return await rendered(final, partial(final_answer, is_known=is_known))

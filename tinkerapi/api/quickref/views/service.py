@@ -1,0 +1,203 @@
+"""The server itself: what it is, whether it is well, what it can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from django.conf import settings
+from django.db import Error as DatabaseError
+from django.db import connection
+from django.http import HttpResponse
+from rest_framework.request import Request
+
+from futures.selectors import queue_state
+from tinkerapi.api.endpoints import endpoints
+from tinkerapi.api.fields.field import Schema
+from tinkerapi.api.quickref.views.base import ApiView
+from tinkerapi.api.renderers import JSONResponse
+from training.base_models import base_models
+from training.selectors import loss_functions
+
+GROUP = "Server"
+
+ENDPOINTS_SCHEMA: Schema = {
+    "type": "object",
+    "additionalProperties": {"type": "array", "items": {"type": "object"}},
+}
+
+
+class IndexView(ApiView):
+    """Say what this server is and list its endpoints by group."""
+
+    group = GROUP
+    authentication_classes = ()
+    permission_classes = ()
+    answer: ClassVar[Schema] = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "version": {"type": "string"},
+            "docs": {"type": "string"},
+            "endpoints": ENDPOINTS_SCHEMA,
+        },
+        "required": ["name", "version", "docs", "endpoints"],
+    }
+
+    def get(self, request: Request) -> HttpResponse:
+        return JSONResponse(
+            {
+                "name": settings.SPECTACULAR_SETTINGS["TITLE"],
+                "version": settings.SPECTACULAR_SETTINGS["VERSION"],
+                "docs": "/docs/",
+                "api_docs": "/api/docs",
+                "admin": "/admin/",
+                "endpoints": endpoints(),
+            }
+        )
+
+
+class HealthView(ApiView):
+    """Say that the web process answers; looks at nothing else."""
+
+    group = GROUP
+    authentication_classes = ()
+    permission_classes = ()
+    answer: ClassVar[Schema] = {
+        "type": "object",
+        "properties": {"status": {"type": "string", "enum": ["ok"]}},
+        "required": ["status"],
+    }
+    answer_example: ClassVar[Any] = {"status": "ok"}
+
+    def get(self, request: Request) -> HttpResponse:
+        return JSONResponse({"status": "ok"})
+
+
+class ReadyView(ApiView):
+    """Say whether requests are worked on: the database and a live worker for each base model."""
+
+    group = GROUP
+    authentication_classes = ()
+    permission_classes = ()
+    answer: ClassVar[Schema] = {
+        "type": "object",
+        "properties": {
+            "status": {"type": "string", "enum": ["ready", "not ready"]},
+            "missing": {"type": "array", "items": {"type": "string"}},
+        },
+        "required": ["status", "missing"],
+    }
+    answer_example: ClassVar[Any] = {"status": "ready", "missing": []}
+    errors: ClassVar[Mapping[int, str]] = {503: "Something is missing; `missing` says what."}
+
+    def get(self, request: Request) -> HttpResponse:
+        missing = list(_missing())
+        if not missing:
+            return JSONResponse({"status": "ready", "missing": []})
+        response = JSONResponse(
+            {
+                "status": "not ready",
+                "missing": missing,
+                "detail": "; ".join(missing),
+                "error_code": "NotReady",
+                "category": "server",
+            },
+            status=503,
+        )
+        response["Retry-After"] = "2"
+        return response
+
+
+class CapabilitiesView(ApiView):
+    """Say which base models this server has, and its limits."""
+
+    group = GROUP
+    answer: ClassVar[Schema] = {
+        "type": "object",
+        "properties": {
+            "supported_models": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "model_name": {"type": "string"},
+                        "max_context_length": {"type": "integer", "nullable": True},
+                        "trainable": {"type": "boolean"},
+                        "sampleable": {"type": "boolean"},
+                    },
+                    "required": ["model_name"],
+                },
+            },
+            "limits": {"type": "object", "additionalProperties": {"type": "integer"}},
+        },
+        "required": ["supported_models", "limits"],
+    }
+
+    def get(self, request: Request) -> HttpResponse:
+        return JSONResponse(
+            {
+                "supported_models": [
+                    {
+                        "model_name": model.name,
+                        "max_context_length": model.max_context_tokens,
+                        "trainable": True,
+                        "sampleable": True,
+                    }
+                    for model in base_models()
+                ],
+                "limits": {
+                    "max_body_bytes": settings.MAX_BODY_BYTES,
+                    "max_datums": settings.MAX_DATUMS,
+                    "max_datum_tokens": settings.MAX_DATUM_TOKENS,
+                    "max_samples": settings.MAX_SAMPLES,
+                    "max_lora_rank": settings.MAX_LORA_RANK,
+                    "max_adapters": settings.MAX_ADAPTERS,
+                    "max_pending": settings.MAX_PENDING,
+                    "sync_timeout_seconds": settings.SYNC_TIMEOUT_SECONDS,
+                    "max_wait_seconds": settings.MAX_WAIT_SECONDS,
+                },
+            }
+        )
+
+
+class LossFunctionListView(ApiView):
+    """List the loss functions with their inputs and settings."""
+
+    group = GROUP
+    answer: ClassVar[Schema] = {
+        "type": "object",
+        "properties": {
+            "loss_functions": {
+                "type": "object",
+                "additionalProperties": {
+                    "type": "object",
+                    "properties": {
+                        "inputs": {"type": "array", "items": {"type": "string"}},
+                        "config": {
+                            "type": "object",
+                            "additionalProperties": {"type": "number", "nullable": True},
+                        },
+                    },
+                },
+            },
+            "default": {"type": "string"},
+        },
+        "required": ["loss_functions", "default"],
+    }
+
+    def get(self, request: Request) -> HttpResponse:
+        return JSONResponse({"loss_functions": loss_functions(), "default": "cross_entropy"})
+
+
+def _missing() -> Iterator[str]:
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        states = {model.name: queue_state(model.queue) for model in base_models()}
+    except DatabaseError:
+        yield "the database does not answer"
+        return
+    for name, state in states.items():
+        if state.state != "active":
+            yield f"{name}: {state.reason}"

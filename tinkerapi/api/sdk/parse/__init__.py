@@ -1,0 +1,1 @@
+"""The SDK's bodies, protobuf and JSON, as ``training.types``."""

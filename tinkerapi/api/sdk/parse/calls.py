@@ -1,0 +1,107 @@
+"""What a ``forward_backward`` asks for, and the checks that its protobuf and JSON forms share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.conf import settings
+
+from tinkerapi.api.fields.field import Integer, Number, Text
+from training.errors import InvalidDatum, LimitExceeded
+from training.loss_fns import LOSS_FNS
+from training.types import MAX_FLOAT32, Datum, Provenance
+
+_MODEL_ID = Text(description="The run.")
+_SEQ_ID = Integer(description="Its place in the run.", minimum=1, maximum=2**31 - 1)
+_LOSS_FN = Text(description="The loss function's name.")
+_SETTING = Number(description="Of the loss.", minimum=-MAX_FLOAT32)
+_LOSS_ID = Text(description="An uploaded loss.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForwardBackwardCall:
+    """What one ``forward_backward`` or ``forward`` asks for."""
+
+    model_id: str
+    seq_id: int
+    """Its place in the run's order, from 1."""
+    data: list[Datum]
+    loss_fn: str
+    """As sent; the engine knows which names it has."""
+    loss_fn_config: dict[str, float]
+    loss_id: str | None
+    """The uploaded loss that ``loss_fn="custom"`` means; None for the others."""
+    forward_only: bool
+    """True computes loss and outputs and leaves the gradients untouched."""
+    provenance: list[Provenance | None] = field(default_factory=list)
+    """Where each datum's tokens come from, for a loss that reads it; else empty."""
+
+
+def check_ids(model_id: Any, seq_id: Any) -> tuple[str, int]:
+    """Which request of which run this is.
+
+    Raises:
+        InvalidRequest: One of them cannot be. (400)
+    """
+    return _MODEL_ID.check(model_id, "model_id"), _SEQ_ID.check(seq_id, "seq_id")
+
+
+def check_loss_fn(loss_fn: Any) -> str:
+    """A name; whether a loss has it, the engine knows."""
+    return _LOSS_FN.check(loss_fn, "loss_fn")
+
+
+def check_config(config: Mapping[str, Any], loss_fn: str) -> tuple[dict[str, float], str | None]:
+    """Numbers by name, and the loss id of a custom loss, the one text that is understood.
+
+    Raises:
+        InvalidRequest: A value is of another kind, or more than a float32 can hold. (400)
+    """
+    numbers: dict[str, float] = {}
+    loss_id = None
+    for name, value in config.items():
+        where = f"loss_fn_config.{name[:60]}"
+        if loss_fn == "custom" and name == "loss_id":
+            loss_id = _LOSS_ID.check(value, where)
+        else:
+            numbers[name] = _SETTING.check(_number(loss_fn, name, value), where)
+    return numbers, loss_id
+
+
+def reads_provenance(loss_fn: str) -> bool:
+    """Whether the loss reads the spans of its datums; for the others they have no effect."""
+    return loss_fn in LOSS_FNS and LOSS_FNS[loss_fn].needs_provenance
+
+
+def _number(loss_fn: str, name: str, value: Any) -> Any:
+    """The number that a text holds, for the settings that clients send as text too."""
+    setting = LOSS_FNS[loss_fn].config.get(name) if loss_fn in LOSS_FNS else None
+    if setting is None or not setting.may_be_text or not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def check_num_datums(num_datums: int) -> None:
+    """Refuse no data, and more than one request may have."""
+    if num_datums == 0:
+        raise InvalidDatum("data: is empty; send at least one datum")
+    if num_datums > settings.MAX_DATUMS:
+        raise LimitExceeded(
+            f"data: {num_datums} datums; this server takes {settings.MAX_DATUMS} in one request"
+        )
+
+
+def check_num_tokens(num_tokens: int, where: str) -> None:
+    """Refuse a sequence without tokens, and one of more than a sequence may have."""
+    if num_tokens == 0:
+        raise InvalidDatum(f"{where}: is empty")
+    if num_tokens > settings.MAX_DATUM_TOKENS:
+        raise LimitExceeded(
+            f"{where}: {num_tokens} tokens; this server takes {settings.MAX_DATUM_TOKENS} in one "
+            "sequence"
+        )

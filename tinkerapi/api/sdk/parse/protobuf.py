@@ -1,0 +1,163 @@
+"""``POST /forward_backward`` as the SDK sends it: protobuf to a ``ForwardBackwardCall``.
+
+Every refusal names the place: ``data[3].loss_fn_inputs.weights: 12 values for shape [11]``. The
+arrays are read-only views of the message's bytes. Text only: image and audio chunks are refused.
+Provenance spans are read for the loss stable_reinforce alone; for the others they have no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from tinkerapi.api.fields.loss_inputs import NO_INPUTS, check_input, check_token_ids
+from tinkerapi.api.sdk import tinker_public_pb2 as pb
+from tinkerapi.api.sdk.parse.broken_bodies import ids_of_broken_protobuf
+from tinkerapi.api.sdk.parse.calls import (
+    ForwardBackwardCall,
+    check_config,
+    check_ids,
+    check_loss_fn,
+    check_num_datums,
+    check_num_tokens,
+    reads_provenance,
+)
+from tinkerapi.api.sdk.parse.field_count import check_field_count
+from tinkerapi.api.sdk.parse.provenance import provenance_of_message
+from tinkerapi.api.sdk.parse.tensors import Array, DenseBudget, TensorParts, build_array
+from training.errors import InvalidDatum, InvalidRequest
+from training.types import Datum
+
+_BFLOAT16 = np.dtype("<u2")  # numpy has no bfloat16: its bits are a float32's upper half
+_DTYPES: dict[int, np.dtype[Any]] = {
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_INT64: np.dtype("<i8"),
+    pb.DTYPE_INT32: np.dtype("<i4"),
+    pb.DTYPE_BFLOAT16: _BFLOAT16,
+}
+_INT64 = _DTYPES[pb.DTYPE_INT64]
+
+
+def parse_ids(body: bytes) -> tuple[str, int]:
+    """Model id and seq id of a request whose rest may be wrong.
+
+    A refused request consumes its seq id, so whoever refuses it must know which one it was.
+
+    Raises:
+        InvalidRequest: Not even these two can be read. (400)
+    """
+    try:
+        message = pb.ForwardBackwardIds.FromString(body)
+    except DecodeError:
+        fields = ids_of_broken_protobuf(body)
+        if len(fields) < 2:
+            raise InvalidRequest("body: not a ForwardBackwardRequest") from None
+        return check_ids(fields.get("model_id"), fields.get("seq_id"))
+    return check_ids(message.model_id, message.seq_id)
+
+
+def parse_forward_backward(body: bytes) -> ForwardBackwardCall:
+    """The call that a (decompressed) protobuf body holds.
+
+    Raises:
+        InvalidRequest: The body or one of its fields is not what the message has. (400)
+        InvalidDatum: A datum cannot be trained on. (400)
+        LimitExceeded: More than this server takes in one request. (400)
+    """
+    check_field_count(body)
+    try:
+        message = pb.ForwardBackwardRequest.FromString(body)
+    except DecodeError:
+        raise InvalidRequest("body: not a ForwardBackwardRequest") from None
+    model_id, seq_id = check_ids(message.model_id, message.seq_id)
+    loss_fn = check_loss_fn(message.loss_fn)
+    config, loss_id = check_config(_config(message), loss_fn)
+    check_num_datums(len(message.data))
+    budget = DenseBudget()
+    return ForwardBackwardCall(
+        model_id=model_id,
+        seq_id=seq_id,
+        data=[_parse_datum(datum, f"data[{i}]", budget) for i, datum in enumerate(message.data)],
+        loss_fn=loss_fn,
+        loss_fn_config=config,
+        loss_id=loss_id,
+        forward_only=message.forward_only,
+        provenance=[
+            provenance_of_message(datum, f"data[{i}]") for i, datum in enumerate(message.data)
+        ]
+        if reads_provenance(loss_fn)
+        else [],
+    )
+
+
+def _config(message: pb.ForwardBackwardRequest) -> dict[str, float | str | None]:
+    """The second map when it holds anything, else the older one; None for no value."""
+    if not message.loss_fn_config_v2:
+        return dict(message.loss_fn_config)
+    return {
+        name: getattr(value, kind) if (kind := value.WhichOneof("value")) else None
+        for name, value in message.loss_fn_config_v2.items()
+    }
+
+
+def _parse_datum(message: pb.Datum, where: str, budget: DenseBudget) -> Datum:
+    tokens = _parse_chunks(message.model_input, f"{where}.model_input")
+    inputs = {}
+    for name, tensor in message.loss_fn_inputs.items():
+        place = f"{where}.loss_fn_inputs.{name[:60]}"
+        array = build_array(_parse_tensor(tensor, place), place, pad=0, budget=budget)
+        inputs[name] = check_input(name, array, place, num_tokens=len(tokens))
+    if not inputs:
+        raise InvalidDatum(f"{where}.loss_fn_inputs: {NO_INPUTS}")
+    return Datum(model_input=tokens, loss_fn_inputs=inputs)
+
+
+def _parse_chunks(chunks: Sequence[pb.Chunk], where: str) -> NDArray[np.int32]:
+    """(N,) the tokens of all chunks, N at least 1."""
+    arrays: list[NDArray[np.int32]] = []
+    for i, chunk in enumerate(chunks):
+        kind = chunk.WhichOneof("chunk")
+        if kind == "encoded_text":
+            place = f"{where}[{i}].tokens"
+            arrays.append(
+                _array(chunk.encoded_text.tokens, _DTYPES[pb.DTYPE_INT32], place, "int32")
+            )
+        elif kind is None:
+            raise InvalidDatum(f"{where}[{i}]: holds no tokens")
+        else:
+            raise InvalidDatum(f"{where}[{i}].{kind}: is not supported; only encoded_text")
+    tokens = arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, np.int32), *arrays])
+    check_num_tokens(len(tokens), where)
+    check_token_ids(tokens, where)
+    return tokens
+
+
+def _parse_tensor(message: pb.Tensor, where: str) -> TensorParts:
+    dtype = _DTYPES.get(message.dtype)
+    if dtype is None:
+        raise InvalidDatum(f"{where}.dtype: {message.dtype} is no dtype")
+    name = pb.DType.Name(message.dtype).removeprefix("DTYPE_").lower()
+    shape = tuple(message.shape[:3]) or None  # a third size is enough to refuse it
+    if message.WhichOneof("encoding") != "sparse_csr":
+        return TensorParts(values=_array(message.dense, dtype, where, name), shape=shape)
+    csr = message.sparse_csr
+    return TensorParts(
+        values=_array(csr.values, dtype, f"{where}.values", name),
+        shape=shape,
+        crow_indices=_array(csr.crow_indices, _INT64, f"{where}.crow_indices", "int64"),
+        col_indices=_array(csr.col_indices, _INT64, f"{where}.col_indices", "int64"),
+    )
+
+
+def _array(data: bytes, dtype: np.dtype[Any], where: str, name: str) -> Array:
+    """(n,) a read-only view of ``data``; a copy for bfloat16 only."""
+    if len(data) % dtype.itemsize:
+        raise InvalidDatum(f"{where}: {len(data)} bytes are no whole number of {name} values")
+    array = np.frombuffer(data, dtype)
+    if dtype is _BFLOAT16:
+        return (array.astype("<u4") << 16).view("<f4")
+    return array

@@ -1,0 +1,1 @@
+"""Results, rows and links as the bodies that the SDK reads."""
