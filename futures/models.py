@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from django.conf import settings
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
 
+from futures.queue_lock import QueueLock
 from futures.transitions import FINAL_STATES, Category, State
-
-if TYPE_CHECKING:
-    from futures.workers import QueueLock
-
 
 LARGE = 10**15
 """No count is, so a number of a summary that is was a float."""

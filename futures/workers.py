@@ -1,10 +1,10 @@
 """The life of a worker: one per queue, each life with an epoch that fences its commits.
 
-Two guards keep a second worker out. A session-level advisory lock on a connection of its own
-says whether the process lives; Postgres frees it when the process dies, however it dies. And
-the worker's row says which epoch may commit; a constraint allows one open row per queue.
-Recovery is the next worker's start: it does not depend on any timeout. A supervisor that sees a
-worker's process end may mark the row before that, so that nobody takes it for alive.
+Two guards keep a second worker out. A lock (``futures.queue_lock``) says whether the process lives;
+Postgres frees it when the process dies, however it dies. And the worker's row says which epoch may
+commit; a constraint allows one open row per queue. Recovery is the next worker's start: it does not
+depend on any timeout. A supervisor that sees a worker's process end may mark the row before that,
+so that nobody takes it for alive.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import psycopg
-from django.db import OperationalError, transaction
+from django.db import transaction
 from django.db.models import QuerySet
 from django.utils import timezone
 
 from futures.broker import doorbell
-from futures.database import alias, dedicated_parameters, execute
+from futures.database import alias, execute
 from futures.errors import Fenced, QueueTaken
 from futures.finishing import futures_release
 from futures.models import Worker
 from futures.notify import notify_bell, notify_finished
+from futures.queue_lock import QueueLock
 
 MAX_ATTEMPTS = 3
 """Crashes of workers after which the last one, under a future that ran alone, fails it by name."""
@@ -34,9 +34,6 @@ MAX_INTERRUPTIONS = 10
 ends the whole machine each time looks just like this, and must not go on for ever."""
 
 CRASHED = "This request stopped the worker %d times, so it is not tried again."
-
-_PATIENCE_SECONDS = 5.0
-"""How long a start waits for the lock of a predecessor that is just going."""
 
 _OPEN = (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
 
@@ -82,54 +79,6 @@ SELECT id FROM taken WHERE state = 'failed'
 def _crashed(before: Worker) -> bool:
     """What is said of a worker whose end nobody knows anything about."""
     return True
-
-
-class QueueLock:
-    """A session-level advisory lock on a queue, on a connection kept for it alone.
-
-    Raises QueueTaken when another process holds it. Postgres frees it when this process
-    ends; if only the connection is lost, ``renew`` takes it again.
-    """
-
-    def __init__(self, queue: str) -> None:
-        self._queue = queue
-        self._connection = self._take(_PATIENCE_SECONDS)
-
-    def renew(self) -> None:
-        """Make sure the lock is held.
-
-        Raises:
-            QueueTaken: The connection was lost and another worker has taken the lock since.
-            OperationalError: Django's; Postgres cannot be reached, so nobody knows.
-        """
-        try:
-            try:
-                self._connection.execute("SELECT")
-            except psycopg.OperationalError:
-                self._connection.close()
-                self._connection = self._take(_PATIENCE_SECONDS)
-        except psycopg.OperationalError as error:
-            raise OperationalError(str(error)) from error
-
-    def release(self) -> None:
-        self._connection.close()
-
-    def _take(self, patience_seconds: float) -> psycopg.Connection[Any]:
-        connection = psycopg.connect(**dedicated_parameters())
-        try:
-            connection.execute(
-                "SELECT set_config('lock_timeout', %s, false)", [f"{patience_seconds * 1000:.0f}"]
-            )
-            connection.execute(
-                "SELECT pg_advisory_lock(hashtextextended('futures queue ' || %s, 0))",
-                [self._queue],
-            )
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, psycopg.errors.LockNotAvailable):
-                raise QueueTaken from None
-            raise
-        return connection
 
 
 def worker_start(

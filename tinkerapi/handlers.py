@@ -24,7 +24,7 @@ from django.urls import set_script_prefix
 from tinkerapi.api.bodies.limit import Application, Receive, Scope, Send, limit_body
 from tinkerapi.api.leaving import client_left
 from tinkerapi.api.openai.shape import openai_shape
-from tinkerapi.console.pages import is_page
+from tinkerapi.pages import is_page
 
 
 class ApiHandler(ASGIHandler):
@@ -74,7 +74,7 @@ def build_application() -> Application:
     pages = get_asgi_application()
     api = ApiHandler()
     # Not before Django is set up.
-    from tinkerapi.api.bodies.admission import admit
+    from tinkerapi.api.admission import admit
     from tinkerapi.api.keyless import is_local_host
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:

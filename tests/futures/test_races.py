@@ -198,7 +198,7 @@ def test_finish_against_takeover_has_one_winner(
 def test_two_starts_at_once_have_one_winner(
     worker_factory: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("futures.workers._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("futures.queue_lock._PATIENCE_SECONDS", 0.05)
     for number in range(3):
         outcomes = race(*[partial(worker_factory, f"queue {number}")] * 3)
 

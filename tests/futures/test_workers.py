@@ -18,6 +18,7 @@ from futures.claiming import SUSPECT_INTERRUPTIONS, future_claim
 from futures.database import dedicated_parameters
 from futures.errors import Fenced, QueueTaken
 from futures.models import Future, Lane, Worker
+from futures.queue_lock import QueueLock
 from futures.selectors import queue_state
 from futures.transitions import State
 from futures.workers import (
@@ -61,7 +62,7 @@ def test_a_worker_starts_goes_live_beats_and_stops(worker: Worker) -> None:
 def test_a_queue_has_one_worker_at_a_time(
     worker_factory: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("futures.queue_lock._PATIENCE_SECONDS", 0.05)
     first = worker_factory()
 
     with pytest.raises(QueueTaken):
@@ -250,10 +251,10 @@ def test_a_lost_lock_is_taken_again_by_the_heartbeat(worker: Worker) -> None:
 def test_a_lock_lost_to_another_worker_fences(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("futures.queue_lock._PATIENCE_SECONDS", 0.05)
     [pid] = lock_holders()
     terminate(pid)
-    thief = workers.QueueLock(QUEUE)
+    thief = QueueLock(QUEUE)
 
     with pytest.raises(Fenced):
         worker_heartbeat(worker, {})
@@ -266,7 +267,7 @@ def test_a_lock_that_cannot_be_asked_for_is_a_database_error(
     [pid] = lock_holders()
     terminate(pid)
     nowhere = {**dedicated_parameters(), "host": "/nonexistent"}
-    monkeypatch.setattr(workers, "dedicated_parameters", lambda: nowhere)
+    monkeypatch.setattr("futures.queue_lock.dedicated_parameters", lambda: nowhere)
 
     with pytest.raises(OperationalError):
         worker_heartbeat(worker, {})
