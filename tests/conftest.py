@@ -24,7 +24,8 @@ from tinkerapi.api import async_view, dispatch, threads
 from tinkerapi.api.quickref import render as answers
 from tinkerapi.server.postgres import EmbeddedPostgres
 from training.base_models import base_model_get
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.engine import fake_engine
+from training.engine.interface import Engine
 from training.worker.loop import WorkLoop
 from training.worker.text_pool import TextPool
 from training.worker.texts import TEXT_RULES
@@ -81,8 +82,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 class InProcessWorker:
     """The real work loop on a fake engine, stepped by the test instead of by doorbells."""
 
-    def __init__(self, engine: FakeEngine | None = None, text_pool: TextPool | None = None) -> None:
-        self.engine = engine or FakeEngine()
+    def __init__(self, engine: Engine | None = None, text_pool: TextPool | None = None) -> None:
+        self.engine = engine or fake_engine()
         figures = {"text_rules": TEXT_RULES}
         self.worker = worker_start(queue=base_model_get(None).queue, figures=figures)
         self.loop = WorkLoop(
@@ -109,9 +110,7 @@ def start_worker(db: None) -> Iterator[Callable[..., InProcessWorker]]:
     """``start_worker()``: a new worker life; ``work = start_worker(); work()`` runs what waits."""
     workers: list[InProcessWorker] = []
 
-    def start(
-        engine: FakeEngine | None = None, text_pool: TextPool | None = None
-    ) -> InProcessWorker:
+    def start(engine: Engine | None = None, text_pool: TextPool | None = None) -> InProcessWorker:
         if workers:
             workers[-1].die()
         workers.append(InProcessWorker(engine, text_pool))
@@ -177,7 +176,7 @@ def api(db: None, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
 @pytest.fixture(scope="session")
 def custom_loss_process() -> Iterator[Any]:
     """The process that computes custom losses; one for all tests, for it takes seconds to start."""
-    from training.worker.custom_loss_process import CustomLossProcess  # imports torch
+    from training.engine.custom_loss.process import CustomLossProcess  # imports torch
 
     process = CustomLossProcess()
     process.wait_until_ready()

@@ -40,4 +40,4 @@ def test_the_web_process_serves_the_views(web_modules: set[str]) -> None:
 
 
 def test_the_fake_engine_needs_no_torch() -> None:
-    assert "torch" not in modules_after("from training.engine.fake.engine import FakeEngine")
+    assert "torch" not in modules_after("from training.engine.fake.engine import fake_engine")

@@ -31,7 +31,7 @@ import numpy as np
 from tests.benchmarks.report import Report, at_most, results_option
 from tests.benchmarks.served_model import bare_engine
 from tinkerapi.server.postgres import EmbeddedPostgres
-from training.engine.interface import Engine, ForwardBackwardJob
+from training.engine.interface import Engine, ForwardBackwardJob, Trainer
 from training.types import AdamParams, Datum, LoraConfig
 
 RANK = 32  # the server's default
@@ -63,17 +63,17 @@ def make_data(vocab_size: int, datums: int, tokens: int) -> list[Datum]:
 class Bare:
     """The engine alone."""
 
-    def __init__(self, engine: Engine, data: list[Datum]) -> None:
-        self._engine = engine
-        engine.create_adapter("bare", LoraConfig(rank=RANK))
+    def __init__(self, trainer: Trainer, data: list[Datum]) -> None:
+        self._trainer = trainer
+        trainer.create_adapter("bare", LoraConfig(rank=RANK))
         self._job = ForwardBackwardJob(adapter_name="bare", data=data, loss_fn="cross_entropy")
 
     def prepare(self) -> None:
         pass
 
     def step(self) -> None:
-        self._engine.forward_backward([self._job])
-        self._engine.optim_step("bare", AdamParams())
+        self._trainer.forward_backward([self._job])
+        self._trainer.optim_step("bare", AdamParams())
 
     def finish(self) -> None:
         pass
@@ -156,8 +156,8 @@ def measure(report: Report, engine: Engine, postgres: EmbeddedPostgres, options:
     from futures.models import Future
     from training.models import Snapshot
 
-    data = make_data(engine.info.vocab_size, options.datums, options.tokens)
-    bare, durable = Bare(engine, data), Durable(engine, data)
+    data = make_data(engine.trainer.info.vocab_size, options.datums, options.tokens)
+    bare, durable = Bare(engine.trainer, data), Durable(engine, data)
     assert postgres.process is not None
     pid = postgres.process.pid
     others_cpu = partial(cpu_seconds_below, pid)
@@ -222,7 +222,7 @@ def main() -> None:
                 benchmark="durability_cost",
                 settings={
                     "model": given.folder.name,
-                    "dtype": engine.info.dtype,
+                    "dtype": engine.trainer.info.dtype,
                     "rank": RANK,
                     **vars(options),
                     "threads": given.threads,

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from training.engine.interface import ForwardBackwardJob
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
-from training.engine.torch.model_engine import TorchEngine
+from training.engine.torch.trainer import TorchTrainer
 from training.types import Datum, LoraConfig
 
 RESULTS = Path(__file__).parent / "results" / "packed_vs_peft.json"
@@ -72,21 +72,21 @@ def make_datum(num_tokens: int, vocab_size: int, seed: int, shared: int = 0) -> 
 
 
 class Packed:
-    """Our engine; all adapters in one call."""
+    """Our trainer; all adapters in one call."""
 
     def __init__(self, base_model: BaseModel, batches: Sequence[Sequence[Datum]]) -> None:
-        self.engine = TorchEngine(base_model)
+        self.trainer = TorchTrainer(base_model)
         self.jobs = []
         for i, data in enumerate(batches):
             name = f"adapter {i}"
-            self.engine.create_adapter(name, LoraConfig(rank=RANK, alpha=RANK, seed=i))
+            self.trainer.create_adapter(name, LoraConfig(rank=RANK, alpha=RANK, seed=i))
             self._give_b(name)
             self.jobs.append(
                 ForwardBackwardJob(adapter_name=name, data=data, loss_fn="cross_entropy")
             )
 
     def _give_b(self, name: str) -> None:
-        adapter = self.engine._adapters[name]
+        adapter = self.trainer._adapters[name]
         generator = torch.Generator().manual_seed(0)
         for module in adapter.layout.places:
             _, b = adapter.layout.pair(adapter.weights.flat, module)
@@ -94,11 +94,11 @@ class Packed:
 
     def run(self) -> list[float]:
         for job in self.jobs:
-            self.engine._adapters[job.adapter_name].grad.flat.zero_()
-        return [output.loss for output in self.engine.forward_backward(self.jobs)]  # type: ignore[union-attr]  # benchmark data is valid
+            self.trainer._adapters[job.adapter_name].grad.flat.zero_()
+        return [output.loss for output in self.trainer.forward_backward(self.jobs)]  # type: ignore[union-attr]  # benchmark data is valid
 
     def grad(self, i: int) -> np.ndarray[Any, Any]:
-        grad: np.ndarray[Any, Any] = self.engine.adapter_state(f"adapter {i}")["grad"]
+        grad: np.ndarray[Any, Any] = self.trainer.adapter_state(f"adapter {i}")["grad"]
         return grad
 
 
@@ -110,7 +110,7 @@ class Padded:
     ) -> None:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.batches = [self._pad(data) for data in batches]
-        self.layouts = [packed.engine._adapters[j.adapter_name].layout for j in packed.jobs]
+        self.layouts = [packed.trainer._adapters[j.adapter_name].layout for j in packed.jobs]
         config = peft.LoraConfig(
             r=RANK, lora_alpha=RANK, target_modules=list(self.layouts[0].places)
         )
@@ -118,7 +118,7 @@ class Padded:
         for i in range(1, len(batches)):
             self.model.add_adapter(str(i), config)
         for i, job in enumerate(packed.jobs):
-            flat = packed.engine._adapters[job.adapter_name].weights.flat
+            flat = packed.trainer._adapters[job.adapter_name].weights.flat
             for name in self.layouts[i].places:
                 for ours, theirs in zip(
                     self.layouts[i].pair(flat, name), self._pair(i, name), strict=True

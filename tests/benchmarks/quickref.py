@@ -124,11 +124,11 @@ class Bare:
     """The same requests, to the engine alone in this process."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        engine.create_adapter(MODEL_ID, LoraConfig())
+        self._trainer, self._renderer = engine.trainer, engine.renderer
+        self._trainer.create_adapter(MODEL_ID, LoraConfig())
 
     def job(self, batch: Batch) -> ForwardBackwardJob:
-        data = [self._engine.render_conversation(item, train_on="auto") for item in batch]
+        data = [self._renderer.render_conversation(item, train_on="auto") for item in batch]
         return ForwardBackwardJob(adapter_name=MODEL_ID, data=data, loss_fn="cross_entropy")
 
     def separate(self) -> list[float]:
@@ -140,7 +140,7 @@ class Bare:
     def run(self, jobs: list[ForwardBackwardJob]) -> list[float]:
         """Mean negative log-likelihood per trained token of each job."""
         losses = []
-        for job, output in zip(jobs, self._engine.forward_backward(jobs), strict=True):
+        for job, output in zip(jobs, self._trainer.forward_backward(jobs), strict=True):
             if not isinstance(output, ForwardBackwardOutput):
                 raise output
             weight = sum(float(datum.loss_fn_inputs["weights"].sum()) for datum in job.data)
@@ -148,7 +148,7 @@ class Bare:
         return losses
 
     def step(self, learning_rate: float) -> None:
-        self._engine.optim_step(MODEL_ID, AdamParams(learning_rate=learning_rate))
+        self._trainer.optim_step(MODEL_ID, AdamParams(learning_rate=learning_rate))
 
 
 def take_one_step(client: Client, bare: Bare) -> None:

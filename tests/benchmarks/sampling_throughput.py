@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.engine.interface import SampleJob
-from training.engine.renderer.chat_text import ChatText
+from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.torch.loading import load_base_model
 from training.types import SamplingParams
@@ -88,7 +88,7 @@ def compare(folder: str, dtype: str) -> list[dict[str, object]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     pad_id = AutoTokenizer.from_pretrained(folder).pad_token_id
     base_model = load_base_model(folder, device="cpu", dtype=dtype)
-    text = ChatText(base_model.tokenizer, base_model.info.vocab_size)
+    text = ChatRenderer(base_model.tokenizer, base_model.info.vocab_size)
     sampler = ContinuousSampler(base_model, text, lambda name: None)
     rows: list[dict[str, object]] = []
     for count in COUNTS:

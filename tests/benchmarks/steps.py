@@ -26,7 +26,7 @@ from tests.base_models import base_model_configs
 from tests.benchmarks.report import Report, at_least, at_most, results_option
 from tests.benchmarks.served_model import bare_engine, served, use_database_of
 from tests.server import Server
-from training.engine.interface import Engine, ForwardBackwardJob
+from training.engine.interface import ForwardBackwardJob, Trainer
 from training.types import AdamParams, Conversation, Datum, LoraConfig, Message
 
 TOKENS = list(range(8, 17))  # eight positions: next to nothing to compute
@@ -37,9 +37,9 @@ RUNS = 4
 class Bare:
     """The step on the engine alone, in this process."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        engine.create_adapter("bare", LoraConfig(rank=RANK))
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        trainer.create_adapter("bare", LoraConfig(rank=RANK))
         datum = Datum(
             model_input=np.array(TOKENS[:-1], np.int32),
             loss_fn_inputs={
@@ -50,8 +50,8 @@ class Bare:
         self._job = ForwardBackwardJob(adapter_name="bare", data=[datum], loss_fn="cross_entropy")
 
     def step(self) -> None:
-        self._engine.forward_backward([self._job])
-        self._engine.optim_step("bare", AdamParams())
+        self._trainer.forward_backward([self._job])
+        self._trainer.optim_step("bare", AdamParams())
 
 
 class Sdk:
@@ -91,7 +91,7 @@ def timed_ms(work: Any) -> float:
 
 
 def round_trips(report: Report, server: Server, folder: Path, pairs: int) -> None:
-    bare, sdk = Bare(bare_engine(folder)), Sdk(server, folder.name)
+    bare, sdk = Bare(bare_engine(folder).trainer), Sdk(server, folder.name)
     rounds = [(timed_ms(bare.step), timed_ms(sdk.step)) for _ in range(pairs + 3)][3:]
     report.add("a step of the bare engine", [alone for alone, _ in rounds], unit="ms")
     report.add("a step through the SDK", [called for _, called in rounds], unit="ms")
@@ -111,7 +111,7 @@ def control_plane(report: Report, steps: int, repetitions: int) -> None:
     from futures.workers import worker_start, worker_stop
     from training import services
     from training.base_models import base_model_get
-    from training.engine.fake.engine import FakeEngine
+    from training.engine.fake.engine import fake_engine
     from training.worker.loop import WorkLoop
 
     # A queue of its own, which the server's worker does not serve.
@@ -135,7 +135,7 @@ def control_plane(report: Report, steps: int, repetitions: int) -> None:
                 )
         worker = worker_start(queue=queue, figures={})
         loop = WorkLoop(
-            FakeEngine(), worker, stopping=lambda: False, bell_rang=lambda seconds: False
+            fake_engine(), worker, stopping=lambda: False, bell_rang=lambda seconds: False
         )
         begin = time.perf_counter()
         loop.run_until_idle()

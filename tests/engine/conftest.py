@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.reference import TinyEngine
+from tests.engine.reference import TinyTrainer
 from tests.engine.sampling_jobs import MakeSampler, job
 from tests.tiny_model import VOCAB_SIZE, make_tiny_model
 from training.engine.interface import BaseModelInfo, SampleJob
-from training.engine.renderer.chat_text import ChatText
+from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
@@ -60,18 +60,18 @@ def untied_base_model(untied_folder: Path) -> BaseModel:
 @pytest.fixture
 def make_engine(
     tied_base_model: BaseModel, untied_base_model: BaseModel
-) -> Callable[..., TinyEngine]:
+) -> Callable[..., TinyTrainer]:
     """A factory of engines without adapters; the frozen base models are shared."""
 
-    def make(*, tied: bool = True, token_budget: int = 4096) -> TinyEngine:
+    def make(*, tied: bool = True, token_budget: int = 4096) -> TinyTrainer:
         base_model = tied_base_model if tied else untied_base_model
-        return TinyEngine(base_model, token_budget=token_budget)
+        return TinyTrainer(base_model, token_budget=token_budget)
 
     return make
 
 
 @pytest.fixture
-def engine(make_engine: Callable[..., TinyEngine]) -> TinyEngine:
+def engine(make_engine: Callable[..., TinyTrainer]) -> TinyTrainer:
     return make_engine()
 
 
@@ -113,7 +113,7 @@ def make_datum() -> Callable[..., Datum]:
 
 
 @pytest.fixture
-def trained(make_engine: Callable[..., TinyEngine]) -> TinyEngine:
+def trained(make_engine: Callable[..., TinyTrainer]) -> TinyTrainer:
     """An engine with three adapters of different shapes, each far from the base model."""
     engine = make_engine()
     engine.create_adapter("narrow", LoraConfig(rank=2, alpha=4.0, train_unembed=False))
@@ -125,13 +125,13 @@ def trained(make_engine: Callable[..., TinyEngine]) -> TinyEngine:
 
 
 @pytest.fixture
-def make_sampler(trained: TinyEngine, tied_base_model: BaseModel) -> MakeSampler:
+def make_sampler(trained: TinyTrainer, tied_base_model: BaseModel) -> MakeSampler:
     """A factory of samplers over the trained engine's adapters."""
 
     def make(**options: int) -> ContinuousSampler:
         return ContinuousSampler(
             tied_base_model,
-            ChatText(tied_base_model.tokenizer, VOCAB_SIZE),
+            ChatRenderer(tied_base_model.tokenizer, VOCAB_SIZE),
             trained.adapter_weights,
             **options,
         )

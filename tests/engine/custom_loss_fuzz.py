@@ -21,6 +21,7 @@ import torch
 from training.custom_loss_graph import check_graph
 from training.custom_loss_limits import CPU_SECONDS, MEMORY_BYTES, WALL_SECONDS
 from training.custom_loss_ops import DTYPES, FUNCTIONS, METHODS, Signature
+from training.engine.custom_loss.process import CustomLossProcess
 from training.engine.custom_loss.run import (
     CustomLossInputs,
     CustomLossOutput,
@@ -28,7 +29,6 @@ from training.engine.custom_loss.run import (
     Work,
 )
 from training.errors import InvalidRequest, OutOfMemory
-from training.worker.custom_loss_process import CustomLossProcess
 
 INPUTS = [{"name": "logprobs", "rank": 1}]
 COUNTS = [-1, 0, 1, 2, 3, 7, 64, 2**12, 2**14, 2**20, 2**24, 2**31, 2**53, -(2**31)]

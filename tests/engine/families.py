@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.engine.reference import TinyEngine, peft_warnings_ignored
+from tests.engine.reference import TinyTrainer, peft_warnings_ignored
 from tests.tiny_model import VOCAB_SIZE, make_tokenizer
 from training.engine.interface import ForwardBackwardJob, SampleJob, SampleOutput
+from training.engine.renderer.chat_renderer import ChatRenderer
+from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.torch.loading import load_base_model
 from training.errors import BaseModelNotFound
 from training.types import Datum, ForwardBackwardOutput, LoraConfig, SamplingParams
@@ -97,16 +99,22 @@ def judge(folder: str) -> tuple[str, str, dict[str, float]]:
         base_model = load_base_model(folder, dtype="float32", device="cpu")
     except BaseModelNotFound as error:
         return "refused", str(error), {}
-    engine = TinyEngine(base_model, cache_tokens=4096)
-    engine.create_adapter("a", LoraConfig(rank=4, alpha=8.0))
-    flat = engine.adapter_state("a")["weights"]
+    trainer = TinyTrainer(base_model)
+    trainer.create_adapter("a", LoraConfig(rank=4, alpha=8.0))
+    flat = trainer.adapter_state("a")["weights"]
     values = np.random.default_rng(0).normal(size=flat.shape).astype(np.float32)
-    engine.set_weights("a", 0.05 * values)
-    stock = _PeftModel(folder, engine, "a")
+    trainer.set_weights("a", 0.05 * values)
+    sampler = ContinuousSampler(
+        base_model,
+        ChatRenderer(base_model.tokenizer, base_model.info.vocab_size),
+        trainer.adapter_weights,
+        cache_tokens=4096,
+    )
+    stock = _PeftModel(folder, trainer, "a")
     longest = base_model.info.max_context_tokens
     found = {
-        **_training(engine, stock, [min(9, longest), longest, min(5, longest)]),
-        **_sampling(engine, stock, longest),
+        **_training(trainer, stock, [min(9, longest), longest, min(5, longest)]),
+        **_sampling(sampler, stock, longest),
     }
     wrong = [name for name, difference in found.items() if not difference <= RIGHT]
     return ("wrong", ", ".join(wrong), found) if wrong else ("right", "", found)
@@ -115,8 +123,8 @@ def judge(folder: str) -> tuple[str, str, dict[str, float]]:
 class _PeftModel:
     """Stock transformers and peft, with one of the engine's adapters."""
 
-    def __init__(self, folder: str, engine: TinyEngine, adapter_name: str) -> None:
-        layout = engine.layout_of(adapter_name)
+    def __init__(self, folder: str, trainer: TinyTrainer, adapter_name: str) -> None:
+        layout = trainer.layout_of(adapter_name)
         base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
         config = peft.LoraConfig(
             r=layout.rank, lora_alpha=layout.config.alpha, target_modules=list(layout.places)
@@ -124,7 +132,7 @@ class _PeftModel:
         with peft_warnings_ignored():
             self._model = peft.get_peft_model(base, config).eval()
         self._layout = layout
-        flat = torch.from_numpy(engine.adapter_state(adapter_name)["weights"])
+        flat = torch.from_numpy(trainer.adapter_state(adapter_name)["weights"])
         for name in layout.places:
             for parameter, value in zip(self._pair(name), layout.pair(flat, name), strict=True):
                 parameter.data.copy_(value)
@@ -149,7 +157,7 @@ class _PeftModel:
         return flat.numpy()
 
 
-def _training(engine: TinyEngine, stock: _PeftModel, lengths: list[int]) -> Mapping[str, float]:
+def _training(trainer: TinyTrainer, stock: _PeftModel, lengths: list[int]) -> Mapping[str, float]:
     rng = np.random.default_rng(1)
     data, worst = [], 0.0
     sequences = [rng.integers(3, VOCAB_SIZE, length + 1).tolist() for length in lengths]
@@ -160,22 +168,22 @@ def _training(engine: TinyEngine, stock: _PeftModel, lengths: list[int]) -> Mapp
         }
         data.append(Datum(model_input=np.array(tokens[:-1]), loss_fn_inputs=inputs))
     job = ForwardBackwardJob(adapter_name="a", data=data, loss_fn="cross_entropy")
-    (result,) = engine.forward_backward([job])
+    (result,) = trainer.forward_backward([job])
     assert isinstance(result, ForwardBackwardOutput), result
     for datum, tokens, ours in zip(data, sequences, result.logprobs, strict=True):
         theirs = stock.logprobs(tokens)
         (-(theirs * torch.from_numpy(datum.loss_fn_inputs["weights"])).sum()).backward()
         worst = max(worst, float(np.abs(ours - theirs.detach().numpy()).max()))
     expected = stock.grad()
-    difference = np.linalg.norm(engine.grad("a") - expected) / np.linalg.norm(expected)
+    difference = np.linalg.norm(trainer.grad("a") - expected) / np.linalg.norm(expected)
     return {"training": worst, "gradient": float(difference)}
 
 
-def _sampling(engine: TinyEngine, stock: _PeftModel, longest: int) -> Mapping[str, float]:
+def _sampling(sampler: ContinuousSampler, stock: _PeftModel, longest: int) -> Mapping[str, float]:
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, VOCAB_SIZE, n).tolist() for n in (3, longest // 2)]
     for i, prompt in enumerate(prompts):
-        engine.sampler.admit(
+        sampler.admit(
             str(i),
             SampleJob(
                 prompt=prompt,
@@ -185,8 +193,8 @@ def _sampling(engine: TinyEngine, stock: _PeftModel, longest: int) -> Mapping[st
             ),
         )
     done: dict[str, Any] = {}
-    while engine.sampler.active:
-        done |= engine.sampler.step()
+    while sampler.active:
+        done |= sampler.step()
     sampled = scored = 0.0
     for i, prompt in enumerate(prompts):
         output = done[str(i)]

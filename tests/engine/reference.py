@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from training.engine.interface import ForwardBackwardJob
-from training.engine.torch.model_engine import TorchEngine
+from training.engine.torch.trainer import TorchTrainer
 from training.errors import TrainingError
 from training.types import Datum, ForwardBackwardOutput
 
 
-class TinyEngine(TorchEngine):
-    """A TorchEngine with what tests want to see and do."""
+class TinyTrainer(TorchTrainer):
+    """A TorchTrainer with what tests want to see and do."""
 
     def layout_of(self, adapter_name: str):
         return self._adapters[adapter_name].layout
@@ -59,7 +59,7 @@ class TinyEngine(TorchEngine):
 class PeftReference:
     """A peft model with the weights of one of our adapters."""
 
-    def __init__(self, folder: Path, engine: TinyEngine, adapter_name: str) -> None:
+    def __init__(self, folder: Path, engine: TinyTrainer, adapter_name: str) -> None:
         layout = engine.layout_of(adapter_name)
         base = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"

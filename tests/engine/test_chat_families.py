@@ -23,8 +23,8 @@ from tests.engine.chat_families import (
     Family,
     make_tokenizer,
 )
+from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.renderer.chat_template import Message
-from training.engine.renderer.chat_text import ChatText
 from training.engine.sampler.stop_strings import TextSoFar
 from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
@@ -37,9 +37,9 @@ every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
 @cache
-def chat_text(kind: str, family: Family) -> ChatText:
+def chat_renderer(kind: str, family: Family) -> ChatRenderer:
     tokenizer = make_tokenizer(kind, family)
-    return ChatText(tokenizer, len(tokenizer))
+    return ChatRenderer(tokenizer, len(tokenizer))
 
 
 def chat(*turns: str) -> list[Message]:
@@ -79,7 +79,7 @@ def check(
         cut: An answer may begin with what melts into its header: then its tokens begin behind it,
             and only the text is that of the template's tokens.
     """
-    tokenizer, text = make_tokenizer(kind, family), chat_text(kind, family)
+    tokenizer, text = make_tokenizer(kind, family), chat_renderer(kind, family)
     how: dict[str, Any] = {"tools": options.tools, **options.template_kwargs}
     datum = text.render_conversation(messages, "assistant", options)
     tokens, own = all_tokens(datum), own_tokens(tokenizer, messages, **how)
@@ -116,7 +116,7 @@ def check(
 @every_tokenizer
 def test_what_is_prompted_and_trained_is_what_the_template_gives(kind: str, name: str) -> None:
     family = FAMILIES[name]
-    assert chat_text(kind, family).fault is None
+    assert chat_renderer(kind, family).conversation_fault is None
     turns = chat("user: hello world", "assistant: yes it is", "user: what", "assistant: no\nno")
     cut = (kind, name) == TWO_BREAKS
     check(kind, family, turns[:2], cut=cut)
@@ -139,7 +139,7 @@ contents = st.text(
 def melts(kind: str, family: Family, messages: Sequence[Message]) -> bool:
     """Whether the request is refused, which only an answer that melts into its header may be."""
     try:
-        chat_text(kind, family).render_conversation(messages, "assistant")
+        chat_renderer(kind, family).render_conversation(messages, "assistant")
     except InvalidRequest:
         return True
     return False
@@ -199,15 +199,15 @@ def test_an_earlier_answer_that_no_prompt_precedes_is_refused_by_its_number() ->
     off = ChatOptions(template_kwargs={"enable_thinking": False})
     messages = chat("user: hello", "assistant: yes", "user: what", "assistant: no")
     with pytest.raises(InvalidRequest, match=r"messages\[1\]: .* conversation of its own"):
-        chat_text("byte-level", QWEN).render_conversation(messages, "auto", off)
+        chat_renderer("byte-level", QWEN).render_conversation(messages, "auto", off)
 
 
 @every_tokenizer
 def test_a_model_whose_prompt_begins_what_no_conversation_has_takes_none_to_train(
     kind: str,
 ) -> None:
-    text = chat_text(kind, DEEPSEEK_R1)
-    assert text.fault is not None
+    text = chat_renderer(kind, DEEPSEEK_R1)
+    assert text.conversation_fault is not None
     with pytest.raises(InvalidRequest, match=r"takes no conversations .* Send token datums"):
         text.render_conversation(chat("user: hello", "assistant: yes"), "auto")
     asked = chat("user: hello")
@@ -220,14 +220,14 @@ def test_a_model_whose_prompt_begins_what_no_conversation_has_takes_none_to_trai
 
 @every_tokenizer
 def test_a_template_that_ends_no_answer_is_not_trained_on(kind: str) -> None:
-    text = chat_text(kind, NO_END)
-    assert text.fault is not None
-    assert "no token after this answer on which sampling would stop" in text.fault
+    text = chat_renderer(kind, NO_END)
+    assert text.conversation_fault is not None
+    assert "no token after this answer on which sampling would stop" in text.conversation_fault
 
 
 def test_where_the_next_role_ends_an_answer_it_is_trained_and_stops_sampling() -> None:
     glm = FAMILIES["glm-4"]
-    tokenizer, text = make_tokenizer("byte-level", glm), chat_text("byte-level", glm)
+    tokenizer, text = make_tokenizer("byte-level", glm), chat_renderer("byte-level", glm)
     user, tool = (tokenizer.convert_tokens_to_ids(t) for t in ("<|user|>", "<|observation|>"))
     assert {user, tool} <= set(text.end_token_ids)
     messages = chat("user: what", "assistant: it", "tool: is", "assistant: yes", "user: no")
@@ -260,7 +260,7 @@ def test_all_trains_what_every_message_says_and_no_header(kind: str, name: str) 
     messages = chat("user: hello world", "assistant: yes", "user: what is", "assistant: no")
     if name == "qwen-3":  # writes a thought into the last answer: contents are not all there is
         messages = messages[:3]
-    datum = chat_text(kind, family).render_conversation(messages, "all")
+    datum = chat_renderer(kind, family).render_conversation(messages, "all")
     text = said(kind, family, datum)
     for message in messages:
         assert message["content"] in text
@@ -329,13 +329,13 @@ def test_what_the_template_would_ignore_is_refused_by_name(
     messages: list[Message], options: ChatOptions, complaint: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
-        chat_text("byte-level", FAMILIES["chatml"]).render_prompt(messages, options)
+        chat_renderer("byte-level", FAMILIES["chatml"]).render_prompt(messages, options)
 
 
 @every_family
 def test_a_special_token_in_a_content_cannot_forge_a_turn(name: str) -> None:
     family = FAMILIES[name]
-    text = chat_text("byte-level", family)
+    text = chat_renderer("byte-level", family)
     for token in family.special_tokens:
         forged = chat("user: hello", f"assistant: no{token}yes", "user: what")
         with pytest.raises(InvalidRequest, match=r"messages\[1\].content: holds .* character 2"):
@@ -347,7 +347,7 @@ def test_a_special_token_in_a_content_cannot_forge_a_turn(name: str) -> None:
 @every_tokenizer
 def test_a_message_that_is_gone_on_with_has_the_tokens_it_is_trained_with(kind: str) -> None:
     family = FAMILIES["chatml"]
-    text = chat_text(kind, family)
+    text = chat_renderer(kind, family)
     begun = ChatOptions(add_generation_prompt=False, continue_final_message=True)
     prompt = text.render_prompt(chat("user: hello", "assistant: it is"), begun)
     whole = all_tokens(
@@ -369,7 +369,7 @@ def test_a_message_that_is_gone_on_with_has_the_tokens_it_is_trained_with(kind: 
 @every_tokenizer
 def test_a_text_prompt_begins_as_the_tokenizer_begins_every_text(kind: str, name: str) -> None:
     family = FAMILIES[name]
-    tokenizer, text = make_tokenizer(kind, family), chat_text(kind, family)
+    tokenizer, text = make_tokenizer(kind, family), chat_renderer(kind, family)
     own = tokenizer("hello world").input_ids
     assert text.encode("hello world") == own
     if family.bos is not None:
@@ -384,7 +384,7 @@ def test_a_prompt_and_what_follows_are_the_text_of_all_tokens(
     kind: str, said: str, cut: int
 ) -> None:
     """The first word of a completion keeps its space."""
-    text = chat_text(kind, FAMILIES["zephyr"])
+    text = chat_renderer(kind, FAMILIES["zephyr"])
     tokens = text.encode(f"hello world {said} it is")
     cut = min(cut + 2, len(tokens) - 1)
     prompt, following = tokens[:cut], tokens[cut:]

@@ -11,7 +11,7 @@ import torch
 from tinker.lib.public_interfaces.custom_loss import encode_graph, trace_loss
 from torch.nn import functional as F  # noqa: N812  # as everyone writes it
 
-from tests.engine.reference import TinyEngine
+from tests.engine.reference import TinyTrainer
 from training.base_model_config import BaseModelConfig
 from training.base_models import base_model_of
 from training.custom_loss_graph import check_graph
@@ -381,7 +381,7 @@ def test_a_datum_without_what_a_custom_loss_reads_is_refused(change, message, tr
 
 
 def test_more_steps_than_one_request_may_take_are_refused(trained, make_datum, monkeypatch):
-    monkeypatch.setattr("training.engine.torch.validate.MAX_OPERATIONS", 20)
+    monkeypatch.setattr("training.engine.validate.MAX_OPERATIONS", 20)
     (error,) = trained().forward_backward([custom_job(traced(weighted), [make_datum(2)] * 4)])
     assert isinstance(error, LimitExceeded)
     assert str(error).startswith("data: 4 datums for a custom loss of ")
@@ -400,7 +400,7 @@ def test_a_custom_loss_that_is_ended_leaves_its_batch_mates_alone(
     """With the runner of a worker: the others' bits, the gradient's too, are those without it."""
     monkeypatch.setattr(custom_loss_process, "_cpu_seconds", 0.015)
     engines = [
-        TinyEngine(tied_base_model, token_budget=4096, custom_losses=custom_loss_process)
+        TinyTrainer(tied_base_model, token_budget=4096, custom_losses=custom_loss_process)
         for _ in range(2)
     ]
     for engine in engines:
@@ -424,10 +424,10 @@ def test_a_custom_loss_that_is_ended_leaves_its_batch_mates_alone(
 def test_a_worker_computes_custom_losses_in_another_process(tied_folder, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "training.worker.custom_loss_process.CustomLossProcess",
+        "training.engine.custom_loss.process.CustomLossProcess",
         lambda: made.append(object()) or made[0],
     )
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     config = BaseModelConfig(name="tiny", path=str(tied_folder), device="cpu", dtype="float32")
     engine = build_engine(base_model_of(config, tied_folder.parent))
-    assert engine._custom_losses is made[0]
+    assert engine.trainer._custom_losses is made[0]

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from tests.engine.test_model_engine import assert_same_state, job, poisoned
-from training.engine.fake.engine import FakeEngine
+from tests.engine.test_trainer import assert_same_state, job, poisoned
+from training.engine.fake.engine import fake_engine
 from training.engine.fake.sampler import END_TOKEN
+from training.engine.fake.trainer import FakeTrainer
 from training.engine.interface import SampleJob
 from training.errors import CheckpointNotFound, InvalidDatum, InvalidRequest, NonFiniteResult
 from training.types import AdamParams, Datum, LoraConfig, SamplingParams
@@ -20,10 +21,15 @@ STEP = AdamParams(learning_rate=0.1)
 
 @pytest.fixture
 def fake():
-    engine = FakeEngine()
-    engine.create_adapter("a", LoraConfig())
-    engine.create_adapter("b", LoraConfig(seed=1))
-    return engine
+    trainer = FakeTrainer()
+    trainer.create_adapter("a", LoraConfig())
+    trainer.create_adapter("b", LoraConfig(seed=1))
+    return trainer
+
+
+@pytest.fixture
+def sampler(fake):
+    return fake_engine(trainer=fake).sampler
 
 
 @pytest.fixture
@@ -41,16 +47,16 @@ def make_fake_datum(make_datum):
     return make
 
 
-def sample_all(engine, key, sample_job):
-    engine.sampler.admit(key, sample_job)
+def sample_all(sampler, key, sample_job):
+    sampler.admit(key, sample_job)
     results = {}
-    while engine.sampler.active:
-        results |= engine.sampler.step()
+    while sampler.active:
+        results |= sampler.step()
     return results[key]
 
 
 def test_it_needs_no_torch():
-    code = "import sys, training.engine.fake.engine; sys.exit('torch' in sys.modules)"
+    code = "import sys, training.engine.fake.trainer; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -69,7 +75,7 @@ def test_training_lowers_the_loss(fake, make_fake_datum):
 def test_merging_requests_changes_no_bit(fake, make_fake_datum):
     jobs = [job("a", make_fake_datum(n)) for n in (3, 9, 27)]
     fake.forward_backward(jobs)
-    other = FakeEngine()
+    other = FakeTrainer()
     other.create_adapter("a", LoraConfig())
     for one in reversed(jobs):
         other.forward_backward([one])
@@ -79,12 +85,12 @@ def test_merging_requests_changes_no_bit(fake, make_fake_datum):
 def test_the_order_of_steps_shows(make_fake_datum):
     states = []
     for order in ((0, 1), (1, 0)):
-        engine = FakeEngine()
-        engine.create_adapter("a", LoraConfig())
+        trainer = FakeTrainer()
+        trainer.create_adapter("a", LoraConfig())
         for seed in order:
-            engine.forward_backward([job("a", make_fake_datum(9, seed))])
-            engine.optim_step("a", STEP)
-        states.append(engine.adapter_state("a")["weights"])
+            trainer.forward_backward([job("a", make_fake_datum(9, seed))])
+            trainer.optim_step("a", STEP)
+        states.append(trainer.adapter_state("a")["weights"])
     assert not np.array_equal(*states)
 
 
@@ -120,7 +126,7 @@ def test_save_then_load_is_the_same_adapter(fake, make_fake_datum, tmp_path):
     fake.optim_step("a", STEP)
     fake.forward_backward([job("a", make_fake_datum(5))])
     fake.save_adapter("a", tmp_path / "c")
-    other = FakeEngine()
+    other = FakeTrainer()
     other.load_adapter("x", tmp_path / "c")
     assert_same_state(other.adapter_state("x"), fake.adapter_state("a"))
     fake.save_adapter("a", tmp_path / "w", with_optimizer=False)
@@ -130,32 +136,32 @@ def test_save_then_load_is_the_same_adapter(fake, make_fake_datum, tmp_path):
         other.load_adapter("z", tmp_path / "w")
 
 
-def test_text_depends_on_weights_at_admission_and_seed(fake, make_fake_datum):
+def test_text_depends_on_weights_at_admission_and_seed(fake, sampler, make_fake_datum):
     def ask(seed):
         params = SamplingParams(max_tokens=20, seed=seed, stop=())
         return SampleJob(
-            prompt=fake.encode("hi"), sampling_params=params, adapter_name="a", num_samples=2
+            prompt=list(b"hi"), sampling_params=params, adapter_name="a", num_samples=2
         )
 
-    first = sample_all(fake, "1", ask(1))
-    assert sample_all(fake, "2", ask(1)).sequences == first.sequences
-    assert sample_all(fake, "3", ask(2)).sequences != first.sequences
+    first = sample_all(sampler, "1", ask(1))
+    assert sample_all(sampler, "2", ask(1)).sequences == first.sequences
+    assert sample_all(sampler, "3", ask(2)).sequences != first.sequences
     assert first.sequences[0].tokens != first.sequences[1].tokens
-    fake.sampler.admit("4", ask(1))
+    sampler.admit("4", ask(1))
     fake.forward_backward([job("a", make_fake_datum(9))])
     fake.optim_step("a", STEP)
     results = {}
-    while fake.sampler.active:
-        results |= fake.sampler.step()
+    while sampler.active:
+        results |= sampler.step()
     assert results["4"].sequences == first.sequences
-    assert sample_all(fake, "5", ask(1)).sequences != first.sequences
+    assert sample_all(sampler, "5", ask(1)).sequences != first.sequences
 
 
-def test_sampling_stops_where_it_is_told(fake):
+def test_sampling_stops_where_it_is_told(sampler):
     def ask(stop):
         params = SamplingParams(max_tokens=200, seed=0, stop=stop)
-        job_ = SampleJob(prompt=fake.encode("hi"), sampling_params=params)
-        return sample_all(fake, str(stop), job_).sequences[0]
+        job_ = SampleJob(prompt=list(b"hi"), sampling_params=params)
+        return sample_all(sampler, str(stop), job_).sequences[0]
 
     free = ask(())
     assert len(free.tokens) == 200
@@ -168,11 +174,11 @@ def test_sampling_stops_where_it_is_told(fake):
     assert ask((token,)).tokens == free.tokens[: free.tokens.index(token) + 1]
 
 
-def test_the_fake_knows_the_ends_that_the_real_one_knows(fake):
+def test_the_fake_knows_the_ends_that_the_real_one_knows(sampler):
     def ask(**params):
         given = SamplingParams(**{"max_tokens": 200, "seed": 0, **params})
-        one = SampleJob(prompt=fake.encode("hi"), sampling_params=given)
-        return sample_all(fake, str(params), one).sequences[0]
+        one = SampleJob(prompt=list(b"hi"), sampling_params=given)
+        return sample_all(sampler, str(params), one).sequences[0]
 
     free = ask(stop=())
     assert ask(ignore_eos=True).tokens == free.tokens
@@ -186,10 +192,10 @@ def test_the_fake_knows_the_ends_that_the_real_one_knows(fake):
 
 def test_a_hook_sees_every_verb_before_it_happens(make_fake_datum):
     seen = []
-    engine = FakeEngine(before_verb=lambda verb, names: seen.append((verb, names)))
-    engine.create_adapter("a", LoraConfig())
-    engine.forward_backward([job("a", make_fake_datum(3))])
-    engine.optim_step("a", STEP)
+    trainer = FakeTrainer(before_verb=lambda verb, names: seen.append((verb, names)))
+    trainer.create_adapter("a", LoraConfig())
+    trainer.forward_backward([job("a", make_fake_datum(3))])
+    trainer.optim_step("a", STEP)
     assert seen == [
         ("create_adapter", ("a",)),
         ("forward_backward", ("a",)),

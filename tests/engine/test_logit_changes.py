@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from tests.engine.reference import PeftReference, TinyEngine
+from tests.engine.reference import PeftReference, TinyTrainer
 from tests.engine.sampling_jobs import PROMPT, MakeSampler, job, run, sample
 from tests.engine.test_sampling import reference_logprobs
 from tests.engine.test_sampling_choice import logits_of
@@ -68,7 +68,7 @@ def test_a_changed_row_is_drawn_as_if_its_logits_had_been_those(cut: dict[str, f
 
 
 def test_a_greedy_job_with_a_repetition_penalty_is_what_generate_says(
-    tied_folder: Path, trained: TinyEngine, sampler: ContinuousSampler
+    tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler
 ) -> None:
     reference = PeftReference(tied_folder, trained, "wide")
     expected = reference.model.generate(

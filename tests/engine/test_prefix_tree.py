@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.engine.reference import PeftReference, TinyEngine
+from tests.engine.reference import PeftReference, TinyTrainer
 from tests.tiny_model import VOCAB_SIZE
 from training.engine.interface import ForwardBackwardJob
 from training.engine.torch.attention.short import SHORT_TOKENS
@@ -25,7 +25,7 @@ from training.engine.torch.packing.prefix_tree import (
 from training.types import Datum, LoraConfig
 
 MakeDatum = Callable[..., Datum]
-MakeEngine = Callable[..., TinyEngine]
+MakeEngine = Callable[..., TinyTrainer]
 
 
 def beginning_with(beginning: Sequence[int], datum: Datum) -> Datum:
@@ -198,7 +198,7 @@ def test_jobs_share_with_each_other_only_where_bits_do_not_count(
     ]
     together, one_by_one, as_on_a_gpu = make_engine(), make_engine(), make_engine()
     as_on_a_gpu._sums_by_job = False
-    rows: dict[TinyEngine, int] = dict.fromkeys((together, one_by_one, as_on_a_gpu), 0)
+    rows: dict[TinyTrainer, int] = dict.fromkeys((together, one_by_one, as_on_a_gpu), 0)
     for engine in rows:
         engine.create_adapter("a", LoraConfig(rank=4))
         engine.randomise("a")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.reference import PeftReference, TinyEngine
+from tests.engine.reference import PeftReference, TinyTrainer
 from tests.engine.sampling_jobs import MakeSampler, job, run
 from tests.tiny_model import VOCAB_SIZE
 from training.engine.interface import SampleJob, SampleOutput
@@ -21,7 +21,7 @@ TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 
 
 @pytest.fixture
-def expected(trained: TinyEngine, tied_folder: Path) -> torch.Tensor:
+def expected(trained: TinyTrainer, tied_folder: Path) -> torch.Tensor:
     """(P, V) log-probabilities under the adapter; row i is of what follows prompt[: i + 1]."""
     reference = PeftReference(tied_folder, trained, "wide")
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_greedy_alternatives_are_the_likeliest_token(
 
 
 def test_the_likeliest_sampled_tokens_are_of_the_tempered_distribution(
-    make_sampler: MakeSampler, trained: TinyEngine, tied_folder: Path
+    make_sampler: MakeSampler, trained: TinyTrainer, tied_folder: Path
 ) -> None:
     asked = scored(num_samples=2, topk_sample_logprobs=4)
     asked = replace(asked, sampling_params=replace(asked.sampling_params, temperature=0.6))

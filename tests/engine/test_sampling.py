@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.reference import PeftReference, TinyEngine
+from tests.engine.reference import PeftReference, TinyTrainer
 from tests.engine.sampling_jobs import PROMPT, MakeSampler, job, run, run_all, sample
 from tests.tiny_model import END_TOKEN, SPECIAL_TOKENS, VOCAB_SIZE, make_tokenizer
 from training.engine.interface import SampleJob, SampleOutput
@@ -33,7 +33,7 @@ def reference_logprobs(
 
 @pytest.mark.parametrize("adapter_name", ["narrow", "wide", "other"])
 def test_greedy_is_what_generate_says(
-    tied_folder: Path, trained: TinyEngine, sampler: ContinuousSampler, adapter_name: str
+    tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler, adapter_name: str
 ) -> None:
     reference = PeftReference(tied_folder, trained, adapter_name)
     expected = reference.model.generate(
@@ -52,7 +52,7 @@ def test_greedy_is_what_generate_says(
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.5])
 def test_logprobs_are_those_of_an_independent_forward_at_the_jobs_temperature(
-    tied_folder: Path, trained: TinyEngine, sampler: ContinuousSampler, temperature: float
+    tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler, temperature: float
 ) -> None:
     reference = PeftReference(tied_folder, trained, "wide")
     one = job(adapter_name="wide", num_samples=3, temperature=temperature)
@@ -62,7 +62,7 @@ def test_logprobs_are_those_of_an_independent_forward_at_the_jobs_temperature(
 
 
 def test_greedy_logprobs_are_untempered(
-    tied_folder: Path, trained: TinyEngine, sampler: ContinuousSampler
+    tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler
 ) -> None:
     reference = PeftReference(tied_folder, trained, "narrow")
     ours = sample(sampler, job(adapter_name="narrow", temperature=0.0))
@@ -71,7 +71,7 @@ def test_greedy_logprobs_are_untempered(
 
 
 def test_top_k_and_top_p_do_not_change_a_tokens_logprob(
-    tied_folder: Path, trained: TinyEngine, sampler: ContinuousSampler
+    tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler
 ) -> None:
     reference = PeftReference(tied_folder, trained, "other")
     ours = sample(sampler, job(adapter_name="other", top_k=5, top_p=0.5))
@@ -81,7 +81,7 @@ def test_top_k_and_top_p_do_not_change_a_tokens_logprob(
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 256])
 def test_prompt_logprobs_are_those_of_a_forward_pass_however_the_prompt_is_cut(
-    tied_folder: Path, trained: TinyEngine, make_sampler: MakeSampler, chunk: int
+    tied_folder: Path, trained: TinyTrainer, make_sampler: MakeSampler, chunk: int
 ) -> None:
     prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, 29).tolist()
     one = job(prompt, adapter_name="wide", prompt_logprobs=True, temperature=0.3)
@@ -94,7 +94,7 @@ def test_prompt_logprobs_are_those_of_a_forward_pass_however_the_prompt_is_cut(
 
 
 def test_prompt_logprobs_are_what_forward_says(
-    trained: TinyEngine, sampler: ContinuousSampler
+    trained: TinyTrainer, sampler: ContinuousSampler
 ) -> None:
     one = job(adapter_name="narrow", prompt_logprobs=True)
     datum = Datum(
@@ -159,7 +159,7 @@ def test_sampling_neither_reads_nor_moves_the_global_random_state(
 
 
 def test_training_after_admission_does_not_change_a_job(
-    trained: TinyEngine, make_sampler: MakeSampler, make_datum: Callable[..., Datum]
+    trained: TinyTrainer, make_sampler: MakeSampler, make_datum: Callable[..., Datum]
 ) -> None:
     expected = sample(make_sampler(), job(adapter_name="wide"))
     sampler = make_sampler()
@@ -181,7 +181,7 @@ def test_training_after_admission_does_not_change_a_job(
 
 
 def test_an_adapter_dropped_after_admission_serves_the_job_to_its_end(
-    trained: TinyEngine, make_sampler: MakeSampler
+    trained: TinyTrainer, make_sampler: MakeSampler
 ) -> None:
     expected = sample(make_sampler(), job(adapter_name="wide"))
     sampler = make_sampler()
@@ -193,7 +193,7 @@ def test_an_adapter_dropped_after_admission_serves_the_job_to_its_end(
 
 
 def test_sampling_leaves_training_as_it_was(
-    trained: TinyEngine, sampler: ContinuousSampler, make_datum: Callable[..., Datum]
+    trained: TinyTrainer, sampler: ContinuousSampler, make_datum: Callable[..., Datum]
 ) -> None:
     """Weights converted for sampling must be fit for a backward pass later."""
     run(sampler, job(adapter_name="wide"))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_model import VOCAB_SIZE
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.engine import fake_engine
 from training.engine.interface import SampleJob, Sampler
-from training.engine.renderer.chat_text import ChatText
+from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.sampler.stop_strings import StopWatch, TextSoFar
 from training.engine.torch.base_model import BaseModel
@@ -88,7 +88,7 @@ def check(sampler: Sampler, *stops: str) -> None:
 
 
 def test_the_sampler_tells_growing_beginnings_of_its_texts(tied_base_model: BaseModel) -> None:
-    text = ChatText(tied_base_model.tokenizer, VOCAB_SIZE)
+    text = ChatRenderer(tied_base_model.tokenizer, VOCAB_SIZE)
 
     def no_adapter(name: str) -> None:
         raise KeyError(name)
@@ -98,12 +98,12 @@ def test_the_sampler_tells_growing_beginnings_of_its_texts(tied_base_model: Base
 
 
 def test_the_fake_sampler_does_too() -> None:
-    check(FakeEngine().sampler)
-    check(FakeEngine().sampler, "not said")
+    check(fake_engine().sampler)
+    check(fake_engine().sampler, "not said")
 
 
 def test_each_token_has_its_own_text_and_its_place(tied_base_model: BaseModel) -> None:
-    text = ChatText(tied_base_model.tokenizer, VOCAB_SIZE)
+    text = ChatRenderer(tied_base_model.tokenizer, VOCAB_SIZE)
     said = "aé€😀 b"
     tokens = [*text.encode(said), *text.end_token_ids[:1]]
     placed = text.token_texts(tokens)

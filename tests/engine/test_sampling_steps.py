@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.reference import TinyEngine
+from tests.engine.reference import TinyTrainer
 from tests.engine.sampling_jobs import MakeSampler, job, run, run_all, sample
 from tests.tiny_model import VOCAB_SIZE
 from training.engine.interface import SampleJob, SampleOutput
@@ -104,7 +104,7 @@ def test_without_max_tokens_a_job_takes_what_the_cache_has(make_sampler: MakeSam
 
 
 def test_a_job_whose_logits_are_not_finite_fails_alone(
-    trained: TinyEngine, make_sampler: MakeSampler, crowd: dict[str, SampleJob]
+    trained: TinyTrainer, make_sampler: MakeSampler, crowd: dict[str, SampleJob]
 ) -> None:
     expected = run_all(make_sampler(), crowd)
     trained.create_adapter("broken", LoraConfig(rank=2))

@@ -18,16 +18,16 @@ from tests.tiny_model import (
     VOCAB_SIZE,
     make_tokenizer,
 )
-from training.engine.renderer import chat_text as text_module
+from training.engine.renderer import chat_renderer as text_module
+from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.renderer.chat_template import Message
-from training.engine.renderer.chat_text import ChatText
 from training.errors import InvalidRequest
 from training.types import Datum
 
 END = "<|im_end|>"
 HEAD = f"<|im_start|>system\n{DEFAULT_SYSTEM_MESSAGE}{END}\n"
 
-TINY = ChatText(make_tokenizer(), VOCAB_SIZE)
+TINY = ChatRenderer(make_tokenizer(), VOCAB_SIZE)
 
 contents = st.text(
     alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t")),
@@ -48,10 +48,10 @@ def chat(*turns: str) -> list[Message]:
     return [{"role": role, "content": content} for role, content in pairs]
 
 
-def text_with_template(chat_template: str | None) -> ChatText:
+def text_with_template(chat_template: str | None) -> ChatRenderer:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = chat_template
-    return ChatText(tokenizer, VOCAB_SIZE)
+    return ChatRenderer(tokenizer, VOCAB_SIZE)
 
 
 def trained_tokens(datum: Datum) -> list[int]:
@@ -194,7 +194,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 @given(messages_of_any_roles, contents)
 @settings(deadline=None)
 def test_no_token_melts_a_header_into_what_follows_it(messages: list[Message], reply: str) -> None:
-    text = ChatText(merging_tokenizer(), VOCAB_SIZE + 2)
+    text = ChatRenderer(merging_tokenizer(), VOCAB_SIZE + 2)
     conversation = [*messages, {"role": "assistant", "content": reply}]
     datum = text.render_conversation(conversation, "assistant")
     assert merging_tokenizer().decode(trained_tokens(datum)) == said(conversation, ["assistant"])
@@ -203,7 +203,7 @@ def test_no_token_melts_a_header_into_what_follows_it(messages: list[Message], r
 
 
 def test_where_nothing_melts_the_tokens_are_those_of_the_whole_text() -> None:
-    text = ChatText(merging_tokenizer(), VOCAB_SIZE + 2)
+    text = ChatRenderer(merging_tokenizer(), VOCAB_SIZE + 2)
     messages = chat("user: a\n\nb", "assistant: c\n d")
     whole = merging_tokenizer().apply_chat_template(messages, tokenize=False)
     expected = merging_tokenizer()(whole, add_special_tokens=False).input_ids
@@ -263,7 +263,7 @@ def test_a_template_that_does_not_end_is_found_out_when_it_is_tried(
 ) -> None:
     monkeypatch.setattr(text_module, "TRY_SECONDS", 0.2)
     loops = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
-    assert "takes more than 0.2 seconds" in str(text_with_template(loops).fault)
+    assert "takes more than 0.2 seconds" in str(text_with_template(loops).conversation_fault)
     assert text_with_template(loops).encode("a") == TINY.encode("a"), "and text is served"
 
 
@@ -279,7 +279,7 @@ def test_end_tokens_are_the_tokenizers_the_models_and_the_templates() -> None:
     assert TINY.end_token_ids == (END_TOKEN,)
     tokenizer = make_tokenizer()
     tokenizer.eos_token = SPECIAL_TOKENS[0]  # a base model whose template says otherwise
-    assert ChatText(tokenizer, VOCAB_SIZE, end_token_ids=[9]).end_token_ids == (0, END_TOKEN, 9)
+    assert ChatRenderer(tokenizer, VOCAB_SIZE, end_token_ids=[9]).end_token_ids == (0, END_TOKEN, 9)
 
 
 def test_decode_leaves_special_tokens_out_and_encode_reads_them() -> None:
@@ -316,7 +316,7 @@ def test_a_bad_conversation_is_refused_by_name(
 
 
 def test_a_token_that_the_model_does_not_know_is_refused() -> None:
-    small = ChatText(make_tokenizer(), END_TOKEN + 1)
+    small = ChatRenderer(make_tokenizer(), END_TOKEN + 1)
     assert small.encode(END) == [END_TOKEN]
     with pytest.raises(InvalidRequest, match="not in the base model's vocabulary of 3"):
         small.encode("a")

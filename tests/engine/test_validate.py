@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from training.engine.interface import ForwardBackwardJob
-from training.engine.torch.validate import check_adam_params, check_job, check_lora_config
+from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import InvalidRequest
 from training.loss_fns import LOSS_FNS, TOLERATED_INPUTS
 from training.types import AdamParams, Datum, LoraConfig

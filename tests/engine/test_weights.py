@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.reference import peft_warnings_ignored
-from tests.engine.test_model_engine import STEP, assert_same_state
+from tests.engine.test_trainer import STEP, assert_same_state
 from training.errors import (
     CheckpointExists,
     CheckpointNotFound,

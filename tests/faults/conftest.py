@@ -54,7 +54,7 @@ def train(owner: User) -> Callable[..., list[Future]]:
 def state_of(worker: InProcessWorker, name: str) -> State:
     """The run's adapter, rebuilt if need be."""
     run = Run.objects.get(name=name)
-    return worker.engine.adapter_state(worker.loop.adapter_cache.bring_run(run))
+    return worker.engine.trainer.adapter_state(worker.loop.adapter_cache.bring_run(run))
 
 
 def assert_same(one: State, other: State) -> None:

@@ -12,32 +12,32 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import django
 
-from training.engine.fake.engine import FakeEngine
-from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
+from training.engine.fake.engine import fake_engine
+from training.engine.fake.sampler import END_TOKEN
+from training.engine.fake.trainer import FakeTrainer
+from training.engine.interface import ForwardBackwardJob
+from training.errors import TrainingError
+from training.types import ForwardBackwardOutput
 
 
-class FaultyEngine(FakeEngine):
-    def render_conversation(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        train_on: str,
-        options: ChatOptions = NO_CHAT_OPTIONS,
-    ) -> Datum:
-        words = messages[0]["content"]
+class FaultyTrainer(FakeTrainer):
+    def forward_backward(
+        self, jobs: Sequence[ForwardBackwardJob]
+    ) -> list[ForwardBackwardOutput | TrainingError]:
         note = Path(sys.argv[1]) / "hung"
-        if words.startswith("hang") and not note.exists():
-            note.touch()
-            threading.Event().wait()
-        if words.startswith("poison"):
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return super().render_conversation(messages, train_on=train_on, options=options)
+        for datum in (datum for job in jobs for datum in job.data):
+            words = bytes(token for token in datum.model_input.tolist() if token < END_TOKEN)
+            if words.startswith(b"user: hang") and not note.exists():
+                note.touch()
+                threading.Event().wait()
+            if words.startswith(b"user: poison"):
+                os.kill(os.getpid(), signal.SIGSEGV)
+        return super().forward_backward(jobs)
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     from training.base_models import base_model_get
     from training.worker.process import run_worker
 
-    run_worker(base_model_get(None), lambda base_model: FaultyEngine())
+    run_worker(base_model_get(None), lambda base_model: fake_engine(trainer=FaultyTrainer()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pytest_django import Settings
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import assert_all_ready, assert_same, state_of
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.engine import fake_engine
 from training.models import Run, Snapshot
 
 Start = Callable[..., InProcessWorker]
@@ -92,7 +92,7 @@ def unbroken(start_worker: Start, train: Train) -> dict[str, object]:
 def steps_replayed(start_worker: Start, expected: dict[str, object]) -> int:
     """Optimizer steps that a new worker repeats until its run is the same as the unbroken one."""
     verbs: list[str] = []
-    engine = FakeEngine(before_verb=lambda verb, names: verbs.append(verb))
+    engine = fake_engine(before_verb=lambda verb, names: verbs.append(verb))
     assert_same(state_of(start_worker(engine), "m"), expected)
     return verbs.count("optim_step")
 

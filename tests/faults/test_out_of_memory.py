@@ -18,11 +18,12 @@ from tests.conftest import InProcessWorker
 from tests.faults.conftest import State, assert_all_ready, assert_same, state_of
 from tests.tiny_model import make_tiny_model
 from training import services
-from training.engine.fake.engine import FakeEngine
+from training.engine.factory import engine_over
+from training.engine.fake.engine import fake_engine
 from training.engine.interface import ForwardBackwardJob
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
-from training.engine.torch.model_engine import TorchEngine
+from training.engine.torch.trainer import TorchTrainer
 from training.errors import OutOfMemory
 from training.types import AdamParams, Datum, LoraConfig
 
@@ -116,7 +117,7 @@ def test_a_batch_that_does_not_fit_is_split_and_only_what_never_fits_fails(
         return [*futures, step.future, submit(name, 40)]
 
     def run(prefix: str) -> tuple[list[float], list[Future], list[State]]:
-        work = start_worker(TorchEngine(base_model, token_budget=4096))
+        work = start_worker(engine_over(base_model, batch_tokens=4096))
         too_large: list[Future] = []
         names = [f"{prefix}-{name}" for name in "ab"]
         futures = [future for name in names for future in train(name, also=too_large)]
@@ -142,8 +143,8 @@ def test_a_batch_that_does_not_fit_is_split_and_only_what_never_fits_fails(
 def test_what_filled_the_memory_is_freed_before_the_rest_is_tried(
     base_model: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = TorchEngine(base_model)
-    engine.create_adapter("a", LoraConfig(rank=2))
+    trainer = TorchTrainer(base_model)
+    trainer.create_adapter("a", LoraConfig(rank=2))
     filled: list[weakref.ref[torch.Tensor]] = []
     forward = base_model._decoder.forward
 
@@ -161,7 +162,7 @@ def test_what_filled_the_memory_is_freed_before_the_rest_is_tried(
         loss_fn_inputs={"target_tokens": np.arange(30), "weights": np.ones(30, np.float32)},
     )
     job = ForwardBackwardJob(adapter_name="a", data=[datum], loss_fn="cross_entropy")
-    results = engine.forward_backward([job, job])
+    results = trainer.forward_backward([job, job])
     assert not any(isinstance(result, Exception) for result in results)
     assert len(filled) == 3
 
@@ -170,25 +171,25 @@ def test_what_filled_the_memory_is_freed_before_the_rest_is_tried(
 def test_a_step_a_creation_and_a_load_without_room_change_nothing(
     base_model: BaseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
-    engine = TorchEngine(base_model)
-    engine.create_adapter("a", LoraConfig(rank=2))
-    engine.save_adapter("a", tmp_path / "saved")
-    engine.optim_step("a", AdamParams(learning_rate=0.1, weight_decay=0.5))
-    before = engine.adapter_state("a")
+    trainer = TorchTrainer(base_model)
+    trainer.create_adapter("a", LoraConfig(rank=2))
+    trainer.save_adapter("a", tmp_path / "saved")
+    trainer.optim_step("a", AdamParams(learning_rate=0.1, weight_decay=0.5))
+    before = trainer.adapter_state("a")
 
     def no_room(*args: Any, **kwargs: Any) -> Any:
         raise error
 
     monkeypatch.setattr(torch, "zeros_like", no_room)
     with pytest.raises(OutOfMemory):
-        engine.optim_step("a", AdamParams(learning_rate=0.1, weight_decay=0.5))
+        trainer.optim_step("a", AdamParams(learning_rate=0.1, weight_decay=0.5))
     with pytest.raises(OutOfMemory):
-        engine.create_adapter("b", LoraConfig(rank=2))
+        trainer.create_adapter("b", LoraConfig(rank=2))
     with pytest.raises(OutOfMemory):
-        engine.load_adapter("a", tmp_path / "saved")
+        trainer.load_adapter("a", tmp_path / "saved")
     monkeypatch.undo()
-    assert engine.adapter_names() == ["a"]
-    assert_same(engine.adapter_state("a"), before)
+    assert trainer.adapter_names() == ["a"]
+    assert_same(trainer.adapter_state("a"), before)
 
 
 @pytest.mark.parametrize("verb", ["create_adapter", "load_adapter", "optim_step"])
@@ -207,7 +208,7 @@ def test_a_run_that_cannot_be_rebuilt_for_want_of_memory_is_not_lost(
         if name == verb and not room:
             raise OutOfMemory
 
-    work = start_worker(FakeEngine(before_verb=full))
+    work = start_worker(fake_engine(before_verb=full))
     futures = train("m", 1, first=2)
     work()
     for future in futures:
@@ -220,12 +221,12 @@ def test_a_run_that_cannot_be_rebuilt_for_want_of_memory_is_not_lost(
 def test_another_runtime_error_is_not_taken_for_one(
     base_model: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = TorchEngine(base_model)
-    engine.create_adapter("a", LoraConfig(rank=2))
+    trainer = TorchTrainer(base_model)
+    trainer.create_adapter("a", LoraConfig(rank=2))
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("device-side assert triggered")
 
     monkeypatch.setattr(torch, "zeros_like", broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        engine.optim_step("a", AdamParams())
+        trainer.optim_step("a", AdamParams())

@@ -14,7 +14,7 @@ from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import Disk, assert_all_ready, assert_same, state_of
 from training import services
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.engine import fake_engine
 from training.kinds import Kind
 from training.models import Run, Snapshot
 from training.paths import TinkerPath
@@ -80,7 +80,7 @@ def let_it_finish(worker: InProcessWorker) -> None:
 def test_a_run_trains_on_while_its_snapshot_is_written(
     start_worker: Start, train: Train, slow: SlowDisk
 ) -> None:
-    work = start_worker(FakeEngine(before_verb=slow))
+    work = start_worker(fake_engine(before_verb=slow))
     train("m", 1)
     work()
     work.loop.turn()
@@ -104,7 +104,7 @@ def test_a_run_trains_on_while_its_snapshot_is_written(
 def test_one_snapshot_is_written_at_a_time_and_the_next_one_follows(
     start_worker: Start, train: Train, slow: SlowDisk
 ) -> None:
-    work = start_worker(FakeEngine(before_verb=slow))
+    work = start_worker(fake_engine(before_verb=slow))
     for name in ("a", "b"):
         train(name, 2)
     work()
@@ -120,7 +120,7 @@ def test_one_snapshot_is_written_at_a_time_and_the_next_one_follows(
 def test_a_stop_waits_for_the_snapshot_that_is_being_written(
     start_worker: Start, train: Train, slow: SlowDisk
 ) -> None:
-    work = start_worker(FakeEngine(before_verb=slow))
+    work = start_worker(fake_engine(before_verb=slow))
     train("m", 1)
     work()
     work.loop.turn()
@@ -132,7 +132,7 @@ def test_a_stop_waits_for_the_snapshot_that_is_being_written(
 def test_the_snapshot_of_a_run_that_was_removed_meanwhile_is_deleted(
     start_worker: Start, train: Train, slow: SlowDisk, files: Files, owner: User
 ) -> None:
-    work = start_worker(FakeEngine(before_verb=slow))
+    work = start_worker(fake_engine(before_verb=slow))
     train("m", 1)
     work()
     work.loop.turn()
@@ -147,7 +147,7 @@ def test_the_snapshot_of_a_run_that_was_removed_meanwhile_is_deleted(
 def test_so_is_that_of_a_run_whose_session_ended_and_which_stays_in_lists(
     start_worker: Start, train: Train, slow: SlowDisk, files: Files
 ) -> None:
-    work = start_worker(FakeEngine(before_verb=slow))
+    work = start_worker(fake_engine(before_verb=slow))
     train("m", 1)
     work()
     work.loop.turn()
@@ -190,7 +190,7 @@ def test_after_a_failure_the_disk_is_left_alone_for_a_while(
     start_worker: Start, train: Train, disk: Disk
 ) -> None:
     captured: list[str] = []
-    engine = FakeEngine(
+    engine = fake_engine(
         before_verb=lambda verb, names: captured.append(verb) if "capture" in verb else None
     )
     work = start_worker(engine)
@@ -220,7 +220,7 @@ def test_on_a_full_disk_adapters_still_make_room_for_each_other(
             futures = train(name, 1, first=first)
             work()
             assert_all_ready(futures)
-    assert len(work.engine.adapter_names()) == 1
+    assert len(work.engine.trainer.adapter_names()) == 1
     for name in ("a", "b"):
         assert_same(state_of(work, name), expected)
 
@@ -254,7 +254,7 @@ def test_what_only_a_deleted_checkpoint_could_rebuild_stays_in_memory(
         train(name, 1)
         work()
     checkpoint_remove(owner_id=owner.pk, path=TinkerPath.parse(PATH))
-    assert Run.objects.get(name="m").id in work.engine.adapter_names()
+    assert Run.objects.get(name="m").id in work.engine.trainer.adapter_names()
     futures = train("m", 1, first=3)
     work()
     assert_all_ready(futures)

@@ -11,7 +11,7 @@ from futures.models import Future
 from futures.payload import decode
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import assert_all_ready, assert_same, state_of
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.engine import fake_engine
 from training.models import Run
 
 Start = Callable[..., InProcessWorker]
@@ -31,7 +31,7 @@ def test_what_was_computed_twice_counts_once(start_worker: Start, train: Train, 
             others.append(start_worker())
             others[0]()
 
-    old = start_worker(FakeEngine(before_verb=another_takes_over))
+    old = start_worker(fake_engine(before_verb=another_takes_over))
     futures = train("m", 3)
     with pytest.raises(Fenced):
         old()

@@ -12,17 +12,17 @@ import numpy as np
 from tests.tiny_model import make_tiny_model
 from training.engine.interface import ForwardBackwardJob
 from training.engine.torch.loading import load_base_model
-from training.engine.torch.model_engine import TorchEngine
+from training.engine.torch.trainer import TorchTrainer
 from training.types import Datum, LoraConfig
 from training.worker.watchdog import WatchdogSignal
 
 
 def test_every_layer_of_a_pass_shows_that_it_moves_in_both_directions(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "tiny")
-    engine = TorchEngine(load_base_model(str(folder), device="cpu", dtype="float32"))
-    engine.create_adapter("a", LoraConfig(rank=2, target_modules=("down_proj",)))
+    trainer = TorchTrainer(load_base_model(str(folder), device="cpu", dtype="float32"))
+    trainer.create_adapter("a", LoraConfig(rank=2, target_modules=("down_proj",)))
     signs: list[int] = []
-    engine.report_progress(lambda: signs.append(1))
+    trainer.report_progress(lambda: signs.append(1))
     datum = Datum(
         model_input=np.arange(8, dtype=np.int32),
         loss_fn_inputs={"target_tokens": np.arange(8), "weights": np.ones(8, np.float32)},
@@ -30,7 +30,7 @@ def test_every_layer_of_a_pass_shows_that_it_moves_in_both_directions(tmp_path: 
 
     def count(*, forward_only: bool) -> int:
         signs.clear()
-        engine.forward_backward(
+        trainer.forward_backward(
             [
                 ForwardBackwardJob(
                     adapter_name="a",

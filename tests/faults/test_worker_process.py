@@ -113,7 +113,7 @@ def test_a_worker_whose_engine_hangs_is_replaced_and_its_request_runs(
         supervisor.tick()
     done = finished(supervisor, clock, future)
     assert "worker made no progress for 30 s and was killed" in lines[0]
-    assert "render_conversation" in (tmp_path / "log").read_text()
+    assert "forward_backward" in (tmp_path / "log").read_text()
     assert (done.state, done.attempts) == ("ready", 1), done.error
     assert list(Worker.objects.order_by("pk").values_list("state", flat=True)) == ["lost", "live"]
 

@@ -12,7 +12,7 @@ from pytest_django import Settings
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.isolation.conftest import Tenant
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.engine import fake_engine
 from training.models import Run
 
 Request = tuple[str, dict[str, Any]]
@@ -67,7 +67,7 @@ def results(ids: Sequence[str]) -> list[bytes]:
 def state(work: InProcessWorker, tenant: Tenant) -> dict[str, Any]:
     """Weights, gradient, moments and step of the tenant's model."""
     run = Run.objects.get(owner_id=tenant.user_id, name="m")
-    return work.engine.adapter_state(work.loop.adapter_cache.bring_run(run))
+    return work.engine.trainer.adapter_state(work.loop.adapter_cache.bring_run(run))
 
 
 def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -187,7 +187,7 @@ def test_a_replay_after_a_crash_takes_ones_own_log_only(
     work.die()
     steps: list[str] = []
     fresh = start_worker(
-        FakeEngine(before_verb=lambda verb, names: steps.append(verb) if names else None)
+        fake_engine(before_verb=lambda verb, names: steps.append(verb) if names else None)
     )
     assert_equal(state(fresh, zelda), before)
     assert steps.count("optim_step") == len(ZELDA) // 4

@@ -89,12 +89,12 @@ def test_a_finished_sessions_models_leave_memory_and_disk_but_not_the_lists(
     work.loop.adapter_cache.snapshot_all()
     files = [settings.DATA_DIR / item.directory for item in run.snapshots.all()]
     assert [path.exists() for path in files] == [True]
-    assert model_id in work.engine.adapter_names()
+    assert model_id in work.engine.trainer.adapter_names()
 
     sdk.post(f"sessions/{session_id}/finish", reason={"type": "success"})
     work()
 
-    assert model_id not in work.engine.adapter_names()
+    assert model_id not in work.engine.trainer.adapter_names()
     assert [path.exists() for path in files] == [False]
     assert not run.snapshots.exists()
     assert Run.objects.live().get() == run
@@ -279,7 +279,7 @@ def test_a_failed_model_of_the_sdk_stays_listed_and_holds_no_place(
 
     session_id = sdk.session()
     with monkeypatch.context() as patched:
-        patched.setattr(work.engine, "create_adapter", fail)
+        patched.setattr(work.engine.trainer, "create_adapter", fail)
         model_id = sdk.model(session_id)
         work()
     assert sdk.model(session_id) == model_id  # the same request again

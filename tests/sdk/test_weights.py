@@ -112,14 +112,14 @@ def test_a_loaded_model_is_what_was_saved_and_goes_on_in_order(
 ) -> None:
     model_id = trained(sdk, work)
     path = save(sdk, work, model_id, 3, "a")
-    before = work.engine.adapter_state(model_id)
+    before = work.engine.trainer.adapter_state(model_id)
     sdk.forward_backward(model_id, 4)
     sdk.optim_step(model_id, 5)
     loaded = sdk.post("load_weights", model_id=model_id, seq_id=6, path=path, optimizer=True)
     work()
 
     assert sdk.result(loaded)["path"] == path
-    after = work.engine.adapter_state(model_id)
+    after = work.engine.trainer.adapter_state(model_id)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert Run.objects.get(pk=model_id).step == 1
 
@@ -151,7 +151,7 @@ def test_a_model_is_made_from_a_checkpoint_at_number_0_with_its_shape(
     assert LoadWeightsResponse.model_validate(sdk.result(made)).path == path
     assert sdk.result(step).metrics["loss:sum"] != 0
     assert sdk.post("get_info", model_id=copy_id).json()["lora_rank"] == 4
-    original, copy = (work.engine.adapter_state(name) for name in (model_id, copy_id))
+    original, copy = (work.engine.trainer.adapter_state(name) for name in (model_id, copy_id))
     assert np.array_equal(original["weights"], copy["weights"])
     assert np.array_equal(original["exp_avg"], copy["exp_avg"]) == optimizer
     assert (copy["step"] == original["step"]) == optimizer
@@ -167,14 +167,14 @@ def test_a_model_made_from_a_checkpoint_outlives_the_checkpoint_and_its_worker(
     )
     work()
     copy_id = made.json()["model_id"]
-    state = work.engine.adapter_state(copy_id)
+    state = work.engine.trainer.adapter_state(copy_id)
     Checkpoint.objects.all().delete()
 
     work = start_worker()
     sdk.post("save_weights_for_sampler", model_id=copy_id, seq_id=1, path="b")
     work()
 
-    rebuilt = work.engine.adapter_state(copy_id)
+    rebuilt = work.engine.trainer.adapter_state(copy_id)
     assert all(np.array_equal(state[name], rebuilt[name]) for name in state)
 
 
@@ -366,6 +366,6 @@ def test_a_copy_is_ones_own_and_lives_without_its_source(
     )
     work()
     copy_id = other.result(made)["model_id"]
-    original, loaded = (work.engine.adapter_state(name) for name in (model_id, copy_id))
+    original, loaded = (work.engine.trainer.adapter_state(name) for name in (model_id, copy_id))
     assert all(np.array_equal(original[name], loaded[name]) for name in original)
     assert sdk.post("weights_info", tinker_path=copied).status_code == 404

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.renderer import FakeRenderer
 from training.errors import InvalidRequest
-from training.types import ChatOptions, Datum
+from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 
 
 class OddText:
@@ -44,21 +44,20 @@ class OddText:
         raise NotImplementedError
 
 
-class SlowText:
+class SlowText(FakeRenderer):
     """As the fake engine's text, but what contains "forever" never ends."""
 
     def encode(self, text: str) -> list[int]:
         while "forever" in text:
             time.sleep(1)
-        return FakeEngine().encode(text)
-
-    def render_prompt(
-        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
-    ) -> list[int]:
-        return FakeEngine().render_prompt(messages, options)
+        return super().encode(text)
 
     def render_conversation(
-        self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        train_on: str,
+        options: ChatOptions = NO_CHAT_OPTIONS,
     ) -> Datum:
         self.encode(messages[0]["content"])
-        return FakeEngine().render_conversation(messages, train_on=train_on, options=options)
+        return super().render_conversation(messages, train_on=train_on, options=options)

@@ -21,7 +21,7 @@ from tests.futures.conftest import race
 from tests.training import test_worker
 from training.base_models import base_model_get
 from training.billing import usage_by_hour
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.engine import fake_engine
 from training.models import Run
 from training.types import SamplingParams
 from training.worker import loop
@@ -179,7 +179,7 @@ def test_what_had_been_sampled_is_counted_as_used(
     used = usage_by_hour(
         owner_id=owner.pk, begin=now - timedelta(hours=2), end=now + timedelta(hours=1)
     )
-    num_prompt_tokens = len(work.engine.encode("abcd"))
+    num_prompt_tokens = len(work.engine.renderer.encode("abcd"))
     assert {usage.type: usage.count for usage in used} == {
         "sampling_prefill": num_prompt_tokens,
         "sampling_sample": 2 * CANCELLED_AFTER,
@@ -214,7 +214,7 @@ def test_a_training_operation_that_runs_is_not_torn_apart(
                 future_cancel(request_id=submitted[0].pk, owner_id=submitted[0].owner_id)
             refused.append(str(error.value))
 
-    work = start_worker(FakeEngine(before_verb=cancel))
+    work = start_worker(fake_engine(before_verb=cancel))
     submitted.append(forward_backward("m", "hi", "hello"))
     work()
 
@@ -243,7 +243,7 @@ def test_nothing_is_asked_of_the_database_while_nobody_cancels(
 def test_the_bell_brings_a_cancellation_from_another_process(
     start_worker: Callable[..., InProcessWorker], owner: User
 ) -> None:
-    work = start_worker(FakeEngine(max_context_tokens=ENDLESS))
+    work = start_worker(fake_engine(max_context_tokens=ENDLESS))
     future = sample(owner, sampling_params=SamplingParams(max_tokens=ENDLESS, seed=1, stop=()))
     work.loop._bell_rang = partial(bell_rang, work.worker.queue)
     step, taken = work.engine.sampler.step, itertools.count(1)

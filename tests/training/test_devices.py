@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from training.base_model_config import BaseModelConfig
+from training.devices import device_of
 from training.errors import DeviceNotFound
-from training.worker.devices import device_of
 
 
 def devices(*asked: str, gpu_count: int) -> list[str]:

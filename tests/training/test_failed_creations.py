@@ -16,7 +16,7 @@ from tests.conftest import InProcessWorker
 from tests.training.test_races import at_once, create
 from tests.training.test_worker import sample
 from training import services
-from training.engine.fake.engine import FakeEngine
+from training.engine.fake.engine import fake_engine
 from training.errors import OutOfMemory, RunExists, RunNotFound
 from training.models import Run
 from training.selectors import run_get, run_list
@@ -111,7 +111,7 @@ def test_a_creation_that_stops_every_worker_frees_its_name(
     behind = forward_backward("m", "hi")
     for _ in range(MAX_ATTEMPTS):
         with pytest.raises(RuntimeError, match="create_adapter"):
-            start_worker(FakeEngine(before_verb=crash))()
+            start_worker(fake_engine(before_verb=crash))()
     work = start_worker()
 
     assert ended(creation) == ("failed", "server", "CrashedWorker")
@@ -197,7 +197,7 @@ def test_requests_repeated_after_their_models_creation_failed_are_the_first_ones
 
     first = submit()
     with monkeypatch.context() as patched:
-        patched.setattr(work.engine, "create_adapter", fail)
+        patched.setattr(work.engine.trainer, "create_adapter", fail)
         work()
     if made_again:
         create(owner, "m")()

@@ -18,8 +18,9 @@ from futures.models import Future, Worker
 from futures.payload import decode
 from tests.conftest import InProcessWorker
 from training.base_models import base_model_get
-from training.engine.fake.engine import FakeEngine
-from training.engine.interface import ForwardBackwardJob
+from training.engine.fake.engine import fake_engine
+from training.engine.fake.renderer import FakeRenderer
+from training.engine.interface import ForwardBackwardJob, Trainer
 from training.errors import InvalidRequest, TrainingError
 from training.models import RecordedSample, Run, Session, Snapshot
 from training.services.sampling_sessions import sampling_session_create, session_sample_submit
@@ -37,7 +38,7 @@ class Killed(BaseException):
 def state_of(worker: InProcessWorker, name: str) -> dict[str, Any]:
     """The run's adapter, rebuilt if need be."""
     run = Run.objects.get(name=name)
-    return worker.engine.adapter_state(worker.loop.adapter_cache.bring_run(run))
+    return worker.engine.trainer.adapter_state(worker.loop.adapter_cache.bring_run(run))
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -76,7 +77,7 @@ def test_what_the_first_version_trained_is_rebuilt_by_its_rules(
 ) -> None:
     """Among it what is refused now: special tokens that are written out in a content."""
 
-    class Newer(FakeEngine):
+    class Newer(FakeRenderer):
         def render_conversation(self, messages: Any, **more: Any) -> Datum:
             if any("<|im_end|>" in message["content"] for message in messages):
                 raise InvalidRequest("it holds a special token")
@@ -95,14 +96,14 @@ def test_what_the_first_version_trained_is_rebuilt_by_its_rules(
     work.die()
     Worker.objects.update(figures={})  # as that version leaves its row
 
-    work = start_worker(Newer())
+    work = start_worker(fake_engine(renderer=Newer()))
     assert_same(state_of(work, "m"), then)
     forward_backward("m", "a question", "an answer")
     work()
     now = state_of(work, "m")
     work.die()
 
-    assert_same(state_of(start_worker(Newer()), "m"), now)
+    assert_same(state_of(start_worker(fake_engine(renderer=Newer())), "m"), now)
 
 
 def test_a_replay_is_told_from_a_first_time(
@@ -111,29 +112,29 @@ def test_a_replay_is_told_from_a_first_time(
     """So that no limit on time, which depends on the machine, can fail what did not fail before."""
     work = start_worker()
     train("m", 2)
-    with replays_noted(work.engine) as first:
+    with replays_noted(work.engine.trainer) as first:
         work()
     work.die()
     rebuilding = start_worker()
-    with replays_noted(rebuilding.engine) as again:
+    with replays_noted(rebuilding.engine.trainer) as again:
         state_of(rebuilding, "m")
     assert first == [False] * 4
     assert again == [True] * 4
 
 
 @contextmanager
-def replays_noted(engine: FakeEngine) -> Iterator[list[bool]]:
+def replays_noted(trainer: Trainer) -> Iterator[list[bool]]:
     """What the jobs of passes say of themselves."""
     noted: list[bool] = []
-    run = engine.forward_backward
+    run = trainer.forward_backward
 
     def note(jobs: Sequence[ForwardBackwardJob]) -> list[ForwardBackwardOutput | TrainingError]:
         noted.extend(job.is_replay for job in jobs)
         return run(jobs)
 
-    engine.forward_backward = note  # type: ignore[method-assign]  # for the length of the block
+    trainer.forward_backward = note  # type: ignore[method-assign]  # for the length of the block
     yield noted
-    engine.forward_backward = run  # type: ignore[method-assign]
+    trainer.forward_backward = run  # type: ignore[method-assign]
 
 
 def test_a_new_worker_rebuilds_a_run_from_snapshot_and_log(
@@ -149,7 +150,7 @@ def test_a_new_worker_rebuilds_a_run_from_snapshot_and_log(
     before = state_of(work, "m")
     work.die()
     replayed: list[str] = []
-    engine = FakeEngine(before_verb=lambda verb, names: replayed.append(verb))
+    engine = fake_engine(before_verb=lambda verb, names: replayed.append(verb))
     assert_same(state_of(start_worker(engine), "m"), before)
     assert replayed.count("optim_step") == 1
 
@@ -190,7 +191,7 @@ def test_a_worker_that_dies_in_an_operation_changes_nothing(
 
     train("m", 3)
     with pytest.raises(Killed):
-        start_worker(FakeEngine(before_verb=kill))()
+        start_worker(fake_engine(before_verb=kill))()
     work = start_worker()
     work()
     assert not Future.objects.exclude(state="ready").exists()
@@ -206,7 +207,7 @@ def test_a_request_that_kills_three_workers_fails_by_name_and_the_rest_go_on(
     poison = forward_backward("m", "poison")
     after = forward_backward("m", "good")
 
-    class Poisoned(FakeEngine):
+    class Poisoned(FakeRenderer):
         def render_conversation(self, messages: Any, **how: Any) -> Any:
             if messages[0]["content"] == "poison":
                 raise Killed
@@ -214,8 +215,8 @@ def test_a_request_that_kills_three_workers_fails_by_name_and_the_rest_go_on(
 
     for _ in range(3):
         with pytest.raises(Killed):
-            start_worker(Poisoned())()
-    start_worker(Poisoned())()
+            start_worker(fake_engine(renderer=Poisoned()))()
+    start_worker(fake_engine(renderer=Poisoned()))()
     for future in (before, poison, after):
         future.refresh_from_db()
     assert [before.state, poison.state, after.state] == ["ready", "failed", "ready"]
@@ -245,9 +246,9 @@ def test_idle_adapters_leave_for_their_snapshot_and_come_back(
     for name in ("a", "b", "c"):
         train(name, 1)
     work()
-    assert len(work.engine.adapter_names()) == 2
+    assert len(work.engine.trainer.adapter_names()) == 2
     first = state_of(work, "a")
-    assert len(work.engine.adapter_names()) == 2
+    assert len(work.engine.trainer.adapter_names()) == 2
     assert_same(first, state_of(work, "c") | {})
     assert first["step"] == 1
 

@@ -47,8 +47,8 @@ def test_a_replayed_run_is_identical_and_linked_to_the_first(
     assert "match" in output
     copy = Run.objects.get(replay_of=trained)
     assert copy.step == trained.step == 3
-    ours = work.engine.adapter_state(copy.id)
-    theirs = work.engine.adapter_state(trained.id)
+    ours = work.engine.trainer.adapter_state(copy.id)
+    theirs = work.engine.trainer.adapter_state(trained.id)
     assert all((ours[key] == theirs[key]).all() for key in ("weights", "exp_avg", "grad"))
     replayed = Future.objects.filter(lane_id=copy.id, replay_of__isnull=False)
     assert replayed.count() == Future.objects.filter(lane_id=trained.id).count()
@@ -57,7 +57,7 @@ def test_a_replayed_run_is_identical_and_linked_to_the_first(
 def test_a_run_that_was_tampered_with_does_not_match(
     trained: Run, replay: Callable[..., str], work: InProcessWorker
 ) -> None:
-    work.engine.find(trained.id).weights[0, 0] += 1.0
+    work.engine.trainer.find(trained.id).weights[0, 0] += 1.0
     with pytest.raises(CommandError, match="not the same"):
         replay("m")
 

@@ -94,7 +94,7 @@ def test_consecutive_passes_of_several_runs_share_one_engine_call(
         forward_backward(name, "hi")
     work()
     calls: list[tuple[str, ...]] = []
-    work.engine._before_verb = lambda verb, names: (
+    work.engine.trainer._before_verb = lambda verb, names: (
         calls.append(names) if verb == "forward_backward" else None
     )
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_delayable_requests_wait_for_those_that_keep_arriving(
     forward_backward("m", "hi")
     work()
     calls: list[int] = []
-    work.engine._before_verb = lambda verb, names: calls.append(len(names))
+    work.engine.trainer._before_verb = lambda verb, names: calls.append(len(names))
     arriving = iter(["second", "third"])
 
     def bell_rang(seconds: float) -> bool:
@@ -161,10 +161,10 @@ def test_forward_changes_nothing(
     forward_backward("m", "hi", "hello")
     work()
     run = Run.objects.get(name="m")
-    before = work.engine.adapter_state(run.id)
+    before = work.engine.trainer.adapter_state(run.id)
     forward_backward("m", "other", "text", forward_only=True)
     work()
-    after = work.engine.adapter_state(run.id)
+    after = work.engine.trainer.adapter_state(run.id)
     for key in before:
         np.testing.assert_array_equal(before[key], after[key])
 
@@ -212,13 +212,13 @@ def test_a_checkpoint_restores_weights_optimizer_and_step(
     optim_step("m", learning_rate=0.5)
     saved = save(owner, "m", "first")
     work()
-    state = work.engine.adapter_state(Run.objects.get(name="m").id)
+    state = work.engine.trainer.adapter_state(Run.objects.get(name="m").id)
     forward_backward("m", "hi", "hello")
     optim_step("m", learning_rate=0.5)
     loaded = load(owner, "m", str(result(saved)["path"]))
     work()
     assert result(loaded)["path"] == "tinker://m/weights/first"
-    restored = work.engine.adapter_state(Run.objects.get(name="m").id)
+    restored = work.engine.trainer.adapter_state(Run.objects.get(name="m").id)
     for key in state:
         np.testing.assert_array_equal(state[key], restored[key])
     assert Run.objects.get(name="m").step == 1
@@ -266,7 +266,7 @@ def test_a_removed_name_is_free_at_once_and_its_requests_still_run(
     work()
     assert result(before)["loss"] == result(again)["loss"]
     assert result(removed) == {"status": "deleted", "model_id": "m"}
-    assert work.engine.adapter_names() == [Run.objects.get(deleted_at=None).id]
+    assert work.engine.trainer.adapter_names() == [Run.objects.get(deleted_at=None).id]
 
 
 def test_removing_twice_is_not_found(owner: User, forward_backward: Submit) -> None:

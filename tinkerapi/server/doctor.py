@@ -33,9 +33,8 @@ from tinkerapi.server.postgres import MINIMUM_FREE_BYTES
 from tinkerapi.server.preflight import RunningServer, base_model_problem, running_server
 from tinkerapi.server.upgrade import SchemaError, database_down_reason, unapplied_migrations
 from training.base_models import DEFAULT_MODEL_NAME, BaseModel, base_models
+from training.devices import device_of, num_threads
 from training.errors import DeviceNotFound
-from training.worker.devices import device_of
-from training.worker.threads import num_threads
 
 DEVICE_TIMEOUT_SECONDS = 120.0  # importing torch from a cold disk
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -168,7 +167,7 @@ def check_device() -> Finding:
             return Finding("device", Verdict.FAILED, str(error))
     if figures["gpus"]:
         return Finding("device", Verdict.OK, "; ".join(figures["gpus"]))
-    threads = num_threads(figures["threads"])
+    threads = num_threads(settings.NUM_THREADS, figures["threads"])
     detail = f"CPU, {threads} thread{pluralize(threads)} for a worker"
     if flags := [flag for flag in CPU_FLAGS if flag in _cpu_flags()]:
         detail += f"; it has {', '.join(flags)}"

@@ -25,12 +25,12 @@ from futures.models import Future, Worker
 from futures.payload import decode
 from futures.transitions import State
 from training import payloads
-from training.engine.interface import Engine
+from training.engine.interface import Trainer
 from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingError
 from training.kinds import Kind
 from training.models import Checkpoint, Run
 from training.selectors import run_log
-from training.worker.passes import run_passes
+from training.worker.passes import TakeTokens, run_passes
 from training.worker.snapshots import SnapshotFailed, SnapshotWriter
 
 logger = logging.getLogger(__name__)
@@ -57,19 +57,30 @@ class _CachedAdapter:
 
 
 class AdapterCache:
-    """The adapters of one engine, by run."""
+    """The adapters of one trainer, by run."""
 
     def __init__(
-        self, engine: Engine, worker: Worker, *, on_turn: Callable[[], None] = lambda: None
+        self,
+        trainer: Trainer,
+        worker: Worker,
+        *,
+        render: TakeTokens,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_turn`` is called whenever a replay, or writing them all, has got on."""
+        """Begin with nothing in memory.
+
+        Args:
+            render: The tokens that a request of the log had when it was first computed.
+            on_turn: Called whenever a replay, or writing them all, has got on.
+        """
         self._on_turn = on_turn
-        self._engine = engine
+        self._trainer = trainer
+        self._render = render
         self._worker = worker
         self._cached: dict[str, _CachedAdapter] = {}
         self._checkpoints: dict[str, float] = {}
         self._pinned: frozenset[str] = frozenset()
-        self._snapshots = SnapshotWriter(engine, worker)
+        self._snapshots = SnapshotWriter(trainer, worker)
         self._paused_until = 0.0
 
     def pin(self, run_ids: Iterable[str]) -> None:
@@ -78,7 +89,7 @@ class AdapterCache:
         self._pinned = frozenset(run_ids)
 
     def bring_run(self, run: Run) -> str:
-        """Make the run's adapter resident; return its name in the engine.
+        """Make the run's adapter resident; return its name in the trainer.
 
         Raises:
             RunLost: Neither a snapshot nor the log can rebuild it. (failed future)
@@ -93,7 +104,7 @@ class AdapterCache:
         return run.id
 
     def bring_checkpoint(self, checkpoint_id: int) -> str:
-        """Make a checkpoint's weights resident beside the runs; return its name in the engine.
+        """Make a checkpoint's weights resident beside the runs; return its name in the trainer.
 
         Raises:
             CheckpointNotFound: It was deleted or damaged since. (failed future)
@@ -107,18 +118,18 @@ class AdapterCache:
                 raise CheckpointNotFound("the checkpoint was deleted before its turn came")
             self.make_room()
             directory = settings.DATA_DIR / checkpoint.directory
-            self._engine.load_adapter(name, directory, with_optimizer=False)
+            self._trainer.load_adapter(name, directory, with_optimizer=False)
         self._checkpoints[name] = time.monotonic()
         return name
 
     def created(self, run: Run) -> None:
-        """Say that the run's adapter was just made in the engine."""
+        """Say that the run's adapter was just made in the trainer."""
         self._cached[run.id] = _CachedAdapter(used_at=time.monotonic())
 
     def drop_run(self, run_id: str) -> None:
         """Forget a run's adapter: it was removed, or memory is ahead of what is committed."""
         self._cached.pop(run_id, None)
-        self._engine.drop_adapter(run_id)
+        self._trainer.drop_adapter(run_id)
 
     def remove_run(self, run: Run) -> None:
         """Free all that a removed run holds: its memory and its snapshots."""
@@ -225,7 +236,7 @@ class AdapterCache:
             name = min(evictable, key=used.__getitem__)
             if name in self._checkpoints:
                 del self._checkpoints[name]
-                self._engine.drop_adapter(name)
+                self._trainer.drop_adapter(name)
                 continue
             run = Run.objects.get(id=name)
             is_safe = run.deleted_at is not None or self.snapshot(run)
@@ -238,7 +249,7 @@ class AdapterCache:
         resident = _CachedAdapter()
         for snapshot in run.snapshots.order_by("-seq_id"):
             try:
-                self._engine.load_adapter(run.id, settings.DATA_DIR / snapshot.directory)
+                self._trainer.load_adapter(run.id, settings.DATA_DIR / snapshot.directory)
             except CheckpointNotFound as error:
                 logger.warning(
                     "run %s: snapshot at %s is unreadable: %s", run.id, snapshot.seq_id, error
@@ -255,10 +266,10 @@ class AdapterCache:
                 logger.info("run %s: replaying %d requests", run.id, len(log))
             self._replay(run, log)
         except OutOfMemory:  # another time there may be room
-            self._engine.drop_adapter(run.id)
+            self._trainer.drop_adapter(run.id)
             raise
         except TrainingError as error:
-            self._engine.drop_adapter(run.id)
+            self._trainer.drop_adapter(run.id)
             raise RunLost(
                 f"model {run.name!r} cannot be rebuilt after a restart: {error}"
             ) from error
@@ -268,7 +279,7 @@ class AdapterCache:
 
     def _replay(self, run: Run, log: Sequence[Future]) -> None:
         """Apply committed futures again; neighbours that shared a batch share it again."""
-        if run.id not in self._engine.adapter_names() and (
+        if run.id not in self._trainer.adapter_names() and (
             not log or log[0].kind != Kind.CREATE_RUN
         ):
             raise RunLost("its snapshots are gone and the beginning of its log was pruned")
@@ -277,31 +288,31 @@ class AdapterCache:
             futures = list(group)
             if kind == Kind.FORWARD_BACKWARD:
                 requests = [(run.id, future) for future in futures]
-                for answer in run_passes(self._engine, requests, is_replay=True):
+                for answer in run_passes(self._trainer, requests, self._render, is_replay=True):
                     if isinstance(answer.output, TrainingError):
                         raise answer.output
                 continue
             for future in futures:
                 if future.state == State.FAILED:  # a step that dropped the gradient
-                    self._engine.drop_gradient(run.id)
+                    self._trainer.drop_gradient(run.id)
                     continue
                 payload = decode(bytes(future.payload or b""))
                 self._replay_barrier(run, future.kind, payload)
 
     def _replay_barrier(self, run: Run, kind: str, payload: payloads.Payload) -> None:
         if kind == Kind.CREATE_RUN and "checkpoint" not in payload:
-            self._engine.create_adapter(
+            self._trainer.create_adapter(
                 run.id, payloads.lora_config_from_payload(payload["lora_config"])
             )
         elif kind == Kind.OPTIM_STEP:
-            self._engine.optim_step(
+            self._trainer.optim_step(
                 run.id, payloads.adam_params_from_payload(payload["adam_params"])
             )
         else:
-            load_checkpoint(self._engine, run.id, payload)
+            load_checkpoint(self._trainer, run.id, payload)
 
 
-def load_checkpoint(engine: Engine, adapter_name: str, payload: payloads.Payload) -> None:
+def load_checkpoint(trainer: Trainer, adapter_name: str, payload: payloads.Payload) -> None:
     """Carry out a load_weights request, or a creation from a checkpoint.
 
     Raises:
@@ -314,7 +325,7 @@ def load_checkpoint(engine: Engine, adapter_name: str, payload: payloads.Payload
         raise CheckpointNotFound(
             f"{payload['path']} was deleted or overwritten before its turn came"
         )
-    engine.load_adapter(
+    trainer.load_adapter(
         adapter_name,
         settings.DATA_DIR / checkpoint.directory,
         with_optimizer=payload["optimizer"],

@@ -20,8 +20,8 @@ from futures.finishing import Outcome
 from futures.models import Future
 from futures.services import lane_create
 from training.age import SUFFIX, encrypt_file
-from training.engine.interface import Engine
-from training.engine.torch.storage import new_directory
+from training.atomic_directory import new_directory
+from training.engine.interface import Trainer
 from training.errors import CheckpointExists, InvalidRequest, StorageQuotaExceeded
 from training.models import Checkpoint, Run, SamplingSession
 from training.paths import TinkerPath
@@ -41,8 +41,8 @@ FOLDER = Path("checkpoints")
 class CheckpointOperations:
     """The kinds of futures that write checkpoints and read them."""
 
-    def __init__(self, engine: Engine, adapter_cache: AdapterCache) -> None:
-        self._engine = engine
+    def __init__(self, trainer: Trainer, adapter_cache: AdapterCache) -> None:
+        self._trainer = trainer
         self._adapter_cache = adapter_cache
 
     def save(self, future: Future, run: Run, payload: Payload, effects: Effects) -> Outcome:
@@ -76,9 +76,9 @@ class CheckpointOperations:
         )
 
     def restore(self, adapter_name: str, run: Run, payload: Payload, effects: Effects) -> None:
-        """Load a checkpoint into the engine, and see to it that it need not be read again."""
-        load_checkpoint(self._engine, adapter_name, payload)
-        run.step = int(self._engine.adapter_state(adapter_name)["step"])
+        """Load a checkpoint into the trainer, and see to it that it need not be read again."""
+        load_checkpoint(self._trainer, adapter_name, payload)
+        run.step = int(self._trainer.adapter_state(adapter_name)["step"])
         # The checkpoint may be deleted tomorrow, and the log could not be replayed past it.
         effects.seconds[run.id] = float("inf")
 
@@ -133,13 +133,13 @@ class CheckpointOperations:
         target = settings.DATA_DIR / directory
         adapter_name = self._adapter_cache.bring_run(run)
         if kind != Checkpoint.Kind.EXTERNAL:
-            size = self._engine.save_adapter(
+            size = self._trainer.save_adapter(
                 adapter_name, target, with_optimizer=kind == Checkpoint.Kind.TRAINING
             )
         elif recipients:
             size = self._save_encrypted(adapter_name, target, recipients)
         else:
-            size = self._engine.save_peft(adapter_name, target)
+            size = self._trainer.save_peft(adapter_name, target)
         return Checkpoint(
             run=run,
             owner_id=run.owner_id,
@@ -157,7 +157,7 @@ class CheckpointOperations:
         """peft's files, each as an age file; nothing else of them stays on the disk."""
         plain = target.with_name(f".plain-{target.name}")
         try:
-            self._engine.save_peft(adapter_name, plain)
+            self._trainer.save_peft(adapter_name, plain)
             with new_directory(target) as temporary:
                 for path in plain.iterdir():
                     encrypt_file(path, temporary / (path.name + SUFFIX), recipients)

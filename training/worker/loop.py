@@ -81,20 +81,28 @@ class WorkLoop:
             on_turn: Called whenever the loop has got on; see ``training.worker.watchdog``.
             text_pool: Where text becomes tokens; None does it in this thread.
         """
-        self._engine = engine
+        self._trainer = engine.trainer
+        self._sampler = engine.sampler
         self._worker = worker
         self._stopping = stopping
         self._bell_rang = bell_rang
-        self._texts = Texts(engine, text_pool, seconds=settings.TEXT_SECONDS)
+        self._texts = Texts(
+            engine.renderer,
+            text_pool,
+            max_context_tokens=engine.trainer.info.max_context_tokens,
+            seconds=settings.TEXT_SECONDS,
+        )
         self._scheduler = Scheduler(
             batch_cost=settings.BATCH_TOKENS,
             batch_lanes=settings.RESIDENT_ADAPTERS,
             is_ready=self._texts.is_ready,
         )
         self._on_turn = on_turn
-        self.adapter_cache = AdapterCache(engine, worker, on_turn=on_turn)
-        self._operations = Operations(engine, self.adapter_cache, self._texts)
-        self._samples = Samples(engine, self._texts)
+        self.adapter_cache = AdapterCache(
+            engine.trainer, worker, render=self._texts.render, on_turn=on_turn
+        )
+        self._operations = Operations(engine.trainer, self.adapter_cache, self._texts)
+        self._samples = Samples(engine.sampler, engine.renderer, self._texts)
         self._company_until = 0.0
         """Until when a batch waits for text that was claimed with it."""
         self._figures = figures if figures is not None else {}
@@ -130,7 +138,7 @@ class WorkLoop:
             begin = time.monotonic()
             if batch:
                 self._run(batch)
-            if self._engine.sampler.active:
+            if self._sampler.active:
                 # Samples get as much time as clients' own losses, however slow those are.
                 is_custom = any(map(has_custom_loss, batch.passes))
                 took = time.monotonic() - begin if is_custom else 0.0
@@ -179,7 +187,7 @@ class WorkLoop:
         just claimed is waited for a little, unless that would hold up who is being sampled for.
         """
         self._texts.look()
-        while self._texts.are_pending and not self._engine.sampler.active:
+        while self._texts.are_pending and not self._sampler.active:
             left = self._company_until - time.monotonic()
             if left <= 0:
                 return
@@ -187,7 +195,7 @@ class WorkLoop:
 
     def _may_wait(self) -> bool:
         """Whether nobody minds if what is held waits for batch-mates."""
-        return self._scheduler.is_delayable and not self._engine.sampler.active
+        return self._scheduler.is_delayable and not self._sampler.active
 
     def _run(self, batch: Batch) -> None:
         self._batch += 1
@@ -281,7 +289,7 @@ class WorkLoop:
         self._throughput.finished(len(effects.outcomes))
         self._figures |= {
             "batches": self._batch,
-            "resident_adapters": len(self._engine.adapter_names()),
+            "resident_adapters": len(self._trainer.adapter_names()),
             "sampling": len(self._samples),
             "futures_per_second": self._throughput.futures_per_second,
         }

@@ -17,7 +17,7 @@ from futures.finishing import Outcome
 from futures.models import Future
 from futures.payload import decode
 from training import payloads
-from training.engine.interface import Engine
+from training.engine.interface import Trainer
 from training.errors import GradientDropped, RunNotCreated, RunNotFound, TrainingError
 from training.kinds import LOGGED, Kind
 from training.models import Run
@@ -55,14 +55,14 @@ class Effects:
 
 
 class Operations:
-    """Runs batches against one engine."""
+    """Runs batches against one trainer."""
 
-    def __init__(self, engine: Engine, adapter_cache: AdapterCache, texts: Texts) -> None:
-        self._engine = engine
+    def __init__(self, trainer: Trainer, adapter_cache: AdapterCache, texts: Texts) -> None:
+        self._trainer = trainer
         self._texts = texts
         self._adapter_cache = adapter_cache
-        self._checkpoints = CheckpointOperations(engine, adapter_cache)
-        self._backend = f"torch-{engine.info.device}"
+        self._checkpoints = CheckpointOperations(trainer, adapter_cache)
+        self._backend = f"torch-{trainer.info.device}"
         self._barriers: dict[str, Callable[[Future, Run, payloads.Payload, Effects], Outcome]] = {
             Kind.CREATE_RUN: self._create_run,
             Kind.REMOVE_RUN: self._remove_run,
@@ -84,7 +84,7 @@ class Operations:
         if not requests:
             return
         begin = time.monotonic()
-        answers = run_passes(self._engine, requests, self._texts.take)
+        answers = run_passes(self._trainer, requests, self._texts.take)
         seconds = time.monotonic() - begin
         total = sum(future.cost for _, future in requests)
         for answer in answers:
@@ -122,7 +122,7 @@ class Operations:
             self._changed(future, run, effects, time.monotonic() - begin)
 
     def bring(self, future: Future, runs: dict[str, Run]) -> str:
-        """Make the adapter of the future's run resident; return its name in the engine.
+        """Make the adapter of the future's run resident; return its name in the trainer.
 
         Raises:
             RunNotCreated: Its creation failed or was cancelled. (failed future)
@@ -148,7 +148,7 @@ class Operations:
         if "checkpoint" in payload:
             self._checkpoints.restore(run.id, run, payload, effects)
         else:
-            self._engine.create_adapter(run.id, config)
+            self._trainer.create_adapter(run.id, config)
         self._adapter_cache.created(run)
         effects.writes.append((future, lambda: _leave_creating(run)))
         result = {
@@ -171,7 +171,7 @@ class Operations:
         self, future: Future, run: Run, payload: payloads.Payload, effects: Effects
     ) -> Outcome:
         params = payloads.adam_params_from_payload(payload["adam_params"])
-        output = self._engine.optim_step(self._adapter_cache.bring_run(run), params)
+        output = self._trainer.optim_step(self._adapter_cache.bring_run(run), params)
         run.step = output.step
         return outcomes.optim_step_ready(
             future, model_id=run.name, backend=self._backend, params=params, output=output
@@ -183,8 +183,8 @@ class Operations:
         other = Run.objects.filter(id=payload["other"], owner_id=run.owner_id).first()
         if other is None:
             raise RunNotFound("the run to compare with does not exist")
-        ours = self._engine.adapter_state(self._adapter_cache.bring_run(run))
-        theirs = self._engine.adapter_state(self._adapter_cache.bring_run(other))
+        ours = self._trainer.adapter_state(self._adapter_cache.bring_run(run))
+        theirs = self._trainer.adapter_state(self._adapter_cache.bring_run(other))
         difference = {
             key: float(np.max(np.abs(ours[key] - theirs[key]), initial=0.0))
             for key in ("weights", "exp_avg", "exp_avg_sq", "grad")

@@ -32,7 +32,7 @@ from training.types import (
 )
 
 TokenTexts = Callable[[Sequence[int], Sequence[int]], list[TokenText]]
-"""``Engine.token_texts``: the texts of some tokens, sampled after those of the second list."""
+"""``Renderer.token_texts``: the texts of some tokens, sampled after those of the second list."""
 
 
 def ready(future: Future, result: Mapping[str, Any], **summary: Any) -> Outcome:
@@ -142,7 +142,7 @@ def sample_ready(
 
     Args:
         prompt_tokens: Tokens of all prompts; noted in the summary.
-        token_texts: The engine's; given, each sequence also says its tokens' texts and offsets.
+        token_texts: The renderer's; given, each sequence also says its tokens' texts and offsets.
         prompt_texts: Of each prompt, its text and its tokens'; given, the result has them, with
             the prompts' log-probabilities, under ``echo``.
     """

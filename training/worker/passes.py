@@ -1,4 +1,4 @@
-"""forward and forward_backward futures as one call of the engine, and its answers as theirs.
+"""forward and forward_backward futures as one call of the trainer, and its answers as theirs.
 
 Used for new requests and for the replay of old ones, so that both compute the same.
 """
@@ -12,18 +12,17 @@ from typing import Any
 from futures.models import Future
 from futures.payload import decode
 from training.custom_loss_graph import CustomLossGraph, check_graph, graph_as_sent
-from training.engine.interface import Engine, ForwardBackwardJob
+from training.engine.interface import ForwardBackwardJob, Trainer
 from training.errors import TrainingError
 from training.kinds import Kind
 from training.selectors import custom_loss_get
 from training.types import Datum, ForwardBackwardOutput
 from training.worker.text_work import Item
-from training.worker.texts import has_first_rules, render
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassAnswer:
-    """What the engine said of one future."""
+    """What the trainer said of one future."""
 
     future: Future
     loss_fn: str
@@ -33,20 +32,20 @@ class PassAnswer:
 
 
 TakeTokens = Callable[[Future, Mapping[str, Any]], Sequence[Item]]
-"""The datums of a future with this payload, in tokens; ``Texts.take``."""
+"""The datums of a future with this payload, in tokens; ``Texts.take``, or ``Texts.render``
+in a replay."""
 
 
 def run_passes(
-    engine: Engine,
+    trainer: Trainer,
     requests: Sequence[tuple[str, Future]],
-    take_tokens: TakeTokens | None = None,
+    take_tokens: TakeTokens,
     *,
     is_replay: bool = False,
 ) -> list[PassAnswer]:
     """Run (adapter name, future) pairs together; one bad future fails alone.
 
     Args:
-        take_tokens: None makes the tokens here.
         is_replay: They were answered before, and are computed again to rebuild a run.
 
     Returns:
@@ -57,12 +56,7 @@ def run_passes(
     for adapter_name, future in requests:
         payload = decode(bytes(future.payload or b""))
         try:
-            if take_tokens is None:
-                items: Sequence[Item] = render(
-                    engine, payload, first_rules=is_replay and has_first_rules(future)
-                )
-            else:
-                items = take_tokens(future, payload)
+            items = take_tokens(future, payload)
             data = [item for item in items if isinstance(item, Datum)]
             custom_loss = _custom_loss(payload.get("loss_id"))
         except TrainingError as error:
@@ -82,7 +76,7 @@ def run_passes(
                 is_replay=is_replay,
             )
         )
-    outputs = iter(zip(jobs, engine.forward_backward(jobs) if jobs else [], strict=True))
+    outputs = iter(zip(jobs, trainer.forward_backward(jobs) if jobs else [], strict=True))
     complete = []
     for (_, future), answer in zip(requests, answers, strict=True):
         if answer is None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -25,22 +24,19 @@ from futures.models import Worker
 from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
 from training import tasks
 from training.base_models import BaseModel
+from training.engine import factory
 from training.engine.interface import Engine
-from training.errors import BaseModelNotFound, TrainingError
 from training.worker import text_pool
 from training.worker.crash_log import CrashLog, crashed, oom_kills
-from training.worker.devices import device_of
 from training.worker.loop import WorkLoop
 from training.worker.maintenance import Maintenance
 from training.worker.texts import TEXT_RULES
-from training.worker.threads import num_threads
 from training.worker.watchdog import EVERY_SECONDS, WatchdogSignal
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # between two tries to reach Postgres at the start
-MAX_REASON_CHARACTERS = 300  # of what a library says against a model's folder
 OUTAGE_SECONDS = 120.0  # after which somebody should hear of it
 
 
@@ -51,42 +47,19 @@ def build_engine(base_model: BaseModel) -> Engine:
         BaseModelNotFound: Its folder cannot be read.
         DeviceNotFound: It is for a GPU that is not there.
     """
-    import torch
-
-    from training.engine.torch.loading import load_base_model
-    from training.engine.torch.model_engine import TorchEngine
-    from training.worker.custom_loss_process import CustomLossProcess
-
     text_pool.warm_up()
-    torch.set_num_threads(num_threads(torch.get_num_threads()))
-    device = device_of(
-        base_model.config,
-        among=settings.BASE_MODELS,
-        gpu_count=torch.cuda.device_count() if torch.cuda.is_available() else 0,
-    )
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)  # or whatever names no device would be made on the first
     stages = Stages()
-    custom_losses = CustomLossProcess()  # gets ready while the model is read
-    try:
-        with _faults_of(base_model.folder):
-            loaded = load_base_model(
-                str(base_model.folder),
-                name=base_model.name,
-                device=device,
-                dtype=base_model.config.dtype,
-                on_stage=stages.begin,
-            )
-    except BaseException:
-        custom_losses.close()
-        raise
-    logger.info("%s: %s", base_model.name, stages)
-    return TorchEngine(
-        loaded,
-        token_budget=settings.BATCH_TOKENS,
+    engine = factory.build_engine(
+        base_model.config,
+        base_model.folder,
+        among=settings.BASE_MODELS,
+        num_threads=settings.NUM_THREADS,
+        batch_tokens=settings.BATCH_TOKENS,
         cache_tokens=settings.CACHE_TOKENS,
-        custom_losses=custom_losses,
+        on_stage=stages.begin,
     )
+    logger.info("%s: %s", base_model.name, stages)
+    return engine
 
 
 class Stages:
@@ -108,29 +81,6 @@ class Stages:
             for (name, start), end in zip(self._begun, ends, strict=True)
         )
         return ", ".join(took)
-
-
-@contextmanager
-def _faults_of(folder: Path) -> Iterator[None]:
-    """What loading a folder fails with is a fault of the folder: it would fail again.
-
-    Libraries raise everything there, down to a division by zero. Not what the machine may have
-    the next time: memory, and a GPU that works.
-    """
-    import torch
-
-    from training.engine.torch.out_of_memory import is_out_of_memory
-
-    try:
-        yield
-    except TrainingError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, getattr(torch, "AcceleratorError", ())):
-            raise
-        logger.exception("loading %s", folder)
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
-        raise BaseModelNotFound(f"No model can be read from {folder}: {what}") from error
 
 
 def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> None:
@@ -160,19 +110,18 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
     try:
         with _signalling(watchdog):
             engine = build(base_model)
-        engine.report_progress(watchdog)
+        engine.trainer.report_progress(watchdog)
+        info, conversation_fault = engine.trainer.info, engine.renderer.conversation_fault
         figures |= {
-            "device": engine.info.device,
-            "dtype": engine.info.dtype,
-            "num_parameters": engine.info.num_parameters,
-            "max_context_tokens": engine.info.max_context_tokens,
-            "conversation_fault": engine.info.conversation_fault,
+            "device": info.device,
+            "dtype": info.dtype,
+            "num_parameters": info.num_parameters,
+            "max_context_tokens": info.max_context_tokens,
+            "conversation_fault": conversation_fault,
         }
-        if engine.info.conversation_fault is not None:
+        if conversation_fault is not None:
             logger.warning(
-                "%s: takes no conversations to train on: %s",
-                base_model.name,
-                engine.info.conversation_fault,
+                "%s: takes no conversations to train on: %s", base_model.name, conversation_fault
             )
         consumer = Consumer(base_model.queue)
         loop = WorkLoop(
@@ -182,12 +131,12 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             bell_rang=partial(bell_rang, base_model.queue),
             figures=figures,
             on_turn=watchdog,
-            text_pool=None if engine.text is None else text_pool.TextPool(engine.text),
+            text_pool=text_pool.TextPool(engine.renderer),
         )
         consumer.on_turn = loop.turn
         tasks.serve(base_model.queue, crash_log.noted()(loop.run_until_idle))
         worker_live(worker, figures)
-        logger.info("%s: ready on %s", base_model.name, engine.info.device)
+        logger.info("%s: ready on %s", base_model.name, info.device)
         consumer.run()
         loop.give_back()
     finally:

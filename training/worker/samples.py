@@ -1,4 +1,4 @@
-"""The sample futures that are inside the engine's sampler: from a request to prompts, and back.
+"""The sample futures that are inside the sampler: from a request to prompts, and back.
 
 A request may hold several prompts; each is a job of the sampler under a key of its own, and the
 future is finished when the last of them is.
@@ -20,7 +20,7 @@ from futures.finishing import Outcome
 from futures.models import Future
 from futures.notify import notify_progress
 from training import payloads
-from training.engine.interface import Engine, SampleJob, SampleOutput
+from training.engine.interface import Renderer, SampleJob, SampleOutput, Sampler
 from training.errors import LimitExceeded, TrainingError
 from training.services.recorded_samples import samples_record
 from training.text_pieces import Told
@@ -72,8 +72,9 @@ class Sampled:
 class Samples:
     """What one engine samples for futures."""
 
-    def __init__(self, engine: Engine, texts: Texts) -> None:
-        self._engine = engine
+    def __init__(self, sampler: Sampler, renderer: Renderer, texts: Texts) -> None:
+        self._sampler = sampler
+        self._renderer = renderer
         self._texts = texts
         self._held: dict[str, _Sampling] = {}
 
@@ -123,7 +124,7 @@ class Samples:
                 )
                 key = f"{future.id}:{index}"
                 try:
-                    self._engine.sampler.admit(key, job)
+                    self._sampler.admit(key, job)
                 except TrainingError as error:
                     if not str(error).startswith("prompt: "):  # what all prompts have in common
                         raise
@@ -137,7 +138,7 @@ class Samples:
                     )
         except TrainingError:
             for key in keys:
-                self._engine.sampler.cancel(key)
+                self._sampler.cancel(key)
             raise
         self._held[future.id] = _Sampling(
             future=future,
@@ -156,8 +157,8 @@ class Samples:
         """Sample for so long, or until something finished, and tell those who follow."""
         finished: list[Sampled] = []
         deadline = time.monotonic() + seconds
-        while self._engine.sampler.active and not finished:
-            for key, output in self._engine.sampler.step().items():
+        while self._sampler.active and not finished:
+            for key, output in self._sampler.step().items():
                 finished += self._take(key, output)
             on_step()
             if time.monotonic() > deadline:
@@ -184,9 +185,9 @@ class Samples:
                 model_id=sampling.model_id,
                 outputs=done,
                 prompt_tokens=sampling.prompt_tokens,
-                token_texts=self._engine.token_texts if sampling.with_token_texts else None,
+                token_texts=self._renderer.token_texts if sampling.with_token_texts else None,
                 prompt_texts=[
-                    self._engine.prompt_texts(tokens, text) for tokens, text in sampling.echoed
+                    self._renderer.prompt_texts(tokens, text) for tokens, text in sampling.echoed
                 ],
                 scoring=sampling.scoring,
             )
@@ -214,7 +215,7 @@ class Samples:
         """Take all prompts of a future out of the sampler; returns how many tokens it sampled."""
         num_sampled = 0
         for index, output in enumerate(sampling.outputs):
-            num_sampled += self._engine.sampler.cancel(f"{sampling.future.id}:{index}")
+            num_sampled += self._sampler.cancel(f"{sampling.future.id}:{index}")
             if output is not None:
                 num_sampled += sum(len(sequence.tokens) for sequence in output.sequences)
         return num_sampled
@@ -228,7 +229,7 @@ class Samples:
             texts: list[str] = []
             for index, output in enumerate(sampling.outputs):
                 if output is None:
-                    texts += self._engine.sampler.progress(f"{request_id}:{index}")
+                    texts += self._sampler.progress(f"{request_id}:{index}")
                 else:
                     texts += [sequence.text for sequence in output.sequences]
             notes += [(request_id, piece.to_note()) for piece in sampling.told.pieces(texts)]

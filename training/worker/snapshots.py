@@ -6,7 +6,7 @@ run trains on meanwhile. At most one is being written. Its row is committed afte
 has its name, by the thread that also commits the work, so that a row never lies; a crash in
 between leaves a folder that no row names.
 
-Writing only reads the engine's memory. When it fails, the snapshot has failed and nothing else.
+Writing only reads the trainer's memory. When it fails, the snapshot has failed and nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from django.conf import settings
 from django.db import transaction
 
 from futures.models import Worker
-from training.engine.interface import Engine
+from training.engine.interface import Trainer
 from training.models import Run, Snapshot
 
 FOLDER = Path("snapshots")
@@ -51,10 +51,10 @@ class Begun:
 
 
 class SnapshotWriter:
-    """Writes the snapshots of one engine's runs, one at a time."""
+    """Writes the snapshots of one trainer's runs, one at a time."""
 
-    def __init__(self, engine: Engine, worker: Worker) -> None:
-        self._engine = engine
+    def __init__(self, trainer: Trainer, worker: Worker) -> None:
+        self._trainer = trainer
         self._worker = worker
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self.begun: Begun | None = None
@@ -72,7 +72,7 @@ class SnapshotWriter:
         """
         directory = FOLDER / uuid.uuid4().hex
         try:
-            write = self._engine.capture_adapter(run.id)
+            write = self._trainer.capture_adapter(run.id)
         except Exception as error:
             raise SnapshotFailed(str(error)) from error
         self._is_unwanted = False

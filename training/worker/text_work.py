@@ -17,7 +17,7 @@ Item = Datum | list[int]
 
 
 class Text(Protocol):
-    """The text verbs of an engine; see ``training.engine.interface.Renderer``."""
+    """What makes tokens of text; see ``training.engine.interface.Renderer``."""
 
     def render_conversation(
         self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions

@@ -9,7 +9,7 @@ from typing import Any
 
 from futures.models import Future
 from futures.payload import decode
-from training.engine.interface import Engine
+from training.engine.interface import Renderer
 from training.errors import TrainingError
 from training.kinds import SHARED
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
@@ -36,13 +36,21 @@ class _Begun:
 class Texts:
     """Tokens of requests: made beforehand by a pool of processes, or on the spot without one."""
 
-    def __init__(self, engine: Engine, pool: TextPool | None, *, seconds: float) -> None:
+    def __init__(
+        self,
+        renderer: Renderer,
+        pool: TextPool | None,
+        *,
+        max_context_tokens: int,
+        seconds: float,
+    ) -> None:
         """
         Args:
-            pool: None has everything done on the spot, in the engine's thread.
+            pool: None has everything done on the spot, in the worker's thread.
             seconds: What one conversation or prompt may take in a process.
         """
-        self._engine = engine
+        self._renderer = renderer
+        self._max_context_tokens = max_context_tokens
         self._pool = pool
         self._seconds = seconds
         self._begun: dict[str, _Begun] = {}
@@ -59,7 +67,7 @@ class Texts:
             payload = bytes(future.payload or b"")
             if not has_text(decode(payload)):
                 continue
-            task = TextTask(payload, self._engine.info.max_context_tokens, self._seconds)
+            task = TextTask(payload, self._max_context_tokens, self._seconds)
             self._begun[future.id] = _Begun(future.owner_id, len(payload))
             self._pool.submit(future.id, str(future.owner_id), task)
         return len(self._begun) > begun
@@ -107,10 +115,25 @@ class Texts:
         self._begun.pop(future.id, None)
         answer = self._answers.pop(future.id, None)
         if answer is None:
-            return render(self._engine, payload)
+            return self._render(self._renderer, payload)
         if isinstance(answer, TrainingError):
             raise answer
         return answer
+
+    def render(self, future: Future, payload: Mapping[str, Any]) -> list[Item]:
+        """The tokens that an answered request had, made here and now for a replay.
+
+        There is no limit of time: it was accepted before.
+
+        Raises:
+            TrainingError: The model's folder is not what it was.
+        """
+        if _has_first_rules(future):
+            return self._render(_FirstRules(self._renderer), payload)
+        return self._render(self._renderer, payload)
+
+    def _render(self, text: Text, payload: Mapping[str, Any]) -> list[Item]:
+        return tokens_of(text, payload, max_context_tokens=self._max_context_tokens)
 
     def close(self) -> None:
         """End the processes."""
@@ -119,12 +142,12 @@ class Texts:
 
 
 class _FirstRules:
-    """The text verbs of an engine as the first version's were."""
+    """A renderer's verbs as the first version's were."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.render_prompt = engine.render_prompt
-        self.encode = engine.encode
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self.render_prompt = renderer.render_prompt
+        self.encode = renderer.encode
 
     def render_conversation(
         self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
@@ -134,21 +157,10 @@ class _FirstRules:
             m.keys() == {"role", "content"} and m["content"] is not None for m in messages
         )
         if is_plain and options == NO_CHAT_OPTIONS:
-            return self._engine.render_by_first_rules(messages, train_on=train_on)
-        return self._engine.render_conversation(messages, train_on=train_on, options=options)
+            return self._renderer.render_by_first_rules(messages, train_on=train_on)
+        return self._renderer.render_conversation(messages, train_on=train_on, options=options)
 
 
-def render(engine: Engine, payload: Mapping[str, Any], *, first_rules: bool = False) -> list[Item]:
-    """A request's datums or prompts in tokens, made here and now, without a limit of time: in a
-    replay, of what was accepted before.
-
-    Args:
-        first_rules: A worker of the first version computed it.
-    """
-    text: Text = _FirstRules(engine) if first_rules else engine
-    return tokens_of(text, payload, max_context_tokens=engine.info.max_context_tokens)
-
-
-def has_first_rules(future: Future) -> bool:
+def _has_first_rules(future: Future) -> bool:
     """Whether the worker that computed a future made tokens of its text by the first rules."""
     return future.worker is None or int(future.worker.figures.get("text_rules", 1)) < TEXT_RULES

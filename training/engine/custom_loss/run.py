@@ -3,7 +3,7 @@
 Nothing that a client sent is evaluated or looked up outside the table. What an operation costs at
 most is counted before it runs (``training.engine.custom_loss.costs``), and refused if it is too
 much. Work and size are counted, not timed, so that the same graph on the same data always ends the
-same way. A worker does not run this itself: ``training.worker.custom_loss_process`` has it run in
+same way. A worker does not run this itself: ``training.engine.custom_loss.process`` has it run in
 a process of its own, whose memory and time are limited too.
 """
 

@@ -15,8 +15,7 @@ from their logs.
 
 from __future__ import annotations
 
-from typing import Any
-
+from training.engine.interface.engine import Engine
 from training.engine.interface.renderer import Renderer
 from training.engine.interface.sampler import SampleJob, SampleOutput, Sampler
 from training.engine.interface.trainer import ForwardBackwardJob, Trainer
@@ -32,13 +31,3 @@ __all__ = [
     "Sampler",
     "Trainer",
 ]
-
-
-class Engine(Trainer, Renderer):
-    """All three roles of one base model."""
-
-    sampler: Sampler
-    text: Any = None
-    """What has ``render_conversation``, ``render_prompt`` and ``encode`` of this engine and can be
-    copied into another process, where a text that takes long holds up nobody; None if the
-    engine's own verbs take no time."""

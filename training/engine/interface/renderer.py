@@ -10,7 +10,14 @@ from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText
 
 
 class Renderer(ABC):
-    """The text side of one base model: its chat template and its tokenizer."""
+    """The text side of one base model: its chat template and its tokenizer.
+
+    Holds no state between calls, and can be pickled: the worker copies it into processes beside it,
+    where a text that takes long holds up nobody.
+    """
+
+    conversation_fault: str | None = None
+    """Why no conversation can be trained on; None if they can be."""
 
     @abstractmethod
     def render_conversation(

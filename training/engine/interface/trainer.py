@@ -49,7 +49,7 @@ class Trainer(ABC):
     def report_progress(self, to: Callable[[], None]) -> None:
         """Have ``to`` called every now and then while a verb takes long.
 
-        It says that the computation moves, which no thread beside it could know. An engine
+        It says that the computation moves, which no thread beside it could know. An trainer
         whose verbs take no time need not.
         """
 
@@ -154,4 +154,4 @@ class Trainer(ABC):
     @abstractmethod
     def adapter_state(self, adapter_name: str) -> dict[str, Any]:
         """``{"weights", "exp_avg", "exp_avg_sq", "grad"}`` as flat float32 numpy arrays, and
-        ``"step"``: what two engines compare to say that an adapter is the same."""
+        ``"step"``: what two trainers compare to say that an adapter is the same."""

@@ -1,4 +1,4 @@
-"""What all three roles may say about the base model."""
+"""What a trainer says about its base model."""
 
 from __future__ import annotations
 
@@ -15,5 +15,3 @@ class BaseModelInfo:
     num_parameters: int
     device: str
     dtype: str
-    conversation_fault: str | None = None
-    """Why no conversation can be trained on; None if they can be."""

@@ -16,7 +16,7 @@ from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS
 
 if TYPE_CHECKING:
-    from training.engine.renderer.chat_text import ChatText
+    from training.engine.renderer.chat_renderer import ChatRenderer
 
 _QUESTION: Message = {"role": "user", "content": "Where is Zürich?"}
 _ANSWER: Message = {"role": "assistant", "content": "In Switzerland."}
@@ -32,7 +32,7 @@ _SHAPES: list[list[Message]] = [
 ]
 
 
-def find_fault(text: ChatText, template: ChatTemplate) -> str | None:
+def find_fault(renderer: ChatRenderer, template: ChatTemplate) -> str | None:
     """Why this model's conversations cannot be trained on, in one sentence; None if they can.
 
     A shape that the template refuses (many know no system message) proves nothing against it.
@@ -46,7 +46,7 @@ def find_fault(text: ChatText, template: ChatTemplate) -> str | None:
                 return str(error).rstrip(".")
             continue
         try:
-            fault = _fault_of(messages, text, template)
+            fault = _fault_of(messages, renderer, template)
         except InvalidRequest as error:
             fault = str(error)
         if fault is not None:
@@ -54,18 +54,20 @@ def find_fault(text: ChatText, template: ChatTemplate) -> str | None:
     return None
 
 
-def _fault_of(messages: Sequence[Message], text: ChatText, template: ChatTemplate) -> str | None:
-    datum = text.training_datum(messages, NO_CHAT_OPTIONS, everyone=False)
+def _fault_of(
+    messages: Sequence[Message], renderer: ChatRenderer, template: ChatTemplate
+) -> str | None:
+    datum = renderer.training_datum(messages, NO_CHAT_OPTIONS, everyone=False)
     targets, weights = (datum.loss_fn_inputs[name] for name in ("target_tokens", "weights"))
     tokens = [int(datum.model_input[0]), *targets.tolist()]
     own = template.tokenize(messages)
-    if tokens[: len(own)] != own and text.written_out(tokens) != text.written_out(own):
+    if tokens[: len(own)] != own and renderer.written_out(tokens) != renderer.written_out(own):
         return "the tokens of a conversation are not those of its own template"
     trained = [int(position) + 1 for position in weights.nonzero()[0]]
-    prompt = text.render_prompt(messages[:-1])
+    prompt = renderer.render_prompt(messages[:-1])
     last_answer = [position for position in trained if position >= len(prompt)]
     if tokens[: len(prompt)] != prompt or last_answer[:1] != [len(prompt)]:
         return "what it writes before an answer is not what an answer is sampled after"
-    if tokens[last_answer[-1]] not in text.end_token_ids:
+    if tokens[last_answer[-1]] not in renderer.end_token_ids:
         return "sampling does not stop on what an answer is trained to end with"
     return None

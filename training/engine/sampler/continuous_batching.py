@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from training.engine.interface import SampleJob, SampleOutput, Sampler
-from training.engine.renderer.chat_text import ChatText
+from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.kv_cache import KvCache
 from training.engine.sampler.logit_changes import changed_logits, changes_logits
 from training.engine.sampler.logits import choose_tokens
@@ -71,7 +71,7 @@ class ContinuousSampler(Sampler):
     def __init__(
         self,
         base_model: BaseModel,
-        text: ChatText,
+        text: ChatRenderer,
         find_weights: Callable[[str], AdapterTensors],
         *,
         cache_tokens: int = 32_768,

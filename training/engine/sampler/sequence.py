@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
-from training.engine.renderer.chat_text import ChatText
+from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.kv_cache import Region
 from training.engine.sampler.logit_changes import check_logit_changes
 from training.engine.sampler.logits import Choice, UniformNumbers, check_choice_params
@@ -44,7 +44,7 @@ class ActiveSequence:
     text_so_far: TextSoFar | None = None
     """Made when somebody asks how far a sequence without stop strings is."""
 
-    def progress(self, text: ChatText, prompt: Sequence[int]) -> str:
+    def progress(self, text: ChatRenderer, prompt: Sequence[int]) -> str:
         """Its text as far as it is certain."""
         if self.stop_watch is not None:
             return self.stop_watch.certain_text
@@ -97,7 +97,7 @@ class ActiveRequest:
         elif len(sequence.tokens) == self.max_tokens:
             sequence.stop_reason = "length"
 
-    def output(self, text: ChatText) -> SampleOutput | TrainingError:
+    def output(self, text: ChatRenderer) -> SampleOutput | TrainingError:
         """What the client is told once all sequences have ended."""
         if not self.scorer.is_finite:
             return NonFiniteResult()
@@ -121,7 +121,7 @@ class ActiveRequest:
         )
 
 
-def _text_of(sequence: ActiveSequence, text: ChatText, prompt: Sequence[int]) -> str:
+def _text_of(sequence: ActiveSequence, text: ChatRenderer, prompt: Sequence[int]) -> str:
     if sequence.stop_watch is not None and sequence.stop_watch.text_before_stop is not None:
         return sequence.stop_watch.text_before_stop
     return text.decode_after(prompt, sequence.spoken)
@@ -133,7 +133,7 @@ def new_request(
     *,
     weights: AdapterTensors | None,
     max_tokens: int,
-    text: ChatText,
+    text: ChatRenderer,
     info: BaseModelInfo,
 ) -> ActiveRequest:
     """A job that has sampled nothing yet.

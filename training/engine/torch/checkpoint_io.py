@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from training.atomic_directory import new_directory, read_meta, write_meta
 from training.engine.export_readme import export_readme
 from training.engine.torch.adapters import (
     Adapter,
@@ -26,7 +27,6 @@ from training.engine.torch.adapters import (
     LoraShape,
     new_adapter,
 )
-from training.engine.torch.storage import new_directory, read_meta, write_meta
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.types import LoraConfig
 

@@ -302,7 +302,7 @@ class _Memo:
 def _environment() -> dict[str, str]:
     """What the process finds: how torch is to compute, and where our code is."""
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     return {
         **passed,
         "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)]),

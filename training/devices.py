@@ -1,4 +1,4 @@
-"""Which device a base model's worker computes on: no two on one GPU while another is free."""
+"""What a base model's worker computes on: which device, and how many of the processors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from collections.abc import Sequence
 
 from training.base_model_config import BaseModelConfig
 from training.errors import DeviceNotFound
+
+
+def num_threads(asked: int, torchs_own: int) -> int:
+    """Threads of one worker's passes on a CPU.
+
+    One processor is left to web and Postgres: torch's threads wait for each other in busy loops,
+    and while one of them is kept waiting by another process, a pass takes ten times as long.
+
+    Args:
+        asked: What the operator says; 0 says nothing.
+        torchs_own: How many torch takes when nobody tells it otherwise.
+    """
+    return asked or max(1, torchs_own - 1)
 
 
 def device_of(config: BaseModelConfig, *, among: Sequence[BaseModelConfig], gpu_count: int) -> str:

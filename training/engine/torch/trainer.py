@@ -1,18 +1,15 @@
-"""The engine itself: one base model, its resident adapters, and the verbs over them."""
+"""The trainer over a loaded base model: its resident adapters, and the verbs over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from training.engine.custom_loss.run import CustomLossRunner, run_custom_losses
-from training.engine.interface import Engine, ForwardBackwardJob, Sampler
-from training.engine.renderer.chat_text import ChatText
-from training.engine.sampler.continuous_batching import ContinuousSampler
+from training.engine.interface import ForwardBackwardJob, Trainer
 from training.engine.torch import adamw, checkpoint_io
 from training.engine.torch.adapters import (
     Adapter,
@@ -26,18 +23,9 @@ from training.engine.torch.out_of_memory import out_of_memory_by_name
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.passes import run_pass
 from training.engine.torch.target_modules import select_modules
-from training.engine.torch.validate import check_adam_params, check_job, check_lora_config
+from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import InvalidRequest, NonFiniteResult, OutOfMemory, TrainingError
-from training.types import (
-    NO_CHAT_OPTIONS,
-    AdamParams,
-    ChatOptions,
-    Datum,
-    ForwardBackwardOutput,
-    LoraConfig,
-    OptimStepOutput,
-    TokenText,
-)
+from training.types import AdamParams, ForwardBackwardOutput, LoraConfig, OptimStepOutput
 
 _GRADIENT_OVERFLOWS = (
     "The gradient of this request, added to what was accumulated, is outside float32; it was not "
@@ -47,8 +35,8 @@ _GRADIENT_OVERFLOWS = (
 JobResult = ForwardBackwardOutput | TrainingError
 
 
-class TorchEngine(Engine):
-    """One base model on one device; see ``Engine`` for the verbs.
+class TorchTrainer(Trainer):
+    """One base model on one device; see ``Trainer`` for the verbs.
 
     On a CPU, what a job computes depends, to the bit, on the adapter and the job and the token
     budget, and not on what shares its call: neither on other adapters nor on other jobs of its
@@ -64,14 +52,12 @@ class TorchEngine(Engine):
         base_model: BaseModel,
         *,
         token_budget: int = 4096,
-        cache_tokens: int = 32_768,
         custom_losses: CustomLossRunner = run_custom_losses,
     ) -> None:
         """Begin without adapters.
 
         Args:
             token_budget: Most tokens in one training micro-batch; memory grows with it.
-            cache_tokens: Tokens of all sequences that are sampled at one time.
             custom_losses: Computes clients' own losses. The default does so right here, counted
                 but without a limit on time; a worker, which serves others too, gives another.
         """
@@ -79,16 +65,7 @@ class TorchEngine(Engine):
         self._token_budget = token_budget
         self._custom_losses = custom_losses
         self._sums_by_job = base_model.device.type == "cpu"
-        self._text = ChatText(
-            base_model.tokenizer,
-            base_model.info.vocab_size,
-            end_token_ids=base_model.end_token_ids,
-        )
-        self.text = self._text
-        self.info = replace(base_model.info, conversation_fault=self._text.fault)
-        self.sampler: Sampler = ContinuousSampler(
-            base_model, self._text, self.adapter_weights, cache_tokens=cache_tokens
-        )
+        self.info = base_model.info
         # In order of use: the least recently used first.
         self._adapters: dict[str, Adapter] = {}
 
@@ -251,36 +228,6 @@ class TorchEngine(Engine):
         # A copy each: numpy's arrays can be written to, the buffers must not be.
         arrays = {name: flat.cpu().numpy().copy() for name, flat in buffers.items()}
         return {**arrays, "step": adapter.step}
-
-    def render_conversation(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        train_on: str,
-        options: ChatOptions = NO_CHAT_OPTIONS,
-    ) -> Datum:
-        return self._text.render_conversation(messages, train_on, options)
-
-    def render_by_first_rules(
-        self, messages: Sequence[Mapping[str, Any]], *, train_on: str
-    ) -> Datum:
-        return self._text.render_by_first_rules(messages, train_on)
-
-    def render_prompt(
-        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
-    ) -> list[int]:
-        return self._text.render_prompt(messages, options)
-
-    def encode(self, text: str) -> list[int]:
-        return self._text.encode(text)
-
-    def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
-        return self._text.token_texts(tokens, before)
-
-    def prompt_texts(
-        self, tokens: Sequence[int], text: str | None = None
-    ) -> tuple[str, list[TokenText]]:
-        return self._text.prompt_texts(tokens, text)
 
     def _peek(self, adapter_name: str) -> Adapter:
         if adapter_name not in self._adapters:

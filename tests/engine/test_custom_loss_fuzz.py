@@ -6,7 +6,7 @@ Some dozens; ``python -m tests.engine.custom_loss_fuzz 2000`` is the long form.
 from __future__ import annotations
 
 from tests.engine.custom_loss_fuzz import OPERATIONS, Tally
-from training.worker.custom_loss_process import CustomLossProcess
+from training.engine.custom_loss.process import CustomLossProcess
 
 
 def test_no_random_graph_ends_its_process_or_takes_more_than_is_stated(

@@ -17,6 +17,8 @@ import torch
 
 from tests.engine.test_custom_loss import LOSSES, draw, graph_of, many_targets
 from training.custom_loss_graph import CustomLossGraph, check_graph
+from training.engine.custom_loss import process as custom_loss_process
+from training.engine.custom_loss.process import CustomLossProcess
 from training.engine.custom_loss.run import (
     CustomLossInputs,
     CustomLossOutput,
@@ -26,8 +28,6 @@ from training.engine.custom_loss.run import (
 )
 from training.engine.custom_loss.wire import decode_request, encode_limits, encode_request
 from training.errors import InvalidRequest, LimitExceeded, OutOfMemory
-from training.worker import custom_loss_process
-from training.worker.custom_loss_process import CustomLossProcess
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's limits are Linux's")
 
@@ -261,7 +261,7 @@ def test_one_that_cannot_start_fails_the_request_and_not_the_worker(
 def test_both_processes_go_with_a_worker_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import time\n"
-        "from training.worker.custom_loss_process import CustomLossProcess\n"
+        "from training.engine.custom_loss.process import CustomLossProcess\n"
         "server = CustomLossProcess()._running()\n"
         "server.connection()\n"
         "print(server._process.pid, server.child_pid, flush=True)\n"

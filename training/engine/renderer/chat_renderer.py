@@ -15,6 +15,7 @@ from contextlib import suppress
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from training.engine.interface import Renderer
 from training.engine.renderer.chat_template import ChatTemplate, Message
 from training.engine.renderer.edges import EdgedTokens, TextTokens, tokenize_with_edges
 from training.engine.renderer.first_rules import first_datum
@@ -33,7 +34,7 @@ TRY_SECONDS = 5.0
 TRAIN_ON = ("auto", "assistant", "all")
 
 
-class ChatText:
+class ChatRenderer(Renderer):
     """One base model's tokenizer, with its chat template. Holds no state between calls."""
 
     def __init__(
@@ -68,7 +69,7 @@ class ChatText:
         """Where the model itself ends what it says: the tokenizer's end token, those handed in,
         and what the chat template writes after what the assistant says."""
         with time_limit(TRY_SECONDS):
-            self.fault = find_fault(self, self._template)
+            self.conversation_fault = find_fault(self, self._template)
         """Why no conversation can be trained on; None if they can be."""
 
     # -- text ------------------------------------------------------------------------------------
@@ -178,10 +179,10 @@ class ChatText:
                 "is a conversation to train on"
             )
         self._template.check(messages, options)
-        if self.fault is not None:
+        if self.conversation_fault is not None:
             raise InvalidRequest(
-                f"messages: this model takes no conversations to train on: {self.fault}. "
-                "Send token datums instead"
+                "messages: this model takes no conversations to train on: "
+                f"{self.conversation_fault}. Send token datums instead"
             )
         speaks = any(message["role"] == "assistant" for message in messages)
         if train_on == "assistant" and not speaks:

@@ -1,0 +1,134 @@
+"""From a base model's configuration to its engine; what an implementation needs is imported here.
+
+The worker knows this module and the roles, and no implementation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training import devices
+from training.base_model_config import BaseModelConfig
+from training.engine.interface import Engine
+from training.errors import BaseModelNotFound, TrainingError
+
+if TYPE_CHECKING:
+    from training.engine.custom_loss.run import CustomLossRunner
+    from training.engine.torch.base_model import BaseModel
+
+logger = logging.getLogger(__name__)
+
+MAX_REASON_CHARACTERS = 300  # of what a library says against a model's folder
+
+
+def build_engine(
+    config: BaseModelConfig,
+    folder: Path,
+    *,
+    among: Sequence[BaseModelConfig],
+    num_threads: int,
+    batch_tokens: int,
+    cache_tokens: int,
+    on_stage: Callable[[str], None],
+) -> Engine:
+    """The engine of a base model on this machine, in this process.
+
+    Args:
+        folder: Where the model is.
+        among: All base models of the server: no two get one GPU while another is free.
+        num_threads: Of a pass on a CPU; 0 leaves the choice to ``training.devices``.
+        batch_tokens: Most tokens in one training micro-batch; memory grows with it.
+        cache_tokens: Tokens of all sequences that are sampled at one time.
+        on_stage: Called with the name of each stage of loading as it begins.
+
+    Raises:
+        BaseModelNotFound: The folder cannot be read, or holds a model that cannot be served.
+        DeviceNotFound: It is for a GPU that is not there.
+    """
+    import torch
+
+    from training.engine.custom_loss.process import CustomLossProcess
+    from training.engine.torch.loading import load_base_model
+
+    torch.set_num_threads(devices.num_threads(num_threads, torch.get_num_threads()))
+    gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = devices.device_of(config, among=among, gpu_count=gpu_count)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # or whatever names no device would be made on the first
+    custom_losses = CustomLossProcess()  # gets ready while the model is read
+    try:
+        with _faults_of(folder):
+            base_model = load_base_model(
+                str(folder),
+                name=config.name,
+                device=device,
+                dtype=config.dtype,
+                on_stage=on_stage,
+            )
+            return engine_over(
+                base_model,
+                batch_tokens=batch_tokens,
+                cache_tokens=cache_tokens,
+                custom_losses=custom_losses,
+            )
+    except BaseException:
+        custom_losses.close()
+        raise
+
+
+def engine_over(
+    base_model: BaseModel,
+    *,
+    batch_tokens: int = 4096,
+    cache_tokens: int = 32_768,
+    custom_losses: CustomLossRunner | None = None,
+) -> Engine:
+    """The engine over a base model that is in memory; see ``build_engine``.
+
+    Args:
+        custom_losses: None computes clients' own losses right here, without a limit on time.
+    """
+    from training.engine.custom_loss.run import run_custom_losses
+    from training.engine.renderer.chat_renderer import ChatRenderer
+    from training.engine.sampler.continuous_batching import ContinuousSampler
+    from training.engine.torch.trainer import TorchTrainer
+
+    trainer = TorchTrainer(
+        base_model, token_budget=batch_tokens, custom_losses=custom_losses or run_custom_losses
+    )
+    renderer = ChatRenderer(
+        base_model.tokenizer,
+        base_model.info.vocab_size,
+        end_token_ids=base_model.end_token_ids,
+    )
+    sampler = ContinuousSampler(
+        base_model, renderer, trainer.adapter_weights, cache_tokens=cache_tokens
+    )
+    return Engine(trainer=trainer, sampler=sampler, renderer=renderer)
+
+
+@contextmanager
+def _faults_of(folder: Path) -> Iterator[None]:
+    """What loading a folder fails with is a fault of the folder: it would fail again.
+
+    Libraries raise everything there, down to a division by zero. Not what the machine may have
+    the next time: memory, and a GPU that works.
+    """
+    import torch
+
+    from training.engine.torch.out_of_memory import is_out_of_memory
+
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, getattr(torch, "AcceleratorError", ())):
+            raise
+        logger.exception("loading %s", folder)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
+        raise BaseModelNotFound(f"No model can be read from {folder}: {what}") from error
