@@ -44,7 +44,9 @@ def execute(sql: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     raw = psycopg_connection()
     with connection.wrap_database_errors, psycopg.Cursor(raw) as cursor:
         cursor.execute(sql.encode(), parameters)
-        return cursor.fetchall() if cursor.description else []
+        # Not cursor.description, which makes an object of each column: 80 us for a run's.
+        has_rows = cursor.pgresult is not None and cursor.pgresult.nfields > 0
+        return cursor.fetchall() if has_rows else []
 
 
 def rows_get(model: type[M], condition: str, parameters: Mapping[str, Any]) -> list[M]:

@@ -160,16 +160,18 @@ def _conversation_cost(conversation: Conversation) -> int:
 
 def count_characters(value: Any) -> int:
     """About how long a value is when a template writes it; frames of JSON do not count."""
+    if value is None:
+        return 0
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Message):
         extras = (value.name, value.tool_calls, value.tool_call_id, value.reasoning_content)
-        return count_characters(value.content) + count_characters(extras)
+        return count_characters(value.content) + sum(map(count_characters, extras))
     if isinstance(value, Mapping):
         return sum(len(key) + count_characters(item) for key, item in value.items())
     if isinstance(value, list | tuple):
         return sum(map(count_characters, value))
-    return 0 if value is None else len(str(value))
+    return len(str(value))
 
 
 def _conversation_to_payload(conversation: Conversation) -> Payload:
