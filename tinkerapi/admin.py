@@ -10,12 +10,14 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 from django import forms
+from django.conf import settings
 from django.contrib import admin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
 from django.db.models import Model, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
+from django.template.defaultfilters import filesizeformat
 from django.utils import timezone
 from django.utils.html import format_html_join
 from django.utils.safestring import SafeString
@@ -39,6 +41,7 @@ from futures.models import Future
 from tinkerapi.models import ApiKey
 from tinkerapi.services import MAX_EXPIRY_DAYS, api_key_create, api_key_revoke
 from training.models import Checkpoint, Run
+from training.storage_quota import storage_use
 
 
 class NewKeyForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information
@@ -246,9 +249,9 @@ class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # n
         ("Person", {"fields": ("first_name", "last_name", "email")}),
         ("Access", {"fields": ("is_active", "is_staff", "is_superuser")}),
         ("Dates", {"fields": ("last_login", "date_joined")}),
-        ("Theirs", {"fields": ("owned",)}),
+        ("Theirs", {"fields": ("owned", "stored")}),
     )
-    readonly_fields = ("last_login", "date_joined", "owned")
+    readonly_fields = ("last_login", "date_joined", "owned", "stored")
     list_display = ("username", "email", "is_active", "is_staff", "is_superuser", "last_login")
     list_filter = ("is_active", "is_staff", "is_superuser")
 
@@ -262,6 +265,13 @@ class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # n
             list_link(ApiKey, "API keys", user__id__exact=user.pk),
         )
         return format_html_join(", ", "{}", ((item,) for item in lists))
+
+    @admin.display(description="Stored")
+    def stored(self, user: User) -> str:
+        """What this person's things take, and the most that one person's may."""
+        limit: int = settings.USER_STORAGE_BYTES
+        of_limit = f" Of {filesizeformat(limit)} that one user may take." if limit else ""
+        return f"{storage_use(user.pk)}.{of_limit}"
 
 
 @admin.register(Schedule)

@@ -1,10 +1,11 @@
 """How much of the disk and the database one user takes, and the most that one may.
 
-``TINKERAPI_USER_STORAGE_BYTES`` limits checkpoints, snapshots, and the payloads and results of
-requests that are kept. The sums of files are read at each look, from two indexed tables. That of
-requests goes over all of a user's rows, so a process counts it anew at most once a minute (and
-never spends more than a twentieth of its time on it), and adds what it accepts meanwhile. So a user
-may be over by what other processes accept in a minute, and by results that are under way.
+``TINKERAPI_USER_STORAGE_BYTES`` limits checkpoints, snapshots, and what is kept of requests:
+payloads and results, custom losses, recorded samples. The sums of files are read at each look, from
+two indexed tables. That of requests goes over all of a user's rows, so a process counts it anew at
+most once a minute (and never spends more than a twentieth of its time on it), and adds what it
+accepts meanwhile. So a user may be over by what other processes accept in a minute, and by results
+that are under way.
 """
 
 from __future__ import annotations
@@ -28,8 +29,18 @@ TIMES_ITS_COST = 20
 
 # The length of a value that is stored out of line is known without reading it.
 _REQUEST_BYTES = """
-SELECT coalesce(sum(coalesce(octet_length(payload), 0) + coalesce(octet_length(result), 0)), 0)
-FROM futures_future WHERE owner_id = %(owner_id)s
+SELECT (
+    SELECT coalesce(sum(coalesce(octet_length(payload), 0) + coalesce(octet_length(result), 0)), 0)
+    FROM futures_future WHERE owner_id = %(owner_id)s
+) + (
+    SELECT coalesce(sum(octet_length(data)), 0)
+    FROM training_recordedsample JOIN training_session AS s ON s.id = session_id
+    WHERE s.owner_id = %(owner_id)s
+) + (
+    SELECT coalesce(sum(pg_column_size(graph)), 0)
+    FROM training_customloss JOIN training_session AS s ON s.id = session_id
+    WHERE s.owner_id = %(owner_id)s
+)
 """
 
 
@@ -40,10 +51,17 @@ class StorageUse:
     checkpoints: int
     snapshots: int
     requests: int
+    """With their results, and the custom losses and recorded samples that came of them."""
 
     @property
     def total(self) -> int:
         return self.checkpoints + self.snapshots + self.requests
+
+    def __str__(self) -> str:
+        return (
+            f"{_size(self.total)}: checkpoints {_size(self.checkpoints)}, snapshots of models "
+            f"{_size(self.snapshots)}, requests with their results {_size(self.requests)}"
+        )
 
 
 def storage_use(owner_id: int) -> StorageUse:
@@ -75,8 +93,7 @@ def storage_check(*, owner_id: int, more_bytes: int, freed_bytes: int = 0) -> No
         return
     raise StorageQuotaExceeded(
         f"this takes {_size(more_bytes)}, and of the {_size(limit)} that one user may take you "
-        f"take {_size(use.total)}: checkpoints {_size(use.checkpoints)}, snapshots of your models "
-        f"{_size(use.snapshots)}, requests with their results {_size(use.requests)}. Delete "
+        f"take {use}. Delete "
         "checkpoints, or remove models; requests go after "
         f"{settings.KEEP_RESULTS_DAYS} days, when the server's owner prunes them."
     )

@@ -8,6 +8,7 @@ import pytest
 from django.contrib.auth.models import User
 from django.test import Client
 from django.urls import reverse
+from pytest_django import Settings
 
 ADD = reverse("admin:auth_user_add")
 
@@ -68,3 +69,13 @@ def test_the_form_says_what_a_password_is_for(console: Client) -> None:
 
     assert "Only the admin asks for it; the API takes a key." in html
     assert "LDAP" not in html
+
+
+def test_a_persons_page_says_what_they_store(console: Client, settings: Settings) -> None:
+    settings.USER_STORAGE_BYTES = 5 * 1024**3
+    ada = User.objects.create_user("ada")
+
+    page = console.get(reverse("admin:auth_user_change", args=[ada.pk])).content.decode()
+
+    assert "0 bytes: checkpoints 0 bytes, snapshots of models 0 bytes" in page.replace("\xa0", " ")
+    assert "Of 5.0 GB that one user may take." in page.replace("\xa0", " ")

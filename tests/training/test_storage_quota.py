@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from pytest_django import Settings
 from futures.models import Future
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
+from tests.sdk.test_custom_losses import upload
+from tests.sdk.test_sampling import sample, sampling_session
 from training import storage_quota
-from training.models import Checkpoint
+from training.models import Checkpoint, CustomLoss, RecordedSample, Session
 from training.storage_quota import storage_use
 
 HI = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]]
@@ -60,6 +63,43 @@ def test_what_is_used_is_what_is_stored(api: ApiClient, work: InProcessWorker) -
     assert use.requests == sum(len(payload or b"") + len(result or b"") for payload, result in rows)
     assert use.checkpoints == Checkpoint.objects.get().size_bytes > 0
     assert storage_use(local().pk + 1).total == 0
+
+
+def test_custom_losses_and_recorded_samples_count_as_requests_of_their_owner(
+    api: ApiClient, work: InProcessWorker
+) -> None:
+    sdk = SdkClient.with_new_key(api)
+    session = sdk.session()
+    upload(sdk, session)
+    sampler = sampling_session(sdk, session).json()["sampling_session_id"]
+    sample(sdk, sampler, record_stability_info=True)
+    work()
+
+    owner_id = Session.objects.get(pk=session).owner_id
+    use = storage_use(owner_id)
+
+    rows = Future.objects.filter(owner_id=owner_id).values_list("payload", "result")
+    of_futures = sum(len(payload or b"") + len(result or b"") for payload, result in rows)
+    recorded = len(bytes(RecordedSample.objects.get().data))
+    graph = use.requests - of_futures - recorded
+    # As jsonb keeps it, maybe compressed: neither nothing nor much more than its text.
+    assert 100 < graph < 2 * len(json.dumps(CustomLoss.objects.get().graph))
+
+
+def test_a_custom_loss_over_the_limit_is_refused_and_its_repeat_answered(
+    api: ApiClient, settings: Settings
+) -> None:
+    sdk = SdkClient.with_new_key(api)
+    session = sdk.session()
+    kept = upload(sdk, session).json()
+    settings.USER_STORAGE_BYTES = 1
+
+    assert upload(sdk, session).json() == kept
+    refused = upload(sdk, session, 1)
+
+    assert refused.status_code == 413
+    assert "that one user may take" in refused.json()["detail"]
+    assert CustomLoss.objects.count() == 1
 
 
 def test_over_the_limit_everything_is_refused_but_what_frees(

@@ -11,6 +11,7 @@ from typing import Any
 from django.db import transaction
 
 from futures.models import Future
+from futures.payload import encode_payload
 from futures.services import Refusal, future_record, future_submit
 from training.base_models import base_model_get
 from training.errors import InvalidDatum, InvalidRequest
@@ -18,6 +19,7 @@ from training.kinds import Kind
 from training.models import CustomLoss, Session
 from training.selectors import custom_loss_get, run_get
 from training.services.sessions import session_open
+from training.storage_quota import storage_admit
 from training.types import Datum
 
 
@@ -38,16 +40,25 @@ def custom_loss_create(
     Raises:
         SessionNotFound: (404)
         SessionFinished: (400)
+        StorageQuotaExceeded: Its owner stores as much as one user may. (413)
         IdempotencyKeyReused: The session used the number for something else. (422)
     """
     session = session_open(owner_id=owner_id, session_id=session_id)
+    payload = {"name": name, "inputs": list(inputs), "graph": dict(graph)}
+    storage_admit(
+        encode_payload(Kind.CREATE_CUSTOM_LOSS, payload),
+        owner_id=owner_id,
+        lane_id=None,
+        seq_id=None,
+        idempotency_key=custom_loss_id(session_id, seq_id),
+    )
     # One upload at a time, so that a request and its repeat do not both make the row.
     Session.objects.select_for_update(no_key=True).get(pk=session.pk)
     future = future_record(
         owner_id=owner_id,
         queue=base_model_get(None).queue,
         kind=Kind.CREATE_CUSTOM_LOSS,
-        payload={"name": name, "inputs": list(inputs), "graph": dict(graph)},
+        payload=payload,
         result={"loss_id": custom_loss_id(session_id, seq_id)},
         idempotency_key=custom_loss_id(session_id, seq_id),
         summary={"name": name, "nodes": len(graph["nodes"])},
