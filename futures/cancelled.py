@@ -1,6 +1,6 @@
 """What a worker does about futures that were cancelled while it held them.
 
-The cancellation is a commit of the owner's (``futures.services.future_cancel``), so a worker
+The cancellation is a commit of the owner's (``futures.cancelling.future_cancel``), so a worker
 may find at any time that a row it holds is final. It learns so from the bell, or when it wants
 to finish or release the row. It never undoes it: what it did for the row is dropped.
 """

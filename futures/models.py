@@ -1,7 +1,7 @@
 """The rows that are the truth: futures, the lanes that order them, the workers that run them.
 
 Queue entries and notifications may be lost; a row may not. Every move between states is a
-compare-and-set (``futures.services``), and check constraints tie the columns to the state.
+compare-and-set (``futures.transitions``), and check constraints tie the columns to the state.
 This app knows nothing of training: a kind is a word and a payload is bytes to it.
 """
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+TINKERAPI = Path(__file__).resolve().parent.parent / "tinkerapi"
 
 
 def modules_after(statement: str) -> set[str]:
@@ -41,3 +45,14 @@ def test_the_web_process_serves_the_views(web_modules: set[str]) -> None:
 
 def test_the_fake_engine_needs_no_torch() -> None:
     assert "torch" not in modules_after("from training.engine.fake.engine import fake_engine")
+
+
+@pytest.mark.parametrize("room", ["api", "console"])
+def test_what_a_browser_or_a_client_asks_goes_through_selectors_and_services(room: str) -> None:
+    by_hand = [
+        f"{path.relative_to(TINKERAPI)}: {line.strip()}"
+        for path in (TINKERAPI / room).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"\.objects\b", line)
+    ]
+    assert by_hand == []

@@ -24,7 +24,7 @@ from django.urls import set_script_prefix
 from tinkerapi.api.bodies.limit import Application, Receive, Scope, Send, limit_body
 from tinkerapi.api.leaving import client_left
 from tinkerapi.api.openai.shape import openai_shape
-from tinkerapi.pages import is_page
+from tinkerapi.page_addresses import is_page
 
 
 class ApiHandler(ASGIHandler):

@@ -1,4 +1,4 @@
-"""Reads of API keys: which key is this, and whose is it?"""
+"""Reads of API keys and users: which key is this, and whose is it?"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from django.contrib.auth.models import User
+from django.db.models import QuerySet
 
 from futures.database import row_get
 from tinkerapi.models import ApiKey
@@ -30,6 +31,12 @@ def api_key_by_id(api_key_id: int) -> ApiKey | None:
 def user_by_name(username: str) -> User | None:
     """The user of this name, active or not."""
     return row_get(User, "username = %(username)s", {"username": username})
+
+
+def users_active(*, only: int | None = None) -> QuerySet[User]:
+    """The active users by name, or at most the one of this id."""
+    users = User.objects.filter(is_active=True).order_by("username")
+    return users if only is None else users.filter(pk=only)
 
 
 def _valid(condition: str, parameters: Mapping[str, Any]) -> ApiKey | None:

@@ -324,12 +324,12 @@ UNFOLD = {
     "SITE_URL": "/docs/",
     "SHOW_VIEW_ON_SITE": False,
     "SITE_FAVICONS": [
-        {"rel": "icon", "type": "image/svg+xml", "href": "tinkerapi.console.dashboard.favicon"}
+        {"rel": "icon", "type": "image/svg+xml", "href": "tinkerapi.console.navigation.favicon"}
     ],
-    "STYLES": ["tinkerapi.console.dashboard.stylesheet"],
+    "STYLES": ["tinkerapi.console.navigation.stylesheet"],
     "DASHBOARD_CALLBACK": "tinkerapi.console.dashboard.dashboard",
     "LOGIN": {"form": "tinkerapi.console.login_form.LoginForm"},
-    "SIDEBAR": {"navigation": "tinkerapi.console.dashboard.navigation"},
+    "SIDEBAR": {"navigation": "tinkerapi.console.navigation.navigation"},
 }
 
 LOGGING = {

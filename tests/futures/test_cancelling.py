@@ -12,11 +12,11 @@ from django.db import transaction
 
 from futures.broker import bell_rang
 from futures.cancelled import futures_cancelled
+from futures.cancelling import future_cancel
 from futures.errors import Fenced, FutureNotCancellable, FutureNotFound
 from futures.finishing import futures_release
 from futures.models import Future, Lane, Worker
 from futures.notify import Bell
-from futures.services import future_cancel
 from futures.transitions import State
 from futures.workers import worker_stop
 from tests.futures.conftest import QUEUE, SubmitFactory, finish, kill, race

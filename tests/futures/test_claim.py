@@ -9,12 +9,13 @@ import pytest
 from django_q.models import OrmQ
 
 from futures.broker import PostgresBroker
+from futures.cancelling import future_cancel
 from futures.claiming import MAX_WINDOW, MIN_WINDOW, future_claim
 from futures.errors import Fenced
 from futures.finishing import futures_release
 from futures.models import Future, Lane, Worker
 from futures.payload import decode
-from futures.services import Refusal, future_cancel
+from futures.services import Refusal
 from futures.transitions import State
 from tests.futures.conftest import SubmitFactory, finish
 

@@ -13,8 +13,8 @@ from django.db import transaction
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from futures.cancelling import future_cancel
 from futures.models import Lane, Worker
-from futures.services import future_cancel
 from tests.futures.conftest import SubmitFactory
 from tests.futures.test_claim import claim
 

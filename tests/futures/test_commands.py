@@ -14,10 +14,10 @@ from django.db import connections
 from django.db.models import QuerySet
 from django.utils import timezone
 
+from futures.cancelling import future_cancel
 from futures.claiming import future_claim
 from futures.models import Future, Worker
 from futures.payload import decode, encode
-from futures.services import future_cancel
 from tests.futures.conftest import SubmitFactory, finish
 
 

@@ -26,13 +26,14 @@ from hypothesis.stateful import (
 
 from futures import claiming
 from futures.cancelled import futures_cancelled
+from futures.cancelling import future_cancel
 from futures.claiming import future_claim
 from futures.errors import FutureNotCancellable, SeqIdReused
 from futures.finishing import Outcome, futures_finish, futures_release
 from futures.lane_gaps import gaps_refuse
 from futures.models import Future, Lane, Worker
 from futures.payload import decode, encode
-from futures.services import future_cancel, future_submit, lane_create
+from futures.services import future_submit, lane_create
 from futures.transitions import MOVES
 from futures.workers import MAX_ATTEMPTS, worker_start, worker_stop
 from tests.futures.conftest import QUEUE, kill

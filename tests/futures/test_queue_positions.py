@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from django.utils import timezone
 
+from futures.cancelling import future_cancel
 from futures.claiming import future_claim
 from futures.lane_gaps import SETTLE_SECONDS, gaps_refuse
 from futures.models import Future, Lane, Worker
 from futures.queue_positions import QueuePosition, queue_position
 from futures.queue_positions import future_position as place_of
-from futures.services import future_cancel
 from futures.workers import worker_heartbeat, worker_live
 from tests.futures.conftest import SubmitFactory, finish
 

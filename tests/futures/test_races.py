@@ -12,10 +12,10 @@ from django_q.models import OrmQ
 
 from futures import notify
 from futures.broker import PostgresBroker
+from futures.cancelling import future_cancel
 from futures.claiming import future_claim
 from futures.errors import Fenced, FutureNotCancellable
 from futures.models import Future, Lane, Worker
-from futures.services import future_cancel
 from futures.transitions import State
 from tests.futures.conftest import QUEUE, SubmitFactory, finish, kill, race
 

@@ -9,6 +9,7 @@ import pytest
 from django.db import IntegrityError, transaction
 from django_q.models import OrmQ
 
+from futures.cancelling import future_cancel
 from futures.errors import (
     FutureNotFound,
     FuturePayloadPruned,
@@ -19,7 +20,8 @@ from futures.errors import (
 )
 from futures.models import Future, Lane
 from futures.payload import decode
-from futures.services import Refusal, future_cancel, future_resubmit
+from futures.resubmitting import future_resubmit
+from futures.services import Refusal
 from futures.transitions import State
 from tests.futures.conftest import QUEUE, SubmitFactory
 

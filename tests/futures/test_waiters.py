@@ -15,12 +15,12 @@ from django.db import OperationalError
 from futures import waiters as hub_module
 from futures.batched_reads import FutureReader
 from futures.broker import bell_rang
+from futures.cancelling import future_cancel
 from futures.claiming import future_claim
 from futures.database import dedicated_parameters
 from futures.errors import FutureNotFound
 from futures.models import Future, Worker
 from futures.notify import Bell
-from futures.services import future_cancel
 from futures.waiters import future_wait, waiters
 from tests.futures.conftest import QUEUE, SubmitFactory, finish, race
 

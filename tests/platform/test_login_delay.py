@@ -15,7 +15,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from tests.futures.conftest import race
-from tinkerapi.console.login_delay import FORGET, client_address, login_begin, login_succeeded
+from tinkerapi.login_delay import FORGET, client_address, login_begin, login_succeeded
 from tinkerapi.models import FailedLogins
 from training.models import AuditEvent
 

@@ -14,10 +14,10 @@ from django.contrib.auth.models import User
 from django.db import connection
 from django.db.migrations.executor import MigrationExecutor
 
+from futures.cancelling import future_cancel
 from futures.claiming import future_claim
 from futures.models import Future
 from futures.payload import decode
-from futures.services import future_cancel
 from tests.conftest import InProcessWorker
 from tinkerapi.server.upgrade import schema_migrate, unapplied_migrations
 from training.models import Checkpoint, Run

@@ -12,10 +12,10 @@ from django.contrib.auth.models import User
 from django.utils import timezone
 
 from futures.broker import bell_rang
+from futures.cancelling import future_cancel
 from futures.errors import FutureNotCancellable
 from futures.models import Future
 from futures.notify import Bell
-from futures.services import future_cancel
 from tests.conftest import InProcessWorker
 from tests.futures.conftest import race
 from tests.training import test_worker

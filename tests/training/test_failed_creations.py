@@ -9,8 +9,8 @@ import pytest
 from django.contrib.auth.models import User
 from pytest_django import Settings
 
+from futures.cancelling import future_cancel
 from futures.models import Future
-from futures.services import future_cancel
 from futures.workers import MAX_ATTEMPTS
 from tests.conftest import InProcessWorker
 from tests.training.test_races import at_once, create

@@ -12,7 +12,7 @@ from pytest_django import Settings
 from futures.claiming import future_claim
 from futures.errors import QueueNotServed
 from futures.models import Future
-from futures.services import future_resubmit
+from futures.resubmitting import future_resubmit
 from tests.base_models import base_model_configs
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient

@@ -14,7 +14,7 @@ from tinkerapi.api.async_view import CONTROL_BODY_BYTES, AsyncAPIView
 from tinkerapi.api.bodies.limit import SMALL_BODY_BYTES, Admitted, too_large
 from tinkerapi.api.dispatch import view_by_headers
 from tinkerapi.api.errors import bad_request, page_not_found
-from tinkerapi.pages import is_page
+from tinkerapi.page_addresses import is_page
 
 
 async def admit(scope: MutableMapping[str, Any]) -> HttpResponseBase | Admitted:

@@ -10,7 +10,7 @@ the user ``local``; ``keyless`` says when that is certain.
 from __future__ import annotations
 
 from django.conf import settings
-from django.contrib.auth.models import AbstractBaseUser, User
+from django.contrib.auth.models import AbstractBaseUser
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import AuthenticationFailed
 from rest_framework.request import Request
@@ -18,7 +18,7 @@ from rest_framework.request import Request
 from tinkerapi.api.keyless import check_keyless
 from tinkerapi.models import ApiKey
 from tinkerapi.selectors import user_by_name
-from tinkerapi.services import LOCAL_USERNAME, api_key_verify
+from tinkerapi.services import LOCAL_USERNAME, api_key_verify, user_ensure
 from tinkerapi.tokens import TOKEN_PREFIX, token_verify
 
 
@@ -47,9 +47,7 @@ def local_user() -> AbstractBaseUser:
 
     It has no password, so nobody can log in to the admin as it.
     """
-    user = user_by_name(LOCAL_USERNAME)
-    if user is None:
-        user, _ = User.objects.get_or_create(username=LOCAL_USERNAME)
+    user = user_by_name(LOCAL_USERNAME) or user_ensure(LOCAL_USERNAME)[0]
     if not user.is_active:
         raise AuthenticationFailed("Keyless requests are closed: the user 'local' is inactive.")
     return user

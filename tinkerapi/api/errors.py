@@ -22,7 +22,7 @@ from futures import errors as futures_errors
 from futures.plain import plain_text
 from futures.transitions import Category
 from tinkerapi.api.renderers import JSONResponse
-from tinkerapi.pages import is_page
+from tinkerapi.page_addresses import is_page
 from training import errors as training_errors
 
 logger = logging.getLogger(__name__)

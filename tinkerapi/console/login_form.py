@@ -9,7 +9,7 @@ from django.contrib.auth.models import User
 from django.core.exceptions import ValidationError
 from unfold.forms import AuthenticationForm
 
-from tinkerapi.console.login_delay import client_address, login_begin, login_succeeded
+from tinkerapi.login_delay import client_address, login_begin, login_succeeded
 from training.audit import audit_login
 
 MAX_USERNAME = 150  # of Django's users; what is longer is somebody's, and is not kept whole

@@ -10,9 +10,10 @@ from typing import Any
 from django.conf import settings
 from django.db import transaction
 
+from futures.cancelling import lane_refuse
 from futures.models import Future, Lane
 from futures.payload import encode_payload
-from futures.services import Refusal, future_repeated, future_submit, lane_refuse
+from futures.services import Refusal, future_repeated, future_submit
 from training.base_models import base_model_get, queue_is_served
 from training.errors import BaseModelNotFound, InvalidRequest, SessionFinished
 from training.kinds import Kind

@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand, CommandError
 from futures.errors import FutureError
 from futures.models import Future
 from futures.payload import decode, digest
-from futures.services import future_resubmit
+from futures.resubmitting import future_resubmit
 from futures.transitions import State
 from futures.waiters import future_wait, waiters
 

@@ -12,9 +12,9 @@ from django.conf import settings
 from django.http import HttpResponse, HttpResponseBase
 from rest_framework.request import Request
 
+from futures.cancelling import future_cancel
 from futures.errors import FutureNotCancellable
 from futures.models import Future
-from futures.services import future_cancel
 from futures.transitions import State
 from futures.waiters import future_wait
 from tinkerapi.api.bodies.parsers import json_object

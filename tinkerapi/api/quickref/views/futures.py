@@ -9,7 +9,7 @@ from django.conf import settings
 from django.http import HttpResponse
 from rest_framework.request import Request
 
-from futures.services import future_cancel
+from futures.cancelling import future_cancel
 from tinkerapi.api.caller import owner_of
 from tinkerapi.api.fields.field import Field, Schema
 from tinkerapi.api.fields.futures import REQUEST_ID

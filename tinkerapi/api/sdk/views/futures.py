@@ -15,10 +15,10 @@ from django.http import HttpResponse
 from rest_framework.request import Request
 
 from futures import payload
+from futures.cancelling import future_cancel
 from futures.errors import FutureNotCancellable, FuturePurged
 from futures.models import Future
 from futures.selectors import future_get
-from futures.services import future_cancel
 from futures.transitions import Category, State
 from futures.waiters import future_wait
 from tinkerapi.api import threads

@@ -12,9 +12,9 @@ from django.contrib.auth.models import User
 from django.test import Client
 from django.utils import timezone
 
-from futures.display import line_chart
 from futures.models import Future
-from tests.admin.conftest import page
+from tests.console.conftest import page
+from tinkerapi.console.kit.charts import line_chart
 from training import progress
 from training.models import Run
 

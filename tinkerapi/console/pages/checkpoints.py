@@ -14,12 +14,12 @@ from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
 )
 
-from futures.console import ConsoleAdmin, redirect, verb
-from futures.display import changelist_url, duration, link, moment, preformatted
 from futures.errors import FutureError
-from futures.filters import MomentFilter
-from futures.models import Future, Worker
-from futures.preview import value_preview
+from futures.overview import future_in_lane, worker_find
+from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, verb
+from tinkerapi.console.kit.display import changelist_url, duration, link, moment, preformatted
+from tinkerapi.console.kit.filters import MomentFilter
+from tinkerapi.console.kit.preview import value_preview
 from training.errors import TrainingError
 from training.models import Checkpoint, Snapshot
 from training.services import checkpoint_delete
@@ -84,10 +84,8 @@ class CheckpointAdmin(ConsoleAdmin):
 
     @admin.display(description="Saved by")
     def saved_by(self, checkpoint: Checkpoint) -> SafeString | None:
-        future = Future.objects.without_bodies().filter(
-            lane_id=checkpoint.run_id, seq_id=checkpoint.seq_id
-        )
-        return link(future.first(), f"request {checkpoint.seq_id} of the run")
+        future = future_in_lane(checkpoint.run_id, checkpoint.seq_id)
+        return link(future, f"request {checkpoint.seq_id} of the run")
 
     @admin.display(description="Size", ordering="size_bytes")
     def size(self, checkpoint: Checkpoint) -> str:
@@ -173,7 +171,7 @@ class SnapshotAdmin(ConsoleAdmin):
 
     @admin.display(description="Written by")
     def worker(self, snapshot: Snapshot) -> SafeString | None:
-        return link(Worker.objects.filter(pk=snapshot.epoch).first())
+        return link(worker_find(snapshot.epoch))
 
     @admin.display(description="Written in")
     def write_time(self, snapshot: Snapshot) -> str | None:

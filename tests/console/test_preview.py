@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from futures import preview
 from futures.payload import encode
+from tinkerapi.console.kit import preview
 
 values: st.SearchStrategy[Any] = st.recursive(
     st.none()

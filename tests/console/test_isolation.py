@@ -14,7 +14,7 @@ from django.urls import reverse
 from django_q.models import Failure, OrmQ, Schedule, Success
 
 from futures.models import Worker
-from tests.admin.conftest import list_page
+from tests.console.conftest import list_page
 from tests.isolation.conftest import OWNED
 from tinkerapi.services import api_key_create
 from training.models import AuditEvent, CustomLoss, RecordedSample

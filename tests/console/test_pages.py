@@ -17,10 +17,10 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
-from futures.admin.futures import short_id
 from futures.models import Future, Lane, Worker
-from tests.admin.conftest import SCRIPT, list_page, page
 from tests.conftest import InProcessWorker
+from tests.console.conftest import SCRIPT, list_page, page
+from tinkerapi.console.pages.futures import short_id
 from tinkerapi.models import ApiKey
 from training.models import Checkpoint, Run, SamplingSession, Session, Snapshot
 
@@ -195,7 +195,7 @@ def test_the_count_of_a_list_stops_at_its_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trained(superuser)
-    monkeypatch.setattr("futures.console.COUNT_LIMIT", 2)
+    monkeypatch.setattr("tinkerapi.console.kit.console_admin.COUNT_LIMIT", 2)
     with CaptureQueriesContext(connection) as queries:
         answer = console.get(list_page(Future))
     assert answer.context["cl"].result_count == 2

@@ -8,10 +8,10 @@ from django.http import HttpRequest
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import AutocompleteSelectFilter
 
-from futures.console import ConsoleAdmin
-from futures.display import link, moment, preformatted
-from futures.filters import MomentFilter
-from futures.preview import value_preview
+from tinkerapi.console.kit.console_admin import ConsoleAdmin
+from tinkerapi.console.kit.display import link, moment, preformatted
+from tinkerapi.console.kit.filters import MomentFilter
+from tinkerapi.console.kit.preview import value_preview
 from training.models import AuditEvent
 
 

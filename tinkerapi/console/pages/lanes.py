@@ -9,10 +9,10 @@ from unfold.contrib.filters.admin import (
     BooleanRadioFilter,
 )
 
-from futures.console import ConsoleAdmin
-from futures.display import link, list_link
 from futures.models import Future, Lane
-from futures.transitions import State
+from futures.overview import lane_waiting
+from tinkerapi.console.kit.console_admin import ConsoleAdmin
+from tinkerapi.console.kit.display import link, list_link
 
 
 @admin.register(Lane)
@@ -51,4 +51,4 @@ class LaneAdmin(ConsoleAdmin):
 
     @admin.display(description="Waiting")
     def waiting(self, lane: Lane) -> int:
-        return Future.objects.filter(lane=lane, state=State.PENDING).count()
+        return lane_waiting(lane.pk)

@@ -18,14 +18,28 @@ from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
 )
 
-from futures.console import ConsoleAdmin, redirect, verb
-from futures.display import duration, link, moment, one_line, page_url, state_label
-from futures.filters import KindFilter, MomentFilter
+from futures.cancelling import future_cancel
+from futures.errors import FutureError
 from futures.models import Future
-from futures.preview import body_preview
+from futures.overview import futures_cancellable, futures_replaying
 from futures.queue_positions import queue_position
-from futures.services import future_cancel, future_resubmit
+from futures.resubmitting import future_resubmit
 from futures.transitions import FINAL_STATES, State
+from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, verb
+from tinkerapi.console.kit.display import (
+    duration,
+    link,
+    link_to,
+    moment,
+    one_line,
+    page_url,
+    state_label,
+)
+from tinkerapi.console.kit.filters import KindFilter, MomentFilter
+from tinkerapi.console.kit.preview import body_preview
+from training.errors import TrainingError
+from training.models import Run
+from training.overview import run_ids_named, with_run_names
 
 MAX_REPLAYS = 5
 """Links to replays on a request's page."""
@@ -35,6 +49,7 @@ MAX_REPLAYS = 5
 class FutureAdmin(ConsoleAdmin):
     """The requests of everybody, or one's own, newest first."""
 
+    refusals = (FutureError, TrainingError)
     list_display = (
         "request_id",
         "kind",
@@ -54,7 +69,7 @@ class FutureAdmin(ConsoleAdmin):
     list_filter_submit = True
     list_select_related = ("lane", "owner")
     search_fields = ("id__startswith", "lane__id__startswith", "idempotency_key__exact")
-    search_help_text = "Beginning of a request id or of a lane's id, or a whole idempotency key"
+    search_help_text = "Run name, beginning of a request id or run id, or an idempotency key"
     ordering = ("-created_at",)
     sortable_by = ()
     actions = ("cancel_selected", "replay_selected")
@@ -82,16 +97,19 @@ class FutureAdmin(ConsoleAdmin):
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Future]:
         rows: QuerySet[Future] = super().get_queryset(request)
-        return rows.defer("payload", "result", "payload_digest")
+        return with_run_names(rows.defer("payload", "result", "payload_digest"))
 
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Future], search_term: str
     ) -> tuple[QuerySet[Future], bool]:
-        """Also by an id as the list shows it: digits without their prefix, cut short."""
+        """Also by a run's name, and by an id as the list shows it: digits without their prefix,
+        cut short."""
         found, may_have_duplicates = super().get_search_results(request, queryset, search_term)
         digits = search_term.strip().removesuffix("…")
         if re.fullmatch(r"[0-9a-f]{4,32}", digits):
             found |= queryset.filter(pk__startswith=f"future_{digits}")
+        if search_term:
+            found |= queryset.filter(lane_id__in=run_ids_named(search_term.strip()))
         return found, may_have_duplicates
 
     def render_change_form(
@@ -124,9 +142,13 @@ class FutureAdmin(ConsoleAdmin):
     def owner_link(self, future: Future) -> SafeString | None:
         return link(future.owner)
 
-    @admin.display(description="Lane")
+    @admin.display(description="Run")
     def lane_link(self, future: Future) -> SafeString | None:
-        return link(future.lane)
+        """Its run, or the lane of a sampling session."""
+        name = getattr(future, "run_name", None)
+        if name is None or future.lane_id is None:
+            return link(future.lane)
+        return link_to(Run, future.lane_id, name)
 
     @admin.display(description="Run")
     def place(self, future: Future) -> SafeString | None:
@@ -153,10 +175,8 @@ class FutureAdmin(ConsoleAdmin):
 
     @admin.display(description="Replayed as")
     def replays(self, future: Future) -> SafeString | None:
-        replays = Future.objects.without_bodies().filter(replay_of=future).order_by("created_at")
-        return format_html_join(
-            ", ", "{}", ((request_link(replay),) for replay in replays[:MAX_REPLAYS])
-        )
+        replays = futures_replaying(future, limit=MAX_REPLAYS)
+        return format_html_join(", ", "{}", ((request_link(replay),) for replay in replays))
 
     @admin.display(description="Submitted")
     def created(self, future: Future) -> SafeString | None:
@@ -196,7 +216,7 @@ class FutureAdmin(ConsoleAdmin):
         return queue_position(future) if future.state == State.PENDING else None
 
     def has_cancel_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
-        return self.matches(request, object_id, pk__in=Future.objects.cancellable())
+        return self.matches(request, object_id, pk__in=futures_cancellable())
 
     def has_replay_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, state__in=FINAL_STATES, payload__isnull=False)

@@ -1,6 +1,6 @@
 """Every page of the admin, asked with impossible ids and parameters: never a server error.
 
-Some of the cases with the suite; ``HOSTILE=all python -m pytest tests/admin -k impossible`` runs
+Some of the cases with the suite; ``HOSTILE=all python -m pytest tests/console -k impossible`` runs
 them all.
 """
 
@@ -21,7 +21,7 @@ from django.db.models import Model
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
 
-from tests.admin.conftest import list_page
+from tests.console.conftest import list_page
 
 WHOLE = os.environ.get("HOSTILE") == "all"
 SLICE = 60

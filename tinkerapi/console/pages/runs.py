@@ -16,11 +16,13 @@ from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
 )
 
-from futures.admin.futures import summary_text
-from futures.console import ConsoleAdmin, redirect, verb
-from futures.display import (
+from futures.errors import FutureError
+from futures.models import Future
+from futures.overview import lane_find, lane_newest, lane_waiting
+from tinkerapi.console.kit.charts import line_chart
+from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, verb
+from tinkerapi.console.kit.display import (
     duration,
-    line_chart,
     link,
     list_link,
     moment,
@@ -28,13 +30,12 @@ from futures.display import (
     page_url,
     state_label,
 )
-from futures.errors import FutureError
-from futures.filters import MomentFilter
-from futures.models import Future, Lane
-from futures.preview import value_preview
-from futures.transitions import State
+from tinkerapi.console.kit.filters import MomentFilter
+from tinkerapi.console.kit.preview import value_preview
+from tinkerapi.console.pages.futures import summary_text
 from training.errors import TrainingError
 from training.models import Checkpoint, Run, Snapshot
+from training.overview import checkpoints_newest, snapshots_newest
 from training.progress import MAX_REQUESTS, Progress, run_progress, with_progress
 from training.services import run_remove_submit
 
@@ -160,11 +161,11 @@ class RunAdmin(ConsoleAdmin):
 
     @admin.display(description="Waiting")
     def waiting(self, run: Run) -> int:
-        return Future.objects.filter(lane_id=run.pk, state=State.PENDING).count()
+        return lane_waiting(run.pk)
 
     @admin.display(description="Lane")
     def lane(self, run: Run) -> SafeString | None:
-        return link(Lane.objects.filter(pk=run.pk).first(), "order of its requests")
+        return link(lane_find(run.pk), "order of its requests")
 
     def has_remove_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, deleted_at__isnull=True)
@@ -219,7 +220,6 @@ def progress_charts(progress: Progress) -> list[dict[str, Any]]:
 
 def run_tables(run: Run) -> list[dict[str, Any]]:
     """The newest requests, checkpoints and snapshots of a run, as unfold's tables."""
-    futures = Future.objects.without_bodies().filter(lane_id=run.pk).order_by("-seq_id")
     return [
         {
             "title": "Newest requests",
@@ -234,7 +234,7 @@ def run_tables(run: Run) -> list[dict[str, Any]]:
                         one_line(summary_text(future)),
                         moment(future.created_at),
                     ]
-                    for future in futures[:NEWEST_ROWS]
+                    for future in lane_newest(run.pk, limit=NEWEST_ROWS)
                 ],
             },
         },
@@ -251,7 +251,7 @@ def run_tables(run: Run) -> list[dict[str, Any]]:
                         filesizeformat(checkpoint.size_bytes),
                         moment(checkpoint.created_at),
                     ]
-                    for checkpoint in run.checkpoints.order_by("-created_at")[:NEWEST_ROWS]
+                    for checkpoint in checkpoints_newest(run, limit=NEWEST_ROWS)
                 ],
             },
         },
@@ -268,7 +268,7 @@ def run_tables(run: Run) -> list[dict[str, Any]]:
                         duration(timedelta(seconds=snapshot.write_seconds)),
                         moment(snapshot.created_at),
                     ]
-                    for snapshot in run.snapshots.order_by("-seq_id")[:NEWEST_ROWS]
+                    for snapshot in snapshots_newest(run, limit=NEWEST_ROWS)
                 ],
             },
         },

@@ -6,11 +6,11 @@ from django.contrib import admin
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import AutocompleteSelectFilter, ChoicesCheckboxFilter
 
-from futures.console import ConsoleAdmin
-from futures.display import link, list_link, moment, preformatted, state_label
-from futures.filters import MomentFilter
-from futures.models import Lane
-from futures.preview import value_preview
+from futures.overview import lane_find
+from tinkerapi.console.kit.console_admin import ConsoleAdmin
+from tinkerapi.console.kit.display import link, list_link, moment, preformatted, state_label
+from tinkerapi.console.kit.filters import MomentFilter
+from tinkerapi.console.kit.preview import value_preview
 from training.models import Run, SamplingSession, Session
 
 
@@ -136,4 +136,4 @@ class SamplingSessionAdmin(ConsoleAdmin):
 
     @admin.display(description="Requests")
     def lane(self, sampling_session: SamplingSession) -> SafeString | None:
-        return link(Lane.objects.filter(pk=sampling_session.pk).first(), "its lane")
+        return link(lane_find(sampling_session.pk), "its lane")

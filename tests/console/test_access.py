@@ -14,7 +14,7 @@ from django.urls import reverse
 from django_q.models import Failure, OrmQ, Schedule, Success
 
 from futures.models import Future, Lane, Worker
-from tests.admin.conftest import list_page, page
+from tests.console.conftest import list_page, page
 from tinkerapi.models import ApiKey
 from training.models import Checkpoint, Run, SamplingSession, Session, Snapshot
 from training.services import optim_step_submit

@@ -14,13 +14,13 @@ from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
 )
 
-from futures.console import ConsoleAdmin
-from futures.display import duration, list_link, moment, preformatted, state_label
-from futures.filters import MomentFilter
 from futures.models import Future, Worker
-from futures.preview import value_preview
+from futures.overview import worker_running
 from futures.selectors import HEARTBEAT_TIMEOUT
-from futures.transitions import State
+from tinkerapi.console.kit.console_admin import ConsoleAdmin
+from tinkerapi.console.kit.display import duration, list_link, moment, preformatted, state_label
+from tinkerapi.console.kit.filters import MomentFilter
+from tinkerapi.console.kit.preview import value_preview
 
 
 @admin.register(Worker)
@@ -98,7 +98,7 @@ class WorkerAdmin(ConsoleAdmin):
 
     @admin.display(description="Running now")
     def running(self, worker: Worker) -> int:
-        return Future.objects.filter(worker=worker, state=State.RUNNING).count()
+        return worker_running(worker)
 
     @admin.display(description="Futures")
     def futures(self, worker: Worker) -> SafeString:

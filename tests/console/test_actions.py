@@ -14,10 +14,10 @@ from django.test import Client
 
 from futures.claiming import future_claim
 from futures.models import Future
-from futures.services import future_resubmit
-from tests.admin.conftest import list_page, page
+from futures.resubmitting import future_resubmit
 from tests.conftest import InProcessWorker
-from tinkerapi.admin import key_state
+from tests.console.conftest import list_page, page
+from tinkerapi.console.pages.api_keys import key_state
 from tinkerapi.models import ApiKey
 from tinkerapi.services import api_key_verify
 from training.models import Checkpoint

@@ -17,7 +17,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from futures.models import Future, Worker
-from tests.admin.conftest import page
+from tests.console.conftest import page
 
 URL = reverse("admin:index")
 

@@ -1,12 +1,10 @@
-"""How the admin shows things: links, coloured states, times, text as it stands, charts.
+"""How the admin shows things: links, coloured states, times, text as it stands.
 
 Whatever comes from a client passes through ``format_html`` or a template, which escape it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
 from urllib.parse import urlencode
@@ -116,45 +114,3 @@ def duration(value: timedelta | None) -> str | None:
         pair for pair in pairwise(UNITS) if whole >= pair[0][0]
     )
     return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
-
-
-def line_chart(labels: Sequence[object], values: Sequence[float | None], *, name: str) -> str:
-    """The data of unfold's line chart, as JSON; None leaves a gap, and one value is a point."""
-    return _chart(
-        labels,
-        [
-            {
-                "label": name,
-                "data": [None if value is None else float(f"{value:.4g}") for value in values],
-                "borderColor": "var(--color-primary-500)",
-                "backgroundColor": "var(--color-primary-500)",
-                "spanGaps": True,
-                "pointStyle": "circle" if len(values) - list(values).count(None) == 1 else False,
-            }
-        ],
-    )
-
-
-def bar_chart(labels: Sequence[object], bars: Mapping[str, tuple[Sequence[int], str]]) -> str:
-    """The data of unfold's bar chart, as JSON: name to values and CSS colour, stacked."""
-    return _chart(
-        labels,
-        [
-            {
-                "label": name,
-                "data": [value or None for value in values],  # a zero would still draw its border
-                "backgroundColor": colour,
-                "borderRadius": 0,
-                "stack": "all",
-                "maxBarThickness": 16,
-            }
-            for name, (values, colour) in bars.items()
-        ],
-    )
-
-
-def _chart(labels: Sequence[object], datasets: Sequence[Mapping[str, object]]) -> str:
-    axis = {"displayYAxis": True, "maxTicksXLimit": 12}
-    return json.dumps(
-        {"labels": list(labels), "datasets": [{**dataset, **axis} for dataset in datasets]}
-    )

@@ -1,0 +1,1 @@
+"""What the console's pages are made of: lists, links, labels, charts, previews, filters."""

@@ -1,0 +1,70 @@
+"""The frame of every console page: its sidebar, its stylesheet, its icon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.http import HttpRequest
+from django.templatetags.static import static
+from django.urls import reverse
+
+Context = dict[str, Any]
+
+
+def stylesheet(request: HttpRequest) -> str:
+    """The address of the few rules that unfold has no class for."""
+    return static("tinkerapi/admin.css")
+
+
+def favicon(request: HttpRequest) -> str:
+    """The address of the icon: a falling loss."""
+    return static("tinkerapi/favicon.svg")
+
+
+def navigation(request: HttpRequest) -> list[Context]:
+    """The sidebar: the console first, then who may use it, then the queue's inside."""
+    superuser = bool(request.user.is_superuser)
+
+    def item(title: str, icon: str, name: str) -> Context:
+        return {"title": title, "icon": icon, "link": reverse(f"admin:{name}")}
+
+    groups: list[Context] = [
+        {
+            "title": "Training",
+            "items": [
+                item("Dashboard", "dashboard", "index"),
+                item("Runs", "model_training", "training_run_changelist"),
+                item("Futures", "schedule_send", "futures_future_changelist"),
+                item("Checkpoints", "save", "training_checkpoint_changelist"),
+                item("Sessions", "terminal", "training_session_changelist"),
+                item("Snapshots", "settings_backup_restore", "training_snapshot_changelist"),
+            ],
+        },
+        {
+            "title": "Serving",
+            "items": [
+                item("Workers", "memory", "futures_worker_changelist"),
+                item("Sampling sessions", "forum", "training_samplingsession_changelist"),
+                item("Lanes", "format_list_numbered", "futures_lane_changelist"),
+            ],
+        },
+        {"title": "Access", "items": [item("API keys", "key", "tinkerapi_apikey_changelist")]},
+    ]
+    if superuser:
+        groups[-1]["items"] += [
+            item("Users", "person", "auth_user_changelist"),
+            item("Audit log", "history", "training_auditevent_changelist"),
+        ]
+        groups.append(
+            {
+                "title": "Task queue",
+                "collapsible": True,
+                "items": [
+                    item("Doorbells", "notifications", "django_q_ormq_changelist"),
+                    item("Schedules", "calendar_month", "django_q_schedule_changelist"),
+                    item("Failed tasks", "error", "django_q_failure_changelist"),
+                    item("Finished tasks", "task_alt", "django_q_success_changelist"),
+                ],
+            }
+        )
+    return groups

@@ -1,0 +1,77 @@
+"""Accounts in the admin: for superusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings
+from django.contrib import admin
+from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
+from django.contrib.auth.models import Group, User
+from django.template.defaultfilters import filesizeformat
+from django.utils.html import format_html_join
+from django.utils.safestring import SafeString
+from unfold.forms import (
+    AdminPasswordChangeForm,
+    UserChangeForm,
+    UserCreationForm,
+)
+
+from futures.models import Future
+from tinkerapi.console.kit.display import list_link
+from tinkerapi.console.kit.superuser_admin import SuperuserAdmin
+from tinkerapi.models import ApiKey
+from training.models import Checkpoint, Run
+from training.storage_quota import storage_use
+
+for model in (User, Group):
+    admin.site.unregister(model)
+
+
+class NewUserForm(UserCreationForm):  # type: ignore[misc]  # unfold has no type information
+    """A new person, who needs no password to train."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        field = self.fields["usable_password"]
+        field.label = "Has a password"
+        field.help_text = "Only the admin asks for it; the API takes a key."
+        field.choices = [("true", "Yes"), ("false", "No")]
+
+
+@admin.register(User)
+class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # no subscript at run time
+    form = UserChangeForm
+    add_form = NewUserForm
+    change_password_form = AdminPasswordChangeForm
+    # Said again: unfold's ModelAdmin stands before Django's and has an empty one.
+    add_fieldsets = DjangoUserAdmin.add_fieldsets
+    # No permissions and groups: a person is a client, staff with their own rows, or a superuser.
+    fieldsets = (
+        (None, {"fields": ("username", "password")}),
+        ("Person", {"fields": ("first_name", "last_name", "email")}),
+        ("Access", {"fields": ("is_active", "is_staff", "is_superuser")}),
+        ("Dates", {"fields": ("last_login", "date_joined")}),
+        ("Theirs", {"fields": ("owned", "stored")}),
+    )
+    readonly_fields = ("last_login", "date_joined", "owned", "stored")
+    list_display = ("username", "email", "is_active", "is_staff", "is_superuser", "last_login")
+    list_filter = ("is_active", "is_staff", "is_superuser")
+
+    @admin.display(description="Lists")
+    def owned(self, user: User) -> SafeString:
+        """Links to what this person has."""
+        lists = (
+            list_link(Run, "runs", owner__id__exact=user.pk),
+            list_link(Future, "futures", owner__id__exact=user.pk),
+            list_link(Checkpoint, "checkpoints", run__owner__id__exact=user.pk),
+            list_link(ApiKey, "API keys", user__id__exact=user.pk),
+        )
+        return format_html_join(", ", "{}", ((item,) for item in lists))
+
+    @admin.display(description="Stored")
+    def stored(self, user: User) -> str:
+        """What this person's things take, and the most that one person's may."""
+        limit: int = settings.USER_STORAGE_BYTES
+        of_limit = f" Of {filesizeformat(limit)} that one user may take." if limit else ""
+        return f"{storage_use(user.pk)}.{of_limit}"

@@ -1,0 +1,50 @@
+"""Reads that look at many runs at once, of one owner or (``owner_id`` None) of everybody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db.models import OuterRef, QuerySet, Subquery, Sum
+
+from futures.models import Future
+from training.models import Checkpoint, Run, Snapshot
+from training.progress import with_progress
+
+
+def runs_newest(owner_id: int | None, *, limit: int) -> list[Any]:
+    """The live runs that were asked for something last, with their owners and their progress
+    (``with_progress``)."""
+    runs = Run.objects.live()
+    runs = runs if owner_id is None else runs.owned_by(owner_id)
+    newest = with_progress(runs).select_related("owner").order_by("-newest_request_at")
+    return list(newest[:limit])
+
+
+def bytes_saved(owner_id: int | None) -> dict[str, int]:
+    """How much room checkpoints and snapshots take."""
+    of_owner = {} if owner_id is None else {"run__owner": owner_id}
+    return {
+        name: rows.filter(**of_owner).aggregate(size=Sum("size_bytes"))["size"] or 0
+        for name, rows in (("checkpoints", Checkpoint.objects), ("snapshots", Snapshot.objects))
+    }
+
+
+def checkpoints_newest(run: Run, *, limit: int) -> list[Checkpoint]:
+    """A run's last checkpoints, the last one first."""
+    return list(run.checkpoints.order_by("-created_at")[:limit])
+
+
+def snapshots_newest(run: Run, *, limit: int) -> list[Snapshot]:
+    """A run's last snapshots, the last one first."""
+    return list(run.snapshots.order_by("-seq_id")[:limit])
+
+
+def with_run_names(futures: QuerySet[Future]) -> QuerySet[Any]:
+    """The futures with ``run_name``: that of the run whose lane they are in, or None."""
+    run = Run.objects.filter(pk=OuterRef("lane_id"))
+    return futures.annotate(run_name=Subquery(run.values("name")[:1]))
+
+
+def run_ids_named(name: str) -> list[str]:
+    """The ids of all runs of this name, whoever owns them, live or not."""
+    return list(Run.objects.filter(name=name).values_list("pk", flat=True))
