@@ -66,10 +66,10 @@ def with_sampler(sampler: ContinuousSampler, prompts: list[list[int]], count: in
     for i, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=NUM_TOKENS, seed=i, stop=())
         job = SampleJob(prompt=prompt, sampling_params=params, num_samples=count // len(prompts))
-        sampler.admit(str(i), job)
+        sampler.submit(str(i), job)
     num_sequences = 0
     while sampler.active:
-        for output in sampler.step().values():
+        for output in sampler.poll(0).values():
             if isinstance(output, Exception):
                 raise output
             num_sequences += sum(len(s.tokens) == NUM_TOKENS for s in output.sequences)
@@ -89,7 +89,7 @@ def compare(folder: str, dtype: str) -> list[dict[str, object]]:
     pad_id = AutoTokenizer.from_pretrained(folder).pad_token_id
     base_model = load_base_model(folder, device="cpu", dtype=dtype)
     text = ChatRenderer(base_model.tokenizer, base_model.info.vocab_size)
-    sampler = ContinuousSampler(base_model, text, lambda name: None)
+    sampler = ContinuousSampler(base_model, text)
     rows: list[dict[str, object]] = []
     for count in COUNTS:
         for load in ("prompts", "samples")[: 1 if count == 1 else 2]:

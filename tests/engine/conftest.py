@@ -126,15 +126,14 @@ def trained(make_engine: Callable[..., TinyTrainer]) -> TinyTrainer:
 
 @pytest.fixture
 def make_sampler(trained: TinyTrainer, tied_base_model: BaseModel) -> MakeSampler:
-    """A factory of samplers over the trained engine's adapters."""
+    """A factory of samplers to which all that was trained is published."""
 
     def make(**options: int) -> ContinuousSampler:
-        return ContinuousSampler(
-            tied_base_model,
-            ChatRenderer(tied_base_model.tokenizer, VOCAB_SIZE),
-            trained.adapter_weights,
-            **options,
-        )
+        text = ChatRenderer(tied_base_model.tokenizer, VOCAB_SIZE)
+        sampler = ContinuousSampler(tied_base_model, text, **options)
+        for name in trained.adapter_names():
+            sampler.publish(name, trained.capture_adapter(name, with_optimizer=False))
+        return sampler
 
     return make
 
@@ -149,8 +148,8 @@ def crowd() -> dict[str, SampleJob]:
     """Jobs of every adapter and kind, of different lengths."""
     return {
         "base": job(seed=1, num_samples=2),
-        "narrow": job([7, 8], adapter_name="narrow", max_tokens=20, temperature=0.7),
-        "wide": job([1] * 30, adapter_name="wide", num_samples=3, top_k=9, max_tokens=5),
-        "other": job([3, 2, 1], adapter_name="other", top_p=0.8, seed=8),
-        "narrow too": job([250], adapter_name="narrow", temperature=0.0),
+        "narrow": job([7, 8], version="narrow", max_tokens=20, temperature=0.7),
+        "wide": job([1] * 30, version="wide", num_samples=3, top_k=9, max_tokens=5),
+        "other": job([3, 2, 1], version="other", top_p=0.8, seed=8),
+        "narrow too": job([250], version="narrow", temperature=0.0),
     }

@@ -107,9 +107,9 @@ def judge(folder: str) -> tuple[str, str, dict[str, float]]:
     sampler = ContinuousSampler(
         base_model,
         ChatRenderer(base_model.tokenizer, base_model.info.vocab_size),
-        trainer.adapter_weights,
         cache_tokens=4096,
     )
+    sampler.publish("a", trainer.capture_adapter("a"))
     stock = _PeftModel(folder, trainer, "a")
     longest = base_model.info.max_context_tokens
     found = {
@@ -183,18 +183,18 @@ def _sampling(sampler: ContinuousSampler, stock: _PeftModel, longest: int) -> Ma
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, VOCAB_SIZE, n).tolist() for n in (3, longest // 2)]
     for i, prompt in enumerate(prompts):
-        sampler.admit(
+        sampler.submit(
             str(i),
             SampleJob(
                 prompt=prompt,
-                adapter_name="a",
+                version="a",
                 sampling_params=SamplingParams(max_tokens=longest, seed=i, stop=()),
                 prompt_logprobs=True,
             ),
         )
     done: dict[str, Any] = {}
     while sampler.active:
-        done |= sampler.step()
+        done |= sampler.poll(0)
     sampled = scored = 0.0
     for i, prompt in enumerate(prompts):
         output = done[str(i)]

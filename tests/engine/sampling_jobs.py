@@ -17,7 +17,7 @@ MakeSampler = Callable[..., ContinuousSampler]
 def job(
     prompt: Sequence[int] = PROMPT,
     *,
-    adapter_name: str | None = None,
+    version: str | None = None,
     num_samples: int = 1,
     prompt_logprobs: bool = False,
     **params: object,
@@ -28,7 +28,7 @@ def job(
         prompt=prompt,
         sampling_params=SamplingParams(**{**defaults, **params}),
         num_samples=num_samples,
-        adapter_name=adapter_name,
+        version=version,
         prompt_logprobs=prompt_logprobs,
     )
 
@@ -37,10 +37,10 @@ def run_all(
     sampler: ContinuousSampler, jobs: Mapping[str, SampleJob]
 ) -> dict[str, SampleOutput | TrainingError]:
     for key, each in jobs.items():
-        sampler.admit(key, each)
+        sampler.submit(key, each)
     results: dict[str, SampleOutput | TrainingError] = {}
     while sampler.active:
-        results |= sampler.step()
+        results |= sampler.poll(0)
     return results
 
 

@@ -79,7 +79,7 @@ def test_a_greedy_job_with_a_repetition_penalty_is_what_generate_says(
         do_sample=False,
         repetition_penalty=1.6,
     )[0, len(PROMPT) :].tolist()
-    params = {"adapter_name": "wide", "temperature": 0.0}
+    params = {"version": "wide", "temperature": 0.0}
     ours = sample(sampler, job(repetition_penalty=1.6, **params))
     assert ours.tokens == expected
     assert ours.tokens != sample(sampler, job(**params)).tokens
@@ -91,11 +91,11 @@ def test_a_greedy_job_with_a_repetition_penalty_is_what_generate_says(
 def test_nobody_elses_tokens_change(make_sampler: MakeSampler) -> None:
     sampler = make_sampler()
     alone = run(make_sampler(), job(num_samples=2))
-    sampler.admit("biased", job(seed=5, logit_bias=((17, 100.0),)))
-    sampler.admit("plain", job(num_samples=2))
+    sampler.submit("biased", job(seed=5, logit_bias=((17, 100.0),)))
+    sampler.submit("plain", job(num_samples=2))
     results = {}
     while sampler.active:
-        results |= sampler.step()
+        results |= sampler.poll(0)
     assert results["plain"].sequences == alone.sequences
     assert results["biased"].sequences[0].tokens == [17] * 12
 
@@ -116,5 +116,5 @@ def test_what_has_no_meaning_is_refused_by_name(
     sampler: ContinuousSampler, params: dict[str, object], complaint: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
-        sampler.admit("bad", job(**params))
+        sampler.submit("bad", job(**params))
     assert sampler.active == 0

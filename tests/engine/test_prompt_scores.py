@@ -29,9 +29,7 @@ def expected(trained: TinyTrainer, tied_folder: Path) -> torch.Tensor:
 
 
 def scored(prompt_logprobs: bool = False, num_samples: int = 1, **scoring: object) -> SampleJob:
-    asked = job(
-        PROMPT, adapter_name="wide", prompt_logprobs=prompt_logprobs, num_samples=num_samples
-    )
+    asked = job(PROMPT, version="wide", prompt_logprobs=prompt_logprobs, num_samples=num_samples)
     return replace(asked, scoring=ScoringParams(**scoring))
 
 
@@ -168,4 +166,4 @@ def test_a_token_out_of_the_vocabulary_is_refused_by_name(make_sampler: MakeSamp
     targets = np.full((len(PROMPT) - 1, 1), VOCAB_SIZE, np.int64)
 
     with pytest.raises(InvalidRequest, match="target_prompt_logprobs: token 259"):
-        make_sampler().admit("one", scored(target_prompt_logprobs=targets))
+        make_sampler().submit("one", scored(target_prompt_logprobs=targets))

@@ -14,7 +14,7 @@ from tests.engine.sampling_jobs import PROMPT, MakeSampler, job, run, run_all, s
 from tests.tiny_model import END_TOKEN, SPECIAL_TOKENS, VOCAB_SIZE, make_tokenizer
 from training.engine.interface import SampleJob, SampleOutput
 from training.engine.sampler.continuous_batching import ContinuousSampler
-from training.types import AdamParams, Datum, SampledSequence
+from training.types import Datum, SampledSequence
 
 
 def reference_logprobs(
@@ -31,11 +31,11 @@ def reference_logprobs(
 # -- against stock transformers and peft -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter_name", ["narrow", "wide", "other"])
+@pytest.mark.parametrize("version", ["narrow", "wide", "other"])
 def test_greedy_is_what_generate_says(
-    tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler, adapter_name: str
+    tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler, version: str
 ) -> None:
-    reference = PeftReference(tied_folder, trained, adapter_name)
+    reference = PeftReference(tied_folder, trained, version)
     expected = reference.model.generate(
         input_ids=torch.tensor([PROMPT]),
         attention_mask=torch.ones(1, len(PROMPT), dtype=torch.int64),
@@ -45,7 +45,7 @@ def test_greedy_is_what_generate_says(
     )[0, len(PROMPT) :].tolist()
     # generate() keeps the end token back to reach its minimum; our job never stops, and must not
     # have wanted to.
-    ours = sample(sampler, job(adapter_name=adapter_name, temperature=0.0))
+    ours = sample(sampler, job(version=version, temperature=0.0))
     assert END_TOKEN not in ours.tokens
     assert ours.tokens == expected
 
@@ -55,7 +55,7 @@ def test_logprobs_are_those_of_an_independent_forward_at_the_jobs_temperature(
     tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler, temperature: float
 ) -> None:
     reference = PeftReference(tied_folder, trained, "wide")
-    one = job(adapter_name="wide", num_samples=3, temperature=temperature)
+    one = job(version="wide", num_samples=3, temperature=temperature)
     for sequence in run(sampler, one).sequences:
         expected = reference_logprobs(reference, PROMPT, sequence.tokens, temperature)
         np.testing.assert_allclose(sequence.logprobs, expected, atol=2e-5)
@@ -65,7 +65,7 @@ def test_greedy_logprobs_are_untempered(
     tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler
 ) -> None:
     reference = PeftReference(tied_folder, trained, "narrow")
-    ours = sample(sampler, job(adapter_name="narrow", temperature=0.0))
+    ours = sample(sampler, job(version="narrow", temperature=0.0))
     expected = reference_logprobs(reference, PROMPT, ours.tokens)
     np.testing.assert_allclose(ours.logprobs, expected, atol=2e-5)
 
@@ -74,7 +74,7 @@ def test_top_k_and_top_p_do_not_change_a_tokens_logprob(
     tied_folder: Path, trained: TinyTrainer, sampler: ContinuousSampler
 ) -> None:
     reference = PeftReference(tied_folder, trained, "other")
-    ours = sample(sampler, job(adapter_name="other", top_k=5, top_p=0.5))
+    ours = sample(sampler, job(version="other", top_k=5, top_p=0.5))
     expected = reference_logprobs(reference, PROMPT, ours.tokens)
     np.testing.assert_allclose(ours.logprobs, expected, atol=2e-5)
 
@@ -84,7 +84,7 @@ def test_prompt_logprobs_are_those_of_a_forward_pass_however_the_prompt_is_cut(
     tied_folder: Path, trained: TinyTrainer, make_sampler: MakeSampler, chunk: int
 ) -> None:
     prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, 29).tolist()
-    one = job(prompt, adapter_name="wide", prompt_logprobs=True, temperature=0.3)
+    one = job(prompt, version="wide", prompt_logprobs=True, temperature=0.3)
     got = run(make_sampler(prefill_chunk_tokens=chunk), one).prompt_logprobs
     assert got is not None
     reference = PeftReference(tied_folder, trained, "wide")
@@ -96,7 +96,7 @@ def test_prompt_logprobs_are_those_of_a_forward_pass_however_the_prompt_is_cut(
 def test_prompt_logprobs_are_what_forward_says(
     trained: TinyTrainer, sampler: ContinuousSampler
 ) -> None:
-    one = job(adapter_name="narrow", prompt_logprobs=True)
+    one = job(version="narrow", prompt_logprobs=True)
     datum = Datum(
         model_input=np.asarray(PROMPT[:-1], dtype=np.int32),
         loss_fn_inputs={"target_tokens": np.asarray(PROMPT[1:])},
@@ -131,20 +131,12 @@ def test_a_job_that_comes_late_is_what_it_is_alone(
     late = crowd.pop("other")
     sampler = make_sampler(prefill_chunk_tokens=4)
     for key, each in crowd.items():
-        sampler.admit(key, each)
+        sampler.submit(key, each)
     for _ in range(5):
-        sampler.step()
+        sampler.poll(0)
     together = run_all(sampler, {"late": late})["late"]
     assert isinstance(together, SampleOutput)
     assert together.sequences == run(make_sampler(prefill_chunk_tokens=4), late).sequences
-
-
-def test_sample_i_depends_on_the_seed_and_i_only(make_sampler: MakeSampler) -> None:
-    many = run(make_sampler(), job(num_samples=6)).sequences
-    few = run(make_sampler(), job(num_samples=2)).sequences
-    assert many[:2] == few
-    assert len({tuple(sequence.tokens) for sequence in many}) == 6
-    assert run(make_sampler(), job(num_samples=6, seed=4)).sequences[0] != many[0]
 
 
 def test_sampling_neither_reads_nor_moves_the_global_random_state(
@@ -158,45 +150,11 @@ def test_sampling_neither_reads_nor_moves_the_global_random_state(
     assert sample(make_sampler(), job()) == first
 
 
-def test_training_after_admission_does_not_change_a_job(
-    trained: TinyTrainer, make_sampler: MakeSampler, make_datum: Callable[..., Datum]
-) -> None:
-    expected = sample(make_sampler(), job(adapter_name="wide"))
-    sampler = make_sampler()
-    sampler.admit("before", job(adapter_name="wide"))
-    sampler.step()
-    sampler.step()
-    sampler.admit("before too", job(adapter_name="wide"))
-    trained.train_one("wide", [make_datum(9)])
-    trained.optim_step("wide", AdamParams(learning_rate=0.3))
-    results = run_all(sampler, {"after": job(adapter_name="wide")})
-    sequences = {
-        key: result.sequences[0]
-        for key, result in results.items()
-        if isinstance(result, SampleOutput)
-    }
-    assert sequences["before"] == sequences["before too"] == expected
-    assert sequences["after"] != expected
-    assert sequences["after"] == sample(make_sampler(), job(adapter_name="wide"))
-
-
-def test_an_adapter_dropped_after_admission_serves_the_job_to_its_end(
-    trained: TinyTrainer, make_sampler: MakeSampler
-) -> None:
-    expected = sample(make_sampler(), job(adapter_name="wide"))
-    sampler = make_sampler()
-    sampler.admit("one", job(adapter_name="wide"))
-    trained.drop_adapter("wide")
-    result = run_all(sampler, {})["one"]
-    assert isinstance(result, SampleOutput)
-    assert result.sequences == [expected]
-
-
 def test_sampling_leaves_training_as_it_was(
     trained: TinyTrainer, sampler: ContinuousSampler, make_datum: Callable[..., Datum]
 ) -> None:
     """Weights converted for sampling must be fit for a backward pass later."""
-    run(sampler, job(adapter_name="wide"))
+    run(sampler, job(version="wide"))
     state = trained.adapter_state("wide")
     trained.train_one("wide", [make_datum(9)])
     assert np.any(trained.grad("wide"))
@@ -259,9 +217,9 @@ def test_a_stop_token_stops_beside_the_others_and_is_not_in_the_text(
 def test_a_stop_token_is_not_told_while_others_go_on(make_sampler: MakeSampler) -> None:
     stop = next(t for t in free_run(make_sampler)[0].tokens if t >= len(SPECIAL_TOKENS))
     sampler = make_sampler()
-    sampler.admit("job", job(num_samples=8, max_tokens=120, stop_token_ids=(stop,)))
+    sampler.submit("job", job(num_samples=8, max_tokens=120, stop_token_ids=(stop,)))
     told = sampler.progress("job")
-    while not (finished := sampler.step()):
+    while not (finished := sampler.poll(0)):
         told = sampler.progress("job")
     output = finished["job"]
     assert isinstance(output, SampleOutput)

@@ -9,13 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_model import VOCAB_SIZE
-from training.engine.fake.engine import fake_engine
-from training.engine.interface import SampleJob, Sampler
 from training.engine.renderer.chat_renderer import ChatRenderer
-from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.sampler.stop_strings import StopWatch, TextSoFar
 from training.engine.torch.base_model import BaseModel
-from training.types import SamplingParams
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -61,45 +57,6 @@ def test_whenever_one_looks_the_text_so_far_is_a_beginning_of_the_text(
         told = so_far.read(list(tokens[:count]))
         assert decode(tokens).startswith(told)
     assert decode(tokens).rstrip("\ufffd") == told.rstrip("\ufffd")
-
-
-def told_while_sampling(
-    sampler: Sampler, params: SamplingParams
-) -> tuple[list[list[str]], list[str]]:
-    """What was told of two sequences after each step, and their finished texts."""
-    sampler.admit("job", SampleJob(prompt=[5, 6, 7], sampling_params=params, num_samples=2))
-    told = [sampler.progress("job")]
-    while not (finished := sampler.step()):
-        told.append(sampler.progress("job"))
-    output = finished["job"]
-    assert not isinstance(output, Exception)
-    return told, [sequence.text for sequence in output.sequences]
-
-
-def check(sampler: Sampler, *stops: str) -> None:
-    params = SamplingParams(max_tokens=24, seed=3, stop=stops)
-    told, texts = told_while_sampling(sampler, params)
-    for number, text in enumerate(texts):
-        so_far = [texts[number] for texts in told]
-        assert so_far[0] == ""
-        assert len(set(so_far)) > 5
-        assert text.startswith(so_far[-1])
-        assert all(b.startswith(a) for a, b in pairwise(so_far))
-
-
-def test_the_sampler_tells_growing_beginnings_of_its_texts(tied_base_model: BaseModel) -> None:
-    text = ChatRenderer(tied_base_model.tokenizer, VOCAB_SIZE)
-
-    def no_adapter(name: str) -> None:
-        raise KeyError(name)
-
-    check(ContinuousSampler(tied_base_model, text, no_adapter))
-    check(ContinuousSampler(tied_base_model, text, no_adapter), "not said")
-
-
-def test_the_fake_sampler_does_too() -> None:
-    check(fake_engine().sampler)
-    check(fake_engine().sampler, "not said")
 
 
 def test_each_token_has_its_own_text_and_its_place(tied_base_model: BaseModel) -> None:

@@ -20,10 +20,10 @@ def test_a_prompt_longer_than_a_chunk_is_read_in_several_steps(make_sampler: Mak
     prompt = np.random.default_rng(1).integers(0, VOCAB_SIZE, 40).tolist()
     whole = sample(make_sampler(), job(prompt, temperature=0.0))
     cut = make_sampler(prefill_chunk_tokens=16)
-    cut.admit("one", job(prompt, temperature=0.0))
+    cut.submit("one", job(prompt, temperature=0.0))
     num_steps, results = 0, {}
     while cut.active:
-        results |= cut.step()
+        results |= cut.poll(0)
         num_steps += 1
     assert num_steps == 3 + 11  # chunks of 16, 16 and 8, the last of which samples too
     assert results["one"].sequences[0].tokens == whole.tokens
@@ -34,10 +34,10 @@ def test_short_prompts_are_read_together(make_sampler: MakeSampler) -> None:
     jobs = {str(i): job([i + 3] * (i + 2), seed=i) for i in range(4)}  # 14 tokens in all
     sampler = make_sampler(prefill_chunk_tokens=32)
     for key, each in jobs.items():
-        sampler.admit(key, each)
+        sampler.submit(key, each)
     num_steps, results = 0, {}
     while sampler.active:
-        results |= sampler.step()
+        results |= sampler.poll(0)
         num_steps += 1
     assert num_steps == 1 + 11
     for key, each in jobs.items():
@@ -47,12 +47,12 @@ def test_short_prompts_are_read_together(make_sampler: MakeSampler) -> None:
 
 def test_a_long_prompt_and_the_active_jobs_take_turns(make_sampler: MakeSampler) -> None:
     sampler = make_sampler(prefill_chunk_tokens=8)
-    sampler.admit("short", job(max_tokens=6))
-    sampler.step()  # reads the short prompt and samples its first token
-    sampler.admit("long", job([9] * 200))
+    sampler.submit("short", job(max_tokens=6))
+    sampler.poll(0)  # reads the short prompt and samples its first token
+    sampler.submit("long", job([9] * 200))
     results: dict[str, object] = {}
     for _ in range(10):  # five more tokens in turns with five chunks
-        results |= sampler.step()
+        results |= sampler.poll(0)
     assert list(results) == ["short"]
 
 
@@ -61,12 +61,12 @@ def test_a_job_waits_while_the_cache_is_full_and_then_runs(
 ) -> None:
     sampler = make_sampler(cache_tokens=128)
     first = job([6] * 100, max_tokens=20)
-    sampler.admit("first", first)
-    sampler.admit("second", crowd["base"])
+    sampler.submit("first", first)
+    sampler.submit("second", crowd["base"])
     results: dict[str, SampleOutput | TrainingError] = {}
     order: list[str] = []
     while sampler.active:
-        step = sampler.step()
+        step = sampler.poll(0)
         order += step
         results |= step
     assert order == ["first", "second"]
@@ -89,9 +89,9 @@ def test_a_crowd_in_a_small_cache_is_what_each_job_is_alone(
 def test_a_job_that_can_never_fit_is_refused_with_the_numbers(make_sampler: MakeSampler) -> None:
     sampler = make_sampler(cache_tokens=128, max_sequences=4)
     with pytest.raises(LimitExceeded, match=r"2 sequences of 5 prompt and 90 sampled .* 128"):
-        sampler.admit("one", job(num_samples=2, max_tokens=90))
+        sampler.submit("one", job(num_samples=2, max_tokens=90))
     with pytest.raises(LimitExceeded, match="num_samples: 5 is more than the 4"):
-        sampler.admit("one", job(num_samples=5, max_tokens=1))
+        sampler.submit("one", job(num_samples=5, max_tokens=1))
     assert sampler.active == 0
 
 
@@ -110,7 +110,7 @@ def test_a_job_whose_logits_are_not_finite_fails_alone(
     trained.create_adapter("broken", LoraConfig(rank=2))
     flat = trained.adapter_state("broken")["weights"]
     trained.set_weights("broken", np.full_like(flat, np.nan))
-    results = run_all(make_sampler(), {**crowd, "bad": job(adapter_name="broken", num_samples=2)})
+    results = run_all(make_sampler(), {**crowd, "bad": job(version="broken", num_samples=2)})
     assert isinstance(results.pop("bad"), NonFiniteResult)
     for key, result in results.items():
         assert isinstance(result, SampleOutput)
@@ -121,14 +121,14 @@ def test_cancelling_frees_the_cache_and_leaves_the_others_alone(
     make_sampler: MakeSampler, crowd: dict[str, SampleJob]
 ) -> None:
     sampler = make_sampler(cache_tokens=256, prefill_chunk_tokens=8)
-    sampler.admit("decoding", job(num_samples=2, max_tokens=20))
-    sampler.admit("stays", crowd["other"])
+    sampler.submit("decoding", job(num_samples=2, max_tokens=20))
+    sampler.submit("stays", crowd["other"])
     for _ in range(6):
-        sampler.step()
-    sampler.admit("prefilling", job([1] * 60))
-    sampler.step()
-    sampler.step()
-    sampler.admit("waiting", job([2] * 200))
+        sampler.poll(0)
+    sampler.submit("prefilling", job([1] * 60))
+    sampler.poll(0)
+    sampler.poll(0)
+    sampler.submit("waiting", job([2] * 200))
     for key in ("decoding", "prefilling", "waiting", "never heard of"):
         sampler.cancel(key)
     assert sampler.active == 1
@@ -142,29 +142,18 @@ def test_cancelling_frees_the_cache_and_leaves_the_others_alone(
 def test_cancelling_says_how_many_tokens_had_been_sampled(make_sampler: MakeSampler) -> None:
     asked = job(num_samples=2, max_tokens=9, stop=[])
     sampler = make_sampler()
-    sampler.admit("whole", asked)
+    sampler.submit("whole", asked)
     steps = 0
     while sampler.active:
-        finished = sampler.step()
+        finished = sampler.poll(0)
         steps += 1
     assert [len(s.tokens) for s in finished["whole"].sequences] == [9, 9]
 
-    sampler.admit("cut", asked)
+    sampler.submit("cut", asked)
     for _ in range(steps - 1):
-        sampler.step()
+        sampler.poll(0)
     assert sampler.cancel("cut") == 2 * 8
     assert sampler.cancel("cut") == 0
-
-
-def test_a_sampler_without_jobs_does_nothing(sampler: ContinuousSampler) -> None:
-    assert sampler.step() == {}
-    assert sampler.active == 0
-
-
-def test_a_key_names_one_job_at_a_time(sampler: ContinuousSampler) -> None:
-    sampler.admit("one", job())
-    with pytest.raises(ValueError, match="'one'"):
-        sampler.admit("one", job())
 
 
 @pytest.mark.parametrize(
@@ -189,12 +178,12 @@ def test_a_key_names_one_job_at_a_time(sampler: ContinuousSampler) -> None:
         (job(stop=("a", "")), "stop: an empty string"),
         (job(stop=(VOCAB_SIZE,)), f"stop: token {VOCAB_SIZE}"),
         (job(stop=("a", 1)), "stop: either strings or token ids"),
-        (job(adapter_name="unheard of"), "unheard of"),
+        (job(version="unheard of"), "unheard of"),
     ],
 )
-def test_a_bad_job_is_refused_by_name_and_not_admitted(
+def test_a_bad_job_is_refused_by_name(
     sampler: ContinuousSampler, bad: SampleJob, complaint: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
-        sampler.admit("bad", bad)
+        sampler.submit("bad", bad)
     assert sampler.active == 0

@@ -13,7 +13,7 @@ def order_of_ends(sampler: ContinuousSampler) -> list[str]:
     """Keys in the order in which their jobs end; those of one step in any order."""
     ended: list[str] = []
     while sampler.active:
-        results = sampler.step()
+        results = sampler.poll(0)
         assert all(isinstance(result, SampleOutput) for result in results.values())
         ended += results
     return ended
@@ -22,9 +22,9 @@ def order_of_ends(sampler: ContinuousSampler) -> list[str]:
 def test_one_job_passes_a_long_queue_of_another_group(make_sampler: MakeSampler) -> None:
     sampler = make_sampler(max_sequences=4)
     for number in range(20):
-        sampler.admit(f"greedy-{number}", replace(job(seed=number), group="greedy"))
-    sampler.step()
-    sampler.admit("modest", replace(job(), group="modest"))
+        sampler.submit(f"greedy-{number}", replace(job(seed=number), group="greedy"))
+    sampler.poll(0)
+    sampler.submit("modest", replace(job(), group="modest"))
 
     ended = order_of_ends(sampler)
 
@@ -37,7 +37,7 @@ def test_groups_share_what_there_is(make_sampler: MakeSampler) -> None:
     sampler = make_sampler(max_sequences=4)
     for group in ("a", "b"):
         for number in range(6):
-            sampler.admit(f"{group}{number}", replace(job(seed=number), group=group))
+            sampler.submit(f"{group}{number}", replace(job(seed=number), group=group))
 
     ended = order_of_ends(sampler)
 
@@ -48,7 +48,7 @@ def test_groups_share_what_there_is(make_sampler: MakeSampler) -> None:
 def test_a_group_of_its_own_keeps_its_order(make_sampler: MakeSampler) -> None:
     sampler = make_sampler(max_sequences=1)
     for number in range(4):
-        sampler.admit(str(number), job(seed=number))
+        sampler.submit(str(number), job(seed=number))
 
     assert order_of_ends(sampler) == ["0", "1", "2", "3"]
 
@@ -56,9 +56,9 @@ def test_a_group_of_its_own_keeps_its_order(make_sampler: MakeSampler) -> None:
 def test_a_large_job_is_not_passed_by_for_ever(make_sampler: MakeSampler) -> None:
     sampler = make_sampler(max_sequences=4)
     for number in range(8):
-        sampler.admit(f"small-{number}", replace(job(seed=number), group="small"))
-    sampler.step()
-    sampler.admit("large", replace(job(num_samples=4), group="large"))
+        sampler.submit(f"small-{number}", replace(job(seed=number), group="small"))
+    sampler.poll(0)
+    sampler.submit("large", replace(job(num_samples=4), group="large"))
 
     assert order_of_ends(sampler).index("large") == 4
 
@@ -69,10 +69,10 @@ def test_turns_change_no_text(make_sampler: MakeSampler) -> None:
     for max_sequences in (2, 64):
         sampler = make_sampler(max_sequences=max_sequences)
         for key, each in jobs.items():
-            sampler.admit(key, each)
+            sampler.submit(key, each)
         found: dict[str, list[int]] = {}
         while sampler.active:
-            for key, result in sampler.step().items():
+            for key, result in sampler.poll(0).items():
                 assert isinstance(result, SampleOutput)
                 found[key] = list(result.sequences[0].tokens)
         texts.append(found)

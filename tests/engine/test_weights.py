@@ -14,10 +14,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from tests.engine.reference import peft_warnings_ignored
 from tests.engine.test_trainer import STEP, assert_same_state
+from tests.tiny_model import VOCAB_SIZE
+from training.engine.renderer.chat_renderer import ChatRenderer
+from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.errors import (
     CheckpointExists,
     CheckpointNotFound,
@@ -49,6 +53,21 @@ def test_save_then_load_then_step_is_step(trained, make_engine, make_datum, tmp_
         engine.train_one(name, [make_datum(5)])
         engine.optim_step(name, STEP)
     assert_same_state(other.adapter_state("elsewhere"), trained.adapter_state("a"))
+
+
+def test_a_checkpoint_to_sample_from_takes_memory_for_its_weights_and_nothing_else(
+    trained, tied_base_model, tmp_path
+):
+    trained.save_adapter("a", tmp_path / "c")
+    weights = trained.adapter_state("a")["weights"]
+    text = ChatRenderer(tied_base_model.tokenizer, VOCAB_SIZE)
+    sampler = ContinuousSampler(tied_base_model, text)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
+        sampler.publish("v", tmp_path / "c")
+    taken = [event.self_cpu_memory_usage for event in allocations.events()]
+    assert sum(taken) == weights.nbytes
+    # What was read and, for a moment beside it, its copy at an aligned address.
+    assert sum(size for size in taken if size > 0) < 3 * weights.nbytes
 
 
 def test_loading_weights_only_starts_the_optimizer_afresh(trained, tmp_path):

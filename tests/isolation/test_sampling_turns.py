@@ -17,9 +17,9 @@ def test_samples_of_two_users_are_of_two_groups(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     groups: list[str] = []
-    admit = work.engine.sampler.admit
+    submit = work.engine.sampler.submit
     monkeypatch.setattr(
-        work.engine.sampler, "admit", lambda key, job: (groups.append(job.group), admit(key, job))
+        work.engine.sampler, "submit", lambda key, job: (groups.append(job.group), submit(key, job))
     )
     zelda, bob = tenant("zelda"), tenant("bob")
     for user in (zelda, zelda, bob):

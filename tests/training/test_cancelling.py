@@ -38,27 +38,27 @@ class Steps:
 
     def __init__(self, work: InProcessWorker, *, told: bool = True) -> None:
         self.taken, self.cancelled_after = 0, CANCELLED_AFTER
-        self.admitted: list[str] = []
+        self.begun: list[str] = []
         self.cancelled: list[Future] = []
         self._told = told
         self._heard = Bell.SILENT
         sampler = work.engine.sampler
-        step, admit = sampler.step, sampler.admit
+        poll, submit = sampler.poll, sampler.submit
 
-        def counted_step():
+        def counted_poll(wait_seconds):
             self.taken += 1
-            finished = step()
+            finished = poll(wait_seconds)
             if self.taken == self.cancelled_after:
                 for future in self.cancelled:
                     future_cancel(request_id=future.pk, owner_id=future.owner_id)
                 self._heard = Bell.CANCELLED if self._told and self.cancelled else Bell.SILENT
             return finished
 
-        def noted_admit(key, job):
-            self.admitted.append(key.rpartition(":")[0])
-            admit(key, job)
+        def noted_submit(key, job):
+            self.begun.append(key.rpartition(":")[0])
+            submit(key, job)
 
-        sampler.step, sampler.admit = counted_step, noted_admit
+        sampler.poll, sampler.submit = counted_poll, noted_submit
         work.loop._bell_rang = self.bell_rang
 
     def bell_rang(self, timeout_seconds: float) -> Bell:
@@ -137,7 +137,7 @@ def test_a_sample_that_was_claimed_and_not_begun_never_begins(
     work()
 
     assert states(first, step, *steps.cancelled, last) == ["ready", "ready", "cancelled", "ready"]
-    assert steps.admitted == [first.pk]
+    assert steps.begun == [first.pk]
 
 
 def test_a_cancellation_of_which_no_worker_hears_stands(
@@ -246,17 +246,17 @@ def test_the_bell_brings_a_cancellation_from_another_process(
     work = start_worker(fake_engine(max_context_tokens=ENDLESS))
     future = sample(owner, sampling_params=SamplingParams(max_tokens=ENDLESS, seed=1, stop=()))
     work.loop._bell_rang = partial(bell_rang, work.worker.queue)
-    step, taken = work.engine.sampler.step, itertools.count(1)
+    poll, taken = work.engine.sampler.poll, itertools.count(1)
 
-    def cancelled_by_another_thread():
+    def cancelled_by_another_thread(wait_seconds):
         if next(taken) == CANCELLED_AFTER:
             [cancelled] = race(
                 partial(future_cancel, request_id=future.pk, owner_id=future.owner_id)
             )
             assert cancelled.state == "cancelled"
-        return step()
+        return poll(wait_seconds)
 
-    work.engine.sampler.step = cancelled_by_another_thread
+    work.engine.sampler.poll = cancelled_by_another_thread
     work()
 
     assert states(future) == ["cancelled"]

@@ -105,9 +105,7 @@ def engine_over(
         base_model.info.vocab_size,
         end_token_ids=base_model.end_token_ids,
     )
-    sampler = ContinuousSampler(
-        base_model, renderer, trainer.adapter_weights, cache_tokens=cache_tokens
-    )
+    sampler = ContinuousSampler(base_model, renderer, cache_tokens=cache_tokens)
     return Engine(trainer=trainer, sampler=sampler, renderer=renderer)
 
 

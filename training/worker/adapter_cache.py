@@ -25,12 +25,13 @@ from futures.models import Future, Worker
 from futures.payload import decode
 from futures.transitions import State
 from training import payloads
-from training.engine.interface import Trainer
+from training.engine.interface import Sampler, Trainer
 from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingError
 from training.kinds import Kind
 from training.models import Checkpoint, Run
 from training.selectors import run_log
 from training.worker.passes import TakeTokens, run_passes
+from training.worker.run_versions import RunVersions
 from training.worker.snapshots import SnapshotFailed, SnapshotWriter
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class AdapterCache:
     def __init__(
         self,
         trainer: Trainer,
+        sampler: Sampler,
         worker: Worker,
         *,
         render: TakeTokens,
@@ -75,6 +77,8 @@ class AdapterCache:
         """
         self._on_turn = on_turn
         self._trainer = trainer
+        self._sampler = sampler
+        self._versions = RunVersions(trainer, sampler)
         self._render = render
         self._worker = worker
         self._cached: dict[str, _CachedAdapter] = {}
@@ -103,8 +107,22 @@ class AdapterCache:
         resident.used_at = time.monotonic()
         return run.id
 
-    def bring_checkpoint(self, checkpoint_id: int) -> str:
-        """Make a checkpoint's weights resident beside the runs; return its name in the trainer.
+    def publish_run(self, run: Run) -> str:
+        """Have the sampler know the run's weights as they are now; return their version.
+
+        Raises:
+            RunLost: Neither a snapshot nor the log can rebuild it. (failed future)
+            OutOfMemory: There is no room to rebuild it now. (failed future)
+        """
+        self.bring_run(run)
+        return self._versions.publish(run)
+
+    def moved_on(self, runs: Iterable[Run]) -> None:
+        """Say that operations of these runs are committed, so that their weights may be others."""
+        self._versions.moved_on(runs)
+
+    def publish_checkpoint(self, checkpoint_id: int) -> str:
+        """Have the sampler know a checkpoint's weights; return their version.
 
         Raises:
             CheckpointNotFound: It was deleted or damaged since. (failed future)
@@ -118,7 +136,7 @@ class AdapterCache:
                 raise CheckpointNotFound("the checkpoint was deleted before its turn came")
             self.make_room()
             directory = settings.DATA_DIR / checkpoint.directory
-            self._trainer.load_adapter(name, directory, with_optimizer=False)
+            self._sampler.publish(name, directory)
         self._checkpoints[name] = time.monotonic()
         return name
 
@@ -129,6 +147,7 @@ class AdapterCache:
     def drop_run(self, run_id: str) -> None:
         """Forget a run's adapter: it was removed, or memory is ahead of what is committed."""
         self._cached.pop(run_id, None)
+        self._versions.retire(run_id)
         self._trainer.drop_adapter(run_id)
 
     def remove_run(self, run: Run) -> None:
@@ -236,7 +255,7 @@ class AdapterCache:
             name = min(evictable, key=used.__getitem__)
             if name in self._checkpoints:
                 del self._checkpoints[name]
-                self._trainer.drop_adapter(name)
+                self._sampler.retire(name)
                 continue
             run = Run.objects.get(id=name)
             is_safe = run.deleted_at is not None or self.snapshot(run)

@@ -1,4 +1,4 @@
-"""The work loop: claim, run one batch, commit it, step the sampler, again.
+"""The work loop: claim, run one batch, commit it, poll the sampler, again.
 
 Memory is never ahead of the database for longer than one batch: results, states and run
 rows are committed together, fenced by the worker's epoch, and only then is the next batch
@@ -98,8 +98,9 @@ class WorkLoop:
             is_ready=self._texts.is_ready,
         )
         self._on_turn = on_turn
+        engine.sampler.report_progress(on_turn)
         self.adapter_cache = AdapterCache(
-            engine.trainer, worker, render=self._texts.render, on_turn=on_turn
+            engine.trainer, engine.sampler, worker, render=self._texts.render, on_turn=on_turn
         )
         self._operations = Operations(engine.trainer, self.adapter_cache, self._texts)
         self._samples = Samples(engine.sampler, engine.renderer, self._texts)
@@ -203,7 +204,7 @@ class WorkLoop:
         effects = Effects(runs=list(self._runs.values()))
         self._operations.run_passes(batch.passes, self._runs, effects)
         for future in batch.samples:
-            self._admit(future, effects)
+            self._begin_sample(future, effects)
         for future in batch.barriers:
             self._operations.run_barrier(future, self._runs, effects)
             self._on_turn()
@@ -217,18 +218,18 @@ class WorkLoop:
         self._runs = {run.id: run for run in runs}
         self.adapter_cache.pin(self._runs)
 
-    def _admit(self, future: Future, effects: Effects) -> None:
+    def _begin_sample(self, future: Future, effects: Effects) -> None:
         """Hand a sample's prompts to the sampler, or fail it by name."""
         payload = decode(bytes(future.payload or b""))
         run = self._runs.get(future.lane_id or "")
         try:
-            adapter_name = None
+            version = None
             if run is not None:
-                adapter_name = self._operations.bring(future, self._runs)
+                version = self._operations.publish(future, self._runs)
             elif payload["checkpoint"] is not None:
-                adapter_name = self.adapter_cache.bring_checkpoint(payload["checkpoint"])
-            self._samples.admit(
-                future, payload, model_id=run.name if run else None, adapter_name=adapter_name
+                version = self.adapter_cache.publish_checkpoint(payload["checkpoint"])
+            self._samples.submit(
+                future, payload, model_id=run.name if run else None, version=version
             )
         except TrainingError as error:
             self._texts.forget([future.id])
@@ -236,8 +237,8 @@ class WorkLoop:
             effects.outcomes.append(outcomes.failed(future, error))
 
     def _sample(self, seconds: float) -> None:
-        """Step the sampler for a slice of time or until something finished."""
-        finished = self._samples.step(seconds=seconds, on_step=self._on_turn)
+        """Give the sampler a slice of time, or less if something finished."""
+        finished = self._samples.poll(seconds)
         if finished:
             for sampled in finished:
                 self._scheduler.sample_finished(sampled.future)
@@ -284,6 +285,7 @@ class WorkLoop:
                     "tokens": [run.tokens for run in effects.runs],
                 },
             )
+        self.adapter_cache.moved_on(effects.runs)
         for act in effects.after_commit:
             act()
         self._throughput.finished(len(effects.outcomes))

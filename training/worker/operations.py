@@ -127,8 +127,17 @@ class Operations:
         Raises:
             RunNotCreated: Its creation failed or was cancelled. (failed future)
             RunLost: It cannot be rebuilt. (failed future)
+            OutOfMemory: There is no room to rebuild it now. (failed future)
         """
         return self._adapter_cache.bring_run(self._run_of(future, runs))
+
+    def publish(self, future: Future, runs: dict[str, Run]) -> str:
+        """Have the sampler know the weights of the future's run; return their version.
+
+        Raises:
+            TrainingError: As ``bring`` does. (failed future)
+        """
+        return self._adapter_cache.publish_run(self._run_of(future, runs))
 
     def _run_of(self, future: Future, runs: dict[str, Run]) -> Run:
         run = runs[future.lane_id or ""]

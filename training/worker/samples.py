@@ -85,20 +85,20 @@ class Samples:
     def request_ids(self) -> list[str]:
         return list(self._held)
 
-    def admit(
+    def submit(
         self,
         future: Future,
         payload: Mapping[str, Any],
         *,
         model_id: str | None,
-        adapter_name: str | None,
+        version: str | None,
     ) -> None:
         """Hand a request's prompts to the sampler.
 
         Args:
             payload: The future's, decoded.
             model_id: For the answer; None where the request concerns no run.
-            adapter_name: Of whose weights; None for the base model's.
+            version: Of the weights that the sampler is to use; None for the base model's.
 
         Raises:
             TrainingError: One of the prompts cannot be sampled; none of them is.
@@ -117,14 +117,14 @@ class Samples:
                     prompt=prompt_ids,
                     sampling_params=params,
                     num_samples=payload["num_samples"],
-                    adapter_name=adapter_name,
+                    version=version,
                     prompt_logprobs=payload["prompt_logprobs"],
                     scoring=scoring,
                     group=str(future.owner_id),
                 )
                 key = f"{future.id}:{index}"
                 try:
-                    self._sampler.admit(key, job)
+                    self._sampler.submit(key, job)
                 except TrainingError as error:
                     if not str(error).startswith("prompt: "):  # what all prompts have in common
                         raise
@@ -153,15 +153,15 @@ class Samples:
             prompt=list(job.prompt) if "record" in payload else [],
         )
 
-    def step(self, *, seconds: float, on_step: Callable[[], None]) -> list[Sampled]:
-        """Sample for so long, or until something finished, and tell those who follow."""
+    def poll(self, wait_seconds: float) -> list[Sampled]:
+        """The futures that have finished, waiting so long for one; and tell those who follow."""
         finished: list[Sampled] = []
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + wait_seconds
         while self._sampler.active and not finished:
-            for key, output in self._sampler.step().items():
+            left = max(deadline - time.monotonic(), 0.0)
+            for key, output in self._sampler.poll(left).items():
                 finished += self._take(key, output)
-            on_step()
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 break
         self._tell_progress()
         return finished

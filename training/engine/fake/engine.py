@@ -15,10 +15,10 @@ def fake_engine(
     max_context_tokens: int = 512,
     before_verb: BeforeVerb | None = None,
 ) -> Engine:
-    """The three fakes, the sampler over the trainer; two may be given."""
+    """The three fakes, two of which may be given."""
     trainer = trainer or FakeTrainer(max_context_tokens=max_context_tokens, before_verb=before_verb)
     return Engine(
         trainer=trainer,
-        sampler=FakeSampler(trainer.info.max_context_tokens, trainer.weight_bytes),
+        sampler=FakeSampler(trainer.info.max_context_tokens),
         renderer=renderer or FakeRenderer(),
     )

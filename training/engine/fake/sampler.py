@@ -1,18 +1,22 @@
-"""The fake engine's sampler: text drawn from a hash, so that it depends on what it should.
+"""The fake sampler: text drawn from a hash, so that it depends on what it should.
 
-A sequence's tokens depend on the adapter's weights at admission, the prompt, the seed and the
-sequence's number, and on nothing else. Imports numpy and no torch.
+A sequence's tokens depend on its version's weights, the prompt, the seed and the sequence's number,
+and on nothing else. Imports numpy and no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from training.engine.interface import SampleJob, SampleOutput, Sampler
+from training.engine.fake.checkpoint import FakeCapture, FloatArray, read_checkpoint
+from training.engine.interface import CapturedAdapter, SampleJob, SampleOutput, Sampler
+from training.engine.sampler.versions import Versions
 from training.errors import ContextLengthExceeded, InvalidRequest, TrainingError
 from training.types import NO_DATA_LOGPROB, PromptScores, SampledSequence, TopLogprobs
 
@@ -32,14 +36,29 @@ class _FakeSampling:
 class FakeSampler(Sampler):
     """Samples printable bytes drawn from a hash; one token per sequence and step."""
 
-    def __init__(self, max_context_tokens: int, find_weights: Callable[[str], bytes]) -> None:
-        """``find_weights`` gives an adapter's weights as they are now, or refuses its name."""
+    def __init__(self, max_context_tokens: int) -> None:
         self._max_context_tokens = max_context_tokens
-        self._find_weights = find_weights
+        self._on_progress: Callable[[], None] = lambda: None
+        self._versions: Versions[bytes] = Versions()
         self._active: dict[str, _FakeSampling] = {}
 
-    def admit(self, key: str, job: SampleJob) -> None:
-        if not job.prompt:
+    def report_progress(self, to: Callable[[], None]) -> None:
+        self._on_progress = to
+
+    def publish(self, version: str, weights: CapturedAdapter | Path) -> None:
+        self._versions.publish(version, lambda: _weights_of(weights).tobytes())
+
+    def retire(self, version: str) -> None:
+        self._versions.retire(version)
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        return self._versions.num_jobs
+
+    def submit(self, key: str, job: SampleJob) -> None:
+        if key in self._active:
+            raise ValueError(f"a job is active under the key {key!r}")
+        if not len(job.prompt):
             raise InvalidRequest("prompt: empty")
         if any(not 0 <= token < VOCAB_SIZE for token in job.prompt):
             raise InvalidRequest(f"prompt: a token is not in the vocabulary of {VOCAB_SIZE}")
@@ -49,9 +68,7 @@ class FakeSampler(Sampler):
                 f"prompt: {len(job.prompt)} tokens leave no room in the context: this model's "
                 f"maximum context length is {self._max_context_tokens} tokens"
             )
-        weights = b""
-        if job.adapter_name is not None:
-            weights = self._find_weights(job.adapter_name)
+        weights = self._versions.begin_job(job.version) or b""
         seed = f"{job.sampling_params.seed}:{list(job.prompt)}".encode()
         self._active[key] = _FakeSampling(
             job,
@@ -60,18 +77,25 @@ class FakeSampler(Sampler):
             ["length" if job.sampling_params.max_tokens == 0 else None] * job.num_samples,
         )
 
-    def step(self) -> dict[str, SampleOutput | TrainingError]:
+    def poll(self, wait_seconds: float) -> dict[str, SampleOutput | TrainingError]:
+        deadline = time.monotonic() + wait_seconds
         finished: dict[str, SampleOutput | TrainingError] = {}
-        for key, sampling in list(self._active.items()):
-            for i, reason in enumerate(sampling.stop_reasons):
-                if reason is None:
-                    sampling.stop_reasons[i] = self._advance(sampling, i)
-            if all(sampling.stop_reasons):
-                finished[key] = _finish(sampling)
-                del self._active[key]
+        while self._active and not finished:
+            for key, sampling in list(self._active.items()):
+                for i, reason in enumerate(sampling.stop_reasons):
+                    if reason is None:
+                        sampling.stop_reasons[i] = self._advance(sampling, i)
+                if all(sampling.stop_reasons):
+                    finished[key] = _finish(sampling)
+                    self.cancel(key)
+            self._on_progress()
+            if time.monotonic() >= deadline:
+                break
         return finished
 
     def progress(self, key: str) -> list[str]:
+        if key not in self._active:
+            raise ValueError(f"no job is active under the key {key!r}")
         sampling = self._active[key]
         stop = sampling.job.sampling_params.stop
         texts = [_said(tokens, sampling.job) for tokens in sampling.tokens]
@@ -80,7 +104,10 @@ class FakeSampler(Sampler):
 
     def cancel(self, key: str) -> int:
         sampling = self._active.pop(key, None)
-        return sum(map(len, sampling.tokens)) if sampling else 0
+        if sampling is None:
+            return 0
+        self._versions.end_job(sampling.job.version)
+        return sum(map(len, sampling.tokens))
 
     @property
     def active(self) -> int:
@@ -102,6 +129,14 @@ class FakeSampler(Sampler):
         if any(s == tokens[-1] or (isinstance(s, str) and s in _text(tokens)) for s in stop or ()):
             return "stop"
         return "length" if len(tokens) >= limit else None
+
+
+def _weights_of(weights: CapturedAdapter | Path) -> FloatArray:
+    if isinstance(weights, Path):
+        return read_checkpoint(weights, with_optimizer=False)[0]["weights"]
+    if not isinstance(weights, FakeCapture):
+        raise TypeError(f"{type(weights).__name__} was not captured by a fake trainer")
+    return weights.arrays["weights"]
 
 
 def _finish(sampling: _FakeSampling) -> SampleOutput:

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from training.atomic_directory import new_directory, read_meta, write_meta
+from training.atomic_directory import new_directory, write_meta
+from training.engine.fake.checkpoint import OPTIMIZER, FakeCapture, FloatArray, read_checkpoint
 from training.engine.fake.sampler import VOCAB_SIZE
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob, Trainer
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import (
-    CheckpointNotFound,
     GradientDropped,
     InvalidRequest,
     NonFiniteResult,
@@ -44,7 +44,6 @@ CLASSES = 8
 SPREAD = math.log(VOCAB_SIZE / CLASSES)
 QUANTUM = 2.0**-10
 
-FloatArray = NDArray[np.float32]
 BeforeVerb = Callable[[str, tuple[str, ...]], None]
 
 
@@ -172,43 +171,25 @@ class FakeTrainer(Trainer):
     def drop_gradient(self, adapter_name: str) -> None:
         self.find(adapter_name).grad = _zeros()
 
-    def capture_adapter(
-        self, adapter_name: str, *, with_optimizer: bool = True
-    ) -> Callable[[Path], int]:
+    def capture_adapter(self, adapter_name: str, *, with_optimizer: bool = True) -> FakeCapture:
         self._before_verb("capture_adapter", (adapter_name,))
-        state = self.adapter_state(adapter_name)
-        step = state.pop("step")
-        if not with_optimizer:
-            state = {"weights": state["weights"]}
-        config = self.find(adapter_name).config
-
-        def write(directory: Path) -> int:
-            self._before_verb("save_adapter", (adapter_name,))
-            with new_directory(directory) as temporary:
-                for name, array in state.items():
-                    np.save(temporary / f"{name}.npy", array)
-                return write_meta(temporary, {"step": step, "config": vars(config)})
-
-        return write
+        adapter = self.find(adapter_name)
+        names = ("weights", *(OPTIMIZER if with_optimizer else ()))
+        return FakeCapture(
+            arrays={name: getattr(adapter, name) for name in names},
+            step=adapter.step,
+            config=adapter.config,
+            before_write=lambda: self._before_verb("save_adapter", (adapter_name,)),
+        )
 
     def load_adapter(
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
     ) -> None:
         self._before_verb("load_adapter", (adapter_name,))
-        meta = read_meta(directory)
-        if with_optimizer and "exp_avg.npy" not in meta["sha256"]:
-            raise CheckpointNotFound(f"{directory.name} holds weights only, no optimizer state.")
-        config = dict(meta["config"])
-        if config["target_modules"] is not None:
-            config["target_modules"] = tuple(config["target_modules"])
-        arrays = {
-            name: np.load(directory / f"{name}.npy").reshape(CLASSES, CLASSES)
-            for name in ("weights", *(("grad", "exp_avg", "exp_avg_sq") if with_optimizer else ()))
-        }
-        adapter = _FakeAdapter(LoraConfig(**config), arrays["weights"])
-        if with_optimizer:
-            adapter = replace(adapter, step=meta["step"], **arrays)
-        self._adapters[adapter_name] = adapter
+        arrays, step, config = read_checkpoint(directory, with_optimizer=with_optimizer)
+        self._adapters[adapter_name] = _FakeAdapter(
+            config, step=step if with_optimizer else 0, **arrays
+        )
 
     def save_peft(self, adapter_name: str, directory: Path) -> int:
         self._before_verb("save_peft", (adapter_name,))
@@ -222,10 +203,6 @@ class FakeTrainer(Trainer):
         arrays = ("weights", "exp_avg", "exp_avg_sq", "grad")
         flat = {name: getattr(adapter, name).reshape(-1).copy() for name in arrays}
         return {**flat, "step": adapter.step}
-
-    def weight_bytes(self, adapter_name: str) -> bytes:
-        """The adapter's weights as of now."""
-        return self.find(adapter_name).weights.tobytes()
 
     def find(self, adapter_name: str) -> _FakeAdapter:
         """The resident adapter of this name, now the most recently used.

@@ -19,10 +19,11 @@ from training.engine.interface.engine import Engine
 from training.engine.interface.renderer import Renderer
 from training.engine.interface.sampler import SampleJob, SampleOutput, Sampler
 from training.engine.interface.trainer import ForwardBackwardJob, Trainer
-from training.engine.interface.values import BaseModelInfo
+from training.engine.interface.values import BaseModelInfo, CapturedAdapter
 
 __all__ = [
     "BaseModelInfo",
+    "CapturedAdapter",
     "Engine",
     "ForwardBackwardJob",
     "Renderer",

@@ -1,11 +1,18 @@
-"""The sampler: prompts in, sequences out, many at a time."""
+"""The sampler: prompts in, sequences out, many at a time, under versions of weights that do not
+change.
+
+It may compute in this process, beside the trainer and on the same base model, or have a server
+do it. A caller cannot tell: it publishes versions, submits jobs that name them, and polls.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from training.engine.interface.values import CapturedAdapter
 from training.errors import TrainingError
 from training.types import PromptScores, SampledSequence, SamplingParams, ScoringParams
 
@@ -15,12 +22,13 @@ class SampleJob:
     """One sampling request: S sequences that continue one prompt."""
 
     prompt: Sequence[int]
+    """T token ids."""
     sampling_params: SamplingParams
     """``seed`` is set: whoever builds the job has chosen one."""
     num_samples: int = 1
-    adapter_name: str | None = None
-    """A resident adapter (its weights as they are when the job is admitted), or None for the
-    base model."""
+    """S."""
+    version: str | None = None
+    """A published version of an adapter's weights, or None for the base model."""
     prompt_logprobs: bool = False
     scoring: ScoringParams = field(default_factory=ScoringParams)
     """The log-probabilities that few ask for."""
@@ -33,6 +41,7 @@ class SampleOutput:
     """A finished sampling job."""
 
     sequences: list[SampledSequence]
+    """S of them, in the order of their numbers; log-probabilities in nats, in float32."""
     prompt_logprobs: list[float] | None
     """One per prompt token when asked for; the first is NaN, since nothing precedes it."""
     scores: PromptScores = field(default_factory=PromptScores)
@@ -42,35 +51,98 @@ class SampleOutput:
 
 
 class Sampler(ABC):
-    """Continuous batching: jobs join and leave between steps; where not all fit at once, the rest
-    wait (``SampleJob.group``).
+    """Continues prompts under published versions of an adapter's weights.
 
-    A job's text depends on its own prompt, weights and seed, not on what shares its steps.
+    **Versions.** A version is a name and weights that never change. The caller gives a name to one
+    content only, for ever: a server may outlive this process and still hold it. Training goes on
+    beside it without touching it.
+
+    **Jobs.** A job is active from ``submit`` until ``poll`` has returned its result or ``cancel``
+    was called. What it samples depends on its prompt, its version and (seed, number of the
+    sequence), not on what is sampled beside it: to the bit on a CPU, up to rounding elsewhere.
+
+    **Threads.** One thread calls all verbs, that of the trainer. No verb but ``publish`` and
+    ``poll`` takes long.
+
+    **Failures.** A domain error (``TrainingError``) concerns one version or one job, and all else
+    is as before. Any other exception means that this process's memory is suspect, and its worker
+    ends. A server that is lost is neither: the sampler starts it again or waits for it, publishes
+    to it what is published, and submits again the jobs that it had not finished. If it gives that
+    up, ``poll`` returns an error for each of them.
     """
 
     @abstractmethod
-    def admit(self, key: str, job: SampleJob) -> None:
-        """Queue a job under the caller's key.
+    def report_progress(self, to: Callable[[], None]) -> None:
+        """Have ``to`` called now and then while ``publish`` and ``poll`` compute or wait: the
+        caller's sign of life, which no thread beside it could give."""
 
-        The adapter's weights are those of this moment, however long the job takes: an
-        optim_step that comes later does not touch them.
+    @abstractmethod
+    def publish(self, version: str, weights: CapturedAdapter | Path) -> None:
+        """Make weights available to jobs under a name.
+
+        Publishing a version that is published, or retired but still in use, changes no weights, for
+        by its name they are the same; it only is not retired any more. A sampler that works
+        elsewhere may return before the version has arrived, and jobs of it wait for that.
+
+        Args:
+            version: See above.
+            weights: What ``Trainer.capture_adapter`` returned, of which nothing is copied where the
+                sampler shares the trainer's memory; or the directory of a checkpoint, of which only
+                the weights are read, and memory is taken for nothing else.
 
         Raises:
-            InvalidRequest: The prompt is empty or out of vocabulary, or a parameter has no meaning.
-            ContextLengthExceeded: The prompt leaves no room in the context.
-            LimitExceeded: It asks for more than could ever run at one time.
+            CheckpointNotFound: No such directory, or a checksum in it does not match.
+            InvalidRequest: It was made for a base model of another shape.
+            OutOfMemory: There is no room for it.
+                After each of them the version is not published. A sampler that finds it out after
+                it has returned answers the jobs of the version with that error.
         """
 
     @abstractmethod
-    def step(self) -> dict[str, SampleOutput | TrainingError]:
-        """Advance every active sequence by one token; return the jobs that finished, by key.
+    def retire(self, version: str) -> None:
+        """Free a version as soon as no active job uses it; an unknown version does nothing.
 
-        A step may instead prefill a waiting prompt, so that no step takes long.
+        Jobs that were submitted before finish under its weights. New ones are refused.
+        """
+
+    @property
+    @abstractmethod
+    def versions(self) -> Mapping[str, int]:
+        """The versions that take memory, each with its number of active jobs: those published, and
+        those retired that a job still uses."""
+
+    @abstractmethod
+    def submit(self, key: str, job: SampleJob) -> None:
+        """Begin a job, or queue it where not all fit at once.
+
+        Args:
+            key: The caller's name for it, not that of an active job.
+            job: See ``SampleJob``.
+
+        Raises:
+            InvalidRequest: The prompt is empty or out of vocabulary, a parameter has no meaning, or
+                the version is not published.
+            ContextLengthExceeded: The prompt leaves no room in the context.
+            LimitExceeded: It asks for more than could ever run at one time.
+                After each of them there is no such job.
+        """
+
+    @abstractmethod
+    def poll(self, wait_seconds: float) -> dict[str, SampleOutput | TrainingError]:
+        """The jobs that have finished since the last call, by key; each is returned once.
+
+        Returns as soon as there is one, at once if no job is active, and otherwise when the time is
+        up: with nothing, or with what has finished just then.
+
+        A sampler that shares the trainer's base model samples only in here: at least one step (a
+        token of each sequence, or a piece of a prompt), and further ones while there is time, so
+        that a call may be late by one step. A sampler that works elsewhere only waits.
         """
 
     @abstractmethod
     def progress(self, key: str) -> list[str]:
-        """The text of each sequence of an active job, as far as it will not change any more.
+        """The text of each of an active job's S sequences, as far as it will not change any more
+        and as far as it is known here.
 
         Held back are bytes that are no character yet and whatever may still turn out to be the
         beginning of a stop string: each text is a beginning of the finished one.
@@ -78,13 +150,14 @@ class Sampler(ABC):
 
     @abstractmethod
     def cancel(self, key: str) -> int:
-        """Forget a job; its sequences leave the batch before the next step.
+        """Forget a job: ``poll`` will not return it, and its sequences leave the batch.
 
         Returns:
-            How many tokens had been sampled for it; 0 for a key that is not active.
+            How many tokens had been sampled for it, as far as it is known here; 0 for a key that is
+            not active.
         """
 
     @property
     @abstractmethod
     def active(self) -> int:
-        """How many jobs are admitted and not finished."""
+        """How many jobs are active."""

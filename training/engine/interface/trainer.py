@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training.custom_loss_graph import CustomLossGraph
-from training.engine.interface.values import BaseModelInfo
+from training.engine.interface.values import BaseModelInfo, CapturedAdapter
 from training.errors import TrainingError
 from training.types import (
     AdamParams,
@@ -108,22 +108,11 @@ class Trainer(ABC):
         """Clear the accumulated gradient, as a step that raised GradientDropped did."""
 
     @abstractmethod
-    def capture_adapter(
-        self, adapter_name: str, *, with_optimizer: bool = True
-    ) -> Callable[[Path], int]:
-        """The adapter as it is now, as a function that writes it into a new directory.
+    def capture_adapter(self, adapter_name: str, *, with_optimizer: bool = True) -> CapturedAdapter:
+        """The adapter as it is now: weights, Adam moments, accumulated gradient and step.
 
-        Taking it is quick; the function may be called later and from another thread, while the
-        adapter trains on, and writes weights, Adam moments, accumulated gradient and step of
-        the moment of capture. Without ``with_optimizer`` the weights only: enough to sample
-        from, and a directory that ``load_adapter`` takes with ``with_optimizer=False``.
-
-        Written beside it, fsynced, then renamed, so that the directory is whole or absent.
-        ``meta.json`` in it can be read by eye and carries a checksum of every file.
-
-        Returns:
-            A function that returns the bytes written. It raises StorageFull or StorageFailed, and
-            then nothing is left behind.
+        Without ``with_optimizer`` the weights only: enough to sample from, and to be written into a
+        directory that ``load_adapter`` takes with ``with_optimizer=False``. Taking it is quick.
         """
 
     def save_adapter(

@@ -1,8 +1,10 @@
-"""What a trainer says about its base model."""
+"""What the roles hand to each other and to their callers."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,3 +17,22 @@ class BaseModelInfo:
     num_parameters: int
     device: str
     dtype: str
+
+
+class CapturedAdapter(ABC):
+    """An adapter as it was when the trainer captured it. It stays that, while the adapter trains on
+    or is dropped, and may be handed to a sampler or written by another thread."""
+
+    @abstractmethod
+    def __call__(self, directory: Path) -> int:
+        """Write it into a new directory, which ``load_adapter`` and ``Sampler.publish`` take.
+
+        Written beside it, fsynced, then renamed, so that the directory is whole or absent.
+        ``meta.json`` in it can be read by eye and carries a checksum of every file.
+
+        Returns:
+            The bytes written.
+
+        Raises:
+            StorageFull, StorageFailed: Nothing is left behind.
+        """

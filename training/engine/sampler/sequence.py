@@ -1,6 +1,6 @@
-"""One sampling job from admission to answer: what it asks, how far it is, when it ends.
+"""One sampling job from submission to answer: what it asks, how far it is, when it ends.
 
-Knows nothing of passes, batches or the cache; ``sampling.ContinuousSampler`` moves it on.
+Knows nothing of passes, batches or the cache; ``continuous_batching`` moves it on.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ class ActiveSequence:
 
 @dataclass(kw_only=True, eq=False)
 class ActiveRequest:
-    """An admitted job."""
+    """An active job."""
 
     key: str
     job: SampleJob
-    weights: AdapterTensors | None
-    """The adapter as it was at admission."""
     max_tokens: int
     end_token_ids: frozenset[int]
     """A sequence that samples one of these has ended."""
     sequences: list[ActiveSequence]
     scorer: PromptScorer
+    weights: AdapterTensors | None = None
+    """Those of the job's version; None for the base model's own."""
     region: Region | None = None
     """Its rows in the cache, once it has started."""
     num_prefilled: int = 0
@@ -131,12 +131,11 @@ def new_request(
     key: str,
     job: SampleJob,
     *,
-    weights: AdapterTensors | None,
     max_tokens: int,
     text: ChatRenderer,
     info: BaseModelInfo,
 ) -> ActiveRequest:
-    """A job that has sampled nothing yet.
+    """A job that has sampled nothing yet, and has no weights yet.
 
     Raises:
         InvalidRequest: A sampling parameter has no meaning; the message names it.
@@ -164,7 +163,6 @@ def new_request(
     return ActiveRequest(
         key=key,
         job=job,
-        weights=weights,
         max_tokens=max_tokens,
         scorer=PromptScorer(job, info.vocab_size),
         end_token_ids=frozenset(end_token_ids | {*stop_ids, *params.stop_token_ids}),

@@ -7,8 +7,9 @@ the step, what it was made with, and a SHA-256 of every file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from torch import Tensor
 
 from training.atomic_directory import new_directory, read_meta, write_meta
 from training.engine.export_readme import export_readme
+from training.engine.interface import CapturedAdapter
 from training.engine.torch.adapters import (
     Adapter,
     AdapterLayout,
     AdapterTensors,
     LoraShape,
-    new_adapter,
 )
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.types import LoraConfig
@@ -34,36 +35,57 @@ FORMAT = 1
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 
-def capture_adapter(
-    adapter: Adapter, *, base_model_name: str, with_optimizer: bool = True
-) -> Callable[[Path], int]:
-    """Everything that the next step depends on, to be written; see ``Engine.capture_adapter``.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CapturedTensors(CapturedAdapter):
+    """References to an adapter's buffers: nothing is copied, for passes and steps replace them and
+    write into none of them."""
 
-    Nothing is copied: passes and steps replace an adapter's buffers and write into none of them. An
-    all-zero gradient, as it is after every optimizer step, is left out.
-    """
-    buffers = {"weights": adapter.weights.flat}
-    if with_optimizer:
-        buffers |= {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
-        if adapter.grad.flat.any():
-            buffers["grad"] = adapter.grad.flat
-    places = adapter.layout.places.items()
-    meta = {
-        "format": FORMAT,
-        "base_model": base_model_name,
-        "step": adapter.step,
-        "config": asdict(adapter.layout.config),
-        "modules": {name: [p.shape.in_features, p.shape.out_features] for name, p in places},
-        "versions": {name: version(name) for name in LIBRARIES},
-    }
+    weights: AdapterTensors
+    optimizer: Mapping[str, Tensor]
+    """What else the next step depends on, by file; empty if only the weights were captured."""
+    step: int
+    base_model_name: str
 
-    def write(directory: Path) -> int:
+    def __call__(self, directory: Path) -> int:
+        layout = self.weights.layout
+        places = layout.places.items()
+        meta = {
+            "format": FORMAT,
+            "base_model": self.base_model_name,
+            "step": self.step,
+            "config": asdict(layout.config),
+            "modules": {n: [p.shape.in_features, p.shape.out_features] for n, p in places},
+            "versions": _library_versions(),
+        }
         with new_directory(directory) as temporary:
-            for name, flat in buffers.items():
+            for name, flat in {"weights": self.weights.flat, **self.optimizer}.items():
                 _write(temporary / f"{name}.safetensors", {name: flat})
             return write_meta(temporary, meta)
 
-    return write
+
+def capture_adapter(
+    adapter: Adapter, *, base_model_name: str, with_optimizer: bool = True
+) -> CapturedTensors:
+    """Everything that the next step depends on; see ``Trainer.capture_adapter``.
+
+    An all-zero gradient, as it is after every optimizer step, is left out.
+    """
+    optimizer = {}
+    if with_optimizer:
+        optimizer = {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
+        if adapter.grad.flat.any():
+            optimizer["grad"] = adapter.grad.flat
+    return CapturedTensors(
+        weights=adapter.weights,
+        optimizer=optimizer,
+        step=adapter.step,
+        base_model_name=base_model_name,
+    )
+
+
+@cache
+def _library_versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
 
 
 def load_adapter(
@@ -73,7 +95,7 @@ def load_adapter(
     *,
     with_optimizer: bool = True,
 ) -> Adapter:
-    """The adapter that a directory holds; see ``Engine.load_adapter``.
+    """The adapter that a directory holds; see ``Trainer.load_adapter``.
 
     Args:
         shapes: Every module of the base model that can have an adapter.
@@ -83,6 +105,41 @@ def load_adapter(
             optimizer was asked for.
         InvalidRequest: It was made for a base model of another shape.
     """
+    meta, weights = _read_weights(directory, shapes, device, with_optimizer=with_optimizer)
+    moments = ["exp_avg", "exp_avg_sq"] if with_optimizer else []
+    has_grad = with_optimizer and "grad.safetensors" in meta["sha256"]
+    buffers = {
+        name: _read(directory, name, device) for name in [*moments, *(["grad"] if has_grad else [])]
+    }
+    for name in ("exp_avg", "exp_avg_sq", "grad"):
+        if name not in buffers:
+            buffers[name] = torch.zeros_like(weights.flat)
+    return Adapter(
+        layout=weights.layout,
+        weights=weights,
+        grad=AdapterTensors(weights.layout, buffers["grad"]),
+        exp_avg=buffers["exp_avg"],
+        exp_avg_sq=buffers["exp_avg_sq"],
+        step=meta["step"] if with_optimizer else 0,
+    )
+
+
+def load_weights(
+    directory: Path, shapes: Mapping[str, LoraShape], device: torch.device
+) -> AdapterTensors:
+    """The weights that a directory holds, and nothing else of it: enough to sample from.
+
+    Raises:
+        CheckpointNotFound: No such directory, or it is damaged.
+        InvalidRequest: It was made for a base model of another shape.
+    """
+    return _read_weights(directory, shapes, device, with_optimizer=False)[1]
+
+
+def _read_weights(
+    directory: Path, shapes: Mapping[str, LoraShape], device: torch.device, *, with_optimizer: bool
+) -> tuple[dict[str, Any], AdapterTensors]:
+    """``meta.json`` and the weights of a checkpoint that fits the base model."""
     meta = read_meta(directory)
     if meta.get("format") != FORMAT:
         raise CheckpointNotFound(f"{directory.name}: format {meta.get('format')} is not known.")
@@ -95,19 +152,12 @@ def load_adapter(
                 f"{directory.name} was made for {meta['base_model']}, whose {name} this base"
                 " model does not have in that shape."
             )
-    adapter = new_adapter(AdapterLayout(_read_config(meta["config"]), modules), device)
-    adapter.weights = AdapterTensors(adapter.layout, _read(directory, "weights", device))
-    if with_optimizer:
-        adapter.step = meta["step"]
-        adapter.exp_avg = _read(directory, "exp_avg", device)
-        adapter.exp_avg_sq = _read(directory, "exp_avg_sq", device)
-        if "grad.safetensors" in meta["sha256"]:
-            adapter.grad = AdapterTensors(adapter.layout, _read(directory, "grad", device))
-    return adapter
+    layout = AdapterLayout(_read_config(meta["config"]), modules)
+    return meta, AdapterTensors(layout, _read(directory, "weights", device))
 
 
 def save_peft(adapter: Adapter, directory: Path, *, base_model_name: str, head_name: str) -> int:
-    """Write what ``peft.PeftModel.from_pretrained`` reads; see ``Engine.save_peft``.
+    """Write what ``peft.PeftModel.from_pretrained`` reads; see ``Trainer.save_peft``.
 
     Beside it a README.md for people: how to load it and, with an adapter on the output head, what
     merging needs.

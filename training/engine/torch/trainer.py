@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from training.engine.custom_loss.run import CustomLossRunner, run_custom_losses
-from training.engine.interface import ForwardBackwardJob, Trainer
+from training.engine.interface import CapturedAdapter, ForwardBackwardJob, Trainer
 from training.engine.torch import adamw, checkpoint_io
 from training.engine.torch.adapters import (
     Adapter,
@@ -89,10 +89,6 @@ class TorchTrainer(Trainer):
 
     def adapter_bytes(self, adapter_name: str) -> int:
         return self._peek(adapter_name).num_bytes
-
-    def adapter_weights(self, adapter_name: str) -> AdapterTensors:
-        """The adapter's weights as of now; a later optimizer step does not touch them."""
-        return self._use(adapter_name).weights
 
     def forward_backward(self, jobs: Sequence[ForwardBackwardJob]) -> list[JobResult]:
         results: dict[int, JobResult] = {}
@@ -187,9 +183,7 @@ class TorchTrainer(Trainer):
             zeros = torch.zeros_like(adapter.grad.flat)
         adapter.grad = AdapterTensors(adapter.layout, zeros)
 
-    def capture_adapter(
-        self, adapter_name: str, *, with_optimizer: bool = True
-    ) -> Callable[[Path], int]:
+    def capture_adapter(self, adapter_name: str, *, with_optimizer: bool = True) -> CapturedAdapter:
         return checkpoint_io.capture_adapter(
             self._use(adapter_name),
             base_model_name=self.info.name,

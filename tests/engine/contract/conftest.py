@@ -1,0 +1,59 @@
+"""Every implementation of the roles, with two adapters that are far from the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training.engine.factory import engine_over
+from training.engine.fake.engine import fake_engine
+from training.engine.interface import Engine, ForwardBackwardJob, Trainer
+from training.engine.torch.base_model import BaseModel
+from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig
+
+PROMPT = [5, 77, 130, 9, 200]
+"""In the vocabularies of all of them."""
+
+
+def step(trainer: Trainer, adapter_name: str) -> None:
+    """Train an adapter on one datum, with a step that changes what it samples."""
+    datum = Datum(
+        model_input=np.array(PROMPT[:-1], np.int32),
+        loss_fn_inputs={
+            "target_tokens": np.array(PROMPT[1:], np.int64),
+            "weights": np.ones(len(PROMPT) - 1, np.float32),
+        },
+    )
+    job = ForwardBackwardJob(adapter_name=adapter_name, data=[datum], loss_fn="cross_entropy")
+    (output,) = trainer.forward_backward([job])
+    assert isinstance(output, ForwardBackwardOutput), output
+    trainer.optim_step(adapter_name, AdamParams(learning_rate=0.1))
+
+
+@pytest.fixture(params=["fake", "torch"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    if request.param == "fake":
+        engine = fake_engine()
+    else:
+        base_model: BaseModel = request.getfixturevalue("tied_base_model")
+        engine = engine_over(base_model)
+    for seed, name in enumerate("ab"):
+        engine.trainer.create_adapter(name, LoraConfig(rank=2, seed=seed))
+        for _ in range(2):
+            step(engine.trainer, name)
+    return engine
+
+
+@pytest.fixture
+def same_state() -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """Asserts that two ``adapter_state``s are equal to the bit."""
+
+    def check(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+    return check

@@ -1,0 +1,81 @@
+"""Reading the newest token of every active sequence: one row each, one pass for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from training.engine.sampler.model_step import ModelStep
+from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
+from training.engine.torch.attention.cached import DecodeAttention, DecodeRun
+from training.engine.torch.packing.stream import Segment
+
+Row = tuple[ActiveRequest, ActiveSequence]
+"""Whose newest token a row of a decode pass is."""
+
+
+def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row], Tensor]:
+    """The unfinished sequences of the requests, and the logits (n, V) of what follows each."""
+    rows: list[Row | None] = []  # None is padding
+    segments: list[Segment] = []
+    for sharing in _by_weights(requests):
+        start = len(rows)
+        rows += [(request, s) for request in sharing for s in request.unfinished()]
+        rows += [None] * step.padding(len(rows) - start)
+        segments.append(Segment(start=start, end=len(rows), weights=sharing[0].weights))
+    rows += [None] * step.fill(segments)
+    attention = DecodeAttention(step.cache, _decode_runs(rows), len(rows))
+    tokens = [0 if row is None else row[1].tokens[-1] for row in rows]
+    positions = [
+        0 if row is None else len(row[0].job.prompt) + len(row[1].tokens) - 1 for row in rows
+    ]
+    hidden = step.hidden_states(tokens, positions, segments, attention)  # (T, H)
+    logits = step.base_model.logits(hidden, segments)  # (T, V)
+    if attention.real_rows is not None:
+        logits = logits[attention.real_rows]
+    return [row for row in rows if row is not None], logits
+
+
+def _by_weights(requests: Sequence[ActiveRequest]) -> list[list[ActiveRequest]]:
+    """Requests under the same weights together, otherwise in the order in which they started.
+
+    Versions of one run between which its weights did not change hold the same tensors.
+    """
+    sharing: dict[int, list[ActiveRequest]] = {}
+    for request in requests:
+        sharing.setdefault(id(request.weights), []).append(request)
+    return list(sharing.values())
+
+
+def _decode_runs(rows: Sequence[Row | None]) -> list[DecodeRun]:
+    """Rows of one job whose sequences are neighbours in the cache too, taken together."""
+    neighbours: list[list[tuple[int, Row]]] = []
+    for index, row in enumerate(rows):
+        if row is None:
+            continue
+        request, sequence = row
+        if neighbours:
+            last_index, (last_request, last_sequence) = neighbours[-1][-1]
+            if (
+                last_index == index - 1
+                and last_request is request
+                and last_sequence.number == sequence.number - 1
+            ):
+                neighbours[-1].append((index, row))
+                continue
+        neighbours.append([(index, row)])
+    runs = []
+    for together in neighbours:
+        index, (request, sequence) = together[0]
+        assert request.region is not None  # noqa: S101 - reserved before prefilling
+        runs.append(
+            DecodeRun(
+                first_row=index,
+                region=request.region,
+                first_sequence=sequence.number,
+                count=len(together),
+                length=len(request.job.prompt) + len(sequence.tokens),
+            )
+        )
+    return runs

@@ -1,0 +1,62 @@
+"""One pass over the base model for sampling: what prefill and decode have in common.
+
+A pass computes every row on its own, and where kernels would not, its rows are padded until they
+do. On a CPU the log-probabilities of a job are then equal to the bit whatever shares its steps
+(``kv_cache.ALIGNMENT_TOKENS`` sees to the rest; float32 adapters of rank 1 are the exception that
+was found). A GPU chooses its matrix kernels by the number of rows, so there the last bits may
+differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from training.engine.sampler.kv_cache import KvCache
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.packing.stream import Attention, PackedContext, Segment, fewest_rows
+
+ROWS_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
+"""The rows of each segment of a pass are padded to a multiple of this. CPU matrix kernels take
+rows in such blocks and sum what is left over in another order (measured with MKL and oneDNN, one
+thread and several), so without padding a row's last bits would depend on how many share it."""
+
+
+class ModelStep:
+    """A base model and the cache beside it."""
+
+    def __init__(self, base_model: BaseModel, cache: KvCache) -> None:
+        self.base_model = base_model
+        self.cache = cache
+        self._rows_multiple = ROWS_MULTIPLE.get(base_model.dtype, 1)
+        smallest = min(s.in_features * s.out_features for s in base_model.linear_shapes.values())
+        self._fewest_rows = fewest_rows(base_model.device, base_model.dtype, smallest)
+
+    def padding(self, num_rows: int) -> int:
+        """Rows that a segment of so many still needs."""
+        return -num_rows % self._rows_multiple
+
+    def fill(self, segments: list[Segment]) -> int:
+        """Add a segment of the rows that a pass still needs; say how many those are."""
+        start = segments[-1].end
+        missing = max(0, self._fewest_rows - start)
+        if missing:
+            segments.append(Segment(start=start, end=start + missing, weights=None))
+        return missing
+
+    def hidden_states(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        segments: Sequence[Segment],
+        attention: Attention,
+    ) -> Tensor:
+        """(T, H) of T rows, each a token at its position in its sequence."""
+        device = self.base_model.device
+        return self.base_model.hidden_states(
+            torch.tensor(tokens, dtype=torch.int64, device=device),
+            torch.tensor(positions, device=device),
+            PackedContext(segments=segments, attention=attention),
+        )

@@ -1,0 +1,98 @@
+"""Reading prompts into the cache, a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from training.engine.sampler.model_step import ModelStep
+from training.engine.sampler.sequence import ActiveRequest
+from training.engine.torch.attention.cached import PrefillAttention, PrefillChunk
+from training.engine.torch.packing.stream import Segment, uniform_segments
+
+LOGITS_ROWS = 64
+"""Rows of a prompt whose logits exist at one time, (64, V) float32."""
+
+
+class Prefill:
+    """Passes that read prompts; where a prompt is cut into chunks depends on the prompt only."""
+
+    def __init__(self, step: ModelStep, *, chunk_tokens: int) -> None:
+        """``chunk_tokens``: most prompt tokens in one pass."""
+        self._step = step
+        self._chunk_tokens = chunk_tokens
+
+    def run(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
+        """Read the next chunk of as many of the requests as fit into a pass, in order.
+
+        Returns:
+            The prompt's last row (H,) of each request that was read to its end.
+        """
+        tokens: list[int] = []
+        positions: list[int] = []
+        segments: list[Segment] = []
+        chunks: list[tuple[ActiveRequest, PrefillChunk]] = []
+        for request in requests:
+            chunk = self._next_chunk(request, first_row=len(tokens))
+            padding = [0] * self._step.padding(chunk.num_tokens)
+            num_rows = chunk.num_tokens + len(padding)
+            if chunks and len(tokens) + num_rows > self._chunk_tokens:
+                break
+            chunks.append((request, chunk))
+            tokens += [*request.job.prompt[chunk.start : chunk.end], *padding]
+            positions += [*range(chunk.start, chunk.end), *padding]
+            segments.append(
+                Segment(start=chunk.first_row, end=len(tokens), weights=request.weights)
+            )
+        missing = [0] * self._step.fill(segments)
+        tokens += missing
+        positions += missing
+        attention = PrefillAttention(self._step.cache, [chunk for _, chunk in chunks])
+        hidden = self._step.hidden_states(tokens, positions, segments, attention)  # (T, H)
+        for request, chunk in chunks:
+            request.num_prefilled = chunk.end
+            self._score(request, chunk, hidden)
+        return {
+            request: hidden[chunk.first_row + chunk.num_tokens - 1]
+            for request, chunk in chunks
+            if chunk.end == len(request.job.prompt)
+        }
+
+    def first_logits(self, last_hidden: Mapping[ActiveRequest, Tensor]) -> Tensor:
+        """(n, V) of what follows n prompts, whose last rows (H,) are given; padding rows behind.
+
+        Their sequences may be decoded from then on: each finds the prompt in its own rows.
+        """
+        segments = [
+            Segment(start=i, end=i + 1, weights=request.weights)
+            for i, request in enumerate(last_hidden)
+        ]
+        padding = self._step.padding(len(last_hidden))
+        hidden = pad(torch.stack(list(last_hidden.values())), (0, 0, 0, padding))  # (n, H)
+        logits = self._step.base_model.logits(hidden, segments)  # (n, V)
+        for request in last_hidden:
+            assert request.region is not None  # noqa: S101 - reserved before prefilling
+            self._step.cache.share_prompt(request.region, len(request.job.prompt))
+        return logits
+
+    def _next_chunk(self, request: ActiveRequest, *, first_row: int) -> PrefillChunk:
+        """Cut at multiples of the chunk size, whatever shares the pass."""
+        assert request.region is not None  # noqa: S101 - reserved before prefilling
+        start = request.num_prefilled
+        end = min(start + self._chunk_tokens, len(request.job.prompt))
+        return PrefillChunk(
+            first_row=first_row, region=request.region, start=start, num_tokens=end - start
+        )
+
+    def _score(self, request: ActiveRequest, chunk: PrefillChunk, hidden: Tensor) -> None:
+        """Tell the request's scorer what its chunk's rows of ``hidden`` (T, H) say of the prompt;
+        the row of position i speaks of the token at i + 1."""
+        end = min(chunk.end, len(request.job.prompt) - 1)
+        for start in range(max(chunk.start, request.scorer.first_position - 1), end, LOGITS_ROWS):
+            first = chunk.first_row + start - chunk.start
+            rows = hidden[first : first + min(LOGITS_ROWS, end - start)]  # (n, H)
+            segments = uniform_segments(len(rows), request.weights)
+            request.scorer.add(start + 1, self._step.base_model.logits(rows, segments))  # (n, V)
