@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +25,7 @@ from tests.engine.chat_families import (
 )
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.renderer.chat_template import Message
-from training.engine.sampler.stop_strings import TextSoFar
+from training.engine.sampler.stop_strings import BEFORE_TOKENS, TextSoFar
 from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 
@@ -377,8 +377,16 @@ def test_a_text_prompt_begins_as_the_tokenizer_begins_every_text(kind: str, name
         assert text.encode(f"{family.bos}hello world").count(own[0]) == 1, "and only once"
 
 
+many_bytes = st.text(st.sampled_from("\x1f\x80\xe9\u6f22\u5b57\U0001f600"), min_size=4, max_size=12)
+"""Characters of one to four bytes, which few vocabularies have: a token for each byte."""
+
+
 @every_tokenizer
-@given(said=contents.filter(special_free), cut=st.integers(min_value=0, max_value=12))
+@given(
+    said=contents.filter(special_free) | many_bytes,
+    cut=st.integers(min_value=0, max_value=12) | st.integers(min_value=13, max_value=40),
+)
+@example(said="\x80\x1f\x80\x80\x80\x1f", cut=13)  # eight tokens before, a character begins
 @settings(deadline=None, max_examples=50)
 def test_a_prompt_and_what_follows_are_the_text_of_all_tokens(
     kind: str, said: str, cut: int
@@ -395,6 +403,7 @@ def test_a_prompt_and_what_follows_are_the_text_of_all_tokens(
     for count in range(len(following) + 1):
         assert text.decode_after(prompt, following).startswith(stream.read(following[:count]))
     own = text.decode_after(prompt, following)
+    assert text.decode_after(prompt[-BEFORE_TOKENS:], following) == own
     if kind in ("wordpiece", "unigram") or "\ufffd" in own:
         return  # which know no bytes, or one token for many; or the prompt ends in a character
     placed = text.token_texts(following, prompt)

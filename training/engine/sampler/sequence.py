@@ -14,7 +14,7 @@ from training.engine.sampler.kv_cache import Region
 from training.engine.sampler.logit_changes import check_logit_changes
 from training.engine.sampler.logits import Choice, UniformNumbers, check_choice_params
 from training.engine.sampler.prompt_logprobs import PromptScorer, top_logprobs
-from training.engine.sampler.stop_strings import CONTEXT_TOKENS, StopWatch, TextSoFar
+from training.engine.sampler.stop_strings import BEFORE_TOKENS, StopWatch, TextSoFar
 from training.engine.torch.adapters import AdapterTensors
 from training.errors import (
     ContextLengthExceeded,
@@ -117,7 +117,7 @@ class ActiveRequest:
             sequences=sequences,
             prompt_logprobs=prompt_logprobs,
             scores=scores,
-            prompt_end=self.job.prompt[-CONTEXT_TOKENS:],
+            prompt_end=self.job.prompt[-BEFORE_TOKENS:],
         )
 
 

@@ -18,6 +18,9 @@ CONTEXT_TOKENS = 8
 BYTES_OF_A_CHARACTER = 4
 """At most, and so many tokens: one may be a byte."""
 
+BEFORE_TOKENS = CONTEXT_TOKENS + BYTES_OF_A_CHARACTER - 1
+"""Tokens that are enough to begin with ``CONTEXT_TOKENS`` or a few more, not inside a character."""
+
 MOST_TOKENS = 32
 """Tokens decoded at once; by then bytes that still are no character never will be one."""
 
@@ -32,12 +35,12 @@ class StreamedText:
     def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         """
         Args:
-            before: The tokens that these follow, such as a prompt; the last few are enough. Their
-                text is not given out, but without them the first word could lose its space.
+            before: The tokens that these follow, such as a prompt; the last ``BEFORE_TOKENS`` are
+                enough. Their text is not given out, but without them the first word could lose
+                its space.
         """
         self._decode = decode
-        self._before = list(before[-CONTEXT_TOKENS:])
-        self._text_before = decode(self._before) if self._before else ""
+        self._before, self._text_before = _last_of(decode, before)
         self._start = 0
         self._num_given = 0  # characters of the text of tokens[start:] that were given out
 
@@ -82,14 +85,32 @@ class StreamedText:
 
 def text_after(decode: Decode, before: Sequence[int], tokens: Sequence[int]) -> str:
     """What tokens add to the text of those before: just what ``StreamedText`` gives in pieces."""
-    before = before[-CONTEXT_TOKENS:]
-    base, whole = decode(before) if before else "", decode([*before, *tokens])
+    last, base = _last_of(decode, before)
+    whole = decode([*last, *tokens])
     if UNFINISHED not in whole and whole.startswith(base):
         return whole[len(base) :]
     # Some tokenizers spoil whole runs of bytes for one that is wrong; the pieces do not.
     stream = StreamedText(decode, before)
     pieces = [stream.next_piece(tokens[:count]) for count in range(1, len(tokens) + 1)]
     return "".join(pieces) + stream.next_piece(tokens, is_last=True)
+
+
+def _last_of(decode: Decode, before: Sequence[int]) -> tuple[list[int], str]:
+    """The last tokens of those before, from the beginning of a character on, and their text.
+
+    Bytes that begin inside a character can spoil not only that one: some tokenizers then give no
+    character for all the bytes beside each other, so that text would be lost after the cut too.
+    """
+    best, text = list(before[-CONTEXT_TOKENS:]), ""
+    if best:
+        text = decode(best)
+    for number in range(CONTEXT_TOKENS + 1, BEFORE_TOKENS + 1):
+        if UNFINISHED not in text or len(before) < number:
+            break
+        longer = list(before[-number:])
+        if (text_of_longer := decode(longer)).count(UNFINISHED) < text.count(UNFINISHED):
+            best, text = longer, text_of_longer
+    return best, text
 
 
 class StopScanner:
