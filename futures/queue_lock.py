@@ -41,6 +41,11 @@ class QueueLock:
         except psycopg.OperationalError as error:
             raise OperationalError(str(error)) from error
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process still holds it, as far as this process knows."""
+        return not self._connection.closed
+
     def release(self) -> None:
         self._connection.close()
 

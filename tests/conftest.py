@@ -16,10 +16,11 @@ from django.conf import settings
 from django.db import connections
 from django.test import Client
 
+from futures import workers
 from futures.batched_reads import FutureReader
 from futures.broker import PostgresBroker
 from futures.models import Future
-from futures.workers import worker_start
+from tests.waiting import LONG_SECONDS
 from tinkerapi.api import async_view, dispatch, threads
 from tinkerapi.api.quickref import render as answers
 from tinkerapi.server.postgres import EmbeddedPostgres
@@ -79,13 +80,35 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(Path(settings.DATA_DIR), ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    """Fails the test that leaves a live worker, and ends the worker: its queue is the next test's.
+
+    The first fixture of every test, so the last one that ends.
+    """
+    taken: list[workers.QueueLock] = []
+
+    class NotedLock(workers.QueueLock):
+        def __init__(self, queue: str) -> None:
+            super().__init__(queue)
+            taken.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "QueueLock", NotedLock)
+        yield
+    left = [lock for lock in taken if lock.is_held]
+    for lock in left:
+        lock.release()
+    assert not left, f"{len(left)} workers are still live after the test that started them"
+
+
 class InProcessWorker:
     """The real work loop on a fake engine, stepped by the test instead of by doorbells."""
 
     def __init__(self, engine: Engine | None = None, text_pool: TextPool | None = None) -> None:
         self.engine = engine or fake_engine()
         figures = {"text_rules": TEXT_RULES}
-        self.worker = worker_start(queue=base_model_get(None).queue, figures=figures)
+        self.worker = workers.worker_start(queue=base_model_get(None).queue, figures=figures)
         self.loop = WorkLoop(
             self.engine,
             self.worker,
@@ -108,16 +131,16 @@ class InProcessWorker:
 @pytest.fixture
 def start_worker(db: None) -> Iterator[Callable[..., InProcessWorker]]:
     """``start_worker()``: a new worker life; ``work = start_worker(); work()`` runs what waits."""
-    workers: list[InProcessWorker] = []
+    started: list[InProcessWorker] = []
 
     def start(engine: Engine | None = None, text_pool: TextPool | None = None) -> InProcessWorker:
-        if workers:
-            workers[-1].die()
-        workers.append(InProcessWorker(engine, text_pool))
-        return workers[-1]
+        if started:
+            started[-1].die()
+        started.append(InProcessWorker(engine, text_pool))
+        return started[-1]
 
     yield start
-    for worker in workers:
+    for worker in started:
         worker.die()
 
 
@@ -175,10 +198,13 @@ def api(db: None, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
 
 @pytest.fixture(scope="session")
 def custom_loss_process() -> Iterator[Any]:
-    """The process that computes custom losses; one for all tests, for it takes seconds to start."""
+    """The process that computes custom losses; one for all tests, for it takes seconds to start.
+
+    It has time: a test of its limits sets one.
+    """
     from training.engine.custom_loss.process import CustomLossProcess  # imports torch
 
-    process = CustomLossProcess()
+    process = CustomLossProcess(cpu_seconds=LONG_SECONDS, wall_seconds=LONG_SECONDS)
     process.wait_until_ready()
     yield process
     process.close()
@@ -187,23 +213,22 @@ def custom_loss_process() -> Iterator[Any]:
 @pytest.fixture
 def served_api(transactional_db: None) -> Iterator[ApiClient]:
     """The API with its own threads and connections, and a live worker beside it."""
-    stopping, started = threading.Event(), threading.Event()
+    stopping, worker = threading.Event(), InProcessWorker()
 
     def serve() -> None:
-        worker = InProcessWorker()
         bell = PostgresBroker(list_key=worker.worker.queue)
-        started.set()
-        while not stopping.is_set():
-            worker()
-            bell.wait(0.05)
-        worker.die()
-        connections.close_all()
+        try:
+            while not stopping.is_set():
+                worker()
+                bell.wait(0.05)
+        finally:
+            connections.close_all()
 
     thread = threading.Thread(target=serve, name="worker")
-    thread.start()
     try:
-        assert started.wait(10)
+        thread.start()
         yield ApiClient(local_client(raise_request_exception=False))
     finally:
         stopping.set()
         thread.join()
+        worker.die()

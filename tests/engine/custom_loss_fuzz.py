@@ -191,6 +191,8 @@ NAMED = {
 class Tally:
     """What became of some graphs."""
 
+    patience_seconds: float = WALL_SECONDS + 1
+    """Longer than what a graph may take, by what a busy machine adds."""
     outcomes: Counter[str] = field(default_factory=Counter)
     computed: set[str] = field(default_factory=set)
     """Operations in graphs that gave a loss."""
@@ -220,7 +222,7 @@ class Tally:
         if isinstance(run, CustomLossProcess) and run.child_pid:
             self.most_bytes = max(self.most_bytes, _peak_bytes(run.child_pid))
         ended = "its process ended" in str(outcome) or isinstance(outcome, OutOfMemory)
-        if ended or seconds > WALL_SECONDS + 1 or self.most_bytes > 1.25 * MEMORY_BYTES:
+        if ended or seconds > self.patience_seconds or self.most_bytes > 1.25 * MEMORY_BYTES:
             self.faults.append(f"{seed} {op} {target}: {seconds:.1f} s, {outcome}")
 
     def __str__(self) -> str:

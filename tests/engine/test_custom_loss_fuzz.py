@@ -5,14 +5,24 @@ Some dozens; ``python -m tests.engine.custom_loss_fuzz 2000`` is the long form.
 
 from __future__ import annotations
 
+import pytest
+
 from tests.engine.custom_loss_fuzz import OPERATIONS, Tally
+<<<<<<< HEAD:tests/engine/test_custom_loss_fuzz.py
 from training.engine.custom_loss.process import CustomLossProcess
+=======
+from tests.waiting import LONG_SECONDS
+from training.custom_loss_limits import CPU_SECONDS, WALL_SECONDS
+from training.worker.custom_loss_process import CustomLossProcess
+>>>>>>> baadc90 (tests: Leave no live worker behind, and say which test did.):tests/training/test_custom_loss_fuzz.py
 
 
 def test_no_random_graph_ends_its_process_or_takes_more_than_is_stated(
-    custom_loss_process: CustomLossProcess,
+    custom_loss_process: CustomLossProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tally = Tally()
+    monkeypatch.setattr(custom_loss_process, "_cpu_seconds", CPU_SECONDS)
+    monkeypatch.setattr(custom_loss_process, "_wall_seconds", WALL_SECONDS)
+    tally = Tally(patience_seconds=LONG_SECONDS)
     for number in range(0, len(OPERATIONS), 8):
         tally.add(f"short.{number}", OPERATIONS[number], custom_loss_process)
     assert not tally.faults, tally

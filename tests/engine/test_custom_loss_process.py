@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import pytest
 import torch
 
 from tests.engine.test_custom_loss import LOSSES, draw, graph_of, many_targets
+from tests.platform.processes import is_running
+from tests.waiting import LONG_SECONDS, wait_for
 from training.custom_loss_graph import CustomLossGraph, check_graph
 from training.engine.custom_loss import process as custom_loss_process
 from training.engine.custom_loss.process import CustomLossProcess
@@ -68,9 +69,8 @@ def checked(*nodes: tuple[str, list[Any]]) -> CustomLossGraph:
 
 
 PLAIN = checked()
-SLOW = checked(
-    ("torch.full", [[2**19], 0.5]), *(("torch.lgamma", [{"ref": "x0"}]) for _ in range(3))
-)
+LONG = checked(*(("torch.exp", [{"ref": "logprobs"}]) for _ in range(300)))
+"""Seconds of processor time on hundreds of datums; no machine does that in a hundredth."""
 LARGE = checked(*(("torch.ones", [[2**24]]) for _ in range(3)))
 
 
@@ -137,12 +137,14 @@ def test_a_graph_out_of_processor_time_fails_by_name_and_the_next_one_runs(
 ) -> None:
     process = limited(cpu_seconds=0.01)
     before = process.child_pid
-    failed = one(process(SLOW, [inputs()], Work()))
-    assert isinstance(failed, LimitExceeded)
-    assert str(failed) == (
+    data = [inputs()] * 500
+    failed = process(LONG, data, Work())
+    assert [type(outcome) for outcome in failed] == [LimitExceeded] * len(data)
+    assert str(failed[0]) == (
         "custom loss 'mine': it took more than the 0.01 s of processor time that the custom loss "
         "of one request may take"
     )
+    limited(cpu_seconds=LONG_SECONDS)
     assert isinstance(one(process(PLAIN, [inputs(-3, -4)], Work())), CustomLossOutput)
     assert process.child_pid != before
 
@@ -150,11 +152,19 @@ def test_a_graph_out_of_processor_time_fails_by_name_and_the_next_one_runs(
 def test_a_graph_that_keeps_the_worker_waiting_is_ended(
     limited: Callable[..., CustomLossProcess],
 ) -> None:
-    process = limited(wall_seconds=0.02)
-    failed = one(process(SLOW, [inputs()], Work()))
+    process = limited()
+    process(PLAIN, [inputs(-13)], Work())
+    stopped = process.child_pid
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+
+    failed = one(limited(wall_seconds=0.02)(PLAIN, [inputs(-14)], Work()))
+
     assert isinstance(failed, LimitExceeded)
     assert "more than the 0.02 s of time" in str(failed)
-    assert isinstance(one(limited(wall_seconds=9)(PLAIN, [inputs()], Work())), CustomLossOutput)
+    assert not is_running(stopped)
+    after = one(limited(wall_seconds=LONG_SECONDS)(PLAIN, [inputs(-14)], Work()))
+    assert isinstance(after, CustomLossOutput)
 
 
 @LINUX
@@ -171,7 +181,7 @@ def test_a_graph_that_needs_too_much_memory_fails_by_name(
 def test_the_datums_of_a_request_share_its_time(limited: Callable[..., CustomLossProcess]) -> None:
     process, work = limited(cpu_seconds=1.0), Work(cpu_seconds=2.0)
     assert isinstance(one(process(PLAIN, [inputs(-8)], work)), LimitExceeded)
-    process(SLOW, [inputs(-9)], used := Work())
+    process(LONG, [inputs(-9)], used := Work())
     assert used.cpu_seconds > 0
     assert used.wall_seconds > 0
 
@@ -228,9 +238,9 @@ def test_the_same_question_is_answered_once(
     process: CustomLossProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pass is repeated without the jobs that failed in it, and the others wait no longer."""
-    first = one(process(SLOW, [inputs(-7)], Work()))
+    first = one(process(PLAIN, [inputs(-7)], Work()))
     monkeypatch.setattr(CustomLossProcess, "_ask", None)
-    again = one(process(SLOW, [inputs(-7)], work := Work()))
+    again = one(process(PLAIN, [inputs(-7)], work := Work()))
     assert isinstance(first, CustomLossOutput)
     assert isinstance(again, CustomLossOutput)
     assert again.loss == first.loss
@@ -274,14 +284,4 @@ def test_both_processes_go_with_a_worker_that_is_killed(tmp_path: Path) -> None:
     worker.kill()
     worker.wait()
     worker.stdout.close()
-    deadline = time.monotonic() + 30
-    while any(map(_is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(_is_running, pids))
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_for(lambda: not any(map(is_running, pids)))

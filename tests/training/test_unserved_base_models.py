@@ -16,6 +16,7 @@ from futures.resubmitting import future_resubmit
 from tests.base_models import base_model_configs
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
+from tests.waiting import LONG_SECONDS
 from training.base_models import base_model_get
 from training.models import Run, Snapshot
 
@@ -187,6 +188,9 @@ def test_a_request_from_before_is_kept_says_what_it_waits_for_and_goes_on(
     made = served_api.post("/api/v1/add_lora", model_id="m", rank=4)
     assert made.status_code == 200
     request_id = served_api.post("/fwdbwd", model_id="m", data=HI).json()["request_id"]
+    # Taken from under the worker while it runs, it would end the worker.
+    ready = served_api.post("/retrieve_future", request_id=request_id, wait=LONG_SECONDS)
+    assert ready.status_code == 200
     Future.objects.filter(pk=request_id).update(
         state="pending",
         worker=None,
@@ -196,7 +200,7 @@ def test_a_request_from_before_is_kept_says_what_it_waits_for_and_goes_on(
         queue="engine-elsewhere",
     )
 
-    answer = served_api.post("/retrieve_future", request_id=request_id, wait=60)
+    answer = served_api.post("/retrieve_future", request_id=request_id, wait=LONG_SECONDS)
 
     assert answer.status_code == 202
     assert answer.json()["queue_state"] == "paused_capacity"
