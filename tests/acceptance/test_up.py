@@ -16,9 +16,10 @@ import pytest
 import requests
 
 from tests.acceptance.official_sdk import api_key
-from tests.platform.processes import is_running, wait_for
+from tests.platform.processes import is_running
 from tests.server import ROOT, Server, free_port
 from tests.tiny_model import make_tiny_model
+from tests.waiting import LONG_SECONDS, wait_for
 
 pytestmark = pytest.mark.acceptance
 
@@ -85,12 +86,12 @@ def test_up_heals_what_dies_and_stops_without_a_trace(
     )
     wait_for(lambda: "ready after" in server.log())
     for host, status in (("train.example", 200), ("elsewhere.example", 400)):
-        named = requests.get(f"{server.url}/readyz", headers={"Host": host}, timeout=5)
+        named = requests.get(f"{server.url}/readyz", headers={"Host": host}, timeout=LONG_SECONDS)
         assert named.status_code == status
-    assert requests.get(f"{server.url}/healthz", timeout=5).json() == {"status": "ok"}
-    style = requests.get(f"{server.url}/static/admin/css/base.css", timeout=5)
+    assert requests.get(f"{server.url}/healthz", timeout=LONG_SECONDS).json() == {"status": "ok"}
+    style = requests.get(f"{server.url}/static/admin/css/base.css", timeout=LONG_SECONDS)
     assert style.status_code == 200
-    assert requests.get(f"{server.url}/admin/login/", timeout=5).status_code == 200
+    assert requests.get(f"{server.url}/admin/login/", timeout=LONG_SECONDS).status_code == 200
     assert server.process is not None
     up = server.process.pid
     everyone = family(up)
@@ -113,7 +114,7 @@ def test_up_heals_what_dies_and_stops_without_a_trace(
         f"{server.url}/api/v1/add_lora",
         json={"model_id": "after", "rank": 2},
         headers={"X-API-Key": api_key(server)},  # a server with a public name asks for one
-        timeout=120,
+        timeout=LONG_SECONDS,
     )
     assert trained.status_code == 200, "the new worker does the work"
     wait_for(lambda: server.log().splitlines()[-1] == "ready again")
@@ -157,8 +158,10 @@ def test_a_killed_up_takes_everything_along_and_the_next_one_finds_it_all(start:
     assert server.log().count("tml-") == server.log().count("password") == 1
     assert "database  up to date" in server.log()
     adapters = f"{server.url}/api/v1/adapters"
-    assert requests.get(adapters, headers={"X-API-Key": key}, timeout=5).status_code == 200
-    wrong = requests.get(adapters, headers={"X-API-Key": key + "x"}, timeout=5)
+    assert (
+        requests.get(adapters, headers={"X-API-Key": key}, timeout=LONG_SECONDS).status_code == 200
+    )
+    wrong = requests.get(adapters, headers={"X-API-Key": key + "x"}, timeout=LONG_SECONDS)
     assert wrong.status_code == 401
     server.stop()
 

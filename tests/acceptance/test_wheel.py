@@ -14,6 +14,7 @@ import requests
 
 from tests.server import CONVERSATION, ROOT, Server, free_port
 from tests.tiny_model import make_tiny_model
+from tests.waiting import LONG_SECONDS
 
 pytestmark = pytest.mark.acceptance
 
@@ -69,12 +70,14 @@ def test_the_installed_wheel_serves_everything(wheel: Path, tmp_path: Path) -> N
     try:
         server.start()
         pages = {
-            path: requests.get(server.url + path, timeout=30)
+            path: requests.get(server.url + path, timeout=LONG_SECONDS)
             for path in ("/docs/", "/docs/architecture/", "/admin/login/", "/api/docs")
         }
-        style = requests.get(server.url + "/static/tinkerapi/admin.css", timeout=30)
+        style = requests.get(server.url + "/static/tinkerapi/admin.css", timeout=LONG_SECONDS)
         body = {"model_id": "m", "data": [CONVERSATION], "loss_fn": "cross_entropy"}
-        trained = requests.post(server.url + "/api/v1/forward_backward", json=body, timeout=60)
+        trained = requests.post(
+            server.url + "/api/v1/forward_backward", json=body, timeout=LONG_SECONDS
+        )
     finally:
         server.stop()
 

@@ -11,6 +11,7 @@ import pytest
 from django.db import connection
 
 from futures.waiters import waiters
+from tests.waiting import LONG_SECONDS
 from tinkerapi.api.threads import DATABASE_THREADS
 from tinkerapi.asgi import application
 from tinkerapi.handlers import ApiHandler
@@ -171,5 +172,5 @@ def test_a_wait_ends_when_its_client_goes_away(transactional_db):
         await application(scope_of("/api/v1/forward_backward"), receive, send)
         waiting.append(len(waiters()._waiting))
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), LONG_SECONDS))
     assert waiting == [0, 1, 0]

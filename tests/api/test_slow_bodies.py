@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.server import free_port
+from tests.waiting import LONG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 IDLE_SECONDS, SECONDS = 1, 3
-START_SECONDS = 120.0
 JSON = b"Host: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -39,7 +39,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     }
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
-            deadline = time.monotonic() + START_SECONDS
+            deadline = time.monotonic() + LONG_SECONDS
             while time.monotonic() < deadline:
                 assert process.poll() is None, "granian ended"
                 try:
@@ -56,7 +56,7 @@ class Wire:
     """A connection that is written to byte by byte."""
 
     def __init__(self, port: int, beginning: bytes) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=LONG_SECONDS)
         self.socket.sendall(beginning)
 
     def answer(self) -> tuple[int, bytes]:
@@ -108,7 +108,7 @@ def test_a_body_that_trickles_has_an_end_too(port: int) -> None:
 
 def test_many_idle_bodies_are_gone_at_once_and_hold_nobody_up(port: int) -> None:
     wires = [Wire(port, post("/fwdbwd", 1000)) for _ in range(100)]
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as other:
+    with socket.create_connection(("127.0.0.1", port), timeout=LONG_SECONDS) as other:
         other.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert other.recv(12) == b"HTTP/1.1 200"
 

@@ -8,13 +8,9 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.custom_loss_fuzz import OPERATIONS, Tally
-<<<<<<< HEAD:tests/engine/test_custom_loss_fuzz.py
-from training.engine.custom_loss.process import CustomLossProcess
-=======
 from tests.waiting import LONG_SECONDS
 from training.custom_loss_limits import CPU_SECONDS, WALL_SECONDS
-from training.worker.custom_loss_process import CustomLossProcess
->>>>>>> baadc90 (tests: Leave no live worker behind, and say which test did.):tests/training/test_custom_loss_fuzz.py
+from training.engine.custom_loss.process import CustomLossProcess
 
 
 def test_no_random_graph_ends_its_process_or_takes_more_than_is_stated(

@@ -20,6 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.tiny_model import CHAT_TEMPLATE, SPECIAL_TOKENS
+from tests.waiting import LONG_SECONDS
 from training.engine.torch import default_model
 from training.engine.torch.default_model import prepare_default_model
 from training.errors import BaseModelNotFound
@@ -207,15 +208,17 @@ def test_two_that_ask_at_once_convert_once(tmp_path: Path, monkeypatch: pytest.M
     def convert(source: Path, target: Path, progress: Any) -> None:
         target.mkdir()
         entered.release()
-        proceed.wait(timeout=30)
+        proceed.wait(timeout=LONG_SECONDS)
 
     monkeypatch.setattr(default_model, "_packaged_gguf_file", lambda: tmp_path / "any.gguf")
     monkeypatch.setattr(default_model, "_convert", convert)
     with ThreadPoolExecutor(2) as askers:
         folders = [askers.submit(prepare_default_model, tmp_path / "tiny") for _ in range(2)]
-        assert entered.acquire(timeout=30)
+        assert entered.acquire(timeout=LONG_SECONDS)
         proceed.set()
-        assert [folder.result(timeout=30) for folder in folders] == [tmp_path / "tiny"] * 2
+        assert [folder.result(timeout=LONG_SECONDS) for folder in folders] == [
+            tmp_path / "tiny"
+        ] * 2
     assert not entered.acquire(blocking=False)  # the other one found it done
 
 

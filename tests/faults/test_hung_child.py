@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.platform.processes import is_running, wait_for
+from tests.platform.processes import is_running, state
+from tests.waiting import wait_for
 from tinkerapi.server.supervisor import (
     LAST_WORDS_SECONDS,
     LONGEST_LOOK_SECONDS,
@@ -22,7 +23,7 @@ from tinkerapi.server.supervisor import (
 
 PULSE = "import os, time; fd = int(os.environ['FD']); os.write(fd, b'.')"
 BEATS = f"{PULSE}\nwhile True: time.sleep(0.02); os.write(fd, b'.')"
-BEATS_ONCE = f"import faulthandler; faulthandler.enable()\n{PULSE}\ntime.sleep(60)"
+BEATS_ONCE = f"import faulthandler; faulthandler.enable()\n{PULSE}\ntime.sleep(600)"
 LIMIT = 30.0
 
 
@@ -116,7 +117,7 @@ def test_a_stopped_child_is_killed_although_it_hears_nothing(
     assert child.process is not None
     pid = child.process.pid
     os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    wait_for(lambda: state(pid) == "T")
     supervisor.tick()  # takes the beats from before
 
     wait(supervisor, clock, LIMIT + 0.1)

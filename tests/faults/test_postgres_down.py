@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.platform.processes import wait_for
 from tests.server import Json, Server, free_port
 from tests.tiny_model import make_tiny_model
+from tests.waiting import LONG_SECONDS, wait_for
 from tinkerapi.server.postgres import DATABASE_NAME, EmbeddedPostgres
 
 pytestmark = pytest.mark.acceptance
@@ -59,11 +59,11 @@ def test_nothing_is_lost_while_postgres_is_away(server: Server, postgres: Embedd
         assert parked.result().status_code in (200, 202, 503)
     assert {answer.status_code for answer in refused} == {503}
     assert all(int(answer.headers["Retry-After"]) > 0 for answer in refused)
-    assert requests.get(f"{server.url}/healthz", timeout=5).status_code == 200
+    assert requests.get(f"{server.url}/healthz", timeout=LONG_SECONDS).status_code == 200
     assert not server.is_ready()
 
     postgres.start()
-    wait_for(server.is_ready, seconds=90)
+    wait_for(server.is_ready)
     ids += server.submit_steps("broken", 5, learning_rate=0.1)
     assert metrics(server, ids) == unbroken
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.platform.processes import wait_for
 from tests.server import Json, Server, free_port
 from tests.tiny_model import make_tiny_model
+from tests.waiting import LONG_SECONDS, wait_for
 
 pytestmark = [
     pytest.mark.acceptance,
@@ -80,7 +80,7 @@ def test_a_killed_worker_is_not_ready_before_its_successor_has_begun(server: Ser
     os.kill(server.worker_pid(), signal.SIGKILL)
 
     def missing() -> list[str] | None:
-        answer = requests.get(f"{server.url}/readyz", timeout=5)
+        answer = requests.get(f"{server.url}/readyz", timeout=LONG_SECONDS)
         return answer.json()["missing"] if answer.status_code == 503 else None
 
     assert wait_for(missing)[0].endswith(

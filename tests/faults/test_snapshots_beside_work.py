@@ -13,6 +13,7 @@ from pytest_django import Settings
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import Disk, assert_all_ready, assert_same, state_of
+from tests.waiting import LONG_SECONDS
 from training import services
 from training.engine.fake.engine import fake_engine
 from training.kinds import Kind
@@ -48,7 +49,7 @@ class SlowDisk:
                 "id", "applied_seq_id"
             )
         elif verb == "save_adapter":
-            assert self.go.wait(10)
+            assert self.go.wait(LONG_SECONDS)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from django.contrib.auth.models import User
 from django.db import connections
 
 from futures.models import Future, Worker
-from tests.platform.processes import wait_for
 from tests.server import ROOT
+from tests.waiting import LONG_SECONDS, wait_for
 from tinkerapi.server.supervisor import Child, Supervisor, Watch
 from training import services
 from training.types import Conversation, Message
@@ -98,14 +98,14 @@ def finished(supervisor: Supervisor, clock: Clock, future: Future) -> Future:
         clock.now += 0.01
         return Future.objects.filter(pk=future.pk, state__in=["ready", "failed"]).first()
 
-    return wait_for(look, seconds=60)
+    return wait_for(look)
 
 
 def test_a_worker_whose_engine_hangs_is_replaced_and_its_request_runs(
     supervisor: Supervisor, clock: Clock, lines: list[str], tmp_path: Path, owner: User
 ) -> None:
     future = submit(owner, "hang")
-    wait_for((tmp_path / "hung").exists, seconds=30)
+    wait_for((tmp_path / "hung").exists)
     supervisor.tick()  # hears the signs of life from before
     # Its heartbeat thread lives on, and that must not count.
     for _ in range(int(LIMIT) + 1):
@@ -143,7 +143,7 @@ def test_a_second_worker_of_the_queue_is_turned_away_and_the_first_works_on(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LONG_SECONDS,
         check=False,
     )
     assert second.returncode != 0

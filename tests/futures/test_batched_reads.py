@@ -16,6 +16,7 @@ from futures.claiming import future_claim
 from futures.database import dedicated_parameters
 from futures.models import Worker
 from tests.futures.conftest import SubmitFactory, finish
+from tests.waiting import LONG_SECONDS
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -25,7 +26,7 @@ Result = TypeVar("Result")
 def run(reader: FutureReader, main: Coroutine[Any, Any, Result]) -> Result:
     async def inner() -> Result:
         try:
-            return await asyncio.wait_for(main, 20)
+            return await asyncio.wait_for(main, LONG_SECONDS)
         finally:
             await reader.close()
 

@@ -158,7 +158,7 @@ def test_a_replay_is_waited_for_and_compared_with_the_first(
     same, different = finished(1, payload={"number": 1}), finished(1, payload={"number": 5})
 
     with Adding(worker, add):
-        printed = call("replayfuture", "--wait", "--timeout", "15", same.pk, different.pk)
+        printed = call("replayfuture", "--wait", "--timeout", "120", same.pk, different.pk)
 
     lines = printed.splitlines()
     assert lines[2].endswith(": same result.")
@@ -175,7 +175,7 @@ def test_a_replay_that_fails_fails_the_command(
         Adding(worker, lambda payload: {"error": "no memory", "category": "server"}),
         pytest.raises(CommandError, match="1 of 1 failed"),
     ):
-        call("replayfuture", "--wait", "--timeout", "15", first.pk)
+        call("replayfuture", "--wait", "--timeout", "120", first.pk)
 
 
 @pytest.mark.django_db(transaction=True)
@@ -194,6 +194,6 @@ def test_a_replay_without_a_first_result_is_ready_all_the_same(
     future_cancel(request_id=first.pk, owner_id=first.owner_id)
 
     with Adding(worker, add):
-        printed = call("replayfuture", "--wait", "--timeout", "15", first.pk)
+        printed = call("replayfuture", "--wait", "--timeout", "120", first.pk)
 
     assert "no result to compare with" in printed

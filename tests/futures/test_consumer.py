@@ -18,6 +18,7 @@ from django_q.tasks import async_task
 from futures.consumer import Consumer
 from futures.database import dedicated_parameters
 from tests.futures.conftest import QUEUE, SubmitFactory
+from tests.waiting import LONG_SECONDS
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -66,7 +67,7 @@ class Running:
 
     def stop(self) -> None:
         self.consumer.stopping.set()
-        self.thread.join(10)
+        self.thread.join(LONG_SECONDS)
         assert not self.thread.is_alive()
 
 
@@ -81,7 +82,7 @@ def test_tasks_run_in_order_and_are_acknowledged(running: Running) -> None:
     for number in range(5):
         ring("note", number)
     for _ in range(5):
-        assert arrived.acquire(timeout=10)
+        assert arrived.acquire(timeout=LONG_SECONDS)
     running.stop()
 
     assert seen == [0, 1, 2, 3, 4]
@@ -92,7 +93,7 @@ def test_a_failed_task_is_recorded_and_the_next_one_runs(running: Running) -> No
     ring("fail")
     ring("note", "after")
     for _ in range(2):
-        assert arrived.acquire(timeout=10)
+        assert arrived.acquire(timeout=LONG_SECONDS)
     running.stop()
 
     assert seen == ["after"]
@@ -107,7 +108,7 @@ def test_a_doorbell_calls_the_task_of_the_settings(
 
     submit()
 
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=LONG_SECONDS)
     running.stop()
     assert seen == [QUEUE]
 
@@ -116,7 +117,7 @@ def test_a_task_that_is_not_ours_is_dropped_and_never_unpickled(running: Running
     OrmQ.objects.create(key=QUEUE, payload="forged:signature", lock="2000-01-01T00:00Z")
     ring("note", "ours")
 
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=LONG_SECONDS)
     running.stop()
     assert seen == ["ours"]
     assert not OrmQ.objects.exists()
@@ -134,14 +135,14 @@ def test_a_stopped_consumer_leaves_the_rest_in_the_queue() -> None:
 def test_a_task_can_end_the_process() -> None:
     running = Running()
     ring("leave")
-    running.thread.join(10)
+    running.thread.join(LONG_SECONDS)
 
     assert isinstance(running.error, SystemExit)
 
 
 def test_the_consumer_outlives_its_connections(running: Running) -> None:
     ring("note", "before")
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=LONG_SECONDS)
     with psycopg.connect(**dedicated_parameters()) as other:
         other.execute(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
@@ -151,7 +152,7 @@ def test_the_consumer_outlives_its_connections(running: Running) -> None:
 
     ring("note", "after")
 
-    assert arrived.acquire(timeout=10)
+    assert arrived.acquire(timeout=LONG_SECONDS)
     running.stop()
     assert seen == ["before", "after"]
 
@@ -163,7 +164,7 @@ from futures.consumer import Consumer
 
 def interrupt(queue):
     os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
-    assert consumer.stopping.wait(10)
+    assert consumer.stopping.wait(100)
     print("finished the task", queue, flush=True)
 
 import __main__, sys
@@ -194,7 +195,7 @@ def test_a_signal_ends_the_consumer_after_its_current_task(
         },
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LONG_SECONDS,
         check=False,
     )
 

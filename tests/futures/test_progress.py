@@ -14,13 +14,16 @@ from futures.notify import notify_progress
 from futures.waiters import future_progress, waiters
 from tests.futures.conftest import SubmitFactory, finish
 from tests.futures.test_waiters import in_thread, listening, run
+from tests.waiting import LONG_SECONDS
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
 def follow(future: Future, owner_id: int, heard: list[str]) -> asyncio.Task[None]:
     async def read() -> None:
-        async for note in future_progress(future.id, owner_id=owner_id, timeout_seconds=15):
+        async for note in future_progress(
+            future.id, owner_id=owner_id, timeout_seconds=LONG_SECONDS
+        ):
             heard.append(note)
 
     return asyncio.create_task(read())

@@ -23,6 +23,7 @@ from futures.models import Future, Worker
 from futures.notify import Bell
 from futures.waiters import future_wait, waiters
 from tests.futures.conftest import QUEUE, SubmitFactory, finish, race
+from tests.waiting import LONG_SECONDS
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -34,7 +35,7 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
 
     async def inner() -> Result:
         try:
-            return await asyncio.wait_for(main, 20)
+            return await asyncio.wait_for(main, LONG_SECONDS)
         finally:
             await waiters().close()
 
@@ -82,7 +83,7 @@ def held(submit: SubmitFactory, worker: Worker) -> Callable[[], Future]:
     return make
 
 
-def wait(future: Future, timeout_seconds: float = 15) -> asyncio.Task[Future | None]:
+def wait(future: Future, timeout_seconds: float = LONG_SECONDS) -> asyncio.Task[Future | None]:
     return asyncio.create_task(
         future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=timeout_seconds)
     )
@@ -106,7 +107,7 @@ def test_the_commit_wakes_every_waiter_of_its_futures_and_no_other(
 
     async def main() -> None:
         waiters = [wait(first), wait(first), wait(second)]
-        delayable = wait(other, 15)
+        delayable = wait(other)
         await listening()
         await in_thread(partial(finish, worker, first, second, result=b"r"))
 
@@ -156,7 +157,9 @@ def test_a_stranger_who_waits_beside_the_owner_learns_nothing(
     async def together() -> list[Any]:
         waiting = [
             wait(future),
-            asyncio.create_task(future_wait(future.pk, owner_id=stranger, timeout_seconds=15)),
+            asyncio.create_task(
+                future_wait(future.pk, owner_id=stranger, timeout_seconds=LONG_SECONDS)
+            ),
             wait(future),
         ]
         await listening()
@@ -190,7 +193,7 @@ def test_waiters_survive_the_loss_of_the_connection_and_of_what_it_missed(
 @pytest.mark.parametrize(
     ("fields", "timeout_seconds", "heard"),
     [
-        ({"delayable": True}, 0.3, Bell.FLUSH),
+        ({"delayable": True}, 1.0, Bell.FLUSH),
         ({"delayable": True}, 0, Bell.SILENT),  # only looks
         ({}, 0.3, Bell.SILENT),
     ],
@@ -205,13 +208,13 @@ def test_who_waits_for_what_a_worker_may_hold_back_says_so(
     monkeypatch.setattr(hub_module, "LONGEST_DELAY", timedelta(minutes=1))
     bell_rang(QUEUE)  # begins to listen
     future = submit(**fields)
-    rang = bell_rang(QUEUE, 5.0)
+    rang = bell_rang(QUEUE, LONG_SECONDS)
     waited = future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=timeout_seconds)
 
     assert run(waited) is None
 
     assert rang == (Bell.DELAYABLE if fields else Bell.RANG)
-    assert bell_rang(QUEUE, 5.0 if heard else 0.0) == heard
+    assert bell_rang(QUEUE, LONG_SECONDS if heard else 0.0) == heard
 
 
 def test_nobody_is_hurried_for_what_was_submitted_long_ago(
@@ -220,7 +223,7 @@ def test_nobody_is_hurried_for_what_was_submitted_long_ago(
     monkeypatch.setattr(hub_module, "LONGEST_DELAY", timedelta(0))
     bell_rang(QUEUE)
     future = submit(delayable=True)
-    assert bell_rang(QUEUE, 5.0) == Bell.DELAYABLE
+    assert bell_rang(QUEUE, LONG_SECONDS) == Bell.DELAYABLE
 
     assert run(future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=0.3)) is None
 
@@ -243,8 +246,12 @@ def test_who_has_just_submitted_waits_for_postgres_before_the_first_look_too(
     monkeypatch.setattr(FutureReader, "read", away_at_first)
 
     with pytest.raises(OperationalError):
-        run(future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=15))
-    ended = run(future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=15, is_known=True))
+        run(future_wait(future.pk, owner_id=future.owner_id, timeout_seconds=LONG_SECONDS))
+    ended = run(
+        future_wait(
+            future.pk, owner_id=future.owner_id, timeout_seconds=LONG_SECONDS, is_known=True
+        )
+    )
 
     assert ended is not None
     assert failures == []

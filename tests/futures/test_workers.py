@@ -31,7 +31,7 @@ from futures.workers import (
     worker_stop,
 )
 from tests.futures.conftest import QUEUE, SubmitFactory, finish, kill, race
-from tests.platform.processes import wait_for
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.django_db
 

@@ -14,6 +14,7 @@ from pytest_django import Settings
 
 from tests.api.test_asgi import scope_of
 from tests.isolation.test_routes import addresses
+from tests.waiting import LONG_SECONDS
 from tinkerapi.api.bodies import json_limits
 from tinkerapi.asgi import application
 from tinkerapi.services import api_key_create
@@ -70,7 +71,7 @@ class Exchange:
             self.status = message.get("status", self.status)
             self.content += message.get("body", b"")
 
-        await asyncio.wait_for(application(scope, receive, send), 30)
+        await asyncio.wait_for(application(scope, receive, send), LONG_SECONDS)
 
 
 _END: dict[str, Any] = {"type": "http.request", "body": b"", "more_body": False}

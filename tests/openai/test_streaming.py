@@ -21,6 +21,7 @@ from futures.transitions import State
 from futures.waiters import Waiters, future_wait, waiters
 from tests.openai.conftest import OpenAIUser
 from tests.openai.test_completions import HELLO, MODEL, chat, complete
+from tests.waiting import LONG_SECONDS
 from tinkerapi.asgi import application
 from training.worker import loop, samples
 
@@ -39,7 +40,7 @@ def _a_note_per_token_to_a_hub_that_listens(monkeypatch: pytest.MonkeyPatch) -> 
         wake(self, names)
 
     def notify_who_listens(notes: list[NOTE]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + LONG_SECONDS
         while notes[0][0] not in followed:
             assert time.monotonic() < deadline
             time.sleep(0.001)
@@ -186,7 +187,7 @@ def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for
 
     def notify_and_wait_until_the_client_is_gone(notes: list[NOTE]) -> None:
         notify(notes)
-        assert leaves_late or gone.wait(20)
+        assert leaves_late or gone.wait(LONG_SECONDS)
 
     monkeypatch.setattr(samples, "notify_progress", notify_and_wait_until_the_client_is_gone)
 
@@ -206,11 +207,13 @@ def test_a_client_that_leaves_stops_following_and_cancels_what_it_cannot_ask_for
             sent.append(message.get("body", b""))
             if sent[-1]:
                 seen.set()
-                await asyncio.sleep(60)  # a client that reads no more, until it is gone
+                await asyncio.sleep(LONG_SECONDS)  # a client that reads no more, until it is gone
 
         async def end_of(event: bytes) -> Future:
             request_id = json.loads(event.removeprefix(b"data: "))["id"]
-            final = await future_wait(request_id, owner_id=user.owner.pk, timeout_seconds=20)
+            final = await future_wait(
+                request_id, owner_id=user.owner.pk, timeout_seconds=LONG_SECONDS
+            )
             assert final is not None
             return final
 

@@ -17,6 +17,7 @@ import requests
 
 from tests.server import ROOT, Server, free_port
 from tests.tiny_model import make_tiny_model
+from tests.waiting import LONG_SECONDS
 
 pytestmark = pytest.mark.acceptance
 
@@ -121,7 +122,7 @@ def test_a_backup_of_a_server_at_work_goes_on_elsewhere_to_the_bit(
     assert results(there, before + submit(there, range(25, 30))) == unbroken
     assert saved(there, "end") == weights
     loading = {"model_id": "m", "path": "tinker://m/weights/step-0"}
-    answer = requests.post(f"{there.url}/load_weights", json=loading, timeout=60)
+    answer = requests.post(f"{there.url}/load_weights", json=loading, timeout=LONG_SECONDS)
     results(there, [answer.json()["request_id"]])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from django.test import Client
 
-from tests.platform.processes import wait_for
+from tests.waiting import wait_for
 from tinkerapi.server import log_file
 from tinkerapi.server.log_file import log_rotate
 from tinkerapi.server.logs import AT_ONCE, SECONDS_EACH, LineFormatter, RepeatFilter
@@ -149,8 +149,8 @@ def test_a_log_that_is_written_to_is_rotated(
             sizes.append(log.stat().st_size)
             return log.with_suffix(".log.1").exists() and len(sizes) > 3
 
-        wait_for(look, 60)
-        wait_for(lambda: b"line" in log.read_bytes(), 60)
+        wait_for(look)
+        wait_for(lambda: b"line" in log.read_bytes())
     finally:
         child.stop(lambda: True)
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.platform.processes import is_running, wait_for
+from tests.platform.processes import is_running
+from tests.waiting import wait_for
 from tinkerapi.server import postgres as postgres_module
 from tinkerapi.server.postgres import (
     MAX_SOCKET_FOLDER_BYTES,
@@ -114,7 +115,7 @@ def test_the_server_ends_when_its_parent_is_killed(made_cluster: Path) -> None:
         "import sys, time; from pathlib import Path; "
         "from tinkerapi.server.postgres import EmbeddedPostgres; "
         f"server = EmbeddedPostgres(Path({str(made_cluster)!r}), durable=False); server.start(); "
-        "print(server.process.pid, flush=True); time.sleep(60)"
+        "print(server.process.pid, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -132,7 +133,7 @@ def test_a_stale_pid_file_that_names_a_living_process_does_not_stop_the_start(
     made_cluster: Path,
 ) -> None:
     pid_file = made_cluster / "postgres" / "data" / "postmaster.pid"
-    bystander = subprocess.Popen(["/bin/sleep", "60"], user=pid_file.parent.stat().st_uid)
+    bystander = subprocess.Popen(["/bin/sleep", "600"], user=pid_file.parent.stat().st_uid)
     try:
         pid_file.write_text(f"{bystander.pid}\n{pid_file.parent}\n0\n5432\n\n\n\n")
         with EmbeddedPostgres(made_cluster, durable=False) as server:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.platform.model_folders import make_model_folder, weights
+from tests.waiting import LONG_SECONDS
 from tinkerapi.server.preflight import (
     PreflightError,
     RunningServer,
@@ -91,7 +92,7 @@ def test_a_server_is_asked_by_a_name_that_it_always_allows() -> None:
         serving = threading.Thread(target=web.handle_request)
         serving.start()
         server = RunningServer(pid=1, host="127.0.0.1", port=web.server_port)
-        assert server.answer("/readyz", timeout_seconds=5) == 200
+        assert server.answer("/readyz", timeout_seconds=LONG_SECONDS) == 200
         serving.join()
 
     assert asked_by == ["localhost"]
@@ -158,7 +159,7 @@ def test_a_port_that_is_being_left_is_waited_for() -> None:
     leaving = threading.Timer(0.1, taken.close)
     leaving.start()
     try:
-        check_port("127.0.0.1", taken.getsockname()[1], wait_seconds=10)
+        check_port("127.0.0.1", taken.getsockname()[1], wait_seconds=LONG_SECONDS)
     finally:
         leaving.join()
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.platform.processes import is_running, wait_for
+from tests.platform.processes import is_running
+from tests.waiting import LONG_SECONDS, wait_for
 from tinkerapi.server.supervisor import (
     FIRST_DELAY_SECONDS,
     MAX_DELAY_SECONDS,
@@ -235,7 +236,7 @@ def test_parts_are_stopped_rank_by_rank_also_one_whose_start_failed(
 @pytest.fixture
 def child(tmp_path: Path) -> Callable[..., Child]:
     def make(
-        script: str, *, stop_seconds: float = 10.0, refusal_status: int | None = None
+        script: str, *, stop_seconds: float = LONG_SECONDS, refusal_status: int | None = None
     ) -> Child:
         return Child(
             "part",
@@ -278,8 +279,8 @@ def test_a_command_refuses_to_start_by_an_exit_code_of_its_own(
 def test_a_killed_command_takes_its_own_children_along(child: Callable[..., Child]) -> None:
     part = child(
         "import subprocess, sys, time; "
-        "inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
-        "print(inner.pid, flush=True); time.sleep(60)"
+        "inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "print(inner.pid, flush=True); time.sleep(600)"
     )
     part.start()
     inner = int(wait_for(part.crash_log))
@@ -294,7 +295,7 @@ def test_stopping_asks_first_and_waits(child: Callable[..., Child], tmp_path: Pa
     part = child(
         "import signal, sys, time; "
         "signal.signal(signal.SIGTERM, lambda *_: (print('wrote all'), sys.exit())); "
-        "print('up', flush=True); time.sleep(60)"
+        "print('up', flush=True); time.sleep(600)"
     )
     part.start()
     wait_for(part.crash_log)
@@ -311,7 +312,7 @@ def test_who_does_not_stop_in_time_is_killed(
 ) -> None:
     part = child(
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-        "print('up', flush=True); time.sleep(60)",
+        "print('up', flush=True); time.sleep(600)",
         stop_seconds=stop_seconds,
     )
     part.start()

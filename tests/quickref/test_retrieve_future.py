@@ -6,6 +6,7 @@ from django.utils import timezone
 
 from futures.models import Future
 from tests.conftest import ApiClient, local_client
+from tests.waiting import LONG_SECONDS
 
 HI = [[{"role": "user", "content": "hi"}]]
 
@@ -43,7 +44,7 @@ def test_a_done_future_answers_the_bare_result_as_often_as_it_is_asked(api, work
 def test_a_waiting_retrieve_answers_as_soon_as_the_future_is_final(served_api):
     request_id = submit(served_api)
 
-    answer = served_api.post("/retrieve_future", request_id=request_id, wait=30)
+    answer = served_api.post("/retrieve_future", request_id=request_id, wait=LONG_SECONDS)
 
     assert answer.status_code == 200, answer.content
     assert answer.json()["model_id"] == "m"

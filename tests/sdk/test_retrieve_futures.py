@@ -16,6 +16,7 @@ from futures.selectors import lane_completions
 from tests.conftest import ApiClient, InProcessWorker
 from tests.sdk.conftest import SdkClient
 from tests.sdk.test_sampling import new_sampler, sample
+from tests.waiting import LONG_SECONDS
 from tinkerapi.api.sdk.views import sampling as views
 from tinkerapi.services import api_key_create
 
@@ -162,8 +163,8 @@ def test_a_held_poll_is_answered_by_a_sample_that_came_after_it(served_api: ApiC
             target=lambda: told.append(poll(sdk, sampler, timeout=None)), name="poll"
         )
         thread.start()
-        assert held.wait(10)
+        assert held.wait(LONG_SECONDS)
         answer = sample(sdk, sampler, 0)
-        thread.join(20)
+        thread.join(LONG_SECONDS)
 
     assert ids(told[0]) == {request_id(answer)}

@@ -10,6 +10,7 @@ import pytest
 
 from futures.payload import encode
 from tests.training.odd_text import OddText
+from tests.waiting import LONG_SECONDS
 from training.errors import LimitExceeded, TrainingError
 from training.worker.text_pool import MOST_PROCESSES, TextPool
 from training.worker.text_process import Answer, TextTask
@@ -34,7 +35,7 @@ def pool() -> Iterator[TextPool]:
 def answers(pool: TextPool) -> Run:
     def wait(*keys: str) -> dict[str, Answer]:
         got: dict[str, Answer] = {}
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LONG_SECONDS
         while not got.keys() >= set(keys):
             assert time.monotonic() < deadline, f"only {list(got)}"
             got |= pool.answers(wait_seconds=1.0)

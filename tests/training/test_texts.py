@@ -8,20 +8,29 @@ import pytest
 from django.contrib.auth.models import User
 
 from futures.models import Future
-from futures.payload import decode
+from futures.payload import decode, encode
 from tests.conftest import InProcessWorker
 from tests.training.odd_text import SlowText
+from tests.waiting import LONG_SECONDS, wait_for
 from training.services import optim_step_submit, sample_submit
 from training.types import AdamParams, SamplingParams
 from training.worker import loop, texts
 from training.worker.text_pool import TextPool
+from training.worker.text_process import TextTask
 
 Submit = Callable[..., Future]
 
 
 @pytest.fixture
 def pool() -> Iterator[TextPool]:
+    """Two processes that have started, so that a limit of seconds is none of their start."""
     made = TextPool(SlowText())
+    short = TextTask(
+        encode({"prompts": [{"text": "hi"}]}), max_context_tokens=10, seconds=LONG_SECONDS
+    )
+    for owner in ("ada", "eve"):
+        made.submit(owner, owner, short)
+    wait_for(lambda: made.answers(wait_seconds=1.0) and made.num_pending == 0)
     yield made
     made.close()
 
@@ -32,7 +41,7 @@ def work(
     pool: TextPool,
 ) -> InProcessWorker:
     work = start_worker(text_pool=pool)
-    work.loop._texts._seconds = 1.0
+    work.loop._texts._seconds = 2.0
     return work
 
 
@@ -65,7 +74,7 @@ def test_a_text_that_takes_long_fails_by_name_and_holds_up_nobody(
     sampled = sample(owner, "hello")
     work()
     assert finished(slow, step, trained, sampled) == ["ready", "ready", "failed", "ready"]
-    assert "took more than 1 seconds to become tokens" in slow.error
+    assert "took more than 2 seconds to become tokens" in slow.error
     order = Future.objects.filter(pk__in=[slow.pk, step.pk]).order_by("finished_at", "seq_id")
     assert list(order) == [slow, step], "what is behind it in its lane waited"
 
@@ -89,7 +98,7 @@ def test_tokens_made_elsewhere_are_those_made_here(
 def test_requests_claimed_together_share_a_pass_when_their_texts_are_short(
     work: InProcessWorker, forward_backward: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "COMPANY_SECONDS", 10.0)
+    monkeypatch.setattr(loop, "COMPANY_SECONDS", LONG_SECONDS)
     futures = [forward_backward("m", f"hi {number}", "yes") for number in range(4)]
     work()
     for future in futures:
@@ -100,7 +109,7 @@ def test_requests_claimed_together_share_a_pass_when_their_texts_are_short(
 def test_text_that_waits_holds_up_no_claim(work: InProcessWorker, owner: User) -> None:
     """However much it is: what is counted as held is what can run."""
     eve = User.objects.create_user("eve")
-    long = [sample(eve, "forever " * 20_000) for _ in range(3)]
+    long = [sample(eve, "forever " * 20_000) for _ in range(2)]
     work.loop._claim()
     assert work.loop._scheduler.held_cost == 0
     short = sample(owner, "hello")
