@@ -21,7 +21,11 @@ MOST_PROCESSES = 8
 IDLE_PROCESSES = 2
 """Kept for the next request; what more there are end when they have nothing to do."""
 
-_PRELOAD = ["training.worker.text_process", "training.engine.renderer.chat_renderer"]
+_PRELOAD = [
+    "training.worker.text_process",
+    "training.engine.renderer.chat_renderer",
+    "transformers.tokenization_utils_base",
+]
 
 _CONTEXT = get_context("forkserver")
 """A small process that has read the modules and forks itself: warm in milliseconds, and it

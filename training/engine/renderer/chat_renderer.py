@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from training.engine.interface import Renderer
 from training.engine.renderer.chat_template import ChatTemplate, Message
@@ -22,6 +21,7 @@ from training.engine.renderer.first_rules import first_datum
 from training.engine.renderer.rendered import RenderedConversation, answers, prompt_length
 from training.engine.renderer.template_check import find_fault
 from training.engine.renderer.token_texts import TokenTexts
+from training.engine.renderer.tokenizer import Tokenizer
 from training.engine.renderer.turn_ends import find_turn_ends
 from training.engine.sampler.stop_strings import text_after
 from training.engine.time_limit import time_limit
@@ -39,7 +39,7 @@ class ChatRenderer(Renderer):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         vocab_size: int,
         *,
         end_token_ids: Iterable[int] = (),
@@ -265,7 +265,7 @@ class ChatRenderer(Renderer):
         return ids
 
 
-def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _first_tokens(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts before every text by itself, such as a BOS token."""
     encoding = tokenizer("a", return_special_tokens_mask=True)
     masks: list[int] = encoding["special_tokens_mask"]

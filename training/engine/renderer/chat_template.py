@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from training.engine.renderer.tokenizer import Tokenizer
 from training.errors import InvalidRequest
 from training.types import ChatOptions
 
@@ -34,7 +33,7 @@ _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """Renders conversations. Holds no state between calls."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._plain = _template_of(tokenizer, [])
         self._with_tools = _template_of(tokenizer, [{}])
@@ -143,7 +142,7 @@ class ChatTemplate:
                 )
 
 
-def _template_of(tokenizer: PreTrainedTokenizerBase, tools: list[dict[str, Any]]) -> str | None:
+def _template_of(tokenizer: Tokenizer, tools: list[dict[str, Any]]) -> str | None:
     """Some models have a template of their own for conversations with tools."""
     try:
         template = str(tokenizer.get_chat_template(tools=tools or None))

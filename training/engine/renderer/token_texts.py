@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
+from training.engine.renderer.tokenizer import Tokenizer
 from training.engine.sampler.stop_strings import UNFINISHED, StreamedText
 from training.types import TokenText
 
@@ -17,7 +16,7 @@ from training.types import TokenText
 class TokenTexts:
     """One tokenizer's tokens, one by one. Holds no state between calls."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, neutral: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, neutral: Sequence[int]) -> None:
         """
         Args:
             neutral: What is read in front of a single token, since the first word of a text loses
