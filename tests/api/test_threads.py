@@ -7,11 +7,13 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from tests.waiting import LONG_SECONDS, wait_for
-from tinkerapi.api import async_view, threads
+from tinkerapi.api import async_view, authentication, threads
+from tinkerapi.api.bodies.limit import SMALL_BODY_BYTES
 from tinkerapi.api.threads import BULK_THREADS, in_bulk_thread, in_database_thread
 
 
@@ -113,3 +115,44 @@ def test_a_large_body_is_decoded_where_large_ones_are(transactional_db, monkeypa
             assert call("/fwdbwd", headers=length, body=[body, b""])[0] == 400
 
     assert seen == ["database", "database", "bulk", "bulk"]
+
+
+@pytest.mark.parametrize(
+    ("size", "visited"),
+    [
+        (10, ["database"]),
+        (SMALL_BODY_BYTES + 1, ["database", "database"]),  # the first, before the body may come
+        (async_view.BULK_BYTES + 1, ["database", "bulk"]),
+    ],
+)
+@pytest.mark.parametrize("length", [True, False])
+def test_a_request_visits_a_thread_once_and_once_more_if_its_body_must_be_admitted(
+    transactional_db: None,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    visited: list[str],
+    length: bool,
+) -> None:
+    from tests.api.test_asgi import call
+
+    visits: list[str] = []
+    asked: list[str] = []
+    visit, ask = threads.with_connection, authentication.user_by_name
+
+    def noting_visit(function: Any, *args: Any) -> Any:
+        visits.append(threading.current_thread().name.partition("_")[0])
+        return visit(function, *args)
+
+    def noting_question(name: str) -> Any:
+        asked.append(name)
+        return ask(name)
+
+    monkeypatch.setattr(threads, "with_connection", noting_visit)
+    monkeypatch.setattr(authentication, "user_by_name", noting_question)
+    body = b'{"data": "%s"}' % (b"x" * size)
+    known = {"content-length": str(len(body))} if length else {"transfer-encoding": "chunked"}
+
+    assert call("/fwdbwd", headers=known, body=[body, b""])[0] == 400
+
+    assert visits == (visited if length or len(visited) == 2 else ["database", *visited])
+    assert asked == ["local"]

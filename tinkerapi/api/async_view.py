@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, cast
 
 from django.conf import settings
 from django.db import connection
@@ -33,6 +33,19 @@ CONTROL_BODY_BYTES = 256 * 1024
 
 BULK_BYTES = 256 * 1024
 """From this size on a body is decoded where only large ones are."""
+
+
+_CALLER = "tinkerapi.caller"
+"""In a request's scope: the ``_Caller``, once it was settled before the body was read."""
+
+
+class _Caller(NamedTuple):
+    """Who asks."""
+
+    found_by: list[Any]
+    """The authentication classes that say so."""
+    user: Any
+    auth: Any
 
 
 def _check_address(request: Request, path: Mapping[str, Any]) -> None:
@@ -86,6 +99,8 @@ class AsyncAPIView(APIView):
         except Exception as exc:
             response = self.handle_exception(exc)
             return self.finalize_response(self.request, response, *args, **kwargs)
+        asker = _Caller(list(self.authentication_classes), self.request.user, self.request.auth)
+        getattr(request, "scope", {})[_CALLER] = asker
         return None
 
     # DRF's own is synchronous; Django awaits this one because view_is_async says so.
@@ -93,13 +108,15 @@ class AsyncAPIView(APIView):
         self, request: HttpRequest, *args: Any, **kwargs: Any
     ) -> HttpResponseBase:
         drf_request = self._prepare(request, *args, **kwargs)
+        is_known = self._recall(request, drf_request)
         try:
             request.get_host()  # raises for a host that is not in ALLOWED_HOSTS
             if is_bulky(request):
                 # Who asks is known before anything is decoded, and has one turn at a time.
-                await in_database_thread(self._begin, drf_request)
+                if not is_known:
+                    await in_database_thread(self._begin, drf_request)
                 owner = getattr(drf_request.user, "pk", None)
-                response = await in_bulk_thread(owner, self._run_handler, drf_request)
+                response = await in_bulk_thread(owner, self._handle, drf_request)
             else:
                 response = await in_database_thread(self._handle, drf_request)
             if inspect.isawaitable(response):
@@ -116,6 +133,15 @@ class AsyncAPIView(APIView):
         self.headers = self.default_response_headers
         self.request = self.initialize_request(request, *args, **kwargs)
         return self.request
+
+    def _recall(self, request: HttpRequest, drf_request: Request) -> bool:
+        """Whether it was settled who asks before the body was read (``admit``); then it stands,
+        and no key is looked up a second time."""
+        caller = getattr(request, "scope", {}).get(_CALLER)
+        if caller is None or caller.found_by != list(self.authentication_classes):
+            return False
+        drf_request.user, drf_request.auth = caller.user, caller.auth
+        return True
 
     def _handle(self, request: Request) -> Any:
         self._begin(request)
