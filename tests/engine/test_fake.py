@@ -8,12 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from tests.engine.test_trainer import assert_same_state, job, poisoned
+from tests.engine.test_trainer import job
 from training.engine.fake.engine import fake_engine
 from training.engine.fake.sampler import END_TOKEN
 from training.engine.fake.trainer import FakeTrainer
 from training.engine.interface import SampleJob
-from training.errors import CheckpointNotFound, InvalidDatum, InvalidRequest, NonFiniteResult
 from training.types import AdamParams, Datum, LoraConfig, SamplingParams
 
 STEP = AdamParams(learning_rate=0.1)
@@ -92,48 +91,6 @@ def test_the_order_of_steps_shows(make_fake_datum):
             trainer.optim_step("a", STEP)
         states.append(trainer.adapter_state("a")["weights"])
     assert not np.array_equal(*states)
-
-
-def test_bad_jobs_fail_by_name_and_alone(fake, make_fake_datum):
-    results = fake.forward_backward(
-        [
-            job("a", poisoned(make_fake_datum(5), weights=np.ones(4, np.float32))),
-            job("b", make_fake_datum(5)),
-            job("nobody", make_fake_datum(5)),
-        ]
-    )
-    assert isinstance(results[0], InvalidDatum)
-    assert isinstance(results[2], InvalidRequest)
-    assert not fake.adapter_state("a")["grad"].any()
-    assert fake.adapter_state("b")["grad"].any()
-
-
-def test_forward_leaves_the_gradient_alone(fake, make_fake_datum):
-    fake.forward_backward([job("a", make_fake_datum(5), forward_only=True)])
-    assert not fake.adapter_state("a")["grad"].any()
-
-
-def test_a_step_that_would_not_be_finite_changes_nothing(fake, make_fake_datum):
-    fake.forward_backward([job("a", make_fake_datum(5))])
-    before = fake.adapter_state("a")
-    with pytest.raises(NonFiniteResult):
-        fake.optim_step("a", AdamParams(learning_rate=1e30, weight_decay=1e30))
-    assert_same_state(fake.adapter_state("a"), before)
-
-
-def test_save_then_load_is_the_same_adapter(fake, make_fake_datum, tmp_path):
-    fake.forward_backward([job("a", make_fake_datum(5))])
-    fake.optim_step("a", STEP)
-    fake.forward_backward([job("a", make_fake_datum(5))])
-    fake.save_adapter("a", tmp_path / "c")
-    other = FakeTrainer()
-    other.load_adapter("x", tmp_path / "c")
-    assert_same_state(other.adapter_state("x"), fake.adapter_state("a"))
-    fake.save_adapter("a", tmp_path / "w", with_optimizer=False)
-    other.load_adapter("y", tmp_path / "w", with_optimizer=False)
-    assert other.adapter_state("y")["step"] == 0
-    with pytest.raises(CheckpointNotFound):
-        other.load_adapter("z", tmp_path / "w")
 
 
 def test_sampling_stops_where_it_is_told(sampler):

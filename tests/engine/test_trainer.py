@@ -13,7 +13,6 @@ from training.errors import (
     InvalidDatum,
     InvalidRequest,
     NonFiniteResult,
-    TrainingError,
 )
 from training.types import MAX_FLOAT32, AdamParams, Datum, ForwardBackwardOutput, LoraConfig
 
@@ -359,19 +358,6 @@ def test_train_flags_choose_attention_mlp_and_head(tied_base_model):
     assert chosen(train_attn=True) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert chosen(train_mlp=True) == {"gate_proj", "up_proj", "down_proj"}
     assert chosen(train_unembed=True) == {"lm_head"}
-
-
-def test_names_are_listed_least_recently_used_first(engine, make_datum):
-    for name in ("a", "b", "c"):
-        engine.create_adapter(name, LoraConfig(rank=2))
-    engine.train_one("a", [make_datum(3)])
-    engine.optim_step("b", STEP)
-    assert engine.adapter_names() == ["c", "a", "b"]
-    engine.drop_adapter("a")
-    engine.drop_adapter("never was")
-    assert engine.adapter_names() == ["c", "b"]
-    with pytest.raises(TrainingError, match="No adapter named a is resident"):
-        engine.optim_step("a", STEP)
 
 
 def test_an_adapters_memory_is_four_buffers_of_its_parameters(engine):

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from tests.engine.reference import peft_warnings_ignored
-from tests.engine.test_trainer import STEP, assert_same_state
+from tests.engine.test_trainer import STEP
 from tests.tiny_model import VOCAB_SIZE
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.errors import (
-    CheckpointExists,
     CheckpointNotFound,
     InvalidRequest,
     StorageFailed,
@@ -43,18 +41,6 @@ def trained(engine, make_datum):
     return engine
 
 
-def test_save_then_load_then_step_is_step(trained, make_engine, make_datum, tmp_path):
-    num_bytes = trained.save_adapter("a", tmp_path / "c")
-    assert num_bytes == sum(path.stat().st_size for path in (tmp_path / "c").iterdir())
-    other = make_engine()
-    other.load_adapter("elsewhere", tmp_path / "c")
-    assert_same_state(other.adapter_state("elsewhere"), trained.adapter_state("a"))
-    for engine, name in ((trained, "a"), (other, "elsewhere")):
-        engine.train_one(name, [make_datum(5)])
-        engine.optim_step(name, STEP)
-    assert_same_state(other.adapter_state("elsewhere"), trained.adapter_state("a"))
-
-
 def test_a_checkpoint_to_sample_from_takes_memory_for_its_weights_and_nothing_else(
     trained, tied_base_model, tmp_path
 ):
@@ -68,32 +54,6 @@ def test_a_checkpoint_to_sample_from_takes_memory_for_its_weights_and_nothing_el
     assert sum(taken) == weights.nbytes
     # What was read and, for a moment beside it, its copy at an aligned address.
     assert sum(size for size in taken if size > 0) < 3 * weights.nbytes
-
-
-def test_loading_weights_only_starts_the_optimizer_afresh(trained, tmp_path):
-    trained.save_adapter("a", tmp_path / "c")
-    trained.load_adapter("b", tmp_path / "c", with_optimizer=False)
-    ours, theirs = trained.adapter_state("b"), trained.adapter_state("a")
-    np.testing.assert_array_equal(ours["weights"], theirs["weights"])
-    assert ours["step"] == 0
-    assert not any(ours[name].any() for name in ("exp_avg", "exp_avg_sq", "grad"))
-
-
-def test_a_checkpoint_of_weights_only_says_so(trained, tmp_path):
-    full = trained.save_adapter("a", tmp_path / "full")
-    small = trained.save_adapter("a", tmp_path / "small", with_optimizer=False)
-    assert small < full / 2
-    trained.load_adapter("b", tmp_path / "small", with_optimizer=False)
-    with pytest.raises(CheckpointNotFound, match="small holds weights only"):
-        trained.load_adapter("c", tmp_path / "small")
-
-
-def test_loading_over_a_resident_adapter_replaces_it(trained, make_datum, tmp_path):
-    trained.save_adapter("a", tmp_path / "c")
-    before = trained.adapter_state("a")
-    trained.optim_step("a", STEP)
-    trained.load_adapter("a", tmp_path / "c")
-    assert_same_state(trained.adapter_state("a"), before)
 
 
 def test_meta_can_be_read_by_eye(trained, tmp_path):
@@ -129,13 +89,6 @@ def test_a_missing_or_damaged_checkpoint_is_refused(trained, tmp_path):
     assert trained.adapter_names() == ["a"]
 
 
-def test_an_existing_directory_is_not_touched(trained, tmp_path):
-    (tmp_path / "c").mkdir()
-    with pytest.raises(CheckpointExists):
-        trained.save_adapter("a", tmp_path / "c")
-    assert list(tmp_path.iterdir()) == [tmp_path / "c"]
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, monkeypatch, code):
     written = []
@@ -160,19 +113,6 @@ def test_a_disk_that_fails_otherwise_is_said_by_name(trained, tmp_path, monkeypa
     with pytest.raises(StorageFailed, match=os.strerror(code)):
         trained.save_adapter("a", tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_was_captured_is_written_however_the_adapter_trains_on(trained, make_datum, tmp_path):
-    before = trained.adapter_state("a")
-    assert before["grad"].any()
-    write = trained.capture_adapter("a")
-    trained.train_one("a", [make_datum(7)])
-    trained.optim_step("a", STEP)
-    trained.train_one("a", [make_datum(5)])
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(write, tmp_path / "c").result()
-    trained.load_adapter("b", tmp_path / "c")
-    assert_same_state(trained.adapter_state("b"), before)
 
 
 def test_an_adapter_for_another_base_model_is_refused(trained, tmp_path):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import Future as Writing
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from django.conf import settings
 from django.db import transaction
 
 from futures.models import Worker
-from training.engine.interface import Trainer
+from training.engine.interface import CapturedAdapter, Trainer
 from training.models import Run, Snapshot
 
 FOLDER = Path("snapshots")
@@ -72,7 +72,7 @@ class SnapshotWriter:
         """
         directory = FOLDER / uuid.uuid4().hex
         try:
-            write = self._trainer.capture_adapter(run.id)
+            captured = self._trainer.capture_adapter(run.id)
         except Exception as error:
             raise SnapshotFailed(str(error)) from error
         self._is_unwanted = False
@@ -81,7 +81,7 @@ class SnapshotWriter:
             seq_id=run.applied_seq_id,
             step=run.step,
             directory=directory,
-            writing=self._thread.submit(_timed, write, settings.DATA_DIR / directory),
+            writing=self._thread.submit(_timed, captured, settings.DATA_DIR / directory),
         )
 
     def is_over(self) -> bool:
@@ -159,6 +159,6 @@ class SnapshotWriter:
             shutil.rmtree(settings.DATA_DIR / old.directory, ignore_errors=True)
 
 
-def _timed(write: Callable[[Path], int], directory: Path) -> tuple[int, float]:
+def _timed(captured: CapturedAdapter, directory: Path) -> tuple[int, float]:
     begin = time.monotonic()
-    return write(directory), time.monotonic() - begin
+    return captured.write(directory), time.monotonic() - begin

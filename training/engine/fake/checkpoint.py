@@ -30,7 +30,11 @@ class FakeCapture(CapturedAdapter):
     config: LoraConfig
     before_write: Callable[[], None]
 
-    def __call__(self, directory: Path) -> int:
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def write(self, directory: Path) -> int:
         self.before_write()
         with new_directory(directory) as temporary:
             for name, array in self.arrays.items():

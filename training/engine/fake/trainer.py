@@ -10,6 +10,7 @@ Imports numpy and no torch.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.atomic_directory import new_directory, write_meta
+from training.atomic_directory import new_directory
 from training.engine.fake.checkpoint import OPTIMIZER, FakeCapture, FloatArray, read_checkpoint
 from training.engine.fake.sampler import VOCAB_SIZE
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob, Trainer
@@ -196,7 +197,9 @@ class FakeTrainer(Trainer):
         adapter = self.find(adapter_name)
         with new_directory(directory) as temporary:
             (temporary / "adapter_model.safetensors").write_bytes(adapter.weights.tobytes())
-            return write_meta(temporary, {"config": vars(adapter.config)})
+            config = json.dumps({"peft_type": "LORA", "r": adapter.config.rank})
+            (temporary / "adapter_config.json").write_text(config)
+            return sum(path.stat().st_size for path in temporary.iterdir())
 
     def adapter_state(self, adapter_name: str) -> dict[str, Any]:
         adapter = self.find(adapter_name)

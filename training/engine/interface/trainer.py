@@ -119,7 +119,7 @@ class Trainer(ABC):
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
     ) -> int:
         """Capture the adapter and write it at once; see ``capture_adapter``."""
-        return self.capture_adapter(adapter_name, with_optimizer=with_optimizer)(directory)
+        return self.capture_adapter(adapter_name, with_optimizer=with_optimizer).write(directory)
 
     @abstractmethod
     def load_adapter(

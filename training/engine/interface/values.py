@@ -20,11 +20,20 @@ class BaseModelInfo:
 
 
 class CapturedAdapter(ABC):
-    """An adapter as it was when the trainer captured it. It stays that, while the adapter trains on
-    or is dropped, and may be handed to a sampler or written by another thread."""
+    """An adapter as it was when the trainer captured it.
+
+    It stays that, while the adapter trains on or is dropped, and may be handed to a sampler.
+    Another thread may write it: everything was read when it was captured, so that writing asks
+    neither the device nor another process.
+    """
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Memory of its numbers, in which ``write`` finds them."""
 
     @abstractmethod
-    def __call__(self, directory: Path) -> int:
+    def write(self, directory: Path) -> int:
         """Write it into a new directory, which ``load_adapter`` and ``Sampler.publish`` take.
 
         Written beside it, fsynced, then renamed, so that the directory is whole or absent.

@@ -37,16 +37,24 @@ LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CapturedTensors(CapturedAdapter):
-    """References to an adapter's buffers: nothing is copied, for passes and steps replace them and
-    write into none of them."""
+    """An adapter's buffers, in the host's memory.
+
+    On a CPU nothing is copied: passes and steps replace buffers and write into none of them.
+    """
 
     weights: AdapterTensors
-    optimizer: Mapping[str, Tensor]
-    """What else the next step depends on, by file; empty if only the weights were captured."""
+    """On the device, for a sampler that shares it."""
+    buffers: Mapping[str, Tensor]
+    """(P,) float32 on the CPU each, by the name of its file: what the next step depends on, or the
+    weights alone."""
     step: int
     base_model_name: str
 
-    def __call__(self, directory: Path) -> int:
+    @property
+    def num_bytes(self) -> int:
+        return sum(flat.nbytes for flat in self.buffers.values())
+
+    def write(self, directory: Path) -> int:
         layout = self.weights.layout
         places = layout.places.items()
         meta = {
@@ -58,7 +66,7 @@ class CapturedTensors(CapturedAdapter):
             "versions": _library_versions(),
         }
         with new_directory(directory) as temporary:
-            for name, flat in {"weights": self.weights.flat, **self.optimizer}.items():
+            for name, flat in self.buffers.items():
                 _write(temporary / f"{name}.safetensors", {name: flat})
             return write_meta(temporary, meta)
 
@@ -70,14 +78,14 @@ def capture_adapter(
 
     An all-zero gradient, as it is after every optimizer step, is left out.
     """
-    optimizer = {}
+    buffers = {"weights": adapter.weights.flat}
     if with_optimizer:
-        optimizer = {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
+        buffers |= {"exp_avg": adapter.exp_avg, "exp_avg_sq": adapter.exp_avg_sq}
         if adapter.grad.flat.any():
-            optimizer["grad"] = adapter.grad.flat
+            buffers["grad"] = adapter.grad.flat
     return CapturedTensors(
         weights=adapter.weights,
-        optimizer=optimizer,
+        buffers={name: flat.cpu() for name, flat in buffers.items()},
         step=adapter.step,
         base_model_name=base_model_name,
     )
