@@ -1,16 +1,16 @@
 """How long a sequence may be: as long as every part of the model does what it does for short ones.
 
 A model's configuration may name lengths at which it begins to compute otherwise: a sliding window,
-a chunk of attention, the length from which its rotary factors are others. Up to the shortest of
-them all sequences are computed alike, whatever shares their pass; beyond it they would not be, so
-nothing longer is taken. Plain values only: the worker asks with the loaded configuration, the web
-process with what a ``config.json`` says.
+a chunk of attention, the length from which its rotary factors are others. Those that this server
+computes are no limit. Up to the shortest of the others all sequences are computed alike; beyond it
+they would not be, so nothing longer is taken. Plain values only: the worker asks with the loaded
+configuration, the web process with what a ``config.json`` says.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 TRAINED_LENGTHS = (
@@ -27,23 +27,29 @@ WINDOW = re.compile(r"(window|chunk)(_size)?s?$")
 """How the name ends of a length that bounds how far a token sees (``sliding_window``,
 ``attention_chunk_size``), unlike ``max_window_layers`` and ``sliding_window_pattern``."""
 
+COMPUTED_WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Those that our attention computes where a layer says so as transformers' layers do."""
+
 ROTARY = ("rope_parameters", "rope_scaling")
 
 STEADY_ROTARY = ("default", "linear", "yarn", "llama3", "proportional")
 """Rotary factors that do not depend on how long a sequence is. All others may."""
 
 
-def usable_context_tokens(config: Mapping[str, Any]) -> int | None:
+def usable_context_tokens(
+    config: Mapping[str, Any], *, computed_windows: Collection[str] = COMPUTED_WINDOWS
+) -> int | None:
     """The longest sequence that is computed as the model means it; None if nothing says.
 
     Args:
         config: A causal model's configuration; of one with images, or its text part.
+        computed_windows: Names of windows that are no limit.
     """
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
-        return usable_context_tokens(inner)
-    limits = [*_trained_length(config), *_windows(config), *_rotary_switches(config)]
-    return min(limits, default=None)
+        return usable_context_tokens(inner, computed_windows=computed_windows)
+    windows = _windows({k: v for k, v in config.items() if k not in computed_windows})
+    return min([*_trained_length(config), *windows, *_rotary_switches(config)], default=None)
 
 
 def _trained_length(config: Mapping[str, Any]) -> Iterable[int]:

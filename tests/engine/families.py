@@ -43,6 +43,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), CONTEXT_TOKENS),
     **dict.fromkeys(("initializer_range", "init_std"), 0.3),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), CONTEXT_TOKENS // 4),
     "num_key_value_heads": 2,
     "head_dim": 4,
     "rotary_dim": 4,

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from training.engine.torch.attention.backend import AttentionPlan, SequenceAttention
+from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.attention.blocks import BLOCK_TOKENS
 from training.engine.torch.attention.short import SHORT_TOKENS
+from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, whole_sequences
 
 LENGTHS = [3, 16, 17, 1, 30, SHORT_TOKENS + 5, 16, 31, 2, SHORT_TOKENS + 5, SHORT_TOKENS + 5, 90]
@@ -50,21 +52,41 @@ BRANCHES: list[tuple[int, tuple[int, ...]]] = [
 TREE = make_tree(*BRANCHES)
 
 
+WINDOW = SHORT_TOKENS // 2
+VARIANTS = {
+    "window": Variant(reach=Reach(window=WINDOW)),
+    "narrow window": Variant(reach=Reach(window=5)),
+    "window of one block": Variant(reach=Reach(window=BLOCK_TOKENS)),
+    "chunks": Variant(reach=Reach(chunk=12)),
+    "large chunks": Variant(reach=Reach(chunk=BLOCK_TOKENS + 40)),
+    "cap": Variant(softcap=1.5),
+    "sinks": Variant(sinks=torch.linspace(-2.0, 3.0, 4)),
+    "all": Variant(reach=Reach(window=20), softcap=2.0, sinks=torch.linspace(-2.0, 3.0, 4)),
+}
+
+
 def attend(
-    row_ranges: Sequence[RowRange], stream: Numbers, *, as_on_a_gpu: bool = False
+    row_ranges: Sequence[RowRange],
+    stream: Numbers,
+    *,
+    as_on_a_gpu: bool = False,
+    variant: Variant = PLAIN,
 ) -> Numbers:
     """The output and the three gradients."""
     *inputs, grad_output = stream
     q, k, v = (x.clone().requires_grad_() for x in inputs)
-    attention = SequenceAttention(row_ranges)
-    if as_on_a_gpu:
-        attention._plan = AttentionPlan.of(row_ranges, q.device, on_cpu=False)
-    output = attention.attend(0, q, k, v, 0.3)
+    attention = SequenceAttention(row_ranges, on_cpu=not as_on_a_gpu)
+    output = attention.attend(0, q, k, v, 0.3, variant)
     grads = torch.autograd.grad(output, (q, k, v), grad_output)
     return output.detach(), *grads
 
 
-def plain(row_ranges: Sequence[RowRange], stream: Numbers) -> Numbers:
+def positions_of(row_ranges: Sequence[RowRange]) -> list[int]:
+    """By row, its place in its sequence."""
+    return [n for r in row_ranges for n in range(r.num_before, r.num_keys)]
+
+
+def plain(row_ranges: Sequence[RowRange], stream: Numbers, variant: Variant = PLAIN) -> Numbers:
     """The same by its formula, over all rows at once, in float64."""
     *inputs, grad_output = (x.double() for x in stream)
     q, k, v = (x.requires_grad_() for x in inputs)
@@ -74,9 +96,21 @@ def plain(row_ranges: Sequence[RowRange], stream: Numbers) -> Numbers:
         sees[rows, rows] = torch.ones(row_range.length, row_range.length).tril().bool()
         for before in row_range.before:
             sees[rows, before.start : before.end] = True
+    places = torch.tensor(positions_of(row_ranges))
+    if variant.reach.window is not None:
+        sees &= places[:, None] - places[None] < variant.reach.window
+    if variant.reach.chunk is not None:
+        chunks = places // variant.reach.chunk
+        sees &= chunks[:, None] == chunks[None]
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * 0.3
-    shares = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    if variant.softcap is not None:
+        scores = (scores / variant.softcap).tanh() * variant.softcap
+    scores = scores.masked_fill(~sees, float("-inf"))
+    if variant.sinks is not None:
+        sinks = variant.sinks.double()[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    shares = scores.softmax(-1)[..., : len(q)]
     output = torch.einsum("hqk,khd->qhd", shares, v.repeat_interleave(group, 1))
     return output.detach(), *torch.autograd.grad(output, (q, k, v), grad_output)
 
@@ -95,6 +129,45 @@ def test_it_is_the_formula_forwards_and_backwards(
     got = attend(row_ranges, stream, as_on_a_gpu=as_on_a_gpu)
     for ours, expected in zip(got, plain(row_ranges, stream), strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=5e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("row_ranges", [whole_sequences(LENGTHS), TREE], ids=["whole", "tree"])
+def test_windows_chunks_caps_and_sinks_are_the_formula_too(
+    row_ranges: list[RowRange], variant: str
+) -> None:
+    stream = random_stream(lengths_of(row_ranges), "tiny", torch.float32)
+    got = attend(row_ranges, stream, variant=VARIANTS[variant])
+    for ours, expected in zip(got, plain(row_ranges, stream, VARIANTS[variant]), strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=5e-5, rtol=2e-5)
+
+
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sequences_bits_are_those_it_has_alone_in_every_variant(
+    variant: str, dtype: torch.dtype
+) -> None:
+    stream = random_stream(LENGTHS, "tiny", dtype)
+    together = attend(whole_sequences(LENGTHS), stream, variant=VARIANTS[variant])
+    start = 0
+    for length in LENGTHS:
+        rows = slice(start, start + length)
+        own = tuple(x[rows] for x in stream)
+        alone = attend(whole_sequences([length]), own, variant=VARIANTS[variant])
+        for ours, expected in zip(together, alone, strict=True):
+            assert torch.equal(ours[rows], expected), length
+        start += length
+
+
+def test_a_sequence_within_the_window_has_the_bits_of_one_without() -> None:
+    stream = random_stream(LENGTHS, "real", torch.float32)
+    sequences = whole_sequences(LENGTHS)
+    windowed = attend(sequences, stream, variant=VARIANTS["window"])
+    for ours, expected in zip(windowed, attend(sequences, stream), strict=True):
+        for sequence in sequences:
+            rows = slice(sequence.start, sequence.end)
+            assert torch.equal(ours[rows], expected[rows]) == (sequence.length <= WINDOW)
 
 
 @pytest.mark.parametrize("length", [16, LONG], ids=["short", "long"])
@@ -145,14 +218,15 @@ def test_the_bits_of_those_that_share_a_beginning_are_those_without_others(
         assert torch.equal(both[len(alone) :], alone)
 
 
-def test_a_sequence_that_is_not_finite_spares_the_others() -> None:
+@pytest.mark.parametrize("variant", [PLAIN, *VARIANTS.values()], ids=["plain", *VARIANTS])
+def test_a_sequence_that_is_not_finite_spares_the_others(variant: Variant) -> None:
     lengths = [5, 9, 7]
     sequences = whole_sequences(lengths)
     stream = random_stream(lengths, "tiny", torch.float32)
-    expected = attend(sequences, stream)
+    expected = attend(sequences, stream, variant=variant)
     for x in stream:
         x[5:14] = float("nan")
-    for ours, before in zip(attend(sequences, stream), expected, strict=True):
+    for ours, before in zip(attend(sequences, stream, variant=variant), expected, strict=True):
         assert ours[5:14].isnan().any()
         assert torch.equal(ours[:5], before[:5])
         assert torch.equal(ours[14:], before[14:])

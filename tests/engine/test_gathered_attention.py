@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from tests.engine.test_attention import VARIANTS
 from training.engine.sampler.kv_cache import KvCache, Region
-from training.engine.torch.attention.cached import DecodeAttention, DecodeRun
+from training.engine.torch.attention.cached import (
+    DecodeAttention,
+    DecodeRun,
+    PrefillAttention,
+    PrefillChunk,
+)
 from training.engine.torch.attention.gathered import SHORT_TOKENS
+from training.engine.torch.attention.variants import PLAIN, Variant
 
 LENGTHS = [3, 32, 33, 1, 60, SHORT_TOKENS, SHORT_TOKENS + 1, 31, 2, 100, 64]
 SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}
@@ -39,7 +46,7 @@ class Cached:
             self.cache.store(0, rows, keys, values)
             self.regions.append(region)
 
-    def attend(self, chosen: Sequence[int]) -> torch.Tensor:
+    def attend(self, chosen: Sequence[int], variant: Variant = PLAIN) -> torch.Tensor:
         """One decode step of these sequences, in this order."""
         runs = [
             DecodeRun(
@@ -53,14 +60,37 @@ class Cached:
         ]
         key, value = (torch.stack([x[i][-1] for i in chosen]) for x in (self.keys, self.values))
         attention = DecodeAttention(self.cache, runs, len(runs))
-        return attention.attend(0, self.query[list(chosen)], key, value, 0.3)
+        return attention.attend(0, self.query[list(chosen)], key, value, 0.3, variant)
 
-    def plain(self, i: int) -> torch.Tensor:
+    def prefill(self, i: int, variant: Variant) -> torch.Tensor:
+        """A sequence's last tokens as the last chunk of its prompt: their newest row."""
+        length = self.lengths[i]
+        start = length // 2
+        num_heads = self.query.shape[1]
+        query = torch.zeros(length - start, num_heads, self.query.shape[2], dtype=self.query.dtype)
+        query[-1] = self.query[i]
+        chunk = PrefillChunk(
+            first_row=0, region=self.regions[i], start=start, num_tokens=length - start
+        )
+        attention = PrefillAttention(self.cache, [chunk])
+        key, value = self.keys[i][start:], self.values[i][start:]
+        return attention.attend(0, query, key, value, 0.3, variant)[-1]
+
+    def plain(self, i: int, variant: Variant = PLAIN) -> torch.Tensor:
         """The formula, in float64."""
         group = self.query.shape[1] // self.keys[i].shape[1]
         keys, values = (x[i].double().repeat_interleave(group, 1) for x in (self.keys, self.values))
         scores = torch.einsum("hd,khd->hk", self.query[i].double(), keys) * 0.3
-        return torch.einsum("hk,khd->hd", scores.softmax(-1), values)
+        if variant.softcap is not None:
+            scores = (scores / variant.softcap).tanh() * variant.softcap
+        newest, places = len(keys) - 1, torch.arange(len(keys))
+        if variant.reach.window is not None:
+            scores[:, newest - places >= variant.reach.window] = float("-inf")
+        if variant.reach.chunk is not None:
+            scores[:, places < newest // variant.reach.chunk * variant.reach.chunk] = float("-inf")
+        if variant.sinks is not None:
+            scores = torch.cat([scores, variant.sinks.double()[:, None]], dim=-1)
+        return torch.einsum("hk,khd->hd", scores.softmax(-1)[:, : len(keys)], values)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -69,6 +99,30 @@ def test_it_is_the_formula(shape: str) -> None:
     got = cached.attend(range(len(LENGTHS)))
     for i in range(len(LENGTHS)):
         torch.testing.assert_close(got[i].double(), cached.plain(i), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_windows_chunks_caps_and_sinks_are_the_formula_too(variant: str) -> None:
+    cached = Cached("tiny", torch.float32)
+    got = cached.attend(range(len(LENGTHS)), VARIANTS[variant])
+    for i in range(len(LENGTHS)):
+        expected = cached.plain(i, VARIANTS[variant])
+        torch.testing.assert_close(got[i].double(), expected, atol=1e-5, rtol=1e-5)
+        prefilled = cached.prefill(i, VARIANTS[variant])
+        torch.testing.assert_close(prefilled.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sequences_bits_are_those_it_has_alone_in_every_variant(
+    variant: str, dtype: torch.dtype
+) -> None:
+    cached = Cached("tiny", dtype)
+    everything = list(range(len(LENGTHS)))
+    together = cached.attend(everything, VARIANTS[variant])
+    for i in everything:
+        alone = cached.attend([i], VARIANTS[variant])[0]
+        assert torch.equal(together[i], alone), LENGTHS[i]
 
 
 @pytest.mark.usefixtures("num_threads")

@@ -10,8 +10,11 @@ from tests.engine.families import CONTEXT_TOKENS, save_random, small_config
 from tests.engine.test_model_families import LONGROPE
 from training.engine.probe import stock_answers
 from training.engine.probe.few_layers import FewLayers
+from training.engine.probe.near_switches import near_switches
 from training.engine.torch import loading, lora_linear
+from training.engine.torch.attention import backend
 from training.engine.torch.attention.cached import DecodeAttention
+from training.engine.torch.attention.variants import PLAIN
 from training.engine.torch.loading import load_base_model
 from training.errors import BaseModelNotFound
 
@@ -41,8 +44,8 @@ def test_a_sequence_that_changes_with_those_beside_it_is_seen(longrope_folder, m
 def test_a_cache_that_loses_a_key_is_seen(tied_folder, monkeypatch):
     attend = DecodeAttention.attend
 
-    def forgetful(self, layer_idx, query, key, value, scaling):
-        return attend(self, layer_idx, query, key * (layer_idx != 1), value, scaling)
+    def forgetful(self, layer_idx, query, key, *others):
+        return attend(self, layer_idx, query, key * (layer_idx != 1), *others)
 
     monkeypatch.setattr(DecodeAttention, "attend", forgetful)
     with pytest.raises(BaseModelNotFound, match="sampling over a key-value cache differ by"):
@@ -72,6 +75,47 @@ def test_a_last_layer_of_another_kind_takes_part(tmp_path):
     assert few.num_layers == 3
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
+def test_a_window_that_our_attention_forgets_is_seen(model_type, tmp_path, monkeypatch):
+    """However long it is: the proof brings it near, for transformers and for us."""
+    config = small_config(model_type, sliding_window=40)
+    folder = save_random(config, tmp_path)
+    load(folder)
+    monkeypatch.setattr(backend, "_variant", lambda module, **arguments: PLAIN)
+    with pytest.raises(BaseModelNotFound, match="sequences packed beside each other differ"):
+        load(folder)
+
+
+def test_switches_are_far_again_after_the_proof(tmp_path):
+    folder = save_random(small_config("mistral", sliding_window=40), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with near_switches(model) as has_far:
+        assert has_far
+        assert model.config.sliding_window == 8
+    assert model.config.sliding_window == 40
+    with near_switches(AutoModelForCausalLM.from_config(small_config("qwen2"))) as has_far:
+        assert not has_far
+
+
+def test_a_window_that_transformers_does_not_use_bounds_the_context(tmp_path, monkeypatch):
+    """Then nothing shows whether our attention would compute it."""
+    folder = save_random(small_config("mistral", sliding_window=40), tmp_path)
+    assert load(folder).info.max_context_tokens == CONTEXT_TOKENS
+    monkeypatch.setattr(stock_answers, "_differs", lambda *arguments: False)
+    assert load(folder).info.max_context_tokens == 40
+
+
+def test_layers_of_each_kind_keep_their_masks_when_they_are_few(tmp_path):
+    """Layer 5, the first that sees everything, is the third of those that are left."""
+    config = small_config("gemma3_text", num_hidden_layers=8, sliding_window=16)
+    load(save_random(config, tmp_path))
+    model = AutoModelForCausalLM.from_config(config)
+    types = list(config.layer_types)
+    with FewLayers(model).alone():
+        assert model.config.layer_types[:3] == ["sliding_attention"] * 2 + ["full_attention"]
+    assert model.config.layer_types == types
+
+
 def test_the_proof_of_a_bfloat16_model_is_in_float32_and_its_weights_stay(tied_folder, monkeypatch):
     seen = []
     answer = stock_answers._answer
@@ -89,7 +133,7 @@ def test_the_proof_of_a_bfloat16_model_is_in_float32_and_its_weights_stay(tied_f
 
 
 def test_a_model_of_very_short_sequences_is_refused(tmp_path):
-    folder = save_random(small_config("mistral", sliding_window=4), tmp_path)
+    folder = save_random(small_config("mistral", max_position_embeddings=4), tmp_path)
     with pytest.raises(BaseModelNotFound, match="takes sequences of at most 4 tokens"):
         load(folder)
 

@@ -16,14 +16,13 @@ LONG = {"max_position_embeddings": 131_072}
     [
         (LONG, 131_072),
         ({"n_positions": 1024}, 1024),
-        ({"text_config": {"max_position_embeddings": 32, "sliding_window": 8}}, 8),
+        ({"text_config": {"max_position_embeddings": 32, "window_size": 8}}, 8),
         ({}, None),
         ({"max_position_embeddings": "long"}, None),
-        # Attention that does not see everything.
-        ({**LONG, "sliding_window": 4096}, 4096),
-        ({**LONG, "sliding_window": None}, 131_072),
-        ({**LONG, "sliding_window": 4096, "use_sliding_window": False}, 131_072),
-        ({**LONG, "attention_chunk_size": 8192}, 8192),
+        # Attention that does not see everything, as we compute it.
+        ({**LONG, "sliding_window": 4096}, 131_072),
+        ({**LONG, "attention_chunk_size": 8192}, 131_072),
+        # And as we do not.
         ({**LONG, "window_size": 256}, 256),
         ({**LONG, "attention_window": [512, 256]}, 256),
         # What only sounds like it.
@@ -80,3 +79,18 @@ def test_it_ends_where_the_model_would_compute_otherwise(
     config: dict[str, Any], expected: int | None
 ) -> None:
     assert usable_context_tokens(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({**LONG, "sliding_window": 4096}, 4096),
+        ({**LONG, "sliding_window": None}, 131_072),
+        ({**LONG, "sliding_window": 4096, "use_sliding_window": False}, 131_072),
+        ({**LONG, "attention_chunk_size": 8192}, 8192),
+    ],
+)
+def test_a_window_that_is_not_computed_is_a_limit(
+    config: dict[str, Any], expected: int | None
+) -> None:
+    assert usable_context_tokens(config, computed_windows=()) == expected

@@ -27,7 +27,7 @@ class FewLayers:
     """Which layers of a model stand for all of them. Found once, before anything is replaced."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+        self.model = model
         self._found = _find_layers(model)
         if self._found is None:
             self.num_layers = model.config.get_text_config().num_hidden_layers
@@ -49,8 +49,24 @@ class FewLayers:
                 parent, name, layers = self._found
                 setattr(parent, name, nn.ModuleList(self._chosen))
                 stack.callback(setattr, parent, name, layers)
-            stack.enter_context(_float32(self._model))
+                stack.enter_context(self._types_of_chosen(layers))
+            stack.enter_context(_float32(self.model))
             yield
+
+    @contextmanager
+    def _types_of_chosen(self, layers: nn.ModuleList) -> Iterator[None]:
+        """A decoder looks up a layer's mask and rotary factors by its place in the list."""
+        config = self.model.config.get_text_config()
+        types = getattr(config, "layer_types", None)
+        if not types or len(types) != len(layers):
+            yield
+            return
+        chosen = [kind for kind, x in zip(types, layers, strict=True) if x in self._chosen]
+        config.layer_types = [*chosen, *types[len(chosen) :]]
+        try:
+            yield
+        finally:
+            config.layer_types = types
 
 
 @contextmanager

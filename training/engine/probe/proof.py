@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from training.engine.probe.near_switches import near_switches
 from training.engine.probe.stock_answers import FEWEST_TOKENS, Passage, StockAnswers, ask_stock
 from training.engine.sampler.kv_cache import ALIGNMENT_TOKENS, KvCache, Region
 from training.engine.torch.adapters import AdapterTensors
@@ -33,6 +34,7 @@ from training.engine.torch.attention.cached import (
     PrefillAttention,
     PrefillChunk,
 )
+from training.engine.torch.attention.variants import PLAIN, Variant
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.out_of_memory import is_out_of_memory
 from training.engine.torch.packing.ranges import whole_sequences
@@ -76,7 +78,7 @@ def prove(base_model: BaseModel, stock: StockAnswers, *, num_layers: int) -> Non
         BaseModelNotFound: Something differs by more than rounding; the sentence says what.
     """
     prover = _Prover(base_model, stock)
-    with stock.few_layers.alone():
+    with stock.few_layers.alone(), near_switches(stock.few_layers.model):
         prover.check("sequences packed beside each other", prover.packed, stock.logprobs)
         prover.check_grad()
         prover.check("sampling over a key-value cache", prover.cached, stock.logprobs)
@@ -224,10 +226,16 @@ class _Counted(Attention):
         self.layers: list[int] = []
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        variant: Variant = PLAIN,
     ) -> Tensor:
         self.layers.append(layer_idx)
-        return self._inner.attend(layer_idx, query, key, value, scaling)
+        return self._inner.attend(layer_idx, query, key, value, scaling, variant)
 
 
 def _in_short(error: Exception) -> str:

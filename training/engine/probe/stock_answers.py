@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from training.engine.probe.few_layers import FewLayers
+from training.engine.probe.near_switches import near_switches
 from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape
 from training.types import LoraConfig
 
@@ -64,6 +65,8 @@ class StockAnswers:
     grad: Tensor
     """(P,) float32, of the sum of the passages' losses by the update."""
     few_layers: FewLayers
+    crosses_windows: bool
+    """Whether the windows that the configuration names, if any, show in the passages."""
     whole: Tensor
     """(n, V) float32: of the longest passage, by all layers, without the update."""
 
@@ -93,20 +96,32 @@ def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -
         for name, module in modules.items():
             hook = _lora_term(weights.layout, flat, name)
             stack.callback(module.register_forward_hook(hook).remove)
-        for passage in passages:
-            answer = _answer(model, passage)
-            passage.loss(answer).backward()
-            logprobs.append(answer.detach())
+        with near_switches(model) as has_far_windows:
+            for passage in passages:
+                answer = _answer(model, passage)
+                passage.loss(answer).backward()
+                logprobs.append(answer.detach())
+        crosses_windows = not has_far_windows or _differs(model, passages, logprobs)
     answers = StockAnswers(
         passages=passages,
         logprobs=logprobs,
         weights=weights,
         grad=torch.zeros_like(flat) if flat.grad is None else flat.grad,
         few_layers=few_layers,
+        crosses_windows=crosses_windows,
         whole=torch.empty(0),
     )
     with torch.no_grad():
         return replace(answers, whole=_answer(model, answers.longest))
+
+
+@torch.no_grad()
+def _differs(model: PreTrainedModel, passages: list[Passage], logprobs: list[Tensor]) -> bool:
+    """Whether the model now says anything else of the passages."""
+    return any(
+        not torch.equal(_answer(model, passage), before)
+        for passage, before in zip(passages, logprobs, strict=True)
+    )
 
 
 def _answer(model: PreTrainedModel, passage: Passage) -> Tensor:

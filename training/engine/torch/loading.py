@@ -23,7 +23,7 @@ from training.context_length import usable_context_tokens
 from training.engine.interface import BaseModelInfo
 from training.engine.probe.proof import prove, stock_answers
 from training.engine.torch.adapters import LoraShape
-from training.engine.torch.attention.backend import ATTENTION_NAME
+from training.engine.torch.attention.backend import ATTENTION_NAME, note_chunks
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.memory import keep_freed_memory
@@ -174,6 +174,9 @@ def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     stock = stock_answers(
         model, name=name, vocab_size=head.out_features, context_tokens=context_tokens
     )
+    if not stock.crosses_windows:
+        within = usable_context_tokens(config.to_dict(), computed_windows=())
+        context_tokens = context_tokens if within is None else within
     base_model = _wrap(model, tokenizer, name, head, context_tokens)
     prove(base_model, stock, num_layers=config.num_hidden_layers)
     return base_model
@@ -188,6 +191,7 @@ def _wrap(
 ) -> BaseModel:
     num_parameters = model.num_parameters()
     model.set_attn_implementation(ATTENTION_NAME)
+    note_chunks(model, model.config.get_text_config())
     holder = ContextHolder()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     head_name = next(n for n, module in linears.items() if module is head)

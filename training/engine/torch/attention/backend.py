@@ -10,25 +10,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 
+from training.engine.torch.attention.blocks import (
+    BlockGroup,
+    block_attention,
+    make_block_groups,
+)
 from training.engine.torch.attention.short import (
     SHORT_TOKENS,
     Bucket,
     make_buckets,
     short_attention,
 )
+from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, stream_rows, take_rows
 from training.engine.torch.packing.stream import Attention, PackedContext
 
 ATTENTION_NAME = "packed"
 
-REFUSED_ARGUMENTS = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
+REFUSED_ARGUMENTS = ("position_bias", "head_mask")
 """Attention variants whose arguments we would have to honour and do not."""
+
+CHUNK_ATTRIBUTE = "packed_attention_chunk"
 
 
 class UnsupportedAttention(Exception):
@@ -38,28 +47,96 @@ class UnsupportedAttention(Exception):
 class SequenceAttention(Attention):
     """Causal attention of whole sequences: nothing cached, every key is in the stream."""
 
-    def __init__(self, row_ranges: Sequence[RowRange]) -> None:
-        """``row_ranges``: what the stream consists of, in order."""
+    def __init__(self, row_ranges: Sequence[RowRange], *, on_cpu: bool | None = None) -> None:
+        """
+        Args:
+            row_ranges: What the stream consists of, in order.
+            on_cpu: Whether ranges share calls as is best on a CPU; None asks the tensors.
+        """
+        self._on_cpu = on_cpu
         self._row_ranges = row_ranges
-        self._plan: AttentionPlan | None = None
+        self._longest = max(row_range.num_keys for row_range in row_ranges)
+        self._plans: dict[tuple[Reach, bool], _Plan] = {}
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        variant: Variant = PLAIN,
     ) -> Tensor:
-        if self._plan is None:
-            on_cpu = query.device.type == "cpu"
-            self._plan = AttentionPlan.of(self._row_ranges, query.device, on_cpu=on_cpu)
-        plan = self._plan
-        if not plan.runs:
-            return short_attention(query, key, value, plan.buckets, scaling)
-        long = _long_attention(query, key, value, plan, scaling)
-        if plan.rows is None:
-            return long
-        if plan.buckets:
-            output = short_attention(query, key, value, plan.buckets, scaling)
-        else:
-            output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        return output.index_copy(0, plan.rows, long)  # (T, Hq, D)
+        plan = self._plan(variant, query.device)
+        if plan.plain is None:
+            return block_attention(query, key, value, plan.blocks, variant, scaling)
+        plain = plain_attention(query, key, value, plan.plain, scaling)
+        if plan.in_blocks is None:
+            return plain
+        blocks = block_attention(query, key, value, plan.blocks, variant, scaling)
+        return torch.where(plan.in_blocks, blocks, plain)  # (T, Hq, D)
+
+    def _plan(self, variant: Variant, device: torch.device) -> _Plan:
+        reach = EVERYTHING if variant.reach.covers(self._longest) else variant.reach
+        key = (reach, variant.has_plain_scores)
+        if key not in self._plans:
+            on_cpu = device.type == "cpu" if self._on_cpu is None else self._on_cpu
+            self._plans[key] = _Plan.of(self._row_ranges, variant, reach, device, on_cpu=on_cpu)
+        return self._plans[key]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """How the ranges of one stream are computed in the layers of one variant."""
+
+    plain: AttentionPlan | None
+    """Of sequences that see all before them, as they do in a layer without a window; None: none."""
+    blocks: Sequence[BlockGroup]
+    """Of the others."""
+    in_blocks: Tensor | None
+    """(T, 1, 1) bool, which rows are the others'; None: none."""
+
+    @classmethod
+    def of(
+        cls,
+        row_ranges: Sequence[RowRange],
+        variant: Variant,
+        reach: Reach,
+        device: torch.device,
+        *,
+        on_cpu: bool,
+    ) -> _Plan:
+        def is_plain(row_range: RowRange) -> bool:
+            return variant.has_plain_scores and reach.covers(row_range.num_keys)
+
+        plain = [row_range for row_range in row_ranges if is_plain(row_range)]
+        others = [row_range for row_range in row_ranges if not is_plain(row_range)]
+        if not others:
+            whole = AttentionPlan.of(row_ranges, device, on_cpu=on_cpu)
+            return cls(plain=whole, blocks=(), in_blocks=None)
+        groups = make_block_groups(others, reach, device)
+        if not plain:
+            return cls(plain=None, blocks=groups, in_blocks=None)
+        in_blocks = torch.zeros(row_ranges[-1].end, 1, 1, dtype=torch.bool, device=device)
+        in_blocks[stream_rows(others).to(device)] = True
+        some = AttentionPlan.of(plain, device, on_cpu=on_cpu, is_whole_stream=False)
+        return cls(plain=some, blocks=groups, in_blocks=in_blocks)
+
+
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scaling: float
+) -> Tensor:
+    """Attention of the rows of a plan; zero for others. (T, Hq, D)"""
+    if not plan.runs:
+        return short_attention(query, key, value, plan.buckets, scaling)
+    long = _long_attention(query, key, value, plan, scaling)
+    if plan.rows is None:
+        return long
+    if plan.buckets:
+        output = short_attention(query, key, value, plan.buckets, scaling)
+    else:
+        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    return output.index_copy(0, plan.rows, long)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +177,14 @@ class AttentionPlan:
 
     @classmethod
     def of(
-        cls, row_ranges: Sequence[RowRange], device: torch.device, *, on_cpu: bool
+        cls,
+        row_ranges: Sequence[RowRange],
+        device: torch.device,
+        *,
+        on_cpu: bool,
+        is_whole_stream: bool = True,
     ) -> AttentionPlan:
+        """``is_whole_stream``: whether the ranges are all rows of the stream, in order."""
         short_tokens = SHORT_TOKENS if on_cpu else 0
         short = [row_range for row_range in row_ranges if row_range.num_keys <= short_tokens]
         long = [row_range for row_range in row_ranges if row_range.num_keys > short_tokens]
@@ -115,7 +198,8 @@ class AttentionPlan:
             alike = [row_range for _, row_range in run]
             runs.append(_make_run(alike[0], len(alike), device))
         rows = key_rows = None
-        if long and (short or any(row_range.before for row_range in long)):
+        shares_rows = any(row_range.before for row_range in long)
+        if long and (short or shares_rows or not is_whole_stream):
             rows = stream_rows(long).to(device)
             key_rows = stream_rows(each for row_range in long for each in row_range.seen).to(device)
         return cls(buckets=make_buckets(short), runs=runs, rows=rows, key_rows=key_rows)
@@ -174,7 +258,7 @@ def packed_attention(
     *,
     packed_context: PackedContext,
     scaling: float | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each attention layer.
 
@@ -195,8 +279,37 @@ def packed_attention(
         key[0].transpose(0, 1),  # (T, Hkv, D)
         value[0].transpose(0, 1),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
+        _variant(module, **kwargs),
     )
     return output[None], None  # (1, T, Hq, D)
+
+
+def _variant(
+    module: nn.Module,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **others: Any,
+) -> Variant:
+    """What transformers tells kernels that get no mask; chunks it tells nobody."""
+    if s_aux is None:
+        s_aux = sinks
+    chunk: int | None = getattr(module, CHUNK_ATTRIBUTE, None)
+    if sliding_window is None and chunk is None and softcap is None and s_aux is None:
+        return PLAIN
+    reach = Reach(window=sliding_window, chunk=chunk)
+    return Variant(reach=reach, softcap=softcap, sinks=s_aux)
+
+
+def note_chunks(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Tell the layers whose attention is cut into chunks how long those are."""
+    layer_types = getattr(config, "layer_types", None) or []
+    for module in model.modules():
+        layer_idx = getattr(module, "layer_idx", None)
+        if isinstance(layer_idx, int) and layer_types[layer_idx:][:1] == ["chunked_attention"]:
+            setattr(module, CHUNK_ATTRIBUTE, config.attention_chunk_size)
 
 
 def _layer_idx(module: nn.Module) -> int:

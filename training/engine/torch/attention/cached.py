@@ -9,6 +9,7 @@ with others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from training.engine.sampler.kv_cache import KvCache, Region
-from training.engine.torch.attention.gathered import SHORT_TOKENS, Newest, gather_by_length
+from training.engine.torch.attention.gathered import (
+    SHORT_TOKENS,
+    GatheredAttention,
+    Newest,
+    gather_by_length,
+)
+from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.stream import Attention
 
 
@@ -51,35 +58,103 @@ class PrefillAttention(Attention):
         ]
         self._rows = torch.tensor(rows, device=cache.device)
         self._cache_rows = torch.tensor(cache_rows, device=cache.device)
-        self._masks = [_late_causal_mask(chunk, cache.device) for chunk in chunks]
+        self._views: dict[tuple[Reach, bool], list[_View]] = {}
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        variant: Variant = PLAIN,
     ) -> Tensor:
         self._cache.store(layer_idx, self._cache_rows, key[self._rows], value[self._rows])
         output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        for chunk, mask in zip(self._chunks, self._masks, strict=True):
+        for chunk, view in zip(self._chunks, self._views_of(variant), strict=True):
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
-            keys, values = self._cache.view(layer_idx, chunk.region, 0, 1, chunk.end)
+            keys, values = (
+                x[:, view.first_key :]
+                for x in self._cache.view(layer_idx, chunk.region, 0, 1, chunk.end)
+            )
+            if not variant.has_plain_scores:
+                output[rows] = attend_by_formula(
+                    query[rows], keys[0], values[0], view.mask, scaling, variant
+                )
+                continue
             attended = scaled_dot_product_attention(
                 query[rows].transpose(0, 1)[None],  # (1, Hq, C, D)
-                keys.transpose(1, 2),  # (1, Hkv, end, D)
+                keys.transpose(1, 2),  # (1, Hkv, keys, D)
                 values.transpose(1, 2),
-                attn_mask=mask,
-                is_causal=mask is None,
+                attn_mask=view.mask,
+                is_causal=view.mask is None,
                 scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
             output[rows] = attended[0].transpose(0, 1)
         return output  # (T, Hq, D)
 
+    def _views_of(self, variant: Variant) -> list[_View]:
+        key = (variant.reach, variant.has_plain_scores)
+        if key not in self._views:
+            self._views[key] = [_view(c, variant, self._cache.device) for c in self._chunks]
+        return self._views[key]
 
-def _late_causal_mask(chunk: PrefillChunk, device: torch.device) -> Tensor | None:
-    """(C, end) bool; None at a prompt's start, where the kernel's own causal mask is right."""
-    if not chunk.start:
-        return None
-    shape = (chunk.num_tokens, chunk.end)
-    return torch.ones(shape, dtype=torch.bool, device=device).tril(chunk.start)
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """What a chunk's tokens see of their sequence."""
+
+    first_key: int
+    """The first position that one of them sees."""
+    mask: Tensor | None
+    """(C, keys) bool, from there on; None where the kernel's own causal mask is right."""
+
+
+def _view(chunk: PrefillChunk, variant: Variant, device: torch.device) -> _View:
+    reach = EVERYTHING if variant.reach.covers(chunk.end) else variant.reach
+    if reach is EVERYTHING and not chunk.start and variant.has_plain_scores:
+        return _View(first_key=0, mask=None)
+    first_key = reach.first_key(chunk.start)
+    queries = torch.arange(chunk.start, chunk.end, device=device)
+    keys = torch.arange(first_key, chunk.end, device=device)
+    return _View(first_key=first_key, mask=reach.sees(queries, keys))
+
+
+def attend_by_formula(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    variant: Variant,
+) -> Tensor:
+    """Attention of Q tokens of one sequence, whose scores no fused kernel computes.
+
+    Args:
+        query: (Q, Hq, D).
+        keys: (K, Hkv, D), and ``values`` likewise.
+        mask: (Q, K) bool, what each sees; None: everything.
+
+    Returns:
+        (Q, Hq, D), in the queries' dtype.
+    """
+    heads_each = query.shape[1] // keys.shape[1]
+    added = None if mask is None else torch.zeros(mask.shape, device=mask.device)
+    if added is not None and mask is not None:
+        added = added.masked_fill_(~mask, -math.inf).repeat(heads_each, 1)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for h in range(keys.shape[1]):
+        heads = slice(h * heads_each, (h + 1) * heads_each)
+        q = query[:, heads].transpose(0, 1).flatten(0, 1).float()  # (Hq / Hkv * Q, D)
+        sinks = None
+        if variant.sinks is not None:
+            sinks = variant.sinks[heads].repeat_interleave(len(query))[:, None]
+        scores = (q @ keys[:, h].float().T).mul_(scaling)
+        shares = variant.shares(scores, added, sinks)
+        attended = (shares @ values[:, h].float()).unflatten(0, (heads_each, -1))
+        output[:, heads] = attended.transpose(0, 1).to(output.dtype)
+    return output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +174,9 @@ class DecodeAttention(Attention):
 
     def __init__(self, cache: KvCache, runs: Sequence[DecodeRun], num_rows: int) -> None:
         self._cache = cache
-        short_tokens = SHORT_TOKENS if cache.device.type == "cpu" else 0
-        self._runs = [run for run in runs if run.length > short_tokens]
-        self._gathered = gather_by_length(
-            [each for run in runs if run.length <= short_tokens for each in _newest(run)]
-        )
+        self._runs = runs
+        self._longest = max((run.length for run in runs), default=0)
+        self._plans: dict[Reach, _DecodePlan] = {}
         rows = [run.first_row + n for run in runs for n in range(run.count)]
         cache_rows = [
             run.region.row(run.first_sequence + n, run.length - 1)
@@ -115,29 +188,74 @@ class DecodeAttention(Attention):
         """The rows that are not padding, (n,) int64; None if all are real."""
 
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        variant: Variant = PLAIN,
     ) -> Tensor:
         if self.real_rows is not None:
             key, value = key[self.real_rows], value[self.real_rows]
         self._cache.store(layer_idx, self._cache_rows, key, value)
         output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        for run in self._runs:
+        plan = self._plan(variant.reach)
+        for run, first_key in plan.runs:
             rows = slice(run.first_row, run.first_row + run.count)
-            keys, values = self._cache.view(
-                layer_idx, run.region, run.first_sequence, run.count, run.length
+            keys, values = (
+                x[:, first_key:]
+                for x in self._cache.view(
+                    layer_idx, run.region, run.first_sequence, run.count, run.length
+                )
             )
-            output[rows] = _attend_newest(query[rows], keys, values, scaling)
-        for together in self._gathered:
-            together.attend(self._cache, layer_idx, query, scaling, output)
+            if variant.has_plain_scores:
+                output[rows] = _attend_newest(query[rows], keys, values, scaling)
+                continue
+            for n in range(run.count):
+                row = slice(run.first_row + n, run.first_row + n + 1)
+                output[row] = attend_by_formula(
+                    query[row], keys[n], values[n], None, scaling, variant
+                )
+        for together in plan.gathered:
+            together.attend(self._cache, layer_idx, query, scaling, variant, output)
         return output  # (T, Hq, D)
 
+    def _plan(self, reach: Reach) -> _DecodePlan:
+        if reach.covers(self._longest):
+            reach = EVERYTHING
+        if reach not in self._plans:
+            short_tokens = SHORT_TOKENS if self._cache.device.type == "cpu" else 0
+            self._plans[reach] = _DecodePlan.of(self._runs, reach, short_tokens)
+        return self._plans[reach]
 
-def _newest(run: DecodeRun) -> list[Newest]:
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _DecodePlan:
+    """How the runs of a pass are computed in layers of one reach."""
+
+    runs: list[tuple[DecodeRun, int]]
+    """Each run by itself, and the first position that its newest tokens see."""
+    gathered: list[GatheredAttention]
+
+    @classmethod
+    def of(cls, runs: Sequence[DecodeRun], reach: Reach, short_tokens: int) -> _DecodePlan:
+        alone, short = [], []
+        for run in runs:
+            first_key = reach.first_key(run.length - 1)
+            if run.length - first_key > short_tokens:
+                alone.append((run, first_key))
+            else:
+                short += _newest(run, first_key)
+        return cls(runs=alone, gathered=gather_by_length(short))
+
+
+def _newest(run: DecodeRun, first_key: int) -> list[Newest]:
     return [
         Newest(
             row=run.first_row + n,
-            first_cache_row=run.region.row(run.first_sequence + n, 0),
-            length=run.length,
+            first_cache_row=run.region.row(run.first_sequence + n, first_key),
+            length=run.length - first_key,
         )
         for n in range(run.count)
     ]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from training.engine.sampler.kv_cache import KvCache
+from training.engine.torch.attention.variants import Variant
 from training.engine.torch.packing.stream import round_up
 
 SHORT_TOKENS = 256
@@ -33,9 +34,9 @@ class Newest:
     row: int
     """Of the stream."""
     first_cache_row: int
-    """Where the sequence begins in the cache; its tokens lie one after another."""
+    """Where the cache has the first token that it sees; the others lie one after another."""
     length: int
-    """Tokens of the sequence, this one included."""
+    """Tokens that it sees, itself included."""
 
 
 class GatheredAttention:
@@ -50,23 +51,36 @@ class GatheredAttention:
         self._rows = torch.tensor([each.row for each in sequences])
         self._cache_rows = (first + places).where(~is_padding, first)  # (B, L)
         self._mask = torch.zeros(is_padding.shape).masked_fill_(is_padding, -math.inf)
-        self._by_head: tuple[Tensor, Tensor] | None = None
+        self._by_heads: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(
-        self, cache: KvCache, layer_idx: int, query: Tensor, scaling: float, output: Tensor
+        self,
+        cache: KvCache,
+        layer_idx: int,
+        query: Tensor,
+        scaling: float,
+        variant: Variant,
+        output: Tensor,
     ) -> None:
         """Write these sequences' rows of ``output`` (T, Hq, D), like ``query``'s."""
-        num_key_heads = cache.num_heads(layer_idx)
-        if self._by_head is None:
-            self._by_head = self._spread(num_key_heads)
-        places, mask = self._by_head
+        num_key_heads = cache.num_heads(layer_idx)  # not the same in every layer of some models
+        if num_key_heads not in self._by_heads:
+            self._by_heads[num_key_heads] = self._spread(num_key_heads)
+        places, mask = self._by_heads[num_key_heads]
         keys, values = (  # (B * Hkv, L, D)
             x.float().view(len(mask), mask.shape[2], -1) for x in cache.gather(layer_idx, places)
         )
         q = query.index_select(0, self._rows).float()  # (B, Hq, D)
         q = q.view(len(mask), -1, q.shape[2])  # (B * Hkv, Hq / Hkv, D)
-        scores = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=scaling)
-        attended = torch.bmm(scores.softmax(-1), values)  # (B * Hkv, Hq / Hkv, D)
+        if variant.has_plain_scores:
+            shares = torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=scaling).softmax(-1)
+        else:
+            sinks = variant.sinks
+            if sinks is not None:
+                sinks = sinks.view(num_key_heads, -1, 1).repeat(len(self._rows), 1, 1)
+            scores = torch.bmm(q, keys.transpose(1, 2)).mul_(scaling)
+            shares = variant.shares(scores, mask, sinks)
+        attended = torch.bmm(shares, values)  # (B * Hkv, Hq / Hkv, D)
         attended = attended.view(-1, *output.shape[1:]).to(output.dtype)  # (B, Hq, D)
         output.index_copy_(0, self._rows, attended)
 

@@ -86,7 +86,7 @@ def make_buckets(row_ranges: Sequence[RowRange]) -> list[Bucket]:
     """The short ranges of a stream."""
     members: dict[tuple[int, int], list[RowRange]] = {}
     for row_range in row_ranges:
-        key = (row_range.num_before, _padded(row_range.length))
+        key = (row_range.num_before, padded_length(row_range.length))
         members.setdefault(key, []).append(row_range)
     return [_bucket(*key, alike) for key, alike in members.items()]
 
@@ -100,7 +100,7 @@ def _bucket(num_before: int, length: int, row_ranges: Sequence[RowRange]) -> Buc
     )
     if not num_before:
         return Bucket(num_before=0, queries=queries, keys=queries)
-    first_own = _padded(num_before)
+    first_own = padded_length(num_before)
     size = first_own + length
     keys = Slots(
         count=len(row_ranges),
@@ -117,7 +117,7 @@ def _bucket(num_before: int, length: int, row_ranges: Sequence[RowRange]) -> Buc
     return Bucket(num_before=num_before, queries=queries, keys=keys)
 
 
-def _padded(length: int) -> int:
+def padded_length(length: int) -> int:
     return round_up(length, BUCKET_TOKENS)
 
 
@@ -156,7 +156,7 @@ class _ShortAttention(torch.autograd.Function):
             mask = _causal_mask(bucket.queries.length, bucket.num_before, group)
             # (B * Hkv, group * L, keys)
             shares = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling).softmax(-1)
-            bucket.queries.unpack(_product(shares, v), group, output)
+            bucket.queries.unpack(product(shares, v), group, output)
             saved += [q, k, v, shares]
         ctx.save_for_backward(*saved)
         ctx.buckets, ctx.scaling, ctx.num_key_heads = buckets, scaling, key.shape[1]
@@ -178,14 +178,14 @@ class _ShortAttention(torch.autograd.Function):
             # What torch's own softmax does in its backward: shares * (grad - sum of the products).
             grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
             grad_scores.mul_(ctx.scaling)
-            bucket.queries.unpack(_product(grad_scores, k), group, grad_query)
-            bucket.keys.add(_product(grad_scores.transpose(1, 2), q), 1, grad_key)
-            bucket.keys.add(_product(shares.transpose(1, 2), g), 1, grad_value)
+            bucket.queries.unpack(product(grad_scores, k), group, grad_query)
+            bucket.keys.add(product(grad_scores.transpose(1, 2), q), 1, grad_key)
+            bucket.keys.add(product(shares.transpose(1, 2), g), 1, grad_value)
         dtype = grad_output.dtype
         return grad_query, grad_key.to(dtype), grad_value.to(dtype), None, None
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def product(left: Tensor, right: Tensor) -> Tensor:
     """Batched left @ right."""
     if right.shape[2] >= NARROW:
         return torch.bmm(left, right)
@@ -196,6 +196,6 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 def _causal_mask(length: int, num_before: int, group: int) -> Tensor:
     """(1, group * L, keys): 0 where a row's token sees a column's, else minus infinity."""
     own = torch.full((length, length), -math.inf).triu(1)
-    before = torch.zeros(length, _padded(num_before))
+    before = torch.zeros(length, padded_length(num_before))
     before[:, num_before:] = -math.inf
     return torch.cat([before, own], dim=1).repeat(group, 1)[None]

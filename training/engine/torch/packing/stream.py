@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from training.engine.torch.adapters import AdapterTensors
+from training.engine.torch.attention.variants import PLAIN, Variant
 
 MIN_ROWS = 16
 """Fewest rows that a training pass gives to a matrix product of the base model; padding makes
@@ -80,7 +81,13 @@ class Attention(ABC):
 
     @abstractmethod
     def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        variant: Variant = PLAIN,
     ) -> Tensor:
         """Attention of one layer over the whole stream.
 
@@ -93,6 +100,7 @@ class Attention(ABC):
                 ``h * Hq / Hkv`` onwards share key head h.
             value: (T, Hkv, D).
             scaling: Multiplies the scores before the softmax.
+            variant: Which of the keys before it a query sees, and what becomes of its scores.
 
         Returns:
             (T, Hq, D), in the queries' dtype.
