@@ -34,12 +34,16 @@ class Recorded:
         self, sdk: SdkClient, session: str, work: InProcessWorker, number: int = 0
     ) -> None:
         sampler = sampling_session(sdk, session).json()["sampling_session_id"]
-        answer = sample(sdk, sampler, record_stability_info=True, num_samples=2)
+        params = {"max_tokens": 4, "temperature": 1.0, "seed": 1}  # with which none ends early
+        answer = sample(
+            sdk, sampler, record_stability_info=True, num_samples=2, sampling_params=params
+        )
         work()
         self.sequence_id = answer.json()["sample_sequence_ids"][1]
         sequence = response(sdk, answer).sequences[1]
         self.tokens = np.frombuffer(sequence.tokens, "<i4").tolist()
         self.logprobs = np.frombuffer(sequence.logprobs, "<f4")
+        assert len(self.tokens) == 4
 
     def prompt(self, offset: int, length: int) -> types.PromptProvenanceSpan:
         return types.PromptProvenanceSpan(
