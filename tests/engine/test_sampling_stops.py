@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from training.engine.sampler.stop_strings import UNFINISHED, StopScanner, StopWatch, StreamedText
@@ -68,6 +68,7 @@ any_tokens = st.lists(
 
 
 @given(tokens=any_tokens)
+@example(tokens=[0xFF] * 30 + list("😀".encode()))  # in its middle, no more is decoded at once
 @settings(max_examples=150)
 def test_streamed_pieces_are_the_whole_text_but_for_an_unfinished_end(tokens: list[int]) -> None:
     stream = StreamedText(decode)

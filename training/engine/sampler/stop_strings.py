@@ -22,7 +22,8 @@ BEFORE_TOKENS = CONTEXT_TOKENS + BYTES_OF_A_CHARACTER - 1
 """Tokens that are enough to begin with ``CONTEXT_TOKENS`` or a few more, not inside a character."""
 
 MOST_TOKENS = 32
-"""Tokens decoded at once; by then bytes that still are no character never will be one."""
+"""Tokens decoded at once; of bytes that by then still are no character, only the last ones may
+become one."""
 
 
 Decode = Callable[[Sequence[int]], str]
@@ -53,12 +54,14 @@ class StreamedText:
         """
         text = self._text_since_start(tokens)
         num_tokens = len(tokens) - self._start
-        is_certain = is_last or num_tokens >= MOST_TOKENS
-        certain = text if is_certain else text.rstrip(UNFINISHED)
+        held = 0 if is_last else len(text) - len(text.rstrip(UNFINISHED))
+        if must_forget := num_tokens >= MOST_TOKENS:
+            held = min(held, BYTES_OF_A_CHARACTER - 1)
+        certain = text[: len(text) - held]
         piece = certain[self._num_given :]
         self._num_given = max(self._num_given, len(certain))
-        if num_tokens > 2 * CONTEXT_TOKENS and certain == text:
-            self._forget(tokens, text, must=is_certain)
+        if must_forget or (num_tokens > 2 * CONTEXT_TOKENS and not held):
+            self._forget(tokens, text, held, must=must_forget)
         return piece
 
     def _text_since_start(self, tokens: Sequence[int]) -> str:
@@ -71,16 +74,21 @@ class StreamedText:
         # The tokens complete a character, or go on with bytes that are none yet.
         return text[len(self._text_before.rstrip(UNFINISHED)) :]
 
-    def _forget(self, tokens: Sequence[int], text: str, *, must: bool) -> None:
-        """Begin later, but not inside a character: its bytes would spoil those after them."""
+    def _forget(self, tokens: Sequence[int], text: str, held: int, *, must: bool) -> None:
+        """Begin later, but not inside a character: its bytes would spoil those after them.
+
+        Args:
+            held: Characters at the end of the text that were not given out.
+        """
         latest = len(tokens) - CONTEXT_TOKENS
         for start in range(latest, latest - BYTES_OF_A_CHARACTER, -1):
             kept = self._decode(tokens[start:])
-            if text.endswith(kept):
-                self._start, self._num_given = start, len(kept)
+            if len(kept) >= held and text.endswith(kept):
+                self._start, self._num_given = start, len(kept) - held
                 return
         if must:
-            self._start, self._num_given = latest, len(self._decode(tokens[latest:]))
+            self._start = latest
+            self._num_given = max(0, len(self._decode(tokens[latest:])) - held)
 
 
 def text_after(decode: Decode, before: Sequence[int], tokens: Sequence[int]) -> str:
