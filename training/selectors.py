@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from django.db.models import F, OuterRef, Q, QuerySet, Subquery
@@ -13,14 +15,13 @@ from futures.models import Future
 from futures.transitions import State
 from training.errors import (
     CheckpointNotFound,
-    GradientDropped,
     InvalidRequest,
     RunLost,
     RunNotFound,
     SamplingSessionNotFound,
     SessionNotFound,
 )
-from training.kinds import LOGGED, Kind
+from training.kinds import LOGGED, REQUESTS
 from training.loss_fns import LOSS_FNS
 from training.models import Checkpoint, CustomLoss, Run, SamplingSession, Session, Snapshot
 from training.paths import TinkerPath
@@ -119,8 +120,14 @@ def run_find(identifier: str, *, owner: str | None = None) -> Run:
     return runs[0]
 
 
-CHANGED_ITS_RUN = Q(state=State.READY, kind__in=LOGGED) | Q(
-    state=State.FAILED, kind=Kind.OPTIM_STEP, error_code=GradientDropped.__name__
+CHANGED_ITS_RUN = reduce(
+    or_,
+    (
+        Q(state=State.FAILED, kind=kind, error_code=error.__name__)
+        for kind, request in REQUESTS.items()
+        for error in request.logged_errors
+    ),
+    Q(state=State.READY, kind__in=LOGGED),
 )
 """The futures that a run's state comes from. One sort of failure changes it: a step that had to
 drop the gradient."""

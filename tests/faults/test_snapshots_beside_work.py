@@ -16,7 +16,7 @@ from tests.faults.conftest import Disk, assert_all_ready, assert_same, state_of
 from tests.waiting import LONG_SECONDS
 from training import services
 from training.engine.fake.engine import fake_engine
-from training.kinds import Kind
+from training.kinds import RemoveRun
 from training.models import Run, Snapshot
 from training.paths import TinkerPath
 from training.services.submission import submit_in_lane
@@ -152,7 +152,7 @@ def test_so_is_that_of_a_run_whose_session_ended_and_which_stays_in_lists(
     train("m", 1)
     work()
     work.loop.turn()
-    submit_in_lane(Run.objects.get(), Kind.REMOVE_RUN, {})
+    submit_in_lane(Run.objects.get(), RemoveRun())
     work()
     slow.go.set()
     let_it_finish(work)

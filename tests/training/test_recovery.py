@@ -25,7 +25,7 @@ from training.errors import InvalidRequest, TrainingError
 from training.models import RecordedSample, Run, Session, Snapshot
 from training.services.sampling_sessions import sampling_session_create, session_sample_submit
 from training.types import Datum, ForwardBackwardOutput, SamplingParams, ScoringParams
-from training.worker.operations import Effects
+from training.worker.effects import Effects
 
 Submit = Callable[..., Future]
 Start = Callable[..., InProcessWorker]

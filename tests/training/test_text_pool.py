@@ -12,13 +12,17 @@ from futures.payload import encode
 from tests.training.odd_text import OddText
 from tests.waiting import LONG_SECONDS
 from training.errors import LimitExceeded, TrainingError
+from training.kinds import Sample
+from training.types import SamplingParams
 from training.worker.text_pool import MOST_PROCESSES, TextPool
 from training.worker.text_process import Answer, TextTask
 
 
 def task(*prompts: str, seconds: float = 30.0, most: int = 1000) -> TextTask:
-    payload = {"prompts": [{"text": prompt} for prompt in prompts]}
-    return TextTask(encode(payload), max_context_tokens=most, seconds=seconds)
+    request = Sample(prompts=prompts, num_samples=1, sampling_params=SamplingParams())
+    return TextTask(
+        request.kind, encode(request.to_payload()), max_context_tokens=most, seconds=seconds
+    )
 
 
 Run = Callable[..., dict[str, Answer]]

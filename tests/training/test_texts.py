@@ -12,6 +12,7 @@ from futures.payload import decode, encode
 from tests.conftest import InProcessWorker
 from tests.training.odd_text import SlowText
 from tests.waiting import LONG_SECONDS, wait_for
+from training.kinds import Sample
 from training.services import optim_step_submit, sample_submit
 from training.types import AdamParams, SamplingParams
 from training.worker import loop, texts
@@ -25,9 +26,9 @@ Submit = Callable[..., Future]
 def pool() -> Iterator[TextPool]:
     """Two processes that have started, so that a limit of seconds is none of their start."""
     made = TextPool(SlowText())
-    short = TextTask(
-        encode({"prompts": [{"text": "hi"}]}), max_context_tokens=10, seconds=LONG_SECONDS
-    )
+    hi = Sample(prompts=["hi"], num_samples=1, sampling_params=SamplingParams())
+    payload = encode(hi.to_payload())
+    short = TextTask(hi.kind, payload, max_context_tokens=10, seconds=LONG_SECONDS)
     for owner in ("ada", "eve"):
         made.submit(owner, owner, short)
     wait_for(lambda: made.answers(wait_seconds=1.0) and made.num_pending == 0)

@@ -11,11 +11,10 @@ from django.conf import settings
 from django.db import IntegrityError, transaction
 
 from futures.database import violated_constraint
-from training import payloads
 from training.age import check_recipients
 from training.audit import audit_checkpoint
 from training.errors import CheckpointExists, InvalidRequest
-from training.kinds import Kind
+from training.kinds import CreateRun, LoadWeights, SaveWeights
 from training.models import Checkpoint
 from training.paths import TinkerPath, check_name
 from training.selectors import checkpoint_at, checkpoint_get, run_get
@@ -54,19 +53,16 @@ def save_weights_submit(
     """
     run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
     check_recipients(recipients)
-    payload: dict[str, Any] = {
-        "name": check_name(name, field="name"),
-        "kind": kind,
-        "overwrite": overwrite,
-        "ttl_seconds": ttl_seconds,
-        "user_metadata": dict(user_metadata or {}),
-    }
-    if recipients:
-        payload["recipients"] = list(recipients)
     return submit_in_lane(
         run,
-        Kind.SAVE_WEIGHTS,
-        payload,
+        SaveWeights(
+            checkpoint_kind=kind,
+            name=check_name(name, field="name"),
+            overwrite=overwrite,
+            ttl_seconds=ttl_seconds,
+            user_metadata=user_metadata or {},
+            recipients=recipients,
+        ),
         summary={"path": str(TinkerPath(run.name, kind, name))},
         seq_id=seq_id,
         idempotency_key=idempotency_key,
@@ -91,8 +87,7 @@ def save_for_sampling_session_submit(
         raise InvalidRequest(f"model_id: {model_id!r} was not made in a session of the SDK")
     return submit_in_lane(
         run,
-        Kind.SAVE_WEIGHTS,
-        {"kind": "sampler", "sampling_session_seq_id": sampling_session_seq_id},
+        SaveWeights(checkpoint_kind="sampler", sampling_session_seq_id=sampling_session_seq_id),
         summary={"sampling_session": f"{run.session_id}:sample:{sampling_session_seq_id}"},
         seq_id=seq_id,
     )
@@ -176,9 +171,7 @@ def load_weights_submit(
     checkpoint_audit_read(checkpoint, reader_id=owner_id, purpose="load")
     return submit_in_lane(
         run,
-        Kind.LOAD_WEIGHTS,
-        {"checkpoint": checkpoint.pk, "path": str(parsed), "optimizer": optimizer},
-        summary={"path": str(parsed)},
+        LoadWeights(checkpoint=checkpoint.pk, path=str(parsed), optimizer=optimizer),
         seq_id=seq_id,
         idempotency_key=idempotency_key,
     )
@@ -229,16 +222,12 @@ def model_load_submit(
         lora_config=config,
         user_metadata=user_metadata,
     )
-    payload = {
-        "model_id": run.name,
-        "lora_config": payloads.lora_config_to_payload(config),
-        "checkpoint": checkpoint.pk,
-        "path": str(parsed),
-        "optimizer": optimizer,
-    }
-    return submit_in_lane(
-        run, Kind.CREATE_RUN, payload, summary={"path": str(parsed)}, seq_id=CREATION_SEQ_ID
+    creation = CreateRun(
+        model_id=run.name,
+        lora_config=config,
+        source=LoadWeights(checkpoint=checkpoint.pk, path=str(parsed), optimizer=optimizer),
     )
+    return submit_in_lane(run, creation, seq_id=CREATION_SEQ_ID)
 
 
 def checkpoint_audit_read(checkpoint: Checkpoint, *, reader_id: int, purpose: str) -> None:

@@ -14,10 +14,9 @@ from django.utils import timezone
 from futures.models import Future
 from futures.payload import EncodedPayload
 from futures.services import future_submit, lane_create
-from training import payloads
 from training.base_models import base_model_get
 from training.errors import LimitExceeded, RunExists, RunNotFound
-from training.kinds import Kind
+from training.kinds import CompareRuns, CreateRun, RemoveRun
 from training.models import Run
 from training.paths import check_name, check_run_name
 from training.selectors import run_get, run_live
@@ -70,7 +69,7 @@ def run_remove_submit(
         RunNotFound: (404)
     """
     if first := run_repeated(owner_id, idempotency_key):
-        return submit_in_lane(first, Kind.REMOVE_RUN, {}, idempotency_key=idempotency_key)
+        return submit_in_lane(first, RemoveRun(), idempotency_key=idempotency_key)
     run = run_get(owner_id=owner_id, model_id=model_id)
     # First, so that a creation which fails below finds a run that is gone already.
     deleted = (
@@ -80,7 +79,7 @@ def run_remove_submit(
     )
     if not deleted:  # another request removed it between our read and our write
         raise RunNotFound(f"model_id: no model named {model_id!r}")
-    return submit_in_lane(run, Kind.REMOVE_RUN, {}, idempotency_key=idempotency_key)
+    return submit_in_lane(run, RemoveRun(), idempotency_key=idempotency_key)
 
 
 def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | None = None) -> Run:
@@ -138,7 +137,7 @@ def run_replay_submit(*, run: Run, original: Future) -> Future:
 
 def run_compare_submit(*, run: Run, other: Run) -> Future:
     """Ask the worker whether two runs' weights and moments are equal."""
-    return submit_in_lane(run, Kind.COMPARE_RUNS, {"other": other.id}).future
+    return submit_in_lane(run, CompareRuns(other=other.id)).future
 
 
 def adapter_limit_check(owner_id: int) -> None:
@@ -209,6 +208,5 @@ def _run_create(
 def _submit_creation(
     run: Run, name: str, config: LoraConfig, idempotency_key: str | None
 ) -> Submission:
-    # The name is in it so that one Idempotency-Key cannot mean two models.
-    payload = {"model_id": name, "lora_config": payloads.lora_config_to_payload(config)}
-    return submit_in_lane(run, Kind.CREATE_RUN, payload, idempotency_key=idempotency_key)
+    creation = CreateRun(model_id=name, lora_config=config)
+    return submit_in_lane(run, creation, idempotency_key=idempotency_key)

@@ -10,19 +10,12 @@ from typing import Any
 
 from django.conf import settings
 
-from futures.payload import encode_payload
-from futures.services import future_repeated, future_submit
-from training import payloads
-from training.base_models import base_model_get
-from training.errors import BaseModelNotFound, InvalidRequest
-from training.kinds import Kind
+from training.errors import InvalidRequest
+from training.kinds import Sample
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
-from training.services.submission import Submission, run_asked, submit_in_lane
-from training.storage_quota import storage_admit
+from training.services.submission import Submission, run_asked, submit, submit_in_lane
 from training.types import Prompt, SamplingParams, ScoringParams
-
-NO_SCORING = ScoringParams()
 
 _SEED_BITS = 31  # any client and any generator can hold it
 
@@ -66,7 +59,7 @@ def sample_submit(
         raise InvalidRequest(
             "model_id, base_model, model_path: give exactly one of them to say what to sample from"
         )
-    payload = sample_payload(
+    request = sample_request(
         prompts=prompts,
         num_samples=num_samples,
         sampling_params=sampling_params,
@@ -75,77 +68,41 @@ def sample_submit(
         scoring=ScoringParams(
             topk_sample_logprobs=topk_sample_logprobs, topk_prompt_logprobs=topk_prompt_logprobs
         ),
+        token_texts=token_texts,
+        echo=echo,
+        stream=stream,
     )
-    if token_texts:
-        payload["token_texts"] = True
-    if echo:
-        payload["echo"] = True
-    if stream:
-        payload["stream"] = True
-    cost = sum(payloads.prompt_cost(prompt) for prompt in prompts)
-    summary: dict[str, Any] = {"prompts": len(prompts), "samples": num_samples}
     if model_id is not None:
         run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
-        return submit_in_lane(
-            run,
-            Kind.SAMPLE,
-            payload,
-            cost=cost,
-            interruptible=True,
-            summary=summary,
-            idempotency_key=idempotency_key,
-        )
+        return submit_in_lane(run, request, idempotency_key=idempotency_key)
+    summary = {}
     if model_path is not None:
         path = TinkerPath.parse(model_path, field="model_path")
         checkpoint = checkpoint_get(owner_id=owner_id, path=path)
-        payload["checkpoint"] = checkpoint.pk
+        request = replace(request, checkpoint=checkpoint.pk)
         base_model = checkpoint.run.base_model
         summary["path"] = str(path)
-    encoded = encode_payload(Kind.SAMPLE, payload)
-    try:
-        queue = base_model_get(base_model).queue
-    except BaseModelNotFound:
-        first = future_repeated(
-            payload=encoded,
-            owner_id=owner_id,
-            lane_id=None,
-            seq_id=None,
-            idempotency_key=idempotency_key,
-        )
-        if first is None:
-            raise
-        return Submission(future=first, model_id=None)
-    storage_admit(
-        encoded, owner_id=owner_id, lane_id=None, seq_id=None, idempotency_key=idempotency_key
-    )
-    future = future_submit(
+    future = submit(
+        request,
         owner_id=owner_id,
-        queue=queue,
-        kind=Kind.SAMPLE,
-        payload=encoded,
-        cost=cost,
-        interruptible=True,
+        base_model=base_model,
+        lane_id=None,
+        seq_id=None,
         summary=summary,
         idempotency_key=idempotency_key,
-        max_pending=settings.MAX_PENDING,
     )
     return Submission(future=future, model_id=None)
 
 
-def sample_payload(
-    *,
-    prompts: Sequence[Prompt],
-    num_samples: int,
-    sampling_params: SamplingParams,
-    prompt_logprobs: bool,
-    request_name: str | None,
-    scoring: ScoringParams = NO_SCORING,
-) -> dict[str, Any]:
-    """What a sample future stores, of no checkpoint yet.
+def sample_request(
+    *, sampling_params: SamplingParams, request_name: str | None, **fields: Any
+) -> Sample:
+    """A sample with a seed and a length, chosen here if the client named none.
 
     Args:
         request_name: What the client calls this request, which decides the seed if it named none:
             a repeat must be the same request.
+        fields: The rest of ``Sample``'s.
     """
     sampling_params = replace(
         sampling_params,
@@ -156,14 +113,7 @@ def sample_payload(
             else sampling_params.max_tokens
         ),
     )
-    return {
-        "prompts": [payloads.prompt_to_payload(prompt) for prompt in prompts],
-        "num_samples": num_samples,
-        "sampling_params": payloads.sampling_params_to_payload(sampling_params),
-        "prompt_logprobs": prompt_logprobs,
-        "checkpoint": None,
-        **({"scoring": asked} if (asked := payloads.scoring_params_to_payload(scoring)) else {}),
-    }
+    return Sample(sampling_params=sampling_params, **fields)
 
 
 def _new_seed(request_name: str | None) -> int:

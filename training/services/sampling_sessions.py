@@ -9,30 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import F
 
 from futures.errors import SeqIdReused
 from futures.models import Future
-from futures.payload import encode_payload
-from futures.services import future_repeated, future_submit, lane_create
-from training import payloads
+from futures.services import lane_create
 from training.base_models import base_model_get
 from training.errors import (
-    BaseModelNotFound,
     CheckpointNotFound,
     InvalidRequest,
     SessionFinished,
 )
-from training.kinds import Kind
 from training.models import SamplingSession
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get, checkpoints_kept, sampling_session_get
 from training.services.recorded_samples import stable_reinforce_check
-from training.services.sampling import sample_payload
+from training.services.sampling import sample_request
 from training.services.sessions import session_open
-from training.storage_quota import storage_admit
+from training.services.submission import submit
 from training.types import SamplingParams, ScoringParams
 
 
@@ -138,51 +133,25 @@ def session_sample_submit(
         checkpoint_id is None or not checkpoints_kept().filter(pk=checkpoint_id).exists()
     ):
         raise CheckpointNotFound(f"the checkpoint {sampling_session.model_path} was deleted")
-    payload = sample_payload(
+    if record_stability_info:
+        stable_reinforce_check()
+    request = sample_request(
         prompts=[tuple(prompt)],
         num_samples=num_samples,
         sampling_params=sampling_params,
         prompt_logprobs=prompt_logprobs,
         scoring=scoring,
         request_name=f"{sampling_session_id}:{seq_id}",
+        checkpoint=checkpoint_id,
+        record_for=sampling_session.session_id if record_stability_info else None,
     )
-    payload["checkpoint"] = checkpoint_id
-    if record_stability_info:
-        stable_reinforce_check()
-        payload["record"] = sampling_session.session_id
-    summary = {"prompts": 1, "samples": num_samples}
-    encoded = encode_payload(Kind.SAMPLE, payload)
-    try:
-        queue = base_model_get(sampling_session.base_model).queue
-    except BaseModelNotFound:
-        first = future_repeated(
-            payload=encoded,
-            owner_id=owner_id,
-            lane_id=sampling_session_id,
-            seq_id=seq_id,
-            idempotency_key=None,
-        )
-        if first is None:
-            raise
-        return first
-    storage_admit(
-        encoded,
+    path = sampling_session.model_path
+    return submit(
+        request,
         owner_id=owner_id,
+        base_model=sampling_session.base_model,
         lane_id=sampling_session_id,
         seq_id=seq_id,
+        summary={"path": path} if path else {},
         idempotency_key=None,
-    )
-    return future_submit(
-        owner_id=owner_id,
-        queue=queue,
-        kind=Kind.SAMPLE,
-        payload=encoded,
-        lane_id=sampling_session_id,
-        seq_id=seq_id,
-        cost=payloads.prompt_cost(tuple(prompt)),
-        interruptible=True,
-        summary={**summary, "path": sampling_session.model_path}
-        if sampling_session.model_path
-        else summary,
-        max_pending=settings.MAX_PENDING,
     )

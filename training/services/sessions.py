@@ -18,10 +18,9 @@ from django.utils import timezone
 
 from futures.models import Future, Lane
 from futures.services import Refusal, future_submit, lane_create
-from training import payloads
 from training.base_models import base_model_get
 from training.errors import SessionFinished
-from training.kinds import Kind
+from training.kinds import CreateRun, RemoveRun
 from training.models import Run, Session
 from training.selectors import run_get, session_get
 from training.services.runs import adapter_limit_check
@@ -83,7 +82,7 @@ def session_finish(*, owner_id: int, session_id: str, reason: str, detail: str =
     )
     if finished:
         for run in session.runs.live():
-            submit_in_lane(run, Kind.REMOVE_RUN, {})
+            submit_in_lane(run, RemoveRun())
     session.refresh_from_db()
     return session
 
@@ -210,12 +209,8 @@ def model_create_submit(
         lora_config=lora_config,
         user_metadata=user_metadata,
     )
-    payload = {
-        "model_id": run.name,
-        "base_model": base_model,
-        "lora_config": payloads.lora_config_to_payload(lora_config),
-    }
-    return submit_in_lane(run, Kind.CREATE_RUN, payload, seq_id=CREATION_SEQ_ID)
+    creation = CreateRun(model_id=run.name, base_model=base_model, lora_config=lora_config)
+    return submit_in_lane(run, creation, seq_id=CREATION_SEQ_ID)
 
 
 def seeded(

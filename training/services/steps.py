@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from training import payloads
-from training.kinds import Kind
+from training.kinds import Forward, ForwardBackward, OptimStep
 from training.loss_fns import STABLE_REINFORCE
 from training.models import Run
 from training.selectors import run_get
@@ -48,23 +47,18 @@ def forward_backward_submit(
         run = run_get_or_create(owner_id, model_id, idempotency_key=idempotency_key)
     else:
         run = run_get(owner_id=owner_id, model_id=model_id)
-    payload: payloads.Payload = {
-        "data": payloads.data_to_payload(data),
-        "loss_fn": loss_fn,
-        "loss_fn_config": dict(loss_fn_config),
-        "train_on": train_on,
-    }
-    if loss_id is not None:
-        payload["loss_id"] = loss_id
     if loss_fn == STABLE_REINFORCE and not forward_only and not run.own_objective:
         Run.objects.filter(pk=run.pk).update(own_objective=True)
     return submit_in_lane(
         run,
-        Kind.FORWARD if forward_only else Kind.FORWARD_BACKWARD,
-        payload,
-        cost=payloads.data_cost(data),
+        (Forward if forward_only else ForwardBackward)(
+            data=data,
+            loss_fn=loss_fn,
+            loss_fn_config=loss_fn_config,
+            train_on=train_on,
+            loss_id=loss_id,
+        ),
         delayable=delayable,
-        summary={"datums": len(data), **({"loss_fn": loss_fn} if loss_id else {})},
         seq_id=seq_id,
         idempotency_key=idempotency_key,
     )
@@ -85,9 +79,7 @@ def optim_step_submit(
     """
     return submit_in_lane(
         run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key),
-        Kind.OPTIM_STEP,
-        {"adam_params": payloads.adam_params_to_payload(adam_params)},
-        summary={"learning_rate": adam_params.learning_rate},
+        OptimStep(adam_params=adam_params),
         seq_id=seq_id,
         idempotency_key=idempotency_key,
     )

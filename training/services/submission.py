@@ -16,7 +16,7 @@ from futures.payload import encode_payload
 from futures.services import Refusal, future_repeated, future_submit
 from training.base_models import base_model_get, queue_is_served
 from training.errors import BaseModelNotFound, InvalidRequest, SessionFinished
-from training.kinds import Kind
+from training.kinds import Kind, Request
 from training.models import Run
 from training.selectors import run_get
 from training.storage_quota import storage_admit
@@ -33,17 +33,17 @@ class Submission:
 
 def submit_in_lane(
     run: Run,
-    kind: Kind,
-    payload: Mapping[str, Any],
+    request: Request,
     *,
-    cost: int = 1,
     delayable: bool = False,
-    interruptible: bool = False,
     summary: Mapping[str, Any] | None = None,
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
     """Submit a request of a run, under the client's seq id or the server's next one.
+
+    Args:
+        summary: Facts for lists and charts, beside the request's own.
 
     Raises:
         InvalidRequest: The run's requests are numbered by its SDK client, and this has no number;
@@ -53,7 +53,7 @@ def submit_in_lane(
         StorageQuotaExceeded: Its owner stores as much as one user may. (413)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
-    is_removal = kind == Kind.REMOVE_RUN
+    is_removal = request.kind == Kind.REMOVE_RUN
     if run.session is not None and not is_removal:
         if run.session.finished_at:
             raise SessionFinished
@@ -62,50 +62,94 @@ def submit_in_lane(
                 f"model_id: {run.name!r} was made by the tinker SDK, whose client numbers its "
                 "requests; ask through that client"
             )
+    if not is_removal:
+        future = submit(
+            request,
+            owner_id=run.owner_id,
+            base_model=run.base_model,
+            lane_id=run.id,
+            seq_id=seq_id,
+            delayable=delayable,
+            summary=summary,
+            idempotency_key=idempotency_key,
+        )
+        return Submission(future=future, model_id=run.name)
     # No limit turns a removal away, nor that its base model is not served any more.
-    lane = Lane.objects.get(pk=run.id) if is_removal else None
+    queue = Lane.objects.get(pk=run.id).queue
     result = None
-    if lane is not None and not queue_is_served(lane.queue):
+    if not queue_is_served(queue):
         _abandon(run)
         result = {"status": "deleted", "model_id": run.name}
-    encoded = encode_payload(kind, payload)
+    future = future_submit(
+        owner_id=run.owner_id,
+        queue=queue,
+        kind=request.kind,
+        payload=encode_payload(request.kind, request.to_payload()),
+        lane_id=run.id,
+        seq_id=seq_id,
+        idempotency_key=idempotency_key,
+        result=result,
+    )
+    return Submission(future=future, model_id=run.name)
+
+
+def submit(
+    request: Request,
+    *,
+    owner_id: int,
+    base_model: str | None,
+    lane_id: str | None,
+    seq_id: int | None,
+    delayable: bool = False,
+    summary: Mapping[str, Any] | None = None,
+    idempotency_key: str | None,
+) -> Future:
+    """Store a request for the worker of a base model; a repeat returns the first one's future.
+
+    Args:
+        base_model: None means the default.
+        summary: Facts for lists and charts, beside the request's own.
+
+    Raises:
+        BaseModelNotFound: It is not served any more, and this is no repeat. (404)
+        StorageQuotaExceeded: The owner stores as much as one user may. (413)
+        QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
+    """
+    encoded = encode_payload(request.kind, request.to_payload())
     try:
-        queue = lane.queue if lane else base_model_get(run.base_model).queue
+        queue = base_model_get(base_model).queue
     except BaseModelNotFound:
         first = future_repeated(
             payload=encoded,
-            owner_id=run.owner_id,
-            lane_id=run.id,
+            owner_id=owner_id,
+            lane_id=lane_id,
             seq_id=seq_id,
             idempotency_key=idempotency_key,
         )
         if first is None:
             raise
-        return Submission(future=first, model_id=run.name)
-    if not is_removal:
-        storage_admit(
-            encoded,
-            owner_id=run.owner_id,
-            lane_id=run.id,
-            seq_id=seq_id,
-            idempotency_key=idempotency_key,
-        )
-    future = future_submit(
-        owner_id=run.owner_id,
-        queue=queue,
-        kind=kind,
-        payload=encoded,
-        lane_id=run.id,
+        return first
+    storage_admit(
+        encoded,
+        owner_id=owner_id,
+        lane_id=lane_id,
         seq_id=seq_id,
-        cost=cost,
-        delayable=delayable,
-        interruptible=interruptible,
-        summary=dict(summary or {}),
         idempotency_key=idempotency_key,
-        max_pending=None if is_removal else settings.MAX_PENDING,
-        result=result,
     )
-    return Submission(future=future, model_id=run.name)
+    return future_submit(
+        owner_id=owner_id,
+        queue=queue,
+        kind=request.kind,
+        payload=encoded,
+        lane_id=lane_id,
+        seq_id=seq_id,
+        cost=request.cost,
+        delayable=delayable,
+        interruptible=request.is_interruptible,
+        summary={**request.summary, **(summary or {})},
+        idempotency_key=idempotency_key,
+        max_pending=settings.MAX_PENDING,
+    )
 
 
 def _abandon(run: Run) -> None:

@@ -17,20 +17,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from django.conf import settings
 
 from futures.models import Future, Worker
-from futures.payload import decode
-from futures.transitions import State
-from training import payloads
 from training.engine.interface import Sampler, Trainer
 from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingError
-from training.kinds import Kind
 from training.models import Checkpoint, Run
 from training.selectors import run_log
-from training.worker.passes import TakeTokens, run_passes
 from training.worker.run_versions import RunVersions
 from training.worker.snapshots import SnapshotFailed, SnapshotWriter
 
@@ -66,20 +60,20 @@ class AdapterCache:
         sampler: Sampler,
         worker: Worker,
         *,
-        render: TakeTokens,
+        replay: Callable[[Run, Sequence[Future]], None],
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin with nothing in memory.
 
         Args:
-            render: The tokens that a request of the log had when it was first computed.
-            on_turn: Called whenever a replay, or writing them all, has got on.
+            replay: Applies a run's log to its adapter; see ``training.worker.replay``.
+            on_turn: Called whenever writing them all has got on.
         """
         self._on_turn = on_turn
         self._trainer = trainer
         self._sampler = sampler
         self._versions = RunVersions(trainer, sampler)
-        self._render = render
+        self._replay = replay
         self._worker = worker
         self._cached: dict[str, _CachedAdapter] = {}
         self._checkpoints: dict[str, float] = {}
@@ -295,57 +289,3 @@ class AdapterCache:
         if log:
             resident.debt_seconds = time.monotonic() - begin
         return resident
-
-    def _replay(self, run: Run, log: Sequence[Future]) -> None:
-        """Apply committed futures again; neighbours that shared a batch share it again."""
-        if run.id not in self._trainer.adapter_names() and (
-            not log or log[0].kind != Kind.CREATE_RUN
-        ):
-            raise RunLost("its snapshots are gone and the beginning of its log was pruned")
-        for (_, _, kind), group in groupby(log, key=lambda f: (f.worker_id, f.batch, f.kind)):
-            self._on_turn()
-            futures = list(group)
-            if kind == Kind.FORWARD_BACKWARD:
-                requests = [(run.id, future) for future in futures]
-                for answer in run_passes(self._trainer, requests, self._render, is_replay=True):
-                    if isinstance(answer.output, TrainingError):
-                        raise answer.output
-                continue
-            for future in futures:
-                if future.state == State.FAILED:  # a step that dropped the gradient
-                    self._trainer.drop_gradient(run.id)
-                    continue
-                payload = decode(bytes(future.payload or b""))
-                self._replay_barrier(run, future.kind, payload)
-
-    def _replay_barrier(self, run: Run, kind: str, payload: payloads.Payload) -> None:
-        if kind == Kind.CREATE_RUN and "checkpoint" not in payload:
-            self._trainer.create_adapter(
-                run.id, payloads.lora_config_from_payload(payload["lora_config"])
-            )
-        elif kind == Kind.OPTIM_STEP:
-            self._trainer.optim_step(
-                run.id, payloads.adam_params_from_payload(payload["adam_params"])
-            )
-        else:
-            load_checkpoint(self._trainer, run.id, payload)
-
-
-def load_checkpoint(trainer: Trainer, adapter_name: str, payload: payloads.Payload) -> None:
-    """Carry out a load_weights request, or a creation from a checkpoint.
-
-    Raises:
-        CheckpointNotFound: The checkpoint was deleted or damaged since. (failed future)
-        InvalidRequest: It was made for a base model of another shape. (failed future)
-        OutOfMemory: There is no room for it now. (failed future)
-    """
-    checkpoint = Checkpoint.objects.filter(pk=payload["checkpoint"]).first()
-    if checkpoint is None:
-        raise CheckpointNotFound(
-            f"{payload['path']} was deleted or overwritten before its turn came"
-        )
-    trainer.load_adapter(
-        adapter_name,
-        settings.DATA_DIR / checkpoint.directory,
-        with_optimizer=payload["optimizer"],
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from django.conf import settings
 from django.db import transaction
@@ -21,14 +21,17 @@ from futures.database import execute, rows_get
 from futures.finishing import futures_finish, futures_release
 from futures.models import Future, Worker
 from futures.notify import Bell
-from futures.payload import decode
 from training.engine.interface import Engine
 from training.errors import TrainingError
+from training.kinds import Sample
 from training.models import Run
 from training.worker import outcomes
 from training.worker.adapter_cache import AdapterCache
 from training.worker.batching_delay import collect_batch_mates
-from training.worker.operations import Effects, Operations
+from training.worker.effects import Effects
+from training.worker.operations import Operations
+from training.worker.replay import Replay
+from training.worker.requests import request_of
 from training.worker.samples import Samples
 from training.worker.scheduler import Batch, Scheduler, has_custom_loss
 from training.worker.text_pool import TextPool
@@ -100,7 +103,11 @@ class WorkLoop:
         self._on_turn = on_turn
         engine.sampler.report_progress(on_turn)
         self.adapter_cache = AdapterCache(
-            engine.trainer, engine.sampler, worker, render=self._texts.render, on_turn=on_turn
+            engine.trainer,
+            engine.sampler,
+            worker,
+            replay=Replay(engine.trainer, self._texts.render, on_turn),
+            on_turn=on_turn,
         )
         self._operations = Operations(engine.trainer, self.adapter_cache, self._texts)
         self._samples = Samples(engine.sampler, engine.renderer, self._texts)
@@ -220,16 +227,16 @@ class WorkLoop:
 
     def _begin_sample(self, future: Future, effects: Effects) -> None:
         """Hand a sample's prompts to the sampler, or fail it by name."""
-        payload = decode(bytes(future.payload or b""))
+        request = cast(Sample, request_of(future))
         run = self._runs.get(future.lane_id or "")
         try:
             version = None
             if run is not None:
                 version = self._operations.publish(future, self._runs)
-            elif payload["checkpoint"] is not None:
-                version = self.adapter_cache.publish_checkpoint(payload["checkpoint"])
+            elif request.checkpoint is not None:
+                version = self.adapter_cache.publish_checkpoint(request.checkpoint)
             self._samples.submit(
-                future, payload, model_id=run.name if run else None, version=version
+                future, request, model_id=run.name if run else None, version=version
             )
         except TrainingError as error:
             self._texts.forget([future.id])

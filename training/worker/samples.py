@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 from django.db import DatabaseError
@@ -19,13 +18,14 @@ from django.db import DatabaseError
 from futures.finishing import Outcome
 from futures.models import Future
 from futures.notify import notify_progress
-from training import payloads
 from training.engine.interface import Renderer, SampleJob, SampleOutput, Sampler
 from training.errors import LimitExceeded, TrainingError
+from training.kinds import Sample
 from training.services.recorded_samples import samples_record
 from training.text_pieces import Told
-from training.types import Datum, ScoringParams
+from training.types import Datum
 from training.worker import outcomes
+from training.worker.kinds import sample
 from training.worker.text_work import of_prompt
 from training.worker.texts import Texts
 
@@ -41,20 +41,16 @@ class _Sampling:
     """One sample future inside the sampler."""
 
     future: Future
+    request: Sample
     model_id: str | None
-    scoring: ScoringParams
     outputs: list[SampleOutput | None] = field(default_factory=list)
     """One per prompt, None until it is finished."""
     prompt_tokens: int = 0
     """Of all prompts together."""
     told: Told | None = None
     """How much of the texts was noted for those who follow; None if nobody is to follow."""
-    record_for: str | None = None
-    """The session whose models may train on the sequences; None if they are not to be kept."""
     prompt: list[int] = field(default_factory=list)
     """Of a request to be kept, which has one."""
-    with_token_texts: bool = False
-    """Whether the result holds each token's text too, which the web process cannot make."""
     echoed: list[tuple[Sequence[int], str | None]] = field(default_factory=list)
     """The prompts' tokens, and their texts where they were text, if the result is to have them."""
 
@@ -88,7 +84,7 @@ class Samples:
     def submit(
         self,
         future: Future,
-        payload: Mapping[str, Any],
+        request: Sample,
         *,
         model_id: str | None,
         version: str | None,
@@ -96,30 +92,27 @@ class Samples:
         """Hand a request's prompts to the sampler.
 
         Args:
-            payload: The future's, decoded.
+            request: The future's.
             model_id: For the answer; None where the request concerns no run.
             version: Of the weights that the sampler is to use; None for the base model's.
 
         Raises:
             TrainingError: One of the prompts cannot be sampled; none of them is.
         """
-        scoring = payloads.scoring_params_from_payload(payload.get("scoring", {}))
-        params = payloads.sampling_params_from_payload(payload["sampling_params"])
         keys: list[str] = []
         echoed: list[tuple[Sequence[int], str | None]] = []
         prompt_tokens = 0
         try:
-            stored = map(payloads.prompt_from_payload, payload["prompts"])
-            items = self._texts.take(future, payload)
+            items = self._texts.take(future, request)
             tokens = [item for item in items if not isinstance(item, Datum)]
-            for index, (prompt, prompt_ids) in enumerate(zip(stored, tokens, strict=True)):
+            for index, (prompt, prompt_ids) in enumerate(zip(request.prompts, tokens, strict=True)):
                 job = SampleJob(
                     prompt=prompt_ids,
-                    sampling_params=params,
-                    num_samples=payload["num_samples"],
+                    sampling_params=request.sampling_params,
+                    num_samples=request.num_samples,
                     version=version,
-                    prompt_logprobs=payload["prompt_logprobs"],
-                    scoring=scoring,
+                    prompt_logprobs=request.prompt_logprobs,
+                    scoring=request.scoring,
                     group=str(future.owner_id),
                 )
                 key = f"{future.id}:{index}"
@@ -131,26 +124,23 @@ class Samples:
                     raise of_prompt(error, index, len(tokens)) from error
                 keys.append(key)
                 prompt_tokens += len(job.prompt)
-                if payload.get("echo", False):
+                if request.echo:
                     echoed.append((job.prompt, prompt if isinstance(prompt, str) else None))
-                    _check_echo(
-                        prompt_tokens * job.num_samples * (1 + scoring.topk_prompt_logprobs)
-                    )
+                    num_likely = 1 + request.scoring.topk_prompt_logprobs
+                    _check_echo(prompt_tokens * job.num_samples * num_likely)
         except TrainingError:
             for key in keys:
                 self._sampler.cancel(key)
             raise
         self._held[future.id] = _Sampling(
             future=future,
+            request=request,
             model_id=model_id,
-            scoring=scoring,
-            outputs=[None] * len(payload["prompts"]),
+            outputs=[None] * len(request.prompts),
             prompt_tokens=prompt_tokens,
-            told=Told() if payload.get("stream", False) else None,
-            with_token_texts=payload.get("token_texts", False),
+            told=Told() if request.stream else None,
             echoed=echoed,
-            record_for=payload.get("record"),
-            prompt=list(job.prompt) if "record" in payload else [],
+            prompt=list(job.prompt) if request.record_for is not None else [],
         )
 
     def poll(self, wait_seconds: float) -> list[Sampled]:
@@ -180,19 +170,19 @@ class Samples:
             done = [item for item in sampling.outputs if item is not None]
             if len(done) < len(sampling.outputs):
                 return []
-            outcome = outcomes.sample_ready(
+            outcome = sample.ready(
                 sampling.future,
                 model_id=sampling.model_id,
                 outputs=done,
                 prompt_tokens=sampling.prompt_tokens,
-                token_texts=self._renderer.token_texts if sampling.with_token_texts else None,
+                token_texts=self._renderer.token_texts if sampling.request.token_texts else None,
                 prompt_texts=[
                     self._renderer.prompt_texts(tokens, text) for tokens, text in sampling.echoed
                 ],
-                scoring=sampling.scoring,
+                scoring=sampling.request.scoring,
             )
         del self._held[request_id]
-        is_kept = sampling.record_for is not None and not isinstance(output, TrainingError)
+        is_kept = sampling.request.record_for is not None and not isinstance(output, TrainingError)
         return [Sampled(sampling.future, outcome, partial(_record, sampling) if is_kept else None)]
 
     def withdraw(self, request_ids: Collection[str]) -> dict[str, tuple[Future, dict[str, int]]]:
@@ -257,7 +247,7 @@ def _record(sampling: _Sampling) -> None:
     """Keep what was sampled, for the loss that names it."""
     samples_record(
         request_id=sampling.future.id,
-        session_id=sampling.record_for or "",
+        session_id=sampling.request.record_for or "",
         prompt=sampling.prompt,
         sequences=[
             {

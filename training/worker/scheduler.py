@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
 from futures.models import Future
-from training.kinds import SHARED, Kind
+from training.kinds import REQUESTS, Order
 from training.loss_fns import CUSTOM
 
 
@@ -86,7 +86,8 @@ class Scheduler:
                 if not self._is_ready(future):
                     barred.add(lane)
                     continue
-                if future.kind not in SHARED:
+                order = REQUESTS[future.kind].order
+                if order is Order.BARRIER:
                     barred.add(lane)
                     if lane in self._sampling:
                         continue
@@ -97,7 +98,7 @@ class Scheduler:
                     # Later futures of this lane may not overtake it.
                     barred.add(lane)
                     continue
-                elif future.kind == Kind.SAMPLE:
+                elif order is Order.SAMPLE:
                     batch.samples.append(future)
                     self._sampling.setdefault(lane, set()).add(future.id)
                 else:

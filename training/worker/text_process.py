@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 
 from futures.payload import decode
 from training.errors import LimitExceeded, TrainingError
+from training.kinds import ForwardBackward, Sample, request_from_payload
 from training.worker.text_work import Item, Text, tokens_of
 
 MEMORY_BYTES = 4 * 1024**3
@@ -28,8 +29,9 @@ NICENESS = 5
 class TextTask:
     """One request's text."""
 
+    kind: str
     payload: bytes
-    """As the future stores it."""
+    """Kind and payload, as the future stores them."""
     max_context_tokens: int
     seconds: float
     """How long one conversation or prompt may take."""
@@ -57,9 +59,12 @@ def _answer(text: Text, task: TextTask) -> Answer:
         signal.setitimer(signal.ITIMER_REAL, task.seconds)
 
     try:
+        request = request_from_payload(task.kind, decode(task.payload))
+        if not isinstance(request, ForwardBackward | Sample):
+            raise TypeError(f"{task.kind} has no text")
         return tokens_of(
             text,
-            decode(task.payload),
+            request,
             max_context_tokens=task.max_context_tokens,
             on_item=begin_item,
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from training import payloads
 from training.errors import ContextLengthExceeded, InvalidDatum, TrainingError
+from training.kinds import ForwardBackward, Sample
 from training.types import ChatOptions, Conversation, Datum, Prompt
 
 Item = Datum | list[int]
@@ -30,16 +30,16 @@ class Text(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def has_text(payload: Mapping[str, Any]) -> bool:
-    """Whether a request's payload holds text that has to become tokens."""
-    if any("messages" in item for item in payload.get("data", ())):
-        return True
-    return any("tokens" not in item for item in payload.get("prompts", ()))
+def has_text(request: ForwardBackward | Sample) -> bool:
+    """Whether a request holds text that has to become tokens."""
+    if isinstance(request, ForwardBackward):
+        return any(isinstance(datum, Conversation) for datum in request.data)
+    return any(isinstance(prompt, Conversation | str) for prompt in request.prompts)
 
 
 def tokens_of(
     text: Text,
-    payload: Mapping[str, Any],
+    request: ForwardBackward | Sample,
     *,
     max_context_tokens: int,
     on_item: Callable[[], None] = lambda: None,
@@ -53,26 +53,33 @@ def tokens_of(
         TrainingError: One of them cannot be; the message names it.
     """
     items: list[Item] = []
-    for index, datum in enumerate(payloads.data_from_payload(payload.get("data", ()))):
-        on_item()
-        where = f"data[{index}]"
-        if isinstance(datum, Conversation):
-            try:
-                datum = text.render_conversation(
-                    datum.to_dicts(), train_on=payload["train_on"], options=datum.options
-                )
-            except TrainingError as error:
-                raise type(error)(f"{where}: {error}") from error
-            _check_length(datum, where, max_context_tokens)
-        items.append(datum)
-    prompts = [payloads.prompt_from_payload(item) for item in payload.get("prompts", ())]
-    for index, prompt in enumerate(prompts):
+    if isinstance(request, ForwardBackward):
+        for index, datum in enumerate(request.data):
+            on_item()
+            items.append(
+                _datum(text, datum, request.train_on, f"data[{index}]", max_context_tokens)
+            )
+        return items
+    for index, prompt in enumerate(request.prompts):
         on_item()
         try:
             items.append(_prompt_tokens(text, prompt, max_context_tokens))
         except TrainingError as error:
-            raise of_prompt(error, index, len(prompts)) from error
+            raise of_prompt(error, index, len(request.prompts)) from error
     return items
+
+
+def _datum(text: Text, datum: Conversation | Datum, train_on: str, where: str, most: int) -> Datum:
+    if isinstance(datum, Datum):
+        return datum
+    try:
+        rendered = text.render_conversation(
+            datum.to_dicts(), train_on=train_on, options=datum.options
+        )
+    except TrainingError as error:
+        raise type(error)(f"{where}: {error}") from error
+    _check_length(rendered, where, most)
+    return rendered
 
 
 def of_prompt(error: TrainingError, index: int, num_prompts: int) -> TrainingError:

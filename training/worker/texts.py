@@ -11,7 +11,7 @@ from futures.models import Future
 from futures.payload import decode
 from training.engine.interface import Renderer
 from training.errors import TrainingError
-from training.kinds import SHARED
+from training.kinds import REQUESTS, ForwardBackward, Order, Sample, request_from_payload
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 from training.worker.text_pool import TextPool
 from training.worker.text_process import Answer, TextTask
@@ -62,12 +62,13 @@ class Texts:
         if self._pool is None:
             return False
         for future in futures:
-            if future.kind not in SHARED:
+            if REQUESTS[future.kind].order is Order.BARRIER:
                 continue
             payload = bytes(future.payload or b"")
-            if not has_text(decode(payload)):
+            request = request_from_payload(future.kind, decode(payload))
+            if not isinstance(request, ForwardBackward | Sample) or not has_text(request):
                 continue
-            task = TextTask(payload, self._max_context_tokens, self._seconds)
+            task = TextTask(future.kind, payload, self._max_context_tokens, self._seconds)
             self._begun[future.id] = _Begun(future.owner_id, len(payload))
             self._pool.submit(future.id, str(future.owner_id), task)
         return len(self._begun) > begun
@@ -106,7 +107,7 @@ class Texts:
             self._begun.pop(request_id, None)
             self._answers.pop(request_id, None)
 
-    def take(self, future: Future, payload: Mapping[str, Any]) -> list[Item]:
+    def take(self, future: Future, request: ForwardBackward | Sample) -> list[Item]:
         """The request's datums or prompts in tokens.
 
         Raises:
@@ -115,12 +116,12 @@ class Texts:
         self._begun.pop(future.id, None)
         answer = self._answers.pop(future.id, None)
         if answer is None:
-            return self._render(self._renderer, payload)
+            return self._render(self._renderer, request)
         if isinstance(answer, TrainingError):
             raise answer
         return answer
 
-    def render(self, future: Future, payload: Mapping[str, Any]) -> list[Item]:
+    def render(self, future: Future, request: ForwardBackward | Sample) -> list[Item]:
         """The tokens that an answered request had, made here and now for a replay.
 
         There is no limit of time: it was accepted before.
@@ -129,11 +130,11 @@ class Texts:
             TrainingError: The model's folder is not what it was.
         """
         if _has_first_rules(future):
-            return self._render(_FirstRules(self._renderer), payload)
-        return self._render(self._renderer, payload)
+            return self._render(_FirstRules(self._renderer), request)
+        return self._render(self._renderer, request)
 
-    def _render(self, text: Text, payload: Mapping[str, Any]) -> list[Item]:
-        return tokens_of(text, payload, max_context_tokens=self._max_context_tokens)
+    def _render(self, text: Text, request: ForwardBackward | Sample) -> list[Item]:
+        return tokens_of(text, request, max_context_tokens=self._max_context_tokens)
 
     def close(self) -> None:
         """End the processes."""

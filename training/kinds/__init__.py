@@ -1,0 +1,62 @@
+"""The kinds of requests: what each stores and how it is ordered.
+
+What a kind does when its turn comes is in the module of its name in ``training.worker.kinds``. A
+new kind is a module here, one there, and a line in each of the two tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from training.kinds.compare_runs import CompareRuns
+from training.kinds.create_run import CreateRun
+from training.kinds.forward_backward import Forward, ForwardBackward
+from training.kinds.load_weights import LoadWeights
+from training.kinds.optim_step import OptimStep
+from training.kinds.remove_run import RemoveRun
+from training.kinds.request import Kind, Order, Request
+from training.kinds.sample import Sample
+from training.kinds.save_weights import SaveWeights
+
+__all__ = [
+    "LOGGED",
+    "REQUESTS",
+    "CompareRuns",
+    "CreateRun",
+    "Forward",
+    "ForwardBackward",
+    "Kind",
+    "LoadWeights",
+    "OptimStep",
+    "Order",
+    "RemoveRun",
+    "Request",
+    "Sample",
+    "SaveWeights",
+    "request_from_payload",
+]
+
+REQUESTS: Mapping[str, type[Request]] = {
+    request.kind: request
+    for request in (
+        CreateRun,
+        RemoveRun,
+        Forward,
+        ForwardBackward,
+        OptimStep,
+        Sample,
+        SaveWeights,
+        LoadWeights,
+        CompareRuns,
+    )
+}
+"""Every kind that a worker runs."""
+
+LOGGED = frozenset(kind for kind, request in REQUESTS.items() if request.is_logged)
+"""Change a run's state, so replaying them in order rebuilds it."""
+
+
+def request_from_payload(kind: str, payload: Mapping[str, Any]) -> Request:
+    """The request that a future of this kind stores."""
+    return REQUESTS[kind].from_payload(payload)

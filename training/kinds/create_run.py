@@ -1,0 +1,51 @@
+"""A new adapter, fresh or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from training import payloads
+from training.kinds.load_weights import LoadWeights
+from training.kinds.request import Kind, Request
+from training.payloads import Payload
+from training.types import LoraConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateRun(Request):
+    """Make a run's adapter."""
+
+    kind: ClassVar = Kind.CREATE_RUN
+    is_logged: ClassVar = True
+
+    model_id: str
+    """The run's name: stored so that one Idempotency-Key cannot mean two models."""
+    lora_config: LoraConfig
+    base_model: str | None = None
+    """What an SDK client asked for; stored for the digest."""
+    source: LoadWeights | None = None
+    """The checkpoint that it begins as; None for a fresh adapter."""
+
+    def to_payload(self) -> Payload:
+        payload: Payload = {
+            "model_id": self.model_id,
+            "lora_config": payloads.lora_config_to_payload(self.lora_config),
+        }
+        if self.base_model is not None:
+            payload["base_model"] = self.base_model
+        return payload | (self.source.to_payload() if self.source is not None else {})
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(
+            model_id=payload["model_id"],
+            lora_config=payloads.lora_config_from_payload(payload["lora_config"]),
+            base_model=payload.get("base_model"),
+            source=LoadWeights.from_payload(payload) if "checkpoint" in payload else None,
+        )
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.source.summary if self.source is not None else {}

@@ -1,0 +1,64 @@
+"""A loss of some data, with its gradient or without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from training import payloads
+from training.kinds.request import Kind, Order, Request
+from training.payloads import Payload
+from training.types import Conversation, Datum
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForwardBackward(Request):
+    """Compute a loss and add its gradient to what the run has accumulated."""
+
+    kind: ClassVar = Kind.FORWARD_BACKWARD
+    order: ClassVar = Order.PASS
+    is_logged: ClassVar = True
+
+    data: Sequence[Conversation | Datum]
+    loss_fn: str
+    loss_fn_config: Mapping[str, float]
+    train_on: str = "auto"
+    """Whose turns of a conversation are trained; see ``Renderer.render_conversation``."""
+    loss_id: str | None = None
+    """The uploaded loss that ``loss_fn="custom"`` means."""
+
+    def to_payload(self) -> Payload:
+        payload: Payload = {
+            "data": payloads.data_to_payload(self.data),
+            "loss_fn": self.loss_fn,
+            "loss_fn_config": dict(self.loss_fn_config),
+            "train_on": self.train_on,
+        }
+        return payload if self.loss_id is None else {**payload, "loss_id": self.loss_id}
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(
+            data=payloads.data_from_payload(payload["data"]),
+            loss_fn=payload["loss_fn"],
+            loss_fn_config=payload["loss_fn_config"],
+            train_on=payload["train_on"],
+            loss_id=payload.get("loss_id"),
+        )
+
+    @property
+    def cost(self) -> int:
+        return payloads.data_cost(self.data)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        custom = {} if self.loss_id is None else {"loss_fn": self.loss_fn}
+        return {"datums": len(self.data), **custom}
+
+
+class Forward(ForwardBackward):
+    """Compute the same loss and leave the accumulated gradient alone."""
+
+    kind: ClassVar = Kind.FORWARD
+    is_logged: ClassVar = False

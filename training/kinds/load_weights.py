@@ -1,0 +1,39 @@
+"""A run that becomes what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from training.kinds.request import Kind, Request
+from training.payloads import Payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadWeights(Request):
+    """Load a checkpoint into a run."""
+
+    kind: ClassVar = Kind.LOAD_WEIGHTS
+    is_logged: ClassVar = True
+
+    checkpoint: int
+    path: str
+    """The checkpoint's, when it was asked for."""
+    optimizer: bool
+    """False loads the weights and starts the optimizer anew."""
+
+    def to_payload(self) -> Payload:
+        return {"checkpoint": self.checkpoint, "path": self.path, "optimizer": self.optimizer}
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(
+            checkpoint=payload["checkpoint"],
+            path=payload["path"],
+            optimizer=payload["optimizer"],
+        )
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {"path": self.path}

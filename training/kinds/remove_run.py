@@ -1,0 +1,24 @@
+"""The end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from training.kinds.request import Kind, Request
+from training.payloads import Payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveRun(Request):
+    """Free what a run holds: its memory and its snapshots."""
+
+    kind: ClassVar = Kind.REMOVE_RUN
+
+    def to_payload(self) -> Payload:
+        return {}
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls()

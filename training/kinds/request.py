@@ -1,0 +1,77 @@
+"""What every kind of request says of itself, to the web that stores it and to the worker.
+
+Inside a lane, futures run in the order of their seq ids.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from enum import Enum, StrEnum, auto
+from typing import Any, ClassVar, Self
+
+from training.errors import TrainingError
+from training.payloads import Payload
+
+
+class Kind(StrEnum):
+    """``Future.kind``."""
+
+    CREATE_RUN = "create_run"
+    REMOVE_RUN = "remove_run"
+    FORWARD = "forward"
+    FORWARD_BACKWARD = "forward_backward"
+    OPTIM_STEP = "optim_step"
+    SAMPLE = "sample"
+    SAVE_WEIGHTS = "save_weights"
+    LOAD_WEIGHTS = "load_weights"
+    COMPARE_RUNS = "compare_runs"
+    CREATE_CUSTOM_LOSS = "create_custom_loss"
+    """Done by writing it down; no worker sees it."""
+
+
+class Order(Enum):
+    """How a request runs beside its neighbours in the lane."""
+
+    PASS = auto()
+    """Only reads the weights, and shares a pass over the base model with others."""
+    SAMPLE = auto()
+    """Only reads the weights, and is sampled while other lanes go on."""
+    BARRIER = auto()
+    """Runs after all before it and before all after it."""
+
+
+class Request(ABC):
+    """One request of a kind, as plain values."""
+
+    kind: ClassVar[Kind]
+    order: ClassVar[Order] = Order.BARRIER
+    is_logged: ClassVar[bool] = False
+    """Whether it changes its run's state, so that replaying it in its order rebuilds the run."""
+    logged_errors: ClassVar[tuple[type[TrainingError], ...]] = ()
+    """Failures of it that changed the state too, and are replayed."""
+    is_interruptible: ClassVar[bool] = False
+    """Whether its owner may cancel it while it runs: it changes nothing but its own result."""
+
+    @abstractmethod
+    def to_payload(self) -> Payload:
+        """What the future stores.
+
+        Its digest tells a repeated request from a reused number, so equal requests have equal
+        payloads in all versions: an option that came later is stored only where it is used.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        """The request that a future stores, of this version or an older one."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens to compute, estimated for text; what a batch is measured in."""
+        return 1
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """A few facts for lists and charts."""
+        return {}

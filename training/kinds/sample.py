@@ -1,0 +1,78 @@
+"""Completions of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from training import payloads
+from training.kinds.request import Kind, Order, Request
+from training.payloads import Payload
+from training.types import Prompt, SamplingParams, ScoringParams
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample(Request):
+    """Continue each prompt some times, with a run's weights, a checkpoint's or the base model's."""
+
+    kind: ClassVar = Kind.SAMPLE
+    order: ClassVar = Order.SAMPLE
+    is_interruptible: ClassVar = True
+
+    prompts: Sequence[Prompt]
+    num_samples: int
+    sampling_params: SamplingParams
+    """With a seed and a length, so that a repeat after a crash says the same."""
+    prompt_logprobs: bool = False
+    scoring: ScoringParams = field(default_factory=ScoringParams)
+    checkpoint: int | None = None
+    """Whose weights, in a lane of no run; None for the base model's."""
+    token_texts: bool = False
+    """The result says each token's text and where it begins."""
+    echo: bool = False
+    """The result has the prompts as well, token by token; needs ``token_texts``."""
+    stream: bool = False
+    """The worker notes the texts while they grow (``training.text_pieces``)."""
+    record_for: str | None = None
+    """The session whose models may train on the sequences; None if they are not to be kept."""
+
+    def to_payload(self) -> Payload:
+        asked = {
+            "scoring": payloads.scoring_params_to_payload(self.scoring),
+            "token_texts": self.token_texts,
+            "echo": self.echo,
+            "stream": self.stream,
+            "record": self.record_for,
+        }
+        return {
+            "prompts": [payloads.prompt_to_payload(prompt) for prompt in self.prompts],
+            "num_samples": self.num_samples,
+            "sampling_params": payloads.sampling_params_to_payload(self.sampling_params),
+            "prompt_logprobs": self.prompt_logprobs,
+            "checkpoint": self.checkpoint,
+            **{name: value for name, value in asked.items() if value},
+        }
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(
+            prompts=[payloads.prompt_from_payload(item) for item in payload["prompts"]],
+            num_samples=payload["num_samples"],
+            sampling_params=payloads.sampling_params_from_payload(payload["sampling_params"]),
+            prompt_logprobs=payload["prompt_logprobs"],
+            scoring=payloads.scoring_params_from_payload(payload.get("scoring", {})),
+            checkpoint=payload["checkpoint"],
+            token_texts=payload.get("token_texts", False),
+            echo=payload.get("echo", False),
+            stream=payload.get("stream", False),
+            record_for=payload.get("record"),
+        )
+
+    @property
+    def cost(self) -> int:
+        return sum(payloads.prompt_cost(prompt) for prompt in self.prompts)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {"prompts": len(self.prompts), "samples": self.num_samples}

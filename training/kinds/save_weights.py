@@ -1,0 +1,49 @@
+"""A checkpoint of a run as it is when the request's turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from training.kinds.request import Kind, Request
+from training.payloads import Payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveWeights(Request):
+    """Keep the run under a name, or for one sampling session of the SDK."""
+
+    kind: ClassVar = Kind.SAVE_WEIGHTS
+
+    checkpoint_kind: str
+    """``training``, ``sampler`` or ``external``."""
+    name: str | None = None
+    """None for a sampling session."""
+    sampling_session_seq_id: int | None = None
+    """The session's number for it; of the rest it has the kind alone."""
+    overwrite: bool = False
+    ttl_seconds: int | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    recipients: Sequence[str] = ()
+    """age public keys that the files of an external one are encrypted for."""
+
+    def to_payload(self) -> Payload:
+        if self.sampling_session_seq_id is not None:
+            return {
+                "kind": self.checkpoint_kind,
+                "sampling_session_seq_id": self.sampling_session_seq_id,
+            }
+        payload: Payload = {
+            "name": self.name,
+            "kind": self.checkpoint_kind,
+            "overwrite": self.overwrite,
+            "ttl_seconds": self.ttl_seconds,
+            "user_metadata": dict(self.user_metadata),
+        }
+        return {**payload, "recipients": list(self.recipients)} if self.recipients else payload
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        given = {name: value for name, value in payload.items() if name != "kind"}
+        return cls(checkpoint_kind=payload["kind"], **given)

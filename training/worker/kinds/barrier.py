@@ -1,0 +1,77 @@
+"""What a kind of request is that has its run's lane to itself while it runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from futures.finishing import Outcome
+from futures.models import Future
+from training.engine.interface import Trainer
+from training.kinds import Request
+from training.models import Run
+from training.worker.adapter_cache import AdapterCache
+from training.worker.effects import Effects
+
+RequestT = TypeVar("RequestT", bound=Request)
+AppliedT = TypeVar("AppliedT")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One future whose turn has come, and what its kind may use."""
+
+    future: Future
+    run: Run
+    """Its run; what is changed of the row is committed with the outcome."""
+    trainer: Trainer
+    adapter_cache: AdapterCache
+    effects: Effects
+
+
+class Barrier(ABC, Generic[RequestT]):
+    """A kind that changes nothing that a replay would have to repeat."""
+
+    @abstractmethod
+    def run(self, turn: Turn, request: RequestT) -> Outcome:
+        """Carry it out.
+
+        Raises:
+            TrainingError: It becomes the future's failure, and nothing was changed.
+        """
+
+
+class LoggedBarrier(Barrier[RequestT], Generic[RequestT, AppliedT]):
+    """A kind that changes its run.
+
+    What it does to the adapter is one method, for the first time and for a replay.
+    """
+
+    @abstractmethod
+    def apply(self, trainer: Trainer, run: Run, request: RequestT) -> AppliedT:
+        """Change the run's adapter, and nothing else.
+
+        Raises:
+            TrainingError: The adapter is as it was, unless it is one of the request's
+                ``logged_errors``.
+        """
+
+    def apply_failed(self, trainer: Trainer, run: Run, request: RequestT) -> None:
+        """Do again what a failure did that is one of the request's ``logged_errors``."""
+        raise NotImplementedError
+
+    def prepare(self, turn: Turn) -> None:
+        """Have the adapter in memory before it is changed."""
+        turn.adapter_cache.bring_run(turn.run)
+
+    @abstractmethod
+    def outcome(self, turn: Turn, request: RequestT, applied: AppliedT) -> Outcome:
+        """The result of what ``apply`` did, and what else is to be noted of it."""
+
+    def run(self, turn: Turn, request: RequestT) -> Outcome:
+        self.prepare(turn)
+        return self.outcome(turn, request, self.apply(turn.trainer, turn.run, request))
+
+
+AnyBarrier = Barrier[Any]

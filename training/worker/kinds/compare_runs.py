@@ -1,0 +1,37 @@
+"""compare_runs: whether two runs' states are equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from futures.finishing import Outcome
+from training.errors import RunNotFound
+from training.kinds import CompareRuns
+from training.models import Run
+from training.worker import outcomes
+from training.worker.kinds.barrier import Barrier, Turn
+
+
+class CompareRunsKind(Barrier[CompareRuns]):
+    """Reads both, and changes neither."""
+
+    def run(self, turn: Turn, request: CompareRuns) -> Outcome:
+        other = Run.objects.filter(id=request.other, owner_id=turn.run.owner_id).first()
+        if other is None:
+            raise RunNotFound("the run to compare with does not exist")
+        ours, theirs = (
+            turn.trainer.adapter_state(turn.adapter_cache.bring_run(run))
+            for run in (turn.run, other)
+        )
+        difference = {
+            key: float(np.max(np.abs(ours[key] - theirs[key]), initial=0.0))
+            for key in ("weights", "exp_avg", "exp_avg_sq", "grad")
+        }
+        result: dict[str, Any] = {
+            "steps": [int(ours["step"]), int(theirs["step"])],
+            "largest_difference": difference,
+            "identical": ours["step"] == theirs["step"] and not any(difference.values()),
+        }
+        return outcomes.ready(turn.future, result, identical=result["identical"])

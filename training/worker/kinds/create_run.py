@@ -1,0 +1,44 @@
+"""create_run: a new adapter, fresh or from a checkpoint."""
+
+from __future__ import annotations
+
+from futures.finishing import Outcome
+from training.engine.interface import Trainer
+from training.kinds import CreateRun
+from training.models import Run
+from training.worker import outcomes
+from training.worker.kinds.barrier import LoggedBarrier, Turn
+from training.worker.kinds.load_weights import load_checkpoint, note_loaded
+
+
+class CreateRunKind(LoggedBarrier[CreateRun, None]):
+    """The first request of every run's log."""
+
+    def apply(self, trainer: Trainer, run: Run, request: CreateRun) -> None:
+        if request.source is None:
+            trainer.create_adapter(run.id, request.lora_config)
+        else:
+            load_checkpoint(trainer, run, request.source)
+
+    def prepare(self, turn: Turn) -> None:
+        turn.adapter_cache.make_room()
+
+    def outcome(self, turn: Turn, request: CreateRun, applied: None) -> Outcome:
+        run = turn.run
+        turn.adapter_cache.created(run)
+        turn.effects.writes.append((turn.future, lambda: _leave_creating(run)))
+        result = {
+            "model_id": run.name,
+            "base_model": run.base_model,
+            "rank": run.rank,
+            "alpha": run.alpha,
+        }
+        if request.source is not None:
+            note_loaded(turn)
+            result["path"] = request.source.path
+        return outcomes.ready(turn.future, result, rank=run.rank)
+
+
+def _leave_creating(run: Run) -> None:
+    """Say that the run is made, unless its owner removed it meanwhile."""
+    Run.objects.filter(id=run.id, state=Run.RunState.CREATING).update(state=Run.RunState.READY)

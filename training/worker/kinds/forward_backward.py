@@ -1,0 +1,185 @@
+"""forward and forward_backward: losses of some data, with their gradients or without.
+
+Requests of many runs share a pass over the base model, so these kinds are carried out together.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from futures.finishing import Outcome
+from futures.models import Future
+from training.custom_loss_graph import CustomLossGraph, check_graph, graph_as_sent
+from training.engine.interface import ForwardBackwardJob, Trainer
+from training.errors import TrainingError
+from training.kinds import ForwardBackward, Kind
+from training.loss_checks import inputs_not_read
+from training.loss_fns import ADVANTAGES, LOSS_FNS, STABLE_REINFORCE, TARGET_TOKENS, LossSpec
+from training.models import Run
+from training.selectors import custom_loss_get
+from training.types import Datum, ForwardBackwardOutput
+from training.worker import outcomes
+from training.worker.effects import Effects
+from training.worker.requests import request_of
+from training.worker.text_work import Item
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassAnswer:
+    """What the trainer said of one future."""
+
+    future: Future
+    loss_fn: str
+    data: list[Datum]
+    """The future's data as tokens, in order; empty if it could not be rendered."""
+    output: ForwardBackwardOutput | TrainingError
+
+
+TakeTokens = Callable[[Future, ForwardBackward], Sequence[Item]]
+"""The datums of a request in tokens; ``Texts.take``, or ``Texts.render`` in a replay."""
+
+
+def apply(
+    trainer: Trainer,
+    requests: Sequence[tuple[str, Future]],
+    take_tokens: TakeTokens,
+    *,
+    is_replay: bool = False,
+) -> list[PassAnswer]:
+    """Run (adapter name, future) pairs together; one bad future fails alone.
+
+    Args:
+        is_replay: They were answered before, and are computed again to rebuild a run.
+
+    Returns:
+        One answer per pair, in order.
+    """
+    answers: list[PassAnswer | None] = []
+    jobs: list[ForwardBackwardJob] = []
+    for adapter_name, future in requests:
+        request = cast(ForwardBackward, request_of(future))
+        try:
+            items = take_tokens(future, request)
+            data = [item for item in items if isinstance(item, Datum)]
+            custom_loss = _custom_loss(request.loss_id)
+        except TrainingError as error:
+            answers.append(
+                PassAnswer(future=future, loss_fn=request.loss_fn, data=[], output=error)
+            )
+            continue
+        answers.append(None)
+        jobs.append(
+            ForwardBackwardJob(
+                adapter_name=adapter_name,
+                data=data,
+                loss_fn=request.loss_fn,
+                loss_fn_config=request.loss_fn_config,
+                forward_only=request.kind == Kind.FORWARD,
+                custom_loss=custom_loss,
+                is_replay=is_replay,
+            )
+        )
+    outputs = iter(zip(jobs, trainer.forward_backward(jobs) if jobs else [], strict=True))
+    complete = []
+    for (_, future), answer in zip(requests, answers, strict=True):
+        if answer is None:
+            job, output = next(outputs)
+            answer = PassAnswer(
+                future=future, loss_fn=job.loss_fn, data=list(job.data), output=output
+            )
+        complete.append(answer)
+    return complete
+
+
+def run(
+    trainer: Trainer,
+    requests: Sequence[tuple[Run, Future]],
+    take_tokens: TakeTokens,
+    effects: Effects,
+) -> None:
+    """Carry out requests of runs whose adapters are in memory, and note what became of each."""
+    begin = time.monotonic()
+    answers = apply(trainer, [(run.id, future) for run, future in requests], take_tokens)
+    seconds = time.monotonic() - begin
+    total = sum(future.cost for _, future in requests)
+    for (run, future), answer in zip(requests, answers, strict=True):
+        if isinstance(answer.output, TrainingError):
+            effects.outcomes.append(outcomes.failed(future, answer.output))
+            continue
+        outcome = _ready(run, outcomes.backend(trainer), answer, answer.output)
+        effects.outcomes.append(outcome)
+        if future.kind == Kind.FORWARD_BACKWARD:
+            run.tokens += outcome.summary["tokens"]
+            effects.changed(run, future, seconds * future.cost / total)
+
+
+def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:
+    """The uploaded loss that a request names; that it may, was checked when it was submitted.
+
+    Its session is part of its id: a replay asks for it from a run of no session.
+
+    Raises:
+        InvalidRequest: It is gone.
+    """
+    if loss_id is None:
+        return None
+    row = custom_loss_get(session_id=loss_id.rpartition(":loss:")[0], loss_id=loss_id)
+    return check_graph(row.name, row.inputs, graph_as_sent(row.graph))
+
+
+def _ready(run: Run, backend: str, answer: PassAnswer, output: ForwardBackwardOutput) -> Outcome:
+    """``loss`` is a mean per trained token, in nats; ``loss:sum`` is what the gradient is of.
+
+    A trained token is one whose weight (cross_entropy) or advantage (the others) is not zero.
+    The mean of cross_entropy is weighted: sum(-w * lp) / sum(w), or per trained token where
+    the weights do not sum to something positive. An input that the loss does not read is told by
+    the metric ``not_read/<name>:sum``, the number of datums that brought it.
+    """
+    data, loss_fn = answer.data, answer.loss_fn
+    num_tokens = sum(len(datum.model_input) for datum in data)
+    spec = LOSS_FNS.get(loss_fn)
+    factors = [_factor(datum, spec) for datum in data]
+    num_weighted = sum(int(np.count_nonzero(factor)) for factor in factors)
+    total = sum(float(factor.sum(dtype=np.float64)) for factor in factors)
+    divisor = total if spec and spec.mean_is_weighted and total > 0 else max(num_weighted, 1)
+    loss = output.loss / divisor
+    metrics = {
+        **output.metrics,
+        "loss:sum": output.loss,
+        "num_tokens": num_tokens,
+        "num_weighted_tokens": num_weighted,
+    }
+    if spec:
+        not_read = inputs_not_read(spec, data).items()
+        metrics |= {f"not_read/{name}:sum": count for name, count in not_read}
+    if loss_fn == STABLE_REINFORCE:
+        # Two names: of a call's metrics the SDK shows only those whose reduction it knows.
+        metrics |= {"stable_reinforce:ours": 1, "stable_reinforce/ours:min": 1}
+    if loss_fn == "cross_entropy":
+        metrics["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) is no float
+    result = {
+        "loss": loss,
+        "num_samples": len(data),
+        "num_tokens": num_tokens,
+        "model_id": run.name,
+        "backend": backend,
+        "metrics": metrics,
+        "loss_fn_outputs": [{"logprobs": logprobs} for logprobs in output.logprobs],
+    }
+    return outcomes.ready(answer.future, result, tokens=num_tokens, loss=loss)
+
+
+def _factor(datum: Datum, spec: LossSpec | None) -> NDArray[Any]:
+    """What each target counts, 1 where the datum does not say; of a custom loss each token."""
+    name = spec.factor if spec else ADVANTAGES
+    inputs = datum.loss_fn_inputs
+    if name in inputs:
+        return np.asarray(inputs[name])
+    return np.ones(inputs[TARGET_TOKENS].shape if spec else len(datum.model_input), np.float32)

@@ -1,0 +1,48 @@
+"""load_weights: a run becomes what a checkpoint holds."""
+
+from __future__ import annotations
+
+from django.conf import settings
+
+from futures.finishing import Outcome
+from training.engine.interface import Trainer
+from training.errors import CheckpointNotFound
+from training.kinds import LoadWeights
+from training.models import Checkpoint, Run
+from training.worker import outcomes
+from training.worker.kinds.barrier import LoggedBarrier, Turn
+
+
+class LoadWeightsKind(LoggedBarrier[LoadWeights, None]):
+    """Changes everything of an adapter but its shape."""
+
+    def apply(self, trainer: Trainer, run: Run, request: LoadWeights) -> None:
+        load_checkpoint(trainer, run, request)
+
+    def outcome(self, turn: Turn, request: LoadWeights, applied: None) -> Outcome:
+        note_loaded(turn)
+        result = {"path": request.path, "model_id": turn.run.name}
+        return outcomes.ready(turn.future, result, path=request.path)
+
+
+def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> None:
+    """Make the run's adapter what the checkpoint holds; it need not be in memory before.
+
+    Raises:
+        CheckpointNotFound: The checkpoint was deleted or damaged since. (failed future)
+        InvalidRequest: It was made for a base model of another shape. (failed future)
+        OutOfMemory: There is no room for it now. (failed future)
+    """
+    checkpoint = Checkpoint.objects.filter(pk=request.checkpoint).first()
+    if checkpoint is None:
+        raise CheckpointNotFound(f"{request.path} was deleted or overwritten before its turn came")
+    trainer.load_adapter(
+        run.id, settings.DATA_DIR / checkpoint.directory, with_optimizer=request.optimizer
+    )
+
+
+def note_loaded(turn: Turn) -> None:
+    """See to it that the checkpoint need not be read again: it may be deleted tomorrow, and the log
+    could not be replayed past it."""
+    turn.run.step = int(turn.trainer.adapter_state(turn.run.id)["step"])
+    turn.effects.seconds[turn.run.id] = float("inf")

@@ -1,0 +1,36 @@
+"""optim_step: AdamW with the accumulated gradient."""
+
+from __future__ import annotations
+
+from futures.finishing import Outcome
+from training.engine.interface import Trainer
+from training.kinds import OptimStep
+from training.models import Run
+from training.types import OptimStepOutput
+from training.worker import outcomes
+from training.worker.kinds.barrier import LoggedBarrier, Turn
+
+
+class OptimStepKind(LoggedBarrier[OptimStep, OptimStepOutput]):
+    """Changes weights, moments and step, and clears the gradient."""
+
+    def apply(self, trainer: Trainer, run: Run, request: OptimStep) -> OptimStepOutput:
+        return trainer.optim_step(run.id, request.adam_params)
+
+    def apply_failed(self, trainer: Trainer, run: Run, request: OptimStep) -> None:
+        trainer.drop_gradient(run.id)
+
+    def outcome(self, turn: Turn, request: OptimStep, applied: OptimStepOutput) -> Outcome:
+        """What the step did, with the learning rate it did it with."""
+        turn.run.step = applied.step
+        metrics = {
+            "learning_rate": request.adam_params.learning_rate,
+            "grad_norm": applied.grad_norm,
+            "step": applied.step,
+        }
+        result = {
+            "metrics": metrics,
+            "model_id": turn.run.name,
+            "backend": outcomes.backend(turn.trainer),
+        }
+        return outcomes.ready(turn.future, result, step=applied.step, grad_norm=applied.grad_norm)

@@ -1,0 +1,152 @@
+"""save_weights: a checkpoint of the run as it is now.
+
+Files are written before the commit and named by it: a crash in between leaves a folder that
+no row names, never a row without its folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from django.conf import settings
+from django.db import IntegrityError, transaction
+from django.utils import timezone
+
+from futures.finishing import Outcome
+from futures.services import lane_create
+from training.age import SUFFIX, encrypt_file
+from training.atomic_directory import new_directory
+from training.engine.interface import Trainer
+from training.errors import CheckpointExists, InvalidRequest, StorageQuotaExceeded
+from training.kinds import SaveWeights
+from training.models import Checkpoint, SamplingSession
+from training.paths import TinkerPath
+from training.services.checkpoints import checkpoint_check_free, checkpoint_place
+from training.storage_quota import storage_check
+from training.worker import outcomes
+from training.worker.kinds.barrier import Barrier, Turn
+
+FOLDER = Path("checkpoints")
+"""Below the data folder."""
+
+
+class SaveWeightsKind(Barrier[SaveWeights]):
+    """Reads the run, and changes nothing of it."""
+
+    def run(self, turn: Turn, request: SaveWeights) -> Outcome:
+        if request.sampling_session_seq_id is not None:
+            return _save_for_sampling_session(turn, request.sampling_session_seq_id)
+        return _save(turn, request, request.name or "")
+
+
+def _save(turn: Turn, request: SaveWeights, name: str) -> Outcome:
+    """Keep the run under a name."""
+    run, overwrite = turn.run, request.overwrite
+    path = TinkerPath(run.name, request.checkpoint_kind, name)
+    checkpoint_check_free(owner_id=run.owner_id, path=path, overwrite=overwrite)
+    row = _written(turn, request.checkpoint_kind, name, request.recipients)
+    row.user_metadata = dict(request.user_metadata)
+    if request.ttl_seconds is not None:
+        row.expires_at = row.created_at + timedelta(seconds=request.ttl_seconds)
+
+    def place() -> None:
+        try:
+            checkpoint_place(row, overwrite=overwrite)
+        except (CheckpointExists, StorageQuotaExceeded):  # of what was saved meanwhile
+            shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
+            raise
+
+    turn.effects.writes.append((turn.future, place))
+    result = {"path": str(path), "model_id": run.name, "size_bytes": row.size_bytes}
+    return outcomes.ready(turn.future, result, path=str(path), bytes=row.size_bytes)
+
+
+def _save_for_sampling_session(turn: Turn, number: int) -> Outcome:
+    """A frozen sampling session of these very weights.
+
+    Its rows are committed here, before the future's result: another request may take the
+    session's number until then, and only the database can say who was first. When a crash
+    comes in between, the repeat finds what the first one made.
+    """
+    future, run = turn.future, turn.run
+    session_id = f"{run.session_id}:sample:{number}"
+    made = SamplingSession.objects.filter(
+        id=session_id, checkpoint__run=run, checkpoint__seq_id=future.seq_id or 0
+    )
+    result = {"sampling_session_id": session_id, "model_id": run.name}
+    if made.exists():
+        return outcomes.ready(future, result, sampling_session=session_id)
+    # No client can ask for this name: a path may not hold it.
+    row = _written(turn, Checkpoint.Kind.SAMPLER, f"~{future.seq_id}", ())
+    row.ephemeral = True
+    try:
+        with transaction.atomic():
+            storage_check(owner_id=run.owner_id, more_bytes=row.size_bytes)
+            row.save(force_insert=True)
+            SamplingSession.objects.create(
+                id=session_id,
+                session_id=run.session_id or "",
+                seq_id=number,
+                base_model=run.base_model,
+                checkpoint=row,
+                model_path=f"tinker://{run.name}/sampler_weights/{row.name}",
+            )
+            lane_create(
+                lane_id=session_id, owner_id=run.owner_id, queue=future.queue, ordered=False
+            )
+    except StorageQuotaExceeded:
+        shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
+        raise
+    except IntegrityError:
+        shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
+        raise InvalidRequest(
+            f"sampling_session_seq_id: this session has a sampling session {number} already"
+        ) from None
+    return outcomes.ready(future, result, sampling_session=session_id, bytes=row.size_bytes)
+
+
+def _written(turn: Turn, kind: str, name: str, recipients: Sequence[str]) -> Checkpoint:
+    """The run's files, and the row that will name them."""
+    run, trainer = turn.run, turn.trainer
+    directory = FOLDER / uuid.uuid4().hex
+    target = settings.DATA_DIR / directory
+    adapter_name = turn.adapter_cache.bring_run(run)
+    if kind != Checkpoint.Kind.EXTERNAL:
+        size = trainer.save_adapter(
+            adapter_name, target, with_optimizer=kind == Checkpoint.Kind.TRAINING
+        )
+    elif recipients:
+        size = _save_encrypted(trainer, adapter_name, target, recipients)
+    else:
+        size = trainer.save_peft(adapter_name, target)
+    return Checkpoint(
+        run=run,
+        owner_id=run.owner_id,
+        path_run=run.name,
+        kind=kind,
+        name=name,
+        seq_id=turn.future.seq_id or 0,
+        step=run.step,
+        directory=str(directory),
+        size_bytes=size,
+        created_at=timezone.now(),
+    )
+
+
+def _save_encrypted(
+    trainer: Trainer, adapter_name: str, target: Path, recipients: Sequence[str]
+) -> int:
+    """peft's files, each as an age file; nothing else of them stays on the disk."""
+    plain = target.with_name(f".plain-{target.name}")
+    try:
+        trainer.save_peft(adapter_name, plain)
+        with new_directory(target) as temporary:
+            for path in plain.iterdir():
+                encrypt_file(path, temporary / (path.name + SUFFIX), recipients)
+            return sum(path.stat().st_size for path in temporary.iterdir())
+    finally:
+        shutil.rmtree(plain, ignore_errors=True)
