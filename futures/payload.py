@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,11 @@ MAX_BYTES = 256 * 1024 * 1024
 _ZSTD_LEVEL = 1  # half the CPU of level 3 for the same size on token arrays
 _ARRAY = 1  # msgpack extension code
 _ALIGNMENT = 16  # bytes; an array's data begins at a multiple of it
+_WORTH_A_STREAM = 64 * 1024  # bytes; less is copied together and compressed in one call
 _KINDS = "biuf"  # numpy's letters for booleans, integers and floats
+
+Pieces = Sequence[bytes | memoryview]
+"""A packed value: what was packed, and between it the arrays' own memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,56 +77,93 @@ def digest(kind: str, value: Any) -> bytes:
     return _digest(kind, _pack(value))
 
 
-def encode_payload(kind: str, value: Any) -> EncodedPayload:
-    """``encode`` and ``digest`` with the value packed once."""
-    packed = _pack(value)
-    return EncodedPayload(_compress(packed), _digest(kind, packed))
+def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayload:
+    """``encode`` and ``digest`` with the value packed once.
+
+    Args:
+        named: What the digest is of, where an earlier version stored the same request in another
+            form; None means ``value``.
+    """
+    pieces = _pack(value)
+    return EncodedPayload(
+        _compress(pieces), _digest(kind, pieces if named is None else _pack(named))
+    )
 
 
-def _digest(kind: str, packed: bytes) -> bytes:
+def _digest(kind: str, pieces: Pieces) -> bytes:
     digest = hashlib.sha256(kind.encode() + b"\0")
-    digest.update(packed)
+    for piece in pieces:
+        digest.update(piece)
     return digest.digest()
 
 
-def _compress(packed: bytes) -> bytes:
-    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(packed)
+def _compress(pieces: Pieces) -> bytes:
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+    size = sum(map(len, pieces))
+    if size < _WORTH_A_STREAM:
+        return compressor.compress(b"".join(pieces))
+    stream = compressor.compressobj(size=size)
+    return b"".join([*map(stream.compress, pieces), stream.flush()])
 
 
-def _pack(value: Any) -> bytes:
-    packed: bytes = msgpack.packb(_canonical(value), strict_types=True)
-    if len(packed) > MAX_BYTES:
+def _pack(value: Any) -> Pieces:
+    """The value in msgpack, in pieces that follow each other."""
+    pieces: list[bytes | memoryview] = []
+    packer = msgpack.Packer(autoreset=False, strict_types=True)
+    _pack_into(value, packer, pieces)
+    pieces.append(packer.bytes())
+    if sum(map(len, pieces)) > MAX_BYTES:
         raise PayloadTooLarge
-    return packed
+    return pieces
 
 
-def _canonical(value: Any) -> Any:
-    """``value`` with sorted mappings and with arrays as msgpack extensions."""
+def _pack_into(value: Any, packer: Any, pieces: list[bytes | memoryview]) -> None:
+    """Pack ``value`` behind what the packer holds, with sorted mappings and with arrays as msgpack
+    extensions. An array is a piece of its own, where it lies; what was packed before it is another.
+    """
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise TypeError("the keys of a payload's mappings must be strings")
-        return {key: _canonical(value[key]) for key in sorted(value)}
-    if isinstance(value, list | tuple):
+        packer.pack_map_header(len(value))
+        for key in sorted(value):
+            packer.pack(key)
+            _pack_into(value[key], packer, pieces)
+    elif isinstance(value, list | tuple):
         # Long lists of plain numbers are common, and walking them is what costs.
         if all(type(item) in (int, float, str) for item in value):
-            return list(value)
-        return [_canonical(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return _pack_array(value)
-    return value
+            packer.pack(list(value))
+            return
+        packer.pack_array_header(len(value))
+        for item in value:
+            _pack_into(item, packer, pieces)
+    elif isinstance(value, np.ndarray):
+        header, numbers = _pack_array(value)
+        pieces += [packer.bytes(), header, numbers]
+        packer.reset()
+    else:
+        packer.pack(value.item() if isinstance(value, np.generic) else value)
 
 
-def _pack_array(array: np.ndarray[Any, Any]) -> msgpack.ExtType:
-    """Header (length, dtype, shape), padding, then the bytes in C order."""
+def _pack_array(array: np.ndarray[Any, Any]) -> tuple[bytes, memoryview]:
+    """The beginning of an extension with dtype and shape, padded, and the bytes in C order."""
     if array.dtype.kind not in _KINDS:
         raise TypeError(f"arrays of {array.dtype} cannot be stored")
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     header: bytes = msgpack.packb([little.dtype.str, list(array.shape)])
     begin = -(-(1 + len(header)) // _ALIGNMENT) * _ALIGNMENT
-    prefix = bytes([len(header)]) + header
-    return msgpack.ExtType(_ARRAY, prefix.ljust(begin, b"\0") + little.tobytes())
+    prefix = (bytes([len(header)]) + header).ljust(begin, b"\0")
+    numbers = little.reshape(-1).view(np.uint8).data
+    return _extension_header(begin + len(numbers)) + prefix, numbers
+
+
+def _extension_header(length: int) -> bytes:
+    """What msgpack writes before an extension of so many bytes, in the shortest form."""
+    if length == 16:  # of the fixed lengths the only one that a prefix leaves possible
+        return bytes([0xD8, _ARRAY])
+    for format_code, num_bytes in ((0xC7, 1), (0xC8, 2), (0xC9, 4)):
+        if length < 256**num_bytes:
+            return bytes([format_code]) + length.to_bytes(num_bytes, "big") + bytes([_ARRAY])
+    raise PayloadTooLarge
 
 
 def _unpack_array(code: int, data: bytes) -> np.ndarray[Any, Any]:

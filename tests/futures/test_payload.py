@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -91,6 +93,50 @@ def test_encoding_and_digest_in_one_go_are_the_same_as_apart() -> None:
 
     assert both.data == encode(value)
     assert both.digest == digest("add", value)
+
+
+def as_extension(array: np.ndarray[Any, Any]) -> msgpack.ExtType:
+    """An array as every version stored it: length of the header, dtype and shape, zeros up to a
+    multiple of 16, the numbers."""
+    header = msgpack.packb([array.dtype.str, list(array.shape)])
+    return msgpack.ExtType(
+        1, bytes([len(header)]) + header + bytes(-(1 + len(header)) % 16) + array.tobytes()
+    )
+
+
+@pytest.mark.parametrize("size", [0, 1, 14, 15, 223, 224, 239, 240, 65_503, 65_520, 100_000])
+def test_what_is_stored_and_named_is_plain_msgpack_whatever_the_size(size: int) -> None:
+    """The digest names a repeated request, also one that an older version took."""
+    array = np.arange(size, dtype=np.uint8)
+    packed = msgpack.packb(
+        {"a": [1, "x"], "b": as_extension(array), "c": [None, as_extension(array)]}
+    )
+    value = {"c": (None, array), "b": array, "a": [1, "x"]}
+
+    assert digest("add", value) == hashlib.sha256(b"add\0" + packed).digest()
+    assert zstandard.ZstdDecompressor().decompress(encode(value)) == packed
+    for stored in (decode(encode(value))["b"], decode(encode(value))["c"][1]):
+        np.testing.assert_array_equal(stored, array)
+
+
+def test_a_digest_may_be_of_the_form_that_an_older_version_stored() -> None:
+    encoded = encode_payload("add", {"a": np.array([1, 2])}, named={"a": [1, 2]})
+
+    assert encoded.digest == digest("add", {"a": [1, 2]})
+    np.testing.assert_array_equal(decode(encoded.data)["a"], [1, 2])
+
+
+def test_encoding_copies_no_large_array() -> None:
+    value = {"data": [{"weights": np.zeros(2**21, np.float32)}]}  # 8 MiB that compress to nothing
+    encode_payload("add", value)
+    tracemalloc.start()
+    try:
+        encode_payload("add", value)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 2**20
 
 
 def test_a_value_larger_than_allowed_is_refused_from_its_header() -> None:
