@@ -1,8 +1,8 @@
-"""Futures by id, for those who wait in an event loop, on one connection of their own.
+"""Reads of futures by id for the tasks of an event loop, over a connection of its own.
 
-Whoever asks while a statement is on its way shares the next one. So a commit that wakes five
-hundred waiters is followed by eight statements instead of five hundred, and a reading waiter
-needs neither a thread nor a turn with a connection.
+Ids that are requested while a statement runs share the next statement. A commit that wakes five
+hundred waiters is therefore followed by eight statements instead of five hundred, and a waiter that
+reads needs no thread and no connection.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from futures.models import Future
 from futures.notify import FLUSH_NOTE, bell_channel
 
 MAX_IDS = 64
-"""Of one statement; a result may have megabytes."""
+"""Ids in one statement; a result may have megabytes."""
 
 Asked = dict[str, "asyncio.Future[Future | psycopg.Error | None]"]
-"""Request id to what its askers await."""
+"""Request id to the future that its readers await."""
 
 _COLUMNS = tuple(
     column.attname for column in Future._meta.concrete_fields if column.attname != "payload"
@@ -40,23 +40,23 @@ class FutureReader:
         self._reading: asyncio.Task[None] | None = None
 
     async def read(self, request_id: str) -> Future | None:
-        """The future as it is now, without its payload; None if there is none.
+        """The future's current state, without its payload; None if it does not exist.
 
         Raises:
-            OperationalError: Django's; Postgres does not answer.
+            OperationalError: Django's; Postgres is down.
         """
         self._begin()
         asked = self._asked.get(request_id)
         if asked is None:
             asked = self._asked[request_id] = asyncio.get_running_loop().create_future()
             self._some_asked.set()
-        found = await asyncio.shield(asked)  # others may await it too
+        found = await asyncio.shield(asked)  # other readers may await it too
         if isinstance(found, psycopg.Error):
             raise OperationalError(str(found)) from found
         return found
 
     def flush(self, queue: str) -> None:
-        """Tell the queue's worker that somebody waits; a hint, which may be lost."""
+        """Tell the queue's worker that a client waits; only a hint, which may be lost."""
         self._begin()
         self._flushed.add(queue)
         self._some_asked.set()
@@ -67,13 +67,13 @@ class FutureReader:
             self._reading.add_done_callback(self._forget)
 
     async def close(self) -> None:
-        """Stop reading; the next one who asks begins again."""
+        """Stop reading; the next read starts again."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
 
     def _forget(self, reading: asyncio.Task[None]) -> None:
-        """Let go of a task that ended: it holds its loop, and the loop is what holds us."""
+        """Drop a task that ended: it refers to its loop, and the loop refers to us."""
         if self._reading is reading:
             self._reading = None
 
@@ -102,16 +102,16 @@ class FutureReader:
                     if connection is not None:
                         await connection.close()
         finally:
-            # Whatever ends this task, nobody waits for it for ever.
+            # However this task ends, nobody may wait for it indefinitely.
             _fail(asked | self._asked, psycopg.OperationalError("the reader ended"))
             self._asked.clear()
             if connection is not None:
                 await connection.close()
 
     def _take(self) -> tuple[Asked, set[str]]:
-        """The first of those that are asked for, and the queues whose batches are to be flushed.
+        """The first of the requested ids, and the queues whose batches are to be flushed.
 
-        Who asks for one of them again waits for the next read.
+        A later request for one of these ids waits for the next read.
         """
         taken = {name: self._asked.pop(name) for name in list(self._asked)[:MAX_IDS]}
         flushed, self._flushed = self._flushed, set()
@@ -121,7 +121,7 @@ class FutureReader:
 
 
 def _fail(asked: Asked, error: psycopg.Error) -> None:
-    """Tell those who were not answered yet."""
+    """Raise the error in all readers that have no answer yet."""
     for waiting in asked.values():
         if not waiting.done():
             waiting.set_result(error)
@@ -130,6 +130,6 @@ def _fail(asked: Asked, error: psycopg.Error) -> None:
 async def futures_by_id(
     connection: psycopg.AsyncConnection[Any], request_ids: list[str]
 ) -> dict[str, Future]:
-    """Those that exist, without their payloads."""
+    """The existing ones of these futures, without their payloads."""
     rows = await (await connection.execute(_READ, (request_ids,), binary=True)).fetchall()
     return {row[_ID]: Future.from_db(alias(), _COLUMNS, row) for row in rows}

@@ -1,8 +1,9 @@
-"""django-q2's ORM broker, woken by LISTEN instead of polling, and our doorbells in it.
+"""django-q2's ORM broker, woken by LISTEN instead of polling, and our doorbell tasks in it.
 
-An engine queue carries doorbells only: tasks that say "look at the futures". Losing the
-acknowledgement of one costs a look at an empty table, so claims and acknowledgements do not
-wait for the disk (that alone is three to five times more tasks per second, measured).
+An engine queue carries doorbells only: tasks that say "look at the futures". If the
+acknowledgement of one is lost, the worker looks at an empty table once, so claims and
+acknowledgements do not wait for the disk (that alone gives three to five times more tasks per
+second, measured).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ DELETE FROM django_q_ormq USING quick WHERE id = %(id)s
 """
 
 _listeners = threading.local()
-"""Queue to Listener, for each thread has a connection of its own."""
+"""Queue to Listener, because each thread has its own connection."""
 
 
 class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
@@ -66,7 +67,7 @@ class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
         return sorted((int(task_id), str(payload)) for task_id, payload in rows)
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Wait for the queue's bell; True if it rang or if that cannot be known."""
+        """Wait for the queue's notification; True if it arrived or if that is unknown."""
         return bool(_listener(self.list_key).wait(timeout_seconds))
 
     def delete(self, task_id: int) -> None:
@@ -76,9 +77,9 @@ class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
 def doorbells_unlock(queue: str) -> None:
     """Let every doorbell of an engine queue be claimed now.
 
-    A task is visible from a time of the wall clock on. When that is set back, one that was
-    rung before would be invisible until the clock catches up. An engine queue has one
-    consumer, so nothing is lost if it finds one that it is answering already.
+    A task is visible from a wall-clock time on. If the clock is set back, an earlier task
+    would be invisible until the clock catches up. An engine queue has one
+    consumer, so it does no harm if that consumer finds a task that it is already answering.
     """
     execute(
         """
@@ -90,23 +91,23 @@ def doorbells_unlock(queue: str) -> None:
 
 
 def bell_rang(queue: str, timeout_seconds: float = 0.0) -> Bell:
-    """What was heard of the queue's bell since this thread last asked, waiting for it so long.
+    """The notifications on the queue since this thread last asked, or within the timeout.
 
-    Takes the notification, so who is told that it rang must claim. Without waiting it costs one
-    look at the socket.
+    This takes the notification, so a caller that is told RANG must claim. Without a timeout it
+    only looks at the socket once.
     """
     return _listener(queue).wait(timeout_seconds)
 
 
 def doorbell(queue: str) -> str:
-    """A signed django-q task that rings for ``queue``, made by django-q but not enqueued."""
+    """A signed django-q task that wakes ``queue``, made by django-q but not enqueued."""
     package = _Package()
     async_task(settings.FUTURES_TASK, queue, cluster=queue, broker=package)
     return package.task
 
 
 class _Package:
-    """Stands where async_task expects a broker, and keeps what it would enqueue."""
+    """Takes the broker's place in async_task, and keeps the task instead of enqueueing it."""
 
     task: str
     list_key = "doorbell"

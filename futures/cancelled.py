@@ -1,8 +1,8 @@
-"""What a worker does about futures that were cancelled while it held them.
+"""How a worker handles futures that were cancelled while it held them.
 
-The cancellation is a commit of the owner's (``futures.cancelling.future_cancel``), so a worker
-may find at any time that a row it holds is final. It learns so from the bell, or when it wants
-to finish or release the row. It never undoes it: what it did for the row is dropped.
+The owner's commit cancels the future (``futures.cancelling.future_cancel``), so a worker
+may find at any time that a row it holds is final. It learns this from a notification, or when it
+finishes or releases the row. It never undoes the cancellation: its own work for the row is dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SELECT id FROM futures_future
 WHERE id = ANY (%(ids)s::text[]) AND state = 'cancelled' AND worker_id = %(worker_id)s
 """
 
-# Locks nothing: a takeover locks the worker before its futures, and who finishes the other way.
+# Takes no lock: a takeover locks the worker before its futures, a finish locks in the other order.
 _CANCELLED_WHILE_LIVE = f"""
 {_CANCELLED} AND EXISTS (
     SELECT FROM futures_worker WHERE id = %(worker_id)s AND state IN ('starting', 'live')
@@ -37,12 +37,12 @@ WHERE f.id = o.id AND f.id = ANY (%(ids)s::text[])
 def futures_cancelled(
     *, worker: Worker, request_ids: Sequence[str], must_live: bool = False
 ) -> set[str]:
-    """Which of these, that the worker claimed, were cancelled since.
+    """The ids that were cancelled after the worker claimed them.
 
     One statement, in the caller's transaction if there is one.
 
     Args:
-        must_live: None is named if the worker was replaced.
+        must_live: Return no id if the worker was replaced.
     """
     if not request_ids:
         return set()
@@ -54,12 +54,12 @@ def futures_cancelled(
 def futures_note_cancelled(
     *, worker: Worker, summaries: Mapping[str, Mapping[str, Any]], batch: int
 ) -> None:
-    """Write down what was done for cancelled futures before the worker let go of them.
+    """Record the work done for cancelled futures before the worker dropped them.
 
     One statement, in the caller's transaction if there is one.
 
     Args:
-        summaries: Request id to what is merged into its summary.
+        summaries: Request id to the values merged into its summary.
         batch: Number of the engine batch within the worker's life.
     """
     if summaries:

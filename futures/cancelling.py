@@ -1,6 +1,6 @@
-"""How futures end without a result because of their owner: cancelled, or refused with their lane.
+"""How an owner ends futures without a result: by cancelling one, or refusing a whole lane.
 
-What a worker does about those that it held is in ``futures.cancelled``.
+``futures.cancelled`` handles the futures that a worker held.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from futures.notify import notify_cancelled_after_commit, notify_finished_after_
 from futures.services import Refusal
 from futures.transitions import State
 
-_NOT_TORN_APART = "It runs already, and what it changes is not torn apart: it goes on to its end."
+_NOT_INTERRUPTIBLE = "It is already running and changes state, so it cannot be interrupted."
 
 
 def future_cancel(*, request_id: str, owner_id: int) -> Future:
-    """Cancel a future that waits, or runs and is interruptible, and return it.
+    """Cancel a future that is waiting, or running and interruptible, and return it.
 
-    It is cancelled for good when this returns; cancelling twice is the same as once. Whoever
-    runs it is told after the commit and may spend another moment on it. A worker that finishes
-    it meanwhile finds that it came too late (``futures.cancelled``). Opens its own transaction.
+    It is final when this returns; cancelling twice has the same effect as once. The worker that
+    runs it is told after the commit and may spend another moment on it. If the worker finishes
+    it meanwhile, that result is dropped (``futures.cancelled``). Opens its own transaction.
 
     Raises:
         FutureNotFound: The owner has no such future. (404)
-        FutureNotCancellable: It is finished, or it runs and must not be torn apart. (409)
+        FutureNotCancellable: It is finished, or it is running and not interruptible. (409)
     """
     future_of_owner = Future.objects.without_bodies().filter(pk=request_id, owner_id=owner_id)
     with transaction.atomic(using=alias()):
         cancelled = future_of_owner.cancellable().update(
             state=State.CANCELLED,
-            # By the clock that also says when workers finish: cursors compare the two.
+            # By the clock that also dates workers' results: cursors compare the two times.
             finished_at=Now(),
         )
         future = future_of_owner.first()
         if future is None:
             raise FutureNotFound.named(request_id)
         if future.state != State.CANCELLED:
-            raise FutureNotCancellable(*([] if future.is_final else [_NOT_TORN_APART]))
+            raise FutureNotCancellable(*([] if future.is_final else [_NOT_INTERRUPTIBLE]))
         if cancelled and future.worker_id is None:
             notify_finished_after_commit([request_id])
         elif cancelled:
@@ -49,10 +49,10 @@ def future_cancel(*, request_id: str, owner_id: int) -> Future:
 
 
 def lane_refuse(*, lane_id: str, refusal: Refusal, but: str) -> int:
-    """Fail all that waits or runs in a lane that no worker will come back to, except one kind;
-    say how many.
+    """Fail every open future of a lane that no worker will serve again, except one kind;
+    return the number.
 
-    A worker that runs some of it all the same finds that its epoch holds it no more and commits
+    A worker that is running one of them finds that its epoch no longer holds it and commits
     nothing. Runs in the caller's transaction, or opens its own.
     """
     with transaction.atomic(using=alias()):

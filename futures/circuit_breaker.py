@@ -1,10 +1,10 @@
-"""While Postgres is down, a few requests wait for it (one in each database thread) and who comes in
-the second after is told at once.
+"""While Postgres is down, one request in each database thread waits for it, and requests that
+arrive in the second after that fail at once.
 
-A request that finds no Postgres waits a few seconds for it, which hides a restart. But a
-process has few threads for its database; with every request waiting in turn, a hundredth
-client would hear nothing for minutes. So whoever has waited in vain speaks for all who come
-in the next moment.
+A request that finds Postgres down waits a few seconds for it, which hides a restart. But a
+process has few database threads; if every request waited in turn, the hundredth client would get
+no answer for minutes. So after one request has waited in vain, the requests of the next moment
+fail without waiting.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable
 from django.db import OperationalError
 
 PATIENCE_SECONDS = 4.0
-"""What a restarted Postgres needs to be back."""
+"""Longer than a restart of Postgres takes."""
 
 LOOK_SECONDS = 0.1
 BELIEVED_SECONDS = 1.0
 
 
 class CircuitBreaker:
-    """What one process knows about Postgres not answering; for all of its threads."""
+    """Shared by all threads of a process: whether Postgres was down a moment ago."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class CircuitBreaker:
         self._believed_until = 0.0
 
     def wait_out(self, connect: Callable[[], None]) -> None:
-        """``connect()``, again and again until it succeeds or the patience ends.
+        """Call ``connect()`` until it succeeds or ``PATIENCE_SECONDS`` are over.
 
         Raises:
-            OperationalError: Django's; in vain, or somebody has just waited in vain.
+            OperationalError: Django's; Postgres is still down, or was down a moment ago.
         """
         if self._clock() < self._believed_until:
             raise OperationalError("Postgres did not answer a moment ago")
@@ -55,7 +55,7 @@ class CircuitBreaker:
             self._sleep(LOOK_SECONDS)
 
     def is_over(self) -> None:
-        """Somebody was answered: there is nothing to believe any more."""
+        """Postgres has answered: close the circuit again."""
         self._believed_until = 0.0
 
 

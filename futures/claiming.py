@@ -1,25 +1,25 @@
-"""How a worker comes by futures: a claim takes what may run now.
+"""How a worker gets futures: a claim takes those that may run now.
 
-It is one statement over all lanes of the queue. It knows nothing of kinds: the worker
-holds what it claimed in order and keeps the barriers itself.
+It is one statement over all lanes of the queue. It does not depend on kinds: the worker
+keeps the claimed futures in order and enforces the barriers itself.
 
 Which futures may run
-    Those without a lane, those of an unordered lane, and, of an ordered lane, the stretch
+    Futures without a lane, those of an unordered lane, and in an ordered lane the range
     that begins at ``next_seq_id`` and in which every seq id has a row. A missing seq id ends
-    the stretch, for requests may arrive out of order; final rows in it are passed over.
+    the range, because requests may arrive out of order; final rows in it are skipped.
 In which order
-    Owners take turns, and among those whose turn it is, the one whom this worker has served least
-    recently comes first: a claim that is too small for everybody goes on where the last one
-    ended. An owner's own come in the order in which they could first have run:
-    when they and all before them in their lane had arrived. So a cut through that order never
+    Owners take turns, and among those whose turn it is, the owner whom this worker served least
+    recently comes first: a claim that is too small for everybody continues where the last one
+    ended. An owner's futures are ordered by the time at which they could first have run:
+    when they and all before them in their lane had arrived. So a cut through this order never
     separates a future from an earlier one of its lane.
 How many
-    A prefix of that order within the budgets of futures and cost, and at least one.
+    The longest prefix of that order within the budgets of futures and cost, and at least one.
 Suspects
-    A future whose worker crashed while it ran may be what brought it down. While one may run, it
-    is claimed alone, and only by a worker that holds nothing else. One that has run like that for
-    some seconds, a long sample say, is trusted again: others may join it. If that was a mistake,
-    it is suspected the more after the next crash, and the third time it runs alone to its end.
+    A future whose worker crashed while it ran may have caused the crash. A suspect is claimed
+    alone, and only by a worker that holds nothing else. After it has run alone for some seconds (a
+    long sample, for example) it is trusted again: others may join it. If that was a mistake, it
+    runs alone for longer after the next crash, and after the third crash it runs alone to its end.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from futures.errors import Fenced
 from futures.models import Future, Worker
 
 MIN_WINDOW, MAX_WINDOW = 32, 256
-"""Rows of one lane (or, without lane, of one owner) that a claim looks at: as many as it may
-take, within these bounds. So its work does not grow with what waits in a lane."""
+"""Rows of one lane (or, without lane, of one owner) that a claim reads: as many as it may
+take, within these bounds. So its work does not grow with the length of a lane."""
 
 SUSPECT_INTERRUPTIONS = 3
-"""Workers ended from outside while a future ran, after which that is held against it."""
+"""After this many workers were ended from outside while it ran, a future is a suspect."""
 
 SUSPECT_SECONDS = 5
-"""How long a future that is suspected for the first time makes everybody wait; the second time
+"""How long a suspect runs alone the first time; the second time
 it is twice as long."""
 
 MAX_SERVED = 1000
-"""Owners of whom a worker remembers when it served them; who is forgotten comes first."""
+"""Owners whose last service a worker remembers; a forgotten owner comes first."""
 
 # Numbered as in the statement:
-# 0. The epoch, locked, so that a claim and a takeover by a new worker come one after the other:
-#    a claim that had to wait for a takeover finds no epoch, and takes nothing. What the epoch
-#    holds. The doorbells, of which one that this statement does not see keeps its own. Its
+# 0. The epoch, locked, so that a claim and a takeover by a new worker are serialized: a claim that
+#    waited for a takeover finds no epoch and takes nothing. The futures that the epoch
+#    holds. The doorbells are deleted; one that this statement does not see stays. The
 #    commit does not wait for the disk.
 # 1. The lanes and the owners that have pending futures, found by skipping from one to the next
 #    in the partial indexes, so that ten thousand rows of one lane cost one step.
-# 2. The rows of each lane from where it goes on, and of each owner without a lane.
-# 3. What may run, and since when.
-# 4. The order of all of it, and how far the budgets reach.
-# 5. A suspect, alone, or what must run before it in its lane.
-# 6. The compare-and-set, and the lanes moved past what was claimed or already final.
-# 7. Whether anything is left that may run, now or when what is held has ended.
-# ``= ANY (ARRAY(...))`` makes Postgres look rows up by key whatever it guesses of their number.
+# 2. The rows of each lane from its next seq id on, and of each owner without a lane.
+# 3. The futures that may run, and since when.
+# 4. Their order, and the prefix within the budgets.
+# 5. A suspect, alone, or the future that must run before it in its lane.
+# 6. The compare-and-set, and the lanes moved past all rows that are claimed or final.
+# 7. Whether any future is left that may run, now or after the held ones.
+# ``= ANY (ARRAY(...))`` makes Postgres look up rows by key, whatever row count it estimates.
 _CLAIM = """
 WITH RECURSIVE epoch AS MATERIALIZED (                                                    -- 0
     SELECT id, set_config('synchronous_commit', 'off', true) FROM futures_worker
@@ -210,19 +210,19 @@ _SUMMARY = _FACTS + _COLUMNS.index("summary")
 def future_claim(
     *, worker: Worker, max_futures: int, max_cost: int, passed_over: Collection[int] = ()
 ) -> list[Future]:
-    """Take what may run now, in the order in which to run it, with payloads.
+    """Take the futures that may run now, in the order in which to run them, with payloads.
 
-    Answers the queue's doorbells, so whoever claims goes on claiming while ``worker.more_waits``
-    says that something was left, and after that when a bell rings; who passes owners over asks
-    again when they may be served, whatever it says. One statement, whose commit
-    does not wait for the disk: a claim that a power failure undoes is found out by
-    ``futures.finishing.futures_finish``.
+    This answers the queue's doorbells, so the caller must claim again while ``worker.more_waits``
+    is true, and after that whenever it is notified. A caller that passes owners over must claim
+    again when they may be served, whatever ``more_waits`` says. One statement, whose commit
+    does not wait for the disk: ``futures.finishing.futures_finish`` detects a claim that a power
+    failure has undone.
 
     Args:
-        worker: Whose epoch takes them.
-        max_futures: At most so many.
-        max_cost: At most so much cost in sum, except that the first is always taken.
-        passed_over: Owners of whom nothing is taken this time.
+        worker: Its epoch takes the futures.
+        max_futures: Most futures to take.
+        max_cost: Highest total cost, except that the first future is always taken.
+        passed_over: Owners whose futures are not taken this time.
 
     Raises:
         Fenced: The worker was replaced.
@@ -251,7 +251,7 @@ def future_claim(
             return claimed
         if not moved:
             return []
-        # Only final rows were passed over; what lies behind them may run.
+        # Only final rows were skipped; rows behind them may run.
 
 
 def _note_served(worker: Worker, claimed: Sequence[Future]) -> None:

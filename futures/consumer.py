@@ -1,9 +1,9 @@
-"""One process that serves one queue with django-q's own parts, and without its forks.
+"""One process that serves one queue with django-q's own parts, but without its forks.
 
-django-q's cluster is five processes round a fork: a worker that is killed while idle hangs it
-for ever, prefetched tasks come back late, a killed parent leaves orphans, and a device context
-does not survive the fork. Here django-q's ``worker`` runs in the calling thread, fed straight
-from the broker, and its ``monitor`` in a second thread acknowledges what was done. Tasks,
+django-q's cluster is five processes around a fork: a worker that is killed while idle hangs it
+forever, prefetched tasks return late, a killed parent leaves orphans, and a device context
+does not survive the fork. Here django-q's ``worker`` runs in the calling thread, fed directly
+from the broker, and its ``monitor`` in a second thread acknowledges finished tasks. Tasks,
 signing, signals, results and admin remain django-q's.
 """
 
@@ -30,9 +30,9 @@ from futures.database import alias
 
 logger = logging.getLogger(__name__)
 
-_SLICE_SECONDS = 0.2  # of the wait for a bell, so that stopping is noticed
+_SLICE_SECONDS = 0.2  # longest single wait for a notification, so that a stop is noticed
 _BACKOFF_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
-_STOP = "STOP"  # what django-q's loops end at
+_STOP = "STOP"  # ends django-q's loops
 
 
 class Consumer:
@@ -40,8 +40,8 @@ class Consumer:
 
     def __init__(self, queue: str) -> None:
         self.stopping = threading.Event()
-        """Set it, or send SIGTERM or SIGINT, to end after the current task. A task that takes
-        long may look at it and return early."""
+        """Set it, or send SIGTERM or SIGINT, to end after the current task. A long task
+        may look at it and return early."""
         self._queue = queue
         self._broker = PostgresBroker(list_key=queue)
         self._failures = 0
@@ -51,8 +51,8 @@ class Consumer:
     def run(self) -> None:
         """Serve until stopped; returns with every finished task acknowledged.
 
-        A task's exception is its failure and nothing more. What is no ``Exception``, such
-        as SystemExit, ends this method too. Loss of Postgres is waited out.
+        A task's exception fails that task only. An exception that is not an ``Exception``, such
+        as SystemExit, ends this method too. While Postgres is down, this waits.
         """
         results: SimpleQueue[Any] = SimpleQueue()
         acknowledging = threading.Thread(
@@ -99,7 +99,7 @@ class Consumer:
         return None
 
     def _back_off(self) -> None:
-        """Drop the connection and wait, longer each time; the first failure says why."""
+        """Drop the connection and wait, longer each time; only the first failure is logged."""
         if self._failures == 0:
             logger.warning("Postgres does not answer; trying again", exc_info=True)
         connections[alias()].close()
@@ -107,22 +107,24 @@ class Consumer:
         self._failures += 1
 
     def _acknowledge(self, results: SimpleQueue[Any]) -> None:
-        """Acknowledge and record what was done, in a thread and on a connection of its own."""
+        """Acknowledge and record finished tasks, in a thread and on a connection of its own."""
         try:
             while True:
                 try:
                     monitor(results, PostgresBroker(list_key=self._queue))
                     return
                 except (DatabaseError, InterfaceError):
-                    # The task comes again after `retry`; a doorbell rung twice does no harm.
-                    logger.warning("An acknowledgement was lost with Postgres", exc_info=True)
+                    # The task is delivered again after `retry`; a second doorbell does no harm.
+                    logger.warning(
+                        "An acknowledgement was lost because Postgres is down", exc_info=True
+                    )
                     connections[alias()].close()
         finally:
             connections[alias()].close()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT set ``stopping`` meanwhile, where this thread may receive them."""
+        """Let SIGTERM and SIGINT set ``stopping``, if this thread may receive them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -140,7 +142,7 @@ class Consumer:
 
 
 class _Timer:
-    """Stands for the shared number by which django-q's guard would watch a forked worker."""
+    """Replaces the shared number by which django-q's guard would watch a forked worker."""
 
     def __init__(self) -> None:
         self.value: float = -1

@@ -1,9 +1,9 @@
-"""The two ways this app talks to Postgres beside the ORM.
+"""The two ways in which this app uses Postgres without the ORM.
 
 Hot statements go through psycopg with server-side parameters: payloads then travel as binary
 instead of as escaped text. They run on Django's own connection, so they are part of the
-caller's transaction. And what must outlive a request (an advisory lock, a LISTEN in an event
-loop) gets a connection of its own, with the same parameters.
+caller's transaction. Connections that outlive a request (for an advisory lock or LISTEN in an
+event loop) are separate, with the same parameters.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ M = TypeVar("M", bound=Model)
 
 
 def alias() -> str:
-    """The database of django-q2's queue, and so of everything here."""
+    """The database of django-q2's queue, which all of this app uses."""
     return str(Conf.ORM)
 
 
 def psycopg_connection() -> psycopg.Connection[Any]:
-    """This thread's Django connection as psycopg sees it, opened if need be."""
+    """This thread's Django connection as a psycopg connection, opened if necessary."""
     connection = connections[alias()]
     connection.close_if_health_check_failed()
     connection.ensure_connection()
@@ -44,16 +44,16 @@ def execute(sql: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     raw = psycopg_connection()
     with connection.wrap_database_errors, psycopg.Cursor(raw) as cursor:
         cursor.execute(sql.encode(), parameters)
-        # Not cursor.description, which makes an object of each column: 80 us for a run's.
+        # Not cursor.description, which makes an object for each column: 80 us for a run's.
         has_rows = cursor.pgresult is not None and cursor.pgresult.nfields > 0
         return cursor.fetchall() if has_rows else []
 
 
 def rows_get(model: type[M], condition: str, parameters: Mapping[str, Any]) -> list[M]:
-    """The rows that a condition of SQL finds by a key, as the ORM would give them.
+    """The rows that match a SQL condition on a key, as the ORM would return them.
 
-    For the few lookups that every request makes: composing the query costs the ORM five times
-    what a prepared statement costs in all (0.6 against 0.1 ms for a run).
+    For the few lookups that every request makes: the ORM needs five times as long to compose the
+    query as a prepared statement needs in all (0.6 against 0.1 ms for a run).
     """
     columns, converters = _row_shape(model)
     names = ", ".join(columns)
@@ -74,7 +74,7 @@ def row_get(model: type[M], condition: str, parameters: Mapping[str, Any]) -> M 
 
 
 def violated_constraint(error: IntegrityError) -> str | None:
-    """The name of the constraint that turned a write away, if Postgres named one."""
+    """The name of the violated constraint, if Postgres gave one."""
     cause = error.__cause__
     return cause.diag.constraint_name if isinstance(cause, psycopg.Error) else None
 
@@ -83,7 +83,7 @@ def violated_constraint(error: IntegrityError) -> str | None:
 def _row_shape(
     model: type[Model],
 ) -> tuple[tuple[str, ...], list[tuple[int, Callable[[Any, Any, Any], Any]]]]:
-    """Columns in the order of the fields, and what turns one's value into Python's."""
+    """Columns in the order of the fields, and the converters of those that need one."""
     fields = model._meta.concrete_fields
     converters = [
         (index, convert)
@@ -94,10 +94,10 @@ def _row_shape(
 
 
 def is_lost(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> bool:
-    """Whether an idle connection's server went away, as far as this machine knows.
+    """Whether an idle connection's server is gone, as far as this machine knows.
 
-    An idle server says nothing, unless to say that it ends; so where nothing is to be read, it
-    is there. That costs no round trip, and catches every server that ended.
+    An idle server sends nothing, except to announce its end; so a socket with nothing to read
+    is alive. The check costs no round trip and notices every server that ended.
     """
     if connection.closed:
         return True
@@ -109,7 +109,7 @@ def is_lost(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) 
 def dedicated_parameters() -> dict[str, Any]:
     """Arguments for ``psycopg.connect``: same database, no Django adapters.
 
-    Keep-alives find a dead peer within a minute; such a connection is silent for hours.
+    Keep-alives find a dead peer within a minute; such a connection may be silent for hours.
     """
     parameters = dict(connections[alias()].get_connection_params())
     for name in ("context", "cursor_factory", "prepare_threshold"):

@@ -1,4 +1,4 @@
-"""What can go wrong with a future, each class with the sentence its reader needs."""
+"""The errors of futures; each docstring is the message for the user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class FutureNotFound(FutureError):
 
     @classmethod
     def named(cls, request_id: str) -> FutureNotFound:
-        """The error with the id that was asked for."""
+        """The error with the requested id."""
         return cls(f"request_id: you have no future {request_id[:60]!r}")
 
 
@@ -44,16 +44,17 @@ class IdempotencyKeyReused(FutureError):
 
 
 class QueueFull(FutureError):
-    """As many of your requests wait as one user may have; send it again when some are done."""
+    """The most requests that one user may have are waiting; send this one again when some are
+    done."""
 
 
 class QueueNotServed(FutureError):
-    """The server runs no worker for the future's queue, so what is submitted there would wait in
+    """The server runs no worker for the future's queue, so the request would wait in
     vain; serve its base model again first."""
 
 
 class PayloadTooLarge(FutureError):
-    """The payload is larger than this server allows once decompressed."""
+    """The decompressed payload is larger than this server allows."""
 
 
 class Fenced(FutureError):

@@ -1,7 +1,8 @@
-"""How a worker lets go of futures: it finishes them, or gives them back.
+"""How a worker finishes futures or releases them.
 
-Both are fenced: they change only what runs under the worker's own epoch, and say so if anything
-does not. What an owner has cancelled meanwhile stays cancelled (``futures.cancelled``).
+Both are fenced: they change only futures that run under the worker's own epoch, and raise if any
+other was given. A future that its owner has cancelled meanwhile stays cancelled
+(``futures.cancelled``).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SELECT id FROM released
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one future: a result, or an error and whose fault it is."""
+    """The outcome of one future: a result, or an error with its category."""
 
     request_id: str
     result: bytes | None = None
@@ -69,10 +70,9 @@ class Outcome:
 
 
 def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -> None:
-    """Write outcomes inside the caller's transaction, whose commit makes them true.
+    """Write outcomes in the caller's transaction; its commit makes them visible.
 
-    Waiters are notified by that same commit. The outcome of one that its owner has cancelled
-    is dropped.
+    The same commit notifies waiters. The outcome of a cancelled future is dropped.
 
     Args:
         worker: The epoch that claimed them.
@@ -80,7 +80,7 @@ def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -
         batch: Number of the engine batch within the worker's life.
 
     Raises:
-        Fenced: One of them is neither running nor cancelled under this epoch. The caller's
+        Fenced: A future is neither running nor cancelled under this epoch. The caller's
             transaction must be rolled back and the worker must end.
     """
     if not transaction.get_connection(alias()).in_atomic_block:
@@ -109,17 +109,17 @@ def futures_finish(*, worker: Worker, outcomes: Sequence[Outcome], batch: int) -
 
 
 def futures_release(*, worker: Worker, request_ids: Sequence[str]) -> None:
-    """Give claimed futures back, to be claimed again; counts no attempt. Own transaction.
+    """Make claimed futures pending again, without counting an attempt. Own transaction.
 
-    Of a lane, give back what was not begun and everything after it: the next claim begins
-    at the first of them. One that its owner has cancelled stays so. Rings no bell.
+    Of a lane, release the first future that was not begun and all after it: the next claim begins
+    at the first of them. A cancelled future stays cancelled. Notifies nobody.
 
     Raises:
-        Fenced: One of them is neither running nor cancelled under this epoch; none was released.
+        Fenced: A future is neither running nor cancelled under this epoch; none was released.
     """
     with transaction.atomic(using=alias()):
         rows = execute(_RELEASE, {"worker_id": worker.pk, "ids": list(request_ids)})
         kept = list(set(request_ids) - {request_id for (request_id,) in rows})
-        # A statement of its own, for it must see what the first one waited for.
+        # A separate statement, because it must see the changes that the first one waited for.
         if len(futures_cancelled(worker=worker, request_ids=kept)) != len(kept):
             raise Fenced

@@ -1,7 +1,7 @@
 """The one statement of a submission.
 
-It numbers the request in its lane, and inserts the future and the django-q task that rings for it.
-The task carries no work.
+It numbers the request in its lane, and inserts the future and the django-q task that wakes the
+worker. The task carries no data.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from futures.models import Future
 from futures.notify import notify_bell
 from futures.plain import to_jsonb
 
-# One statement, for each round trip costs more than the row. It inserts nothing when the
-# request was submitted before, where an ordered lane has already passed, and when too many of
-# the owner's futures wait. The doorbell stands or falls with the future.
+# One statement, because each round trip costs more than the row. It inserts nothing if the
+# request was submitted before, if an ordered lane is already past its number, or if too many of
+# the owner's futures wait. The doorbell is inserted if and only if the future is.
 _SUBMIT = """
 WITH waiting AS MATERIALIZED (
     SELECT %(max_pending)s::bigint IS NULL OR (
@@ -60,7 +60,7 @@ SELECT has_room, (SELECT count(*) FROM inserted), (SELECT seq_id FROM inserted) 
 class Inserted(Enum):
     YES = auto()
     NO = auto()
-    """A unique constraint holds this request already, or its lane is past it."""
+    """The request exists already (a unique constraint), or its lane is past its number."""
     FULL = auto()
 
 
@@ -68,7 +68,7 @@ def insert(future: Future, max_pending: int | None) -> Inserted:
     """Insert the future and its doorbell, or neither."""
     if future.lane_id is None or future.seq_id is not None or future.idempotency_key is None:
         return _insert_once(future, max_pending)
-    # Only here can a repeat use up one of the lane's numbers, which must then be given back.
+    # Only here can a repeat use one of the lane's numbers, which must then be given back.
     with transaction.atomic(using=alias()):
         inserted = _insert_once(future, max_pending)
         if inserted != Inserted.YES:

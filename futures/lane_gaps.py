@@ -1,8 +1,8 @@
-"""What to do when a lane waits for a number that never comes.
+"""Lanes that wait for a number that never arrives.
 
 Requests may arrive out of order, so a missing seq id is normal for a moment and an early
-request is never refused. But a client may have died between two of its requests; those who
-wait behind the gap are then told so, instead of waiting for ever.
+request is never refused. But a client may have died between two of its requests. Requests that
+wait behind the gap then fail with a reason, instead of waiting forever.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from futures.models import Future
 from futures.notify import notify_finished_after_commit
 
 SETTLE_SECONDS = 600.0
-"""How long clocks must have been steady before a worker judges what has to do with age. A client's
+"""How long clocks must have been steady before a worker applies timeouts. A client's
 heartbeats come every ten seconds, and it tries to deliver for five minutes."""
 
-# The rows from where the lane goes on are numbered; the first whose seq id is ahead of its number
-# stands behind a gap. Nobody behind a thousand others needs to know.
+# The rows from the lane's next seq id on are numbered; the first whose seq id exceeds its number
+# is behind a gap. A future behind a thousand others need not know.
 _MISSING = """
 WITH lane AS (
     SELECT next_seq_id FROM futures_lane WHERE id = %(lane_id)s AND ordered
@@ -63,11 +63,12 @@ def missing_seq_id(future: Future) -> int | None:
 
 
 def gap_ends_at(future: Future, *, gap_seconds: float, worker_since: datetime | None) -> datetime:
-    """When a future that waits behind a gap fails; if clocks jump, or without a worker, later.
+    """When a future that waits behind a gap fails; later if clocks jump or no worker runs.
 
     Args:
         gap_seconds: How long it may wait.
-        worker_since: When the queue's worker started: it judges no age until it has seen steady
+        worker_since: When the queue's worker started: it applies no timeout until it has seen
+            steady
             clocks for long enough.
     """
     ends_at = future.created_at + timedelta(seconds=gap_seconds)
@@ -77,10 +78,10 @@ def gap_ends_at(future: Future, *, gap_seconds: float, worker_since: datetime | 
 
 
 def gaps_refuse(*, queue: str, patience_seconds: float) -> int:
-    """Fail what has waited behind a gap in its lane for longer than ``patience_seconds``.
+    """Fail futures that waited behind a gap in their lane for longer than ``patience_seconds``.
 
-    Returns how many. The missing request may still come and will run; what was failed is
-    passed over. To be called every now and then by the queue's worker. Own transaction.
+    Returns how many. The missing request may still arrive and will run; the failed ones are
+    skipped. The queue's worker calls this regularly. Own transaction.
     """
     with transaction.atomic(using=alias()):
         rows = execute(_REFUSE, {"queue": queue, "patience_seconds": patience_seconds})

@@ -1,8 +1,8 @@
-"""The rows that are the truth: futures, the lanes that order them, the workers that run them.
+"""The rows that hold the truth: futures, the lanes that order them, the workers that run them.
 
 Queue entries and notifications may be lost; a row may not. Every move between states is a
 compare-and-set (``futures.transitions``), and check constraints tie the columns to the state.
-This app knows nothing of training: a kind is a word and a payload is bytes to it.
+This app knows nothing of training: for it a kind is a word and a payload is bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from futures.queue_lock import QueueLock
 from futures.transitions import FINAL_STATES, Category, State
 
 LARGE = 10**15
-"""No count is, so a number of a summary that is was a float."""
+"""Larger than any count: a larger number in a summary must have been a float."""
 
 
 def new_request_id() -> str:
@@ -29,16 +29,16 @@ def new_request_id() -> str:
 
 
 class Lane(models.Model):
-    """What must run in order: one run, or one sampling session."""
+    """Futures that are numbered together: those of one run or one sampling session."""
 
     id = models.CharField(primary_key=True, max_length=200)
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT)
     queue = models.CharField(max_length=100)
     """The engine queue whose worker runs this lane."""
     ordered = models.BooleanField(default=True)
-    """False for lanes whose seq ids only identify requests and order nothing."""
+    """False for lanes whose seq ids identify requests without ordering them."""
     last_seq_id = models.BigIntegerField(default=0)
-    """Highest seq id handed out by the server; unused where clients number themselves."""
+    """Highest seq id handed out by the server; unused if the client numbers its requests."""
     next_seq_id = models.BigIntegerField(default=1)
     """Where the next claim of an ordered lane begins; every lower one is claimed or final."""
 
@@ -65,15 +65,15 @@ class Worker(models.Model):
     heartbeat_at = models.DateTimeField(default=timezone.now)
     stopped_at = models.DateTimeField(null=True, blank=True)
     figures = models.JSONField(default=dict, blank=True)
-    """What the worker says of itself: base model, device, memory, resident adapters,
+    """What the worker reports: base model, device, memory, resident adapters,
     ``futures_per_second`` (``futures.queue_positions`` reads it)."""
     queue_lock: QueueLock | None = None
-    """The advisory lock, in the process that lives this life; not a column."""
+    """The advisory lock, only in the worker's own process; not a column."""
     owners_served: Sequence[int] = ()
-    """Whose futures this process claimed, the least recently served first; not a column."""
+    """Owners whose futures this process claimed, the least recently served first; not a column."""
     more_waits: bool = False
-    """Whether this process's last claim left anything behind that may run, now or when what it
-    holds has ended; not a column."""
+    """Whether this process's last claim left any future that may run, now or after the
+    futures that it holds; not a column."""
 
     class Meta:
         constraints: ClassVar = [
@@ -81,7 +81,7 @@ class Worker(models.Model):
                 condition=Q(state__in=["starting", "live", "stopped", "lost"]),
                 name="worker_state_known",
             ),
-            # The last line of defence against two workers of one queue; the first is the
+            # The second guard against two workers of one queue; the first is the
             # advisory lock that a worker holds while it lives.
             models.UniqueConstraint(
                 fields=["queue"],
@@ -116,23 +116,23 @@ class Future(models.Model):
 
     id = models.CharField(primary_key=True, max_length=39, default=new_request_id)
     """The request id that clients know."""
-    # No index of their own for the foreign keys: every submit, claim and finish would write it,
-    # and the constraints and partial indexes below serve all that is asked of them.
+    # No separate index for the foreign keys: every submit, claim and finish would write it,
+    # and the constraints and partial indexes below serve all queries.
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, db_index=False)
     queue = models.CharField(max_length=100)
     lane = models.ForeignKey(Lane, null=True, blank=True, on_delete=models.PROTECT, db_index=False)
-    """None: may run at any time, next to anything."""
+    """None: may run at any time, beside any other future."""
     seq_id = models.BigIntegerField(null=True, blank=True)
-    """Order number in the lane; consumed even when the request is refused."""
+    """Order number in the lane; used even if the request is refused."""
     idempotency_key = models.CharField(max_length=200, null=True, blank=True)  # noqa: DJ001
-    """A key the client chose so that it may send the request again; unique per owner."""
+    """The client's key for sending the request again; unique per owner."""
     kind = models.CharField(max_length=40)
     state = models.CharField(max_length=10, choices=State.choices, default=State.PENDING)
 
     payload = models.BinaryField(null=True)
     """msgpack in zstd (``futures.payload``); None once pruned."""
     payload_digest = models.BinaryField(max_length=32)
-    """SHA-256 of kind and uncompressed payload: tells a repeat from a reuse."""
+    """SHA-256 of kind and uncompressed payload: tells a repeat from a reused number."""
     result = models.BinaryField(null=True)
     """Like payload; None until ready, and again once pruned."""
     summary = models.JSONField(default=dict, blank=True)
@@ -140,7 +140,7 @@ class Future(models.Model):
     cost = models.IntegerField(default=1)
     """Estimated work in tokens; a claim takes futures up to a budget of it."""
     delayable = models.BooleanField(default=False)
-    """Nobody waits on the line: a worker may wait a moment for others to run beside it."""
+    """No client waits for the result: a worker may delay it a moment for batch-mates."""
     interruptible = models.BooleanField(default=False)
     """It changes nothing but its own result, so its owner may cancel it while it runs."""
 
@@ -149,12 +149,12 @@ class Future(models.Model):
     error_code = models.CharField(max_length=60, blank=True, default="")
     """Class name of the domain error."""
     attempts = models.SmallIntegerField(default=0)
-    """Workers that crashed while it ran; one makes it run alone, and the third that it brings
-    down alone fails it."""
+    """Workers that crashed while it ran. After one crash it runs alone; the third crash
+    while it runs alone fails it."""
     interruptions = models.SmallIntegerField(default=0, db_default=0)
-    """Workers that were ended from outside while it ran. Nothing speaks against it; but what ends
-    the whole machine looks just like this, so from the third on it runs alone, and the tenth
-    fails it."""
+    """Workers that were ended from outside while it ran. The cause is probably not this future, but
+    a future that ends the whole machine looks the same, so from the third on it runs alone, and the
+    tenth fails it."""
     worker = models.ForeignKey(
         Worker, null=True, blank=True, on_delete=models.PROTECT, db_index=False
     )
@@ -170,7 +170,7 @@ class Future(models.Model):
     started_at = models.DateTimeField(null=True, blank=True)
     finished_at = models.DateTimeField(null=True, blank=True)
     pruned_at = models.DateTimeField(null=True, blank=True)
-    """When payload and result were dropped by the retention policy."""
+    """When the retention policy deleted payload and result."""
 
     objects = FutureQuerySet.as_manager()
 
@@ -185,7 +185,7 @@ class Future(models.Model):
                 | Q(lane__isnull=False, seq_id__isnull=False),
                 name="future_seq_id_iff_lane",
             ),
-            # An ordered lane begins at 1; a lower one would wait for ever.
+            # An ordered lane begins at 1; a lower number would wait forever.
             models.CheckConstraint(
                 condition=Q(seq_id__isnull=True) | Q(seq_id__gte=0), name="future_seq_id_from_0"
             ),
@@ -213,7 +213,7 @@ class Future(models.Model):
                 | (~Q(state=State.FAILED) & Q(error="", category="")),
                 name="future_failed_iff_error",
             ),
-            # What changes anything is never torn apart.
+            # Only an interruptible future may be cancelled while it runs.
             models.CheckConstraint(
                 condition=~Q(state=State.CANCELLED)
                 | Q(worker__isnull=True)
@@ -227,27 +227,27 @@ class Future(models.Model):
             ),
         ]
         indexes: ClassVar = [
-            # The claim looks for lanes with work; all other rows are history to it.
+            # The claim looks for lanes with pending futures.
             models.Index(
                 fields=["queue", "lane", "seq_id"],
                 condition=Q(state=State.PENDING),
                 name="future_pending_by_lane",
             ),
-            # And for futures without a lane, oldest first, owner by owner.
+            # And for futures without a lane, oldest first, for each owner.
             models.Index(
                 fields=["queue", "owner", "created_at"],
                 condition=Q(state=State.PENDING, lane__isnull=True),
                 name="future_pending_no_lane",
             ),
-            # Recovery and the fence look for what an epoch holds.
+            # Recovery and the fence look for the futures that an epoch holds.
             models.Index(
                 fields=["worker"], condition=Q(state=State.RUNNING), name="future_running"
             ),
-            # The per-user limit counts what waits.
+            # The per-user limit counts pending futures.
             models.Index(
                 fields=["owner"], condition=Q(state=State.PENDING), name="future_pending_by_owner"
             ),
-            # A queue position counts what is open and older.
+            # A queue position counts older open futures.
             models.Index(
                 fields=["queue", "created_at"],
                 condition=Q(state__in=[State.PENDING, State.RUNNING]),
@@ -270,6 +270,6 @@ class Future(models.Model):
 
 
 def _short(value: Any) -> str:
-    """A float in four digits; Postgres keeps a large one as a whole number."""
+    """A float in four digits; Postgres stores a large float as an integer."""
     is_large = isinstance(value, int) and abs(value) >= LARGE
     return f"{value:.4g}" if isinstance(value, float) or is_large else str(value)

@@ -1,9 +1,9 @@
 """LISTEN and NOTIFY: hints that something changed. A lost one costs time, never a future.
 
-Three channels: one per queue says that its bell was rung, one for all says which futures are
-final, and one for all tells those who follow a future how far it is. NOTIFY takes a server-wide
+Three channels: one for each queue says that a request was submitted, one says which futures are
+final, and one tells followers the progress of a future. NOTIFY takes a server-wide
 lock until its transaction has been flushed, so submitters send theirs after their commit, as a
-statement of its own (three to five times more commits per second, measured); a worker, one per
+separate statement (three to five times more commits per second, measured); a worker, one per
 queue, may send it inside.
 """
 
@@ -21,10 +21,10 @@ from psycopg import sql
 from futures.database import alias, execute, psycopg_connection
 
 FINISHED_CHANNEL = "futures_finished"
-"""Payload: request ids with spaces between, or the id of an unordered lane."""
+"""Payload: request ids separated by spaces, or the id of an unordered lane."""
 
 PROGRESS_CHANNEL = "futures_progress"
-"""Payload: a request id, a space, and whatever the worker has to say of it."""
+"""Payload: a request id, a space, and the worker's note."""
 
 MAX_NOTE_BYTES = 7900  # together with the id; Postgres allows 8000 bytes
 
@@ -32,20 +32,20 @@ _IDS_PER_NOTIFICATION = 150  # of 39 characters each; Postgres allows 8000 bytes
 
 
 def bell_channel(queue: str) -> str:
-    """The channel of a queue; hashed, for a channel's name may have 63 bytes only."""
+    """The channel of a queue; hashed, because a channel name may have 63 bytes at most."""
     return f"futures_bell_{hashlib.sha256(queue.encode()).hexdigest()[:32]}"
 
 
 def notify_bell(queue: str, *, delayable: bool = False) -> None:
     """Wake the queue's consumer once the outermost transaction has committed.
 
-    When that fails the commit stands, and the consumer finds the doorbell at its next poll.
+    If that fails, the commit stays valid, and the consumer finds the doorbell at its next poll.
 
     Args:
-        delayable: What was submitted may wait for batch-mates.
+        delayable: The submitted request may wait for batch-mates.
     """
 
-    def ring() -> None:  # no partial: Django asks for the name of what failed
+    def ring() -> None:  # not a partial: Django asks for the name of a failed function
         execute(
             "SELECT pg_notify(%(channel)s, %(note)s)",
             {"channel": bell_channel(queue), "note": DELAYABLE_NOTE if delayable else ""},
@@ -78,9 +78,9 @@ def notify_finished(request_ids: Iterable[str]) -> None:
 
 
 def notify_progress(notes: Iterable[tuple[str, str]]) -> None:
-    """Tell those who follow these futures; for a statement of its own, in no transaction.
+    """Send notes to the followers of these futures, in a separate statement outside a transaction.
 
-    Nobody keeps a note: what a follower must not miss belongs into the result.
+    Notes are not kept: anything that a follower must not miss belongs in the result.
 
     Args:
         notes: Request id and note, each of at most MAX_NOTE_BYTES together, in UTF-8 without
@@ -96,13 +96,13 @@ def notify_progress(notes: Iterable[tuple[str, str]]) -> None:
 
 
 def notify_finished_after_commit(request_ids: Iterable[str]) -> None:
-    """As ``notify_finished``, for those who are many: when the outermost transaction is over."""
+    """As ``notify_finished``, but after the outermost transaction; for submitters."""
     ids = list(request_ids)
     transaction.on_commit(lambda: notify_finished(ids), using=alias(), robust=True)
 
 
 def notify_cancelled_after_commit(request_id: str, *, queue: str) -> None:
-    """Wake this future's waiters, and tell the queue's worker to let go of it."""
+    """Wake this future's waiters, and tell the queue's worker to drop it."""
 
     def tell() -> None:
         notify_finished([request_id])
@@ -115,17 +115,17 @@ def notify_cancelled_after_commit(request_id: str, *, queue: str) -> None:
 
 
 class Bell(IntFlag):
-    """What was heard of a queue's bell; nothing is false."""
+    """The notifications on a queue; no notification is false."""
 
     SILENT = 0
     RANG = 1
     """Something was submitted."""
     FLUSH = 2
-    """Somebody has begun to wait for what was submitted just now."""
+    """A client has begun to wait for a request that was just submitted."""
     CANCELLED = 4
     """Something that a worker held was cancelled."""
     DELAYABLE = 8
-    """Something was submitted that may wait for batch-mates."""
+    """A request was submitted that may wait for batch-mates."""
     SUBMITTED = RANG | DELAYABLE
 
 
@@ -141,11 +141,11 @@ _HEARD = {
 
 
 class Listener:
-    """LISTEN on this thread's Django connection, renewed whenever that connection is.
+    """LISTEN on this thread's Django connection, repeated after each reconnect.
 
     psycopg keeps notifications that arrive during other statements, so none is missed while
-    the connection lives; after a reconnect ``wait`` says once that it rang and that something
-    was cancelled, because anything may have been missed. Not for use inside a transaction.
+    the connection lives; after a reconnect ``wait`` once returns RANG and CANCELLED,
+    because any notification may have been missed. Not for use inside a transaction.
     """
 
     def __init__(self, channel: str) -> None:
@@ -155,7 +155,7 @@ class Listener:
     def wait(self, timeout_seconds: float) -> Bell:
         """Wait for a notification and take all that have arrived; SILENT when time is up.
 
-        Zero seconds only look.
+        With zero seconds it only checks.
 
         Raises:
             OperationalError: Django's; the connection is lost.

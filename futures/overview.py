@@ -1,6 +1,6 @@
-"""Reads that look at many futures at once: how many, which failed, who works.
+"""Reads over many futures: counts, failures, workers.
 
-``owner_id`` None means everybody's. Each is one query on an index; bodies are never read.
+``owner_id`` None means all owners. Each is one query on an index; bodies are never read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from futures.transitions import State
 
 
 def futures_of(owner_id: int | None) -> FutureQuerySet:
-    """An owner's futures, or everybody's, without payload and result."""
+    """The futures of one owner, or of all, without payload and result."""
     futures: FutureQuerySet = Future.objects.without_bodies()
     return futures if owner_id is None else futures.owned_by(owner_id)
 
@@ -35,36 +35,36 @@ def futures_by_hour(owner_id: int | None, *, since: datetime) -> dict[tuple[date
 
 
 def futures_open(owner_id: int | None) -> dict[str, int]:
-    """How many wait and how many run, by state; a state that no future is in is left out."""
+    """State to number of pending and running futures; a state without futures is left out."""
     rows = futures_of(owner_id).open().order_by().values_list("state").annotate(number=Count("pk"))
     return dict(rows)
 
 
 def futures_failed(owner_id: int | None, *, since: datetime, limit: int) -> list[Future]:
-    """The newest that failed, of those submitted since."""
+    """The newest failed futures that were submitted since."""
     failed = futures_of(owner_id).filter(state=State.FAILED, created_at__gte=since)
     return list(failed.order_by("-created_at")[:limit])
 
 
 def futures_replaying(future: Future, *, limit: int) -> list[Future]:
-    """The futures that submitted this one's request again, the first ones first."""
+    """The futures that submitted this one's request again, oldest first."""
     replays = Future.objects.without_bodies().filter(replay_of=future)
     return list(replays.order_by("created_at")[:limit])
 
 
 def futures_cancellable() -> FutureQuerySet:
-    """All that may still be cancelled."""
+    """All futures that may still be cancelled."""
     futures: FutureQuerySet = Future.objects.cancellable()
     return futures
 
 
 def lane_find(lane_id: str) -> Lane | None:
-    """The lane of this id, whoever owns it."""
+    """The lane of this id, of any owner."""
     return Lane.objects.filter(pk=lane_id).first()
 
 
 def lane_newest(lane_id: str, *, limit: int) -> list[Future]:
-    """The last futures of a lane's order, the last one first."""
+    """The last futures of a lane, the last one first."""
     futures = Future.objects.without_bodies().filter(lane_id=lane_id)
     return list(futures.order_by("-seq_id")[:limit])
 
@@ -85,13 +85,13 @@ def worker_find(epoch: int) -> Worker | None:
 
 
 def worker_running(worker: Worker) -> int:
-    """How many futures a worker holds."""
+    """The number of futures that a worker holds."""
     return Future.objects.filter(worker=worker, state=State.RUNNING).count()
 
 
 def workers_of(queues: Collection[str]) -> list[Worker]:
-    """The newest worker of each queue, and all that live or say so; if there is none of these,
-    the last one that ever lived."""
+    """The newest worker of each queue and all that live or are marked live; if there is none, the
+    last worker of all."""
     newest = Worker.objects.filter(queue__in=queues).order_by("queue", "-id").distinct("queue")
     living = Q(state__in=[Worker.WorkerState.STARTING, Worker.WorkerState.LIVE])
     shown = Worker.objects.filter(living | Q(pk__in=newest.values("pk")))

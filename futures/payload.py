@@ -20,7 +20,8 @@ import zstandard
 from futures.errors import PayloadTooLarge
 
 MAX_BYTES = 256 * 1024 * 1024
-"""Largest value, before compression, that is stored or read unless the caller says less."""
+"""Largest value, before compression, that is stored or read, unless the caller sets a lower
+limit."""
 
 _ZSTD_LEVEL = 1  # half the CPU of level 3 for the same size on token arrays
 _ARRAY = 1  # msgpack extension code
@@ -37,7 +38,7 @@ class EncodedPayload:
     """A request ready to be stored."""
 
     data: bytes
-    """What ``decode`` reads."""
+    """Input for ``decode``."""
     digest: bytes
     """SHA-256 of the kind and the value."""
 
@@ -47,7 +48,7 @@ def encode(value: Any) -> bytes:
 
     Raises:
         PayloadTooLarge: It has more than ``MAX_BYTES`` before compression.
-        TypeError: It holds anything else.
+        TypeError: It contains a value of another type.
     """
     return _compress(_pack(value))
 
@@ -58,12 +59,12 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
     Raises:
         PayloadTooLarge: It would be larger than ``max_bytes`` once decompressed; found
             from the frame's header, before memory is taken.
-        ValueError: It is no payload.
+        ValueError: It is not a payload.
     """
     try:
         size = zstandard.get_frame_parameters(data).content_size
         if size == zstandard.CONTENTSIZE_UNKNOWN:
-            raise ValueError("its size is not in its header")
+            raise ValueError("its header does not state its size")
         if size > max_bytes:
             raise PayloadTooLarge
         packed = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
@@ -73,15 +74,15 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def digest(kind: str, value: Any) -> bytes:
-    """SHA-256 of a kind and a value; equal for equal values whatever their key order."""
+    """SHA-256 of a kind and a value; equal values have equal digests, whatever their key order."""
     return _digest(kind, _pack(value))
 
 
 def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayload:
-    """``encode`` and ``digest`` with the value packed once.
+    """``encode`` and ``digest`` in one, packing the value once.
 
     Args:
-        named: What the digest is of, where an earlier version stored the same request in another
+        named: The value to digest, if an earlier version stored the same request in another
             form; None means ``value``.
     """
     pieces = _pack(value)
@@ -129,7 +130,7 @@ def _pack_into(value: Any, packer: Any, pieces: list[bytes | memoryview]) -> Non
             packer.pack(key)
             _pack_into(value[key], packer, pieces)
     elif isinstance(value, list | tuple):
-        # Long lists of plain numbers are common, and walking them is what costs.
+        # Long lists of plain numbers are common, and walking them is expensive.
         if all(type(item) in (int, float, str) for item in value):
             packer.pack(list(value))
             return

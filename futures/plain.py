@@ -1,8 +1,8 @@
-"""Texts and JSON values as the database can keep them and every answer can show them.
+"""Texts and JSON values in a form that the database can store and every answer can show.
 
-What clients send turns up in error texts and summaries: names with U+0000, which Postgres refuses;
-numbers past 64 bits and nesting without end, which JSON writers refuse. A row that cannot be
-written would end the worker, and one that cannot be shown would close every list that it is in.
+Clients' values appear in error texts and summaries: names with U+0000, which Postgres refuses;
+numbers beyond 64 bits and unlimited nesting, which JSON writers refuse. A row that cannot be
+written would end the worker, and one that cannot be shown would break every list that contains it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MAX_DEPTH = 32
 
 _BITS_64 = range(-(2**63), 2**64)
 
-# Controls other than tabs and line ends, what turns the direction of text, halves of characters.
+# Controls other than tabs and line ends, characters that change text direction, surrogates.
 _UNSHOWABLE = re.compile("[\0-\b\v-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def plain_text(text: str, max_characters: int = MAX_TEXT) -> str:
-    r"""The text with what no page and no terminal should show written as ``\u0000``, and cut."""
+    r"""The text with unprintable characters written as ``\u0000``, and cut."""
     half = max_characters // 2
     if len(text) > max_characters:
         text = f"{text[:half]} … {text[-half:]}"
@@ -35,10 +35,10 @@ def plain_text(text: str, max_characters: int = MAX_TEXT) -> str:
 
 
 def plain_json(value: Any, *, depth: int = MAX_DEPTH) -> Any:
-    """The value with whatever JSON cannot say replaced by what comes closest.
+    """The value, with everything that JSON cannot express replaced by the closest value.
 
-    Whole numbers past 64 bits become floats, as JSON readers take them; NaN and infinity, null;
-    what lies deeper than ``depth``, an ellipsis. Values of other kinds stay what they are.
+    Integers beyond 64 bits become floats, as JSON readers take them; NaN and infinity become null;
+    values deeper than ``depth`` become an ellipsis. Values of other types are unchanged.
     """
     if isinstance(value, str):
         return plain_text(value, max_characters=max(len(value), MAX_TEXT))
@@ -61,7 +61,7 @@ def plain_json(value: Any, *, depth: int = MAX_DEPTH) -> Any:
 
 
 def to_jsonb(value: Any) -> str:
-    """JSON text that Postgres takes as ``jsonb``, whatever the value holds."""
+    """JSON text that Postgres accepts as ``jsonb``, whatever the value contains."""
     try:
         text = orjson.dumps(value).decode()
     except orjson.JSONEncodeError:

@@ -11,13 +11,13 @@ from futures.database import dedicated_parameters
 from futures.errors import QueueTaken
 
 _PATIENCE_SECONDS = 5.0
-"""How long a start waits for the lock of a predecessor that is just going."""
+"""How long a start waits for the lock of a predecessor that is just ending."""
 
 
 class QueueLock:
     """A session-level advisory lock on a queue, on a connection kept for it alone.
 
-    Raises QueueTaken when another process holds it. Postgres frees it when this process
+    Raises QueueTaken if another process holds it. Postgres frees it when this process
     ends; if only the connection is lost, ``renew`` takes it again.
     """
 
@@ -30,7 +30,7 @@ class QueueLock:
 
         Raises:
             QueueTaken: The connection was lost and another worker has taken the lock since.
-            OperationalError: Django's; Postgres cannot be reached, so nobody knows.
+            OperationalError: Django's; Postgres cannot be reached, so it is unknown.
         """
         try:
             try:

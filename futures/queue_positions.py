@@ -1,8 +1,8 @@
-"""Where a waiting future stands: what it waits for, how many come before it, about how long.
+"""The position of a waiting future: what it waits for, how many come before it, about how long.
 
-The figures are estimates for people and for clients that decide whether to go on. Owners take turns
-(``futures.claiming``), so what another owner has waiting counts only as far as it comes before:
-one request behind somebody's thousand has a handful before it.
+The figures are estimates for people and for clients that decide whether to continue. Owners take
+turns (``futures.claiming``), so of another owner's futures only those count that come before it in
+turn: one request behind another owner's thousand has a handful before it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from futures.models import Future
 from futures.selectors import PAUSED, QueueState, queue_state
 from futures.transitions import State
 
-# The newest thousand before it are looked at: nobody behind so many needs to know exactly.
-# What runs comes before it whatever its turn; of what waits, an owner's k-th comes in turn k.
+# The newest thousand before it are read: a future behind so many needs no exact number.
+# Running futures come before it in any case; of pending ones, an owner's k-th comes in turn k.
 _POSITION = """
 WITH before AS (
     SELECT owner_id, state, lane_id, attempts FROM futures_future
@@ -55,27 +55,27 @@ WHERE own.state IN ('pending', 'running')
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """What the owner of a waiting future is told."""
+    """A waiting future's position, as its owner is told."""
 
     position: int | None
-    """Futures of its queue that come before it; at most 1000. None where nobody knows."""
+    """Futures of its queue that come before it; at most 1000. None if unknown."""
     estimated_wait_seconds: float | None
-    """Until it is finished; None where nobody knows."""
+    """Until it is finished; None if unknown."""
     state: str
-    """``active``, or ``paused_capacity`` while nothing that the queue's worker does brings it
-    nearer; the SDK's words."""
+    """``active``, or ``paused_capacity`` while the queue's worker cannot make it progress;
+    the SDK's words."""
     reason: str
     """What it waits for, as a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What comes before a future, of the newest thousand."""
+    """The futures before a future, of the newest thousand."""
 
     position: int
     own_lane: int
     suspect_runs: bool
-    """Whether one runs that may run alone only."""
+    """Whether a future is running that may only run alone."""
 
 
 def queue_position(future: Future) -> int:
@@ -84,11 +84,11 @@ def queue_position(future: Future) -> int:
 
 
 def future_position(future: Future, *, gap_seconds: float) -> QueuePosition:
-    """Where a future that is not final stands.
+    """The position of a future that is not final.
 
-    The wait is what comes before it, and itself, at the rate the queue's worker had lately while
-    it had work. None while the queue is paused, until the worker has finished something, and while
-    the future's lane waits for a number that has not arrived.
+    The wait covers the futures before it and itself, at the worker's recent rate while
+    it had work. It is None while the queue is paused, until the worker has finished a future, and
+    while the future's lane waits for a number that has not arrived.
 
     Args:
         gap_seconds: How long it may wait for such a number (``futures.lane_gaps``).
@@ -125,7 +125,7 @@ def _gap_reason(missing: int, ends_at: datetime, queue: QueueState) -> str:
     sentence = f"The request with seq_id {missing} has not arrived, and this one must run after it."
     if ends_at <= timezone.now():
         return f"{sentence} It fails soon." if not queue.reason else f"{sentence} {queue.reason}"
-    # A worker does the judging, so while there is none, the time is the earliest possible one.
+    # A worker applies the timeout, so while there is none, this is the earliest possible time.
     verb = "fails not before" if queue.reason else "fails at"
     return f"{sentence} If it does not come, this one {verb} {ends_at:%Y-%m-%d %H:%M:%S} UTC."
 
@@ -134,7 +134,7 @@ def _turn_reason(future: Future, before: _Before) -> str:
     if future.state == State.RUNNING:
         return "It is being computed."
     if before.suspect_runs:
-        return "A request that was running when a worker ended is run alone first."
+        return "A request that was running when a worker ended runs alone first."
     if before.own_lane:
         return f"It runs after {_requests(before.own_lane, 'earlier')} of the same model."
     if before.position:

@@ -1,4 +1,4 @@
-"""A future's request once more: for people who look into what went wrong."""
+"""Submits a future's request again, for people who look for the cause of a failure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from futures.services import future_submit
 def future_resubmit(*, request_id: str) -> Future:
     """Submit a future's request again, at the end of its lane, as a new future.
 
-    The new one names the first in ``replay_of``. Opens its own transaction.
+    The new one refers to the first in ``replay_of``. Opens its own transaction.
 
     Raises:
         FutureNotFound: No such future. (404)
-        FuturePayloadPruned: Its payload is gone. (410)
-        LaneNumberedByClient: The server has numbered nothing in its lane. (409)
-        QueueNotServed: No worker would come for it. (409)
+        FuturePayloadPruned: Its payload was pruned. (410)
+        LaneNumberedByClient: The client numbers the requests of its lane. (409)
+        QueueNotServed: No worker serves its queue. (409)
     """
     futures = Future.objects.defer("result").select_related("lane")
     first = futures.filter(pk=request_id).first()

@@ -1,4 +1,4 @@
-"""Reads: one future, what became final in a lane, whether a queue is served."""
+"""Reads: one future, the futures that became final in a lane, whether a queue is served."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from futures.models import Future, Worker
 from futures.transitions import FINAL_STATES, State
 
 HEARTBEAT_TIMEOUT = timedelta(seconds=30)
-"""A worker that has said nothing for so long serves nobody."""
+"""A worker without a heartbeat for this long counts as gone."""
 
 ACTIVE, PAUSED = "active", "paused_capacity"
 """Whether a queue is served, in the SDK's words."""
@@ -23,21 +23,21 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """What the owner of a waiting future is told of its queue."""
+    """Whether a queue is served, as the owner of a waiting future is told."""
 
     state: str
     """``ACTIVE`` or ``PAUSED``."""
     reason: str
     """A sentence; empty while active."""
     futures_per_second: float | None = None
-    """What its worker finished lately while it had work; None until it has finished something."""
+    """The worker's recent rate while it had work; None until it has finished a future."""
     started_at: datetime | None = None
     """When its worker started; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """That a future is final."""
+    """A future that became final."""
 
     request_id: str
     is_ready: bool
@@ -48,7 +48,7 @@ def future_get(*, request_id: str, owner_id: int, with_result: bool = False) -> 
     """The owner's future, without its payload, and without its result unless asked for.
 
     Raises:
-        FutureNotFound: The owner has no such future; another's is no different. (404)
+        FutureNotFound: The owner has no such future; another owner's counts as none. (404)
         FuturePurged: The result was asked for and has been pruned. (410)
     """
     hidden = ("payload",) if with_result else ("payload", "result")
@@ -65,15 +65,16 @@ def lane_completions(
 ) -> tuple[list[Completion], int]:
     """Futures of an unordered lane that became final after a cursor, and the cursor after them.
 
-    A cursor is the microsecond of the last one told. The worker commits one batch after another,
-    each later than the last, so none of its results can appear behind a cursor. A cancellation
-    is another's commit: whoever must not miss a result that was committed while a cancellation
-    passed it by looks back a moment now and then.
+    A cursor is the microsecond of the last completion returned. The worker commits one batch after
+    another, each later than the last, so none of its results can appear before a cursor. A
+    cancellation is another process's commit. A caller that must not miss a result that was
+    committed at the same time as a later-dated cancellation looks back a moment now and then.
 
     Args:
         seq_ids: Only these.
         after: 0 for all.
-        limit: Most to tell at one time, except that what has one moment is not parted.
+        limit: Most to return at one time, except that completions of the same microsecond stay
+            together.
     """
     final = Future.objects.filter(
         lane_id=lane_id,
@@ -110,7 +111,7 @@ def queue_state(queue: str) -> QueueState:
 
 
 def worker_figure(queue: str, name: str) -> Any:
-    """What the queue's newest worker that said anything under this name said; None if none did."""
+    """The value that the queue's newest worker with a figure of this name reported, or None."""
     said = Worker.objects.filter(queue=queue, figures__has_key=name).order_by("-pk")
     figures = said.values_list("figures", flat=True).first()
     return None if figures is None else figures[name]

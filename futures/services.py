@@ -1,7 +1,7 @@
 """How requests become futures: make lanes, and submit to them.
 
-What else owners may do is in ``futures.cancelling`` and ``futures.resubmitting``; what workers do
-to futures, in ``futures.claiming``, ``futures.finishing`` and ``futures.workers``.
+Other actions of owners are in ``futures.cancelling`` and ``futures.resubmitting``; those of workers
+in ``futures.claiming``, ``futures.finishing`` and ``futures.workers``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Refusal:
 def lane_create(
     *, lane_id: str, owner_id: int, queue: str, ordered: bool = True, first_seq_id: int = 1
 ) -> Lane:
-    """Make a lane that begins at ``first_seq_id``. Raises IntegrityError when the id is taken."""
+    """Make a lane that begins at ``first_seq_id``. Raises IntegrityError if the id is taken."""
     return Lane.objects.create(
         id=lane_id, owner_id=owner_id, queue=queue, ordered=ordered, next_seq_id=first_seq_id
     )
@@ -65,27 +65,27 @@ def future_submit(
     """Record a request and return its future; asking twice returns the same one.
 
     (lane, seq_id) names one logical request, and so does (owner, idempotency_key): a client
-    that lost our answer may send it again, whatever became of the first. Opens its own
-    transaction; the worker is woken when the outermost one commits, never before.
+    that lost our answer may send it again, in whatever state the first one is. Opens its own
+    transaction; the worker is woken after the outermost one commits.
 
     Args:
-        owner_id: Whom it belongs to.
+        owner_id: The user that it belongs to.
         queue: The engine queue whose worker runs it.
-        kind: What is asked for; a word to this app.
+        kind: The operation; this app does not interpret it.
         payload: A value that ``futures.payload.encode`` takes, or an EncodedPayload.
         lane_id: An existing lane, or None for a request that may run at any time.
-        seq_id: The client's number; None lets the server give the lane's next one.
+        seq_id: The client's number; with None the server assigns the lane's next one.
         idempotency_key: The client's name for this request.
         cost: Estimated tokens of work.
-        delayable: A worker may wait a moment for others to run beside it.
+        delayable: A worker may delay it a moment for batch-mates.
         interruptible: It changes nothing but its own result, so it may be cancelled while it runs.
         summary: Small facts for lists and charts.
-        replay_of: The future whose request this is.
-        max_pending: How many futures of the owner may wait. Submitters that race may pass
-            it by as many as they are.
-        refusal: The request is invalid but has consumed its seq id: its future is failed
-            from the start, and the lane goes on past it.
-        result: The request is done by writing it down: its future is ready from the start.
+        replay_of: The future whose request this one repeats.
+        max_pending: How many futures of the owner may wait. Concurrent submissions may exceed
+            it by their number.
+        refusal: The request is invalid but has used its seq id: its future is failed
+            from the start, and the lane continues after it.
+        result: Recording the request completes it: its future is ready from the start.
 
     Raises:
         SeqIdReused: The pair exists with another kind or payload, or the lane is past it. (409)
@@ -127,7 +127,7 @@ def future_submit(
             return first
         if inserted == Inserted.FULL:
             raise QueueFull
-        # The first one was undone, or the server's number met a client's in this lane.
+        # The first one was rolled back, or a client has used the server's number in this lane.
         _renumber(future)
 
 
@@ -139,7 +139,8 @@ def future_repeated(
     seq_id: int | None,
     idempotency_key: str | None,
 ) -> Future | None:
-    """The future of this request if it was submitted before; for what cannot be submitted now.
+    """The future of this request if it was submitted before; for requests that cannot be submitted
+    now.
 
     Raises:
         SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
@@ -165,9 +166,9 @@ def future_record(
     idempotency_key: str,
     summary: dict[str, Any] | None = None,
 ) -> Future:
-    """A future of no lane that is ready from the start; asking twice returns the same one.
+    """A future without a lane that is ready from the start; asking twice returns the same one.
 
-    For requests that are done by writing them down, by clients that expect a future. Runs in
+    For requests that are complete once recorded, of clients that expect a future. Runs in
     the caller's transaction.
 
     Raises:
@@ -196,7 +197,7 @@ def future_record(
 
 
 def _first(future: Future) -> Future | None:
-    """The future that was submitted before under this one's names, if it still exists.
+    """The earlier future with this one's seq id or idempotency key, if it still exists.
 
     Raises:
         SeqIdReused, IdempotencyKeyReused: It was another request.
@@ -223,10 +224,10 @@ def _first(future: Future) -> Future | None:
 
 
 def _renumber(future: Future) -> None:
-    """Move the lane's own numbers past those its clients chose.
+    """Move the server's numbering of the lane past the numbers that clients chose.
 
     Raises:
-        SeqIdReused: The lane is ordered and goes on after this seq id.
+        SeqIdReused: The lane is ordered and is already past this seq id.
     """
     if future.lane_id is None:
         return
@@ -237,4 +238,4 @@ def _renumber(future: Future) -> None:
             last_seq_id=Greatest(F("last_seq_id"), highest["highest"])
         )
     elif lane.ordered and future.seq_id < lane.next_seq_id:
-        raise SeqIdReused(f"seq_id {future.seq_id}: this lane goes on at {lane.next_seq_id}.")
+        raise SeqIdReused(f"seq_id {future.seq_id}: this lane continues at {lane.next_seq_id}.")

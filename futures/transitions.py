@@ -14,25 +14,25 @@
 claim
     A worker takes the future under its epoch.
 finish, fail
-    The worker commits its result or its error, fenced by that epoch. What has stopped too many
-    workers is failed by the next one, when it takes over.
+    The worker commits its result or its error, fenced by that epoch. A future that has stopped too
+    many workers is failed by the next one, when it takes over.
 release
-    The worker stopped or died before the commit; nothing of it is visible, so it waits again.
+    The worker stopped or died before the commit; nothing is visible, so the future waits again.
 refuse
-    The request can never run: its lane waited in vain for a number. One that is invalid but has
-    consumed its number is failed from the start.
+    The request can never run: its lane waited in vain for a number. A request that is invalid but
+    has used its number is failed from the start.
 cancel
-    Its owner no longer wants it, and it had not begun.
+    The owner cancels it before it has begun.
 interrupt
-    Its owner no longer wants it, and it is one that changes nothing: what was done of it is
-    dropped. The row is final at once; the worker hears of it and lets go.
+    The owner cancels it while it runs; only futures that change nothing can be. The partial work
+    is dropped. The row is final at once; the worker is told and drops it.
 """
 
 from django.db.models import TextChoices
 
 
 class State(TextChoices):
-    """Where a future is in its life; the last three are final."""
+    """The state of a future; the last three are final."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -56,7 +56,7 @@ MOVES: dict[str, tuple[State, State]] = {
 
 
 class Category(TextChoices):
-    """Whose fault a failure is, as the client is told."""
+    """Who caused a failure, as the client is told."""
 
     USER = "user"
     SERVER = "server"

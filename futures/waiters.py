@@ -1,8 +1,8 @@
-"""Waiting without polling: one LISTEN connection per web process wakes whoever waits.
+"""Waiting without polling: one LISTEN connection per web process wakes all waiters.
 
 A waiter registers before it reads the row, so a future that becomes final between the two
-wakes it. Whenever LISTEN begins, at first or after a lost connection, everybody is woken and
-reads again, because anything may have been missed. A waiter holds a dictionary entry and no
+wakes it. Whenever LISTEN begins, at first or after a lost connection, all waiters are woken and
+read again, because notifications may have been missed. A waiter needs a dictionary entry and no
 database connection. The module serves the event loop of its process.
 """
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 _RECONNECT_SECONDS = 1.0
 
 LONGEST_DELAY = timedelta(seconds=0.5)
-"""More than the longest time for which a worker holds a delayable future back."""
+"""Longer than any batching delay of a worker."""
 
 
 class Waiters:
@@ -63,7 +63,7 @@ class Waiters:
 
     @contextmanager
     def following(self, request_id: str) -> Iterator[asyncio.Queue[str | None]]:
-        """A queue of the notes about a future that arrive from now on; None is never one."""
+        """A queue of the notes about a future that arrive from now on; None is never a note."""
         self._begin_to_listen()
         notes: asyncio.Queue[str | None] = asyncio.Queue()
         self._following.setdefault(request_id, set()).add(notes)
@@ -81,12 +81,12 @@ class Waiters:
             self._listening.add_done_callback(self._forget)
 
     def _forget(self, listening: asyncio.Task[None]) -> None:
-        """Let go of a task that ended: it holds its loop, and the loop is what holds us."""
+        """Drop a task that ended: it refers to its loop, and the loop refers to us."""
         if self._listening is listening:
             self._listening = None
 
     async def close(self) -> None:
-        """Stop listening and reading; the next waiter begins again."""
+        """Stop listening and reading; the next waiter starts again."""
         await self.reader.close()
         if self._listening is not None:
             self._listening.cancel()
@@ -132,7 +132,7 @@ _of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, Waiters] = WeakKeyDictio
 
 
 def waiters() -> Waiters:
-    """Those of the running event loop."""
+    """The waiters of the running event loop."""
     return _of_loops.setdefault(asyncio.get_running_loop(), Waiters())
 
 
@@ -147,10 +147,10 @@ async def future_wait(
     """The future with its result once it is final, or None when the time is up.
 
     Args:
-        is_known: The caller has just submitted it. Then a Postgres that goes away is waited
-            for, also before the first look: the request was accepted, and must not look refused.
-        is_hopeless: Asked of a future that is not final: waiting for it is no use, so that None is
-            the answer at once.
+        is_known: The caller has just submitted it. If Postgres goes down, this then waits for it
+            even before the first read: the request was accepted, and must not look refused.
+        is_hopeless: Called with a future that is not final: True if waiting is useless, and
+            the answer is None at once.
 
     Raises:
         FutureNotFound: The owner has no such future. (404)
@@ -178,24 +178,24 @@ async def future_wait(
 
 
 def _may_be_held_back(future: Future) -> bool:
-    """Whether its worker may be waiting for batch-mates for it, which it does for a moment only."""
+    """Whether its worker may be delaying it for batch-mates, which takes a moment only."""
     return future.delayable and timezone.now() - future.created_at < LONGEST_DELAY
 
 
 async def future_progress(
     request_id: str, *, owner_id: int, timeout_seconds: float
 ) -> AsyncGenerator[str, None]:
-    """What the worker notes about a future, until it is final or the time is up.
+    """The worker's notes about a future, until it is final or the time is up.
 
-    Notes come in order, but some may be lost, and those before this call are; ``future_wait``
-    then has the result, which says everything.
+    Notes come in order. Some may be lost, and earlier ones are not repeated; ``future_wait``
+    then has the complete result.
 
     Raises:
         FutureNotFound: The owner has no such future. (404)
         OperationalError: Django's; Postgres could not be asked.
     """
     with waiters().following(request_id) as notes:
-        # Asked first, so that nobody hears of another owner's future.
+        # Read first, so that nobody gets notes of another owner's future.
         if await future_wait(request_id, owner_id=owner_id, timeout_seconds=0) is not None:
             return
         waiting = asyncio.create_task(
@@ -217,15 +217,15 @@ async def read_when_woken(
     timeout_seconds: float,
     must_ask: bool = True,
 ) -> T | None:
-    """What ``read`` finds, as soon as it finds something, or None when the time is up.
+    """The result of ``read`` once it is not None, or None when the time is up.
 
     Holds no connection and no transaction while it waits, so giving up is free and waiting
     twice is harmless. If Postgres goes away meanwhile, it waits for it to come back.
 
     Args:
         name: A request id, or an unordered lane's id, which is woken with each of its futures.
-        read: Asks the database.
-        must_ask: Raise if the first look fails.
+        read: Reads the database.
+        must_ask: Raise if the first read fails.
 
     Raises:
         OperationalError: Django's; Postgres could not be asked even once, and ``must_ask``.

@@ -1,10 +1,10 @@
 """The life of a worker: one per queue, each life with an epoch that fences its commits.
 
-Two guards keep a second worker out. A lock (``futures.queue_lock``) says whether the process lives;
-Postgres frees it when the process dies, however it dies. And the worker's row says which epoch may
-commit; a constraint allows one open row per queue. Recovery is the next worker's start: it does not
-depend on any timeout. A supervisor that sees a worker's process end may mark the row before that,
-so that nobody takes it for alive.
+Two guards keep a second worker out. A lock (``futures.queue_lock``) shows whether the process
+lives; Postgres frees it when the process dies, however it dies. The worker's row says which epoch
+may commit; a constraint allows one open row per queue. Recovery happens at the next worker's start:
+it does not depend on any timeout. A supervisor that sees a worker's process end may mark the row
+earlier, so that nobody believes it alive.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from futures.notify import notify_bell, notify_finished
 from futures.queue_lock import QueueLock
 
 MAX_ATTEMPTS = 3
-"""Crashes of workers after which the last one, under a future that ran alone, fails it by name."""
+"""A future fails at this many crashes of workers that ran it, if it ran alone at the last one."""
 
 MAX_INTERRUPTIONS = 10
-"""The same for workers that were ended from outside. Nothing speaks against the future, but what
-ends the whole machine each time looks just like this, and must not go on for ever."""
+"""The same for workers that were ended from outside. The cause is probably not the future, but a
+future that ends the whole machine each time looks the same, and must not be repeated forever."""
 
 CRASHED = "This request stopped the worker %d times, so it is not tried again."
 
 _OPEN = (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
 
-# Of what the queue's former epochs hold, nothing is visible yet: all of it waits again, except
-# what has now stopped too many workers. A crash says little of each of many futures that ran, so
-# it makes them suspects, which run alone; only one that ran alone is failed.
+# Nothing that the queue's former epochs hold is visible yet: all of it waits again, except
+# futures that have stopped too many workers. A crash with many running futures does not show the
+# cause, so it makes them suspects, which run alone; only one that ran alone is failed.
 _TAKE_OVER = """
 WITH held AS (
     SELECT id, count(*) OVER () = 1 AS was_alone,
@@ -77,7 +77,7 @@ SELECT id FROM taken WHERE state = 'failed'
 
 
 def _crashed(before: Worker) -> bool:
-    """What is said of a worker whose end nobody knows anything about."""
+    """The assumption about a worker whose end was not observed."""
     return True
 
 
@@ -89,16 +89,18 @@ def worker_start(
 ) -> Worker:
     """Begin a worker's life as the only one of its queue, and recover from the last one.
 
-    What the last one held is pending again: with one attempt more if it crashed, which makes it
-    suspect, else with one interruption more. One that it ran alone is failed by name if that is
-    the third, or the tenth. The doorbells it had locked are replaced by a fresh one. The worker
-    returned holds the queue's lock until ``worker_stop`` or the end of the process.
+    The last one's futures are pending again: with one attempt more if it crashed, which makes them
+    suspects, else with one interruption more. A future that it ran alone fails if that is
+    the third attempt, or the tenth interruption. Its locked doorbells are replaced by a fresh one.
+    The worker returned holds the queue's lock until ``worker_stop`` or the end of the process.
 
     Args:
-        queue: Whose futures it runs.
-        figures: What it has to say of itself.
-        crashed: Asked about a last worker that did not stop, also if it was marked lost already:
-            False if it is known that nothing it did ended it, so that its futures are no suspects.
+        queue: The queue whose futures it runs.
+        figures: What it reports about itself.
+        crashed: Called with a last worker that did not stop cleanly, even if it was marked lost
+            already:
+            False if it is known that the worker itself did not cause its end, so that its futures
+            are no suspects.
 
     Raises:
         QueueTaken: Another live process serves the queue.
@@ -143,16 +145,17 @@ def worker_start(
 
 
 def worker_mark_lost(*, queue: str, pid: int | None = None) -> bool:
-    """Say of a queue's worker that it is dead, for whoever knows before its heartbeats are missed.
+    """Mark a queue's worker dead, for a caller that knows it before heartbeats are missed.
 
-    What it held stays as it is until the next one starts. The lock is what proves it dead: while it
+    Its futures stay unchanged until the next worker starts. The lock is the proof: while it
     is held, a worker lives, or the dead one's connection is not closed yet. Then nothing is marked
-    and the answer is False; it is True when there is nothing left to mark.
+    and the answer is False; it is True if there is nothing left to mark.
 
     Args:
-        queue: Whose worker.
-        pid: Of the process of this machine that has ended; another's worker is left alone. None:
-            whichever worker does not hold the lock.
+        queue: The queue of the worker.
+        pid: Of the process on this machine that has ended; a worker with another pid is not marked.
+            None:
+            any worker that does not hold the lock.
     """
     dead = Worker.objects.filter(queue=queue, state__in=_OPEN)
     if pid is not None:
@@ -172,25 +175,25 @@ def worker_mark_lost(*, queue: str, pid: int | None = None) -> bool:
 
 
 def worker_live(worker: Worker, figures: Mapping[str, Any]) -> None:
-    """Say that the worker has loaded what it needs and takes work. Raises Fenced."""
+    """Record that the worker has loaded and takes work. Raises Fenced."""
     _beat(worker, figures, state=Worker.WorkerState.LIVE)
 
 
 def worker_heartbeat(worker: Worker, figures: Mapping[str, Any]) -> None:
-    """Say that the worker lives, and what it has to say of itself.
+    """Record that the worker lives, and its figures.
 
     Raises:
-        Fenced: It was replaced, or its queue's lock is another's. It must end.
-        OperationalError: Django's; Postgres does not answer, so nobody knows.
+        Fenced: It was replaced, or another worker has its queue's lock. It must end.
+        OperationalError: Django's; Postgres does not answer, so it is unknown.
     """
     _beat(worker, figures)
 
 
 def worker_stop(worker: Worker) -> None:
-    """End the worker's life: what it still holds waits again, and the queue is free.
+    """End the worker's life: its futures wait again, and the queue is free.
 
     Stopping is no crash, so it counts no attempt. Does nothing to the rows of a worker that
-    was replaced, whose futures are another's already.
+    was replaced, because another worker has its futures.
     """
     with transaction.atomic(using=alias()):
         stopped = Worker.objects.filter(pk=worker.pk, state__in=_OPEN).update(

@@ -126,7 +126,7 @@ def test_a_lane_that_does_not_exist_is_refused(submit: SubmitFactory) -> None:
 def test_an_ordered_lane_takes_no_seq_id_it_would_never_run(
     submit: SubmitFactory, lane_factory: Callable[..., Lane]
 ) -> None:
-    with pytest.raises(SeqIdReused, match="goes on at 1"):
+    with pytest.raises(SeqIdReused, match="continues at 1"):
         submit(lane_factory(), seq_id=0)
     assert submit(lane_factory(ordered=False), seq_id=0).seq_id == 0
 

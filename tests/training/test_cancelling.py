@@ -219,9 +219,7 @@ def test_a_training_operation_that_runs_is_not_torn_apart(
     work()
 
     assert states(*submitted) == ["ready"]
-    assert refused == [
-        "It runs already, and what it changes is not torn apart: it goes on to its end."
-    ]
+    assert refused == ["It is already running and changes state, so it cannot be interrupted."]
 
 
 def test_nothing_is_asked_of_the_database_while_nobody_cancels(

@@ -1,4 +1,4 @@
-"""Drop payloads and results that nobody will ask for again; the rows stay."""
+"""Delete old payloads and results; the rows stay."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from futures.models import Future
 from futures.transitions import FINAL_STATES
 
 _MAX_DAYS = 36500  # a century
-_BATCH = 500  # rows of one transaction, so that nobody waits for long
+_BATCH = 500  # rows in one transaction, so that no other statement waits for long
 
 
 class Command(BaseCommand):
     help = (
-        "Drop payload and result of futures that were finished long ago. Their rows stay, with "
-        "state, times and summary. What the server may still need for a replay is kept."
+        "Delete payload and result of futures that were finished long ago. Their rows stay, with "
+        "state, times and summary. Data that a replay may need is kept."
     )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -32,7 +32,7 @@ class Command(BaseCommand):
             default=settings.KEEP_RESULTS_DAYS,
             help="age in days since they were finished (default: %(default)s)",
         )
-        parser.add_argument("--dry-run", action="store_true", help="only say how many")
+        parser.add_argument("--dry-run", action="store_true", help="only print how many")
 
     def handle(self, *args: Any, days: int, dry_run: bool, **options: Any) -> None:
         if not 0 <= days <= _MAX_DAYS:
@@ -50,10 +50,10 @@ class Command(BaseCommand):
 
 
 def _prunable(days: int) -> QuerySet[Future]:
-    """Old final futures with a body, less what the project wants to keep.
+    """Old final futures with a body, except those that the project wants to keep.
 
     ``settings.FUTURES_PRUNABLE``, if set, names a function from such a queryset to the part
-    of it that may go: this app cannot know what a replay would need.
+    of it that may be pruned, because this app does not know what a replay needs.
     """
     old: QuerySet[Future] = Future.objects.filter(
         state__in=FINAL_STATES,

@@ -1,4 +1,4 @@
-"""Submit requests again, and compare what comes out with what came out first."""
+"""Submit requests again, and compare the new results with the first ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--wait",
             action="store_true",
-            help="wait for the new results and say whether they equal the first ones",
+            help="wait for the new results and report whether they equal the first ones",
         )
         parser.add_argument(
             "--timeout",
@@ -58,7 +58,7 @@ class Command(BaseCommand):
     def _compare(self, replay: Future, timeout_seconds: float) -> bool:
         """Wait for a replay and report it; False unless it is ready.
 
-        A different result is no failure: its lane may have moved on since the first.
+        A different result is no failure: the lane may have changed since the first one.
         """
         ended = async_to_sync(_wait)(replay, timeout_seconds)
         if ended is None:
