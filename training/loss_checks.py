@@ -1,4 +1,7 @@
-"""What a request may bring for its loss, checked at submission by the web and again by the engine.
+"""What a request may bring for its loss, by the one table (``loss_fns.LOSS_FNS``).
+
+The service that accepts a request checks it, whatever dialect it came in; the engine checks again
+what it is given to compute, which may be of an older version.
 
 The rule for inputs, which ``losses.md`` tells clients: what the loss needs must be there, what it
 does not read may be there if it is a known name and has one meaning, and is reported; anything
@@ -136,7 +139,8 @@ def check_loss(
         InvalidDatum: The message names the datum and the input. (400)
     """
     complete_config(loss_fn, config)
-    if find_loss_fn(loss_fn).needs_provenance and not has_provenance:
+    spec = find_loss_fn(loss_fn)
+    if spec.needs_provenance and not has_provenance:
         raise InvalidRequest(
             f"loss_fn: {loss_fn} needs the provenance of sampled tokens, which only the tinker "
             "SDK's forward_backward sends"
@@ -144,9 +148,9 @@ def check_loss(
     for index, item in enumerate(data):
         if isinstance(item, Datum):
             check_inputs(loss_fn, item.loss_fn_inputs, f"data[{index}]", trains=not forward_only)
-        elif loss_fn != "cross_entropy":
+        elif not spec.takes_text:
+            takers = " and ".join(name for name, known in LOSS_FNS.items() if known.takes_text)
             raise InvalidDatum(
                 f"data[{index}]: {loss_fn} needs token-level datums with loss_fn_inputs "
-                f"{', '.join(LOSS_FNS[loss_fn].inputs)}; a conversation works with cross_entropy "
-                "only"
+                f"{', '.join(spec.inputs)}; a conversation works with {takers} only"
             )

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from training.errors import InvalidRequest
 from training.types import MAX_FLOAT32
 
+DEFAULT_LOSS_FN = "cross_entropy"
+
 CUSTOM = "custom"
 """The name under which an uploaded loss is asked for; it is in no table, its graph says it all."""
 
@@ -54,6 +56,8 @@ class LossSpec:
     mean_is_weighted: bool = False
     """Whether the mean that people read is over the sum of the factor, where that is positive. If
     not, it is per trained token."""
+    takes_text: bool = False
+    """Whether conversations can be trained with it: all that it reads follows from the text."""
     allows_many_targets: bool = False
     """Whether ``target_tokens`` may be (N, K)."""
     is_elementwise: bool = True
@@ -81,11 +85,12 @@ def _thresholds(low: float | None, high: float | None) -> Mapping[str, Setting]:
 
 
 LOSS_FNS: Mapping[str, LossSpec] = {
-    "cross_entropy": LossSpec(
+    DEFAULT_LOSS_FN: LossSpec(
         inputs=(TARGET_TOKENS,),
         optional_inputs=(WEIGHTS,),
         factor=WEIGHTS,
         mean_is_weighted=True,
+        takes_text=True,
         allows_many_targets=True,
     ),
     "importance_sampling": LossSpec(inputs=_POLICY_INPUTS, factor=ADVANTAGES),

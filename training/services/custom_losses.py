@@ -14,13 +14,13 @@ from futures.models import Future
 from futures.payload import encode_payload
 from futures.services import Refusal, future_record, future_submit
 from training.base_models import base_model_get
-from training.errors import InvalidDatum, InvalidRequest
+from training.errors import InvalidDatum
 from training.kinds import Kind
 from training.models import CustomLoss, Session
 from training.selectors import custom_loss_get, run_get
 from training.services.sessions import session_open
 from training.storage_quota import storage_admit
-from training.types import Datum
+from training.types import Conversation, Datum
 
 
 @transaction.atomic
@@ -93,7 +93,7 @@ def custom_loss_refuse(
 
 
 def custom_loss_check(
-    *, owner_id: int, model_id: str, loss_id: str | None, data: Sequence[Datum]
+    *, owner_id: int, model_id: str, loss_id: str, data: Sequence[Conversation | Datum]
 ) -> None:
     """Whether the model's session has this loss, and every datum what the loss reads.
 
@@ -102,14 +102,14 @@ def custom_loss_check(
         InvalidRequest: No such loss. (400)
         InvalidDatum: An input is missing or has another rank than the loss declared. (400)
     """
-    if loss_id is None:
-        raise InvalidRequest("loss_fn_config.loss_id: this field is required for custom")
     run = run_get(owner_id=owner_id, model_id=model_id)
     loss = custom_loss_get(session_id=run.session_id, loss_id=loss_id)
     # The first is logprobs, which are computed and shaped like the targets.
     ranks = {item["name"]: item["rank"] for item in loss.inputs[1:]}
     ranks["target_tokens"] = loss.inputs[0]["rank"]
     for index, datum in enumerate(data):
+        if not isinstance(datum, Datum):
+            raise InvalidDatum(f"data[{index}]: a custom loss needs token-level datums")
         for name, rank in ranks.items():
             place = f"data[{index}].loss_fn_inputs.{name}"
             array = datum.loss_fn_inputs.get(name)

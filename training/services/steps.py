@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from training.kinds import Forward, ForwardBackward, OptimStep
+from training.loss_checks import check_loss
 from training.loss_fns import STABLE_REINFORCE
 from training.models import Run
 from training.selectors import run_get
+from training.services.custom_losses import custom_loss_check
+from training.services.recorded_samples import logprobs_resolve
 from training.services.runs import run_get_or_create
 from training.services.submission import Submission, run_asked, submit_in_lane
-from training.types import AdamParams, Conversation, Datum
+from training.types import AdamParams, Conversation, Datum, Provenance
 
 
 def forward_backward_submit(
@@ -23,26 +26,49 @@ def forward_backward_submit(
     train_on: str = "auto",
     forward_only: bool = False,
     loss_id: str | None = None,
+    provenance: Sequence[Provenance | None] = (),
     delayable: bool = False,
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
     """Ask for a loss and, unless ``forward_only``, its gradient.
 
+    Here, and nowhere before, it is checked that the data bring what the loss reads.
+
     An unknown ``model_id`` makes a run of that name on the default base model, so that a
     first request needs no set-up; but not if the client numbers its requests itself.
 
     Args:
         loss_id: The uploaded loss that ``loss_fn="custom"`` means.
+        provenance: Where each datum's tokens come from, for a loss that reads recorded samples.
         delayable: Nobody waits on the line: the worker may wait a moment for others that can
             share the pass.
         seq_id: The client's number in the model's order; None lets the server give the next.
 
     Raises:
+        InvalidRequest: There is no such loss, or its settings are wrong. (400)
+        InvalidDatum: A datum does not fit the loss; the message names it. (400)
         RunNotFound: No such model, and ``seq_id`` was given. (404)
         LimitExceeded: The owner has as many adapters as one may have. (400)
         QueueFull: The owner has as many waiting futures as one may have. (429)
     """
+    if provenance:
+        data = logprobs_resolve(
+            owner_id=owner_id,
+            model_id=model_id,
+            data=[item for item in data if isinstance(item, Datum)],
+            provenance=provenance,
+        )
+    if loss_id is not None:
+        custom_loss_check(owner_id=owner_id, model_id=model_id, loss_id=loss_id, data=data)
+    else:
+        check_loss(
+            loss_fn,
+            loss_fn_config,
+            data,
+            forward_only=forward_only,
+            has_provenance=bool(provenance),
+        )
     if seq_id is None:
         run = run_get_or_create(owner_id, model_id, idempotency_key=idempotency_key)
     else:

@@ -24,6 +24,7 @@ from tinkerapi.api.fields.tokens import (
     token_array,
 )
 from training.errors import InvalidDatum, LimitExceeded
+from training.loss_fns import TARGET_TOKENS
 from training.types import MAX_FLOAT32, Conversation, Datum, Message, Prompt, wrong_length
 
 ROLES = ("system", "user", "assistant")
@@ -148,7 +149,7 @@ def _check_array(name: str, value: Any, where: str) -> Array:
     if isinstance(value, dict):
         _only(value, ("data", "dtype", "shape"), where)
         dtype, shape = value.get("dtype"), value.get("shape")
-        expected = "int64" if name == "target_tokens" else "float32"
+        expected = "int64" if name == TARGET_TOKENS else "float32"
         if dtype is not None and dtype != expected:
             raise refuse_datum(f"{where}.dtype", repr(expected), dtype)
         value = value.get("data")
@@ -162,7 +163,7 @@ def _check_array(name: str, value: Any, where: str) -> Array:
         raise InvalidDatum(f"{where}: nested lists have their own shape; send no shape with them")
     flat = value if rows is None else _flatten(rows, where)
     width = None if rows is None else len(rows[0])
-    check = token_array if name == "target_tokens" else _floats
+    check = token_array if name == TARGET_TOKENS else _floats
     array = check(flat, where, width)
     if rows is not None:
         return array.reshape(len(rows), -1)

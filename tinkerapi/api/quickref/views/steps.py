@@ -11,7 +11,7 @@ from tinkerapi.api.fields.refusals import refuse
 from tinkerapi.api.quickref.data_schema import DATA_SCHEMA
 from tinkerapi.api.quickref.parse import check_data
 from tinkerapi.api.quickref.views.base import OperationView
-from training.loss_checks import check_loss
+from training.loss_fns import DEFAULT_LOSS_FN
 from training.services import Submission, forward_backward_submit, optim_step_submit
 from training.types import MAX_FLOAT32, AdamParams
 
@@ -77,7 +77,7 @@ class ForwardBackwardView(OperationView):
         ),
         "loss_fn": Text(
             description="The loss function; GET /list_loss_functions has them all.",
-            default="cross_entropy",
+            default=DEFAULT_LOSS_FN,
             max_length=60,
         ),
         "loss_fn_config": Custom(
@@ -108,9 +108,6 @@ class ForwardBackwardView(OperationView):
     def submit(
         self, body: dict[str, Any], *, owner_id: int, idempotency_key: str | None
     ) -> Submission:
-        check_loss(
-            body["loss_fn"], body["loss_fn_config"], body["data"], forward_only=self.forward_only
-        )
         return forward_backward_submit(
             owner_id=owner_id,
             model_id=body["model_id"],

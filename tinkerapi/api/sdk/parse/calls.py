@@ -10,7 +10,8 @@ from django.conf import settings
 
 from tinkerapi.api.fields.field import Integer, Number, Text
 from training.errors import InvalidDatum, LimitExceeded
-from training.loss_fns import LOSS_FNS
+from training.loss_fns import CUSTOM, DEFAULT_LOSS_FN, LOSS_FNS
+from training.payloads import with_weights_of_one
 from training.types import MAX_FLOAT32, Datum, Provenance
 
 _MODEL_ID = Text(description="The run.")
@@ -29,7 +30,7 @@ class ForwardBackwardCall:
     """Its place in the run's order, from 1."""
     data: list[Datum]
     loss_fn: str
-    """As sent; the engine knows which names it has."""
+    """As sent; the table of losses says which there are."""
     loss_fn_config: dict[str, float]
     loss_id: str | None
     """The uploaded loss that ``loss_fn="custom"`` means; None for the others."""
@@ -37,6 +38,13 @@ class ForwardBackwardCall:
     """True computes loss and outputs and leaves the gradients untouched."""
     provenance: list[Provenance | None] = field(default_factory=list)
     """Where each datum's tokens come from, for a loss that reads it; else empty."""
+
+    def data_to_store(self) -> list[Datum]:
+        """The data as the first version stored them, so that a request of that time has the same
+        digest when it is sent again: a forward without weights has weights of 1."""
+        if self.forward_only and self.loss_fn == DEFAULT_LOSS_FN:
+            return with_weights_of_one(self.data)
+        return self.data
 
 
 def check_ids(model_id: Any, seq_id: Any) -> tuple[str, int]:
@@ -63,7 +71,7 @@ def check_config(config: Mapping[str, Any], loss_fn: str) -> tuple[dict[str, flo
     loss_id = None
     for name, value in config.items():
         where = f"loss_fn_config.{name[:60]}"
-        if loss_fn == "custom" and name == "loss_id":
+        if loss_fn == CUSTOM and name == "loss_id":
             loss_id = _LOSS_ID.check(value, where)
         else:
             numbers[name] = _SETTING.check(_number(loss_fn, name, value), where)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from futures.models import Future
@@ -13,11 +12,8 @@ from tinkerapi.api.sdk.base import NumberedJSONView, NumberedView
 from tinkerapi.api.sdk.parse.json_bodies import parse_json_forward_backward
 from tinkerapi.api.sdk.parse.protobuf import parse_forward_backward
 from training.errors import InvalidRequest
-from training.loss_checks import check_loss
-from training.payloads import with_weights_of_one
+from training.loss_fns import CUSTOM
 from training.services import forward_backward_submit, optim_step_submit
-from training.services.custom_losses import custom_loss_check
-from training.services.recorded_samples import logprobs_resolve
 from training.types import AdamParams
 
 
@@ -36,38 +32,17 @@ class ForwardBackwardView(NumberedView):
             call = parse_forward_backward(body)
         else:
             call = parse_json_forward_backward(body, forward_only=self.forward_only)
-        if call.loss_fn == "custom":
-            custom_loss_check(
-                owner_id=owner_id, model_id=model_id, loss_id=call.loss_id, data=call.data
-            )
-        else:
-            if call.provenance:
-                call = replace(
-                    call,
-                    data=logprobs_resolve(
-                        owner_id=owner_id,
-                        model_id=model_id,
-                        data=call.data,
-                        provenance=call.provenance,
-                    ),
-                )
-            check_loss(
-                call.loss_fn,
-                call.loss_fn_config,
-                list(call.data),
-                forward_only=call.forward_only,
-                has_provenance=bool(call.provenance),
-            )
-        if call.forward_only and call.loss_fn == "cross_entropy":
-            call = replace(call, data=with_weights_of_one(call.data))
+        if call.loss_fn == CUSTOM and call.loss_id is None:
+            raise InvalidRequest("loss_fn_config.loss_id: this field is required for custom")
         return forward_backward_submit(
             owner_id=owner_id,
             model_id=model_id,
-            data=call.data,
+            data=call.data_to_store(),
             loss_fn=call.loss_fn,
             loss_fn_config=call.loss_fn_config,
             forward_only=call.forward_only,
             loss_id=call.loss_id,
+            provenance=call.provenance,
             seq_id=seq_id,
         ).future
 
