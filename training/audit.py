@@ -6,7 +6,6 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
@@ -15,11 +14,6 @@ from django.db.models import QuerySet
 from django.utils import timezone
 
 from training.models import AuditEvent, Checkpoint
-
-EventType = Literal["all", "checkpoints", "projects", "teams", "organizations"]
-
-_PREFIXES: Mapping[str, str] = {"checkpoints": "checkpoint_", "projects": "project_"}
-"""Teams and organizations do not exist here, so nothing of them is ever logged."""
 
 
 def audit_record(
@@ -77,19 +71,19 @@ def audit_logged_in_lately(*, username: str, address: str, within: timedelta) ->
 
 
 def audit_events(
-    *, owner_id: int | None, event_type: EventType = "all", day: date | None = None
+    *, owner_id: int | None, thing: str | None = None, day: date | None = None
 ) -> QuerySet[AuditEvent]:
     """What was done to the owner's things, the oldest first; ``owner_id`` None: to anybody's.
 
     Args:
+        thing: The first word of events, such as ``checkpoint``; None for all.
         day: Of UTC.
     """
     events = AuditEvent.objects.select_related("actor", "owner").order_by("created_at", "pk")
     if owner_id is not None:
         events = events.filter(owner_id=owner_id)
-    if event_type != "all":
-        prefix = _PREFIXES.get(event_type)
-        events = events.filter(event__startswith=prefix) if prefix else events.none()
+    if thing is not None:
+        events = events.filter(event__startswith=f"{thing}_")
     if day is not None:
         begin = datetime(day.year, day.month, day.day, tzinfo=UTC)
         events = events.filter(created_at__gte=begin, created_at__lt=begin + timedelta(days=1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import Enum, auto
 
 from django.db import connection
 from django.db.models import Count, Sum
@@ -55,16 +56,25 @@ GROUP BY 1, 2, 3 ORDER BY 1, tokens DESC, 2, 3
 """
 
 
+class Work(Enum):
+    """What time and tokens went into."""
+
+    TRAINING = auto()
+    PREFILL = auto()
+    """Reading the prompts of samples."""
+    SAMPLING = auto()
+    CHECKPOINT = auto()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Usage:
     """What one run or sampling session used in one hour of one kind of work."""
 
     hour: datetime
     """Its beginning, UTC."""
-    type: str
-    """``training``, ``sampling_prefill``, ``sampling_sample`` or ``checkpoint``."""
+    work: Work
     count: int
-    """Tokens; of ``checkpoint``, how many were saved."""
+    """Tokens; of checkpoints, how many were saved."""
     seconds: float
     """Worker time; that of a sample is split between prefill and sampling by their tokens."""
     base_model: str | None
@@ -101,11 +111,11 @@ def usage_by_hour(*, owner_id: int, begin: datetime, end: datetime) -> list[Usag
     found = []
     for hour, lane_id, kind, requests, tokens, prompt_tokens, seconds in rows:
         place = places.get(lane_id, _NOWHERE)
-        for type_, count, share in _parts(kind, int(requests), int(tokens), int(prompt_tokens)):
+        for work, count, share in _parts(kind, int(requests), int(tokens), int(prompt_tokens)):
             found.append(
                 Usage(
                     hour=hour,
-                    type=type_,
+                    work=work,
                     count=count,
                     seconds=seconds * share,
                     base_model=place.base_model,
@@ -118,17 +128,17 @@ def usage_by_hour(*, owner_id: int, begin: datetime, end: datetime) -> list[Usag
 
 def _parts(
     kind: str, requests: int, tokens: int, prompt_tokens: int
-) -> list[tuple[str, int, float]]:
-    """Type, count and share of the time."""
+) -> list[tuple[Work, int, float]]:
+    """Work, count and share of the time."""
     if kind in (Kind.FORWARD, Kind.FORWARD_BACKWARD):
-        return [("training", tokens, 1.0)] if tokens else []
+        return [(Work.TRAINING, tokens, 1.0)] if tokens else []
     if kind == Kind.SAVE_WEIGHTS:
-        return [("checkpoint", requests, 1.0)] if requests else []
+        return [(Work.CHECKPOINT, requests, 1.0)] if requests else []
     if kind == Kind.SAMPLE and prompt_tokens + tokens:
         total = prompt_tokens + tokens
         return [
-            ("sampling_prefill", prompt_tokens, prompt_tokens / total),
-            ("sampling_sample", tokens, tokens / total),
+            (Work.PREFILL, prompt_tokens, prompt_tokens / total),
+            (Work.SAMPLING, tokens, tokens / total),
         ]
     return []
 

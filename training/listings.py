@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any
 
 from django.db.models import Count, F, Q, QuerySet, Sum
 from django.utils import timezone
 
+from futures.models import Future
 from training.errors import RunNotFound
-from training.models import Checkpoint, Run, Session
+from training.models import Checkpoint, Run, SamplingSession, Session
 from training.progress import with_progress
 from training.selectors import checkpoints_kept
 
@@ -119,19 +120,38 @@ def sessions_by_id(ids: Iterable[str]) -> list[Session]:
 class SessionStatus:
     """One of the states in which a search looks for sessions."""
 
-    type: Literal["active", "client_finished", "cancelled", "failed"]
-    """The last two are never a session's state here: nobody but the client ends it."""
+    is_finished: bool
+    """If not: heard of lately."""
     reasons: Sequence[str] | None = None
-    """Of ``client_finished``; None matches each."""
+    """Of finished ones; None matches each."""
 
     def condition(self) -> Q:
         """As a filter of sessions."""
-        if self.type == "active":
+        if not self.is_finished:
             return Q(finished_at__isnull=True, heartbeat_at__gt=timezone.now() - ACTIVE)
-        if self.type == "client_finished":
-            reasons = Q() if self.reasons is None else Q(finish_reason__in=self.reasons)
-            return Q(finished_at__isnull=False) & reasons
-        return Q(pk__in=[])
+        reasons = Q() if self.reasons is None else Q(finish_reason__in=self.reasons)
+        return Q(finished_at__isnull=False) & reasons
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """What was asked of a session's models and sampling sessions."""
+
+    lane_ids: list[str]
+    """The models', then the sampling sessions', each in the order in which they were made."""
+    futures: Iterable[Future]
+    """The newest finished requests, without their bodies, the newest first; to be read once."""
+
+
+def session_timeline(session_id: str, *, limit: int = 100_000) -> Timeline:
+    """The timeline of a session; the caller has seen to whose it is."""
+    runs = Run.objects.filter(session_id=session_id).order_by("model_seq_id")
+    samplers = SamplingSession.objects.filter(session_id=session_id).order_by("seq_id")
+    lane_ids = [*runs.values_list("id", flat=True), *samplers.values_list("id", flat=True)]
+    finished = Future.objects.without_bodies().filter(
+        lane_id__in=lane_ids, started_at__isnull=False, finished_at__isnull=False
+    )
+    return Timeline(lane_ids=lane_ids, futures=finished.order_by("-created_at")[:limit].iterator())
 
 
 def session_search(
@@ -151,7 +171,7 @@ def session_search(
     Args:
         session_id: This session; together with ``display_name`` either may match.
         display_name: Words, each of which the name must hold, in any case.
-        statuses: Any of these.
+        statuses: Any of these; an empty list matches nothing.
         after: Moment and id of the last session of the page before.
     """
     sessions = Session.objects.filter(owner_id=owner_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
-from typing import Any
 
 from django.db.models import F, OuterRef, Q, QuerySet, Subquery
 from django.db.models.functions import Coalesce
@@ -22,7 +21,6 @@ from training.errors import (
     SessionNotFound,
 )
 from training.kinds import LOGGED, REQUESTS
-from training.loss_fns import LOSS_FNS
 from training.models import Checkpoint, CustomLoss, Run, SamplingSession, Session, Snapshot
 from training.paths import TinkerPath
 
@@ -159,7 +157,12 @@ def run_log(run: Run, *, after_seq_id: int = -1) -> list[Future]:
 
 
 def checkpoint_get(
-    *, owner_id: int, path: TinkerPath, lender_id: int | None = None, with_files: bool = False
+    *,
+    owner_id: int,
+    path: TinkerPath,
+    lender_id: int | None = None,
+    with_files: bool = False,
+    field: str = "path",
 ) -> Checkpoint:
     """A checkpoint that the owner may read: one's own, the lender's, or a public one.
 
@@ -169,6 +172,7 @@ def checkpoint_get(
     Args:
         lender_id: Another user, who gave the owner the key to read what is theirs.
         with_files: Also find files for other programs, which no engine reads.
+        field: What the sender calls the path.
 
     Raises:
         CheckpointNotFound: There is none, or it expired. (404)
@@ -176,7 +180,8 @@ def checkpoint_get(
     """
     if path.kind == Checkpoint.Kind.EXTERNAL and not with_files:
         raise InvalidRequest(
-            f"path: {path} is for other programs; load or sample a weights or sampler_weights path"
+            f"{field}: {path} is for other programs; load or sample a weights or sampler_weights "
+            "path"
         )
     named = checkpoints_kept().filter(kind=path.kind, name=path.name, ephemeral=False)
     readers = [owner_id] if lender_id is None else [owner_id, lender_id]
@@ -266,17 +271,3 @@ def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
         live_run_id=Subquery(live.values("id")[:1]),
         covered_seq_id=Coalesce(Subquery(covered), -1),
     ).filter(Q(live_run_id__isnull=True) | Q(seq_id__lte=F("covered_seq_id")))
-
-
-def loss_functions() -> dict[str, dict[str, Any]]:
-    """Each loss function's inputs and settings with their defaults, by name; not those that need
-    the provenance of recorded samples, which only the SDK can send."""
-    return {
-        name: {
-            "inputs": list(spec.inputs),
-            "optional_inputs": list(spec.optional_inputs),
-            "config": {setting: spec.config[setting].default for setting in spec.config},
-        }
-        for name, spec in LOSS_FNS.items()
-        if not spec.needs_provenance
-    }

@@ -14,7 +14,7 @@ from tests.isolation.test_routes import addresses
 from tinkerapi.api.endpoints import endpoints
 from tinkerapi.api.quickref.views import service
 from training.base_models import base_model_get
-from training.selectors import loss_functions
+from training.loss_fns import LOSS_FNS
 
 
 def test_the_index_lists_every_endpoint_by_group(api):
@@ -125,7 +125,9 @@ def test_the_context_length_is_the_one_that_the_worker_enforces(api, settings, t
 def test_loss_functions_are_listed_with_inputs_and_defaults(api):
     body = api.get("/list_loss_functions").json()
 
-    assert set(body["loss_functions"]) == set(loss_functions())
+    assert set(body["loss_functions"]) == {
+        name for name, spec in LOSS_FNS.items() if not spec.needs_provenance
+    }
     ppo = body["loss_functions"]["ppo"]
     assert ppo["inputs"] == ["target_tokens", "logprobs", "advantages"]
     assert ppo["config"] == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}

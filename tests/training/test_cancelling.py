@@ -20,7 +20,7 @@ from tests.conftest import InProcessWorker
 from tests.futures.conftest import race
 from tests.training import test_worker
 from training.base_models import base_model_get
-from training.billing import usage_by_hour
+from training.billing import Work, usage_by_hour
 from training.engine.fake.engine import fake_engine
 from training.models import Run
 from training.types import SamplingParams
@@ -180,9 +180,9 @@ def test_what_had_been_sampled_is_counted_as_used(
         owner_id=owner.pk, begin=now - timedelta(hours=2), end=now + timedelta(hours=1)
     )
     num_prompt_tokens = len(work.engine.renderer.encode("abcd"))
-    assert {usage.type: usage.count for usage in used} == {
-        "sampling_prefill": num_prompt_tokens,
-        "sampling_sample": 2 * CANCELLED_AFTER,
+    assert {usage.work: usage.count for usage in used} == {
+        Work.PREFILL: num_prompt_tokens,
+        Work.SAMPLING: 2 * CANCELLED_AFTER,
     }
 
 

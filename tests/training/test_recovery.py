@@ -378,7 +378,7 @@ def test_a_recorded_sample_is_committed_with_its_result_or_not_at_all(
         sampling_params=SamplingParams(max_tokens=4),
         prompt_logprobs=False,
         scoring=ScoringParams(),
-        record_stability_info=True,
+        record=True,
     )
 
     def die(**_: Any) -> None:

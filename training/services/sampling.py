@@ -78,7 +78,7 @@ def sample_submit(
     summary = {}
     if model_path is not None:
         path = TinkerPath.parse(model_path, field="model_path")
-        checkpoint = checkpoint_get(owner_id=owner_id, path=path)
+        checkpoint = checkpoint_get(owner_id=owner_id, path=path, field="model_path")
         request = replace(request, checkpoint=checkpoint.pk)
         base_model = checkpoint.run.base_model
         summary["path"] = str(path)

@@ -54,7 +54,7 @@ def sampling_session_create(
     checkpoint = None
     if model_path is not None:
         path = TinkerPath.parse(model_path, field="model_path")
-        checkpoint = checkpoint_get(owner_id=owner_id, path=path)
+        checkpoint = checkpoint_get(owner_id=owner_id, path=path, field="model_path")
         if base_model not in (None, checkpoint.run.base_model):
             raise InvalidRequest(
                 f"base_model: {path} is of base model {checkpoint.run.base_model}, not {base_model}"
@@ -108,13 +108,13 @@ def session_sample_submit(
     sampling_params: SamplingParams,
     prompt_logprobs: bool,
     scoring: ScoringParams,
-    record_stability_info: bool = False,
+    record: bool = False,
 ) -> Future:
     """Ask for completions of one prompt; asking twice under one number is asking once.
 
     Args:
-        record_stability_info: Keep the sequences for the loss stable_reinforce, for the models of
-            the same session.
+        record: Keep the sequences for the loss stable_reinforce, for the models of the same
+            session.
 
     Raises:
         InvalidRequest: They are to be kept for it, and this server refuses that loss. (400)
@@ -133,7 +133,7 @@ def session_sample_submit(
         checkpoint_id is None or not checkpoints_kept().filter(pk=checkpoint_id).exists()
     ):
         raise CheckpointNotFound(f"the checkpoint {sampling_session.model_path} was deleted")
-    if record_stability_info:
+    if record:
         stable_reinforce_check()
     request = sample_request(
         prompts=[tuple(prompt)],
@@ -143,7 +143,7 @@ def session_sample_submit(
         scoring=scoring,
         request_name=f"{sampling_session_id}:{seq_id}",
         checkpoint=checkpoint_id,
-        record_for=sampling_session.session_id if record_stability_info else None,
+        record_for=sampling_session.session_id if record else None,
     )
     path = sampling_session.model_path
     return submit(

@@ -23,6 +23,7 @@ from tinkerapi.api.errors import error_response, failure_status
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.results import rendered
 from tinkerapi.api.threads import in_database_thread
+from training.loss_fns import LOSS_FNS
 from training.waiting import future_waiting, waits_for_nobody
 
 RETRY_AFTER_SECONDS = 1
@@ -118,3 +119,17 @@ async def waited_answer(
             found = QueuePosition(None, None, PAUSED, "The database does not answer.")
             return _pending(request_id, found, **more)
     return await rendered(final, partial(final_answer, is_known=is_known))
+
+
+def loss_fns_description() -> dict[str, dict[str, Any]]:
+    """Each loss function's inputs and settings with their defaults, by name; not those that need
+    the provenance of recorded samples, which only the SDK can send."""
+    return {
+        name: {
+            "inputs": list(spec.inputs),
+            "optional_inputs": list(spec.optional_inputs),
+            "config": {setting: spec.config[setting].default for setting in spec.config},
+        }
+        for name, spec in LOSS_FNS.items()
+        if not spec.needs_provenance
+    }

@@ -14,10 +14,11 @@ from rest_framework.request import Request
 from futures.selectors import queue_state
 from tinkerapi.api.endpoints import endpoints
 from tinkerapi.api.fields.field import Schema
+from tinkerapi.api.quickref.render import loss_fns_description
 from tinkerapi.api.quickref.views.base import ApiView
 from tinkerapi.api.renderers import JSONResponse
 from training.base_models import base_models
-from training.selectors import loss_functions
+from training.loss_fns import DEFAULT_LOSS_FN
 
 GROUP = "Server"
 
@@ -187,7 +188,7 @@ class LossFunctionListView(ApiView):
     }
 
     def get(self, request: Request) -> HttpResponse:
-        return JSONResponse({"loss_functions": loss_functions(), "default": "cross_entropy"})
+        return JSONResponse({"loss_functions": loss_fns_description(), "default": DEFAULT_LOSS_FN})
 
 
 def _missing() -> Iterator[str]:

@@ -5,6 +5,7 @@ A superuser's key reads everybody's audit log.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +21,7 @@ from tinkerapi.api.sdk.base import SdkView
 from tinkerapi.api.sdk.parse.queries import query_day, query_moment, query_text
 from tinkerapi.api.sdk.render.descriptions import texts, user_urn
 from training.audit import audit_events
-from training.billing import WINDOW, Usage, checkpoints_stored, usage_by_hour
+from training.billing import WINDOW, Usage, Work, checkpoints_stored, usage_by_hour
 from training.errors import InvalidRequest
 from training.listings import sessions_by_id
 from training.models import AuditEvent
@@ -30,9 +31,24 @@ MAX_EVENTS = 10_000
 
 GIGABYTE = 1_000_000_000
 
-_EVENT_TYPE = Choice(
-    description="", choices=("all", "checkpoints", "projects", "teams", "organizations")
-)
+_THINGS: Mapping[str, str | None] = {
+    "all": None,
+    "checkpoints": "checkpoint",
+    "projects": "project",
+    # These do not exist here, so nothing of them is ever logged.
+    "teams": "team",
+    "organizations": "organization",
+}
+"""Event type to the first word of our events."""
+
+_EVENT_TYPE = Choice(description="", choices=tuple(_THINGS))
+
+_USAGE_TYPES: Mapping[Work, str] = {
+    Work.TRAINING: "training",
+    Work.PREFILL: "sampling_prefill",
+    Work.SAMPLING: "sampling_sample",
+    Work.CHECKPOINT: "checkpoint",
+}
 
 
 class AuditView(SdkView):
@@ -42,7 +58,7 @@ class AuditView(SdkView):
         event_type = _EVENT_TYPE.check(request.query_params.get("event_type", "all"), "event_type")
         events = audit_events(
             owner_id=None if request.user.is_superuser else owner_of(request),
-            event_type=event_type,  # type: ignore[arg-type]  # the field has checked it
+            thing=_THINGS[event_type],
             day=query_day(request, "day"),
         )
         newest = list(events.reverse()[:MAX_EVENTS])
@@ -107,15 +123,15 @@ def _window(request: Request) -> tuple[datetime, datetime]:
 
 
 def _event(usage: Usage, username: str) -> dict[str, Any]:
-    info: dict[str, Any] = {"type": usage.type}
-    if usage.type == "checkpoint":
+    info: dict[str, Any] = {"type": _USAGE_TYPES[usage.work]}
+    if usage.work == Work.CHECKPOINT:
         info["count"] = usage.count
     else:
         info["token_count"] = usage.count
-    if usage.type == "sampling_prefill":
+    if usage.work == Work.PREFILL:
         info["cached"] = False
     dollars_per_second = settings.WORKER_HOUR_CENTS / 100 / 3600
-    priced = dollars_per_second > 0 and usage.type != "checkpoint" and usage.count > 0
+    priced = dollars_per_second > 0 and usage.work != Work.CHECKPOINT and usage.count > 0
     cost = usage.seconds * dollars_per_second if priced else None
     return {
         "bucket_start": timestamp(usage.hour),

@@ -14,13 +14,14 @@ from tinkerapi.api.caller import owner_of
 from tinkerapi.api.renderers import JSONResponse, timestamp
 from tinkerapi.api.sdk.base import SdkView
 from tinkerapi.api.sdk.render.links import archive_link, file_links, link_target
+from tinkerapi.api.sdk.render.trace import trace_of
 from tinkerapi.api.streaming import file_response, tar_response
 from training.errors import CheckpointNotFound
+from training.listings import session_timeline
 from training.models import Checkpoint
 from training.paths import TinkerPath
 from training.selectors import checkpoint_by_id, checkpoint_get
 from training.services.checkpoints import checkpoint_audit_read
-from training.trace import session_trace
 
 
 def _downloadable(request: Request, run: str, checkpoint_id: str) -> Checkpoint:
@@ -90,7 +91,8 @@ class DownloadView(SdkView):
     def get(self, request: Request, token: str, file_name: str) -> HttpResponseBase:
         target = link_target(token)
         if "session" in target:
-            return JSONResponse(session_trace(target["session"]))
+            session_id = target["session"]
+            return JSONResponse(trace_of(session_id, session_timeline(session_id)))
         checkpoint = checkpoint_by_id(target["checkpoint"])
         if "while_public" in target and not checkpoint.public:
             raise CheckpointNotFound

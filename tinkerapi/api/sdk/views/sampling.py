@@ -137,8 +137,9 @@ class SampleView(SdkView):
             num_sampled_tokens=body["num_samples"]
             * (body["sampling_params"].max_tokens or settings.DEFAULT_MAX_TOKENS),
         )
+        record = body.pop("record_stability_info")
         future = session_sample_submit(
-            owner_id=owner_of(request), prompt=prompt, scoring=scoring, **body
+            owner_id=owner_of(request), prompt=prompt, scoring=scoring, record=record, **body
         )
         return JSONResponse(
             {

@@ -66,6 +66,7 @@ class SessionProjectView(SdkView):
         return empty_response()
 
 
+_IS_FINISHED = {"active": False, "client_finished": True}
 _STATUS_FIELDS: Mapping[str, Field] = {
     "type": Choice(
         description="",
@@ -87,10 +88,14 @@ _OWNER_FIELDS: Mapping[str, Field] = {
 def _check_statuses(value: Any, where: str) -> list[SessionStatus]:
     if not isinstance(value, list) or not value:
         raise refuse(where, "a list of at least one status", value)
-    return [
-        SessionStatus(**check_object(_STATUS_FIELDS, item, f"{where}[{i}]"))
-        for i, item in enumerate(value)
-    ]
+    statuses = []
+    for index, item in enumerate(value):
+        checked = check_object(_STATUS_FIELDS, item, f"{where}[{index}]")
+        # The others are no session's here: nobody but the client ends one.
+        if checked["type"] in _IS_FINISHED:
+            is_finished = _IS_FINISHED[checked["type"]]
+            statuses.append(SessionStatus(is_finished=is_finished, reasons=checked["reasons"]))
+    return statuses
 
 
 def _check_cursor(value: Any, where: str) -> tuple[datetime, str]:

@@ -1,4 +1,4 @@
-"""A session's requests on a timeline, in the trace event format that Perfetto opens.
+"""A session's timeline in the trace event format that Perfetto opens.
 
 One row per model and sampling session; one bar per request from when it began to when it was
 finished, and how long it had waited before.
@@ -10,29 +10,19 @@ from datetime import datetime
 from typing import Any
 
 from futures.models import Future
-from training.models import Run, SamplingSession
-
-MAX_REQUESTS = 100_000
-"""The newest so many are shown."""
+from training.listings import Timeline
 
 _FACTS = ("tokens", "loss", "step", "grad_norm", "path")
 
 
-def session_trace(session_id: str) -> dict[str, Any]:
+def trace_of(session_id: str, timeline: Timeline) -> dict[str, Any]:
     """The trace of a session's finished requests."""
-    runs = Run.objects.filter(session_id=session_id).order_by("model_seq_id")
-    samplers = SamplingSession.objects.filter(session_id=session_id).order_by("seq_id")
-    lanes = [*runs.values_list("id", flat=True), *samplers.values_list("id", flat=True)]
-    rows = {lane_id: number for number, lane_id in enumerate(lanes, start=1)}
-    futures = Future.objects.without_bodies().filter(
-        lane_id__in=lanes, started_at__isnull=False, finished_at__isnull=False
-    )
+    rows = {lane_id: number for number, lane_id in enumerate(timeline.lane_ids, start=1)}
     names = [
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": lane_id}}
         for lane_id, number in rows.items()
     ]
-    newest = futures.order_by("-created_at")[:MAX_REQUESTS]
-    events = [_event(future, rows[future.lane_id or ""]) for future in newest.iterator()]
+    events = [_event(future, rows[future.lane_id or ""]) for future in timeline.futures]
     return {
         "traceEvents": names + events,
         "displayTimeUnit": "ms",
