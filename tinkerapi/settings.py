@@ -8,7 +8,11 @@ sentence instead of being replaced by a default.
 import os
 from pathlib import Path
 
-from tinkerapi.config.base_models import base_models_from_file, base_models_from_names
+from tinkerapi.config.base_models import (
+    MOST_CACHE_BYTES,
+    base_models_from_file,
+    base_models_from_names,
+)
 from tinkerapi.config.environment import (
     env_bool,
     env_choice,
@@ -224,6 +228,12 @@ SPECTACULAR_SETTINGS = {
 
 # --- Ours: the model --------------------------------------------------------------------
 
+ADAPTER_CACHE_BYTES = env_int(
+    "TINKERAPI_ADAPTER_CACHE_BYTES", 0, minimum=0, maximum=MOST_CACHE_BYTES
+)
+"""What the adapters in one worker's memory may take together; the others are on disk until they
+are used. 0: a share of what the device or the machine has left once the base model is loaded."""
+
 _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
 _DTYPE = env_choice("TINKERAPI_DTYPE", "auto", DTYPES)
@@ -233,10 +243,18 @@ _NAMES = env_names("TINKERAPI_BASE_MODEL", _DEFAULT_MODEL)
 BASE_MODELS = (
     base_models_from_file(Path(_CONFIG).expanduser().resolve())
     if _CONFIG
-    else base_models_from_names(_NAMES, device=_DEVICE, dtype=_DTYPE)
+    else base_models_from_names(
+        _NAMES, device=_DEVICE, dtype=_DTYPE, cache_bytes=ADAPTER_CACHE_BYTES
+    )
 )
 """What is served, the default first, one worker each. The configuration file says it alone."""
-refuse_beside("TINKERAPI_CONFIG", "TINKERAPI_BASE_MODEL", "TINKERAPI_DEVICE", "TINKERAPI_DTYPE")
+refuse_beside(
+    "TINKERAPI_CONFIG",
+    "TINKERAPI_BASE_MODEL",
+    "TINKERAPI_DEVICE",
+    "TINKERAPI_DTYPE",
+    "TINKERAPI_ADAPTER_CACHE_BYTES",
+)
 
 NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0, maximum=1024)
 """Threads of one worker on a CPU; 0: one less than torch would take."""
@@ -246,9 +264,6 @@ BATCH_TOKENS = env_int("TINKERAPI_BATCH_TOKENS", 4096)
 
 CACHE_TOKENS = env_int("TINKERAPI_CACHE_TOKENS", 32768)
 """Tokens of all sequences being sampled at once; the rest wait."""
-
-RESIDENT_ADAPTERS = env_int("TINKERAPI_RESIDENT_ADAPTERS", 32)
-"""Adapters kept in a worker's memory; the least recently used go to their snapshot."""
 
 SNAPSHOT_SECONDS = env_int("TINKERAPI_SNAPSHOT_SECONDS", 30, minimum=0)
 """Work of a run, in seconds, that a crash may make the server compute again; never less than

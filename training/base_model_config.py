@@ -23,6 +23,8 @@ class BaseModelConfig:
     """Of the frozen weights: ``auto`` is bfloat16 where the device computes it natively."""
     layout: str = "auto"
     """How sequences lie in a pass: ``packed`` side by side without padding; ``auto`` chooses."""
+    cache_bytes: int = 0
+    """What the adapters in its worker's memory may take together; 0: a share of what is free."""
 
 
 def is_folder(path: str) -> bool:

@@ -8,6 +8,20 @@ from training.base_model_config import BaseModelConfig
 from training.errors import DeviceNotFound
 
 
+def num_sharing(
+    config: BaseModelConfig, *, among: Sequence[BaseModelConfig], gpu_count: int
+) -> int:
+    """How many base models of a server, this one included, share its device's memory."""
+
+    def device(other: BaseModelConfig) -> str:
+        try:
+            return device_of(other, among=among, gpu_count=gpu_count)
+        except DeviceNotFound:  # it will not be served
+            return ""
+
+    return [device(other) for other in among].count(device(config))
+
+
 def num_threads(asked: int, torchs_own: int) -> int:
     """Threads of one worker's passes on a CPU.
 

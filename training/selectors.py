@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from datetime import timedelta
 from functools import reduce
 from operator import or_
 
@@ -51,6 +53,22 @@ def sampling_session_get(*, owner_id: int, sampling_session_id: str) -> Sampling
     raise SamplingSessionNotFound(
         f"sampling_session_id: no sampling session {sampling_session_id[:120]!r}"
     )
+
+
+CLIENT_GONE = timedelta(minutes=10)
+"""A client that lives sends a heartbeat every ten seconds."""
+
+
+def lanes_without_client(lane_ids: Collection[str]) -> set[str]:
+    """Those of these lanes, of runs and of sampling sessions, whose session is finished or has not
+    been heard of for a while. A lane of no session is not among them."""
+    silent = timezone.now() - CLIENT_GONE
+    gone = Q(session__finished_at__isnull=False) | Q(session__heartbeat_at__lt=silent)
+    return {
+        lane_id
+        for rows in (Run.objects, SamplingSession.objects)
+        for lane_id in rows.filter(gone, id__in=lane_ids).values_list("id", flat=True)
+    }
 
 
 def custom_loss_get(*, session_id: str | None, loss_id: str) -> CustomLoss:

@@ -43,6 +43,7 @@ def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
         device = "cuda:1"
         dtype = "bfloat16"
         layout = "packed"
+        cache_bytes = 60_000_000_000
 
         [[base_model]]
         path = "./small"
@@ -55,6 +56,7 @@ def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
         device="cuda:1",
         dtype="bfloat16",
         layout="packed",
+        cache_bytes=60_000_000_000,
     )
     assert second == BaseModelConfig(name="small", path=str(tmp_path / "small"))
 
@@ -76,6 +78,12 @@ def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
         ),
         ("[[base_model]]\nname = 'a'\ndtype = 'int8'", "dtype: expected one of auto, bfloat16"),
         ("[[base_model]]\nname = 'a'\nlayout = 'odd'", "layout: expected one of auto, packed"),
+        (
+            "[[base_model]]\nname = 'a'\ncache_bytes = '4GiB'",
+            "cache_bytes: expected a whole number",
+        ),
+        ("[[base_model]]\nname = 'a'\ncache_bytes = -1", "cache_bytes: expected .*, got -1"),
+        ("[[base_model]]\nname = 'a'\ncache_bytes = true", "cache_bytes: expected .*, got True"),
         ("[[base_model]", "is not TOML"),
     ],
 )

@@ -83,6 +83,15 @@ def test_a_worker_that_was_not_heard_of_for_long_is_shown_as_silent(
     assert row[4:] == ["cuda:0", "3.0\xa0GB"]
 
 
+def test_a_workers_page_says_what_its_adapters_take(console: Client, superuser: User) -> None:
+    figures = {"resident_adapters": 12, "adapter_bytes": 2**31, "adapter_cache_bytes": 9 * 2**30}
+    worker = Worker.objects.create(
+        queue="engine", state="live", hostname="h", pid=1, figures=figures
+    )
+    html = console.get(f"/admin/futures/worker/{worker.pk}/change/").content.decode()
+    assert "12, 2.0\xa0GB of 9.0\xa0GB" in html
+
+
 def test_an_empty_server_has_a_front_page(console: Client) -> None:
     answer = console.get(URL)
     assert answer.status_code == 200

@@ -100,6 +100,21 @@ def test_without_max_tokens_a_job_takes_what_the_cache_has(make_sampler: MakeSam
     assert [len(sequence.tokens) for sequence in ours] == [32 - 5 + 1] * 2
 
 
+def test_an_idle_sampler_gives_its_cache_back_and_makes_it_again(
+    make_sampler: MakeSampler, crowd: dict[str, SampleJob]
+) -> None:
+    sampler = make_sampler()
+    expected = run(sampler, crowd["wide"]).sequences
+    sampler.submit("active", crowd["base"])
+    sampler.poll(0)
+    sampler.release_memory()
+    assert sampler._cache._layers  # a job uses it
+    run_all(sampler, {})
+    sampler.release_memory()
+    assert not sampler._cache._layers
+    assert run(sampler, crowd["wide"]).sequences == expected
+
+
 # -- failures and cancellation ---------------------------------------------------------------------
 
 

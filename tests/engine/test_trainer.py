@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from training.engine.interface import ForwardBackwardJob
+from training.engine.torch.adapters import AdapterLayout, LoraShape
 from training.engine.torch.target_modules import select_modules
 from training.errors import (
     GradientDropped,
@@ -361,5 +362,18 @@ def test_train_flags_choose_attention_mlp_and_head(tied_base_model):
 
 
 def test_an_adapters_memory_is_four_buffers_of_its_parameters(engine):
-    engine.create_adapter("a", LoraConfig(rank=2, target_modules=("down_proj",)))
-    assert engine.adapter_bytes("a") == 4 * 4 * 2 * 2 * (32 + 16)
+    config = LoraConfig(rank=2, target_modules=("down_proj",))
+    num_parameters = 2 * 2 * (32 + 16)
+    assert engine.adapter_bytes(config) == 4 * 4 * num_parameters
+    assert engine.adapter_bytes(config, with_optimizer=False) == 4 * num_parameters
+    engine.create_adapter("a", config)
+    state = engine.adapter_state("a")
+    assert sum(state[name].nbytes for name in ("weights", "grad", "exp_avg", "exp_avg_sq")) == (
+        engine.adapter_bytes(config)
+    )
+
+
+def test_an_adapter_of_a_narrower_base_model_is_kept_in_its_dtype_too():
+    layout = AdapterLayout(LoraConfig(rank=2), {"down_proj": LoraShape(32, 16)})
+    assert layout.num_bytes(torch.bfloat16) == (4 * 4 + 2) * layout.num_parameters
+    assert layout.num_bytes(torch.bfloat16, with_optimizer=False) == 6 * layout.num_parameters

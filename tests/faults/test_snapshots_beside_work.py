@@ -16,6 +16,7 @@ from tests.faults.conftest import Disk, assert_all_ready, assert_same, state_of
 from tests.waiting import LONG_SECONDS
 from training import services
 from training.engine.fake.engine import fake_engine
+from training.engine.fake.trainer import ADAPTER_BYTES
 from training.kinds import RemoveRun
 from training.models import Run, Snapshot
 from training.paths import TinkerPath
@@ -206,15 +207,14 @@ def test_after_a_failure_the_disk_is_left_alone_for_a_while(
 
 
 def test_on_a_full_disk_adapters_still_make_room_for_each_other(
-    start_worker: Start, train: Train, disk: Disk, settings: Settings
+    start_worker: Start, train: Train, disk: Disk
 ) -> None:
     unbroken = start_worker()
     train("one", 2)
     unbroken()
     expected = state_of(unbroken, "one")
 
-    settings.RESIDENT_ADAPTERS = 1
-    work = start_worker()
+    work = start_worker(fake_engine(adapter_bytes=ADAPTER_BYTES))
     disk.fail()
     for first in (0, 1):
         for name in ("a", "b"):
@@ -240,10 +240,9 @@ def test_a_loaded_checkpoint_is_in_a_snapshot_before_it_can_be_missed(
 
 
 def test_what_only_a_deleted_checkpoint_could_rebuild_stays_in_memory(
-    start_worker: Start, train: Train, disk: Disk, settings: Settings, owner: User
+    start_worker: Start, train: Train, disk: Disk, owner: User
 ) -> None:
-    settings.RESIDENT_ADAPTERS = 2
-    work = start_worker()
+    work = start_worker(fake_engine(adapter_bytes=2 * ADAPTER_BYTES))
     train("m", 2)
     save(owner, "m")
     train("m", 1, first=2)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pytest_django import Settings
 
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.isolation.conftest import Tenant
 from training.engine.fake.engine import fake_engine
+from training.engine.fake.trainer import ADAPTER_BYTES
 from training.models import Run
 
 Request = tuple[str, dict[str, Any]]
@@ -143,11 +143,10 @@ def test_anothers_bad_request_in_the_same_batch_fails_alone(
 
 def test_eviction_by_anothers_adapter_loses_nothing(
     tenant: Callable[[str], Tenant],
-    work: InProcessWorker,
+    start_worker: Callable[..., InProcessWorker],
     alone: tuple[list[bytes], dict[str, Any]],
-    settings: Settings,
 ) -> None:
-    settings.RESIDENT_ADAPTERS = 1
+    work = start_worker(fake_engine(adapter_bytes=ADAPTER_BYTES))
     zelda, bob = tenant("zelda"), tenant("bob")
     ids = []
     for index in range(0, len(ZELDA), 4):

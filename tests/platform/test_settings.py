@@ -48,6 +48,17 @@ EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, go
             "TINKERAPI_BASE_MODELS: no such setting; did you mean TINKERAPI_BASE_MODEL?",
         ),
         (
+            "up",
+            {"TINKERAPI_RESIDENT_ADAPTERS": "32"},
+            "TINKERAPI_RESIDENT_ADAPTERS: replaced by TINKERAPI_ADAPTER_CACHE_BYTES, in bytes; set "
+            "that, and unset this",
+        ),
+        (
+            "doctor",
+            {"TINKERAPI_CONFIG": "CONFIG", "TINKERAPI_ADAPTER_CACHE_BYTES": "1000000000"},
+            "TINKERAPI_ADAPTER_CACHE_BYTES: TINKERAPI_CONFIG is set and says it; unset one of them",
+        ),
+        (
             "doctor",
             {"TINKERAPI_CONFIG": "/nowhere.toml"},
             "/nowhere.toml cannot be read: No such file or directory",

@@ -20,6 +20,7 @@ from tests.conftest import InProcessWorker
 from training.base_models import base_model_get
 from training.engine.fake.engine import fake_engine
 from training.engine.fake.renderer import FakeRenderer
+from training.engine.fake.trainer import ADAPTER_BYTES
 from training.engine.interface import ForwardBackwardJob, Trainer
 from training.errors import InvalidRequest, TrainingError
 from training.models import RecordedSample, Run, Session, Snapshot
@@ -239,10 +240,9 @@ def test_what_was_claimed_and_not_begun_is_given_back_when_a_worker_stops(
 
 
 def test_idle_adapters_leave_for_their_snapshot_and_come_back(
-    start_worker: Start, train: Callable[[str, int], None], settings: Settings
+    start_worker: Start, train: Callable[[str, int], None]
 ) -> None:
-    settings.RESIDENT_ADAPTERS = 2
-    work = start_worker()
+    work = start_worker(fake_engine(adapter_bytes=2 * ADAPTER_BYTES))
     for name in ("a", "b", "c"):
         train(name, 1)
     work()

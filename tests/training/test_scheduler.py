@@ -38,7 +38,7 @@ def ids(futures: Sequence[Future]) -> set[str]:
 
 
 def test_neighbouring_passes_of_many_lanes_share_a_batch_with_their_barriers() -> None:
-    scheduler = Scheduler(batch_cost=100, batch_lanes=9)
+    scheduler = Scheduler(batch_cost=100, batch_bytes=9)
     for name in ("a", "b"):
         scheduler.add(lane_of(name, ["forward_backward", "forward", "optim_step", "forward"]))
     batch = scheduler.next_batch()
@@ -49,7 +49,7 @@ def test_neighbouring_passes_of_many_lanes_share_a_batch_with_their_barriers() -
 
 
 def test_a_barrier_waits_for_the_sample_before_it_and_not_for_other_lanes() -> None:
-    scheduler = Scheduler(batch_cost=100, batch_lanes=9)
+    scheduler = Scheduler(batch_cost=100, batch_bytes=9)
     scheduler.add(lane_of("a", ["sample", "optim_step"]) + lane_of("b", ["optim_step"]))
     first = scheduler.next_batch()
     assert ids(first.samples) == {"a-1"}
@@ -60,7 +60,7 @@ def test_a_barrier_waits_for_the_sample_before_it_and_not_for_other_lanes() -> N
 
 
 def test_passes_behind_a_running_sample_need_not_wait() -> None:
-    scheduler = Scheduler(batch_cost=100, batch_lanes=9)
+    scheduler = Scheduler(batch_cost=100, batch_bytes=9)
     scheduler.add(lane_of("a", ["sample"]))
     scheduler.next_batch()
     scheduler.add([future("a", 2, "forward_backward")])
@@ -68,20 +68,20 @@ def test_passes_behind_a_running_sample_need_not_wait() -> None:
 
 
 def test_a_batch_keeps_to_its_budget_and_takes_from_each_lane_in_turn() -> None:
-    scheduler = Scheduler(batch_cost=4, batch_lanes=9)
+    scheduler = Scheduler(batch_cost=4, batch_bytes=9)
     scheduler.add(lane_of("a", ["forward"] * 4, cost=1) + lane_of("b", ["forward"] * 4, cost=1))
     assert ids(scheduler.next_batch().passes) == {"a-1", "b-1", "a-2", "b-2"}
 
 
 def test_a_future_larger_than_the_budget_runs_alone() -> None:
-    scheduler = Scheduler(batch_cost=4, batch_lanes=9)
+    scheduler = Scheduler(batch_cost=4, batch_bytes=9)
     scheduler.add([future("a", 1, "forward", cost=50), future("b", 1, "forward", cost=1)])
     assert ids(scheduler.next_batch().passes) == {"a-1"}
     assert ids(scheduler.next_batch().passes) == {"b-1"}
 
 
 def test_a_batch_touches_no_more_lanes_than_adapters_fit_in_memory() -> None:
-    scheduler = Scheduler(batch_cost=100, batch_lanes=2)
+    scheduler = Scheduler(batch_cost=100, batch_bytes=2, lane_bytes=lambda lane_id: 1)
     for name in ("a", "b", "c"):
         scheduler.add(lane_of(name, ["forward", "optim_step"]))
     assert ids(everything(scheduler.next_batch())) == {"a-1", "a-2", "b-1", "b-2"}
@@ -89,7 +89,7 @@ def test_a_batch_touches_no_more_lanes_than_adapters_fit_in_memory() -> None:
 
 
 def test_futures_without_a_lane_do_not_order_each_other() -> None:
-    scheduler = Scheduler(batch_cost=100, batch_lanes=9)
+    scheduler = Scheduler(batch_cost=100, batch_bytes=9)
     first, second = future(None, 0, "sample"), future(None, 0, "sample")
     first.id, second.id = "x", "y"
     scheduler.add([first, second])
@@ -106,7 +106,7 @@ def test_futures_without_a_lane_do_not_order_each_other() -> None:
 def test_every_future_runs_once_in_order_and_never_across_a_barrier(
     lanes: list[list[tuple[str, int]]], batch_cost: int, finish_late: bool
 ) -> None:
-    scheduler = Scheduler(batch_cost=batch_cost, batch_lanes=9)
+    scheduler = Scheduler(batch_cost=batch_cost, batch_bytes=9)
     claimed = [
         future(f"lane{number}", seq_id, kind, cost)
         for number, lane in enumerate(lanes)
@@ -141,7 +141,7 @@ def test_every_future_runs_once_in_order_and_never_across_a_barrier(
 
 def test_a_batch_has_one_custom_loss_of_an_owner() -> None:
     """What a client's own loss takes, tokens do not say: others wait for one of them at most."""
-    scheduler = Scheduler(batch_cost=100, batch_lanes=9)
+    scheduler = Scheduler(batch_cost=100, batch_bytes=9)
     for name, owner_id in (("a", 1), ("b", 1), ("c", 2)):
         futures = lane_of(name, ["forward_backward", "forward_backward", "optim_step"])
         for item in futures[:2]:

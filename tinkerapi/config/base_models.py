@@ -16,17 +16,19 @@ from tinkerapi.config.nearest import nearest
 from training.base_model_config import DTYPES, LAYOUTS, BaseModelConfig, is_folder
 
 TABLE = "base_model"
+MOST_CACHE_BYTES = 2**60
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 def base_models_from_names(
-    values: Sequence[str], *, device: str, dtype: str
+    values: Sequence[str], *, device: str, dtype: str, cache_bytes: int = 0
 ) -> list[BaseModelConfig]:
     """Of ``NAME``, ``FOLDER`` or ``NAME=PATH`` each; a folder's name is its last part.
 
     Args:
         device: That of all of them.
         dtype: That of all of them.
+        cache_bytes: That of all of them.
 
     Raises:
         ImproperlyConfigured: A side of ``=`` is empty.
@@ -43,7 +45,11 @@ def base_models_from_names(
         path = path or name
         found.append(
             BaseModelConfig(
-                name=name if has_path else _public_name(path), path=path, device=device, dtype=dtype
+                name=name if has_path else _public_name(path),
+                path=path,
+                device=device,
+                dtype=dtype,
+                cache_bytes=cache_bytes,
             )
         )
     return found
@@ -95,6 +101,12 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
             raise ImproperlyConfigured(
                 f"{where}.{key}: expected one of {', '.join(choices)}, got {values[key]!r}"
             )
+    cache_bytes = values.get("cache_bytes", 0)
+    if type(cache_bytes) is not int or not 0 <= cache_bytes <= MOST_CACHE_BYTES:
+        raise ImproperlyConfigured(
+            f"{where}.cache_bytes: expected a whole number of bytes, at most {MOST_CACHE_BYTES},"
+            f" got {cache_bytes!r}"
+        )
     return BaseModelConfig(**values)
 
 

@@ -16,6 +16,9 @@ PREFIX = "TINKERAPI_"
 OTHERS = ("TINKERAPI_NO_INSTALL",)
 """Variables of ours that are read before the settings are."""
 
+REMOVED = {"TINKERAPI_RESIDENT_ADAPTERS": "TINKERAPI_ADAPTER_CACHE_BYTES, in bytes"}
+"""Settings of older versions, and what takes their place."""
+
 _read: set[str] = set()
 
 LARGEST = 10**9
@@ -34,6 +37,9 @@ def refuse_unknown_variables() -> None:
     Call it after the last one. Those that begin with ``TINKERAPI_TEST_`` are the test suite's.
     """
     known = {name for name in _read if name.startswith(PREFIX)} | set(OTHERS)
+    for name, instead in REMOVED.items():
+        if name in os.environ:
+            raise ImproperlyConfigured(f"{name}: replaced by {instead}; set that, and unset this")
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known and not name.startswith(f"{PREFIX}TEST_"):
             raise ImproperlyConfigured(f"{name}: no such setting{nearest(name, known)}")

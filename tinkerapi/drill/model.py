@@ -17,6 +17,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KEY_HEADS = 64, 128, 2, 4, 2
 CONTEXT_TOKENS = 512
+ADAPTER_CACHE_BYTES = 2_000_000
+"""Room for the largest of a drill's adapters and some others, not for all: they come and go."""
 SPREAD = 0.2  # standard deviation of the weights
 
 CHAT_TEMPLATE = (

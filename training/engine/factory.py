@@ -71,6 +71,8 @@ def build_engine(
             )
             return engine_over(
                 base_model,
+                adapter_bytes=config.cache_bytes,
+                num_sharing=devices.num_sharing(config, among=among, gpu_count=gpu_count),
                 batch_tokens=batch_tokens,
                 cache_tokens=cache_tokens,
                 custom_losses=custom_losses,
@@ -83,6 +85,8 @@ def build_engine(
 def engine_over(
     base_model: BaseModel,
     *,
+    adapter_bytes: int = 0,
+    num_sharing: int = 1,
     batch_tokens: int = 4096,
     cache_tokens: int = 32_768,
     custom_losses: CustomLossRunner | None = None,
@@ -90,11 +94,16 @@ def engine_over(
     """The engine over a base model that is in memory; see ``build_engine``.
 
     Args:
+        adapter_bytes: What adapters may take together; 0 is half of what the device, or for a CPU
+            the machine, has left. The other half is for passes, for what samples keep of
+            their tokens, and for other processes.
+        num_sharing: Base models, this one included, that share that half.
         custom_losses: None computes clients' own losses right here, without a limit on time.
     """
     from training.engine.custom_loss.run import run_custom_losses
     from training.engine.renderer.chat_renderer import ChatRenderer
     from training.engine.sampler.continuous_batching import ContinuousSampler
+    from training.engine.torch.memory import free_bytes
     from training.engine.torch.trainer import TorchTrainer
 
     trainer = TorchTrainer(
@@ -106,7 +115,12 @@ def engine_over(
         end_token_ids=base_model.end_token_ids,
     )
     sampler = ContinuousSampler(base_model, renderer, cache_tokens=cache_tokens)
-    return Engine(trainer=trainer, sampler=sampler, renderer=renderer)
+    return Engine(
+        trainer=trainer,
+        sampler=sampler,
+        renderer=renderer,
+        adapter_bytes=adapter_bytes or free_bytes(base_model.device) // 2 // num_sharing,
+    )
 
 
 @contextmanager

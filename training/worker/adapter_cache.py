@@ -3,8 +3,8 @@
 A run's log is its futures of the kinds that change it (``LOGGED``), in the order of their
 seq ids, and the failed steps that dropped its gradient. An adapter in memory always is what the
 run's committed futures made it, and the caller drops it when an operation of it was not committed.
-So memory is a cache: the least recently used adapters leave for their snapshot and come back on
-use.
+So memory is a cache, with a budget in bytes: adapters leave for their snapshot and come back on
+use, first those whose client has left, then the least recently used.
 
 A snapshot saves time, not data: while the disk takes none, runs go on, and what a crash would
 have to repeat grows until it takes one again.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from django.conf import settings
@@ -24,7 +24,9 @@ from futures.models import Future, Worker
 from training.engine.interface import Sampler, Trainer
 from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingError
 from training.models import Checkpoint, Run
-from training.selectors import run_log
+from training.selectors import lanes_without_client, run_log
+from training.services.runs import run_lora_config
+from training.worker.adapter_memory import AdapterMemory
 from training.worker.run_versions import RunVersions
 from training.worker.snapshots import SnapshotFailed, SnapshotWriter
 
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 WRITE_COST_FACTOR = 10  # snapshots may take a tenth of the time at most
 PAUSE_SECONDS = 60.0  # after a snapshot that could not be written
+KNOWN_LANES = 10_000  # whose adapters' sizes are remembered
 
 
 @dataclass
@@ -46,13 +49,18 @@ class _CachedAdapter:
     """Of that work, what the snapshot that is being written holds."""
     write_seconds: float = 0.0
     """What the last snapshot took."""
-    used_at: float = 0.0
+    weights_bytes: int = 0
+    """Of its memory, what a sampler that still uses it keeps."""
     unreadable: tuple[int, ...] = ()
     """Snapshots that could not be read, to be deleted once there is a newer one."""
 
 
+class NoRoomYet(Exception):
+    """Samples that are under way use the memory that another one needs; it has to wait."""
+
+
 class AdapterCache:
-    """The adapters of one trainer, by run."""
+    """The adapters of one trainer, by run, and the checkpoints that its sampler has."""
 
     def __init__(
         self,
@@ -60,12 +68,14 @@ class AdapterCache:
         sampler: Sampler,
         worker: Worker,
         *,
+        budget_bytes: int,
         replay: Callable[[Run, Sequence[Future]], None],
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin with nothing in memory.
 
         Args:
+            budget_bytes: What all of them may take together.
             replay: Applies a run's log to its adapter; see ``training.worker.replay``.
             on_turn: Called whenever writing them all has got on.
         """
@@ -76,7 +86,14 @@ class AdapterCache:
         self._replay = replay
         self._worker = worker
         self._cached: dict[str, _CachedAdapter] = {}
-        self._checkpoints: dict[str, float] = {}
+        self._memory = AdapterMemory(budget_bytes)
+        """Of the runs' adapters, and of versions: those of checkpoints, and those of runs that have
+        left and are still sampled from."""
+        self._leaving: set[str] = set()
+        """Of the latter, those of runs."""
+        self._lane_bytes: dict[str, int] = {}
+        self._first_to_wait: str | None = None
+        """The request for whose checkpoint there is no room yet."""
         self._pinned: frozenset[str] = frozenset()
         self._snapshots = SnapshotWriter(trainer, worker)
         self._paused_until = 0.0
@@ -93,12 +110,11 @@ class AdapterCache:
             RunLost: Neither a snapshot nor the log can rebuild it. (failed future)
             OutOfMemory: There is no room to rebuild it now. (failed future)
         """
-        resident = self._cached.get(run.id)
-        if resident is None:
-            self.make_room()
-            resident = self._rebuild(run)
-            self._cached[run.id] = resident
-        resident.used_at = time.monotonic()
+        if run.id not in self._cached:
+            self.make_room(run)
+            self._cached[run.id] = self._rebuild(run)
+            self._hold(run)
+        self._memory.use(run.id, lane_id=run.id)
         return run.id
 
     def publish_run(self, run: Run) -> str:
@@ -115,34 +131,55 @@ class AdapterCache:
         """Say that operations of these runs are committed, so that their weights may be others."""
         self._versions.moved_on(runs)
 
-    def publish_checkpoint(self, checkpoint_id: int) -> str:
-        """Have the sampler know a checkpoint's weights; return their version.
+    def publish_checkpoint(self, checkpoint_id: int, future: Future) -> str:
+        """Have the sampler know the weights of the checkpoint that a sample names; return their
+        version.
 
         Raises:
+            NoRoomYet: Try again when samples have finished. Others that name checkpoints wait until
+                this one has had its turn, so that it comes.
             CheckpointNotFound: It was deleted or damaged since. (failed future)
             InvalidRequest: It was made for a base model of another shape. (failed future)
-            OutOfMemory: There is no room for it now. (failed future)
+            OutOfMemory: There is no room for it at all. (failed future)
         """
-        name = f"checkpoint:{checkpoint_id}"
-        if name not in self._checkpoints:
-            checkpoint = Checkpoint.objects.filter(pk=checkpoint_id).first()
+        if self._first_to_wait not in (None, future.id):
+            raise NoRoomYet
+        self._first_to_wait = None
+        version = f"checkpoint:{checkpoint_id}"
+        lane_id = future.lane_id or ""
+        if version not in self._memory:
+            checkpoint = Checkpoint.objects.filter(pk=checkpoint_id).select_related("run").first()
             if checkpoint is None:
                 raise CheckpointNotFound("the checkpoint was deleted before its turn came")
-            self.make_room()
-            directory = settings.DATA_DIR / checkpoint.directory
-            self._sampler.publish(name, directory)
-        self._checkpoints[name] = time.monotonic()
-        return name
+            config = run_lora_config(checkpoint.run)
+            num_bytes = self._trainer.adapter_bytes(config, with_optimizer=False)
+            if not self._make_room(num_bytes):
+                self._first_to_wait = future.id
+                raise NoRoomYet
+            self._sampler.publish(version, settings.DATA_DIR / checkpoint.directory)
+            self._memory.hold(version, num_bytes, lane_id=lane_id)
+        self._memory.use(version, lane_id=lane_id)
+        return version
+
+    def no_longer_wait(self, request_ids: Container[str]) -> None:
+        """Say that requests were cancelled, of which one may have waited for room."""
+        if self._first_to_wait is not None and self._first_to_wait in request_ids:
+            self._first_to_wait = None
 
     def created(self, run: Run) -> None:
         """Say that the run's adapter was just made in the trainer."""
-        self._cached[run.id] = _CachedAdapter(used_at=time.monotonic())
+        self._cached[run.id] = _CachedAdapter()
+        self._hold(run)
 
     def drop_run(self, run_id: str) -> None:
         """Forget a run's adapter: it was removed, or memory is ahead of what is committed."""
-        self._cached.pop(run_id, None)
-        self._versions.retire(run_id)
+        resident = self._cached.pop(run_id, None)
+        version = self._versions.retire(run_id)
         self._trainer.drop_adapter(run_id)
+        self._memory.release(run_id)
+        if resident is not None and version is not None and version in self._sampler.versions:
+            self._memory.hold(version, resident.weights_bytes, lane_id="")
+            self._leaving.add(version)
 
     def remove_run(self, run: Run) -> None:
         """Free all that a removed run holds: its memory and its snapshots."""
@@ -234,29 +271,96 @@ class AdapterCache:
             self.snapshot(run)
             self._on_turn()
 
-    def make_room(self) -> None:
-        """Evict the least recently used adapters until one more may be made.
+    def make_room(self, run: Run) -> None:
+        """Have adapters leave until the run's fits, as far as they can.
 
-        Where the disk takes no snapshot, one leaves without it if its log can rebuild it.
+        Raises:
+            OutOfMemory: It does not fit into this worker, even alone. (failed future)
         """
-        stay = set(self._pinned)
-        while len(self._cached) + len(self._checkpoints) >= settings.RESIDENT_ADAPTERS:
-            used = {key: resident.used_at for key, resident in self._cached.items()}
-            used |= self._checkpoints
-            evictable = used.keys() - stay
-            if not evictable:
-                return
-            name = min(evictable, key=used.__getitem__)
-            if name in self._checkpoints:
-                del self._checkpoints[name]
-                self._sampler.retire(name)
-                continue
+        self._make_room(self._trainer.adapter_bytes(run_lora_config(run)))
+
+    def _hold(self, run: Run) -> None:
+        """Count an adapter that is in memory now."""
+        config = run_lora_config(run)
+        weights_bytes = self._trainer.adapter_bytes(config, with_optimizer=False)
+        self._cached[run.id].weights_bytes = weights_bytes
+        self._memory.hold(run.id, self._trainer.adapter_bytes(config), lane_id=run.id)
+
+    @property
+    def budget_bytes(self) -> int:
+        """What all of them may take together."""
+        return self._memory.budget_bytes
+
+    def lane_bytes(self, lane_id: str) -> int:
+        """What the adapter of a lane takes, in memory or not; 0 for a lane that has none."""
+        if lane_id not in self._lane_bytes:
+            if len(self._lane_bytes) >= KNOWN_LANES:
+                self._lane_bytes.clear()
+            run = Run.objects.filter(id=lane_id).first()
+            try:
+                self._lane_bytes[lane_id] = (
+                    0 if run is None else self._trainer.adapter_bytes(run_lora_config(run))
+                )
+            except TrainingError:  # its creation will say so
+                self._lane_bytes[lane_id] = 0
+        return self._lane_bytes[lane_id]
+
+    def figures(self) -> dict[str, int]:
+        """What the worker says of its adapters."""
+        return {
+            "resident_adapters": len(self._memory),
+            "adapter_bytes": self._memory.held_bytes,
+            "adapter_cache_bytes": self._memory.budget_bytes,
+        }
+
+    def let_go(self) -> bool:
+        """Have something leave that only a client used who has left; say whether something did.
+
+        For a worker that is idle: one at a time, for what is not on disk is written first.
+        """
+        self.pin(())
+        self._count_versions()
+        lanes = lanes_without_client(self._memory.lanes())
+        return any(self._evict(name) for name in self._memory.of_lanes(lanes))
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Have adapters leave until so many bytes fit; say whether they do."""
+        self._memory.check(num_bytes)
+        self._count_versions()
+        if self._memory.fits(num_bytes):
+            return True
+        lanes = lanes_without_client(self._memory.lanes())
+        for name in self._memory.in_order_of_leaving(lanes):
+            self._evict(name)
+            if self._memory.fits(num_bytes):
+                return True
+        return False
+
+    def _count_versions(self) -> None:
+        """Count no more the versions that were retired and are not used any more either."""
+        for name in self._leaving - self._sampler.versions.keys():
+            self._memory.release(name)
+            self._leaving.discard(name)
+
+    def _evict(self, name: str) -> bool:
+        """Have something leave the memory, unless it is needed; say whether it left.
+
+        Where the disk takes no snapshot, a run leaves without it if its log can rebuild it.
+        """
+        if name in self._cached:
+            if name in self._pinned:
+                return False
             run = Run.objects.get(id=name)
             is_safe = run.deleted_at is not None or self.snapshot(run)
-            if is_safe or math.isfinite(self._cached[name].debt_seconds):
-                self.drop_run(name)
-            else:
-                stay.add(name)
+            if not is_safe and math.isinf(self._cached[name].debt_seconds):
+                return False
+            self.drop_run(name)
+            return True
+        if name in self._leaving or self._sampler.versions.get(name):
+            return False  # a sample uses it
+        self._memory.release(name)
+        self._sampler.retire(name)
+        return True
 
     def _rebuild(self, run: Run) -> _CachedAdapter:
         resident = _CachedAdapter()

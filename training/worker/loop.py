@@ -26,9 +26,10 @@ from training.errors import TrainingError
 from training.kinds import Sample
 from training.models import Run
 from training.worker import outcomes
-from training.worker.adapter_cache import AdapterCache
+from training.worker.adapter_cache import AdapterCache, NoRoomYet
 from training.worker.batching_delay import collect_batch_mates
 from training.worker.effects import Effects
+from training.worker.idle import IdleTime
 from training.worker.operations import Operations
 from training.worker.replay import Replay
 from training.worker.requests import request_of
@@ -84,7 +85,6 @@ class WorkLoop:
             on_turn: Called whenever the loop has got on; see ``training.worker.watchdog``.
             text_pool: Where text becomes tokens; None does it in this thread.
         """
-        self._trainer = engine.trainer
         self._sampler = engine.sampler
         self._worker = worker
         self._stopping = stopping
@@ -95,19 +95,25 @@ class WorkLoop:
             max_context_tokens=engine.trainer.info.max_context_tokens,
             seconds=settings.TEXT_SECONDS,
         )
-        self._scheduler = Scheduler(
-            batch_cost=settings.BATCH_TOKENS,
-            batch_lanes=settings.RESIDENT_ADAPTERS,
-            is_ready=self._texts.is_ready,
-        )
         self._on_turn = on_turn
         engine.sampler.report_progress(on_turn)
         self.adapter_cache = AdapterCache(
             engine.trainer,
             engine.sampler,
             worker,
+            budget_bytes=engine.adapter_bytes,
             replay=Replay(engine.trainer, self._texts.render, on_turn),
             on_turn=on_turn,
+        )
+        self._scheduler = Scheduler(
+            batch_cost=settings.BATCH_TOKENS,
+            batch_bytes=engine.adapter_bytes,
+            lane_bytes=self.adapter_cache.lane_bytes,
+            is_ready=self._texts.is_ready,
+        )
+        self._idle = IdleTime(
+            let_go=self._let_go_of_one,
+            release_memory=lambda: _release_memory(engine),
         )
         self._operations = Operations(engine.trainer, self.adapter_cache, self._texts)
         self._samples = Samples(engine.sampler, engine.renderer, self._texts)
@@ -154,12 +160,24 @@ class WorkLoop:
             elif not batch and self._texts.are_pending:
                 self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
             elif not batch and not self._may_claim_more():
-                return
+                break
+        self._idle.worked()
 
     def turn(self) -> None:
         """What is done beside the work, between batches or while there is none."""
         self._on_turn()
         self.adapter_cache.keep_up()
+
+    def idle_turn(self) -> None:
+        """What is done while there is no work."""
+        self.turn()
+        self._idle.look()
+
+    def _let_go_of_one(self) -> bool:
+        """Have an adapter leave that nobody needs any more; say whether one did."""
+        has_left = self.adapter_cache.let_go()
+        self._figures |= self.adapter_cache.figures()
+        return has_left
 
     def _listen(self, timeout_seconds: float) -> Bell:
         """What is heard of the queue's bell, noting for later that something was cancelled."""
@@ -234,10 +252,12 @@ class WorkLoop:
             if run is not None:
                 version = self._operations.publish(future, self._runs)
             elif request.checkpoint is not None:
-                version = self.adapter_cache.publish_checkpoint(request.checkpoint)
+                version = self.adapter_cache.publish_checkpoint(request.checkpoint, future)
             self._samples.submit(
                 future, request, model_id=run.name if run else None, version=version
             )
+        except NoRoomYet:
+            self._scheduler.put_back(future)
         except TrainingError as error:
             self._texts.forget([future.id])
             self._scheduler.sample_finished(future)
@@ -267,6 +287,7 @@ class WorkLoop:
             worker=self._worker, request_ids=[*self._samples.request_ids, *waiting]
         )
         self._scheduler.withdraw(cancelled)
+        self.adapter_cache.no_longer_wait(cancelled)
         self._texts.forget(cancelled)
         summaries: dict[str, dict[str, int]] = {}
         for request_id, (future, used) in self._samples.withdraw(cancelled).items():
@@ -298,7 +319,7 @@ class WorkLoop:
         self._throughput.finished(len(effects.outcomes))
         self._figures |= {
             "batches": self._batch,
-            "resident_adapters": len(self._trainer.adapter_names()),
+            **self.adapter_cache.figures(),
             "sampling": len(self._samples),
             "futures_per_second": self._throughput.futures_per_second,
         }
@@ -313,3 +334,10 @@ class WorkLoop:
         futures_release(worker=self._worker, request_ids=[future.id for future in futures])
         self._texts.close()
         self.adapter_cache.snapshot_all()
+
+
+def _release_memory(engine: Engine) -> None:
+    """Give back what neither role uses now; the trainer last, for it also gives back what the
+    sampler has freed."""
+    engine.sampler.release_memory()
+    engine.trainer.release_memory()

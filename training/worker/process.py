@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -133,7 +134,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             on_turn=watchdog,
             text_pool=text_pool.TextPool(engine.renderer),
         )
-        consumer.on_turn = loop.turn
+        consumer.on_turn = loop.idle_turn
         tasks.serve(base_model.queue, crash_log.noted()(loop.run_until_idle))
         worker_live(worker, figures)
         logger.info("%s: ready on %s", base_model.name, info.device)
@@ -202,7 +203,7 @@ def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> Non
     maintenance = Maintenance(worker.queue)
     while not over.wait(HEARTBEAT_SECONDS):
         try:
-            worker_heartbeat(worker, {**figures, "memory_bytes": _memory_bytes()})
+            worker_heartbeat(worker, {**figures, **_memory()})
             _do(maintenance)
         except Fenced:
             logger.error("another worker has taken over; leaving")
@@ -224,7 +225,12 @@ def _do(maintenance: Maintenance) -> None:
         logger.exception("maintenance failed; it is tried again")
 
 
-def _memory_bytes() -> int:
-    """The process's peak memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _memory() -> dict[str, int]:
+    """The process's memory now, where the system says it, and the most that it was."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = most if sys.platform == "darwin" else most * 1024
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return {"memory_bytes": most, "peak_memory_bytes": most}
+    return {"memory_bytes": pages * resource.getpagesize(), "peak_memory_bytes": most}

@@ -44,11 +44,12 @@ class RunVersions:
             if self._published.get(run.id, _name(run)) != _name(run):
                 self.retire(run.id)
 
-    def retire(self, run_id: str) -> None:
-        """Publish nothing more of a run, whose adapter leaves the memory."""
+    def retire(self, run_id: str) -> str | None:
+        """Publish nothing more of a run, whose adapter leaves the memory; what was published."""
         version = self._published.pop(run_id, None)
         if version is not None:
             self._sampler.retire(version)
+        return version
 
 
 def _name(run: Run) -> str:

@@ -17,7 +17,7 @@ others wait for one graph's time limit at most.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 from futures.models import Future
@@ -47,18 +47,22 @@ class Scheduler:
         self,
         *,
         batch_cost: int,
-        batch_lanes: int,
+        batch_bytes: int,
+        lane_bytes: Callable[[str], int] = lambda lane_id: 0,
         is_ready: Callable[[Future], bool] = lambda future: True,
     ) -> None:
         """Begin with nothing held.
 
         Args:
             batch_cost: Tokens that one batch may hold; one future alone may exceed it.
-            batch_lanes: Lanes that one batch may touch: as many adapters must be in memory.
+            batch_bytes: What the adapters of one batch may take together, for all must be in
+                memory; one alone may take more.
+            lane_bytes: What the adapter of a lane takes.
             is_ready: Whether a future may run; if not, it and what is behind it in its lane wait.
         """
         self._batch_cost = batch_cost
-        self._batch_lanes = batch_lanes
+        self._batch_bytes = batch_bytes
+        self._lane_bytes = lane_bytes
         self._is_ready = is_ready
         self._lanes: dict[str, deque[Future]] = {}
         self._sampling: dict[str, set[str]] = {}
@@ -75,15 +79,15 @@ class Scheduler:
         batch, cost = Batch(), 0
         barred: set[str] = set()
         graph_owners: set[int | None] = set()
-        touched: set[str] = set()
+        touched: dict[str, int] = {}
         progress = True
         while progress:
             progress = False
             for lane, queue in list(self._lanes.items()):
-                if lane in barred or (lane not in touched and len(touched) >= self._batch_lanes):
+                if lane in barred:
                     continue
                 future = queue[0]
-                if not self._is_ready(future):
+                if not self._is_ready(future) or not self._fits(lane, touched):
                     barred.add(lane)
                     continue
                 order = REQUESTS[future.kind].order
@@ -105,13 +109,29 @@ class Scheduler:
                     batch.passes.append(future)
                     if has_custom_loss(future):
                         graph_owners.add(future.owner_id)
-                touched.add(lane)
+                if lane not in touched:
+                    touched[lane] = self._bytes(lane)
                 cost += future.cost
                 progress = True
                 queue.popleft()
                 if not queue:
                     del self._lanes[lane]
         return batch
+
+    def _fits(self, lane: str, touched: Mapping[str, int]) -> bool:
+        """Whether the lane's adapter may be in memory beside those of the lanes touched so far."""
+        if lane in touched or not touched:
+            return True
+        return sum(touched.values()) + self._bytes(lane) <= self._batch_bytes
+
+    def _bytes(self, lane: str) -> int:
+        lane_id = self._lanes[lane][0].lane_id
+        return 0 if lane_id is None else self._lane_bytes(lane_id)
+
+    def put_back(self, future: Future) -> None:
+        """Hold a sample again that was in a batch and could not begin yet."""
+        self.sample_finished(future)
+        self._lanes.setdefault(future.lane_id or future.id, deque()).appendleft(future)
 
     def sample_finished(self, future: Future) -> None:
         """Say that a sample left the sampler, so that its lane's next barrier may run."""

@@ -53,6 +53,7 @@ class WorkerAdmin(ConsoleAdmin):
                     ("name", "state_label"),
                     ("queue", "heartbeat"),
                     ("device", "memory"),
+                    "adapters",
                     ("hostname", "pid"),
                     ("started", "lived"),
                     ("running", "futures"),
@@ -87,6 +88,10 @@ class WorkerAdmin(ConsoleAdmin):
     def memory(self, worker: Worker) -> str | None:
         return worker_memory(worker)
 
+    @admin.display(description="Adapters in memory")
+    def adapters(self, worker: Worker) -> str | None:
+        return worker_adapters(worker)
+
     @admin.display(description="Started")
     def started(self, worker: Worker) -> SafeString | None:
         return moment(worker.started_at)
@@ -119,3 +124,12 @@ def worker_memory(worker: Worker) -> str | None:
     """The memory that the worker last said it takes, or None if it did not."""
     taken = worker.figures.get("memory_bytes")
     return filesizeformat(taken) if isinstance(taken, int | float) else None
+
+
+def worker_adapters(worker: Worker) -> str | None:
+    """How many adapters are in the worker's memory, and what they take of what they may."""
+    names = ("resident_adapters", "adapter_bytes", "adapter_cache_bytes")
+    count, taken, budget = (worker.figures.get(name) for name in names)
+    if not (isinstance(count, int) and isinstance(taken, int) and isinstance(budget, int)):
+        return None
+    return f"{count}, {filesizeformat(taken)} of {filesizeformat(budget)}"

@@ -14,7 +14,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from tinkerapi.drill.evidence import differences, incomplete
 from tinkerapi.drill.job import Trainee, make_job, num_failures, num_requests
 from tinkerapi.drill.kills import Killed, plan_kills
-from tinkerapi.drill.model import make_drill_model
+from tinkerapi.drill.model import ADAPTER_CACHE_BYTES, make_drill_model
 from tinkerapi.drill.report import DrillReport
 from tinkerapi.drill.run import DrillFailed, Outcome, run_job
 from tinkerapi.drill.server import ServerFailed
@@ -22,7 +22,6 @@ from tinkerapi.drill.server import ServerFailed
 ENVIRONMENT = {
     "DATABASE_URL": "",  # only the embedded Postgres is ours to kill
     "TINKERAPI_SNAPSHOT_SECONDS": "0",  # as often as their cost allows, so that kills meet them
-    "TINKERAPI_RESIDENT_ADAPTERS": "3",  # fewer than there are: they come and go
 }
 """What the drilled servers run with; the rest is as it is for everybody."""
 SHOWN_DIFFERENCES = 20
@@ -58,6 +57,7 @@ class Command(BaseCommand):
         if options["kills"] < 0 or options["adapters"] < 1:
             raise CommandError("expected at least 0 --kills and 1 of --adapters")
         steps = options["kills"] + 8 if options["steps"] is None else options["steps"]
+        self._environment = dict(ENVIRONMENT)
         scratch = Path(tempfile.mkdtemp(prefix="tinkerapi-drill-"))
         keep = options["keep"]
         try:
@@ -83,7 +83,10 @@ class Command(BaseCommand):
 
     def _drill(self, scratch: Path, steps: int, options: dict[str, Any]) -> DrillReport:
         seed = options["seed"]
-        folder = options["model_folder"] or make_drill_model(scratch / "tiny", seed=seed)
+        folder = options["model_folder"]
+        if folder is None:
+            folder = make_drill_model(scratch / "tiny", seed=seed)
+            self._environment["TINKERAPI_ADAPTER_CACHE_BYTES"] = str(ADAPTER_CACHE_BYTES)
         job = make_job(seed=seed, steps=steps, trainees=options["adapters"])
         plan = plan_kills(seed=seed, kills=options["kills"], requests=num_requests(job))
         self._kills = len(plan)
@@ -111,7 +114,9 @@ class Command(BaseCommand):
         )
 
     def _run(self, data_dir: Path, folder: Path, job: list[Trainee], **more: Any) -> Outcome:
-        return run_job(job, data_dir=data_dir, model_folder=folder, environment=ENVIRONMENT, **more)
+        return run_job(
+            job, data_dir=data_dir, model_folder=folder, environment=self._environment, **more
+        )
 
     def _say(self, answered: int, killed: Killed) -> None:
         self._count += 1

@@ -14,11 +14,13 @@ def fake_engine(
     renderer: Renderer | None = None,
     max_context_tokens: int = 512,
     before_verb: BeforeVerb | None = None,
+    adapter_bytes: int = 2**30,
 ) -> Engine:
     """The three fakes, two of which may be given."""
     trainer = trainer or FakeTrainer(max_context_tokens=max_context_tokens, before_verb=before_verb)
     return Engine(
         trainer=trainer,
         sampler=FakeSampler(trainer.info.max_context_tokens),
+        adapter_bytes=adapter_bytes,
         renderer=renderer or FakeRenderer(),
     )

@@ -109,6 +109,9 @@ class FakeSampler(Sampler):
         self._versions.end_job(sampling.job.version)
         return sum(map(len, sampling.tokens))
 
+    def release_memory(self) -> None:
+        """Nothing is kept here."""
+
     @property
     def active(self) -> int:
         return len(self._active)

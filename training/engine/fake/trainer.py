@@ -44,6 +44,8 @@ CLASSES = 8
 """A token's class is token % 8; the model predicts the next token's class."""
 SPREAD = math.log(VOCAB_SIZE / CLASSES)
 QUANTUM = 2.0**-10
+ADAPTER_BYTES = 4 * CLASSES * CLASSES * 4
+"""Weights, gradient and moments."""
 
 BeforeVerb = Callable[[str, tuple[str, ...]], None]
 
@@ -104,8 +106,11 @@ class FakeTrainer(Trainer):
     def adapter_names(self) -> list[str]:
         return list(self._adapters)
 
-    def adapter_bytes(self, adapter_name: str) -> int:
-        return 4 * self.find(adapter_name).weights.nbytes
+    def adapter_bytes(self, config: LoraConfig, *, with_optimizer: bool = True) -> int:
+        return ADAPTER_BYTES if with_optimizer else ADAPTER_BYTES // 4
+
+    def release_memory(self) -> None:
+        """Nothing is kept here."""
 
     def forward_backward(
         self, jobs: Sequence[ForwardBackwardJob]

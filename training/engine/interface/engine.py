@@ -16,3 +16,5 @@ class Engine:
     trainer: Trainer
     sampler: Sampler
     renderer: Renderer
+    adapter_bytes: int
+    """What adapters, and versions of weights that the sampler keeps here, may take together."""

@@ -157,6 +157,11 @@ class Sampler(ABC):
             not active.
         """
 
+    @abstractmethod
+    def release_memory(self) -> None:
+        """Give back what no version and no active job uses. For a worker that is idle: what comes
+        next may be slower once."""
+
     @property
     @abstractmethod
     def active(self) -> int:

@@ -71,8 +71,19 @@ class Trainer(ABC):
         """Resident adapters, the least recently used first."""
 
     @abstractmethod
-    def adapter_bytes(self, adapter_name: str) -> int:
-        """Memory an adapter holds: weights, gradient and both Adam moments."""
+    def adapter_bytes(self, config: LoraConfig, *, with_optimizer: bool = True) -> int:
+        """Memory that an adapter of this shape takes: weights in float32 and in the base model's
+        dtype, gradient and both Adam moments; without ``with_optimizer`` the weights only, as a
+        sampler in this process keeps them.
+
+        Raises:
+            InvalidRequest: ``target_modules`` matches nothing.
+        """
+
+    @abstractmethod
+    def release_memory(self) -> None:
+        """Give back what nothing uses now and was kept to be used again. For a worker that is idle:
+        what comes next may be slower once."""
 
     @abstractmethod
     def forward_backward(

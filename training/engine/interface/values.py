@@ -23,14 +23,15 @@ class CapturedAdapter(ABC):
     """An adapter as it was when the trainer captured it.
 
     It stays that, while the adapter trains on or is dropped, and may be handed to a sampler.
-    Another thread may write it: everything was read when it was captured, so that writing asks
-    neither the device nor another process.
+    Another thread may write it if it was captured with the optimizer: everything was read then, so
+    that writing asks neither the device nor another process. Weights alone are for the thread that
+    captured them, and may be on the device still.
     """
 
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Memory of its numbers, in which ``write`` finds them."""
+        """Size of its numbers, in memory."""
 
     @abstractmethod
     def write(self, directory: Path) -> int:

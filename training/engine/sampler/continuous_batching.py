@@ -141,6 +141,10 @@ class ContinuousSampler(Sampler):
         self._end(request)
         return sum(len(sequence.tokens) for sequence in request.sequences)
 
+    def release_memory(self) -> None:
+        if not self._active:
+            self._cache.clear()
+
     @property
     def active(self) -> int:
         return len(self._active)

@@ -97,6 +97,10 @@ class KvCache:
         shape = (self.capacity_tokens, *like.shape[1:])
         return torch.empty(shape, dtype=like.dtype, device=self.device)
 
+    def clear(self) -> None:
+        """Give back the buffers, while no region is reserved; they are made again when needed."""
+        self._layers.clear()
+
     def view(
         self, layer_idx: int, region: Region, first: int, count: int, length: int
     ) -> tuple[Tensor, Tensor]:

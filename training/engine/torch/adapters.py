@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,6 +52,15 @@ class AdapterLayout:
             self.places[name] = LoraPlace(offset, shape)
             offset += self.rank * (shape.in_features + shape.out_features)
         self.num_parameters = offset
+
+    def num_bytes(self, dtype: torch.dtype, *, with_optimizer: bool = True) -> int:
+        """Memory of an adapter of this layout on a base model of this dtype.
+
+        Without ``with_optimizer`` of its weights: in float32, and converted once for the passes.
+        """
+        converted = 0 if dtype == torch.float32 else dtype.itemsize
+        buffers = NUM_BUFFERS if with_optimizer else 1
+        return self.num_parameters * (buffers * torch.float32.itemsize + converted)
 
     def pair(self, flat: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Views of ``flat`` (P,): A (R, in) and B (out, R) of one module."""
@@ -104,10 +112,6 @@ class Adapter:
     """(P,) float32, Adam's second moment."""
     step: int = 0
     """Optimizer steps taken."""
-
-    @cached_property
-    def num_bytes(self) -> int:
-        return NUM_BUFFERS * self.weights.flat.nbytes
 
 
 def new_adapter(layout: AdapterLayout, device: torch.device) -> Adapter:

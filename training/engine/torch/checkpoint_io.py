@@ -37,7 +37,7 @@ LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CapturedTensors(CapturedAdapter):
-    """An adapter's buffers, in the host's memory.
+    """An adapter's buffers, in the host's memory; of weights alone, wherever they are.
 
     On a CPU nothing is copied: passes and steps replace buffers and write into none of them.
     """
@@ -45,8 +45,8 @@ class CapturedTensors(CapturedAdapter):
     weights: AdapterTensors
     """On the device, for a sampler that shares it."""
     buffers: Mapping[str, Tensor]
-    """(P,) float32 on the CPU each, by the name of its file: what the next step depends on, or the
-    weights alone."""
+    """(P,) float32 each, by the name of its file: what the next step depends on, or the weights
+    alone."""
     step: int
     base_model_name: str
 
@@ -85,7 +85,7 @@ def capture_adapter(
             buffers["grad"] = adapter.grad.flat
     return CapturedTensors(
         weights=adapter.weights,
-        buffers={name: flat.cpu() for name, flat in buffers.items()},
+        buffers={n: flat.cpu() if with_optimizer else flat for n, flat in buffers.items()},
         step=adapter.step,
         base_model_name=base_model_name,
     )

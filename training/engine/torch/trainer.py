@@ -10,7 +10,7 @@ import torch
 
 from training.engine.custom_loss.run import CustomLossRunner, run_custom_losses
 from training.engine.interface import CapturedAdapter, ForwardBackwardJob, Trainer
-from training.engine.torch import adamw, checkpoint_io
+from training.engine.torch import adamw, checkpoint_io, memory
 from training.engine.torch.adapters import (
     Adapter,
     AdapterLayout,
@@ -87,8 +87,13 @@ class TorchTrainer(Trainer):
     def adapter_names(self) -> list[str]:
         return list(self._adapters)
 
-    def adapter_bytes(self, adapter_name: str) -> int:
-        return self._peek(adapter_name).num_bytes
+    def adapter_bytes(self, config: LoraConfig, *, with_optimizer: bool = True) -> int:
+        modules = select_modules(config, self._base_model.linear_shapes, self._base_model.head_name)
+        layout = AdapterLayout(config, modules)
+        return layout.num_bytes(self._base_model.dtype, with_optimizer=with_optimizer)
+
+    def release_memory(self) -> None:
+        memory.give_back_freed_memory()
 
     def forward_backward(self, jobs: Sequence[ForwardBackwardJob]) -> list[JobResult]:
         results: dict[int, JobResult] = {}

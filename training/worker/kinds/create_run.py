@@ -21,7 +21,7 @@ class CreateRunKind(LoggedBarrier[CreateRun, None]):
             load_checkpoint(trainer, run, request.source)
 
     def prepare(self, turn: Turn) -> None:
-        turn.adapter_cache.make_room()
+        turn.adapter_cache.make_room(turn.run)
 
     def outcome(self, turn: Turn, request: CreateRun, applied: None) -> Outcome:
         run = turn.run

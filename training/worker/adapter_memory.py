@@ -1,0 +1,93 @@
+"""How much memory adapters take, how much they may take together, and which leaves first.
+
+Counted is what they take by their shape, not what the system says of the process, which also holds
+passes, the key-value cache, and what was freed and kept. Plain Python.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from training.errors import OutOfMemory
+
+GIBIBYTE = 2**30
+
+
+@dataclass
+class _Held:
+    num_bytes: int
+    lane_id: str
+    """Of the last request that used it: whose client decides how long it stays."""
+    used_at: float
+
+
+class AdapterMemory:
+    """The adapters and versions that one worker holds, by name."""
+
+    def __init__(self, budget_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.budget_bytes = budget_bytes
+        self._clock = clock
+        self._held: dict[str, _Held] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """What all of them take."""
+        return sum(held.num_bytes for held in self._held.values())
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def hold(self, name: str, num_bytes: int, *, lane_id: str) -> None:
+        """Count something that is in memory now, for a request of a lane."""
+        self._held[name] = _Held(num_bytes, lane_id, self._clock())
+
+    def use(self, name: str, *, lane_id: str) -> None:
+        """Note that a request of a lane uses it."""
+        held = self._held[name]
+        held.lane_id, held.used_at = lane_id, self._clock()
+
+    def release(self, name: str) -> None:
+        """Count it no more; an unknown name does nothing."""
+        self._held.pop(name, None)
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether so many more may be taken now."""
+        return self.held_bytes + num_bytes <= self.budget_bytes
+
+    def check(self, num_bytes: int) -> None:
+        """Refuse an adapter that would not fit if it were alone.
+
+        Raises:
+            OutOfMemory: It says what is too large for what.
+        """
+        if num_bytes > self.budget_bytes:
+            raise OutOfMemory(
+                f"this adapter takes {num_bytes / GIBIBYTE:.3g} GiB, and the adapters in this "
+                f"worker's memory may take {self.budget_bytes / GIBIBYTE:.3g} GiB together: choose "
+                "a smaller rank or fewer modules, or have the operator raise "
+                "TINKERAPI_ADAPTER_CACHE_BYTES"
+            )
+
+    def lanes(self) -> set[str]:
+        """The lanes of the requests that last used them."""
+        return {held.lane_id for held in self._held.values()}
+
+    def in_order_of_leaving(self, lanes_without_client: Collection[str]) -> list[str]:
+        """First those whose client has left, by the lane that last used them; of both sorts the
+        least recently used first."""
+        return sorted(
+            self._held,
+            key=lambda name: (
+                self._held[name].lane_id not in lanes_without_client,
+                self._held[name].used_at,
+            ),
+        )
+
+    def of_lanes(self, lanes: Collection[str]) -> list[str]:
+        """Those that a request of one of these lanes used last."""
+        return [name for name, held in self._held.items() if held.lane_id in lanes]
