@@ -1,4 +1,4 @@
-"""Where Django's admin looks for pages: they are in ``tinkerapi.console.pages``."""
+"""Lets Django's admin find the pages in ``tinkerapi.console.pages``."""
 
 from tinkerapi.console.pages import (
     api_keys,

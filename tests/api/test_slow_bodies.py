@@ -91,7 +91,7 @@ def test_a_body_that_stands_still_is_answered_408_and_its_connection_closed(
     assert status == 408
     said = json.loads(body)
     assert said["error_code"] == "BodyTooSlow"
-    assert f"stand still for {IDLE_SECONDS} s" in said["detail"]
+    assert f"pause for {IDLE_SECONDS} s" in said["detail"]
     assert "TINKERAPI_BODY_IDLE_SECONDS" in said["detail"]
 
 

@@ -153,7 +153,7 @@ def test_a_text_that_turns_out_otherwise_ends_in_an_error(user, monkeypatch):
 
     monkeypatch.setattr(samples, "notify_progress", before_the_crash)
 
-    with pytest.raises(openai.APIError, match="differs from what was sent"):
+    with pytest.raises(openai.APIError, match="differs from the text sent before"):
         stream_chat(user, max_tokens=60)
 
 

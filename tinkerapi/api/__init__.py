@@ -1,6 +1,6 @@
-"""HTTP: three dialects over one floor.
+"""HTTP: three dialects and their shared parts.
 
-``quickref``, ``sdk`` and ``openai`` each parse and render in a room of their own and do not know
-each other. What several need lies under all of them: who asks, how a body arrives, threads,
-waiting, fields, errors. ``urls`` puts their addresses together.
+``quickref``, ``sdk`` and ``openai`` each parse and render on their own and do not import
+each other. The modules here serve several dialects: authentication, request bodies, threads,
+waiting, fields, errors. ``urls`` joins their routes.
 """

@@ -1,4 +1,4 @@
-"""Whether a request may send its body, and how much of it: by its path and its headers alone."""
+"""Decides from path and headers whether a request may send its body, and how large."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tinkerapi.page_addresses import is_page
 
 
 async def admit(scope: MutableMapping[str, Any]) -> HttpResponseBase | Admitted:
-    """Who sends how much at most, or the answer that refuses this request's body unread."""
+    """The sender and its size limit, or the answer that refuses this request's body unread."""
     if is_page(scope["path"]):
-        return Admitted(CONTROL_BODY_BYTES)  # forms; who may send which, the pages say themselves
+        return Admitted(CONTROL_BODY_BYTES)  # forms; the pages check permissions themselves
     set_script_prefix(get_script_prefix(scope))
     try:
         request = ASGIRequest(scope, io.BytesIO())
@@ -33,7 +33,7 @@ async def admit(scope: MutableMapping[str, Any]) -> HttpResponseBase | Admitted:
     callback: Any = view_by_headers(match.func, request)
     view_class = getattr(callback, "view_class", None)
     if view_class is None or not issubclass(view_class, AsyncAPIView):
-        return too_large(SMALL_BODY_BYTES)  # it reads none
+        return too_large(SMALL_BODY_BYTES)  # the view reads no body
     view: AsyncAPIView = view_class(**callback.view_initkwargs)
     view.setup(request, *match.args, **match.kwargs)
     refusal = await view.admit(request, *match.args, **match.kwargs)

@@ -1,8 +1,8 @@
-"""A DRF view whose waiting costs no thread of ours and no database connection.
+"""A DRF view that waits without holding a thread or a database connection.
 
 The synchronous part of a request (authentication, parsing, one service call) runs in one of
-a few threads (``threads``). If the handler returns an awaitable, that is awaited on the event
-loop, after the thread was given back: thousands of requests may wait for their futures on four
+a few threads (``threads``). If the handler returns an awaitable, it is awaited on the event
+loop after the thread was released: thousands of requests may wait for their futures on four
 threads.
 """
 
@@ -32,24 +32,24 @@ CONTROL_BODY_BYTES = 256 * 1024
 """The largest body of a view that takes no data: ids, settings, a session's metadata."""
 
 BULK_BYTES = 256 * 1024
-"""From this size on a body is decoded where only large ones are."""
+"""Bodies of at least this size are decoded in the threads for large bodies."""
 
 
 _CALLER = "tinkerapi.caller"
-"""In a request's scope: the ``_Caller``, once it was settled before the body was read."""
+"""In a request's scope: the ``_Caller``, if it was authenticated before the body was read."""
 
 
 class _Caller(NamedTuple):
-    """Who asks."""
+    """The authenticated sender."""
 
     found_by: list[Any]
-    """The authentication classes that say so."""
+    """The authentication classes that identified it."""
     user: Any
     auth: Any
 
 
 def _check_address(request: Request, path: Mapping[str, Any]) -> None:
-    """Refuse, by its name, a part of the path or the query that names what cannot exist.
+    """Refuse, by name, a part of the path or the query whose value cannot exist.
 
     Raises:
         InvalidRequest: (400)
@@ -63,8 +63,8 @@ def _check_address(request: Request, path: Mapping[str, Any]) -> None:
 
 
 class AsyncAPIView(APIView):
-    """DRF's dispatch in two parts: handlers run in a database thread, and what they return
-    to be awaited runs on the event loop.
+    """DRF's dispatch in two parts: handlers run in a database thread, and an awaitable that
+    they return runs on the event loop.
 
     A handler is a plain method, so it may use the ORM; an ``async def`` handler works too and
     runs on the loop as a whole.
@@ -73,20 +73,20 @@ class AsyncAPIView(APIView):
     view_is_async = True
 
     takes_data: ClassVar[bool] = False
-    """Whether a body may hold training data or prompts, and be as large as the settings say."""
+    """Whether a body may contain training data or prompts, up to the limit of the settings."""
 
     def max_body_bytes(self) -> int:
-        """The largest body that this view takes, once it is decompressed."""
+        """The largest body that this view accepts, decompressed."""
         limit: int = settings.MAX_BODY_BYTES
         return limit if self.takes_data else min(limit, CONTROL_BODY_BYTES)
 
     async def admit(
         self, request: HttpRequest, *args: Any, **kwargs: Any
     ) -> HttpResponseBase | None:
-        """The answer that refuses this request by its headers alone; None if they are good.
+        """The answer that refuses this request by its headers alone; None if it is accepted.
 
-        Called before a body of any size is read: who asks, whether the address takes the method
-        and whether the body is too large by what its headers say of it.
+        Called before a body of any size is read. It checks the sender, the method,
+        and the size that the headers declare.
         """
         self._prepare(request, *args, **kwargs)
         try:
@@ -112,7 +112,7 @@ class AsyncAPIView(APIView):
         try:
             request.get_host()  # raises for a host that is not in ALLOWED_HOSTS
             if is_bulky(request):
-                # Who asks is known before anything is decoded, and has one turn at a time.
+                # The sender is known before decoding, and decodes one body at a time.
                 if not is_known:
                     await in_database_thread(self._begin, drf_request)
                 owner = getattr(drf_request.user, "pk", None)
@@ -128,15 +128,15 @@ class AsyncAPIView(APIView):
         return self.response
 
     def _prepare(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Request:
-        """What DRF's dispatch does first."""
+        """The first part of DRF's dispatch."""
         self.args, self.kwargs = args, kwargs
         self.headers = self.default_response_headers
         self.request = self.initialize_request(request, *args, **kwargs)
         return self.request
 
     def _recall(self, request: HttpRequest, drf_request: Request) -> bool:
-        """Whether it was settled who asks before the body was read (``admit``); then it stands,
-        and no key is looked up a second time."""
+        """Whether ``admit`` authenticated the request before its body was read. Then that result is
+        used, and no key is looked up a second time."""
         caller = getattr(request, "scope", {}).get(_CALLER)
         if caller is None or caller.found_by != list(self.authentication_classes):
             return False
@@ -148,7 +148,7 @@ class AsyncAPIView(APIView):
         return self._run_handler(request)
 
     def _begin(self, request: Request) -> None:
-        """Find out who asks, and whether they may."""
+        """Authenticate the request and check its permissions."""
         if self.authentication_classes and connection.connection is None:
             circuit_breaker.wait_out(connection.ensure_connection)
         self.initial(request, *self.args, **self.kwargs)
@@ -158,7 +158,7 @@ class AsyncAPIView(APIView):
         return self._handler(request)(request, *self.args, **self.kwargs)
 
     def _handler(self, request: Request) -> Callable[..., Any]:
-        """The method of this view that answers.
+        """The view's method for the HTTP method.
 
         Raises:
             MethodNotAllowed: There is none. (405)
@@ -176,13 +176,13 @@ class AsyncAPIView(APIView):
         raise MethodNotAllowed(method, detail=f"{method} is not allowed here; use {allowed}.")
 
     def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
-        """Nothing is negotiated: see ``renderers``."""
+        """No content negotiation: see ``renderers``."""
         return self.get_renderers()[0], "application/json"
 
 
 def is_bulky(request: HttpRequest) -> bool:
-    """Whether the request's body is large, or may be once it is decompressed."""
-    arrived = getattr(request, "scope", {}).get(BODY_BYTES)  # in chunks it says no length
+    """Whether the request's body is large, or may be after decompression."""
+    arrived = getattr(request, "scope", {}).get(BODY_BYTES)  # a chunked body declares no length
     if (declared_length(request) if arrived is None else arrived) > BULK_BYTES:
         return True
     if "Content-Encoding" not in request.headers:

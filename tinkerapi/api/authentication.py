@@ -1,10 +1,10 @@
-"""Who a request speaks for: the owner of its API key, or ``local`` without one.
+"""The user of a request: the owner of its API key, or ``local`` without one.
 
-A key comes as ``X-API-Key`` or ``Authorization: Bearer``. A wrong key is refused even where
-none is needed, so that a mistyped key is never mistaken for another user.
+A key comes as ``X-API-Key`` or ``Authorization: Bearer``. A wrong key is refused even if
+none is needed, so that a mistyped key never acts as another user.
 
-Without a key, and unless the settings demand one, a request from this very machine acts as
-the user ``local``; ``keyless`` says when that is certain.
+Without a key, unless the settings require one, a request from this machine acts as
+the user ``local``; ``keyless`` decides when that is certain.
 """
 
 from __future__ import annotations
@@ -43,23 +43,25 @@ class ApiKeyAuthentication(BaseAuthentication):
 
 
 def local_user() -> AbstractBaseUser:
-    """The user for whom keyless local requests act; made at the first one if ``up`` did not.
+    """The user of keyless local requests; created at the first one if ``up`` did not.
 
-    It has no password, so nobody can log in to the admin as it.
+    It has no password, so nobody can log in to the admin as this user.
     """
     user = user_by_name(LOCAL_USERNAME) or user_ensure(LOCAL_USERNAME)[0]
     if not user.is_active:
-        raise AuthenticationFailed("Keyless requests are closed: the user 'local' is inactive.")
+        raise AuthenticationFailed(
+            "Requests without a key are refused: the user 'local' is inactive."
+        )
     return user
 
 
 def bears_token(request: Request) -> bool:
-    """Whether the request carries a token that stands for a key, rather than a key."""
+    """Whether the request has a token in place of a key."""
     return settings.SDK_JWT and (_key(request) or "").startswith(TOKEN_PREFIX)
 
 
 def _key(request: Request) -> str | None:
-    """The key that the request carries; an empty header counts as a key, and a wrong one."""
+    """The request's key; an empty header counts as a wrong key."""
     headers = request.headers
     if "X-API-Key" in headers:
         return str(headers["X-API-Key"]).strip()

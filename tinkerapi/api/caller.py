@@ -1,4 +1,4 @@
-"""Who asks, and what they call the request that they send."""
+"""The sender of a request, and the sender's key for it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MAX_IDEMPOTENCY_KEY = 200
 
 
 def owner_of(request: Request) -> int:
-    """The id of the user whom the request speaks for; DRF's permissions saw to it that one is."""
+    """The id of the request's user; DRF's permissions ensure that there is one."""
     return cast(int, request.user.pk)
 
 
 def idempotency_key_of(request: Request) -> str | None:
-    """The client's own name of this request: a repeat returns the first future."""
+    """The client's key of this request: a repeat returns the first future."""
     key = request.headers.get("Idempotency-Key")
     if key is None:
         return None

@@ -1,7 +1,7 @@
-"""The one rule that tells the official SDK's requests from the quick reference's.
+"""The rule that distinguishes the official SDK's requests from the quick reference's.
 
-Both meet on the same paths. The SDK names itself in a header, sends protobuf, or numbers its
-requests with ``seq_id``; everything else speaks the quick reference.
+Both use the same paths. The SDK names itself in a header, sends protobuf, or numbers its
+requests with ``seq_id``; all other requests use the quick reference.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from django.http import HttpRequest
 PROTOBUF = "application/x-protobuf"
 
 SEQ_ID_WORD = b'"seq_id"'
-"""What a JSON body of the SDK's holds, and hardly another."""
+"""Contained in the SDK's JSON bodies, and hardly in others."""
 
 
 def is_sdk_dialect(request: HttpRequest, body: Mapping[str, Any] | None = None) -> bool:

@@ -1,8 +1,8 @@
-"""One address, two dialects: a path that both know goes to the view of whoever asks.
+"""One address, two dialects: a shared path goes to the view of the sender's dialect.
 
-The rule is ``is_sdk_dialect``. A client that does not name itself is told by its body, and
-the body is read and parsed for that only where the bytes could hold the SDK's ``seq_id``; a large
-one where large ones are decoded.
+The rule is ``is_sdk_dialect``. If the headers do not decide, the body does. It is read and
+parsed for that only if its bytes could contain the SDK's ``seq_id``; a large
+body is parsed in the threads for large bodies.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _DIALECTS = "dialects"
 
 
 def by_dialect(quick_reference: View, sdk: View) -> View:
-    """A view that is the SDK's for the SDK and the quick reference's for everybody else.
+    """A view that calls the SDK's view for the SDK and the quick reference's for all others.
 
-    To whatever reads the route table it is the quick reference's, which is documented.
+    For readers of the route table it is the quick reference's view, which is documented.
     """
 
     @wraps(quick_reference)
@@ -42,7 +42,7 @@ def by_dialect(quick_reference: View, sdk: View) -> View:
 
 
 def view_by_headers(view: View, request: HttpRequest) -> View:
-    """The view that answers if the request's headers tell the dialect, which large bodies' do."""
+    """The view that answers if the request's headers decide the dialect, as with large bodies."""
     quick_reference, sdk = getattr(view, _DIALECTS, (view, view))
     return sdk if is_sdk_dialect(request) else quick_reference
 
@@ -56,14 +56,14 @@ async def speaks_sdk(request: HttpRequest) -> bool:
         return False
     if scope.get(BODY_BYTES, 0) <= SMALL_BODY_BYTES:
         return _is_numbered(request)
-    # The key was checked before the body was read, so this is a user's, and names which.
+    # The key was checked before the body was read, so the user is known.
     headers = request.headers
     key = headers.get("X-API-Key") or headers.get("Authorization")
     return await in_bulk_thread(key, _is_numbered, request)
 
 
 def _is_numbered(request: HttpRequest) -> bool:
-    """Whether the body says so; of a body that is wrong, the quick reference says what is."""
+    """Whether the body decides for the SDK; a wrong body gets the quick reference's error."""
     try:
         body = request.body
         if SEQ_ID_WORD not in body:

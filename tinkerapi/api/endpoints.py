@@ -15,7 +15,7 @@ METHODS = ("get", "post", "put", "delete")
 def endpoints() -> dict[str, list[dict[str, str]]]:
     """Group to method, path and summary of each of its endpoints, in the order of the routes.
 
-    A view without a ``group`` is no endpoint: the admin's pages, and what only redirects.
+    A view without a ``group`` is no endpoint: the admin's pages, and redirects.
     """
     groups: dict[str, list[dict[str, str]]] = {}
     for path, callback in _routes(get_resolver()):

@@ -1,7 +1,7 @@
 """The one table from error class to HTTP status, and the one shape of every error answer.
 
-``{"detail": str, "error_code": str, "category": "user" | "server"}``: the sentence for a
-person, the class name for a program, and whose fault it is. Domain errors know no HTTP; a
+``{"detail": str, "error_code": str, "category": "user" | "server"}``: the message for a
+person, the class name for a program, and who caused it. Domain errors know no HTTP; a
 test walks their subclasses and fails if one has no row here.
 """
 
@@ -69,10 +69,10 @@ STATUS: Mapping[type[Exception], int] = {
 """Domain error class to the status of a request that raises it."""
 
 UNSTORABLE = (DataError, UnicodeEncodeError)
-"""What the database, or the way to it, raises for a value that no column can hold.
+"""Errors of the database, or of its driver, for a value that no column can store.
 
-Fields say by name what they take, so these are for what no field foresaw: U+0000 in a text, half
-a surrogate pair, a number or a date that is out of range."""
+Fields check their values by name, so these are for values that no field foresaw: U+0000 in a text,
+half a surrogate pair, a number or a date out of range."""
 
 _STATUS_BY_CODE = {error.__name__: status for error, status in STATUS.items()}
 
@@ -93,7 +93,7 @@ class SdkDialectNotSpoken(exceptions.APIException):
 def error_response(
     status: int, detail: str, *, error_code: str, category: str | None = None, **more: Any
 ) -> JSONResponse:
-    """The one error shape; without a category, a status below 500 is the user's fault."""
+    """The one error shape; without a category, a status below 500 means ``user``."""
     category = category or ("user" if status < 500 else "server")
     body = {"detail": detail, "error_code": error_code, "category": category, **more}
     response = JSONResponse(body, status=status)
@@ -103,12 +103,12 @@ def error_response(
 
 
 def refusal_of(exc: Exception) -> Exception:
-    """The error as its sender should read it: a value that cannot be stored is the sender's."""
+    """The error for the sender: a value that cannot be stored is the sender's mistake."""
     if not isinstance(exc, UNSTORABLE):
         return exc
     logger.warning("refused a value that cannot be stored: %s", plain_text(str(exc), 200))
     return training_errors.InvalidRequest(
-        "The request holds a value that cannot be stored: U+0000 or half a surrogate pair in a "
+        "The request contains a value that cannot be stored: U+0000 or half a surrogate pair in a "
         "text, or a number or date out of range."
     )
 
@@ -116,16 +116,16 @@ def refusal_of(exc: Exception) -> Exception:
 def failure_status(category: str, error_code: str) -> int:
     """The status of a waiting call whose future has failed.
 
-    What its user has to change is a 4xx, as if the mistake had been found at submission.
+    The user's mistakes are a 4xx, as if they had been found at submission.
     """
     return _STATUS_BY_CODE.get(error_code, 400) if category == Category.USER else 500
 
 
 def exception_handler(exc: Exception, context: Mapping[str, Any]) -> HttpResponse:
-    """DRF's hook: whatever a view raises becomes an answer, never a traceback.
+    """DRF's hook: every exception of a view becomes an answer, never a traceback.
 
-    An exception that nobody planned is logged with an id, and the answer carries the id only:
-    its text may hold internals.
+    An unexpected exception is logged with an id, and the answer contains only the id:
+    its text may contain internals.
     """
     exc = refusal_of(exc)
     if isinstance(exc, Http404):
@@ -159,7 +159,7 @@ def exception_handler(exc: Exception, context: Mapping[str, Any]) -> HttpRespons
 
 
 def unexpected_error(exc: BaseException | None, request: HttpRequest) -> JSONResponse:
-    """500 with an id under which the log has the traceback."""
+    """500 with the id of the traceback in the log."""
     log_id = secrets.token_hex(6)
     logger.error("log id %s: %s %s", log_id, request.method, request.path, exc_info=exc)
     return error_response(
@@ -171,7 +171,7 @@ def unexpected_error(exc: BaseException | None, request: HttpRequest) -> JSONRes
 
 
 def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
-    """Django's ``handler400``: JSON, but the admin's people see a page. So the next three."""
+    """Django's ``handler400``: JSON, but a page in the admin. The next three are similar."""
     if is_page(request.path):
         return defaults.bad_request(request, exception)
     return error_response(400, "The request is malformed.", error_code="BadRequest")

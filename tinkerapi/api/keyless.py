@@ -1,17 +1,17 @@
-"""Whether a request without a key surely comes from a program on this machine.
+"""Checks that a request without a key certainly comes from a program on this machine.
 
-Only then may it act as the user ``local``. Three attacks are possible without keys that keys
-prevent, so the request must also show that none of them is under way:
+Only then may it act as the user ``local``. Keys prevent three attacks, so a request without one
+must show that it is none of them:
 
-* A reverse proxy on this machine makes the whole network look local. Whatever looks as if it came
-  through one needs a key: a header that proxies add, HTTP/1.0, which proxies still speak and
-  programs do not, or a ``Host`` that is no loopback name. Those headers are never believed; they
-  only cost the request its privilege. A proxy may be set up to show nothing of itself, so who has
-  one names its address (``TINKERAPI_PUBLIC_URL``), and then everybody needs a key.
+* A reverse proxy on this machine makes the whole network look local. A request that may have come
+  through one needs a key: it has a header that proxies add, uses HTTP/1.0, as proxies still do and
+  programs do not, or has a ``Host`` that is no loopback name. These headers are never trusted; they
+  only show that a key is needed. A proxy may hide all of this, so an operator who has
+  one sets its address (``TINKERAPI_PUBLIC_URL``), and then every request needs a key.
 * A web page open in a browser on this machine can send requests here. Browsers name the
-  page in ``Origin``, which must be this server, or say in ``Sec-Fetch-Site`` that it is another;
-  and they ask first before they send JSON to another origin, which is never granted. So a body
-  must be ``application/json``.
+  page in ``Origin``, which must be this server, or say in ``Sec-Fetch-Site`` that it is another
+  site; and they ask for permission before they send JSON to another origin, which this server never
+  grants. So a body must be ``application/json``.
 * Such a page can reach this server under its own name, by pointing its DNS entry at
   127.0.0.1 after it was loaded. Hence ``Host`` must be a name of this machine.
 """
@@ -55,7 +55,7 @@ FORWARDING_HEADERS = frozenset(
         "x-scheme",
     }
 )
-"""What proxies and tunnels add to what they pass on, in lower case."""
+"""Headers that proxies and tunnels add, in lower case."""
 
 FORWARDING_PREFIXES = (
     "x-forwarded",
@@ -67,10 +67,10 @@ FORWARDING_PREFIXES = (
 )
 
 OLD_HTTP = ("1", "1.0", "0.9")
-"""As ASGI servers write it; granian leaves out the zero."""
+"""HTTP versions as ASGI servers write them; granian leaves out the zero."""
 
 SAME_SITE = ("same-origin", "none")
-"""Of ``Sec-Fetch-Site``: a page of this server, or a person who typed the address."""
+"""Values of ``Sec-Fetch-Site`` for a page of this server, or a person who typed the address."""
 
 
 def is_local_host(host: str) -> bool:
@@ -80,12 +80,13 @@ def is_local_host(host: str) -> bool:
 
 
 def check_keyless(request: HttpRequest) -> None:
-    """Refuse a request without a key unless it surely comes from a program on this machine.
+    """Refuse a request without a key unless it certainly comes from a program on this machine.
 
     Raises:
         AuthenticationFailed: It needs a key. (401)
         PermissionDenied: A page of another origin made a browser send it. (403)
-        UnsupportedMediaType: A page might have, for it need not ask before it sends this. (415)
+        UnsupportedMediaType: A page might have sent it, because browsers allow this content type.
+            (415)
     """
     if settings.REQUIRE_API_KEY:
         raise AuthenticationFailed("Send an API key in the X-API-Key header.")
@@ -102,7 +103,8 @@ def check_keyless(request: HttpRequest) -> None:
 
 
 def _proxied(request: HttpRequest) -> str | None:
-    """Why this may have come through a proxy, as half a sentence; None if nothing says so."""
+    """Why this may have come through a proxy, as part of a sentence; None if no sign of one is
+    found."""
     for header in request.headers:
         name = header.lower()
         if name in FORWARDING_HEADERS or name.startswith(FORWARDING_PREFIXES):

@@ -22,8 +22,8 @@ _DEPTH = 200  # of orjson's 254
 def to_json(value: Any) -> bytes:
     """UTF-8 JSON. Numpy arrays become lists; NaN and infinity, which JSON lacks, null.
 
-    Whatever is stored can be shown: what JSON cannot say becomes what comes closest, so that one
-    row of an older version does not close the lists that it is in.
+    Every stored value can be shown: a value that JSON cannot express becomes the closest one, so
+    that one row of an older version does not break the lists that contain it.
     """
     try:
         return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -44,14 +44,14 @@ def _plain(value: Any) -> Any:
 
 
 class JSONResponse(HttpResponse):
-    """An answer whose body is ready: Django need not visit a thread to render it."""
+    """An answer whose body is ready: Django needs no thread to render it."""
 
     def __init__(self, value: Any, *, status: int = 200) -> None:
         super().__init__(to_json(value), content_type="application/json", status=status)
         self["Content-Length"] = str(len(self.content))
         self["X-Content-Type-Options"] = "nosniff"
-        # Django would log every failed job and every early /readyz as a server error; what
-        # deserves a line in the log got one where it was noticed.
+        # Django would log every failed future and every early /readyz as a server error; errors
+        # that deserve a log line were logged where they were noticed.
         self._has_been_logged = True
 
 

@@ -1,4 +1,4 @@
-"""Stored results on their way to a client: in a thread if there is much to render."""
+"""Renders stored results for clients, large ones in a thread."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tinkerapi.api.threads import in_database_thread
 T = TypeVar("T")
 
 LARGE_RESULT_BYTES = 64 * 1024
-"""Compressed; a larger result is rendered in a thread, so that other waits go on."""
+"""Compressed size; a larger result is rendered in a thread, so that other requests continue."""
 
 
 async def rendered(future: Future, render: Callable[[Future], T]) -> T:
-    """What ``render`` makes of a final future, without holding up the event loop for long."""
+    """``render`` of a final future, without blocking the event loop for long."""
     if future.result is not None and len(future.result) > LARGE_RESULT_BYTES:
         return await in_database_thread(render, future)
     return render(future)

@@ -1,1 +1,1 @@
-"""Request bodies before anybody knows what they say: who may send one, how large, how deep."""
+"""Request bodies before they are parsed: permission, size and nesting limits."""

@@ -1,7 +1,7 @@
-"""Compressed request bodies, opened no further than a limit.
+"""Compressed request bodies, decompressed up to a limit.
 
 The SDK compresses with zstd and writes the size into the frame, so a bomb is refused from its
-header. A frame without a size is first counted, a piece at a time, and only then unpacked.
+header. A frame without a size is first counted, in parts, and only then decompressed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PIECE_BYTES = 256 * 1024
 
 
 def decompress_body(body: bytes, encoding: str | None, *, max_bytes: int) -> bytes:
-    """The body as it was before ``Content-Encoding: encoding``; None and identity change nothing.
+    """The body without its ``Content-Encoding``; None and identity change nothing.
 
     Raises:
         PayloadTooLarge: It has more than ``max_bytes`` once decompressed. (413)
@@ -34,7 +34,7 @@ def decompress_body(body: bytes, encoding: str | None, *, max_bytes: int) -> byt
         raise InvalidRequest(
             f"Content-Encoding: {encoding[:40]!r} is not supported; send zstd or nothing"
         )
-    # A window is memory too; every decoder must grant 8 MB, and no more than the limit is needed.
+    # A window is memory too; a decoder must allow 8 MB, and never needs more than the limit.
     window = max(8 * 1024 * 1024, 1 << max_bytes.bit_length())
     decompressor = zstandard.ZstdDecompressor(max_window_size=window)
     try:
@@ -51,14 +51,14 @@ def decompress_body(body: bytes, encoding: str | None, *, max_bytes: int) -> byt
 def _decompress_unsized(
     decompressor: zstandard.ZstdDecompressor, body: bytes, max_bytes: int
 ) -> bytes:
-    """Count first: only a frame known to be small enough is unpacked in one piece."""
+    """Count first: only a frame known to be small enough is decompressed as a whole."""
     total = 0
     with decompressor.stream_reader(body) as reader:
         while piece := reader.read(_PIECE_BYTES):
             total += len(piece)
             if total > max_bytes:
                 raise _too_large(max_bytes)
-    # The reader above takes a frame that is cut off for one that ends there; this one tells.
+    # The reader above accepts a truncated frame; this one does not.
     frame = decompressor.decompressobj()
     data = frame.decompress(body)
     if not frame.eof:
@@ -73,8 +73,8 @@ def _too_large(max_bytes: int) -> PayloadTooLarge:
 
 
 def claimed_size(beginning: bytes) -> int | None:
-    """What a zstd frame says of its size once decompressed, by its first ``HEADER_BYTES``; None if
-    it does not say, and 0 for what is no frame."""
+    """The decompressed size that a zstd frame states in its first ``HEADER_BYTES``; None if it
+    states none, and 0 if this is no frame."""
     try:
         size = zstandard.get_frame_parameters(beginning).content_size
     except zstandard.ZstdError:

@@ -1,9 +1,9 @@
-"""How deep JSON may nest and how many values it may hold, found out before it is decoded.
+"""Limits of JSON's nesting and number of values, checked before it is decoded.
 
-A decoder makes an object of every value: an empty list is three bytes of text and 64 of memory, so
-that a body within the limit of bytes can take a gigabyte, and a compressed one of a few kilobytes
-as well. The scan looks at brackets, quotes and commas only, a piece at a time and in numpy, which
-costs a few hundredths of what decoding costs.
+A decoder makes an object of every value. An empty list is three bytes of text and 64 of memory, so
+a body within the byte limit can take a gigabyte, and so can a compressed one of a few
+kilobytes. The scan reads brackets, quotes and commas only, in parts and with numpy, which
+costs a few hundredths of the decoding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from training.errors import LimitExceeded
 
 MAX_DEPTH = 32
-"""Lists and objects inside each other; nothing that any dialect takes needs ten."""
+"""Lists and objects inside each other; no dialect needs ten."""
 MAX_CONTAINERS = 2**20
 """Lists and objects in one body; a full request of 1,024 datums has about 15,000."""
 MAX_VALUES = 2**23
@@ -29,11 +29,11 @@ _PIECE_BYTES = 256 * 1024  # its temporary arrays stay in the processor's cache
 _OTHER_THAN_BACKSLASH = re.compile(rb"[^\\]")
 _OPEN, _CLOSE, _QUOTE, _COMMA, _BACKSLASH = b'[]",\\'
 _FOLD = 0xDF
-"""Takes { for [ and } for ], and nothing else for either."""
+"""Maps { to [ and } to ], and no other byte to either."""
 
 
 class _Place(NamedTuple):
-    """Where the scan is."""
+    """The state of the scan."""
 
     depth: int = 0
     in_string: bool = False
@@ -44,16 +44,16 @@ class _Place(NamedTuple):
 def check_json_size(body: bytes) -> None:
     """Refuse JSON that would take far more memory than its bytes, or that nests too deep.
 
-    Whether it is JSON at all, the decoder says; of what is not, this may say nothing.
+    The decoder checks whether it is JSON at all; this may accept text that is not.
 
     Raises:
         LimitExceeded: (400)
     """
-    has_few_values = len(body) <= MAX_VALUES  # each has a comma or a bracket at least
+    has_few_values = len(body) <= MAX_VALUES  # each has at least a comma or a bracket
     if has_few_values and body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return
     commas = _scan(body, exactly=False).commas
-    if commas > MAX_VALUES:  # or as many commas in texts
+    if commas > MAX_VALUES:  # or that many commas in texts
         commas = _scan(body, exactly=True).commas
     if commas > MAX_VALUES:
         raise LimitExceeded(
@@ -63,9 +63,9 @@ def check_json_size(body: bytes) -> None:
 
 
 def outermost(body: bytes, quotes: Iterable[int]) -> list[int]:
-    """Those of some quotation marks, in ascending order, that open a text of the outermost object.
+    """The quotation marks, in ascending order, that open a text of the outermost object.
 
-    Of what is no JSON: as far as its brackets and quotation marks can be taken for JSON's.
+    If the body is not JSON, its brackets and quotation marks are interpreted as far as possible.
     """
     found = []
     place, begin = _Place(), 0
@@ -80,7 +80,7 @@ def outermost(body: bytes, quotes: Iterable[int]) -> list[int]:
 
 
 def _scan(body: bytes, *, exactly: bool) -> _Place:
-    """Where the scan ends; ``exactly`` does not count the commas in texts."""
+    """The state at the end; ``exactly`` does not count the commas in texts."""
     place, begin = _Place(), 0
     while begin < len(body):
         end = _end_of_piece(body, begin, len(body))
@@ -95,8 +95,8 @@ def _scan(body: bytes, *, exactly: bool) -> _Place:
 
 
 def _end_of_piece(body: bytes, begin: int, stop: int) -> int:
-    """Behind a byte that is no backslash, so that no escape is cut; at ``stop`` at the latest,
-    before which there is none."""
+    """An end after a byte that is no backslash, so that no escape sequence is cut, or ``stop`` if
+    there is none before it."""
     end = min(begin + _PIECE_BYTES, stop)
     if body[end - 1] != _BACKSLASH:
         return end
@@ -110,11 +110,11 @@ def _scan_piece(
     data = np.frombuffer(piece, np.uint8)
     is_quote = data == _QUOTE
     quoted = np.flatnonzero(is_quote)
-    # Index -1 is the piece's last byte, which is no backslash, and neither is the one before it.
+    # Index -1 is the part's last byte; neither it nor the byte before it is a backslash.
     is_escaped = data[quoted - 1] == _BACKSLASH
     if is_escaped.any():
         if (data[quoted[is_escaped] - 2] == _BACKSLASH).any():
-            # Backslashes stand in pairs, but for the one before a character that it escapes.
+            # Backslashes come in pairs, except one that escapes another character.
             plain = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
             return _scan_piece(plain, place, exactly=exactly, max_depth=max_depth)
         is_quote[quoted[is_escaped]] = False
@@ -145,6 +145,6 @@ def _scan_piece(
 
 
 def _inside(is_quote: NDArray[np.bool_], in_string: bool) -> NDArray[np.bool_]:
-    """(n,) whether each byte is in a text; an opening quote is, a closing one is not."""
+    """(n,) whether each byte is in a text, its opening quote included, its closing quote not."""
     inside: NDArray[np.bool_] = np.logical_xor.accumulate(is_quote)
     return ~inside if in_string else inside

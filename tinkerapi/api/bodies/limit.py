@@ -1,13 +1,14 @@
-"""Bodies are read only if they may be, no further than a limit, and only while they keep coming.
+"""Reads a body only if its sender may send it, up to a limit, and only while it keeps arriving.
 
 Django reads a request's whole body into a temporary file before any view sees the request, so a
-view cannot protect memory or disk. This stands in front of Django. A small body may come with its
-headers. Before a larger one, or one of unknown length, the view says by the headers alone whether
-it wants it: who asks is settled by then (``admission``), and has a few of them here at a time
-(``body_turns``). Every body has to arrive in time.
+view cannot protect memory or disk. This runs before Django. A small body is read without
+a check. Before a larger one, or one of unknown length, the view decides by the headers alone
+whether it accepts the body: the sender is then authenticated (``admission``), and may send a few at
+a time (``body_turns``). Every body must arrive in time.
 
-It also notes, as the body passes, how large it is, and whether it could hold the SDK's number: to
-look for that later would bring the bodies of all clients into memory at once, before their turn.
+It also records, while the body arrives, its size and whether it could contain the SDK's number:
+searching for that later would load the bodies of all clients into memory at once, before their
+turn.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from tinkerapi.api.dialect import SEQ_ID_WORD
 from tinkerapi.api.errors import BodyTooLarge, error_response
 
 HOLDS_SEQ_ID = "tinkerapi.holds_seq_id"
-"""In a request's scope: whether its body holds ``SEQ_ID_WORD``, once all of it has arrived."""
+"""In a request's scope: whether its body contains ``SEQ_ID_WORD``, once all of it has arrived."""
 
 BODY_BYTES = "tinkerapi.body_bytes"
-"""In a request's scope: how much of its body has arrived."""
+"""In a request's scope: the bytes of its body that have arrived."""
 
 SMALL_BODY_BYTES = 64 * 1024
-"""A body that is read whoever sends it: to ask first would cost more than it does."""
+"""A body up to this size is read from any sender: a check first would cost more."""
 
 PAST_ANSWER_SECONDS = 5.0
-"""How long the rest of a refused body is thrown away. A client that is still sending it when the
+"""How long the rest of a refused body is discarded. A client that is still sending it when the
 connection closes loses the answer, and most would send everything again."""
 
 Scope = MutableMapping[str, Any]
@@ -45,21 +46,21 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Admitted(NamedTuple):
-    """A request whose body may come."""
+    """A request whose body may be sent."""
 
     max_bytes: int
     owner: object = None
-    """Whose it is; None if nobody's, which only small ones are."""
+    """The user that it belongs to; None only for small ones."""
 
 
 Admit = Callable[[Scope], Awaitable[HttpResponseBase | Admitted]]
-"""Whether a request's body may come, or the answer that refuses it unread."""
+"""Whether a request may send its body, or the answer that refuses it unread."""
 
 _GONE: Message = {"type": "http.disconnect"}
 
 
 def limit_body(application: Application, admit: Admit) -> Application:
-    """The application, which sees no body that is refused, too large or too slow."""
+    """The application, which never receives a body that is refused, too large or too slow."""
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         length = _declared_length(scope)
@@ -101,8 +102,8 @@ class Body:
         self._is_whole = False
         self._end = b""
         self.refusal: HttpResponseBase | None = None
-        """Set once the body is refused. To Django the client has gone: it drops what it has and
-        answers nothing."""
+        """Set once the body is refused. Django is told that the client has disconnected: it drops
+        the request and does not answer."""
         scope[HOLDS_SEQ_ID], scope[BODY_BYTES] = False, 0
 
     async def receive(self) -> Message:
@@ -116,7 +117,7 @@ class Body:
         except TimeoutError:
             self.refusal = _too_slow()
             return _GONE
-        if message["type"] != "http.request":  # it has gone, or what it sent is no HTTP
+        if message["type"] != "http.request":  # the client has gone, or has not sent valid HTTP
             self.refusal = _cut_off()
             return _GONE
         self._pass(message.get("body", b""))
@@ -134,7 +135,7 @@ class Body:
 
 
 def _declared_length(scope: Scope) -> int | None:
-    """The body's bytes; None if only its end will tell."""
+    """The declared bytes of the body; None if it is chunked."""
     length = 0
     for name, value in scope["headers"]:
         if name == b"transfer-encoding":
@@ -145,7 +146,7 @@ def _declared_length(scope: Scope) -> int | None:
 
 
 async def _refuse(response: HttpResponseBase, receive: Receive, send: Send) -> None:
-    """Answer at once, and let the body, of which nothing was read, come to an end."""
+    """Answer at once, and discard the unread body until it ends."""
     await _start(response, send)
     await send({"type": "http.response.body", "body": _content(response), "more_body": True})
     thrown_away = 0
@@ -168,7 +169,7 @@ async def _answer(response: HttpResponseBase, send: Send) -> None:
 
 async def _start(response: HttpResponseBase, send: Send) -> None:
     headers = [(name.encode(), value.encode()) for name, value in response.items()]
-    # The rest of the body is still on its way, so the connection cannot be used again.
+    # The rest of the body is still arriving, so the connection cannot be used again.
     headers.append((b"connection", b"close"))
     status = response.status_code
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -186,7 +187,7 @@ def too_large(limit: int) -> HttpResponseBase:
 def _too_slow() -> HttpResponseBase:
     return error_response(
         408,
-        f"The body did not arrive in time: it may take {settings.BODY_SECONDS} s, and stand still "
+        f"The body did not arrive in time: it may take {settings.BODY_SECONDS} s, and pause "
         f"for {settings.BODY_IDLE_SECONDS} s (TINKERAPI_BODY_SECONDS, "
         "TINKERAPI_BODY_IDLE_SECONDS).",
         error_code="BodyTooSlow",
@@ -196,6 +197,6 @@ def _too_slow() -> HttpResponseBase:
 def _cut_off() -> HttpResponseBase:
     return error_response(
         400,
-        "The body ended before it was whole, or its chunks are not in HTTP's form.",
+        "The body is incomplete, or its chunks are not valid HTTP.",
         error_code="BadRequest",
     )

@@ -1,8 +1,8 @@
-"""Bytes to values: the request body as one JSON object, or a sentence about why not.
+"""Bytes to values: the request body as one JSON object, or an error that says why not.
 
-Django has spooled the body to a temporary file by now; nothing of it is read into memory
-beyond the limit. ``body_limit`` refuses large bodies earlier, before they arrive, and
-``json_limits`` bounds what decoding them takes.
+Django has spooled the body to a temporary file by now; it is read into memory only
+up to the limit. ``body_limit`` refuses large bodies before they arrive, and
+``json_limits`` bounds the cost of decoding them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ JSON = "application/json"
 _NOT_JSON = ("NaN", "Infinity", "-Infinity")
 
 _NAME_BEFORE = re.compile(r'(?<!\\)"([^"\\]{1,60})"\s*:[\[\]\s\d.,eE+-]*$')
-"""The field whose number, or array of numbers, a text breaks off in."""
+"""The field in whose number, or array of numbers, a text ends."""
 
 _LOOK_BACK = 1000  # characters of an array of numbers
 
@@ -45,10 +45,10 @@ class JSONParser(BaseParser):
 
 
 def read_body(stream: IO[Any], max_bytes: int) -> bytes:
-    """All of it.
+    """The whole body.
 
     Raises:
-        BodyTooLarge: It is more than ``max_bytes``; no more than that was read. (413)
+        BodyTooLarge: It has more than ``max_bytes``; no more than that was read. (413)
     """
     body: bytes = stream.read(max_bytes + 1)
     if len(body) > max_bytes:
@@ -57,13 +57,13 @@ def read_body(stream: IO[Any], max_bytes: int) -> bytes:
 
 
 def json_object(request: HttpRequest, *, max_bytes: int) -> dict[str, Any]:
-    """The request's body as a dictionary; no body at all is an empty one.
+    """The request's body as a dictionary; without a body it is empty.
 
     Raises:
-        BodyTooLarge: By its Content-Length, or by what arrived. (413)
-        LimitExceeded: It nests too deep, or holds too many values. (400)
+        BodyTooLarge: By its Content-Length, or by its actual size. (413)
+        LimitExceeded: It nests too deep, or has too many values. (400)
         UnsupportedMediaType: Not JSON, or compressed. (415)
-        ParseError: Not JSON inside, or not an object. (400)
+        ParseError: The content is not JSON, or not an object. (400)
     """
     if declared_length(request) > max_bytes:
         raise BodyTooLarge(too_large_sentence(max_bytes))
@@ -91,7 +91,7 @@ def parse_json(body: bytes) -> Any:
     """The value; an empty body counts as ``{}``.
 
     Raises:
-        LimitExceeded: It nests too deep, or holds too many values; it was not decoded.
+        LimitExceeded: It nests too deep, or has too many values; it was not decoded.
         ParseError: With line and column of the first wrong byte.
     """
     check_json_size(body)
@@ -113,13 +113,14 @@ def parse_json(body: bytes) -> Any:
 
 
 def declared_length(request: HttpRequest) -> int:
-    """What the request says of its body's bytes; 0 where it does not."""
+    """The Content-Length of the request; 0 if it has none."""
     length = request.META.get("CONTENT_LENGTH") or ""
     return int(length) if length.isdigit() else 0
 
 
 def too_large_sentence(max_bytes: int, *, when: str = "") -> str:
-    """Why a body is refused that has more than its address takes; ``when`` is half a sentence."""
+    """The reason for refusing a body over the limit of its address; ``when`` is added after the
+    size."""
     if max_bytes < settings.MAX_BODY_BYTES:
         return (
             f"The body is larger than {max_bytes} bytes{when}, the limit of addresses that take no "

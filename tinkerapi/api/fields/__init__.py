@@ -1,1 +1,1 @@
-"""What a request body may hold, in the terms that all dialects share."""
+"""The fields of request bodies, in the terms that all dialects share."""

@@ -1,4 +1,4 @@
-"""The fields that give an adapter its shape."""
+"""The fields that define an adapter's shape."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_rank(value: Any, where: str) -> int:
 
 
 def check_adapts_something(config: Mapping[str, Any], where: str = "") -> None:
-    """Refuse an adapter on no layer at all."""
+    """Refuse an adapter without any layer."""
     if not (config["train_mlp"] or config["train_attn"] or config["train_unembed"]):
         raise InvalidRequest(
             f"{where}train_mlp, train_attn, train_unembed: at least one of them must be true"
@@ -46,4 +46,4 @@ ADAPTER_FIELDS: Mapping[str, Field] = {
     "train_attn": Flag(description="Adapt the attention layers.", default=_LORA.train_attn),
     "train_unembed": Flag(description="Adapt the output head.", default=_LORA.train_unembed),
 }
-"""What every dialect that makes adapters takes."""
+"""Fields of every dialect that makes adapters."""

@@ -12,7 +12,7 @@ MAX_METADATA_KEYS = 50
 
 
 def check_user_metadata(value: Any, where: str) -> dict[str, str]:
-    """Texts by name."""
+    """An object with texts by name."""
     if not isinstance(value, dict):
         raise refuse(where, f"an object of up to {MAX_METADATA_KEYS} texts by name", value)
     if len(value) > MAX_METADATA_KEYS:

@@ -1,9 +1,9 @@
-"""What a request body may hold: each field says itself how to check a value and how to
+"""The fields of a request body: each one defines how to check a value and how to
 describe it in the OpenAPI schema, so that the two cannot disagree.
 
-Checking names the place and what was expected there: ``adam_params.beta1: expected a number
+An error names the place and the expected value: ``adam_params.beta1: expected a number
 of at least 0 and below 1; got 1.5``. A field that is not declared is refused by name. ``null``
-for an optional field means the same as leaving it out. Fields that several dialects take stand
+for an optional field means the same as leaving it out. Fields that several dialects share are
 beside this file, by subject.
 """
 
@@ -22,7 +22,7 @@ from training.types import MAX_FLOAT32
 Schema = dict[str, Any]
 
 MAX_INTEGER = 2**63 - 1
-"""What the database can store."""
+"""The largest integer that the database can store."""
 
 MAX_FLOAT = sys.float_info.max
 """For a number that the engine never sees."""
@@ -35,16 +35,16 @@ class Field(ABC):
     description: str
     required: bool = False
     default: Any = None
-    """What an absent optional field means."""
+    """The value of an absent optional field."""
     example: Any = None
     """Shown in the schema, so that a person can try the call."""
 
     @abstractmethod
     def check(self, value: Any, where: str) -> Any:
-        """The value as the services take it.
+        """The value in the services' form.
 
         Raises:
-            InvalidRequest: It is not one; the message begins with ``where``. (400)
+            InvalidRequest: It is invalid; the message begins with ``where``. (400)
         """
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Field(ABC):
         """Its type and bounds, in OpenAPI 3.0."""
 
     def schema(self) -> Schema:
-        """All that the OpenAPI schema says of it."""
+        """Its complete OpenAPI schema."""
         schema = {**self.json_schema(), "description": self.description}
         if not self.required:
             schema["nullable"] = True
@@ -104,7 +104,7 @@ class Number(Field):
         return float(value)
 
     def _expected(self, value: Any) -> str:
-        """The bounds that somebody chose, or float32's where it is those that are broken."""
+        """The field's bounds, or float32's if those are violated."""
         upper = self.maximum if self.below is None else self.below
         if type(value) in (int, float):
             broken = self.minimum if value < self.minimum else upper
@@ -168,7 +168,7 @@ class Choice(Field):
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(Field):
-    """A field whose check and schema are written out where its form is known."""
+    """A field with its own check and schema."""
 
     checker: Callable[[Any, str], Any]
     json: Schema
@@ -182,7 +182,7 @@ class Custom(Field):
 
 @dataclass(frozen=True, kw_only=True)
 class Object(Field):
-    """A nested object; absent, it holds its fields' defaults."""
+    """A nested object; if absent, it has its fields' defaults."""
 
     fields: Mapping[str, Field]
 
@@ -222,7 +222,7 @@ def check_object(fields: Mapping[str, Field], value: Any, where: str = "") -> di
 
 
 def object_schema(fields: Mapping[str, Field]) -> Schema:
-    """The schema of an object that holds these fields and no others."""
+    """The schema of an object with these fields and no others."""
     schema: Schema = {
         "type": "object",
         "properties": {name: field.schema() for name, field in fields.items()},

@@ -1,4 +1,4 @@
-"""The arrays of ``loss_fn_inputs``, once a dialect has made arrays of them."""
+"""Checks of ``loss_fn_inputs``, after a dialect has made arrays of them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ NO_INPUTS = "is empty; send what the loss reads, such as target_tokens and weigh
 
 
 def check_input(name: str, array: Array, where: str, *, num_tokens: int) -> Array:
-    """A loss fn input in the dtype that ``training.types`` promises.
+    """A loss fn input in the dtype that ``training.types`` requires.
 
-    What the losses read as float32 may be sent as integers. Inputs that no built-in loss takes are
-    left as they came: the loss that does, or the refusal of the one that does not, is the engine's.
+    Inputs that losses read as float32 may be sent as integers. Inputs that no built-in loss reads
+    are
+    unchanged: a custom loss may read them, or the engine refuses them.
 
     Raises:
-        InvalidDatum: Wrong dtype or length, no token ids, or not finite. (400)
+        InvalidDatum: Wrong dtype or length, invalid token ids, or not finite. (400)
     """
     if name == TARGET_TOKENS:
         if array.dtype.kind != "i":
@@ -43,7 +44,7 @@ def check_input(name: str, array: Array, where: str, *, num_tokens: int) -> Arra
 
 
 def check_token_ids(array: Array, where: str) -> None:
-    """Refuse what no vocabulary has; the engine knows the real one."""
+    """Refuse ids that no vocabulary has; the engine checks the actual vocabulary."""
     if array.size and (array.min() < 0 or array.max() > MAX_TOKEN_ID):
         index = _first((array < 0) | (array > MAX_TOKEN_ID))
         raise InvalidDatum(f"{where}{_subscript(index)}: {array[index]} is not a token id")

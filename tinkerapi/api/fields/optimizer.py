@@ -8,7 +8,7 @@ from training.types import AdamParams
 _ADAM = AdamParams()
 
 ADAM_PARAMS = Object(
-    description="AdamW as torch.optim.AdamW computes it.",
+    description="AdamW, as in torch.optim.AdamW.",
     fields={
         "learning_rate": Number(
             description="Step size.", maximum=1e4, default=_ADAM.learning_rate, example=1e-4

@@ -1,4 +1,4 @@
-"""Prompts of the two forms that every dialect but the SDK's takes, and how long text may be."""
+"""Prompts as text or token ids (all dialects except the SDK's), and the limit of text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from training.payloads import count_characters
 from training.types import Prompt
 
 CHARACTERS_PER_TOKEN = 8
-"""So much text is taken for each token that a sequence may have."""
+"""Characters of text allowed for each token that a sequence may have."""
 
 
 def check_plain_prompt(value: str | list[Any], where: str) -> Prompt:
     """Text, or a list of token ids.
 
     Raises:
-        InvalidDatum: It is empty, or holds what is no token id. (400)
+        InvalidDatum: It is empty, or has an invalid token id. (400)
         LimitExceeded: It is longer than one sequence may be. (400)
     """
     if isinstance(value, list):
@@ -41,11 +41,11 @@ def check_num_prompts(number: int, where: str) -> None:
 def check_text_length(value: Any, where: str) -> None:
     """Refuse more text than could be ``MAX_DATUM_TOKENS`` tokens.
 
-    Tokenizing takes time and memory in proportion to the characters, so it is not begun for text
-    that is refused in the end. A token of ordinary text is four or five characters.
+    Tokenizing takes time and memory in proportion to the characters, so text that would be refused
+    later is not tokenized at all. A token of ordinary text is four or five characters.
 
     Args:
-        value: Text, or messages and whatever else a template is given; all texts in it count.
+        value: Text, or messages and other values for a template; all texts in it count.
 
     Raises:
         LimitExceeded: (400)

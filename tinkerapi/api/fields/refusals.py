@@ -1,4 +1,5 @@
-"""Why a value is refused, in one form for all dialects: the place, what was expected, what came.
+"""Errors for refused values, in one form for all dialects: the place, the expected value, the given
+one.
 
 ``adam_params.beta1: expected a number of at least 0 and below 1; got 1.5``
 """
@@ -16,7 +17,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def shown(value: object) -> str:
-    """A value as an error message may show it: short, and as JSON writes it."""
+    """A value for an error message: short, in JSON."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
@@ -32,12 +33,12 @@ def refuse(where: str, expected: str, value: object) -> InvalidRequest:
 
 
 def refuse_size(where: str, size: int, noun: str, most: int) -> InvalidRequest:
-    """The error for a list or an object that holds too much."""
+    """The error for a list or an object that is too large."""
     return InvalidRequest(f"{where}: {size} {noun}; this server takes at most {most}")
 
 
 def is_above(value: Any, maximum: int) -> bool:
-    """Whether a value is a number, and too large: past 64 bits JSON's whole numbers are floats."""
+    """Whether a value is a number, and too large: beyond 64 bits JSON's integers are floats."""
     return type(value) in (int, float) and value > maximum
 
 
@@ -45,7 +46,7 @@ def check_characters(text: str, where: str) -> str:
     """The text, if the database can hold it.
 
     Raises:
-        InvalidRequest: It holds U+0000 or half a surrogate pair. (400)
+        InvalidRequest: It contains U+0000 or half a surrogate pair. (400)
     """
     if "\0" in text:
         raise InvalidRequest(f"{where}: may not hold the character U+0000")
@@ -55,7 +56,7 @@ def check_characters(text: str, where: str) -> str:
 
 
 def check_json(value: Any, where: str) -> None:
-    """Refuse what cannot be stored, by its place; how deep it nests, the body's limit has seen.
+    """Refuse a value that cannot be stored, naming its place; the body's limits cover nesting.
 
     Raises:
         InvalidRequest: A text or a name in it cannot be stored. (400)

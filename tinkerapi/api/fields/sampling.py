@@ -1,7 +1,7 @@
-"""The fields that say how to sample: one list, of which each dialect takes what it knows.
+"""The sampling fields: one list, of which each dialect takes its part.
 
-Names and defaults are those of ``training.types.SamplingParams``; a test compares them. Where a
-dialect writes a field in another form, it replaces that part of it and nothing else.
+Names and defaults are those of ``training.types.SamplingParams``; a test compares them. If a
+dialect writes a field in another form, it replaces only that part of the field.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_top_k(value: Any, where: str) -> int:
 
 
 def check_stop(value: Any, where: str) -> tuple[str, ...] | tuple[int, ...]:
-    """Stop strings or stop token ids; an empty list means to stop at nothing."""
+    """Stop strings or stop token ids; an empty list means no stops."""
     stops = stop_list(value, where, "texts or token ids")
     kind = type(stops[0]) if stops else str
     for index, stop in enumerate(stops):
@@ -73,7 +73,7 @@ def check_stop_tokens(value: Any, where: str) -> tuple[int, ...]:
 
 
 def stop_list(value: Any, where: str, nouns: str) -> list[Any]:
-    """A list of stops, or the one text that stands for a list; what is in it is not checked."""
+    """A list of stops, or one text in place of a list; its items are not checked."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list):
         raise refuse(where, f"text, or a list of up to {MAX_STOPS} {nouns}", value)
@@ -128,32 +128,36 @@ SAMPLING_FIELDS: Mapping[str, Field] = {
         default=_PARAMS.top_p,
     ),
     "min_p": Number(
-        description="Of the likeliest token's probability.", maximum=1, default=_PARAMS.min_p
+        description="Smallest probability, relative to the likeliest token's.",
+        maximum=1,
+        default=_PARAMS.min_p,
     ),
     "stop_token_ids": Custom(
-        description="Tokens that end a sequence beside what `stop` says.",
+        description="Further tokens that end a sequence, beside `stop`.",
         checker=check_stop_tokens,
         json={"type": "array", "items": {"type": "integer", "minimum": 0}},
         default=_PARAMS.stop_token_ids,
     ),
     "ignore_eos": Flag(
-        description="The model's end tokens end nothing.", default=_PARAMS.ignore_eos
+        description="The model's end tokens do not end a sequence.", default=_PARAMS.ignore_eos
     ),
-    "presence_penalty": _penalty("Once for tokens that were sampled.", _PARAMS.presence_penalty),
+    "presence_penalty": _penalty(
+        "Subtracted once for tokens that were sampled.", _PARAMS.presence_penalty
+    ),
     "frequency_penalty": _penalty(
-        "For each time that a token was sampled.", _PARAMS.frequency_penalty
+        "Subtracted for each time that a token was sampled.", _PARAMS.frequency_penalty
     ),
     "repetition_penalty": Number(
-        description="Of tokens in prompt and text.",
+        description="For tokens in prompt and text.",
         minimum=0.01,
         maximum=100,
         default=_PARAMS.repetition_penalty,
     ),
 }
-"""Every sampling parameter but ``logit_bias``, which OpenAI's clients alone send."""
+"""Every sampling parameter except ``logit_bias``, which only OpenAI's clients send."""
 
 TINKER_SAMPLING_FIELDS: Mapping[str, Field] = {
     name: SAMPLING_FIELDS[name]
     for name in ("max_tokens", "seed", "stop", "temperature", "top_k", "top_p")
 }
-"""What ``sampling_params`` holds in the quick reference and in the tinker SDK."""
+"""The fields of ``sampling_params`` in the quick reference and in the tinker SDK."""

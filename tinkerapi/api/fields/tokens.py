@@ -19,8 +19,8 @@ def check_token_list(value: Any, where: str) -> NDArray[np.int32]:
     """(N,) token ids from a list of at least one.
 
     Raises:
-        InvalidDatum: It is no such list; the message names the first wrong item. (400)
-        LimitExceeded: More tokens than one sequence may have here. (400)
+        InvalidDatum: It is not such a list; the message names the first wrong item. (400)
+        LimitExceeded: More tokens than one sequence may have. (400)
     """
     if not isinstance(value, list):
         raise refuse_datum(where, "a list of token ids", value)
@@ -40,10 +40,10 @@ def check_num_tokens(number: int, where: str) -> None:
 
 
 def token_array(values: list[Any], where: str, width: int | None = None) -> NDArray[np.int64]:
-    """(N,) token ids; booleans are not numbers here, whatever Python thinks.
+    """(N,) token ids; booleans do not count as numbers here.
 
     Args:
-        width: Of the rows that the values came in, so that a message names row and column.
+        width: The width of the original rows, so that an error names row and column.
     """
     if set(map(type, values)) != {int} or min(values) < 0 or max(values) > MAX_TOKEN_ID:
         refuse_first(
@@ -63,12 +63,12 @@ def refuse_first(
     where: str,
     width: int | None,
 ) -> NoReturn:
-    """Raise InvalidDatum for the first value that is not good; ``width`` as above."""
+    """Raise InvalidDatum for the first invalid value; ``width`` as above."""
     index = next(index for index, item in enumerate(values) if not is_good(item))
     place = f"[{index}]" if width is None else f"[{index // width}][{index % width}]"
     raise refuse_datum(f"{where}{place}", expected, values[index])
 
 
 def refuse_datum(where: str, expected: str, value: object) -> InvalidDatum:
-    """The error for a value of the wrong kind in what is trained on or sampled from."""
+    """The error for a value of the wrong kind in training data or a prompt."""
     return InvalidDatum(str(refuse(where, expected, value)))

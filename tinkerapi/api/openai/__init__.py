@@ -1,1 +1,1 @@
-"""OpenAI's completions over this server's own sampling, for clients that speak nothing else."""
+"""OpenAI's completions over this server's sampling, for OpenAI's clients."""

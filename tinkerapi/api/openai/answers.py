@@ -1,7 +1,7 @@
-"""Sampled sequences as OpenAI's answers: whole, or as the chunks of a stream.
+"""Sampled sequences as OpenAI's answers: complete, or as the chunks of a stream.
 
-The answer's id is the future's. The two requests differ in where a choice keeps its text and
-its log-probabilities, and in nothing else.
+The answer's id is the future's. The two requests differ only in where a choice has its text and
+its log-probabilities.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Sequence = Mapping[str, Any]
 
 
 def sequences_of(future: Future) -> list[Sequence]:
-    """A ready future's sequences, those of the first prompt first; a prompt that is to be echoed
-    is ``echo`` in each of its own.
+    """A ready future's sequences, those of the first prompt first. A prompt to be echoed
+    is ``echo`` in each of its sequences.
 
     Raises:
         FuturePurged: They are no longer kept. (410)
@@ -42,7 +42,7 @@ def sequences_of(future: Future) -> list[Sequence]:
 
 
 def usage(future: Future) -> dict[str, int]:
-    """Tokens read and tokens sampled; end tokens that were sampled count."""
+    """Tokens read and tokens sampled, including sampled end tokens."""
     prompt_tokens, completion_tokens = future.summary["prompt_tokens"], future.summary["tokens"]
     return {
         "prompt_tokens": prompt_tokens,
@@ -52,15 +52,15 @@ def usage(future: Future) -> dict[str, int]:
 
 
 class AnswerForm(ABC):
-    """How one of the two requests is answered."""
+    """The form of the answers to one of the two requests."""
 
     answer_object: ClassVar[str]
     chunk_object: ClassVar[str]
     names: ClassVar[Mapping[str, str]]
-    """What the request calls the fields that the worker's errors name."""
+    """The request's names of fields in the worker's errors."""
 
     def answer(self, future: Future, options: Options) -> dict[str, Any]:
-        """The whole answer of a ready future."""
+        """The complete answer of a ready future."""
         choices = [
             {
                 "index": index,
@@ -89,7 +89,7 @@ class AnswerForm(ABC):
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
-        """A choice's share of a chunk."""
+        """A choice's part of a chunk."""
         return {
             "index": index,
             **self.part(text, is_first=is_first),
@@ -99,7 +99,7 @@ class AnswerForm(ABC):
 
     @abstractmethod
     def whole(self, text: str) -> dict[str, Any]:
-        """A choice's text in a whole answer."""
+        """A choice's text in a complete answer."""
 
     @abstractmethod
     def part(self, text: str, *, is_first: bool) -> dict[str, Any]:
@@ -178,13 +178,13 @@ def _echoed_text(sequence: Sequence) -> str:
 
 
 def _columns(part: Sequence, *, begin: int) -> dict[str, list[Any]]:
-    """The four columns of a completion's log-probabilities, of a prompt or of what continues it.
+    """The four columns of a completion's log-probabilities, for a prompt or its continuation.
 
-    A token is among the likely ones, as OpenAI has it, also where it is not one of them. A
-    prompt's first token follows nothing, so there is nothing to say of it.
+    As with OpenAI, the token itself is always among the likely ones. A
+    prompt's first token has no predecessor, so its entries are null.
 
     Args:
-        begin: Where the part begins in the text, in characters.
+        begin: Offset of the part in the text, in characters.
     """
     texts = part["token_texts"]
     values = [None if math.isnan(value) else value for value in part["logprobs"].tolist()]
@@ -192,7 +192,7 @@ def _columns(part: Sequence, *, begin: int) -> dict[str, list[Any]]:
     for text, value, likely in zip(texts, values, _tops(part), strict=False):
         top: dict[str, float] = {}
         for likely_text, _, likely_value in likely:
-            # Of tokens with one text, which are parts of characters, the likeliest is told.
+            # Of several tokens with the same text (parts of characters), the likeliest is kept.
             top.setdefault(likely_text, likely_value)
         tops.append(None if value is None else {**top, text: top.get(text, value)})
     return {
@@ -204,7 +204,7 @@ def _columns(part: Sequence, *, begin: int) -> dict[str, list[Any]]:
 
 
 def _tops(part: Sequence) -> list[list[Likely]]:
-    """The likeliest tokens at each position, likeliest first; nothing if nobody asked."""
+    """The likeliest tokens at each position, likeliest first; empty if not requested."""
     if "topk_texts" not in part:
         return []
     texts, values = part["topk_texts"], part["topk_logprobs"]["logprobs"].tolist()
@@ -213,7 +213,8 @@ def _tops(part: Sequence) -> list[list[Likely]]:
 
 
 def _bytes_of(part: Sequence) -> list[list[int] | None]:
-    """Each token's bytes; None for a part of a character whose vocabulary does not tell."""
+    """Each token's bytes; None for a part of a character if the vocabulary does not give its
+    bytes."""
     texts = part["token_texts"]
     return part.get("token_bytes") or [list(text.encode()) for text in texts]
 

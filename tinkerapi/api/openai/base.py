@@ -1,8 +1,8 @@
-"""What the OpenAI-compatible views share: the error shape, and what a client may send again.
+"""Shared by the OpenAI-compatible views: the error shape, and whether a client may retry.
 
-Statuses come from the one table in ``tinkerapi.api.errors``; only the body's shape is OpenAI's:
+Statuses come from the table in ``tinkerapi.api.errors``; only the body's shape is OpenAI's:
 ``{"error": {"message", "type", "param", "code"}}``. OpenAI's clients send 408, 409, 429 and 5xx
-again unless ``x-should-retry`` says no; where the same request would fail the same way, it does.
+again unless ``x-should-retry`` is false, as it is if the same request would fail again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinkerapi.api.renderers import JSONResponse
 
 
 class ModelNotFound(APIException):
-    """No such model; another owner's answers the same."""
+    """No such model; another owner's model gets the same answer."""
 
     status_code = HTTPStatus.NOT_FOUND
     default_detail = "model: no such model"
@@ -39,7 +39,7 @@ class SampleFailed(APIException):
 
 
 def model_not_found(model: str) -> ModelNotFound:
-    """The error with the name that was asked for."""
+    """The error with the requested name."""
     return ModelNotFound(f"model: {model[:200]!r} does not exist, or it is not yours")
 
 
@@ -52,10 +52,10 @@ def failure(future: Future, status: int, detail: str, code: str) -> SampleFailed
 
 
 def sample_failed(future: Future, names: Mapping[str, str]) -> SampleFailed:
-    """What a future that ended without a result raises.
+    """The error for a future that ended without a result.
 
     Args:
-        names: What the client calls the fields that the worker's message may begin with.
+        names: The client's names of fields at the beginning of the worker's message.
     """
     if future.state == State.CANCELLED:
         return failure(future, HTTPStatus.CONFLICT, "The request was cancelled.", "FutureCancelled")
@@ -70,11 +70,11 @@ def sample_failed(future: Future, names: Mapping[str, str]) -> SampleFailed:
 
 
 def not_finished(future: Future) -> SampleFailed:
-    """What a future raises that was waited for too long."""
+    """The error for a future that took too long."""
     return failure(
         future,
         HTTPStatus.GATEWAY_TIMEOUT,
-        f"Not finished after {settings.SYNC_TIMEOUT_SECONDS} s; it goes on, and "
+        f"Not finished after {settings.SYNC_TIMEOUT_SECONDS} s; it continues, and "
         f"/retrieve_future has its result under {future.id}.",
         "Timeout",
     )

@@ -1,4 +1,4 @@
-"""The one shape of OpenAI's errors. Knows no rows, so that it is there before Django is set up."""
+"""The shape of OpenAI's errors. It uses no models, so it works before Django is set up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PARAM = re.compile(r"([a-z][\w.\[\]]*): ")
 
 
 REQUEST_ID = "x-request-id"
-"""Of an answer: the future's id where there is one, or the id under which the log has the cause."""
+"""Header of an answer: the future's id if there is one, or the id of the cause in the log."""
 
 CODES = {
     "ModelNotFound": "model_not_found",
@@ -20,11 +20,11 @@ CODES = {
     "NotFound": "unknown_url",
     "MethodNotAllowed": "method_not_supported",
 }
-"""What OpenAI calls our errors, where its clients know a name; the others keep ours."""
+"""OpenAI's names for our errors, if its clients know one; the others keep ours."""
 
 
 def error_body(status: int, message: str, code: str) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """An error in the form that OpenAI's clients read."""
     if status == HTTPStatus.UNAUTHORIZED:
         code = "invalid_api_key"
     param = _PARAM.match(message)

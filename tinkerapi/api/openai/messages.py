@@ -1,4 +1,4 @@
-"""Messages and tools as OpenAI's clients write them, as the values that a chat template takes."""
+"""Parses OpenAI's messages and tools to the values that a chat template takes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ MESSAGE_FIELDS: Mapping[str, frozenset[str]] = {
     "assistant": frozenset({"content", "name", "tool_calls", "reasoning_content"}),
     "tool": frozenset({"content", "name", "tool_call_id"}),
 }
-"""What a message of each role may say, beside its role."""
+"""The fields that a message of each role may have, beside its role."""
 
 NOT_TAKEN: Mapping[str, str] = {
-    "refusal": "a refusal is not among what a chat template takes; send it as content",
+    "refusal": "chat templates take no refusal; send it as content",
     "audio": "this server takes text",
-    "function_call": "is what tool_calls were before; send tool_calls",
+    "function_call": "is the old form of tool_calls; send tool_calls",
     "annotations": "this server takes text without annotations",
 }
 """Fields of OpenAI's messages that are refused unless null or empty."""
 
 
 def check_messages(value: Any, where: str) -> tuple[Message, ...]:
-    """A conversation. A content may be a list of text parts; null fields say nothing."""
+    """A conversation. A content may be a list of text parts; null counts as absent."""
     if not isinstance(value, list):
         raise refuse(where, "a list of messages", value)
     if not value:
@@ -81,11 +81,11 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _content(value: Any, where: str, *, may_be_null: bool) -> str | None:
-    """Text; the parts of a list joined, with nothing between them."""
+    """Text; the parts of a list are joined without a separator."""
     if value is None:
         if may_be_null:
             return None
-        raise InvalidRequest(f"{where}: this field is required, but beside tool_calls")
+        raise InvalidRequest(f"{where}: this field is required, except beside tool_calls")
     if not isinstance(value, list):
         return _text(value, where)
     for index, part in enumerate(value):
@@ -114,7 +114,7 @@ def _short_text(value: Any, where: str) -> str | None:
 
 
 def _tool_calls(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
-    """Calls with their arguments as an object, as templates take them; none is no field."""
+    """Calls with their arguments as an object, as templates take them; None for an empty list."""
     if value is None or value == []:
         return None
     if not isinstance(value, list):
@@ -127,8 +127,8 @@ def _tool_calls(value: Any, where: str) -> tuple[dict[str, Any], ...] | None:
 def _check_arguments_size(messages: list[Any]) -> None:
     """Refuse more JSON in the texts of all calls together than one body may hold.
 
-    They are looked at as one list, in the order in which they are decoded: a text that is no JSON,
-    and hides what follows, is refused before that is reached.
+    They are checked as one list, in the order in which they are decoded, so a text that is not
+    JSON, and hides the rest from the check, is refused before the rest is reached.
     """
     calls = [
         call
@@ -159,7 +159,7 @@ def _tool_call(value: Any, where: str) -> dict[str, Any]:
 
 
 def _arguments(value: Any, where: str) -> dict[str, Any]:
-    """The object that a call's text of JSON says; no text at all is no arguments."""
+    """The object in a call's JSON text; an empty text means no arguments."""
     if type(value) is str:
         try:
             value = orjson.loads(value) if value.strip() else {}
@@ -171,7 +171,7 @@ def _arguments(value: Any, where: str) -> dict[str, Any]:
 
 
 def check_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    """Functions that the assistant may call, as they are: the template writes them out."""
+    """Functions that the assistant may call, unchanged: the template writes them out."""
     if not isinstance(value, list):
         raise refuse(where, "a list of tools", value)
     if len(value) > MAX_TOOLS:
@@ -183,7 +183,7 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
     tool = _object(value, where, required=("type", "function"))
     if tool["type"] != "function":
         raise refuse(
-            f"{where}.type", "'function', the only tools that a template knows", tool["type"]
+            f"{where}.type", "'function', the only kind of tool in templates", tool["type"]
         )
     place = f"{where}.function"
     function = _object(
@@ -202,7 +202,7 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
 
 
 def check_template_kwargs(value: Any, where: str) -> dict[str, Any]:
-    """Variables of the model's template; that it reads them, the worker sees."""
+    """Variables of the model's template; the worker checks that it reads them."""
     if not isinstance(value, dict):
         raise refuse(where, "an object of the template's variables", value)
     return value

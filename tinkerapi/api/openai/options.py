@@ -1,4 +1,4 @@
-"""A checked body of either request as what sampling needs to know: what fields mean together."""
+"""Turns a checked body of either request into options for sampling."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from training.errors import InvalidRequest, LimitExceeded
 from training.types import ChatOptions, Conversation, Prompt, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
-"""What OpenAI documents for a completion that names no ``max_tokens``; a chat has no such limit,
-so there the server's default counts."""
+"""OpenAI's default for a completion without ``max_tokens``; a chat has no such default,
+so the server's applies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Options:
     sampling_params: SamplingParams
     logprobs: bool
     top_logprobs: int
-    """So many of the likeliest tokens at each position."""
+    """Number of likeliest tokens at each position."""
     echo: bool
     """Whether a choice begins with its prompt."""
     stream: bool
@@ -66,7 +66,7 @@ def chat_options(body: Mapping[str, Any]) -> Options:
         raise InvalidRequest("top_logprobs: only with logprobs")
     given = {body["max_tokens"], body["max_completion_tokens"]} - {None}
     if len(given) > 1:
-        raise InvalidRequest("max_tokens: not what max_completion_tokens says; give one of them")
+        raise InvalidRequest("max_tokens: differs from max_completion_tokens; give one of them")
     return _options(
         body,
         prompts=[Conversation(body["messages"], _template_options(body))],
@@ -80,13 +80,13 @@ def chat_options(body: Mapping[str, Any]) -> Options:
 def _template_options(body: Mapping[str, Any]) -> ChatOptions:
     if body["continue_final_message"] and body["add_generation_prompt"]:
         raise InvalidRequest(
-            "continue_final_message: the last message cannot go on after a new one has begun; send "
-            "add_generation_prompt false with it"
+            "continue_final_message: the last message cannot continue after a new one has begun; "
+            "send add_generation_prompt false with it"
         )
     tools = body["tools"]
     if tools and not body["parallel_tool_calls"]:
         raise InvalidRequest(
-            "parallel_tool_calls: this server cannot keep a model from calling several tools; "
+            "parallel_tool_calls: this server cannot prevent a model from calling several tools; "
             "leave it out"
         )
     check_text_length(tools, "tools")

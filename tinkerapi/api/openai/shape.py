@@ -1,8 +1,8 @@
 """OpenAI's shape and ``x-request-id`` on every answer below ``/v1``.
 
-Views there answer in it themselves. What is answered before a view is asked (an unknown address, a
-body that is too large, a request that is no HTTP that we take) comes in the shape of the other
-dialects, and OpenAI's clients would show none of its sentence.
+Views below it use this shape themselves. Answers made before a view runs (an unknown address, a
+body that is too large, a malformed request) have the shape of the other
+dialects, and OpenAI's clients would not show their message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_ERROR_BYTES = 100_000
 
 
 def openai_shape(application: Application) -> Application:
-    """The application, its answers below ``/v1`` as OpenAI's clients read them."""
+    """The application, with its answers below ``/v1`` in OpenAI's shape."""
 
     async def shaped(scope: Scope, receive: Receive, send: Send) -> None:
         is_openai = scope["type"] == "http" and f"{scope['path']}/".startswith("/v1/")
@@ -33,7 +33,7 @@ def openai_shape(application: Application) -> Application:
 
 
 class _ShapedSend:
-    """Passes an answer on; an error's body is held until it is whole and can be looked at."""
+    """Forwards an answer; an error's body is held until it is complete and can be changed."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -52,7 +52,7 @@ class _ShapedSend:
             if len(self._body) < MAX_ERROR_BYTES:
                 self._body += message.get("body", b"")
             more_body = message.get("more_body", False)
-            # A refused body may still be on its way: its answer does not wait for that.
+            # A refused body may still be arriving: its answer does not wait for that.
             if not more_body or len(self._body) == _declared_length(self._start):
                 start, self._start = self._start, None
                 body, headers = _shaped_error(start["status"], self._body)

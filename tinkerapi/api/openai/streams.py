@@ -1,8 +1,8 @@
 """Answers in pieces, as server-sent events, while the worker samples.
 
-The worker notes new text as it goes. Notes may be lost; the result may not: the last chunk of a
-choice carries what is missing, so the pieces always make up the whole text. What becomes of the
-future when its client leaves is the view's affair.
+The worker sends notes with new text. Notes may be lost, but the result is not: the last chunk of a
+choice has all missing text, so the pieces always add up to the whole text. The view decides
+what happens to the future when its client leaves.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ async def answer_chunks(
             raise failure(
                 final,
                 HTTPStatus.INTERNAL_SERVER_ERROR,
-                "The sample was repeated after a crash and differs from what was sent; "
+                "The sample was repeated after a crash and differs from the text sent before; "
                 f"/retrieve_future has it under {future.id}.",
                 "StreamBroken",
             )
@@ -85,7 +85,7 @@ async def answer_chunks(
 
 
 class _EventStream(StreamingHttpResponse):
-    """Hands its generator over as it is, so that it is closed as soon as the client has left;
+    """Passes its generator on unchanged, so that it is closed as soon as the client has left;
     Django's own wraps it, and leaves closing it to the garbage collector."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
@@ -97,7 +97,7 @@ class _EventStream(StreamingHttpResponse):
 
 
 def _with_usage(chunk: Chunk, options: Options) -> Chunk:
-    """Where the counts were asked for, every chunk has the field; only the last one fills it."""
+    """If counts were requested, every chunk has the field, and only the last one has a value."""
     return {**chunk, "usage": None} if options.include_usage else chunk
 
 
@@ -109,7 +109,7 @@ def event_stream(
     """The chunks as server-sent events; an error among them is the last event.
 
     Args:
-        handle_exception: The error's answer, whose body the event holds.
+        handle_exception: Makes the error's answer; its body becomes the event.
     """
 
     async def events() -> AsyncGenerator[bytes, None]:
@@ -125,7 +125,7 @@ def event_stream(
 
     response = _EventStream(events())
     response["Cache-Control"] = "no-cache"
-    response["X-Accel-Buffering"] = "no"  # nginx would keep the pieces until there are many
+    response["X-Accel-Buffering"] = "no"  # nginx would buffer the pieces
     response["X-Content-Type-Options"] = "nosniff"
     return response
 

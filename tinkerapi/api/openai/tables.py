@@ -1,7 +1,7 @@
 """Every field of OpenAI's two requests: honoured, without effect, or refused by name.
 
 A test compares these tables with the official client's own types, and the manual's page with
-both. What is not declared at all is refused as an unknown field, so a misspelt one is never
+both. A field that is not declared is refused as unknown, so a misspelt one is never
 ignored. vLLM's additions that clients send are here too.
 """
 
@@ -39,7 +39,7 @@ MAX_BIASES = 1024
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 
 NOT_CONSTRAINED = (
-    "this server does not constrain what a model writes; ask for the form in the prompt and check "
+    "this server cannot constrain the output; ask for the format in the prompt and check "
     "the answer, or leave it out"
 )
 
@@ -48,7 +48,7 @@ NOT_HERE = "this server does not have this option; leave it out"
 
 
 def _off(*values: Any, instead: str = NOT_HERE) -> Custom:
-    """An option that this server does not have: only a value that asks for nothing will do."""
+    """An option that this server does not have: only a value without effect is accepted."""
 
     def check(value: Any, where: str) -> None:
         if not any(value == off and type(value) in (type(off), int) for off in values):
@@ -58,7 +58,7 @@ def _off(*values: Any, instead: str = NOT_HERE) -> Custom:
 
 
 def _check_stop(value: Any, where: str) -> tuple[str, ...] | None:
-    """Stop strings; none at all, as OpenAI means it, stops at the model's own end tokens."""
+    """Stop strings; without any, as with OpenAI, the model's end tokens stop."""
     stops = stop_list(value, where, "texts")
     for index, stop in enumerate(stops):
         if not is_stop_text(stop):
@@ -83,7 +83,7 @@ def _check_logit_bias(value: Any, where: str) -> tuple[tuple[int, float], ...]:
         if not _TOKEN_ID.fullmatch(name) or int(name) > MAX_TOKEN_ID:
             raise InvalidRequest(f"{place}: expected a token id as the name, such as 50256")
         if int(name) in biases:
-            raise InvalidRequest(f"{place}: names the token {int(name)} a second time")
+            raise InvalidRequest(f"{place}: names the token {int(name)} twice")
         biases[int(name)] = Number(description="", minimum=-100, maximum=100).check(bias, place)
     return tuple(sorted(biases.items()))
 
@@ -126,12 +126,12 @@ def _max_tokens(minimum: int) -> Field:
 
 
 def _sampling(name: str, **changes: Any) -> Field:
-    """A sampling field as all dialects have it, but for what OpenAI's clients write otherwise."""
+    """A sampling field of all dialects, with the changes for OpenAI's clients."""
     return replace(SAMPLING_FIELDS[name], **changes)
 
 
 def _without_effect(max_length: int = MAX_USER_CHARACTERS) -> Text:
-    """They tell OpenAI whose request it is, or how to keep what it computed."""
+    """Fields that identify a request's user to OpenAI, or control its caches."""
     return Text(description="Without effect.", max_length=max_length)
 
 
@@ -196,15 +196,15 @@ COMPLETION_FIELDS: Mapping[str, Field] = {
     ),
     "max_tokens": _max_tokens(0),
     "logprobs": Integer(
-        description="Log-probabilities: the tokens', and so many likeliest ones.",
+        description="Log-probabilities of the tokens, and of this many likeliest ones.",
         maximum=MAX_TOP_LOGPROBS,
     ),
-    "echo": Flag(description="The prompt too, with its log-probabilities.", default=False),
+    "echo": Flag(description="Return the prompt too, with its log-probabilities.", default=False),
     "suffix": _off(""),
     "best_of": Integer(description="Must equal n.", minimum=1),
     "response_format": _off({"type": "text"}, instead=NOT_CONSTRAINED),
     "add_special_tokens": _off(
-        True, instead="text becomes the tokens that it becomes everywhere here; send token ids"
+        True, instead="special tokens are always added as the tokenizer does; send token ids"
     ),
 }
 
@@ -217,12 +217,18 @@ CHAT_FIELDS: Mapping[str, Field] = {
     "max_tokens": _max_tokens(1),
     "max_completion_tokens": _max_tokens(1),
     "logprobs": Flag(description="Log-probabilities of the tokens.", default=False),
-    "top_logprobs": Integer(description="Likeliest tokens too.", maximum=MAX_TOP_LOGPROBS),
-    "tools": Custom(description="Told to the template.", checker=check_tools, json={}, default=()),
+    "top_logprobs": Integer(
+        description="Number of likeliest tokens at each position.", maximum=MAX_TOP_LOGPROBS
+    ),
+    "tools": Custom(
+        description="Passed to the template.", checker=check_tools, json={}, default=()
+    ),
     "tool_choice": Custom(description="none or auto.", checker=_check_tool_choice, json={}),
     "parallel_tool_calls": Flag(description="Only true beside tools.", default=True),
-    "add_generation_prompt": Flag(description="Whether the assistant begins.", default=True),
-    "continue_final_message": Flag(description="Go on with the last message.", default=False),
+    "add_generation_prompt": Flag(
+        description="Whether the assistant begins a new message.", default=True
+    ),
+    "continue_final_message": Flag(description="Continue the last message.", default=False),
     "chat_template_kwargs": Custom(
         description="The template's variables.", checker=check_template_kwargs, json={}, default={}
     ),
@@ -234,12 +240,14 @@ CHAT_FIELDS: Mapping[str, Field] = {
     "function_call": _off("none", "auto", instead="send tools and tool_choice instead"),
     "metadata": _off({}),
     "reasoning_effort": _off(
-        "none", instead="a template that reads it takes it in chat_template_kwargs"
+        "none", instead="send it in chat_template_kwargs, if the template reads it"
     ),
     "verbosity": _off("medium"),
     "echo": _off(False),
     "add_special_tokens": _off(False),
-    "chat_template": _off(instead="the model's own template is used; send a prompt of your own"),
+    "chat_template": _off(
+        instead="the model's own template is used; to use another, send a prompt"
+    ),
     "documents": _off([]),
     "include_reasoning": _off(True),
     **{

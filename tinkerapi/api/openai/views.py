@@ -42,12 +42,12 @@ from training.paths import TinkerPath
 from training.selectors import checkpoint_get
 from training.services import sample_submit
 
-BASE_MODEL_CREATED = 0  # nobody knows
+BASE_MODEL_CREATED = 0  # unknown
 BASE_MODEL_OWNER = "tinkerapi"
 
 
 class ModelListView(OpenAIView):
-    """List what can be sampled from: base models, then your sampler checkpoints, newest first."""
+    """List base models, then your sampler checkpoints, newest first."""
 
     def get(self, request: Request) -> HttpResponse:
         entries = [_base_model_entry(model.name) for model in base_models()]
@@ -78,7 +78,7 @@ class SamplingView(OpenAIView):
 
     @abstractmethod
     def options_of(self, body: Mapping[str, Any]) -> Options:
-        """What a checked body asks for."""
+        """The options in a checked body."""
 
     def post(self, request: Request) -> Awaitable[HttpResponseBase]:
         given = json_object(request._request, max_bytes=self.max_body_bytes())
@@ -105,20 +105,20 @@ class SamplingView(OpenAIView):
             ).future
         except (BaseModelNotFound, CheckpointNotFound):
             raise model_not_found(options.model) from None
-        if future.idempotency_key is None:  # nobody can ask for it again
+        if future.idempotency_key is None:  # the client cannot ask for it again
             when_client_leaves(request._request, partial(_cancel, future))
         answer = self._stream if options.stream else self._answer
         return answer(future, options, owner_id=owner_id)
 
     async def _stream(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
-        """Begin once there is something to send: a request that fails before has its status."""
+        """Begin with the first text: a request that fails earlier has its own HTTP status."""
         chunks = answer_chunks(future, options, self.form, owner_id=owner_id)
         stream = event_stream(await anext(chunks), chunks, self.handle_exception)
         stream[REQUEST_ID] = future.id
         return stream
 
     async def _answer(self, future: Future, options: Options, *, owner_id: int) -> HttpResponseBase:
-        """Wait without a thread and without a connection."""
+        """Wait without a thread and without a database connection."""
         final = await future_wait(
             future.id,
             owner_id=owner_id,
@@ -158,13 +158,13 @@ class ChatCompletionView(SamplingView):
 
 
 def _cancel(future: Future) -> None:
-    """Stop a sample that nobody waits for."""
-    with suppress(FutureNotCancellable):  # it was quicker
+    """Stop a sample whose client has left."""
+    with suppress(FutureNotCancellable):  # it has finished already
         future_cancel(request_id=future.id, owner_id=future.owner_id)
 
 
 def _model_path(model: str) -> TinkerPath | None:
-    """The sampler path that a model's name is, or None if it can only be a base model.
+    """The sampler path in a model's name, or None if it can only be a base model.
 
     Raises:
         ModelNotFound: A path of another kind, or of another form. (404)

@@ -1,1 +1,1 @@
-"""The quick reference's dialect, which is also what people with ``curl`` speak."""
+"""The quick reference's dialect, which people with ``curl`` use too."""

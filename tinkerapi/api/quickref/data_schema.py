@@ -1,4 +1,4 @@
-"""The forms that ``parse`` takes, for the OpenAPI schema."""
+"""OpenAPI schemas of the data that ``parse`` accepts."""
 
 from __future__ import annotations
 

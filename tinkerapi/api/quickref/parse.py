@@ -1,7 +1,7 @@
 """Bulk data: conversations, token-level datums and prompts, checked without serializers.
 
-Token arrays go from lists to numpy in C; Python looks at single items only to say which one
-is wrong. Every message names the place: ``data[0][1].role: expected one of ...``.
+numpy converts token arrays from lists in C; Python looks at single items only to find the wrong
+one. Every error names the place: ``data[0][1].role: expected one of ...``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_data(value: Any, where: str) -> list[Conversation | Datum]:
     """Training examples, each a conversation or a token-level datum.
 
     Raises:
-        InvalidDatum: Something in it cannot be trained on. (400)
+        InvalidDatum: An example is invalid. (400)
         LimitExceeded: Too many datums, or too many tokens in one. (400)
     """
     if not isinstance(value, list):

@@ -2,7 +2,7 @@
 
 ``/retrieve_future`` answers 500 for every failed future, although that is a normal outcome: the
 quick reference's clients loop until they see 200 or an error, and this is the error. Asking again
-gives the same. A waiting call answers with the status that the mistake has wherever it is found.
+gives the same answer. A waiting call answers with the status of the mistake, wherever it was found.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def final_answer(future: Future, *, is_known: bool) -> JSONResponse:
 
 
 def pending_answer(future: Future, **more: Any) -> JSONResponse:
-    """202: come back later. Needs the database."""
+    """202: not finished. Needs the database."""
     return _pending(future.id, future_waiting(future), **more)
 
 
@@ -89,12 +89,12 @@ async def waited_answer(
     """The answer once the future is final, or 202 when the time is up; at once if no worker of
     this server will ever run it.
 
-    Holds no thread and no connection meanwhile, nor what was asked; a client that goes away
-    loses nothing.
+    Holds no thread, no connection and no request body meanwhile; if the client goes away, nothing
+    is lost.
 
     Args:
-        is_known: The caller has just submitted it: the answer names it even where Postgres has
-            gone away meanwhile, for it was accepted; and a failure has a status of its own.
+        is_known: The caller has just submitted it: the answer names it even if Postgres has gone
+            down since, because it was accepted; and a failure has its own HTTP status.
 
     Raises:
         FutureNotFound: The owner has no such future. (404)

@@ -1,7 +1,7 @@
 """The OpenAPI description, read from the views themselves.
 
-drf-spectacular walks the routes; what an operation takes and answers is what its view
-declares and checks by, so the description cannot promise another thing.
+drf-spectacular walks the routes. An operation's request and answer are described by the same
+declarations that its view checks with, so the description cannot differ from the behaviour.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tinkerapi.api.fields.field import Field, Schema, object_schema
 ERROR_SCHEMA: Schema = {
     "type": "object",
     "properties": {
-        "detail": {"type": "string", "description": "A sentence that says what is wrong."},
+        "detail": {"type": "string", "description": "The error message."},
         "error_code": {"type": "string"},
         "category": {"type": "string", "enum": ["user", "server", "unknown"]},
         "request_id": {"type": "string", "description": "The future that failed, if one did."},
-        "log_id": {"type": "string", "description": "Where the server's log has the details."},
+        "log_id": {"type": "string", "description": "The id of the details in the server's log."},
     },
     "required": ["detail", "error_code", "category"],
 }
@@ -47,10 +47,10 @@ PENDING_SCHEMA: Schema = {
         "estimated_wait_seconds": {
             "type": "number",
             "nullable": True,
-            "description": "Until it is finished, at the worker's recent rate; null if unknown.",
+            "description": "Estimated at the worker's recent rate; null if unknown.",
         },
         "queue_state": {"type": "string", "enum": ["active", "paused_capacity"]},
-        "queue_state_reason": {"type": "string", "description": "What it waits for."},
+        "queue_state_reason": {"type": "string", "description": "The reason for waiting."},
     },
     "required": [
         "status",
@@ -85,14 +85,14 @@ SUBMITTED_EXAMPLE = {
 IDEMPOTENCY_PARAMETER: Schema = {
     "name": "Idempotency-Key",
     "in": "header",
-    "description": "Your name for this request: sending it again answers with the first one's "
-    "future instead of doing it twice.",
+    "description": "Your key for this request: sending it again answers with the first one's "
+    "future instead of running it twice.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]+$"},
 }
 
 
 class Described(Protocol):
-    """What a view says of itself, beside what every view of DRF does (``views.base.ApiView``)."""
+    """The declarations of a view beyond those of DRF's views (``views.base.ApiView``)."""
 
     group: str
     answer: Schema
@@ -142,7 +142,7 @@ class ApiSchema(AutoSchema):
 
     @property
     def api_view(self) -> Described:
-        """The view being described, which declares more than DRF's views do."""
+        """The view being described, with its extra declarations."""
         return cast(Described, self.view)
 
     def _parameters(self) -> list[Schema]:
@@ -188,8 +188,8 @@ class ApiSchema(AutoSchema):
             errors |= {429: "Too many of your futures are waiting."}
             if view.waits:
                 errors |= {
-                    202: "Not done in time; go on with /retrieve_future.",
-                    400: "The request is wrong, which may show only when its turn comes; "
+                    202: "Not finished in time; continue with /retrieve_future.",
+                    400: "The request is wrong, which may be found only when it runs; "
                     "`detail` names the field.",
                     500: "The server failed; `detail` says why.",
                 }

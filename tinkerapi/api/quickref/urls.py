@@ -66,7 +66,7 @@ urlpatterns: list[URLPattern] = [
     # Futures
     path("retrieve_future", futures.RetrieveFutureView.as_view()),
     path("cancel_future", futures.CancelFutureView.as_view()),
-    # The description of all this
+    # Documentation
     path("api/schema", description.SchemaView.as_view(), name="schema"),
     path("api/docs", description.TryView.as_view(url_name="schema"), name="api-docs"),
 ]

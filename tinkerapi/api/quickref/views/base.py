@@ -1,8 +1,8 @@
-"""What all views of the API share: one body check, one waiting rule, one schema.
+"""Shared by all views of the quick reference: body check, waiting, schema.
 
 An operation is declared once and served at up to three addresses: one that waits for the
 result, one that answers with a future, and a short name from older clients that does the
-same. The route says which (``as_view(waits=False)``); nothing else differs.
+same. The route selects one (``as_view(waits=False)``); nothing else differs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.services import Submission
 
 
 class ApiView(AsyncAPIView):
-    """A view that describes itself: what it takes, what it answers."""
+    """A view that declares its request and its answer."""
 
     schema = ApiSchema()
 
@@ -40,15 +40,15 @@ class ApiView(AsyncAPIView):
     """JSON schema of the 200 answer."""
     answer_example: ClassVar[Any] = None
     errors: ClassVar[Mapping[int, str]] = {}
-    """Other statuses it answers with, and when; 400, 401 and 415 are understood."""
+    """Its other statuses, and when; 400, 401 and 415 need not be listed."""
     waits: ClassVar[bool | None] = None
-    """None: it makes no future. Operations: True answers with the result, False with the
-    future's id; the route says which."""
+    """None: it makes no future. For operations, set by the route: True answers with the result,
+    False with the future's id."""
     legacy: ClassVar[bool] = False
     """Set by the route of a short name from older clients."""
 
     def body_fields(self) -> Mapping[str, Field]:
-        """``fields``, and what the route adds to them."""
+        """``fields``, and those that the route adds."""
         return self.fields
 
     def checked_body(self, request: Request) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class OperationView(ApiView):
     def submit(
         self, body: dict[str, Any], *, owner_id: int, idempotency_key: str | None
     ) -> Submission:
-        """Call the one service that this operation is."""
+        """Call the service of this operation."""
 
     def post(self, request: Request) -> HttpResponse | Awaitable[HttpResponse]:
         return self.accept(request, self.checked_body(request))
@@ -94,7 +94,7 @@ class OperationView(ApiView):
     def accept(
         self, request: Request, body: dict[str, Any]
     ) -> HttpResponse | Awaitable[HttpResponse]:
-        """Submit a checked body and answer as the route says."""
+        """Submit a checked body and answer in the route's form."""
         owner_id = owner_of(request)
         submission = self.submit(
             body, owner_id=owner_id, idempotency_key=idempotency_key_of(request)

@@ -15,8 +15,8 @@ class SchemaView(SpectacularAPIView):
     authentication_classes = ()
 
     def _get_version_parameter(self, request: HttpRequest) -> None:
-        """None: there is one version, whatever the address asks for. The package's own writes
-        what was asked for into a header, which not every text can stand in."""
+        """None: there is only one version. The package's own method copies the requested version
+        into a header, which fails for some texts."""
 
 
 class TryView(SpectacularSwaggerSplitView):

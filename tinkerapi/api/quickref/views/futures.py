@@ -29,7 +29,7 @@ class RetrieveFutureView(ApiView):
     fields: ClassVar[Mapping[str, Field]] = {"request_id": REQUEST_ID, "wait": WAIT}
     answer: ClassVar[Schema] = {
         "type": "object",
-        "description": "What the waiting form of the call would have answered.",
+        "description": "The answer of the waiting form of the call.",
     }
     answer_example: ClassVar[Any] = {"loss": 2.31, "model_id": "my_model"}
     errors: ClassVar[Mapping[int, str]] = {
@@ -47,10 +47,10 @@ class RetrieveFutureView(ApiView):
 
 
 class CancelFutureView(ApiView):
-    """Withdraw a request that has not begun, or a sample that is being sampled.
+    """Cancel a request that has not begun, or a running sample.
 
-    Its place in the order is skipped. A sample that was begun has no result then. Training
-    that was begun goes on to its end.
+    Its place in the order is skipped. A cancelled sample has no result. Training that has
+    begun continues to its end.
     """
 
     group = "Futures"
@@ -69,7 +69,7 @@ class CancelFutureView(ApiView):
     }
     errors: ClassVar[Mapping[int, str]] = {
         404: "You have no future of this id.",
-        409: "It is finished, or it is training that runs already and goes on to its end.",
+        409: "It is finished, or it is training that is running and continues to its end.",
     }
 
     def post(self, request: Request) -> HttpResponse:

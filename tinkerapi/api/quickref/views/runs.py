@@ -40,14 +40,14 @@ RUN_SCHEMA: Schema = {
         "model_id": {"type": "string"},
         "run_id": {
             "type": "string",
-            "description": "Its name for everybody: `tinker://<run_id>/...` is where others find "
+            "description": "Its id for all users: at `tinker://<run_id>/...` others find "
             "its published checkpoints.",
         },
         "base_model": {"type": "string"},
         "state": {
             "type": "string",
             "enum": ["creating", "ready", "finished"],
-            "description": "finished: the tinker SDK's session that made it is over.",
+            "description": "finished: the tinker SDK's session that made it has ended.",
         },
         "error": {"type": "string"},
         "is_lora": {"type": "boolean"},
@@ -83,7 +83,7 @@ _UNKNOWN_MODEL = {404: "No model of this name."}
 
 
 def render_run(run: Run) -> dict[str, Any]:
-    """A run as its owner sees it."""
+    """A run in the form that its owner sees."""
     return {
         "model_id": run.name,
         "run_id": run.id,
@@ -103,7 +103,7 @@ def render_run(run: Run) -> dict[str, Any]:
 
 
 def check_target_modules(value: Any, where: str) -> tuple[str, ...]:
-    """Module names, at least one; whether the base model has them, the engine says."""
+    """Module names, at least one; the engine checks that the base model has them."""
     if not isinstance(value, list):
         raise refuse(where, f"a list of 1 to {MAX_TARGET_MODULES} module names", value)
     if not value:
@@ -230,7 +230,7 @@ class AdapterListView(ApiView):
     answer_example: ClassVar[Any] = {"adapters": [RUN_EXAMPLE]}
 
     def get(self, request: Request) -> HttpResponse:
-        # As many as one user may have (MAX_ADAPTERS), so there are no pages.
+        # At most MAX_ADAPTERS, so there are no pages.
         runs = run_list(owner_id=owner_of(request))
         return JSONResponse({"adapters": [render_run(run) for run in runs]})
 

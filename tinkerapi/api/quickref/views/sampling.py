@@ -22,8 +22,8 @@ from training.types import Prompt, SamplingParams
 class SampleView(OperationView):
     """Continue one or several prompts.
 
-    Give one of `messages`, `prompt` and `prompts`, and one of `model_id` (your model as it is
-    after everything submitted to it before), `model_path` (a checkpoint) and `base_model`.
+    Give one of `messages`, `prompt` and `prompts`, and one of `model_id` (your model
+    after every request submitted to it before), `model_path` (a checkpoint) and `base_model`.
     Log-probabilities are in nats.
     """
 

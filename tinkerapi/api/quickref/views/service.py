@@ -1,4 +1,4 @@
-"""The server itself: what it is, whether it is well, what it can do."""
+"""The server: its description, health and capabilities."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENDPOINTS_SCHEMA: Schema = {
 
 
 class IndexView(ApiView):
-    """Say what this server is and list its endpoints by group."""
+    """Describe this server and list its endpoints by group."""
 
     group = GROUP
     authentication_classes = ()
@@ -59,7 +59,7 @@ class IndexView(ApiView):
 
 
 class HealthView(ApiView):
-    """Say that the web process answers; looks at nothing else."""
+    """Report that the web process answers; checks nothing else."""
 
     group = GROUP
     authentication_classes = ()
@@ -76,7 +76,7 @@ class HealthView(ApiView):
 
 
 class ReadyView(ApiView):
-    """Say whether requests are worked on: the database and a live worker for each base model."""
+    """Report whether requests can run: the database and a live worker for each base model."""
 
     group = GROUP
     authentication_classes = ()
@@ -90,7 +90,7 @@ class ReadyView(ApiView):
         "required": ["status", "missing"],
     }
     answer_example: ClassVar[Any] = {"status": "ready", "missing": []}
-    errors: ClassVar[Mapping[int, str]] = {503: "Something is missing; `missing` says what."}
+    errors: ClassVar[Mapping[int, str]] = {503: "A part is not ready; `missing` names it."}
 
     def get(self, request: Request) -> HttpResponse:
         missing = list(_missing())
@@ -111,7 +111,7 @@ class ReadyView(ApiView):
 
 
 class CapabilitiesView(ApiView):
-    """Say which base models this server has, and its limits."""
+    """List this server's base models and its limits."""
 
     group = GROUP
     answer: ClassVar[Schema] = {

@@ -43,7 +43,7 @@ PASS_ANSWER: Schema = {
 
 
 def check_loss_fn_config(value: Any, where: str) -> dict[str, float]:
-    """Names to numbers of float32; which names, the loss function decides."""
+    """Names to numbers of float32; the loss function defines the names."""
     if not isinstance(value, dict):
         raise refuse(where, "an object of numbers by name", value)
     number = Number(description="", minimum=-MAX_FLOAT32)
@@ -55,7 +55,7 @@ class ForwardBackwardView(OperationView):
 
     An unknown `model_id` makes a model of that name on the default base model. The gradient
     is that of the **sum** over trained tokens; `loss` is the mean. Operations of one model run
-    in the order in which they were submitted, and a failed one changes nothing (but for an
+    in the order in which they were submitted, and a failed one changes nothing (except an
     `optim_step` that must drop a gradient too large for any step).
     """
 
@@ -67,7 +67,7 @@ class ForwardBackwardView(OperationView):
         "data": Custom(
             description='Conversations (lists of messages, or `{"messages": [...]}`) or '
             'token-level datums `{"model_input": [...], "loss_fn_inputs": {...}}`. Position i '
-            "of a datum's inputs speaks about the prediction of token i + 1.",
+            "of a datum's inputs belongs to the prediction of token i + 1.",
             required=True,
             checker=check_data,
             json=DATA_SCHEMA,
@@ -76,7 +76,7 @@ class ForwardBackwardView(OperationView):
             ],
         ),
         "loss_fn": Text(
-            description="The loss function; GET /list_loss_functions has them all.",
+            description="The loss function; GET /list_loss_functions lists them.",
             default=DEFAULT_LOSS_FN,
             max_length=60,
         ),
@@ -87,8 +87,8 @@ class ForwardBackwardView(OperationView):
             json={"type": "object", "additionalProperties": {"type": "number"}},
         ),
         "train_on": Choice(
-            description="Which tokens of a conversation are trained: what the assistant says, "
-            "everything, or (auto) the former if there is an assistant turn.",
+            description="Which tokens of a conversation are trained: the assistant's, "
+            "all, or (auto) the assistant's if there is an assistant turn.",
             choices=("auto", "assistant", "all"),
             default="auto",
         ),
@@ -122,7 +122,7 @@ class ForwardBackwardView(OperationView):
 
 
 class ForwardView(ForwardBackwardView):
-    """Compute the loss of some data and leave the gradient as it is."""
+    """Compute the loss of some data and leave the gradient unchanged."""
 
     forward_only = True
 

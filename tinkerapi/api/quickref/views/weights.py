@@ -13,9 +13,9 @@ from training.services import Submission, load_weights_submit, save_weights_subm
 
 
 class SaveWeightsView(OperationView):
-    """Keep the model as it is now, with its optimizer state, under a name.
+    """Save the model's current state, with its optimizer state, under a name.
 
-    "Now" is its place in the model's order: after everything submitted before it.
+    The saved state is that after every request submitted before it.
     """
 
     group = "Weights"
@@ -40,7 +40,7 @@ class SaveWeightsView(OperationView):
     }
     errors: ClassVar[Mapping[int, str]] = {
         404: "No model of this name.",
-        409: "The model has a checkpoint of this name when its turn comes, or the Idempotency-Key "
+        409: "The model has a checkpoint of this name when it runs, or the Idempotency-Key "
         "names another request.",
     }
 
@@ -60,7 +60,7 @@ class SaveWeightsView(OperationView):
 
 
 class SaveWeightsForSamplerView(SaveWeightsView):
-    """Keep the model's weights as they are now, to sample from, under a name."""
+    """Save the model's current weights, to sample from, under a name."""
 
     kind = "sampler"
     answer_example: ClassVar[Any] = {
@@ -70,7 +70,7 @@ class SaveWeightsForSamplerView(SaveWeightsView):
 
 
 class SaveWeightsExternalView(SaveWeightsView):
-    """Write the model's weights as they are now as the files that peft and others read.
+    """Write the model's current weights in the format of peft and other programs.
 
     ``GET /api/v1/training_runs/<run>/checkpoints/external_weights/<name>/external_weights_urls``
     links to them.
@@ -84,7 +84,7 @@ class SaveWeightsExternalView(SaveWeightsView):
 
 
 class LoadWeightsView(OperationView):
-    """Make a model what a checkpoint holds; the model must exist and share its base model."""
+    """Load a checkpoint into a model; the model must exist and share its base model."""
 
     group = "Weights"
     fields: ClassVar[Mapping[str, Field]] = {
@@ -96,7 +96,7 @@ class LoadWeightsView(OperationView):
             example="tinker://my_model/weights/first",
         ),
         "optimizer": Flag(
-            description="Also load the optimizer state; false starts it anew.", default=True
+            description="Also load the optimizer state; false resets it.", default=True
         ),
     }
     answer: ClassVar[Schema] = {
