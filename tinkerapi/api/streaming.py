@@ -1,6 +1,6 @@
-"""Files as answers: streamed from disk in pieces, whole or a range, never held in memory.
+"""Files as answers: streamed from disk in parts, whole or a range, never loaded into memory.
 
-The pieces are read in threads, so that a slow client holds nothing up. A file is opened before
+The parts are read in threads, so a slow client blocks nobody. A file is opened before
 the answer begins: deleting it meanwhile does not break the download.
 """
 
@@ -22,7 +22,7 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
 def file_response(request: Request, path: Path, *, etag: str) -> HttpResponseBase:
-    """The file, or the one range of it that was asked for.
+    """The file, or the requested range of it.
 
     Several ranges at once are answered with the whole file, as RFC 9110 allows.
 
@@ -64,7 +64,7 @@ def tar_response(request: Request, paths: Sequence[Path]) -> HttpResponseBase:
     """The files, by their bare names, in one uncompressed tar that is made as it is sent.
 
     Raises:
-        FileNotFoundError: One of them is gone.
+        FileNotFoundError: One of them does not exist.
     """
     members = []
     for path in paths:
@@ -94,7 +94,7 @@ def tar_response(request: Request, paths: Sequence[Path]) -> HttpResponseBase:
 
 
 def _range(asked: str, size: int) -> tuple[int, int]:
-    """Begin and end of the asked range; the whole file where it is none that we serve.
+    """Begin and end of the requested range; the whole file for an unsupported range.
 
     Raises:
         ValueError: It lies outside the file.
@@ -103,7 +103,7 @@ def _range(asked: str, size: int) -> tuple[int, int]:
     if match is None or match.groups() == ("", ""):
         return 0, size
     first, last = match.groups()
-    if first == "":  # the last so many bytes
+    if first == "":  # a suffix: the number of last bytes
         begin, end = max(size - int(last), 0), size
     else:
         begin, end = int(first), min(int(last) + 1, size) if last else size
@@ -118,7 +118,7 @@ async def _pieces(file: BinaryIO, begin: int, length: int) -> AsyncIterator[byte
         while length > 0:
             piece = await asyncio.to_thread(file.read, min(PIECE_BYTES, length))
             if not piece:
-                return  # cut short on disk: the client sees that Content-Length is not reached
+                return  # truncated on disk: the client sees that Content-Length is not reached
             length -= len(piece)
             yield piece
 

@@ -1,8 +1,8 @@
-"""The threads in which requests use the database: a few for most, and two for large bodies.
+"""The threads in which requests use the database: four for most, and two for large bodies.
 
-Each thread keeps its own connection. To decode a large body takes a thing that small requests
-cannot wait for, a thread, so large bodies have threads of their own; and a user has one of them at
-a time, so that one user's queue of large bodies is not another's.
+Each thread keeps its own connection. Decoding a large body occupies a thread for longer than small
+requests can wait, so large bodies have their own threads. A user has one of them at
+a time, so other users do not wait behind one user's large bodies.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ DATABASE_THREADS = 4
 """More would wait for Python's lock."""
 
 BULK_THREADS = 2
-"""One decodes while the other writes to the database; each may hold some hundred megabytes."""
+"""One decodes while the other writes to the database; each may take some hundred megabytes."""
 
 executor = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
 bulk_executor = ThreadPoolExecutor(BULK_THREADS, thread_name_prefix="bulk")
 
 _turns: WeakValueDictionary[tuple[int, object], asyncio.Lock] = WeakValueDictionary()
-"""By event loop and owner; a turn lives as long as somebody has it or waits for it."""
+"""By event loop and owner; a turn exists as long as a request has it or waits for it."""
 
 
 def with_connection(function: Callable[..., T], *args: Any) -> T:
-    """Call it on this thread's connection, and leave that one fit for the next call."""
+    """Call it on this thread's connection, and leave the connection usable."""
     raw = connection.connection
     if raw is not None and is_lost(raw):
         connection.close()
     try:
         answer = function(*args)
     except DatabaseFailure:
-        connection.close()  # it may be what failed
+        connection.close()  # it may be the cause
         raise
     if connection.connection is not None:
         circuit_breaker.is_over()
@@ -57,10 +57,10 @@ async def in_database_thread(function: Callable[..., T], *args: Any) -> T:
 
 
 async def in_bulk_thread(owner: object, function: Callable[..., T], *args: Any) -> T:
-    """Run a function that may take long, after what the same owner has running here.
+    """Run a function that may take long, after the same owner's previous one.
 
-    If the caller is cancelled, the function is not begun; what has begun ends, and the owner's
-    next one waits for that.
+    If the caller is cancelled, the function is not begun. A function that has begun ends, and the
+    owner's next one waits for that.
     """
     loop = asyncio.get_running_loop()
     key = (id(loop), owner)

@@ -1,6 +1,6 @@
-"""All addresses of the API: each dialect's own table, put together.
+"""All addresses of the API: the tables of all dialects, joined.
 
-A path that the quick reference and the tinker SDK both have goes to the view of whoever asks.
+A path of both the quick reference and the tinker SDK goes to the view of the sender's dialect.
 """
 
 from django.urls import URLPattern, URLResolver, include, path
@@ -29,7 +29,7 @@ def _shared(route: URLPattern) -> URLPattern:
 
 urlpatterns: list[URLPattern | URLResolver] = [
     *map(_shared, quickref_routes),
-    # Two answers that are the same in both dialects, at the SDK's addresses.
+    # Two answers that are equal in both dialects, at the SDK's addresses.
     path(f"{SDK_PREFIX}healthz", HealthView.as_view(schema=None, group=SDK)),
     path(f"{SDK_PREFIX}get_server_capabilities", CapabilitiesView.as_view(schema=None, group=SDK)),
     path(

@@ -1,7 +1,7 @@
-"""The official tinker SDK's dialect: its bodies as ``training.types``, and results as its bodies.
+"""The official tinker SDK's dialect: its bodies to ``training.types``, and results to its bodies.
 
-``parse`` and ``render`` are a codec only: bytes in, values out, and back. They know no request, no
-row and no engine. Each has protobuf and the JSON of older clients; what both forms of a request
-must obey is in ``parse.calls`` and ``parse.tensors``. ``tinker_public_pb2`` is generated;
+``parse`` and ``render`` are only a codec: bytes to values and back. They use no requests, rows
+or engine. Each has protobuf and the JSON of older clients; checks that both forms of a request
+share are in ``parse.calls`` and ``parse.tensors``. ``tinker_public_pb2`` is generated;
 ``tinker_public.proto`` says how.
 """

@@ -1,9 +1,9 @@
-"""What all views of the tinker SDK's dialect share: bodies, errors, and refused numbers.
+"""Shared by all views of the tinker SDK's dialect: bodies, errors, and refused numbers.
 
-Bodies are JSON or protobuf, plain or in zstd. Answers are never negotiated. The SDK sends 409
-and 5xx again for minutes, so what cannot change is 422 or another 4xx. And it never sends a
-number again that was refused: a request that names its model and its seq id becomes a future
-that has failed, and its number is used up (``NumberedView``).
+Bodies are JSON or protobuf, plain or in zstd. Answers are never negotiated. The SDK repeats 409
+and 5xx for minutes, so a permanent error is 422 or another 4xx. It never repeats a
+number that was refused: a refused request that names its model and seq id becomes a failed
+future, which uses its number (``NumberedView``).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SdkView(AsyncAPIView):
 
     def handle_exception(self, exc: Exception) -> Any:
         response = super().handle_exception(exc)
-        if response.status_code == HTTPStatus.CONFLICT:  # which the SDK would send again
+        if response.status_code == HTTPStatus.CONFLICT:  # which the SDK would repeat
             response.status_code = HTTPStatus.UNPROCESSABLE_ENTITY
         return response
 
@@ -71,15 +71,15 @@ class SdkView(AsyncAPIView):
         return decompress_body(body, encoding, max_bytes=limit)
 
     def json_body(self, request: Request) -> dict[str, Any]:
-        """The body as a dictionary; no body at all is an empty one.
+        """The body as a dictionary; without a body it is empty.
 
         Raises:
-            ParseError: Not JSON, or no object. (400)
+            ParseError: Not JSON, or not an object. (400)
         """
         return json_fields(self.raw_body(request))
 
     def checked_body(self, request: Request) -> dict[str, Any]:
-        """Every declared field's value or default; null is as good as absent.
+        """Every declared field's value or default; null counts as absent.
 
         Raises:
             InvalidRequest: A field is missing, wrong, or unknown and not null. (400)
@@ -88,7 +88,7 @@ class SdkView(AsyncAPIView):
 
 
 class NumberedView(SdkView):
-    """A request that has its place in a model's order. Its JSON is decoded once."""
+    """A request with a place in a model's order. Its JSON is decoded once."""
 
     takes_protobuf: ClassVar[bool] = False
 
@@ -112,7 +112,7 @@ class NumberedView(SdkView):
                 seq_id=seq_id,
             )
         except (RunNotFound, SessionFinished):
-            raise  # no later number will ever wait for this one
+            raise  # no later number waits for this one
         except (TrainingError, PayloadTooLarge, APIException, *UNSTORABLE) as unsafe:
             error = refusal_of(unsafe)
             future = refused_submit(
@@ -131,13 +131,13 @@ class NumberedView(SdkView):
     def ids(
         self, body: bytes, fields: dict[str, Any] | APIException | TrainingError | None
     ) -> tuple[str, int]:
-        """Model id and seq id, whatever else may be wrong.
+        """Model id and seq id, even if the rest of the body is wrong.
 
         Args:
-            fields: What the JSON says, or why it cannot be read; None if it is protobuf.
+            fields: The JSON's fields, or the error of reading them; None for protobuf.
 
         Raises:
-            InvalidRequest: Not even these two can be read. (400)
+            InvalidRequest: These two cannot be read. (400)
         """
         if fields is None:
             return parse_ids(body)
@@ -152,8 +152,8 @@ class NumberedView(SdkView):
     def submit(
         self, body: bytes | dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
     ) -> Future:
-        """Call the one service that this operation is with a body of protobuf's bytes, where it
-        takes them, or of JSON's fields."""
+        """Call the service of this operation with the bytes of a protobuf body, if it accepts
+        them, or with JSON's fields."""
 
 
 class NumberedJSONView(NumberedView):
@@ -171,11 +171,11 @@ class NumberedJSONView(NumberedView):
     def submit_fields(
         self, body: dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
     ) -> Future:
-        """Call the one service that this operation is with the checked body, ids apart."""
+        """Call the service of this operation with the checked body and the ids."""
 
 
 def read_json_fields(body: bytes) -> dict[str, Any] | APIException | TrainingError:
-    """``json_fields``, or why there are none."""
+    """``json_fields``, or the error of reading them."""
     try:
         return json_fields(body)
     except (APIException, TrainingError) as error:
@@ -183,7 +183,7 @@ def read_json_fields(body: bytes) -> dict[str, Any] | APIException | TrainingErr
 
 
 def json_fields(body: bytes) -> dict[str, Any]:
-    """A JSON object without its nulls; an empty body is an empty one.
+    """A JSON object without its nulls; an empty body gives an empty object.
 
     Raises:
         ParseError: (400)
@@ -204,5 +204,5 @@ def check_fields(fields: Mapping[str, Field], given: dict[str, Any]) -> dict[str
 
 
 def empty_response() -> HttpResponse:
-    """204: done, and there is nothing to say."""
+    """204: done, without a body."""
     return HttpResponse(status=HTTPStatus.NO_CONTENT)

@@ -21,7 +21,7 @@ from tinkerapi.api.sdk.views import (
 )
 
 CHECKPOINT = "training_runs/<str:run>/checkpoints/<path:checkpoint_id>"
-"""A checkpoint's id holds a slash; what follows it must stand before the bare address."""
+"""A checkpoint's id contains a slash, so longer routes must precede the bare one."""
 
 urlpatterns: list[URLPattern] = [
     # Service

@@ -1,9 +1,9 @@
 """Model id and seq id of a body that cannot be read as a whole.
 
-A refused request uses up its number, or the model would wait for it in vain. So it is looked for
-even where the rest is no JSON (NaN, half a surrogate pair, nesting without end, an end too early)
-or no message. An id is taken only where it stands once, at least in the outermost object: then
-there is nothing to guess. The search must cost little: the body may be large, and is anything.
+A refused request uses its number; otherwise the model would wait for it in vain. So the ids are
+searched even if the rest is not JSON (NaN, half a surrogate pair, unlimited nesting, a truncated
+body) or not a message. An id is used only if it occurs once, at least in the outermost object, so
+nothing is guessed. The search must be cheap: the body may be large, and may be anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _JSON_ID = re.compile(
 )
 _JSON_NAMES = (b'"model_id"', b'"seq_id"')
 _MOST_PLACES = 100
-"""Of one name; a body that writes it more often says nothing."""
+"""Occurrences of one name; a body with more of them has no id."""
 
 _MODEL_ID, _SEQ_ID = 1, 2  # a ForwardBackwardRequest's field numbers
 _VARINT, _LENGTH_DELIMITED = 0, 2
@@ -27,7 +27,7 @@ _FIXED_BYTES = {1: 8, 5: 4}  # wire type to size
 
 
 def ids_of_broken_json(body: bytes) -> dict[str, Any]:
-    """``model_id`` and ``seq_id`` where there is one of both, else nothing."""
+    """``model_id`` and ``seq_id`` if each occurs once, else nothing."""
     found: dict[int, tuple[str, str | int]] = {}
     for name in _JSON_NAMES:
         for at in _places(body, name):
@@ -43,7 +43,7 @@ def ids_of_broken_json(body: bytes) -> dict[str, Any]:
 
 
 def _places(body: bytes, name: bytes) -> list[int]:
-    """Where a name stands, if it does not stand in a text between two escaped quotes."""
+    """The places of a name, except in a text between two escaped quotes."""
     places: list[int] = []
     at = body.find(name)
     while at >= 0 and len(places) <= _MOST_PLACES:
@@ -78,7 +78,7 @@ def ids_of_broken_protobuf(body: bytes) -> dict[str, Any]:
 
 
 def _varint(body: bytes, at: int) -> tuple[int, int] | None:
-    """The number that begins here and where it ends; None if it does not end."""
+    """The number that begins here and its end; None if it does not end."""
     value = 0
     for shift, byte in enumerate(body[at : at + 10]):
         value |= (byte & 0x7F) << 7 * shift

@@ -1,4 +1,4 @@
-"""What a ``forward_backward`` asks for, and the checks that its protobuf and JSON forms share."""
+"""The values of a ``forward_backward``, and the checks that its protobuf and JSON forms share."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from training.types import MAX_FLOAT32, Datum, Provenance
 _MODEL_ID = Text(description="The run.")
 _SEQ_ID = Integer(description="Its place in the run.", minimum=1, maximum=2**31 - 1)
 _LOSS_FN = Text(description="The loss function's name.")
-_SETTING = Number(description="Of the loss.", minimum=-MAX_FLOAT32)
+_SETTING = Number(description="A setting of the loss.", minimum=-MAX_FLOAT32)
 _LOSS_ID = Text(description="An uploaded loss.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForwardBackwardCall:
-    """What one ``forward_backward`` or ``forward`` asks for."""
+    """The values of one ``forward_backward`` or ``forward``."""
 
     model_id: str
     seq_id: int
@@ -37,7 +37,7 @@ class ForwardBackwardCall:
     forward_only: bool
     """True computes loss and outputs and leaves the gradients untouched."""
     provenance: list[Provenance | None] = field(default_factory=list)
-    """Where each datum's tokens come from, for a loss that reads it; else empty."""
+    """The provenance of each datum's tokens, for a loss that reads it; else empty."""
 
     def data_to_store(self) -> list[Datum]:
         """The data as the first version stored them, so that a request of that time has the same
@@ -48,24 +48,24 @@ class ForwardBackwardCall:
 
 
 def check_ids(model_id: Any, seq_id: Any) -> tuple[str, int]:
-    """Which request of which run this is.
+    """The run's id and the request's number.
 
     Raises:
-        InvalidRequest: One of them cannot be. (400)
+        InvalidRequest: One of them is invalid. (400)
     """
     return _MODEL_ID.check(model_id, "model_id"), _SEQ_ID.check(seq_id, "seq_id")
 
 
 def check_loss_fn(loss_fn: Any) -> str:
-    """A name; whether a loss has it, the engine knows."""
+    """A name; the engine checks that a loss has it."""
     return _LOSS_FN.check(loss_fn, "loss_fn")
 
 
 def check_config(config: Mapping[str, Any], loss_fn: str) -> tuple[dict[str, float], str | None]:
-    """Numbers by name, and the loss id of a custom loss, the one text that is understood.
+    """Numbers by name, and the loss id of a custom loss, the only text that is accepted.
 
     Raises:
-        InvalidRequest: A value is of another kind, or more than a float32 can hold. (400)
+        InvalidRequest: A value is of another kind, or outside float32. (400)
     """
     numbers: dict[str, float] = {}
     loss_id = None
@@ -95,7 +95,7 @@ def _number(loss_fn: str, name: str, value: Any) -> Any:
 
 
 def check_num_datums(num_datums: int) -> None:
-    """Refuse no data, and more than one request may have."""
+    """Refuse an empty request, and one with too many datums."""
     if num_datums == 0:
         raise InvalidDatum("data: is empty; send at least one datum")
     if num_datums > settings.MAX_DATUMS:
@@ -105,7 +105,7 @@ def check_num_datums(num_datums: int) -> None:
 
 
 def check_num_tokens(num_tokens: int, where: str) -> None:
-    """Refuse a sequence without tokens, and one of more than a sequence may have."""
+    """Refuse an empty sequence, and one with too many tokens."""
     if num_tokens == 0:
         raise InvalidDatum(f"{where}: is empty")
     if num_tokens > settings.MAX_DATUM_TOKENS:

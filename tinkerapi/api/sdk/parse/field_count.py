@@ -1,8 +1,8 @@
 """How many protobuf fields a request has, counted before the library makes objects of them.
 
-A message of two bytes becomes an object of about sixty, so that a body well inside the byte limit
-could take thirty times as much memory. The walk reads tags and lengths only; what is
-not well-formed it leaves to the library, which refuses it.
+A message of two bytes becomes an object of about sixty, so a body well within the byte limit
+could take thirty times as much memory. The scan reads tags and lengths only; the library
+refuses anything malformed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from training.errors import InvalidRequest, LimitExceeded
 
 MAX_FIELDS = 500_000
-"""About 30 MB of objects. A datum of one text chunk and three inputs has 21 fields."""
+"""About 30 MB of objects. A datum with one text chunk and three inputs has 21 fields."""
 
 _LENGTH_DELIMITED = 2
 _PACKED_SHAPE = 4  # of a Tensor: eight bytes of memory for each byte
@@ -33,7 +33,7 @@ def check_field_count(body: bytes, max_fields: int = MAX_FIELDS) -> None:
         InvalidRequest: It has a field of a kind that the request cannot have. (400)
     """
     num_fields = 0
-    # Regions still to read; of a region that was entered, the rest waits below on the stack.
+    # Regions still to read; the rest of an entered region is below it on the stack.
     stack = [(0, len(body), _REQUEST)]
     while stack:
         at, end, messages = stack.pop()
@@ -71,7 +71,7 @@ def check_field_count(body: bytes, max_fields: int = MAX_FIELDS) -> None:
                 at += 1
             elif wire_type in _FIXED_BYTES:
                 at += _FIXED_BYTES[wire_type]
-            else:  # A group: no message has one, and what it holds would go uncounted.
+            else:  # A group: no message has one, and its fields would not be counted.
                 raise InvalidRequest("body: not a ForwardBackwardRequest")
 
 

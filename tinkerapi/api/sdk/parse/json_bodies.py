@@ -1,8 +1,8 @@
-"""The SDK's JSON: what ``asample`` holds, and the ``forward_backward`` of clients before 0.25.
+"""The SDK's JSON: fields of ``asample``, and the ``forward_backward`` of clients before 0.25.
 
 SDK 0.5 leaves out defaults and ``type`` fields and writes nulls; newer ones write defaults. So
-null means absent, everywhere, and a chunk without a type is known by its keys. A field that is not
-known here is refused by name when it holds anything: ignoring it could change the result.
+null always means absent, and a chunk without a type is recognized by its keys. An unknown field
+with a value is refused by name, because ignoring it could change the result.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def parse_json_forward_backward(body: Any, *, forward_only: bool = False) -> For
     """The call in a JSON body of ``/forward_backward``, or of ``/forward`` if ``forward_only``.
 
     Raises:
-        InvalidRequest: The body or one of its fields is not what it should be. (400)
-        InvalidDatum: A datum cannot be trained on. (400)
+        InvalidRequest: The body or one of its fields is invalid. (400)
+        InvalidDatum: A datum is invalid. (400)
         LimitExceeded: More than this server takes in one request. (400)
     """
     name = "forward_input" if forward_only else "forward_backward_input"
@@ -81,7 +81,7 @@ def parse_json_datum(value: Any, where: str, budget: DenseBudget | None = None) 
         budget: Shared by the datums of one request; without one, the datum has its own.
 
     Raises:
-        InvalidDatum: It cannot be trained on. (400)
+        InvalidDatum: It is invalid. (400)
         LimitExceeded: It is larger than this server takes. (400)
     """
     fields = _fields(value, ("model_input", "loss_fn_inputs", *SPANS), where)
@@ -122,11 +122,12 @@ def parse_tensor_data(
     """(N,) or (N, K) int64 or float32 from ``{"data", "dtype", "shape"?, "sparse_..."?}``.
 
     Args:
-        pad: What a CSR array's unlisted cells hold: 0 for ``target_tokens`` and ``weights``, -1 for
+        pad: The value of a CSR array's unlisted cells: 0 for ``target_tokens`` and ``weights``, -1
+            for
             ``target_prompt_logprobs``.
 
     Raises:
-        InvalidDatum: It is no array. (400)
+        InvalidDatum: It is not an array. (400)
         LimitExceeded: It would take too much memory. (400)
     """
     fields = _fields(
@@ -189,7 +190,7 @@ def _parse_chunk(value: Any, where: str) -> Array:
 
 
 def _numbers(value: Any, dtype: np.dtype[Any], where: str) -> Array:
-    """(n,) of plain JSON numbers: whole ones for int64; booleans are none."""
+    """(n,) of plain JSON numbers: integers for int64; booleans are refused."""
     if not isinstance(value, list):
         raise _wrong(where, "a list of numbers", value)
     allowed = {int} if dtype.kind == "i" else {int, float}

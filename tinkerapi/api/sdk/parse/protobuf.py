@@ -2,7 +2,7 @@
 
 Every refusal names the place: ``data[3].loss_fn_inputs.weights: 12 values for shape [11]``. The
 arrays are read-only views of the message's bytes. Text only: image and audio chunks are refused.
-Provenance spans are read for the loss stable_reinforce alone; for the others they have no effect.
+Provenance spans are read only for the loss stable_reinforce; for others they have no effect.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _INT64 = _DTYPES[pb.DTYPE_INT64]
 
 
 def parse_ids(body: bytes) -> tuple[str, int]:
-    """Model id and seq id of a request whose rest may be wrong.
+    """Model id and seq id of a request, even if the rest is wrong.
 
-    A refused request consumes its seq id, so whoever refuses it must know which one it was.
+    A refused request uses its seq id, so the refusal must know the id.
 
     Raises:
-        InvalidRequest: Not even these two can be read. (400)
+        InvalidRequest: These two cannot be read. (400)
     """
     try:
         message = pb.ForwardBackwardIds.FromString(body)
@@ -64,8 +64,8 @@ def parse_forward_backward(body: bytes) -> ForwardBackwardCall:
     """The call that a (decompressed) protobuf body holds.
 
     Raises:
-        InvalidRequest: The body or one of its fields is not what the message has. (400)
-        InvalidDatum: A datum cannot be trained on. (400)
+        InvalidRequest: The body or one of its fields is invalid. (400)
+        InvalidDatum: A datum is invalid. (400)
         LimitExceeded: More than this server takes in one request. (400)
     """
     check_field_count(body)
@@ -95,7 +95,7 @@ def parse_forward_backward(body: bytes) -> ForwardBackwardCall:
 
 
 def _config(message: pb.ForwardBackwardRequest) -> dict[str, float | str | None]:
-    """The second map when it holds anything, else the older one; None for no value."""
+    """The second map if it is not empty, else the older one; None for no value."""
     if not message.loss_fn_config_v2:
         return dict(message.loss_fn_config)
     return {

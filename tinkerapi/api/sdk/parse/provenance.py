@@ -1,6 +1,6 @@
-"""Provenance spans as they travel: in protobuf, and in JSON as protobuf's own mapping has them.
+"""Parses provenance spans: protobuf, and protobuf's JSON form.
 
-``[{"sampled_tokens": {"sequence_id": "...", "offset": 0, "length": 3}}, ...]``. What they mean is
+``[{"sampled_tokens": {"sequence_id": "...", "offset": 0, "length": 3}}, ...]``. Their meaning is
 in ``training.provenance``.
 """
 
@@ -27,20 +27,20 @@ _KINDS = {"prompt_tokens": False, "sampled_tokens": True}
 
 
 def provenance_of_message(datum: pb.Datum, where: str) -> Provenance | None:
-    """What a protobuf datum says of its tokens; None if nothing.
+    """The provenance of a protobuf datum's tokens; None if it has none.
 
     Raises:
-        InvalidDatum: Half of it, or a span that is none. (400)
+        InvalidDatum: One of the two lists is missing, or a span is invalid. (400)
     """
     given = {name: [_arm(span) for span in getattr(datum, name)] for name in FIELDS}
     return _provenance(given, where)
 
 
 def provenance_of_json(datum: dict[str, Any], where: str) -> Provenance | None:
-    """The same of a JSON datum.
+    """The same for a JSON datum.
 
     Raises:
-        InvalidDatum: Half of it, or a span that is none. (400)
+        InvalidDatum: One of the two lists is missing, or a span is invalid. (400)
     """
     return _provenance({name: datum.get(name) or [] for name in FIELDS}, where)
 

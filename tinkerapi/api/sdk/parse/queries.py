@@ -11,10 +11,10 @@ from tinkerapi.api.fields.field import Choice, Integer, Text
 from tinkerapi.api.fields.refusals import refuse
 
 MAX_PAGE = 1000
-"""What the CLI asks for at most."""
+"""The largest page of the CLI."""
 
 YEARS = range(1970, 9001)
-"""Of dates: with offsets and spans added, these stay what a date can be."""
+"""Allowed years: with offsets and spans added, dates stay valid."""
 
 _SCOPE = Choice(description="", choices=("owned", "accessible"))
 _OFFSET = Integer(description="", maximum=2**31 - 1)
@@ -22,10 +22,10 @@ _TEXT = Text(description="")
 
 
 def query_page(request: Request, *, limit: int) -> dict[str, int]:
-    """``offset`` and ``limit``; the latter has this default, and is cut to the largest page.
+    """``offset`` and ``limit``; ``limit`` has this default and is cut to the largest page.
 
     Raises:
-        InvalidRequest: Not whole numbers. (400)
+        InvalidRequest: Not integers. (400)
     """
     return {
         "offset": _integer(request, "offset", 0),
@@ -34,7 +34,8 @@ def query_page(request: Request, *, limit: int) -> dict[str, int]:
 
 
 def check_access_scope(request: Request) -> None:
-    """Refuse an unknown scope. Lists hold one's own either way: nothing else is shared in them.
+    """Refuse an unknown scope. All scopes list the caller's own objects, since lists contain no
+    others.
 
     Raises:
         InvalidRequest: (400)
@@ -43,7 +44,7 @@ def check_access_scope(request: Request) -> None:
 
 
 def query_text(request: Request, name: str) -> str | None:
-    """A text, or None where there is none.
+    """A text, or None if absent.
 
     Raises:
         InvalidRequest: (400)
@@ -53,7 +54,7 @@ def query_text(request: Request, name: str) -> str | None:
 
 
 def query_day(request: Request, name: str) -> date | None:
-    """A date, or None where there is none.
+    """A date, or None if absent.
 
     Raises:
         InvalidRequest: (400)
@@ -71,7 +72,7 @@ def query_day(request: Request, name: str) -> date | None:
 
 
 def check_moment(value: str, where: str) -> datetime:
-    """A moment with its offset.
+    """A time with its UTC offset.
 
     Raises:
         InvalidRequest: (400)
@@ -88,7 +89,7 @@ def check_moment(value: str, where: str) -> datetime:
 
 
 def query_moment(request: Request, name: str) -> datetime:
-    """A moment with its offset.
+    """A time with its UTC offset.
 
     Raises:
         InvalidRequest: (400)

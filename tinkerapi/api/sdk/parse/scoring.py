@@ -1,4 +1,4 @@
-"""The options of ``asample`` that ask for more log-probabilities, and what they may cost."""
+"""The options of ``asample`` for more log-probabilities, and their limits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from training.errors import InvalidRequest, LimitExceeded
 from training.types import ScoringParams
 
 MAX_CELLS = 4_000_000
-"""Numbers that one option may ask for, 8 to 12 bytes each in the answer."""
+"""Most numbers for one option, 8 to 12 bytes each in the answer."""
 
 Indices = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 def _check_targets(value: Any, where: str) -> tuple[np.ndarray[Any, Any], Indices | None]:
-    """(rows, K) int64 with -1 where nothing is asked for, and the indices of a CSR array."""
+    """(rows, K) int64 with -1 for cells that are not requested, and the indices of a CSR array."""
     tokens = parse_tensor_data(value, where, pad=-1)
     if tokens.dtype != np.int64 or tokens.ndim != 2:
         raise InvalidRequest(f"{where}: expected an int64 array [len(prompt) - 1, K]")
     if tokens.min() < -1 or tokens.max() > MAX_TOKEN_ID:
-        raise InvalidRequest(f"{where}: holds what is neither a token id nor -1")
+        raise InvalidRequest(f"{where}: a value is neither a token id nor -1")
     if value.get("sparse_crow_indices") is None:
         return tokens, None
     crow = np.asarray(value["sparse_crow_indices"], np.int64)
@@ -50,11 +50,11 @@ def check_scoring(
     prompt_logprobs: bool,
     num_sampled_tokens: int,
 ) -> ScoringParams:
-    """The options together, against the prompt that they speak of.
+    """The checked options for a prompt of this length.
 
     Raises:
         InvalidRequest: An option does not fit the prompt. (400)
-        LimitExceeded: An answer would be too large. (400)
+        LimitExceeded: The answer would be too large. (400)
     """
     targets, indices = body["target_prompt_logprobs"] or (None, None)
     last_n = body["prompt_logprobs_last_n"]

@@ -1,7 +1,7 @@
-"""One array of the SDK, from its parts: flat values, a shape, perhaps CSR indices.
+"""Builds an array of the SDK from its parts: flat values, a shape, perhaps CSR indices.
 
-Protobuf and JSON give the same parts, so what makes them an array is checked here once. Nothing
-is copied but for CSR, bfloat16 and a change of dtype.
+Protobuf and JSON have the same parts, so they are checked here once. Data
+is copied only for CSR, bfloat16 and a change of dtype.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Array = NDArray[Any]
 
 
 class DenseBudget:
-    """How much memory the sparse arrays of one request may take once they are dense.
+    """The memory budget of one request's sparse arrays in dense form.
 
-    A few bytes can name an array of any size. No more is granted than a payload may hold.
+    A few bytes can describe an array of any size. The budget is the size limit of a payload.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
@@ -30,7 +30,7 @@ class DenseBudget:
         self.num_bytes = 0
 
     def take(self, num_bytes: int, where: str) -> None:
-        """Raises LimitExceeded at the array that would pass the limit."""
+        """Raises LimitExceeded at the array that would exceed the limit."""
         self.num_bytes += num_bytes
         if self.num_bytes > self.max_bytes:
             raise LimitExceeded(
@@ -40,7 +40,7 @@ class DenseBudget:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TensorParts:
-    """An array as it travels."""
+    """The parts of an array in a body."""
 
     values: Array
     """(n,) all cells in C order, or the listed cells of a CSR array."""
@@ -56,7 +56,7 @@ def build_array(parts: TensorParts, where: str, *, pad: int, budget: DenseBudget
     """(N,) or (N, K), at least one cell, in the dtype of the values.
 
     Args:
-        pad: What the cells hold that a CSR array does not list.
+        pad: The value of cells that a CSR array does not list.
 
     Raises:
         InvalidDatum: Values, shape and indices do not make an array. (400)

@@ -1,1 +1,1 @@
-"""Results, rows and links as the bodies that the SDK reads."""
+"""Renders results, rows and links as the SDK's bodies."""

@@ -1,4 +1,4 @@
-"""Runs, checkpoints and sessions as the SDK's lists show them."""
+"""Runs, checkpoints and sessions in the form of the SDK's lists."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Json = dict[str, Any]
 
 
 def user_urn(username: str) -> str:
-    """How a user is named where the SDK expects a URN; as in tokens."""
+    """A user's URN in the SDK's form, also used in tokens."""
     return f"tml:user:{username}"
 
 
 def texts(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata as the SDK checks it: every value a text, others as their JSON."""
+    """Metadata in the SDK's form: every value is a text, others are converted to JSON text."""
     return {
         name: value if isinstance(value, str) else to_json(value).decode()
         for name, value in metadata.items()
@@ -42,8 +42,8 @@ def checkpoint_description(checkpoint: Checkpoint) -> Json:
 
 
 def published_description(checkpoint: Checkpoint) -> Json:
-    """Where its owner finds a checkpoint, and where everybody else does if it is public; for the
-    quick reference's clients, whose models' names are not unique among users."""
+    """The path of a checkpoint for its owner and, if it is public, for everybody; for the
+    quick reference's clients, whose model names are not unique among users."""
     return {
         "public": checkpoint.public,
         "tinker_path": str(checkpoint.path),
@@ -89,7 +89,7 @@ def session_description(session: Any) -> Json:
 
 
 def _status(session: Session) -> Json | None:
-    """None: it fell silent without saying why."""
+    """None: its heartbeats ended without a reason."""
     if session.finished_at is not None:
         return {
             "type": "client_finished",

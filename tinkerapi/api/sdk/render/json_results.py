@@ -1,7 +1,7 @@
-"""Results as JSON: those that SDKs before 0.25 read, and those that every SDK does.
+"""Results as JSON: those for SDKs before 0.25, and those for every SDK.
 
 The values are plain Python, ready for any JSON writer. JSON has no NaN: a prompt position that was
-not scored is null, which is what those clients show as None.
+not scored is null, which those clients show as None.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _SAVE_TYPES: Mapping[str, str] = {
 """A checkpoint's kind to the request that made it."""
 
 NO_DATA_LOGPROB = -99999.0
-"""With token id 0: a top-k cell that holds nothing."""
+"""With token id 0: marks an empty top-k cell."""
 
 
 def typed_result(kind: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result with the SDK's name of what was asked for, which its models declare as ``type``."""
+    """A result with the SDK's name of the operation, the field ``type`` of its models."""
     if kind == Kind.SAVE_WEIGHTS:
         path = result.get("path")
         saved = "sampler" if path is None else TinkerPath.parse(path, field="path").kind
         return {**result, "type": _SAVE_TYPES[saved]}
-    if kind == Kind.CREATE_RUN and "path" in result:  # from a checkpoint: the SDK asked to load
+    if kind == Kind.CREATE_RUN and "path" in result:  # from a checkpoint: for the SDK it was a load
         kind = Kind.LOAD_WEIGHTS
     return {**result, "type": _TYPES[kind]} if kind in _TYPES else dict(result)
 
@@ -59,8 +59,8 @@ def forward_backward_output_json(result: Mapping[str, Any]) -> dict[str, Any]:
 def sample_response_json(result: Mapping[str, Any]) -> dict[str, Any]:
     """``{"sequences", "prompt_logprobs"?, "topk_prompt_logprobs"?, "type": "sample"}``.
 
-    ``topk_logprobs``, ``target_prompt_logprobs`` and ``prompt_alt_tokens`` are younger than these
-    clients, which could not have asked for them; they have no place here.
+    ``topk_logprobs``, ``target_prompt_logprobs`` and ``prompt_alt_tokens`` are newer than these
+    clients, which cannot request them, so they are left out.
     """
     answer: dict[str, Any] = {
         "sequences": [_sequence(sequence) for sequence in result["sequences"]],
@@ -97,7 +97,7 @@ def _tensor_data(value: Any) -> dict[str, Any]:
 
 
 def _topk_rows(value: Mapping[str, Any]) -> list[list[list[float]] | None]:
-    """For each position its [token id, logprob] pairs; None where there are none."""
+    """For each position its [token id, logprob] pairs; None if it has none."""
     rows = zip(
         np.asarray(value["token_ids"]).tolist(),
         np.asarray(value["logprobs"], np.float32).tolist(),

@@ -1,7 +1,7 @@
-"""Links that speak for themselves: signed, good for an hour, fetched without a key.
+"""Signed links, valid for an hour and fetched without a key.
 
-What a link names is in it and signed with SECRET_KEY; nothing is stored. Whoever has the link
-can fetch the one thing it names until it expires, as with any signed URL.
+A link contains the name of its target, signed with SECRET_KEY; nothing is stored. Whoever has the
+link can fetch that target until it expires, as with any signed URL.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def archive_link(request: Request, checkpoint: Checkpoint, *, reader_id: int) ->
 
 
 def _target(checkpoint: Checkpoint, reader_id: int) -> dict[str, Any]:
-    """What a link to it names; another's ends working when it is published no more."""
+    """The target in a link; a reader's link stops working when the owner withdraws the
+    checkpoint."""
     is_own = checkpoint.run.owner_id == reader_id
     return {"checkpoint": checkpoint.pk} | ({} if is_own else {"while_public": True})
 
@@ -56,10 +57,10 @@ def trace_link(request: Request, session: Session) -> Link:
 
 
 def link_target(token: str) -> dict[str, Any]:
-    """What a link names.
+    """The target of a link.
 
     Raises:
-        InvalidRequest: It expired, or was not made here. (400)
+        InvalidRequest: It expired, or was not made by this server. (400)
     """
     try:
         target: dict[str, Any] = signing.loads(token, salt=_SALT, max_age=LIFETIME)

@@ -1,4 +1,4 @@
-"""Results as the protobuf bodies that ``retrieve_future`` answers the SDK with.
+"""Results as the protobuf bodies of the SDK's ``retrieve_future``.
 
 They take the dictionaries that futures store (``training.worker.outcomes``); the JSON for older
 clients is in ``json_responses``. A result that has no such form is the server's own fault and
@@ -18,7 +18,7 @@ from tinkerapi.api.sdk import tinker_public_pb2 as pb
 from training.errors import InvalidRequest
 
 OUTPUT_TYPE = "ArrayRecord"
-"""The SDK shows it as ``loss_fn_output_type`` and reads nothing from it."""
+"""The SDK shows it as ``loss_fn_output_type`` and does not use it."""
 
 _STOP_REASONS = {"stop": pb.STOP_REASON_STOP, "length": pb.STOP_REASON_LENGTH}
 
@@ -31,7 +31,7 @@ def encode_forward_backward_output(result: Mapping[str, Any]) -> bytes:
 
     Args:
         result: ``loss_fn_outputs``, a list with one dictionary of arrays for each datum in request
-            order, all with the same names; any leading sizes, so ragged is well. And ``metrics``.
+            order, all with the same names; leading sizes may differ. And ``metrics``.
     """
     outputs = [
         {name: wire_array(value) for name, value in output.items()}
@@ -52,14 +52,14 @@ def encode_sample_response(result: Mapping[str, Any]) -> bytes:
 
     Args:
         result: ``sequences``, each with ``stop_reason``, ``tokens`` (L,) and ``logprobs`` (L,),
-            and ``prompt_logprobs`` (P,) of the one prompt, NaN where nothing was scored, or None.
-            Besides, when they were asked for: in a sequence ``topk_logprobs``, a dictionary of
-            ``token_ids`` (L, k) and ``logprobs`` (L, k), where a cell without data holds token 0
+            and ``prompt_logprobs`` (P,) of the one prompt, NaN where not scored, or None.
+            If requested, also: in a sequence ``topk_logprobs``, a dictionary of
+            ``token_ids`` (L, k) and ``logprobs`` (L, k), where a cell without data has token 0
             and -99999; in the result ``topk_prompt_logprobs``, the same with (P, k),
             ``target_prompt_logprobs`` (P - 1, K), 0 where the request had -1, or for a CSR request
             a dictionary of ``values``, ``crow_indices``, ``col_indices`` and ``shape``,
             ``prompt_alt_tokens``, a dictionary of ``tokens`` and ``logprobs``, both (P - 1, k),
-            and ``prompt_cache_hit_tokens``. None is as good as absent.
+            and ``prompt_cache_hit_tokens``. None counts as absent.
     """
     message = pb.SampleResponse(prompt_cache_hit_tokens=result.get("prompt_cache_hit_tokens") or 0)
     for sequence in result["sequences"]:
@@ -85,7 +85,7 @@ def encode_sample_response(result: Mapping[str, Any]) -> bytes:
 
 
 def sdk_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics named ``name:reduction``: at any other name the SDK fails the whole result."""
+    """The metrics named ``name:reduction``: any other name makes the SDK fail the whole result."""
     return {name: float(value) for name, value in metrics.items() if name.count(":") == 1}
 
 
@@ -93,8 +93,9 @@ def one_prompt(prompt_logprobs: Any) -> Array:
     """(P,) float32.
 
     Raises:
-        InvalidRequest: They are several prompts', which only the quick reference can ask for; the
-            SDK's result has room for one's. (400)
+        InvalidRequest: They belong to several prompts, which only the quick reference can sample;
+            the
+            SDK's result has room for one. (400)
     """
     if isinstance(prompt_logprobs, list) and any(np.ndim(item) for item in prompt_logprobs):
         raise InvalidRequest(
@@ -113,7 +114,7 @@ def wire_array(value: Any) -> Array:
 
 
 def _layout(output: Fields) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What the datums of one record share."""
+    """The layout that all datums of one record share."""
     return {name: (array.dtype.str, array.shape[1:]) for name, array in output.items()}
 
 

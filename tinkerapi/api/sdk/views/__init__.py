@@ -1,1 +1,1 @@
-"""The tinker SDK's operations, one class each; ``tinkerapi.api.sdk.urls`` says where."""
+"""The tinker SDK's operations, one class each; ``tinkerapi.api.sdk.urls`` has their routes."""

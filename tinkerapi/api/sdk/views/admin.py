@@ -1,4 +1,4 @@
-"""What the SDK's AdminClient asks for: the audit log, usage and storage; one's own.
+"""The endpoints of the SDK's AdminClient: the caller's audit log, usage and storage.
 
 A superuser's key reads everybody's audit log.
 """
@@ -27,7 +27,7 @@ from training.listings import sessions_by_id
 from training.models import AuditEvent
 
 MAX_EVENTS = 10_000
-"""In one answer; a day at a time shows the rest."""
+"""Most events in one answer; shorter periods show the rest."""
 
 GIGABYTE = 1_000_000_000
 
@@ -52,7 +52,7 @@ _USAGE_TYPES: Mapping[Work, str] = {
 
 
 class AuditView(SdkView):
-    """Say who did what to the caller's things, the oldest first."""
+    """List actions on the caller's objects, the oldest first."""
 
     def get(self, request: Request) -> HttpResponse:
         event_type = _EVENT_TYPE.check(request.query_params.get("event_type", "all"), "event_type")
@@ -81,7 +81,7 @@ def _entry(event: AuditEvent) -> dict[str, Any]:
 
 
 class UsageView(SdkView):
-    """Say what the caller used, hour by hour."""
+    """Report the caller's usage, hour by hour."""
 
     def get(self, request: Request) -> HttpResponse:
         begin, end = _window(request)
@@ -148,7 +148,7 @@ def _event(usage: Usage, username: str) -> dict[str, Any]:
 
 
 class StorageUsageView(SdkView):
-    """Say what the caller's checkpoints take now."""
+    """Report the current size of the caller's checkpoints."""
 
     def get(self, request: Request) -> HttpResponse:
         stored = checkpoints_stored(

@@ -1,4 +1,4 @@
-"""The client's credential: whose key this is, and a short-lived token for it."""
+"""The client's credential: its description, and a short-lived token for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class TokenView(SdkView):
         if not settings.SDK_JWT:
             raise Http404
         if bears_token(request):  # or a stolen one would never expire
-            raise PermissionDenied("A token buys no other token; send the API key itself.")
+            raise PermissionDenied(
+                "A token cannot be exchanged for a token; send the API key itself."
+            )
         return JSONResponse({"jwt": token_issue(_api_key(request))})
 
 
@@ -51,7 +53,7 @@ class OwnKeyView(SdkView):
 
 
 def _api_key(request: Request) -> ApiKey:
-    """The key that the request came with; one without a key is refused, though it is local."""
+    """The request's key; a request without a key is refused, even a local one."""
     if request.auth is None:
         raise AuthenticationFailed("Send an API key in the X-API-Key header.")
     return cast(ApiKey, request.auth)

@@ -24,7 +24,7 @@ _KNOWN = ("session_id", "custom_loss_seq_id", "name", "inputs", "graph", "type")
 
 
 class CreateCustomLossView(SdkView):
-    """Keep a loss of the session's; what is wrong with it, its future says."""
+    """Store a loss of the session; its future reports what is wrong with it."""
 
     takes_data = True
 

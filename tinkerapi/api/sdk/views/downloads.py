@@ -1,4 +1,4 @@
-"""Downloads: links to a checkpoint's files, and what is behind the links."""
+"""Downloads: links to a checkpoint's files, and the linked files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from training.services.checkpoints import checkpoint_audit_read
 
 
 def _downloadable(request: Request, run: str, checkpoint_id: str) -> Checkpoint:
-    """The client's own checkpoint, or one that somebody published; its owner hears of that.
+    """The client's own checkpoint, or a published one; the owner's audit log records the access.
 
     Raises:
-        CheckpointNotFound: There is none; what is not published answers the same. (404)
+        CheckpointNotFound: It does not exist or is not published. (404)
     """
     reader_id = owner_of(request)
     path = TinkerPath.of_checkpoint_id(run, checkpoint_id)
@@ -67,7 +67,7 @@ class ExternalWeightsUrlsView(SdkView):
 class ArchiveView(SdkView):
     """Link to a checkpoint's files in one tar, for clients before 0.36.
 
-    The first of them ask for gzip, but mean a redirect, of which they read the address. Later ones
+    The first of those clients ask for gzip, but expect a redirect and read its address. Later ones
     take JSON, and may follow a redirect by themselves.
     """
 
@@ -83,7 +83,7 @@ class ArchiveView(SdkView):
 
 
 class DownloadView(SdkView):
-    """Send what a link names. The link is the permission; names in it come from this server."""
+    """Send the target of a link. The link is the permission; this server made the names in it."""
 
     authentication_classes = ()
     permission_classes = ()

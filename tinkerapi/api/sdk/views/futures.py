@@ -1,8 +1,8 @@
 """Futures: retrieve one, cancel one.
 
 A failed operation is a normal answer here, 200 with ``error`` and ``category``; 408 says that
-it is still pending. The client asks again at once after every 408 and 5xx, so the server is the
-one who waits.
+it is still pending. The client polls again at once after every 408 and 5xx, so the server
+holds the poll.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ POLL_SECONDS = 25.0
 """How long a poll is held; the client itself gives up after 45."""
 
 METADATA_ONLY_BYTES = 1024 * 1024
-"""A result at least so large is announced first, where the client allows it, so that it can
-keep room for it. Smaller ones are not worth another round trip."""
+"""A result of at least this size is announced first, if the client allows it, so that it can
+reserve memory. Smaller ones are not worth another round trip."""
 
 Result = dict[str, Any]
 _PROTOBUF: Mapping[str, Callable[[Result], bytes]] = {
@@ -56,7 +56,7 @@ _JSON: Mapping[str, Callable[[Result], Result]] = {
     Kind.FORWARD_BACKWARD: forward_backward_output_json,
     Kind.SAMPLE: sample_response_json,
 }
-"""Results that clients before 0.25 read in another form than they are stored in."""
+"""Kinds of results that clients before 0.25 read in another form."""
 
 
 def final_answer(
@@ -89,7 +89,7 @@ def _rendered(kind: str, stored: bytes, accepts_protobuf: bool) -> tuple[bytes, 
 
 
 def pending_answer(future: Future) -> HttpResponse:
-    """408: ask again. Needs the database.
+    """408: poll again. Needs the database.
 
     The SDK reads the state and its reason; the rest is for people, in the quick reference's words.
     """
@@ -108,11 +108,11 @@ def pending_answer(future: Future) -> HttpResponse:
 
 
 class RetrieveFutureView(SdkView):
-    """A future's result, held back until there is one or the poll's time is up."""
+    """A future's result; the poll is held until it is final or the time is up."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "request_id": REQUEST_ID,
-        "allow_metadata_only": Flag(description="A size will do.", default=False),
+        "allow_metadata_only": Flag(description="Only the size is needed.", default=False),
     }
 
     def post(self, request: Request) -> Awaitable[HttpResponse]:
@@ -133,7 +133,7 @@ class RetrieveFutureView(SdkView):
 
 
 class CancelFutureView(SdkView):
-    """Withdraw a request that nobody waits for any more; too late is no error."""
+    """Cancel a request that the client no longer waits for; too late is no error."""
 
     fields: ClassVar[Mapping[str, Field]] = {"request_id": REQUEST_ID}
 

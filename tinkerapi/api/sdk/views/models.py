@@ -43,7 +43,7 @@ def check_lora_config(value: Any, where: str) -> dict[str, Any]:
 
 
 def check_optimizer_config(value: Any, where: str) -> str:
-    """The optimizer's family, of which there is one."""
+    """The optimizer's family; there is only one."""
     if not isinstance(value, dict):
         raise refuse(where, 'an object such as {"type": "adamw"}', value)
     if value.get("type", OPTIMIZER) != OPTIMIZER:
@@ -65,7 +65,7 @@ OPTIMIZER_CONFIG = Custom(
 
 
 class CreateModelView(SdkView):
-    """Make the session's model of a number; asking twice makes one."""
+    """Make the session's model of a number; asking twice makes one model."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "session_id": SESSION_ID,
@@ -114,7 +114,7 @@ class GetInfoView(SdkView):
                 "type": "get_info",
                 "model_id": run.name,
                 "model_name": run.base_model,
-                # The client samples from, and loads the tokenizer of, what model_name says.
+                # The client samples from model_name and loads its tokenizer.
                 "model_data": {"model_name": run.base_model, "tokenizer_id": run.base_model},
                 "is_lora": True,
                 "lora_rank": run.rank,

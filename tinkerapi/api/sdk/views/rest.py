@@ -1,4 +1,4 @@
-"""Runs and checkpoints by address: list, describe, publish, keep for a time, delete."""
+"""Runs and checkpoints by address: list, describe, publish, set a time to live, delete."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TrainingRunView(SdkView):
 
 
 def described(request: Request, checkpoints: Iterable[Checkpoint]) -> list[dict[str, Any]]:
-    """Checkpoints in a list; the SDK's own are as it knows them, others say their global path."""
+    """Checkpoints in a list; those not made by the SDK also give their global path."""
     is_sdk = is_sdk_dialect(request._request)
     return [
         checkpoint_description(checkpoint) | ({} if is_sdk else published_description(checkpoint))
@@ -105,8 +105,8 @@ class CheckpointView(SdkView):
 class CheckpointPublishView(SdkView):
     """Publish a checkpoint to everybody with a key (POST), or withdraw it (DELETE).
 
-    A repetition succeeds: the SDK would retry a 409 for minutes. The SDK is answered nothing, as
-    it expects; others get the path to give away.
+    Publishing twice succeeds: the SDK would retry a 409 for minutes. The SDK expects an empty
+    answer; other clients get the path to give away.
     """
 
     def post(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
@@ -124,7 +124,7 @@ class CheckpointPublishView(SdkView):
 
 
 class CheckpointTtlView(SdkView):
-    """Have a checkpoint deleted after some seconds from now; null keeps it."""
+    """Set the seconds after which a checkpoint is deleted; null keeps it."""
 
     seconds: ClassVar[Integer] = Integer(description="From now.", minimum=0)
 

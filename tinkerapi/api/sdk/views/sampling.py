@@ -42,12 +42,12 @@ from training.services.sampling_sessions import (
 from training.types import SamplingParams
 
 SEQ_IDS_PER_CLIENT = 10**9
-"""A client's number times this is where its seq ids begin; the SDK counts so."""
+"""A client's seq ids begin at its number times this, as in the SDK."""
 
 MAX_CLIENT = 2**63 // SEQ_IDS_PER_CLIENT - 1
 
 MAX_CURSOR = 2**53
-"""Microseconds; what any JSON reader holds exactly, and two centuries from now."""
+"""Microseconds; any JSON reader represents it exactly, and it is two centuries from now."""
 
 LOOK_BACK_MICROSECONDS = 5_000_000
 
@@ -55,7 +55,7 @@ SAMPLING_SESSION_ID = Text(description="The sampling session.", required=True, m
 
 
 class CreateSamplingSessionView(SdkView):
-    """Settle what a client samples from."""
+    """Create a sampling session of a base model or a checkpoint."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "session_id": SESSION_ID,
@@ -71,7 +71,7 @@ class CreateSamplingSessionView(SdkView):
 
 
 class SamplerView(SdkView):
-    """Say what a sampling session samples from."""
+    """Describe a sampling session."""
 
     def get(self, request: Request, sampling_session_id: str) -> HttpResponse:
         found = sampling_session_get(
@@ -87,7 +87,7 @@ class SamplerView(SdkView):
 
 
 class JoinSamplingSessionView(SdkView):
-    """Give one more client of a sampling session a number of its own."""
+    """Give another client of a sampling session its own number."""
 
     fields: ClassVar[Mapping[str, Field]] = {"sampling_session_id": SAMPLING_SESSION_ID}
 
@@ -100,8 +100,8 @@ class JoinSamplingSessionView(SdkView):
 class SampleView(SdkView):
     """Continue one prompt.
 
-    What is wrong is refused at once: the numbers of a sampling session have no order, so none
-    must be used up.
+    An invalid request is refused at once: the numbers of a sampling session have no order, so a
+    refused request need not use its number.
     """
 
     takes_data = True
@@ -167,18 +167,20 @@ def _check_request_ids(value: Any, where: str) -> list[Any]:
 
 
 class RetrieveFuturesView(SdkView):
-    """Which samples of one client of a sampling session are final, held back until one is.
+    """Lists a client's final samples of a sampling session; the poll is held until there is one.
 
-    The client keeps the cursor, so nothing is kept here and a restart changes nothing.
+    The client keeps the cursor, so the server keeps no state and may restart.
     """
 
     fields: ClassVar[Mapping[str, Field]] = {
         "target": Custom(
             description="Whose samples.", required=True, checker=_check_target, json={}
         ),
-        "prev_cursor": Integer(description="What was told.", maximum=MAX_CURSOR, default=0),
+        "prev_cursor": Integer(
+            description="The cursor of the last answer.", maximum=MAX_CURSOR, default=0
+        ),
         "timeout": Number(
-            description="Most seconds to hold the answer; 0 is a look.", maximum=MAX_FLOAT
+            description="Most seconds to hold the poll; 0 answers at once.", maximum=MAX_FLOAT
         ),
         # Results are kept as long as the retention says, whether they were fetched or not.
         "retrieved_request_ids": Custom(
@@ -217,7 +219,7 @@ class RetrieveFuturesView(SdkView):
             lambda: threads.in_database_thread(completions, cursor),
             timeout_seconds=min(POLL_SECONDS, timeout_seconds or POLL_SECONDS),
         )
-        if answer is None:  # what a cancellation may have passed by; to be told twice is harmless
+        if answer is None:  # results missed because of a cancellation; repeating one is harmless
             look_back = max(cursor - LOOK_BACK_MICROSECONDS, 0)
             answer = await threads.in_database_thread(completions, look_back)
         return answer or _completions_answer([], cursor)

@@ -1,4 +1,4 @@
-"""Sessions, flags, limits: what the SDK asks before and beside its work."""
+"""Sessions, flags and limits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_TAGS = 100
 
 
 def check_metadata(value: Any, where: str) -> dict[str, Any]:
-    """A small object for the user's own use, kept as it is."""
+    """A small object for the user's own use, stored unchanged."""
     if not isinstance(value, dict):
         raise refuse(where, "an object", value)
     check_json(value, where)
@@ -43,11 +43,13 @@ def check_tags(value: Any, where: str) -> list[str]:
 
 
 def check_free_text(value: Any, where: str) -> str:
-    """Text of any use or none."""
+    """Any text, or none."""
     return Text(description="", max_length=10_000).check(value, where) if value != "" else ""
 
 
-METADATA = Custom(description="The user's own.", default={}, checker=check_metadata, json={})
+METADATA = Custom(
+    description="The user's own metadata.", default={}, checker=check_metadata, json={}
+)
 
 
 class ClientConfigView(SdkView):
@@ -58,14 +60,14 @@ class ClientConfigView(SdkView):
 
 
 class DynamicConfigView(SdkView):
-    """The flags a client asks for again from time to time."""
+    """The flags that a client reads again from time to time."""
 
     def post(self, request: Request) -> HttpResponse:
         return JSONResponse(dynamic_flags())
 
 
 class TelemetryView(SdkView):
-    """Take what the client says of itself, and drop it unread: its events may hold its API key."""
+    """Accept telemetry and drop it unread: its events may contain the API key."""
 
     def post(self, request: Request) -> HttpResponse:
         return JSONResponse({"status": "accepted"})
@@ -89,7 +91,7 @@ class CreateSessionView(SdkView):
 
 
 class SessionHeartbeatView(SdkView):
-    """Note that the client lives; 410 tells it to stop saying so."""
+    """Record that the client lives; 410 tells it to stop its heartbeats."""
 
     fields: ClassVar[Mapping[str, Field]] = {"session_id": SESSION_ID}
 
@@ -109,7 +111,7 @@ def _check_reason(value: Any, where: str) -> str:
 
 
 class SessionFinishView(SdkView):
-    """End a session; nothing more can be asked of its models."""
+    """End a session; its models accept no further requests."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "reason": Custom(

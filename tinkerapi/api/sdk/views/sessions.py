@@ -1,4 +1,4 @@
-"""Sessions looked at from outside: list, describe, move to a project, search, trace."""
+"""Management of sessions: list, describe, move to a project, search, trace."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SessionView(SdkView):
 
 
 class SessionProjectView(SdkView):
-    """Move a session to a project, which is a label here."""
+    """Move a session to a project, which is only a label."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "project_id": Text(description="The project.", required=True)
@@ -149,7 +149,7 @@ def _cursor(last: Session) -> dict[str, Any]:
 
 
 class SessionTraceView(SdkView):
-    """Link to the timeline of a session's requests, which is made when it is fetched."""
+    """Link to the timeline of a session's requests, which is computed when it is fetched."""
 
     def get(self, request: Request, session_id: str) -> HttpResponse:
         session = session_get(owner_id=owner_of(request), session_id=session_id)

@@ -23,7 +23,7 @@ class ForwardBackwardView(NumberedView):
     takes_data = True
     takes_protobuf = True
     forward_only: ClassVar[bool] = False
-    """True for the address that clients before 0.25 use instead of the flag."""
+    """True for the route that clients before 0.25 use instead of the flag."""
 
     def submit(
         self, body: bytes | dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
@@ -48,7 +48,7 @@ class ForwardBackwardView(NumberedView):
 
 
 class ForwardView(ForwardBackwardView):
-    """Compute the loss of some data and leave the gradient as it is."""
+    """Compute the loss of some data and leave the gradient unchanged."""
 
     forward_only = True
 
@@ -67,7 +67,7 @@ class OptimStepView(NumberedJSONView):
     fields: ClassVar[Mapping[str, Field]] = {
         "adam_params": ADAM_PARAMS,
         "optimizer_params": Custom(
-            description="Of another family.", checker=_refuse_params, json={}
+            description="Parameters of another optimizer.", checker=_refuse_params, json={}
         ),
     }
 

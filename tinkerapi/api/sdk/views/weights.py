@@ -1,4 +1,4 @@
-"""Weights: save them, load them, make a model from them, say what they are, copy them."""
+"""Weights: save, load, make a model from them, describe, copy."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def check_recipient_list(value: Any, where: str) -> list[str]:
 
 
 def check_lender(value: Any, where: str) -> int:
-    """The id of the user whose key, or token for a key, this is: with it what is theirs may be
-    read."""
+    """The id of the user whose key (or token for a key) this is; it gives read access to that
+    user's checkpoints."""
     given = Text(description="", max_length=4000).check(value, where)
     api_key = token_verify(given) if given.startswith(TOKEN_PREFIX) else api_key_verify(given)
     if api_key is None:
@@ -64,7 +64,7 @@ LENDER = Custom(description="Another user's key.", checker=check_lender, json={}
 
 
 class SaveWeightsView(NumberedJSONView):
-    """Keep the model with its optimizer state under a name."""
+    """Save the model with its optimizer state under a name."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "path": NAME,
@@ -83,13 +83,13 @@ class SaveWeightsView(NumberedJSONView):
 
 
 class SaveWeightsForSamplerView(NumberedJSONView):
-    """Keep the model's weights to sample from: under a name, or as a new sampling session."""
+    """Save the model's weights to sample from: under a name, or as a new sampling session."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "path": Custom(description="The name.", checker=check_checkpoint_name, json={}),
         "sampling_session_seq_id": Integer(description="Instead of a name.", maximum=MAX_SEQ_ID),
         "kind": Choice(
-            description="Both freeze the weights as they are.",
+            description="Both freeze the current weights.",
             choices=("snapshot", "inflight"),
             default="snapshot",
         ),
@@ -103,7 +103,7 @@ class SaveWeightsForSamplerView(NumberedJSONView):
         name, number = body["path"], body["sampling_session_seq_id"]
         if (name is None) == (number is None):
             raise InvalidRequest(
-                "path, sampling_session_seq_id: give exactly one of them; a name keeps a "
+                "path, sampling_session_seq_id: give exactly one of them; a name makes a "
                 "checkpoint, a number makes a sampling session"
             )
         if number is not None:
@@ -125,7 +125,7 @@ class SaveWeightsForSamplerView(NumberedJSONView):
 
 
 class SaveWeightsExternalView(NumberedJSONView):
-    """Write the model's weights as the files that peft reads, encrypted if asked to be."""
+    """Write the model's weights as files for peft, encrypted if requested."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "path": NAME,
@@ -150,7 +150,7 @@ class SaveWeightsExternalView(NumberedJSONView):
 
 
 class LoadWeightsView(NumberedJSONView):
-    """Make a model what a checkpoint holds; without a ``model_id``, make the model from it."""
+    """Load a checkpoint into a model; without a ``model_id``, make a model from it."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "path": PATH,
@@ -171,7 +171,7 @@ class LoadWeightsView(NumberedJSONView):
         try:
             body = self.json_body(request)
         except (APIException, TrainingError):
-            return super().post(request)  # which uses its number up if it had one
+            return super().post(request)  # which uses its number if it had one
         if "model_id" in body or "session_id" not in body:
             return super().post(request)
         return self._create(check_fields(self.creation_fields, body), owner_of(request))
@@ -203,7 +203,7 @@ class LoadWeightsView(NumberedJSONView):
 
 
 class WeightsInfoView(SdkView):
-    """Say of which base model and shape a checkpoint is."""
+    """Describe a checkpoint's base model and LoRA shape."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "tinker_path": PATH,
@@ -232,7 +232,7 @@ class WeightsInfoView(SdkView):
 
 
 class CopyWeightsView(SdkView):
-    """Copy a checkpoint that one may read to a run of one's own; asking twice makes one copy."""
+    """Copy a readable checkpoint to a run of the caller; asking twice makes one copy."""
 
     fields: ClassVar[Mapping[str, Field]] = {
         "source_path": PATH,
