@@ -1,4 +1,4 @@
-"""The Django project as an app: keys, commands, the HTTP face."""
+"""The Django project as an app: keys, commands, HTTP."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ class TinkerapiConfig(AppConfig):
 
 
 def _audit_admin(instance: Any, created: bool, **kwargs: Any) -> None:
-    """What the admin notes in a row's history goes to the audit log too.
+    """Copy the admin's history entries to the audit log.
 
-    A signal, because the admin writes its history itself, also for pages that are not ours.
+    A signal, because the admin writes its history itself, even for other packages' pages.
     """
     from training.audit import audit_record
 

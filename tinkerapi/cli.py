@@ -1,4 +1,4 @@
-"""The command lines: ``tinkerapi`` knows our commands, ``manage.py`` Django's too."""
+"""The command lines: ``tinkerapi`` has our commands, ``manage.py`` Django's too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import metadata
 GROUPS = {
     "Run": {
         "up": "start and supervise everything",
-        "doctor": "check each part, one line each",
+        "doctor": "check each part and print a line for each",
         "preparemodel": "make the folder of a base model",
         "engineworker": "serve one base model; `up` starts these",
     },
@@ -19,27 +19,27 @@ GROUPS = {
     "Requests and runs": {
         "replayfuture": "submit requests again, as new futures",
         "replayrun": "rebuild a run from its log, and compare",
-        "crashdrill": "kill a server's parts, and compare with an unbroken run",
+        "crashdrill": "kill a server's parts, and compare with an undisturbed run",
     },
     "Data": {
         "backup": "write database and files to a new folder",
         "restore": "fill a new data folder from a backup",
-        "prunefutures": "drop old payloads and results",
-        "sweepfiles": "list or delete folders that no row names",
+        "prunefutures": "delete old payloads and results",
+        "sweepfiles": "list or delete folders that no row refers to",
     },
 }
-"""Our commands and what they do, as ``tinkerapi help`` lists them: it loads no Django."""
+"""Our commands with descriptions for ``tinkerapi help``, which does not load Django."""
 
 _DO_NOT_SAY_IT = ("up", "preparemodel", "engineworker", "crashdrill")
-"""The first prints it among its lines, and starts the next two, whose lines stand among its own;
-the last makes a folder of its own."""
+"""Commands that do not print the data folder: ``up`` prints it among its lines and starts the next
+two; the last makes its own folder."""
 
 SHELLS = {
     "bash": 'complete -W "{words}" tinkerapi',
     "zsh": "compctl -k '({words})' tinkerapi",
     "fish": "complete -c tinkerapi -n __fish_use_subcommand -f -a '{words}'",
 }
-"""What a shell runs to complete the names of our commands."""
+"""The shell code that completes the names of our commands."""
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> None:
         arguments: As ``sys.argv``: the program's name first.
 
     Raises:
-        SystemExit: A setting makes no sense, or Postgres does not answer; in a sentence.
+        SystemExit: A setting is invalid, or Postgres does not answer; with a message.
     """
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tinkerapi.settings")
     arguments = _take_config(arguments)
@@ -82,12 +82,12 @@ def run(arguments: Sequence[str]) -> None:
     try:
         _say_data_folder(arguments)
         execute_from_command_line(arguments)
-    except ImproperlyConfigured as error:  # a setting that makes no sense
+    except ImproperlyConfigured as error:  # an invalid setting
         sys.exit(str(error))
     except (OperationalError, psycopg.OperationalError) as error:
         from tinkerapi.server.upgrade import database_down_reason
 
-        # Without ``up`` nobody runs the embedded Postgres: a sentence, not a traceback.
+        # Without ``up`` the embedded Postgres does not run: print a message, not a traceback.
         reason = database_down_reason(error)
         if reason is None:
             raise
@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _say_data_folder(arguments: Sequence[str]) -> None:
-    """Say on which data folder a command of ours works; what it prints itself stays alone."""
+    """Print the data folder of one of our commands, on standard error."""
     from django.conf import settings
 
     name = arguments[1] if len(arguments) > 1 else ""
@@ -105,8 +105,8 @@ def _say_data_folder(arguments: Sequence[str]) -> None:
 
 
 def _take_config(arguments: Sequence[str]) -> list[str]:
-    """Every command's ``--config FILE`` as TINKERAPI_CONFIG, since settings are read before any
-    command sees its arguments."""
+    """Turn ``--config FILE`` of any command into TINKERAPI_CONFIG, since settings are read before
+    the command parses its arguments."""
     rest: list[str] = []
     values = iter(arguments)
     for argument in values:
@@ -126,8 +126,8 @@ def _help() -> str:
     for group, commands in GROUPS.items():
         lines += [group, *(f"  {name:14} {does}" for name, does in commands.items()), ""]
     lines += [
-        "tinkerapi COMMAND --help says more. Each takes --config FILE: base models, as TOML.",
-        "tinkerapi completion SHELL prints what makes a shell complete these names.",
+        "tinkerapi COMMAND --help has details. Each takes --config FILE: base models, as TOML.",
+        "tinkerapi completion SHELL prints shell code that completes these names.",
     ]
     return "\n".join(lines)
 

@@ -1,10 +1,10 @@
-"""Django twice in one process: whole for pages in a browser, bare for the API.
+"""Django twice in one process: complete for pages in a browser, minimal for the API.
 
-Sessions, CSRF, messages and the rest serve the admin. In front of an API request they cost
-more than the API itself (about twelve visits to a thread, 1.5 to 2 ms of CPU, of which the
-view needs 0.6), so API requests go round them. What the API needs of them it does itself:
+Sessions, CSRF, messages and other middleware serve the admin. For an API request they cost
+more than the API itself (about twelve switches to a thread, 1.5 to 2 ms of CPU, of which the
+view needs 0.6), so API requests bypass them. The API does the necessary parts itself:
 ``AsyncAPIView`` checks the Host header, ``JSONResponse`` sets its headers, and the threads of
-``async_view`` look after their connections, which is what Django's request signals are for.
+``async_view`` maintain their connections, which is the purpose of Django's request signals.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ApiHandler(ASGIHandler):
     """Django's request handling without middleware, request signals and threads of its own."""
 
     def load_middleware(self, is_async: bool = False) -> None:
-        """What Django's own does when no middleware is installed."""
+        """The same as Django's without any middleware."""
         self._view_middleware: list[object] = []
         self._template_response_middleware: list[object] = []
         self._exception_middleware: list[object] = []
@@ -39,7 +39,7 @@ class ApiHandler(ASGIHandler):
         self._middleware_chain = convert_exception_to_response(respond)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one request, or give it up when its client goes away."""
+        """Answer one request, or stop when its client disconnects."""
         try:
             body_file = await self.read_body(receive)
         except RequestAborted:
@@ -51,29 +51,29 @@ class ApiHandler(ASGIHandler):
                 await self.send_response(error, send)
                 return
             answering = asyncio.ensure_future(self._answer(cast(HttpRequest, request), send))
-            gone = asyncio.ensure_future(receive())  # nothing but a disconnect can come now
+            gone = asyncio.ensure_future(receive())  # only a disconnect can arrive now
             try:
                 await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
                 has_left = not answering.done()
             finally:
-                answering.cancel()  # nothing, once it is done
+                answering.cancel()  # no effect once it is done
                 gone.cancel()
                 await asyncio.wait((answering, gone))
             if has_left:
                 await client_left(cast(HttpRequest, request))
             if not answering.cancelled():
-                answering.result()  # raises what it raised
+                answering.result()  # raises its exception
 
     async def _answer(self, request: HttpRequest, send: Any) -> None:
         await self.send_response(await self.run_get_response(request), send)
 
 
 def build_application() -> Application:
-    """The ASGI application: both handlers behind the gate that bodies have to pass, and OpenAI's
-    shape around all."""
+    """The ASGI application: both handlers behind the checks of request bodies, and OpenAI's
+    error shape around all."""
     pages = get_asgi_application()
     api = ApiHandler()
-    # Not before Django is set up.
+    # Imported here, because Django must be set up first.
     from tinkerapi.api.admission import admit
     from tinkerapi.api.keyless import is_local_host
 
@@ -88,7 +88,7 @@ def build_application() -> Application:
             await send({"type": "websocket.close"})  # before it is accepted: 403
         elif scope["type"] == "http":
             if settings.TLS and not is_local_host(_host(scope)):
-                scope["scheme"] = "https"  # as the client wrote it, to the proxy before us
+                scope["scheme"] = "https"  # the scheme that the client used with the proxy
             await limited(scope, receive, send)
 
     return application

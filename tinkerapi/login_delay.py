@@ -1,13 +1,14 @@
-"""Slows guessing of the admin's passwords down, without shutting the right person out.
+"""Slows down the guessing of admin passwords without locking out the right person.
 
-Counted are failures of a user from an address, of an address, and of a user from anywhere. Each
-counter has some free failures; then every further one closes it for twice as long as the last, up
-to a minute (a user from anywhere: up to five seconds). While one is closed no password is looked
-at, and that does not lengthen the wait, so that the right password is in after it. A user's own
-address, from which a login succeeded lately, does not wait for what others try under the name.
+It counts failures of a user from one address, of an address, and of a user from all addresses. Each
+counter has some free failures; every further one delays the next attempt for twice as long as the
+last, up to a minute (a user from all addresses: up to five seconds). During the delay no password
+is checked, and an attempt does not lengthen it, so the right password works after it. A user's own
+address, from which a login succeeded recently, does not wait because of others' attempts for the
+name.
 
-An attempt counts as failed before its password is looked at, in one transaction with the look at
-the counters, and is taken back when it succeeds: so a thousand at once are no more than one by one.
+An attempt counts as failed before its password is checked, in the same transaction that checks
+the counters, and is uncounted if it succeeds: so a thousand concurrent attempts gain nothing.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from tinkerapi.models import FailedLogins
 from training.audit import audit_logged_in_lately
 
 FORGET = timedelta(hours=1)
-"""After so long without a failure a counter begins anew."""
+"""After this time without a failure a counter starts again at zero."""
 
 KNOWN = timedelta(days=30)
-"""How long an address is a user's own after a login."""
+"""How long an address counts as a user's own after a login."""
 
 
 @dataclass(frozen=True)
 class _Counter:
     key: str
     free: int
-    """Failures that close nothing."""
+    """Failures without a delay."""
     longest_seconds: int
 
 
-# In the order of keys, for two attempts that lock each other's rows would wait for ever.
+# In the order of keys, because two attempts that lock each other's rows would deadlock.
 _COUNT = """
 INSERT INTO tinkerapi_failedlogins AS known (key, failures, last_at, closed_until)
 SELECT key, 1, statement_timestamp(), statement_timestamp()
@@ -61,7 +62,7 @@ WHERE known.key = counted.key
 
 
 def client_address(request: HttpRequest) -> str:
-    """Where a request comes from; of an IPv6 address the part that a customer is given whole."""
+    """The client's address; of an IPv6 address only the network prefix of one customer."""
     address = str(request.META.get("REMOTE_ADDR", ""))
     try:
         parsed = ipaddress.ip_address(address)
@@ -73,7 +74,7 @@ def client_address(request: HttpRequest) -> str:
 
 
 def login_begin(*, username: str, address: str) -> float:
-    """Count an attempt as failed; 0 if its password may be looked at, else the seconds to wait.
+    """Count an attempt as failed; 0 if its password may be checked, else the seconds to wait.
 
     An attempt that has to wait is not counted. Opens its own transaction.
     """
@@ -91,7 +92,7 @@ def login_begin(*, username: str, address: str) -> float:
 
 
 def login_succeeded(*, username: str, address: str) -> None:
-    """Take the attempt back that ``login_begin`` counted, and forget the user's earlier ones."""
+    """Uncount the attempt of ``login_begin``, and clear the user's earlier failures."""
     of_pair, of_address, of_user = _every_counter(username, address)
     with transaction.atomic(using=alias()):
         FailedLogins.objects.filter(key__in=[of_pair.key, of_user.key]).delete()
@@ -106,7 +107,7 @@ def login_succeeded(*, username: str, address: str) -> None:
 
 
 def _forget() -> None:
-    """Delete what has been quiet for long, except what another attempt counts right now."""
+    """Delete counters without recent failures, except those that another attempt has locked."""
     old = FailedLogins.objects.filter(last_at__lt=timezone.now() - 2 * FORGET)
     with transaction.atomic(using=alias()):
         keys = list(old.select_for_update(skip_locked=True).values_list("key", flat=True)[:1000])

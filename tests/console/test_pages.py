@@ -247,7 +247,7 @@ def test_a_request_page_says_why_there_is_no_result(
         "Result": "none: it failed",
     }
     assert re.search(
-        r"Workers that ended under it.*?readonly[^>]*>2<", answer.content.decode(), re.S
+        r"Workers that ended while it ran.*?readonly[^>]*>2<", answer.content.decode(), re.S
     )
 
 

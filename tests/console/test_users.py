@@ -67,7 +67,7 @@ def test_a_name_that_cannot_be_is_refused_in_the_form(console: Client, username:
 def test_the_form_says_what_a_password_is_for(console: Client) -> None:
     html = console.get(ADD).content.decode()
 
-    assert "Only the admin asks for it; the API takes a key." in html
+    assert "Only the admin uses it; the API uses keys." in html
     assert "LDAP" not in html
 
 
@@ -78,4 +78,4 @@ def test_a_persons_page_says_what_they_store(console: Client, settings: Settings
     page = console.get(reverse("admin:auth_user_change", args=[ada.pk])).content.decode()
 
     assert "0 bytes: checkpoints 0 bytes, snapshots of models 0 bytes" in page.replace("\xa0", " ")
-    assert "Of 5.0 GB that one user may take." in page.replace("\xa0", " ")
+    assert "The limit of one user is 5.0 GB." in page.replace("\xa0", " ")

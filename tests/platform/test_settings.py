@@ -66,7 +66,7 @@ EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, go
         (
             "doctor",
             {"TINKERAPI_CONFIG": "CONFIG", "TINKERAPI_DTYPE": "float32"},
-            "TINKERAPI_DTYPE: TINKERAPI_CONFIG is set and says it; unset one of them",
+            "TINKERAPI_DTYPE: TINKERAPI_CONFIG is set and replaces it; unset one of them",
         ),
     ],
 )
@@ -96,8 +96,8 @@ def test_a_setting_that_makes_no_sense_is_one_sentence_of_any_command(
         ("garbage", f"{EXPECTED} a URL of another kind"),
         ("mysql://db/name", f"{EXPECTED} a URL of another kind"),
         ("sqlite://:memory:", f"{EXPECTED} a URL of another kind"),
-        ("postgresql://db:notaport/name", f"{EXPECTED} something that is no such URL"),
-        ("postgresql://db:99999/name", f"{EXPECTED} something that is no such URL"),
+        ("postgresql://db:notaport/name", f"{EXPECTED} a value that is not a URL"),
+        ("postgresql://db:99999/name", f"{EXPECTED} a value that is not a URL"),
         ("postgresql://", f"{EXPECTED} one without a NAME"),
         ("postgresql://db/name?ssl_mode=x", 'DATABASE_URL: invalid connection option "ssl_mode"'),
     ],

@@ -1,1 +1,1 @@
-"""What an operator may set: environment variables, and a TOML file for base models."""
+"""The operator's settings: environment variables, and a TOML file for base models."""

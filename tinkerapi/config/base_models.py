@@ -1,4 +1,4 @@
-"""Base models as an operator names them: TINKERAPI_BASE_MODEL, or tables of a TOML file."""
+"""The operator's base models: from TINKERAPI_BASE_MODEL, or tables of a TOML file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 def base_models_from_names(
     values: Sequence[str], *, device: str, dtype: str, cache_bytes: int = 0
 ) -> list[BaseModelConfig]:
-    """Of ``NAME``, ``FOLDER`` or ``NAME=PATH`` each; a folder's name is its last part.
+    """Parse ``NAME``, ``FOLDER`` or ``NAME=PATH``; a folder's name is its last part.
 
     Args:
-        device: That of all of them.
-        dtype: That of all of them.
+        device: The device of all of them.
+        dtype: The dtype of all of them.
         cache_bytes: That of all of them.
 
     Raises:
@@ -35,7 +35,7 @@ def base_models_from_names(
     """
     found = []
     for value in values:
-        is_path = is_folder(value)  # which may have an equals sign of its own
+        is_path = is_folder(value)  # a folder's path may contain an equals sign
         name, has_path, path = (value, "", "") if is_path else value.partition("=")
         name, path = name.strip(), path.strip()
         if has_path and not (name and path):
@@ -58,10 +58,10 @@ def base_models_from_names(
 def base_models_from_file(path: Path) -> list[BaseModelConfig]:
     """The ``[[base_model]]`` tables of a TOML file, in order; the first is the default.
 
-    Relative folders in it (``./models/qwen``) begin at the file's own folder.
+    Relative folders in it (``./models/qwen``) are relative to the file's folder.
 
     Raises:
-        ImproperlyConfigured: It cannot be read, or a key or value in it makes no sense. The message
+        ImproperlyConfigured: It cannot be read, or a key or value in it is invalid. The message
             names file, table and key.
     """
     try:
@@ -117,6 +117,6 @@ def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) 
 
 
 def _public_name(path: str) -> str:
-    """What clients call a base model that has only a path: a folder's last part."""
-    # Path's own expanduser fails for an unknown user, whose folder is one that is not there.
+    """The name of a base model that has only a path: the path's last part."""
+    # Path.expanduser raises for an unknown user; here that is just a folder that does not exist.
     return Path(os.path.expanduser(path)).resolve().name if is_folder(path) else path

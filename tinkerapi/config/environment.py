@@ -1,4 +1,4 @@
-"""Readers of environment variables; a value that makes no sense stops the start with a sentence."""
+"""Readers of environment variables; an invalid value stops the start with a message."""
 
 import os
 import re
@@ -22,19 +22,20 @@ REMOVED = {"TINKERAPI_RESIDENT_ADAPTERS": "TINKERAPI_ADAPTER_CACHE_BYTES, in byt
 _read: set[str] = set()
 
 LARGEST = 10**9
-"""What a number may be where nothing else limits it: as seconds, thirty years."""
+"""The largest number if no other limit applies: as seconds, thirty years."""
 
 
 def env_text(name: str, default: str = "") -> str:
-    """The variable's value as it is; the default where it is not set."""
+    """The variable's value, unchanged; the default if it is not set."""
     _read.add(name)
     return os.environ.get(name, default)
 
 
 def refuse_unknown_variables() -> None:
-    """Stop the start if a variable of ours is set that no reader has asked for.
+    """Stop the start if a TINKERAPI_ variable is set that no reader has read.
 
-    Call it after the last one. Those that begin with ``TINKERAPI_TEST_`` are the test suite's.
+    Call it after the last reader. Variables that begin with ``TINKERAPI_TEST_`` are the test
+    suite's.
     """
     known = {name for name in _read if name.startswith(PREFIX)} | set(OTHERS)
     for name, instead in REMOVED.items():
@@ -46,10 +47,10 @@ def refuse_unknown_variables() -> None:
 
 
 def refuse_beside(name: str, *others: str) -> None:
-    """Stop the start if a variable is set beside one that it takes the place of."""
+    """Stop the start if a variable is set together with one that it replaces."""
     for other in others:
         if env_text(name) and env_text(other):
-            raise ImproperlyConfigured(f"{other}: {name} is set and says it; unset one of them")
+            raise ImproperlyConfigured(f"{other}: {name} is set and replaces it; unset one of them")
 
 
 def env_bool(name: str, default: bool) -> bool:
@@ -96,8 +97,8 @@ def env_names(name: str, default: str) -> list[str]:
 
 
 def env_hosts(name: str, default: str) -> list[str]:
-    """Comma-separated host names or addresses; one with a scheme, a port or a path stops the start,
-    for no request would ever match it."""
+    """Comma-separated host names or addresses. One with a scheme, a port or a path stops the start,
+    because no request would ever match it."""
     hosts = env_list(name, default)
     for host in hosts:
         if "/" in host or (":" in host and not host.startswith("[")) or "]:" in host:
@@ -108,7 +109,7 @@ def env_hosts(name: str, default: str) -> list[str]:
 
 
 def env_origins(name: str) -> list[str]:
-    """Comma-separated origins; one without its scheme stops the start."""
+    """Comma-separated origins; one without a scheme stops the start."""
     origins = env_list(name)
     for origin in origins:
         if not origin.startswith(("http://", "https://")):
@@ -126,14 +127,14 @@ def env_url(name: str) -> str:
 
 def env_database(name: str) -> dj_database_url.DBConfig:
     """Django's settings for the Postgres of a URL; anything else stops the start."""
-    # The value is not repeated: it may hold a password.
+    # The value is not shown: it may contain a password.
     expected = f"{name}: expected postgresql://USER:PASSWORD@HOST:PORT/NAME"
     try:
         database = dj_database_url.parse(env_text(name).strip())
     except dj_database_url.UnknownSchemeError:
         raise ImproperlyConfigured(f"{expected}, got a URL of another kind") from None
     except ValueError:
-        raise ImproperlyConfigured(f"{expected}, got something that is no such URL") from None
+        raise ImproperlyConfigured(f"{expected}, got a value that is not a URL") from None
     if database["ENGINE"] != "django.db.backends.postgresql":
         raise ImproperlyConfigured(f"{expected}, got a URL of another kind")
     options = {**database.get("OPTIONS", {})}
@@ -148,8 +149,8 @@ def env_database(name: str) -> dj_database_url.DBConfig:
 
 
 def kept_secret(path: Path) -> str:
-    """The secret that ``up`` keeps there, so that a command signs queue entries as the server
-    does; a fresh one, good for this process only, where there is none to read."""
+    """The secret that ``up`` stores there, so that a command signs queue entries as the server
+    does. If there is none to read, a new one for this process only."""
     try:
         return path.read_text().strip() or secrets.token_urlsafe(50)
     except OSError:

@@ -1,11 +1,11 @@
-"""The right name for a wrong one."""
+"""Suggests the correct name for a misspelt one."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that refuses ``name``: the known name that is meant, or all of them."""
+    """The end of an error about ``name``: the most similar known name, or all known names."""
     choices = sorted(known)
     near = get_close_matches(name, choices, n=1)
     if near:

@@ -1,1 +1,1 @@
-"""What a person sees in a browser: the admin, its dashboard, the manual, the login."""
+"""The pages for a browser: the admin, its dashboard, the manual, the login."""

@@ -1,8 +1,8 @@
-"""Content-Security-Policy: what a browser may load and run for a page of ours, nothing of it from
-elsewhere.
+"""Content-Security-Policy: a browser may load and run only this server's own content
+for our pages.
 
-The policy is a second wall behind the escaping of what users name their runs: text that becomes
-markup by mistake still runs no script and reports nothing to anybody.
+The policy is a second protection besides the escaping of user-defined names: text that becomes
+markup by mistake still runs no script and sends nothing elsewhere.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ GetResponse = Callable[[HttpRequest], HttpResponseBase | Awaitable[HttpResponseB
 
 HEADER = "Content-Security-Policy"
 
-# Styles stand in the pages themselves, in attributes too; pictures of the admin's look are data.
+# Styles are inline, in attributes too; the admin theme's images are data URLs.
 _EVERYWHERE = (
     "default-src 'none'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'; script-src "
 )
 POLICY = _EVERYWHERE + "'self'"
 ADMIN_POLICY = _EVERYWHERE + "'self' 'unsafe-eval'"
-"""The admin's look uses Alpine, which compiles the expressions in its templates."""
+"""The admin theme uses Alpine, which compiles the expressions in its templates."""
 
 
 def policy_for(path: str) -> str:

@@ -1,7 +1,7 @@
-"""The admin's front page: what runs, what waits, what failed, and how full the disk is.
+"""The admin's front page: running, waiting and failed requests, and disk usage.
 
-Reads only, a fixed number of queries, each on an index. A staff user who is no superuser sees
-the numbers of what is theirs; workers are everybody's, for everybody waits for them.
+It only reads, with a fixed number of queries, each on an index. Staff users who are not superusers
+see the figures of their own objects. Everybody sees workers, because everybody waits for them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _first_hour() -> datetime:
 
 
 def _tiles(still_open: dict[str, int], hourly: Hourly) -> list[Context]:
-    """The numbers at the top: what is open now, and what became of the last day's requests."""
+    """The figures at the top: open requests, and the outcomes of the last day's requests."""
     numbers = {str(state): 0 for state in State} | still_open
     for state in (State.READY, State.FAILED, State.CANCELLED):
         numbers[state] = sum(number for (_, of), number in hourly.items() if of == state)
@@ -91,7 +91,7 @@ def _futures_chart(hourly: Hourly) -> str:
 
 
 def _workers_table() -> Context:
-    """The newest worker of every base model that is served, and all that live or say so."""
+    """The newest worker of every served base model, and all that live or are marked live."""
     return {
         "headers": ["Worker", "State", "Queue", "Heartbeat", "Device", "Memory"],
         "rows": [
@@ -144,7 +144,7 @@ def _failures_table(owner_id: int | None) -> Context:
 
 
 def _storage(owner_id: int | None) -> Context:
-    """How full the data folder's disk is, and how much of that is what people saved."""
+    """Usage of the data folder's disk, and the part of it that users saved."""
     try:
         disk = shutil.disk_usage(settings.DATA_DIR)
     except OSError:

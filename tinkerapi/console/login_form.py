@@ -1,4 +1,4 @@
-"""The admin's login: slow after failures, and every look at a password is in the audit log."""
+"""The admin's login: delayed after failures, and every checked password is in the audit log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from unfold.forms import AuthenticationForm
 from tinkerapi.login_delay import client_address, login_begin, login_succeeded
 from training.audit import audit_login
 
-MAX_USERNAME = 150  # of Django's users; what is longer is somebody's, and is not kept whole
+MAX_USERNAME = 150  # Django's limit; longer input is not stored completely
 
 
 class LoginForm(AuthenticationForm):  # type: ignore[misc]  # unfold has no types
-    """Unfold's form; while the login is closed, no password is looked at."""
+    """Unfold's form; while the login is delayed, no password is checked."""
 
     def clean(self) -> dict[str, Any]:
         username = self.cleaned_data.get("username")
@@ -24,7 +24,7 @@ class LoginForm(AuthenticationForm):  # type: ignore[misc]  # unfold has no type
             cleaned: dict[str, Any] = super().clean()
             return cleaned
         address = client_address(self.request)
-        # As the database knows the user: nobody has two names.
+        # Normalized as in the database: nobody has two names.
         username = User.normalize_username(username)[:MAX_USERNAME]
         if wait := login_begin(username=username, address=address):
             raise ValidationError(

@@ -15,16 +15,16 @@ from markdown import Markdown  # type: ignore[import-untyped]  # it ships no ann
 DOCS_DIR = Path(__file__).parents[1] / "docs"
 
 READ_FIRST = ("quick-reference", "tinker-sdk", "openai", "losses", "text", "checkpoints", "sdk")
-"""Clients' pages, in the order in which they are of use; those for operators follow."""
+"""Pages for clients, in reading order; those for operators follow."""
 
 _LINK = re.compile(r'href="([\w-]+)\.md(#[^"]*)?"')
 
 
 @cache
 def titles() -> dict[str, str]:
-    """File name without suffix to title: first what a newcomer reads first, then by name.
+    """File name without suffix to title: READ_FIRST first, then by name.
 
-    Pages are looked up here and nowhere else, so a name from an address never becomes a path.
+    Pages are looked up only here, so a name from an address never becomes a path.
     """
     paths = sorted(DOCS_DIR.glob("*.md"), key=lambda path: (_rank(path.stem), path.stem))
     return {path.stem: _title(path) for path in paths}
@@ -78,7 +78,7 @@ def _rendered(name: str) -> tuple[SafeString, SafeString]:
         extensions=["extra", "toc", "sane_lists"],
         extension_configs={"toc": {"toc_depth": "2-3", "permalink": "#"}},
     )
-    # Files link to each other by file name, which also works where people read them as files.
+    # Pages link to each other by file name, which also works when they are read as files.
     html = _LINK.sub(r'href="\1\2"', markdown.convert(source))
     contents = getattr(markdown, "toc", "")
     return mark_safe(html), mark_safe(contents)  # noqa: S308

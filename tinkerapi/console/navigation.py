@@ -12,7 +12,7 @@ Context = dict[str, Any]
 
 
 def stylesheet(request: HttpRequest) -> str:
-    """The address of the few rules that unfold has no class for."""
+    """The address of our few CSS rules for which unfold has no class."""
     return static("tinkerapi/admin.css")
 
 
@@ -22,7 +22,7 @@ def favicon(request: HttpRequest) -> str:
 
 
 def navigation(request: HttpRequest) -> list[Context]:
-    """The sidebar: the console first, then who may use it, then the queue's inside."""
+    """The sidebar: the console first, then users and keys, then the queue's internals."""
     superuser = bool(request.user.is_superuser)
 
     def item(title: str, icon: str, name: str) -> Context:

@@ -1,4 +1,4 @@
-"""What a browser's page answers to an address that names what cannot exist: never a 500."""
+"""Answers for page addresses with impossible values: never a 500."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinkerapi.api.errors import UNSTORABLE, bad_request, page_not_found
 
 
 class ImpossiblePageMiddleware(MiddlewareMixin):
-    """400 for a value that no column can hold, 404 for a page that a list does not have."""
+    """400 for a value that no column can store, 404 for a page that a list does not have."""
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse | None:
         if isinstance(exception, UNSTORABLE):

@@ -1,1 +1,1 @@
-"""What the console's pages are made of: lists, links, labels, charts, previews, filters."""
+"""The building blocks of the console's pages: lists, links, labels, charts, previews, filters."""

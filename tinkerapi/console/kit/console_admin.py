@@ -1,9 +1,9 @@
-"""The admin as a console: pages are windows on rows, and their few verbs call services.
+"""The admin as a console: read-only pages of rows, whose few actions call services.
 
 Nothing is added, edited or deleted through a form. Superusers see every row; other staff
-users see what they own, without needing permissions for it. A verb is asked for twice (its
-dialog is the second time) and comes in a POST, so that no link on another page can pull it.
-Lists stay cheap on a table of millions: no full count, no sorting but by an index.
+users see the rows that they own, without needing permissions for them. An action needs confirmation
+in a dialog and is sent as a POST, so no link on another page can trigger it. Lists stay cheap on a
+table of millions: no full count, sorting only by an index.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Outcome = TypeVar("Outcome")
 Method = TypeVar("Method", bound=Callable[..., HttpResponse])
 
 COUNT_LIMIT = 10_000
-"""Rows that a list counts and pages through; what lies behind is found by search and filters."""
+"""Rows that a list counts and pages through; further rows are found by search and filters."""
 
 
 UNANSWERABLE = (DataError, ProgrammingError, IndexError, OverflowError, TypeError, ValueError)
-"""What a query raises whose conditions somebody wrote into an address."""
+"""Errors of a query with hand-written conditions from an address."""
 
 
 class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at run time
@@ -49,10 +49,10 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg]  # no subscript at 
 
 
 class CarefulList(ChangeList):  # type: ignore[misc]  # unfold has no type information
-    """A list that answers filters which no query can be made of: years, ranges, ids.
+    """A list that handles filters that cannot be made into a query: years, ranges, ids.
 
-    Django looks for such mistakes when it composes the query, but most show when it is run. They
-    then look like any mistake in a list's address: the page says so and shows no rows.
+    Django looks for such mistakes when it composes the query, but most appear when it runs. They
+    are then handled like any mistake in a list's address: the page shows the error and no rows.
     """
 
     def get_results(self, request: HttpRequest) -> None:
@@ -63,7 +63,7 @@ class CarefulList(ChangeList):  # type: ignore[misc]  # unfold has no type infor
 
 
 class ConsoleList(CarefulList):
-    """A list that offers "show all" only where something is hidden by a search or a filter."""
+    """A list that offers "show all" only if a search or a filter hides rows."""
 
     def get_results(self, request: HttpRequest) -> None:
         super().get_results(request)
@@ -72,12 +72,12 @@ class ConsoleList(CarefulList):
 
 
 class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type information
-    """A read-only window on the rows of one model."""
+    """Read-only pages for the rows of one model."""
 
     owner_path: ClassVar[str | None] = "owner"
-    """Lookup from the row to the user who owns it; None for what belongs to nobody."""
+    """Lookup from the row to the user who owns it; None if rows have no owner."""
     refusals: ClassVar[tuple[type[Exception], ...]] = (FutureError,)
-    """Errors of services whose sentence is shown to the person."""
+    """Errors of services whose message is shown to the person."""
 
     paginator = BoundedPaginator
     show_full_result_count = False
@@ -94,12 +94,12 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
         return rows.filter(**{self.owner_path: request.user.pk})
 
     def get_list_display(self, request: HttpRequest) -> list[str]:
-        """Who owns a row is news to superusers only."""
+        """Show the owner to superusers only; others see only their own rows."""
         names = super().get_list_display(request)
         return [name for name in names if name != "owner_link" or request.user.is_superuser]
 
     def get_list_filter(self, request: HttpRequest) -> list[Any]:
-        """A filter over users would tell who else is here."""
+        """No filter by user, because it would show the other users' names."""
         filters = super().get_list_filter(request)
         return [
             item
@@ -109,7 +109,7 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
         ]
 
     def get_fieldsets(self, request: HttpRequest, obj: Model | None = None) -> Any:
-        """Without the owner for whom it is only themselves, and whose page they may not open."""
+        """Without the owner field for users who see only their own rows."""
         fieldsets = super().get_fieldsets(request, obj)
         if request.user.is_superuser:
             return fieldsets
@@ -137,7 +137,8 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
         return False
 
     def matches(self, request: HttpRequest, object_id: str | None, **condition: Any) -> bool:
-        """Whether a verb makes sense for the row of this page; without a row, whether ever."""
+        """Whether an action is possible for the row of this page; without a row, whether it ever
+        is."""
         if object_id is None:
             return True
         rows = self.get_queryset(request)
@@ -156,9 +157,9 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
     def attempt(
         self, request: HttpRequest, row: Model, sentence: str, verb: Callable[[], Outcome]
     ) -> Outcome | None:
-        """Call a service for a row; say and note in the row's history what was done.
+        """Call a service for a row; show the result and record it in the row's history.
 
-        A refusal of the service is shown as its own sentence, and the outcome is None.
+        The message of a service's error is shown, and the result is None.
         """
         try:
             outcome = verb()
@@ -184,7 +185,7 @@ def verb(
     """A button of a page that opens a dialog, whose form then posts to the method.
 
     ``permission`` names a method ``has_<permission>_permission``, which hides the button too;
-    ``answer`` is the dialog's button that goes on, beside its own "Cancel".
+    ``answer`` is the label of the dialog's confirm button, beside its "Cancel".
     """
     decorate: Callable[[Method], Method] = action(
         description=label,
@@ -202,12 +203,12 @@ def verb(
 
 
 def redirect(request: HttpRequest, url: str) -> HttpResponse:
-    """Send the browser to another page, also out of a dialog, whose form htmx has posted."""
+    """Send the browser to another page, even from a dialog, whose form htmx has posted."""
     if request.headers.get("HX-Request"):
         return HttpResponse(headers={"HX-Redirect": url})
     return HttpResponseRedirect(url)
 
 
 def _without_owner(line: str | Sequence[str]) -> str | Sequence[str]:
-    """A line of a page's fields, less ``owner_link``."""
+    """A line of a page's fields, without ``owner_link``."""
     return line if isinstance(line, str) else [name for name in line if name != "owner_link"]

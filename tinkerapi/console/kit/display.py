@@ -1,6 +1,6 @@
-"""How the admin shows things: links, coloured states, times, text as it stands.
+"""How the admin shows values: links, coloured states, times, unchanged text.
 
-Whatever comes from a client passes through ``format_html`` or a template, which escape it.
+All values from clients pass through ``format_html`` or a template, which escape them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def changelist_url(model: type[Model]) -> str:
 
 
 def link(row: Model | None, text: str | None = None) -> SafeString | None:
-    """A link to a row's page, or None when there is no row."""
+    """A link to a row's page, or None if there is no row."""
     return link_to(type(row), row.pk, text or str(row)) if row is not None else None
 
 
@@ -77,17 +77,17 @@ def state_label(state: str) -> SafeString:
 
 
 def one_line(text: str) -> SafeString:
-    """Text cut to the width of its column, whole for who points at it."""
+    """Text cut to the width of its column, in full on hover."""
     return format_html('<span class="console-line" title="{}">{}</span>', text, text)
 
 
 def preformatted(text: str) -> SafeString:
-    """Text as it stands, escaped, wrapped where it is wide."""
+    """Text unchanged, escaped, with long lines wrapped."""
     return format_html('<pre class="console-text">{}</pre>', text)
 
 
 def moment(value: datetime | None) -> SafeString | None:
-    """``6 min ago`` or ``in 29 d``, with the exact time for who points at it."""
+    """``6 min ago`` or ``in 29 d``, with the exact time on hover."""
     if value is None:
         return None
     seconds = round((timezone.now() - value).total_seconds())

@@ -1,4 +1,4 @@
-"""Filters of the admin's lists that cost an index and no more."""
+"""Filters of the admin's lists that only need an index."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from django.utils.dateparse import parse_date, parse_time
 from unfold.contrib.filters.admin import RadioFilter, RangeDateTimeFilter
 
 RECENT_ROWS = 1000
-"""How many of the newest rows tell which kinds there are to filter by."""
+"""Number of newest rows whose kinds are offered as filters."""
 
 
 class KindFilter(RadioFilter):  # type: ignore[misc]  # unfold has no type information
-    """By kind, offering those of the newest rows: no pass over the whole table."""
+    """By kind, offering those of the newest rows, without a scan of the whole table."""
 
     title = "kind"
     parameter_name = "kind"
@@ -34,7 +34,7 @@ class KindFilter(RadioFilter):  # type: ignore[misc]  # unfold has no type infor
 class MomentFilter(RangeDateTimeFilter):  # type: ignore[misc]  # unfold has no type information
     """Between two moments of the server's time zone; a date without a time is its whole day.
 
-    Unfold's own takes naive times and leaves out, without a word, a date that has no time.
+    Unfold's own takes naive times and silently ignores a date without a time.
     """
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
@@ -48,10 +48,12 @@ class MomentFilter(RangeDateTimeFilter):  # type: ignore[misc]  # unfold has no 
             try:
                 day = parse_date(date_text)
                 clock = parse_time(time_text) if time_text else default
-            except ValueError:  # well formed, and no such day
+            except ValueError:  # well formed, but not a valid date
                 day = clock = None
             if day is None or clock is None:
-                messages.error(request, f"{self.title}: not a date and a time, so not filtered by")
+                messages.error(
+                    request, f"{self.title}: not a date and a time, so this filter is ignored"
+                )
                 continue
             moment = timezone.make_aware(datetime.combine(day, clock))
             queryset = queryset.filter(**{f"{self.parameter_name}__{lookup}": moment})

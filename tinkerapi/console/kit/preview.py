@@ -1,6 +1,6 @@
 """A decoded payload or result as a few lines of text that a person can read.
 
-However large the value, the text is small: long lists show their first items, arrays their
+The text is small for any value: long lists show their first items, arrays their
 shape and first numbers, strings their beginning. The text is not HTML; a template escapes it.
 """
 
@@ -16,7 +16,7 @@ from futures import payload
 from futures.errors import PayloadTooLarge
 
 MAX_BYTES = 64 * 1024 * 1024
-"""Larger bodies, decompressed, are not opened for a page."""
+"""Larger bodies (decompressed) are not shown."""
 MAX_LINES = 80
 MAX_ITEMS = 4  # of a list of structures
 MAX_KEYS = 24  # of a mapping
@@ -26,7 +26,7 @@ MAX_DEPTH = 6
 
 
 def body_preview(data: bytes | memoryview) -> str:
-    """The lines of a stored payload or result, or one line that says why there are none."""
+    """The lines of a stored payload or result, or one line that says why they cannot be shown."""
     try:
         value = payload.decode(bytes(data), max_bytes=MAX_BYTES)
     except PayloadTooLarge:

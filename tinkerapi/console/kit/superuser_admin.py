@@ -1,4 +1,4 @@
-"""Pages of other packages' models, which superusers alone see."""
+"""Pages of other packages' models, which only superusers see."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinkerapi.console.kit.console_admin import CarefulList
 
 
 class SuperuserAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type information
-    """Pages that only superusers see, whatever permissions other staff users were given."""
+    """Pages that only superusers see, whatever permissions other staff users have."""
 
     def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[CarefulList]:
         return CarefulList

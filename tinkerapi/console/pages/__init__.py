@@ -1,1 +1,1 @@
-"""The admin's pages, one file for each thing; importing one registers it."""
+"""The admin's pages, one file for each kind of object; importing one registers it."""

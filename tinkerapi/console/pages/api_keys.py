@@ -1,4 +1,4 @@
-"""API keys in the admin: for superusers, and for whoever owns them."""
+"""API keys in the admin: for superusers and the keys' owners."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tinkerapi.services import MAX_EXPIRY_DAYS, api_key_create, api_key_revoke
 
 
 class NewKeyForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information
-    """Whose key, and for how long."""
+    """The key's user and its lifetime."""
 
     user: forms.ModelChoiceField[User] = forms.ModelChoiceField(
         None, widget=UnfoldAdminSelectWidget
@@ -53,7 +53,8 @@ class NewKeyForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type in
 
 @admin.register(ApiKey)
 class ApiKeyAdmin(ConsoleAdmin):
-    """Keys by their prefix; the key itself is shown once, when it is made, and its hash never."""
+    """Keys by their prefix; the key itself is shown once, when it is made; its hash is never
+    shown."""
 
     owner_path = "user"
     list_display = (
@@ -97,7 +98,7 @@ class ApiKeyAdmin(ConsoleAdmin):
         return super().get_queryset(request).defer("key_hash")
 
     def lookup_allowed(self, lookup: str, value: str, request: HttpRequest) -> bool:
-        """Not by hash: a list filtered by its beginnings would spell it out."""
+        """Not by hash: filtering by prefixes would reveal it."""
         allowed: bool = super().lookup_allowed(lookup, value, request)
         return allowed and not lookup.startswith("key_hash")
 
@@ -135,7 +136,7 @@ class ApiKeyAdmin(ConsoleAdmin):
         danger=True,
         question="Revoke this key?",
         answer="Revoke the key",
-        explanation="Requests that carry it are refused from now on, for good.",
+        explanation="Requests with this key are refused from now on. This cannot be undone.",
     )
     def revoke(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         api_key = self.row(request, object_id)
@@ -164,7 +165,7 @@ class ApiKeyAdmin(ConsoleAdmin):
         form_class=NewKeyForm,
     )
     def new_key(self, request: HttpRequest, form: NewKeyForm) -> HttpResponse:
-        """Make a key and show it in this one answer: not in a message or a session, which last."""
+        """Make a key and show it in this answer only: messages and sessions would keep it."""
         days = form.cleaned_data["expires_in_days"]
         api_key, key = api_key_create(
             user=form.cleaned_data["user"],
@@ -174,7 +175,7 @@ class ApiKeyAdmin(ConsoleAdmin):
         )
         self.log_addition(request, api_key, "made")
         response = render(request, "admin/tinkerapi/apikey/new_key.html", {"key": key})
-        # Take the place of the whole dialog, whose form would otherwise be there to send again.
+        # Replace the whole dialog; otherwise its form could be sent again.
         response["HX-Retarget"] = "#modal-content"
         response["HX-Reselect"] = "#dialog"
         response["HX-Reswap"] = "innerHTML"

@@ -1,4 +1,4 @@
-"""The audit log in the admin: a window, for superusers; nothing in it can be changed."""
+"""The audit log in the admin: read-only, for superusers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.models import AuditEvent
 
 @admin.register(AuditEvent)
 class AuditEventAdmin(ConsoleAdmin):
-    """Who did what, the newest first."""
+    """Audit events, the newest first."""
 
     list_display = ("event", "done", "actor_link", "owner_link", "tinker_path")
     list_filter = (

@@ -1,4 +1,4 @@
-"""Checkpoints and snapshots in the admin: what is kept, for whom, and how large it is."""
+"""Checkpoints and snapshots in the admin: contents, owner and size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from training.services import checkpoint_delete
 
 @admin.register(Checkpoint)
 class CheckpointAdmin(ConsoleAdmin):
-    """What people saved, and how much room it takes."""
+    """Saved checkpoints and their size."""
 
     owner_path = "run__owner"
     refusals = (FutureError, TrainingError)
@@ -116,7 +116,7 @@ class CheckpointAdmin(ConsoleAdmin):
         danger=True,
         question="Delete this checkpoint?",
         answer="Delete the checkpoint",
-        explanation="Its files are gone for good.",
+        explanation="Its files are deleted. This cannot be undone.",
     )
     def delete_checkpoint(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         checkpoint = self.row(request, object_id)
@@ -131,7 +131,7 @@ class CheckpointAdmin(ConsoleAdmin):
 
 @admin.register(Snapshot)
 class SnapshotAdmin(ConsoleAdmin):
-    """What the server keeps for itself, to rebuild runs after a crash."""
+    """The server's own saved states, for rebuilding runs after a crash."""
 
     owner_path = "run__owner"
     list_display = ("snapshot", "run_link", "seq_id", "step", "size", "write_time", "created")

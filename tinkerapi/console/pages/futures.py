@@ -1,4 +1,4 @@
-"""Futures in the admin: look, cancel what waits, replay what ran."""
+"""Futures in the admin: view, cancel waiting ones, replay finished ones."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from training.models import Run
 from training.overview import run_ids_named, with_run_names
 
 MAX_REPLAYS = 5
-"""Links to replays on a request's page."""
+"""Most links to replays on a request's page."""
 
 
 @admin.register(Future)
 class FutureAdmin(ConsoleAdmin):
-    """The requests of everybody, or one's own, newest first."""
+    """All requests for superusers, the user's own for others, newest first."""
 
     refusals = (FutureError, TrainingError)
     list_display = (
@@ -102,8 +102,8 @@ class FutureAdmin(ConsoleAdmin):
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Future], search_term: str
     ) -> tuple[QuerySet[Future], bool]:
-        """Also by a run's name, and by an id as the list shows it: digits without their prefix,
-        cut short."""
+        """Also by a run's name, and by an id as the list shows it: without its prefix,
+        shortened."""
         found, may_have_duplicates = super().get_search_results(request, queryset, search_term)
         digits = search_term.strip().removesuffix("…")
         if re.fullmatch(r"[0-9a-f]{4,32}", digits):
@@ -119,7 +119,7 @@ class FutureAdmin(ConsoleAdmin):
         obj: Future | None = None,
         **kwargs: Any,
     ) -> TemplateResponse:
-        """Add what the request carried and what came of it."""
+        """Add the request's payload and its result."""
         if obj is not None:
             context["bodies"] = future_bodies(obj)
             context["facts"] = obj.summary_line.split("  ") if obj.summary else []
@@ -144,7 +144,7 @@ class FutureAdmin(ConsoleAdmin):
 
     @admin.display(description="Run")
     def lane_link(self, future: Future) -> SafeString | None:
-        """Its run, or the lane of a sampling session."""
+        """Its run, or the lane of its sampling session."""
         name = getattr(future, "run_name", None)
         if name is None or future.lane_id is None:
             return link(future.lane)
@@ -152,7 +152,7 @@ class FutureAdmin(ConsoleAdmin):
 
     @admin.display(description="Run")
     def place(self, future: Future) -> SafeString | None:
-        """Its lane, and where in it."""
+        """Its lane, and its number there."""
         lane = self.lane_link(future)
         return lane and format_html(
             '<span class="whitespace-nowrap">'
@@ -165,7 +165,7 @@ class FutureAdmin(ConsoleAdmin):
     def worker_link(self, future: Future) -> SafeString | None:
         return link(future.worker)
 
-    @admin.display(description="Workers that ended under it")
+    @admin.display(description="Workers that ended while it ran")
     def ended_workers(self, future: Future) -> int:
         return future.attempts + future.interruptions
 
@@ -196,7 +196,7 @@ class FutureAdmin(ConsoleAdmin):
 
     @admin.display(description="Waited")
     def waited(self, future: Future) -> str | None:
-        """From the submission to the claim; so far, while it still waits."""
+        """From the submission to the claim, or to now while it waits."""
         end = future.started_at or future.finished_at or timezone.now()
         return duration(end - future.created_at)
 
@@ -228,7 +228,7 @@ class FutureAdmin(ConsoleAdmin):
         danger=True,
         question="Cancel this request?",
         answer="Cancel the request",
-        explanation="It has no result then. Whoever waits for it is told that it was cancelled.",
+        explanation="It will have no result. Clients that wait are told that it was cancelled.",
     )
     def cancel(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         future = self.row(request, object_id)
@@ -241,8 +241,8 @@ class FutureAdmin(ConsoleAdmin):
         icon="replay",
         question="Submit this request again?",
         answer="Submit again",
-        explanation="The same request joins the end of its lane as a new future. "
-        "One that trains changes its run once more.",
+        explanation="The same request is added at the end of its lane as a new future. "
+        "A training request changes its run again.",
     )
     def replay(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
         future = self.row(request, object_id)
@@ -275,7 +275,7 @@ class FutureAdmin(ConsoleAdmin):
 
 
 def short_id(future: Future) -> str:
-    """Enough of the request id to tell requests apart; the page has the whole."""
+    """A part of the request id that distinguishes requests; the page has the whole id."""
     return f"{future.pk.removeprefix('future_')[:8]}…"
 
 
@@ -284,14 +284,14 @@ def request_link(future: Future | None) -> SafeString | None:
 
 
 def summary_text(future: Future) -> str:
-    """What a table says of a future in one line: its error, or its small facts."""
+    """A future in one line of a table: its error, or its summary."""
     if future.error:
         return future.error.split("\n")[0][:200]
     return future.summary_line.replace("  ", " · ")[:200]
 
 
 def future_bodies(future: Future) -> list[dict[str, str]]:
-    """What a future's page shows of payload and result; loads both."""
+    """Payload and result for a future's page; loads both."""
     pruned = "pruned by the retention policy"
     no_result = {State.FAILED: "none: it failed", State.CANCELLED: "none: it was cancelled"}.get(
         State(future.state), pruned if future.pruned_at else "none yet"

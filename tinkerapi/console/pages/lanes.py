@@ -1,4 +1,4 @@
-"""Lanes in the admin: what runs in order, and how far it has come."""
+"""Lanes in the admin: ordered futures and their progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinkerapi.console.kit.display import link, list_link
 
 @admin.register(Lane)
 class LaneAdmin(ConsoleAdmin):
-    """What runs in order, and how far each has come."""
+    """Lanes and their progress."""
 
     list_display = ("id", "owner_link", "queue", "ordered", "next_seq_id", "last_seq_id", "futures")
     list_filter = (("owner", AutocompleteSelectFilter), ("ordered", BooleanRadioFilter))

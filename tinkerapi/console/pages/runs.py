@@ -40,12 +40,12 @@ from training.progress import MAX_REQUESTS, Progress, run_progress, with_progres
 from training.services import run_remove_submit
 
 NEWEST_ROWS = 10
-"""Of each table on a run's page."""
+"""Rows in each table on a run's page."""
 
 
 @admin.register(Run)
 class RunAdmin(ConsoleAdmin):
-    """Runs with how they go: last loss in the list, curves on the page."""
+    """Runs with their progress: last loss in the list, curves on the page."""
 
     refusals = (FutureError, TrainingError)
     list_display = (
@@ -146,7 +146,7 @@ class RunAdmin(ConsoleAdmin):
 
     @admin.display(description="Trains")
     def trains(self, run: Run) -> str:
-        """Which modules have an adapter."""
+        """The modules with an adapter."""
         if run.target_modules is not None:
             return ", ".join(run.target_modules)
         parts = {"attn": run.train_attn, "mlp": run.train_mlp, "unembed": run.train_unembed}
@@ -154,7 +154,7 @@ class RunAdmin(ConsoleAdmin):
 
     @admin.display(description="Objective")
     def objective(self, run: Run) -> str | None:
-        """Said where a name could mislead."""
+        """Shown if the loss's name could mislead."""
         if not run.own_objective:
             return None
         return "stable_reinforce: this server's own objective, not the hosted service's"
@@ -177,7 +177,7 @@ class RunAdmin(ConsoleAdmin):
         danger=True,
         question="Remove this run?",
         answer="Remove the run",
-        explanation="Its adapter leaves the worker once the requests before it are done, "
+        explanation="Its adapter leaves the worker when the requests before it are finished, "
         "and its name is free again. Its checkpoints and its history stay.",
     )
     def remove(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:

@@ -1,4 +1,4 @@
-"""Sessions in the admin: which SDK processes live, and what they sample from."""
+"""Sessions in the admin: SDK processes and their sampling sessions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.models import Run, SamplingSession, Session
 
 @admin.register(Session)
 class SessionAdmin(ConsoleAdmin):
-    """Processes of the SDK, the last heard of first."""
+    """Processes of the SDK, the latest heartbeat first."""
 
     list_display = ("id", "name", "owner_link", "state", "sdk_version", "heartbeat", "created")
     list_filter = (
@@ -77,7 +77,7 @@ class SessionAdmin(ConsoleAdmin):
 
     @admin.display(description="Sampling sessions")
     def sampling_sessions(self, session: Session) -> SafeString:
-        return list_link(SamplingSession, "what it samples from", session__id__exact=session.pk)
+        return list_link(SamplingSession, "its sampling sessions", session__id__exact=session.pk)
 
     @admin.display(description="Tags")
     def labels(self, session: Session) -> SafeString | None:
@@ -91,7 +91,7 @@ class SessionAdmin(ConsoleAdmin):
 
 @admin.register(SamplingSession)
 class SamplingSessionAdmin(ConsoleAdmin):
-    """What is sampled from: a base model, or a checkpoint."""
+    """Sampling sessions: each has a base model or a checkpoint."""
 
     owner_path = "session__owner"
     list_display = ("id", "base_model", "source", "owner_link", "num_clients", "created")
@@ -122,7 +122,7 @@ class SamplingSessionAdmin(ConsoleAdmin):
 
     @admin.display(description="Weights")
     def source(self, sampling_session: SamplingSession) -> SafeString | str | None:
-        """The checkpoint, by its path also when it is gone."""
+        """The checkpoint, shown by its path even if it is deleted."""
         path = sampling_session.model_path
         return link(sampling_session.checkpoint, path) or path or None
 

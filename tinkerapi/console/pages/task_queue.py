@@ -22,7 +22,7 @@ class ScheduledTaskAdmin(SuperuserAdmin, ScheduleAdmin):  # type: ignore[misc]  
 
 
 class QueueWindow(SuperuserAdmin):
-    """django-q2's rows are its own; they only ring, so there is nothing to mend in them."""
+    """Read-only pages: django-q2's tasks only wake the worker and need no editing."""
 
     show_full_result_count = False
     actions: ClassVar[Any] = None

@@ -29,13 +29,13 @@ for model in (User, Group):
 
 
 class NewUserForm(UserCreationForm):  # type: ignore[misc]  # unfold has no type information
-    """A new person, who needs no password to train."""
+    """A new user, who needs no password to train."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         field = self.fields["usable_password"]
         field.label = "Has a password"
-        field.help_text = "Only the admin asks for it; the API takes a key."
+        field.help_text = "Only the admin uses it; the API uses keys."
         field.choices = [("true", "Yes"), ("false", "No")]
 
 
@@ -44,9 +44,9 @@ class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # n
     form = UserChangeForm
     add_form = NewUserForm
     change_password_form = AdminPasswordChangeForm
-    # Said again: unfold's ModelAdmin stands before Django's and has an empty one.
+    # Repeated, because unfold's ModelAdmin precedes Django's and has an empty one.
     add_fieldsets = DjangoUserAdmin.add_fieldsets
-    # No permissions and groups: a person is a client, staff with their own rows, or a superuser.
+    # No permissions or groups: a user is a client, staff with their own rows, or a superuser.
     fieldsets = (
         (None, {"fields": ("username", "password")}),
         ("Person", {"fields": ("first_name", "last_name", "email")}),
@@ -60,7 +60,7 @@ class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # n
 
     @admin.display(description="Lists")
     def owned(self, user: User) -> SafeString:
-        """Links to what this person has."""
+        """Links to this user's objects."""
         lists = (
             list_link(Run, "runs", owner__id__exact=user.pk),
             list_link(Future, "futures", owner__id__exact=user.pk),
@@ -71,7 +71,7 @@ class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # n
 
     @admin.display(description="Stored")
     def stored(self, user: User) -> str:
-        """What this person's things take, and the most that one person's may."""
+        """This user's storage, and the limit of one user."""
         limit: int = settings.USER_STORAGE_BYTES
-        of_limit = f" Of {filesizeformat(limit)} that one user may take." if limit else ""
+        of_limit = f" The limit of one user is {filesizeformat(limit)}." if limit else ""
         return f"{storage_use(user.pk)}.{of_limit}"

@@ -1,4 +1,4 @@
-"""Workers in the admin: which live, on what device, and what they ran."""
+"""Workers in the admin: state, device, and the futures that they ran."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tinkerapi.console.kit.preview import value_preview
 
 @admin.register(Worker)
 class WorkerAdmin(ConsoleAdmin):
-    """Lives of workers. The queue is everybody's to see; what a worker holds is not."""
+    """Workers' lives. Everybody may see the queue, but not the futures that a worker holds."""
 
     owner_path = None
     list_display = (
@@ -64,7 +64,7 @@ class WorkerAdmin(ConsoleAdmin):
     )
 
     def get_fieldsets(self, request: HttpRequest, obj: Model | None = None) -> Any:
-        """Which adapters are resident is for superusers: their names are their owners'."""
+        """Only superusers see the resident adapters, because these have other users' names."""
         fieldsets = super().get_fieldsets(request, obj)
         return fieldsets if request.user.is_superuser else fieldsets[:1]
 
@@ -98,7 +98,7 @@ class WorkerAdmin(ConsoleAdmin):
 
     @admin.display(description="Lived")
     def lived(self, worker: Worker) -> str | None:
-        """Up to its stop, or to its last sign of life."""
+        """Until its stop, or its last heartbeat."""
         return duration((worker.stopped_at or worker.heartbeat_at) - worker.started_at)
 
     @admin.display(description="Running now")
@@ -109,19 +109,19 @@ class WorkerAdmin(ConsoleAdmin):
     def futures(self, worker: Worker) -> SafeString:
         return list_link(Future, "futures it ran", worker__id__exact=worker.pk)
 
-    @admin.display(description="As it says")
+    @admin.display(description="Reported figures")
     def all_figures(self, worker: Worker) -> SafeString:
         return preformatted(value_preview(worker.figures))
 
 
 def is_silent(worker: Worker) -> bool:
-    """It says it lives, and has not been heard of for a while."""
+    """It is marked live, but its heartbeats have stopped."""
     living = worker.state in (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
     return living and timezone.now() - worker.heartbeat_at > HEARTBEAT_TIMEOUT
 
 
 def worker_memory(worker: Worker) -> str | None:
-    """The memory that the worker last said it takes, or None if it did not."""
+    """The worker's last reported memory, or None."""
     taken = worker.figures.get("memory_bytes")
     return filesizeformat(taken) if isinstance(taken, int | float) else None
 
