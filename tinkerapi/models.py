@@ -1,5 +1,5 @@
-"""API keys: who a request speaks for. Only a hash is kept; the key is shown once. And the logins to
-the admin that failed, which slow the next ones down."""
+"""API keys, of which only a hash is stored, and failed logins to the admin, which delay
+the next ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ApiKey(models.Model):
     )
     name = models.CharField(max_length=100)
     prefix = models.CharField(max_length=12)
-    """The first characters, so that people can tell their keys apart."""
+    """The first characters, so that people can distinguish their keys."""
     key_hash = models.CharField(max_length=64, unique=True)
-    """SHA-256 of the key, which holds 256 random bits: no salt or stretching is needed."""
+    """SHA-256 of the key. It has 256 random bits, so no salt or stretching is needed."""
     created_at = models.DateTimeField(default=timezone.now)
     expires_at = models.DateTimeField(null=True, blank=True)
     """None: never."""
@@ -34,21 +34,21 @@ class ApiKey(models.Model):
 
     @property
     def is_valid(self) -> bool:
-        """Whether it opens the door now: not revoked, not expired, of an active user."""
+        """Whether it is usable now: not revoked, not expired, of an active user."""
         is_current = self.expires_at is None or self.expires_at > timezone.now()
         return self.revoked_at is None and is_current and self.user.is_active
 
 
 class FailedLogins(models.Model):
-    """Logins of one user, one address, or one user from one address that failed lately; what has
-    been quiet for long is forgotten."""
+    """Recent failed logins of one user, one address, or one user from one address; deleted after a
+    time without failures."""
 
     key = models.CharField(primary_key=True, max_length=64)
-    """A hash of what is counted; names that do not exist come too, and passwords typed as names."""
+    """A hash of the counted name or address, since people also type passwords as names."""
     failures = models.IntegerField()
     last_at = models.DateTimeField(db_index=True)
     closed_until = models.DateTimeField()
-    """Until then no password is looked at."""
+    """Until then no password is checked."""
 
     class Meta:
         verbose_name_plural = "failed logins"

@@ -1,8 +1,8 @@
-"""Which addresses are pages for a person's browser; all others are the API's."""
+"""Distinguishes pages for a browser from the API's addresses."""
 
 PREFIXES = ("/admin", "/docs", "/api/docs")
 
 
 def is_page(path: str) -> bool:
-    """Whether a browser asks for it, rather than a program."""
+    """Whether the path is a page for a browser."""
     return path.startswith(PREFIXES)

@@ -1,4 +1,4 @@
-"""Reads of API keys and users: which key is this, and whose is it?"""
+"""Reads of API keys and users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinkerapi.models import ApiKey
 
 
 def api_key_hash(key: str) -> str:
-    """SHA-256 of the key as 64 hex digits: what is stored and looked up instead of it."""
+    """SHA-256 of the key as 64 hex digits, stored and looked up instead of the key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -44,7 +44,7 @@ def _valid(condition: str, parameters: Mapping[str, Any]) -> ApiKey | None:
     if api_key is None:
         return None
     user = row_get(User, "id = %(id)s", {"id": api_key.user_id})
-    if user is None:  # removed between our two reads, and the key with it
+    if user is None:  # deleted between the two reads, and the key with it
         return None
     api_key.user = user
     return api_key if api_key.is_valid else None

@@ -1,21 +1,21 @@
-"""The crash drill: the same training twice, once with kills, and not one bit of difference.
+"""The crash drill: the same training twice, once with kills, compared bit by bit.
 
 model
-    A transformer of a few thousand parameters to train on, made on the spot.
+    A transformer of a few thousand parameters, made for the drill.
 job
-    What is trained: requests, fixed by a seed before anything is started.
+    The training: requests, fixed by a seed before the server starts.
 clients
-    Send them as real clients do: again, under the same name, until there is an answer.
+    Send the requests as real clients do: repeatedly, under the same key, until there is an answer.
 server
-    ``manage.py up`` in a scratch folder, and the processes below it.
+    ``manage.py up`` in a scratch folder, and its child processes.
 kills
-    When whom to kill, fixed by the seed too, and the thread that does it.
+    The plan of kills, also fixed by the seed, and the thread that carries it out.
 moments
-    When a kill hurts most, and how that is told from outside.
+    The worst moments for a kill, and how to detect them from outside.
 evidence
-    What a run left behind, and how two of them differ.
+    The state that a run leaves, and the differences between two runs.
 report
     The table.
 
-It knows the server from outside: HTTP, processes, files and rows.
+It uses the server from outside only: HTTP, processes, files and rows.
 """

@@ -1,8 +1,8 @@
-"""Clients as people write them: they name each request, and send it again until it is answered.
+"""Typical clients: they give each request a key, and repeat it until it is answered.
 
-What makes that safe is the server's: an Idempotency-Key (quick reference) or a place in the
-model's order (``seq_id``, the tinker SDK) names one logical request, whoever was killed between
-its commit and its answer. A client keeps every answer, word for word.
+The server makes that safe: an Idempotency-Key (quick reference) or a place in the
+model's order (``seq_id``, the tinker SDK) identifies one request, even if a process was killed
+between its commit and its answer. A client stores every answer, word for word.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tinkerapi.drill.dialects import PATHS, quick_reference_body, sdk_body
 from tinkerapi.drill.job import Request, Trainee
 from tinkerapi.drill.transport import Connection, GivenUp, Json, Progress
 
-WAIT_SECONDS = 20.0  # that an answer may be held
+WAIT_SECONDS = 20.0  # how long the server may hold a request
 
 
 @dataclass
@@ -31,27 +31,27 @@ class Client(ABC):
     answers: dict[str, str] = field(default_factory=dict)
     """Request name -> status and body of its final answer, as one text."""
     error: str = ""
-    """Why it has given up; empty if it did not."""
+    """Why it gave up; empty if it did not."""
     _began: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
-        """The whole life of the trainee; never raises."""
+        """Run all steps of the trainee; never raises."""
         try:
             self.prepare()
             for step in self.trainee.steps:
                 self.take(step)
-        except Exception as error:  # a thread's end must be told
+        except Exception as error:  # a thread must report its failure
             self.error = f"{self.trainee.name}: {type(error).__name__}: {error}"
         finally:
             self.connection.close()
 
     @property
     def model_id(self) -> str:
-        """What the server calls the trainee."""
+        """The server's id of the trainee."""
         return self.trainee.name
 
     def prepare(self) -> None:
-        """Do what comes before the first request, if anything does."""
+        """Do the work before the first request, if any."""
         return
 
     @abstractmethod
@@ -59,20 +59,20 @@ class Client(ABC):
         """Send one step's requests and keep their answers."""
 
     def begins(self, request: Request) -> None:
-        """Note that the request is sent for the first time."""
+        """Record that the request is sent for the first time."""
         self._began[request.name] = time.monotonic()
         self.progress.submits()
 
     def keeps(self, request: Request, status: int, answer: Json) -> None:
-        """Note a final answer.
+        """Record a final answer.
 
         Raises:
-            GivenUp: The server says that it failed, not the request.
+            GivenUp: The server failed, not the request.
         """
         if status >= HTTPStatus.BAD_REQUEST and "request_id" not in answer:
             raise GivenUp(f"{request.name}: {status} {answer}")
         answer.pop("request_id", None)
-        # A failed job's status depends on who says it: a call that waits, or /retrieve_future.
+        # The HTTP status of a failure differs between a waiting call and /retrieve_future.
         outcome = status if status < HTTPStatus.BAD_REQUEST else "failed"
         text = json.dumps({"status": outcome, **answer}, sort_keys=True)
         self.answers[request.name] = text.replace(self.model_id, self.trainee.name)
@@ -89,7 +89,7 @@ class Client(ABC):
 
 
 class WaitingClient(Client):
-    """Waits for each result before it asks for the next."""
+    """Waits for each result before it sends the next request."""
 
     def take(self, step: list[Request]) -> None:
         for request in step:
@@ -110,7 +110,7 @@ class FuturesClient(Client):
     def take(self, step: list[Request]) -> None:
         futures: list[tuple[Request, str]] = []
         for request in step:
-            if request.kind == "sample_kept":  # a path can be named once it is there
+            if request.kind == "sample_kept":  # the path must exist first
                 self._fetch_all(futures)
                 futures = []
             self.begins(request)
@@ -118,7 +118,7 @@ class FuturesClient(Client):
         self._fetch_all(futures)
 
     def submit(self, request: Request) -> str:
-        """Send the request; its future's id."""
+        """Send the request and return its future's id."""
         path = "asample" if request.kind.startswith("sample") else f"{PATHS[request.kind]}_async"
         body = quick_reference_body(request, self.model_id)
         return self._request_id(
@@ -141,7 +141,7 @@ class FuturesClient(Client):
 class NumberedClient(FuturesClient):
     """Numbers its requests within its model, as the tinker SDK does.
 
-    It speaks the JSON of the SDK's first versions: newer ones send the same in protobuf.
+    It uses the JSON of the SDK's first versions; newer ones send the same in protobuf.
     """
 
     session_id = ""
@@ -188,7 +188,7 @@ class NumberedClient(FuturesClient):
                 return status, answer
 
     def keeps(self, request: Request, status: int, answer: Json) -> None:
-        # A name of one life: it differs from session to session.
+        # This name differs from session to session.
         if "sampling_session_id" in answer:
             answer["sampling_session_id"] = answer["sampling_session_id"].rpartition(":")[2]
         super().keeps(request, status, answer)

@@ -1,4 +1,4 @@
-"""A drill's requests in the words of the quick reference and of the tinker SDK."""
+"""A drill's requests in the dialects of the quick reference and of the tinker SDK."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATHS = {
     "keep": "save_weights_for_sampler",
     "load": "load_weights",
 }
-"""The quick reference's, below ``/api/v1/``; a future's have ``_async`` behind them."""
+"""The quick reference's paths, below ``/api/v1/``; those that return a future end in ``_async``."""
 
 
 def quick_reference_body(request: Request, model_id: str) -> Json:
@@ -55,7 +55,7 @@ def quick_reference_body(request: Request, model_id: str) -> Json:
 
 
 def sdk_body(request: Request, model_id: str) -> tuple[str, Json]:
-    """Path and body, without the numbers that place the request in its model or session."""
+    """Path and body, without the numbers of the request in its model or session."""
     fields = request.fields
     match request.kind:
         case "create":

@@ -1,7 +1,8 @@
-"""What a run leaves behind, as plain values, and how that of two runs differs.
+"""The state that a run leaves, as plain values, and the differences between two runs.
 
-Answers as the clients got them, futures as rows, checkpoints as bytes. What may differ is left
-out: ids that are drawn, times, which worker it was and how often it was tried.
+Answers as the clients got them, futures as rows, checkpoints as bytes. Values that may differ are
+left
+out: random ids, times, worker numbers and attempts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from tinkerapi.drill.server import connect
 
 SHOWN = 160  # characters of each side of a difference
-BEFORE = 40  # of these, that are equal
+BEFORE = 40  # of these, before the first difference
 
 _FUTURES = """
 SELECT coalesce(run.name, future.lane_id, ''), future.seq_id,
@@ -44,7 +45,7 @@ SELECT (SELECT count(*) FROM futures_worker),
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All that must be equal, each by a name that both runs share."""
+    """All values that must be equal, by names that both runs share."""
 
     answers: Mapping[str, str]
     """Request -> its final answer, word for word."""
@@ -60,18 +61,18 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What happened on the way, for the table; it need not be equal."""
+    """Events of a run, for the table; they need not be equal."""
 
     workers: int
     """Worker lives."""
     repeated: int
     """Futures whose first worker died while it held them."""
     results: list[tuple[datetime, datetime]]
-    """When the worker of a future began, and when the future was finished; by the latter."""
+    """Start of a future's worker and end of the future, sorted by the latter."""
 
     def recovery_seconds(self, killed_at: datetime, until: datetime | None) -> float | None:
-        """From the kill of a worker to the next result of a later one; None if there was none
-        before ``until``, the next kill."""
+        """Seconds from the kill of a worker to the next result of a later worker; None if there was
+        none before ``until``, the next kill."""
         for worker_started_at, finished_at in self.results:
             if until is not None and finished_at >= until:
                 return None
@@ -83,11 +84,11 @@ class History:
 def collect(
     data_dir: Path, answers: Mapping[str, str], aliases: Mapping[str, str]
 ) -> tuple[Evidence, History]:
-    """Read everything of a run while its Postgres still runs.
+    """Read the complete state of a run while its Postgres still runs.
 
     Args:
-        answers: The clients', by request name.
-        aliases: Drawn names -> the names that both runs share.
+        answers: The clients' answers by request name.
+        aliases: Random names -> the names that both runs share.
     """
     with connect(data_dir) as connection:
         futures = {
@@ -106,7 +107,7 @@ def collect(
 
 
 def incomplete(evidence: Evidence, *, requests: int, failures: int) -> list[str]:
-    """A sentence for each count that is not what the job asked for: two runs that both lost
+    """A message for each count that does not match the job: two runs that both lost
     everything would be equal too."""
     failed = sum(" failed " in value for value in evidence.futures.values())
     counts = {
@@ -115,14 +116,14 @@ def incomplete(evidence: Evidence, *, requests: int, failures: int) -> list[str]
         "failed futures": (failed, failures),
     }
     return [
-        f"{what}: there are {there}, and there should be {wanted}"
+        f"{what}: found {there}, expected {wanted}"
         for what, (there, wanted) in counts.items()
         if there != wanted
     ]
 
 
 def differences(unbroken: Evidence, broken: Evidence) -> list[str]:
-    """A sentence for each difference; none if the runs are the same."""
+    """A message for each difference; none if the runs are equal."""
     return [
         f"{what}: {name}: " + _contrast(one, other)
         for what in ("answers", "futures", "checkpoints")
@@ -139,7 +140,7 @@ def _unequal(
 
 
 def _contrast(unbroken: str | None, broken: str | None) -> str:
-    """Both sides, from shortly before they begin to differ."""
+    """Both sides, from shortly before the first difference."""
     one, other = unbroken or "nothing", broken or "nothing"
     pairs = enumerate(zip(one, other, strict=False))
     equal = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,9 +1,9 @@
-"""What is trained, fixed by a seed before anything is started.
+"""The training, fixed by a seed before the server starts.
 
-A trainee is one adapter with a client of its own. Its steps are all a training loop does:
+A trainee is one adapter with its own client. Its steps are those of a training loop:
 gradients in one to three requests, some refused for a bad token, an optimizer step, samples of
-the live weights and of kept ones, checkpoints with the optimizer, and going back to one of them.
-Every result must depend on the requests alone, so each names its seed.
+the live weights and of kept ones, checkpoints with the optimizer, and loading one of them.
+Every result must depend only on the requests, so each has its own seed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from random import Random
 from typing import Any, Literal
 
 Style = Literal["waiting", "futures", "numbered"]
-"""How the client speaks: waits for each result; submits a step and fetches its futures; or
+"""The kind of client: waits for each result; submits a step and fetches its futures; or
 numbers its requests as the tinker SDK does."""
 
 STYLES: tuple[Style, ...] = ("waiting", "futures", "numbered")
 RANKS = (4, 16, 8, 2, 32, 8)
-BAD_TOKEN = 2**30  # of no vocabulary: the request fails by name and changes nothing
+BAD_TOKEN = 2**30  # in no vocabulary: the request fails and changes nothing
 TEXT_TOKENS = (5, 200)  # ids that every model has and that are not special
 MOST_TOKENS = 40  # of a datum
 
 
 @dataclass(frozen=True, kw_only=True)
 class Datum:
-    """Tokens, the ones to predict, and how much each of those counts."""
+    """Tokens, target tokens and their weights."""
 
     tokens: list[int]
     targets: list[int]
@@ -35,10 +35,10 @@ class Datum:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One thing that is asked for, in no dialect yet."""
+    """One request, independent of dialects."""
 
     name: str
-    """Unique in the job: the Idempotency-Key, where there is one."""
+    """Unique in the job: the Idempotency-Key, if there is one."""
     kind: str
     """``create``, ``forward_backward``, ``optim_step``, ``sample``, ``save``, ``load``,
     ``keep`` (weights to sample from) or ``sample_kept``."""
@@ -46,13 +46,13 @@ class Request:
 
     @property
     def must_fail(self) -> bool:
-        """Whether its own data are wrong."""
+        """Whether its data are invalid."""
         return any(BAD_TOKEN in datum.targets for datum in self.fields.get("data", ()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
-    """One adapter, and the requests of its life, step by step."""
+    """One adapter, and its requests, step by step."""
 
     name: str
     style: Style
@@ -75,7 +75,7 @@ def num_requests(job: Sequence[Trainee]) -> int:
 
 
 def num_failures(job: Sequence[Trainee]) -> int:
-    """Requests that must fail, and by their own fault."""
+    """The number of requests that must fail because of their data."""
     return sum(request.must_fail for trainee in job for request in trainee.requests)
 
 
@@ -105,7 +105,7 @@ def _step(
     if number % 7 == 3:
         yield "forward_backward", {"data": [_datum(random, bad=True)]}
     yield "optim_step", {"learning_rate": random.choice((1e-3, 3e-3)), "weight_decay": 0.01}
-    if number % 3 == 1 and style != "numbered":  # the SDK samples what was kept
+    if number % 3 == 1 and style != "numbered":  # the SDK samples from saved weights
         yield "sample", _sample(random)
     if number % 4 == 2:
         yield "save", {"name": f"step-{number}"}
@@ -115,7 +115,7 @@ def _step(
         yield "keep", {"name": f"kept-{number}"}
         yield "sample_kept", {"name": f"kept-{number}", **_sample(random)}
     if is_last:
-        # A gradient that waits for its step is part of the state too.
+        # An accumulated gradient without its step is part of the state too.
         yield "forward_backward", {"data": [_datum(random)]}
         yield "save", {"name": "final"}
 

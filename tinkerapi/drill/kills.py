@@ -1,7 +1,7 @@
-"""When whom to kill: a plan fixed by a seed, and the thread that carries it out.
+"""A plan of kills fixed by a seed, and the thread that carries it out.
 
-Kills are spread over the whole job by its progress, and within a step aimed at what is hardest
-(``moments``). The signal is SIGKILL, which nobody can prepare for.
+Kills are spread over the whole job by its progress, and within a step they aim at the worst moments
+(``moments``). The signal is SIGKILL, which no process can handle.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TARGETS: dict[Target, int] = {
     "postgres backend": 8,
     "everything": 10,
 }
-"""How often, in a hundred."""
+"""Share of kills, in percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +40,27 @@ class Kill:
     target: Target
     moment: Moment
     after_answers: int
-    """Progress of the job that it waits for."""
+    """It waits for this progress of the job."""
     delay_seconds: float
-    """From the moment on."""
+    """Delay after the moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Killed:
-    """One kill as it was."""
+    """One kill that was carried out."""
 
     kill: Kill
     at: datetime
     aimed: bool
-    """Whether its moment came; else it was any time."""
+    """Whether it hit its moment; else it came at an arbitrary time."""
 
 
 def plan_kills(*, seed: int, kills: int, requests: int) -> list[Kill]:
-    """``kills`` kills in order of progress; every target in its share, the moments drawn."""
+    """``kills`` kills in order of progress; targets in their shares, random moments."""
     random = Random(f"{seed} kills")  # noqa: S311  (a plan that can be repeated)
     targets = _shares(kills)
     random.shuffle(targets)
-    # The last tenth is left alone, so that no kill finds the job done.
+    # No kills in the last tenth, so that none comes after the end of the job.
     places = sorted(random.randrange(max(1, requests * 9 // 10)) for _ in targets)
     plan: list[Kill] = []
     for target, place in zip(targets, places, strict=True):
@@ -80,7 +80,7 @@ def plan_kills(*, seed: int, kills: int, requests: int) -> list[Kill]:
 
 
 def _shares(kills: int) -> list[Target]:
-    """So many targets, in the proportions of TARGETS, the largest remainders rounded up."""
+    """Targets for all kills in the proportions of TARGETS, largest remainders rounded up."""
     exact = {target: kills * share / 100 for target, share in TARGETS.items()}
     counts = {target: int(number) for target, number in exact.items()}
     by_remainder = sorted(exact, key=lambda target: counts[target] - exact[target])
@@ -90,7 +90,7 @@ def _shares(kills: int) -> list[Target]:
 
 
 Say = Callable[[int, Killed], None]
-"""Told of each kill, and of how many answers there were by then."""
+"""Called with each kill and the number of answers at that time."""
 
 
 class Killer:
@@ -111,17 +111,17 @@ class Killer:
         self._say = say
         self.done: list[Killed] = []
         self.error = ""
-        """Why the plan could not be carried out to its end."""
+        """Why the plan could not be completed."""
 
     def run(self, plan: Iterable[Kill]) -> None:
-        """All kills, one after another; ends early when the clients do. Never raises."""
+        """Carry out all kills in order; ends early when the clients end. Never raises."""
         try:
             for kill in plan:
                 self._wait_for_answers(kill.after_answers)
                 if self._progress.is_over:
                     return
                 self._carry_out(kill)
-        except Exception as error:  # a thread's end must be told
+        except Exception as error:  # a thread must report its failure
             self.error = f"killer: {type(error).__name__}: {error}"
 
     def _wait_for_answers(self, number: int) -> None:
@@ -131,7 +131,7 @@ class Killer:
         pid = self._find(kill.target)
         aimed = self._aim.wait_for(kill.moment)
         time.sleep(kill.delay_seconds)
-        while not self._strike(kill.target, pid):  # it has died of something else meanwhile
+        while not self._strike(kill.target, pid):  # it died for another reason meanwhile
             if self._progress.is_over:
                 return
             pid = self._find(kill.target)
@@ -140,7 +140,7 @@ class Killer:
         self._say(self._progress.answered, killed)
 
     def _strike(self, target: Target, pid: int) -> bool:
-        """Kill; False if nobody was there any more."""
+        """Kill; False if the process was gone."""
         if target == "everything":
             self._server.kill()
             return True
@@ -150,7 +150,7 @@ class Killer:
         return False
 
     def _find(self, target: Target) -> int:
-        """A process of this kind, waiting until there is one; 0 when all is over."""
+        """Wait for a process of this kind; 0 when the job has ended."""
         while not self._progress.is_over:
             found = [p.pid for p in self._server.processes() if _is(target, p, self._server)]
             if found:
@@ -160,13 +160,13 @@ class Killer:
 
 
 def _is(target: Target, process: Process, server: DrilledServer) -> bool:
-    """Whether the process is one of these; ``up``'s own children are the supervised parts."""
+    """Whether the process is of this kind; ``up``'s direct children are the supervised parts."""
     assert server.process is not None  # noqa: S101
     is_part = process.parent == server.process.pid
     command = process.command
     match target:
         case "worker":
-            # django-q2 renames the process where setproctitle is there.
+            # django-q2 renames the process if setproctitle is installed.
             return is_part and (command.startswith("qcluster") or " engineworker" in command)
         case "web":
             return is_part and "granian" in command

@@ -1,7 +1,7 @@
-"""A base model to drill on: a Llama of a few thousand parameters, written without torch.
+"""The drill's base model: a Llama of a few thousand parameters, written without torch.
 
-Wide enough that a pass goes through the same matrix kernels as a real model's, and drawn wide
-enough that its predictions are far from uniform, so that a gradient that went astray shows.
+It is wide enough that a pass uses the same matrix kernels as a real model's, and its weights are
+large enough that its predictions are far from uniform, so that a wrong gradient shows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Moments at which a kill hurts most, and how they are told from outside.
+"""The worst moments for a kill, and how to detect them from outside.
 
-Just after a submission or an answer; while results are being committed, as Postgres's list of
-what runs shows; while a snapshot or a checkpoint is half written, as its folder shows; and during
-the recovery from the kill before.
+Just after a submission or an answer; during the commit of results, as Postgres's list of
+running statements shows; while a snapshot or a checkpoint is half written, as its folder shows; and
+during the recovery from the previous kill.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MOMENTS: dict[Moment, float] = {
 """Longest time from the moment to the kill, in seconds."""
 
 FOLDERS: dict[Moment, str] = {"snapshot": "snapshots", "checkpoint": "checkpoints"}
-WAIT_SECONDS = 5.0  # a moment that does not come is not waited for any longer
+WAIT_SECONDS = 5.0  # longest wait for a moment
 LOOK_SECONDS = 0.001
 
-# The two statements of a worker's commit that take long enough to be seen.
+# The two statements of a worker's commit that take long enough to be observed.
 _COMMITTING = """
 SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND state <> 'idle' AND pid <> pg_backend_pid()
@@ -51,7 +51,7 @@ class Aim:
         self._progress = progress
 
     def wait_for(self, moment: Moment) -> bool:
-        """Wait for the moment, not for long; say whether it came."""
+        """Wait for the moment, for a limited time; return whether it came."""
         progress = self._progress
         if moment == "submission":
             submitted = progress.submitted
@@ -71,7 +71,7 @@ class Aim:
         try:
             with connect(self._data_dir) as connection:
                 return self._look(lambda: connection.execute(_COMMITTING).fetchone() != (0,))
-        except psycopg.OperationalError:  # Postgres is down; the kill comes anyway
+        except psycopg.OperationalError:  # Postgres is down; the kill is carried out anyway
             return False
 
     def _look(self, is_there: Callable[[], bool]) -> bool:
@@ -86,5 +86,5 @@ class Aim:
 def _names(folder: Path) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except FileNotFoundError:  # nothing was ever written
+    except FileNotFoundError:  # nothing was written yet
         return set()

@@ -1,4 +1,4 @@
-"""What a drill has to say: a table for the reader, and the same as JSON."""
+"""A drill's report: a table for the reader, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinkerapi.drill.run import Outcome
 
 @dataclass(frozen=True, kw_only=True)
 class DrillReport:
-    """An unbroken and a broken run of one job, side by side."""
+    """The undisturbed and the disturbed run of one job, side by side."""
 
     unbroken: Outcome
     broken: Outcome
@@ -76,7 +76,7 @@ class DrillReport:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored: the table, and what it was measured with."""
+        """The stored form: the table, and the conditions of the measurement."""
         return {
             "rows": [{"figure": name.strip(), "value": value} for name, value in self.rows()],
             "settings": self.settings,

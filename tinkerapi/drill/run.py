@@ -1,4 +1,4 @@
-"""One life of a job: a server of its own, its clients, and perhaps somebody who kills."""
+"""One run of a job: a server, its clients, and optionally kills."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tinkerapi.drill.server import DrilledServer
 from tinkerapi.drill.transport import Connection, Progress
 
 LOOK_SECONDS = 0.05
-ADMIN = "admin"  # the second owner; the first is whoever asks without a key
+ADMIN = "admin"  # the second owner; the first one sends no key
 
 
 class DrillFailed(Exception):
-    """The job did not come to its end, so there is nothing to compare."""
+    """The job did not end, so there is nothing to compare."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run left behind, and what it took."""
+    """The state that a run left, and its costs."""
 
     evidence: Evidence
     history: History
@@ -94,7 +94,7 @@ def _work(
     plan: Sequence[Kill],
     progress: Progress,
 ) -> None:
-    """Let all of them work, and start a killed server again, until the clients are done."""
+    """Run all threads, and restart a killed server, until the clients are done."""
     threads = [threading.Thread(target=client.run, daemon=True) for client in clients]
     killing = threading.Thread(target=killer.run, args=(plan,), daemon=True)
     for thread in [*threads, killing]:
@@ -117,7 +117,7 @@ def _answers(clients: Sequence[Client]) -> dict[str, str]:
 
 
 def _aliases(clients: Sequence[Client]) -> dict[str, str]:
-    """Model and session ids that were drawn -> the trainee's name."""
+    """Random model and session ids -> the trainee's name."""
     aliases = {}
     for client in clients:
         if isinstance(client, NumberedClient):

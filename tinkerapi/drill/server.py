@@ -1,4 +1,4 @@
-"""``manage.py up`` in a scratch folder, and the processes below it."""
+"""``manage.py up`` in a scratch folder, and its child processes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ STOP_SECONDS = 150.0
 LOOK_SECONDS = 0.05
 HOST = "127.0.0.1"
 COMPUTING = ("DEVICE", "DTYPE", "NUM_THREADS", "BATCH_TOKENS", "CACHE_TOKENS")
-"""What a drilled server takes over from the settings of this process: how it computes. Limits, keys
-and addresses are the defaults, whatever somebody has set for a server of theirs."""
+"""The settings that a drilled server takes from this process: those of the computation. Limits,
+keys and addresses have their defaults, whatever the operator has set."""
 
 
 class ServerFailed(Exception):
-    """The server did not do in time what it should; its log is named."""
+    """The server did not react in time; the message names its log."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DrilledServer:
     def start(self) -> None:
         """Start ``up`` and return at once; call it from the main thread.
 
-        It ends with this process, however that ends, and its parts end with it.
+        It ends when this process ends, in any way, and its parts end with it.
         """
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with (self.data_dir / "up.log").open("ab") as log:
@@ -63,7 +63,7 @@ class DrilledServer:
                     *parent_death_prefix("TERM"),
                     *(sys.executable, "-m", "tinkerapi", "up"),
                     *("--host", HOST, "--port", str(self.port)),
-                    # Dozens of kills in a minute are no sign that a part cannot live.
+                    # Dozens of kills in a minute do not mean that a part is broken.
                     *("--max-restart-delay", "0.5"),
                 ],
                 cwd=BASE_DIR,
@@ -71,7 +71,7 @@ class DrilledServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                process_group=0,  # Ctrl+C is for the drill, which stops it
+                process_group=0,  # Ctrl+C goes to the drill, which stops the server
             )
 
     def wait_until_ready(self) -> None:
@@ -87,7 +87,7 @@ class DrilledServer:
         return self.process is None or self.process.poll() is not None
 
     def stop(self) -> None:
-        """Stop it cleanly, as Ctrl+C does; without mercy if that takes too long."""
+        """Stop it cleanly, as Ctrl+C does; kill it if that takes too long."""
         if self.process is None:
             return
         self.process.send_signal(signal.SIGTERM)
@@ -99,12 +99,12 @@ class DrilledServer:
         self.process = None
 
     def kill(self) -> None:
-        """SIGKILL ``up``; everything below follows by itself."""
+        """SIGKILL ``up``; its child processes end by themselves."""
         if self.process is not None:
             self.process.kill()
 
     def processes(self) -> list[Process]:
-        """Everything below ``up``, parents before children; empty if it does not run."""
+        """All descendants of ``up``, parents before children; empty if it does not run."""
         if self.process is None:
             return []
         listing = subprocess.run(
@@ -118,12 +118,12 @@ class DrilledServer:
             pid, parent, command = line.split(maxsplit=2)
             children.setdefault(int(parent), []).append(Process(int(pid), int(parent), command))
         found = list(children.get(self.process.pid, []))
-        for process in found:  # which grows meanwhile
+        for process in found:  # which grows during the loop
             found += children.get(process.pid, [])
         return found
 
     def command(self, *arguments: str) -> str:
-        """What another ``manage.py`` command prints on this data folder."""
+        """The output of another ``manage.py`` command on this data folder."""
         done = subprocess.run(  # noqa: S603
             [sys.executable, "-m", "tinkerapi", *arguments],
             cwd=BASE_DIR,
@@ -156,7 +156,7 @@ class DrilledServer:
 
 
 def connect(data_dir: Path) -> psycopg.Connection[Any]:
-    """A connection to a server's Postgres, each statement a transaction of its own.
+    """A connection to a server's Postgres, each statement in its own transaction.
 
     Raises:
         psycopg.OperationalError: It is down.

@@ -1,4 +1,4 @@
-"""HTTP to a server that may be killed at any moment, and a count of what came of it."""
+"""HTTP to a server that may be killed at any moment, and counts of answers and retries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-PATIENCE_SECONDS = 300.0  # for one answer, whatever is killed meanwhile
+PATIENCE_SECONDS = 300.0  # for one answer, including all restarts
 SOCKET_SECONDS = 45.0  # as the SDK: longer than the server holds any answer
 PAUSES_SECONDS = (0.05, 0.1, 0.2, 0.4)
 SEND_AGAIN = (
@@ -24,11 +24,11 @@ SEND_AGAIN = (
 
 
 class GivenUp(Exception):
-    """No answer came in time, or one that no server should give."""
+    """No answer came in time, or an impossible one."""
 
 
 class Progress:
-    """What all clients together have done; somebody else may wait for it."""
+    """The progress of all clients together; other threads may wait for it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -44,7 +44,7 @@ class Progress:
             self._changed.notify_all()
 
     def answers(self, seconds: float) -> None:
-        """A result has come, so long after its request was first sent."""
+        """Record a result, and the seconds since its request was first sent."""
         with self._changed:
             self.answered += 1
             self.worst_seconds = max(self.worst_seconds, seconds)
@@ -55,13 +55,14 @@ class Progress:
             self.resent += 1
 
     def ends(self) -> None:
-        """Nobody will do anything any more."""
+        """Record that all clients have ended."""
         with self._changed:
             self.is_over = True
             self._changed.notify_all()
 
     def wait_for(self, reached: Callable[[], bool], timeout_seconds: float | None) -> bool:
-        """Wait until ``reached()``, or all is over, or the time is up; say whether reached."""
+        """Wait for ``reached()``, the end of all clients, or the timeout; return whether
+        reached."""
         with self._changed:
             self._changed.wait_for(lambda: reached() or self.is_over, timeout_seconds)
             return reached()
@@ -71,14 +72,14 @@ class Connection:
     """HTTP to one server as one user; outlives every server process."""
 
     def __init__(self, port: int, headers: Mapping[str, str], progress: Progress) -> None:
-        """``headers``: sent with every request; they say who the user is."""
+        """``headers``: sent with every request; they identify the user."""
         self._port = port
         self._headers = {"Content-Type": "application/json", **headers}
         self._progress = progress
         self._http: http.client.HTTPConnection | None = None
 
     def post(self, path: str, body: Json, **headers: str) -> tuple[int, Json]:
-        """Status and JSON of an answer that is one, sending again until there is.
+        """Status and JSON of the answer; repeats the request until there is one.
 
         Raises:
             GivenUp: There was none in PATIENCE_SECONDS.

@@ -1,4 +1,4 @@
-"""``manage.py backup FOLDER``: a backup to a new folder, while the server goes on working."""
+"""``manage.py backup FOLDER``: a backup to a new folder, while the server runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tinkerapi.server.upgrade import database_down_reason
 
 class Command(BaseCommand):
     help = (
-        "Write the database and the files that it names to a new folder. The server may go on "
-        "working; it must run, or its database must."
+        "Write the database and the files that it refers to to a new folder. The server may keep "
+        "running; it or at least its database must run."
     )
     requires_system_checks = ()
 

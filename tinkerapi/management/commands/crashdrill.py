@@ -1,4 +1,4 @@
-"""``manage.py crashdrill``: prove that nothing is lost, and that not one bit is different."""
+"""``manage.py crashdrill``: test that crashes lose nothing and change no bit."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ ENVIRONMENT = {
     "DATABASE_URL": "",  # only the embedded Postgres is ours to kill
     "TINKERAPI_SNAPSHOT_SECONDS": "0",  # as often as their cost allows, so that kills meet them
 }
-"""What the drilled servers run with; the rest is as it is for everybody."""
+"""Settings of the drilled servers; all others have their defaults."""
 SHOWN_DIFFERENCES = 20
 
 
 class Command(BaseCommand):
     help = (
-        "Train several adapters over HTTP twice, on a server of its own in a scratch folder: once "
-        "unbroken, once with SIGKILLs to worker, web, Postgres and everything. Then compare every "
-        "answer, every future and every checkpoint, byte by byte. Exits with 1 if anything "
-        "differs. The server that you run is not touched."
+        "Train several adapters over HTTP twice, on separate servers in a scratch folder: once "
+        "undisturbed, once with SIGKILLs to worker, web, Postgres and everything. Then compare "
+        "every answer, every future and every checkpoint, byte by byte. Exits with 1 if anything "
+        "differs. A running server of yours is not affected."
     )
     requires_system_checks = ()
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--kills", type=int, default=20, help="how many (default %(default)s)")
-        parser.add_argument("--seed", type=int, default=0, help="of job and kills (default 0)")
+        parser.add_argument("--seed", type=int, default=0, help="seed of job and kills (default 0)")
         parser.add_argument(
             "--steps", type=int, help="optimizer steps of each adapter (default: kills + 8)"
         )
@@ -129,6 +129,6 @@ class Command(BaseCommand):
 
 
 def _replays(data_dir: Path) -> int:
-    """As the workers' logs say."""
+    """The number of replays in the workers' logs."""
     logs = (data_dir / "logs").glob("engine-*")
     return sum(len(re.findall(r": replaying \d+ requests", log.read_text())) for log in logs)

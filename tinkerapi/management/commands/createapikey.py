@@ -1,4 +1,4 @@
-"""``manage.py createapikey USER``: a key for a user, printed this once."""
+"""``manage.py createapikey USER``: makes a key for a user and prints it once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Command(BaseCommand):
     help = "Make an API key for a user and print it; only its hash is kept."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("username", help="whose key it is")
+        parser.add_argument("username", help="the key's user")
         parser.add_argument(
             "--create-user",
             action="store_true",
-            help="make the user if there is none: an ordinary one, without a password",
+            help="make the user if it does not exist: an ordinary one, without a password",
         )
         parser.add_argument("--name", default="from the command line", help="label in the admin")
         parser.add_argument("--expires-days", type=int, help="default: the key does not expire")
@@ -44,10 +44,10 @@ class Command(BaseCommand):
             raise CommandError(f"--name: expected 1 to 100 characters, got {len(name)}")
         user = self.user_made(username) if create_user else self.user_found(username)
         if not user.is_active:
-            raise CommandError(f"user {username!r} is not active, so its keys open nothing")
+            raise CommandError(f"user {username!r} is not active, so its keys do not work")
         expires_in = timedelta(days=expires_days) if expires_days is not None else None
         api_key, key = api_key_create(user=user, name=name, expires_in=expires_in)
-        # The key alone on standard output, so that a script can take it.
+        # Only the key on standard output, so that a script can read it.
         expiry = "does not expire"
         if api_key.expires_at:
             expiry = f"expires on {api_key.expires_at:%Y-%m-%d}"

@@ -1,4 +1,4 @@
-"""``manage.py doctor``: one line per part, with what to do where something is wrong."""
+"""``manage.py doctor``: one line per part, with advice if something is wrong."""
 
 from __future__ import annotations
 

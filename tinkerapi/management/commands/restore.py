@@ -18,12 +18,12 @@ from tinkerapi.server.upgrade import database_down_reason
 class Command(BaseCommand):
     help = (
         "Fill a new data folder (TINKERAPI_DATA_DIR) and, with DATABASE_URL, a new database, from "
-        "a backup; then `up` goes on from there."
+        "a backup; then `up` continues from there."
     )
     requires_system_checks = ()
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("folder", type=Path, help="what `manage.py backup` wrote")
+        parser.add_argument("folder", type=Path, help="the folder that `manage.py backup` wrote")
 
     def handle(self, *args: Any, folder: Path, **options: Any) -> None:
         try:

@@ -15,10 +15,10 @@ class Command(BaseCommand):
     help = "Run the test suite; all arguments are pytest's."
 
     def run_from_argv(self, argv: Sequence[str]) -> None:
-        """Become pytest: its options are its own, so nothing here parses them."""
+        """Replace this process by pytest, which parses the options."""
         if not (settings.BASE_DIR / "tests").is_dir():
-            raise CommandError("the tests are in a checkout only; this is an installed package")
-        # The tests have settings of their own, which pytest reads from pyproject.toml.
+            raise CommandError("only a checkout has the tests; this is an installed package")
+        # The tests have their own settings, which pytest reads from pyproject.toml.
         environment = {k: v for k, v in os.environ.items() if k != "DJANGO_SETTINGS_MODULE"}
         os.chdir(settings.BASE_DIR)
         command = [sys.executable, "-m", "pytest", *argv[2:]]

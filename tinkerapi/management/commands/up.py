@@ -1,8 +1,8 @@
-"""``manage.py up``: everything, in one command, until Ctrl+C.
+"""``manage.py up``: runs the whole server until Ctrl+C.
 
-The order is what makes a second start fast: Postgres and the tables first (a tenth of a
+The order makes a second start fast: Postgres and the tables first (a tenth of a
 second when they exist), then web, which needs no model, then one worker per base model. Only
-the first start has long work, making the model's folder, which runs beside all that. This
+the first start has a long task, making the model's folder, which runs in parallel. This
 process loads no torch and does nothing for requests; it starts, watches, restarts and stops.
 """
 
@@ -54,21 +54,21 @@ from training.base_models import BaseModel, base_models, base_models_problem
 from training.parent_death import parent_death_prefix
 
 TICK_SECONDS = 0.1
-READY_LOOK_SECONDS = 0.5  # each look that finds the worker loading costs a query and a log line
-LOST_PART_SECONDS = 2.0  # within which readiness knows that a part has ended
+READY_LOOK_SECONDS = 0.5  # each check while the worker loads costs a query and a log line
+LOST_PART_SECONDS = 2.0  # readiness shows the end of a part within this time
 WEB_STOP_SECONDS = 5.0
-WEB_KILL_SECONDS = 3  # what a parked long poll may delay the web's end; its client asks again
+WEB_KILL_SECONDS = 3  # longest delay of web's end by a long poll; its client polls again
 WORKER_STOP_SECONDS = 120.0  # one batch; killing it sooner loses time, not work
 OPEN_REQUESTS = 8192  # parked long polls count, so granian's 1024 would be a limit on users
 
 
 class StopRequested(BaseException):
-    """A signal asked us to stop; raised wherever the main thread is."""
+    """A signal asked us to stop; raised in the main thread, anywhere."""
 
 
 class Command(BaseCommand):
     help = "Start the whole server: Postgres, web and one worker per base model."
-    requires_system_checks = ()  # web runs them; here they would cost the import of every view
+    requires_system_checks = ()  # web runs them; here they would import every view
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -92,7 +92,7 @@ class Command(BaseCommand):
         self.supervisor = Supervisor(self.say, max_delay_seconds=max_restart_delay)
         self.preparations: dict[str, subprocess.Popen[bytes]] = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup keeps its meaning
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup still works
                 signal.signal(number, self._on_signal)
         try:
             self.server = RunningServer(pid=os.getpid(), host=resolve_host(host), port=port)
@@ -103,10 +103,10 @@ class Command(BaseCommand):
         except (PreflightError, PostgresError, SchemaError) as error:
             raise CommandError(str(error)) from error
         except Refused as error:
-            # The part was a command itself, and Django has put the same word before its sentence.
+            # The part was a command too, and Django has put the same word before its message.
             raise CommandError(str(error).replace("CommandError: ", "", 1)) from error
-        except OSError as error:  # a disk that has filled up meanwhile
-            raise CommandError(f"the server cannot go on: {error}") from error
+        except OSError as error:  # for example a full disk
+            raise CommandError(f"the server cannot continue: {error}") from error
 
     def say(self, line: str) -> None:
         self.stdout.write(line)
@@ -146,7 +146,7 @@ class Command(BaseCommand):
             secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
                 settings.DATA_DIR
             )
-            # The parts of a checkout are that checkout's, whatever else is installed.
+            # A checkout's parts run from that checkout, even if the package is installed too.
             checkout = str(settings.BASE_DIR) if settings.IS_CHECKOUT else ""
             python_path = [checkout, os.environ.get("PYTHONPATH", "")]
             yield {
@@ -167,7 +167,7 @@ class Command(BaseCommand):
             call_command("collectstatic", interactive=False, verbosity=0)
             self._supervise(environment)
         finally:
-            # From here on a signal only means haste.
+            # From here on a signal only speeds up the stop.
             self.stops_requested = max(self.stops_requested, 1)
             for process in self.preparations.values():
                 process.kill()
@@ -204,7 +204,7 @@ class Command(BaseCommand):
         except OperationalError as error:
             raise PreflightError(f"the database does not answer: {_first_line(error)}") from error
         self.say(f"database  {f'{count} migrations applied' if count else 'up to date'}")
-        # Of a server that was killed: web answers before the new workers have begun.
+        # After a kill of the server, web answers before the new workers have started.
         for base_model in base_models():
             worker_mark_lost(queue=base_model.queue)
         accounts = first_accounts_ensure()
@@ -237,7 +237,7 @@ class Command(BaseCommand):
                 _log("web"),
                 WEB_STOP_SECONDS,
                 parent_death_signal="TERM",
-                stop_rank=0,  # first: nobody submits to a server that is going down
+                stop_rank=0,  # first, so that a stopping server accepts no requests
             )
         )
 
@@ -251,7 +251,7 @@ class Command(BaseCommand):
                 {**environment, "TINKERAPI_ROLE": "worker"},
                 _log(base_model.queue),
                 WORKER_STOP_SECONDS,
-                parent_death_signal="KILL",  # a batch may be long, and nothing is lost
+                parent_death_signal="KILL",  # a batch may be long, and a kill loses nothing
                 stop_rank=1,
                 watch=Watch("TINKERAPI_WATCHDOG_FD", silence_seconds=settings.HANG_SECONDS),
                 refusal_status=os.EX_CONFIG,
@@ -260,7 +260,7 @@ class Command(BaseCommand):
         )
 
     def _supervise(self, environment: dict[str, str]) -> None:
-        """Start workers as their models get ready, keep all running, say when it answers."""
+        """Start workers when their models are ready, keep all running, report when they answer."""
         waiting = base_models()
         answered = ready = False
         look_at = 0.0
@@ -283,7 +283,7 @@ class Command(BaseCommand):
             time.sleep(TICK_SECONDS)
 
     def _is_prepared(self, base_model: BaseModel) -> bool:
-        """Whether its folder is there; its own process has said why if it cannot be made."""
+        """Whether its folder exists; if it cannot be made, the process that tried has said why."""
         process = self.preparations.get(base_model.name)
         if process is None:
             return True
@@ -305,7 +305,7 @@ class Command(BaseCommand):
         return f"{time.monotonic() - self.started_at:.1f} s"
 
     def _say_ready(self) -> None:
-        """Say it once with all addresses, and in two words after each time a part was lost."""
+        """Print it once with all addresses, and briefly after each restart of a part."""
         if self.supervisor.has_been_ready:
             self.say("ready again")
             return
@@ -319,18 +319,18 @@ class Command(BaseCommand):
 
 
 def _require(option: str, value: float, minimum: float, maximum: float) -> None:
-    if not minimum <= value <= maximum:  # not a number is neither
+    if not minimum <= value <= maximum:  # excludes NaN too
         raise CommandError(f"{option}: expected {minimum:g} to {maximum:g}, got {value}")
 
 
 def _can_be_prepared(base_model: BaseModel) -> bool:
-    """Whether the folder is ours to make: it lies in the data folder and is not there yet."""
+    """Whether to make the folder: it is in the data folder and does not exist yet."""
     is_ours = base_model.folder.is_relative_to(settings.DATA_DIR / "models")
     return is_ours and not base_model.folder.exists()
 
 
 def _config_file() -> dict[str, str]:
-    """The configuration file by its whole path, which means the same in every folder."""
+    """The configuration file's absolute path, valid in every working directory."""
     name = os.environ.get("TINKERAPI_CONFIG", "")
     return {"TINKERAPI_CONFIG": str(Path(name).expanduser().resolve())} if name else {}
 
