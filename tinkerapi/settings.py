@@ -331,6 +331,8 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
 
 # --- The admin's look, logging ----------------------------------------------------------
 
+LOGIN_REDIRECT_URL = "admin:index"  # who typed the login page's address comes from no other page
+
 UNFOLD = {
     "SITE_TITLE": "tinkerapi",
     "SITE_HEADER": "tinkerapi",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from django.contrib import admin
 from django.http import HttpResponseBase
+from django.templatetags.static import static
 from django.urls import include, path
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
@@ -22,6 +23,7 @@ def redirect_to(name: str) -> Callable[..., HttpResponseBase]:
 
 # The manual's views change nothing, so that what they lack is the method and not a token.
 urlpatterns = [
+    path("favicon.ico", csrf_exempt(RedirectView.as_view(url=static("tinkerapi/favicon.svg")))),
     path("admin", redirect_to("admin:index")),
     path("admin/", admin.site.urls),
     path("", include("tinkerapi.api.urls")),

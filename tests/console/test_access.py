@@ -177,3 +177,14 @@ def test_nobody_enters_without_being_staff(
             answer = client.get(list_page(model))
             assert answer.status_code == 302
             assert "/admin/login/" in answer["Location"]
+
+
+def test_a_login_from_a_typed_address_leads_to_the_dashboard(
+    superuser: User,
+) -> None:
+    superuser.set_password("a long enough one")
+    superuser.save()
+    answer = Client().post(
+        reverse("admin:login"), {"username": superuser.username, "password": "a long enough one"}
+    )
+    assert answer["Location"] == reverse("admin:index")

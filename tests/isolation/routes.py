@@ -324,6 +324,7 @@ _MAKES = Open("makes something of the asker's own, by no id")
 ROUTES: dict[str, list[Probe | Listing] | Open] = {
     "": _SERVER,
     "admin": _SERVER,
+    "favicon.ico": _SERVER,
     "docs": _SERVER,
     "docs/": _SERVER,
     "docs/<slug:name>": _SERVER,

@@ -24,7 +24,7 @@ def test_the_index_lists_every_endpoint_by_group(api):
     assert body["name"] == "tinkerapi"
     assert body["version"]
     assert body["docs"] == "/docs/"
-    redirects = {"/docs", "/docs/<slug:name>/", "/api/docs/"}
+    redirects = {"/favicon.ico", "/docs", "/docs/<slug:name>/", "/api/docs/"}
     served = {f"/{route}" for route in addresses(get_resolver())}
     assert set(listed) == {path for path in served if not path.startswith("/admin")} - redirects
     assert list(body["endpoints"]) == [
@@ -45,6 +45,16 @@ def test_every_endpoint_has_a_summary_and_a_method(api):
         for entry in group:
             assert entry["method"] in ("GET", "POST", "PUT", "DELETE")
             assert len(entry["summary"]) > 10
+
+
+def test_a_browser_is_sent_to_a_page_and_a_program_is_not(api):
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    answer = api.get("/", **browser)
+    assert (answer.status_code, answer["Location"], answer["Vary"]) == (302, "/docs/", "Accept")
+    assert api.get("/docs/", **browser).status_code == 200
+    assert api.get("/", Accept="*/*").status_code == 200
+    icon = api.get("/favicon.ico")
+    assert (icon.status_code, icon["Location"]) == (302, "/static/tinkerapi/favicon.svg")
 
 
 def test_the_index_says_every_method_that_an_address_takes(api):
@@ -102,7 +112,7 @@ def test_capabilities_name_the_base_models_and_the_limits(api, settings):
 
 
 def test_the_context_length_is_the_one_that_the_worker_enforces(api, settings, tmp_path):
-    """A sliding window: the configuration names 4096 tokens, and 32 are taken."""
+    """The configuration's until a worker has read the folder, and then that worker's."""
     config = {"max_position_embeddings": 4096, "sliding_window": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
     windowed = replace(settings.BASE_MODELS[0], name="windowed", path=str(tmp_path))
@@ -112,7 +122,7 @@ def test_the_context_length_is_the_one_that_the_worker_enforces(api, settings, t
         (model,) = api.get("/get_server_capabilities").json()["supported_models"]
         return model["max_context_length"]
 
-    assert told() == 32  # before any worker has served it
+    assert told() == 4096  # a window is no limit: the prompt may be longer
 
     worker = worker_start(queue=base_model_get(None).queue, figures={"max_context_tokens": 24})
     worker_stop(worker)
