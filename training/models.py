@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from django.conf import settings
 from django.db import models
@@ -75,6 +75,12 @@ class RunQuerySet(models.QuerySet["Run"]):
         return self.filter(deleted_at__isnull=True)
 
 
+def _name_in(metadata: Any) -> str:
+    """The ``name`` that a client put into its metadata, or nothing."""
+    named = metadata.get("name") if isinstance(metadata, dict) else None
+    return named.strip() if isinstance(named, str) else ""
+
+
 class Run(models.Model):
     """One adapter and its history. Its id names its lane: the run is the log of that lane."""
 
@@ -121,6 +127,11 @@ class Run(models.Model):
     own_objective = models.BooleanField(default=False, db_default=False)
     """Trained with stable_reinforce, which here is not the hosted service's objective."""
     user_metadata = models.JSONField(default=dict, blank=True)
+    title = models.CharField(max_length=200, blank=True, default="", db_default="")
+    """Given by a person in the console; the API does not know it."""
+    tags = models.CharField(max_length=500, blank=True, default="", db_default="")
+    """Words to find the run by, with commas between them; also given in the console."""
+    notes = models.TextField(blank=True, default="", db_default="")
     replay_of = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL)
     """The run whose log this one was rebuilt from."""
     created_at = models.DateTimeField(default=timezone.now)
@@ -165,7 +176,25 @@ class Run(models.Model):
         ]
 
     def __str__(self) -> str:
-        return self.name
+        return self.title or _name_in(self.user_metadata) or self.name
+
+    @property
+    def shown_title(self) -> str:
+        """The name that people know the run by.
+
+        Its title; else ``name`` of its own metadata; else its ``model_id`` where a person chose
+        that. The SDK makes ids up: its runs have the name or display name of their session, else
+        owner and date. Reads owner and session.
+        """
+        if self.session is None or str(self) != self.name:
+            return str(self)
+        created = timezone.localtime(self.created_at)
+        shown = (
+            _name_in(self.session.user_metadata)
+            or self.session.display_name
+            or f"{self.owner}, {created:%d %b %H:%M}"
+        )
+        return f"{shown} · {self.model_seq_id}" if self.model_seq_id else shown
 
     @property
     def shown_state(self) -> str:

@@ -16,8 +16,14 @@ def runs_newest(owner_id: int | None, *, limit: int) -> list[Any]:
     (``with_progress``)."""
     runs = Run.objects.live()
     runs = runs if owner_id is None else runs.owned_by(owner_id)
-    newest = with_progress(runs).select_related("owner").order_by("-newest_request_at")
+    newest = with_progress(runs).select_related("owner", "session").order_by("-newest_request_at")
     return list(newest[:limit])
+
+
+def run_find_one(run_id: str, *, owner_id: int | None) -> Run | None:
+    """The run with this id, removed or not; None if there is none, or it is another owner's."""
+    runs = Run.objects.all() if owner_id is None else Run.objects.owned_by(owner_id)
+    return runs.filter(pk=run_id).first()
 
 
 def bytes_saved(owner_id: int | None) -> dict[str, int]:

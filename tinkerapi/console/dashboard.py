@@ -113,7 +113,7 @@ def _runs_table(owner_id: int | None) -> Context:
         "headers": ["Run", "Owner", "Base model", "Steps", "Tokens", "Last loss", "Last request"],
         "rows": [
             [
-                link(run),
+                link(run, run.shown_title),
                 run.owner.get_username(),
                 run.base_model,
                 f"{run.step:,}",

@@ -9,6 +9,7 @@ from training.services.checkpoints import load_weights_submit, save_weights_subm
 from training.services.runs import (
     run_compare_submit,
     run_create_submit,
+    run_describe,
     run_lora_config,
     run_remove_submit,
     run_replay_create,
@@ -29,6 +30,7 @@ __all__ = [
     "optim_step_submit",
     "run_compare_submit",
     "run_create_submit",
+    "run_describe",
     "run_lora_config",
     "run_remove_submit",
     "run_replay_create",

@@ -14,6 +14,7 @@ from django.utils import timezone
 from futures.models import Future
 from futures.payload import EncodedPayload
 from futures.services import future_submit, lane_create
+from training.audit import audit_record
 from training.base_models import base_model_get
 from training.errors import LimitExceeded, RunExists, RunNotFound
 from training.kinds import CompareRuns, CreateRun, RemoveRun
@@ -80,6 +81,15 @@ def run_remove_submit(
     if not deleted:  # another request removed it between our read and our write
         raise RunNotFound(f"model_id: no model named {model_id!r}")
     return submit_in_lane(run, RemoveRun(), idempotency_key=idempotency_key)
+
+
+@transaction.atomic
+def run_describe(run: Run, *, actor_id: int, title: str, tags: str, notes: str) -> None:
+    """Write down what people call a run and know of it; its ``model_id`` stays."""
+    Run.objects.filter(pk=run.pk).update(title=title, tags=tags, notes=notes)
+    audit_record(
+        "run_describe", actor_id=actor_id, owner_id=run.owner_id, model_id=run.name, title=title
+    )
 
 
 def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | None = None) -> Run:

@@ -25,6 +25,9 @@ STATE_VARIANTS = {
     "ready": "success",
     "live": "success",
     "active": "success",
+    "training": "success",
+    "sampling": "success",
+    "client gone": "danger",
     "failed": "danger",
     "lost": "danger",
     "silent": "danger",
@@ -79,6 +82,11 @@ def state_label(state: str) -> SafeString:
 def one_line(text: str) -> SafeString:
     """Text cut to the width of its column, in full on hover."""
     return format_html('<span class="console-line" title="{}">{}</span>', text, text)
+
+
+def copyable(text: str) -> SafeString:
+    """An id in small letters, with a button that copies it."""
+    return render_to_string("console/copyable.html", {"text": text})
 
 
 def preformatted(text: str) -> SafeString:

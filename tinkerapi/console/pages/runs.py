@@ -1,20 +1,26 @@
-"""Runs in the admin: last losses in the list, curves on the page."""
+"""Runs in the admin: names and last losses in the list, curves on the page."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any
 
+from django import forms
 from django.contrib import admin
+from django.contrib.admin.utils import unquote
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.defaultfilters import filesizeformat
 from django.template.response import TemplateResponse
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import (
     AutocompleteSelectFilter,
     ChoicesCheckboxFilter,
 )
+from unfold.forms import BaseDialogForm
+from unfold.widgets import UnfoldAdminTextareaWidget as TextArea
+from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
 from futures.errors import FutureError
 from futures.models import Future
@@ -22,6 +28,7 @@ from futures.overview import lane_find, lane_newest, lane_waiting
 from tinkerapi.console.kit.charts import line_chart
 from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, verb
 from tinkerapi.console.kit.display import (
+    copyable,
     duration,
     link,
     list_link,
@@ -33,14 +40,35 @@ from tinkerapi.console.kit.display import (
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.kit.preview import value_preview
 from tinkerapi.console.pages.futures import summary_text
+from training.activity import activity, with_activity
 from training.errors import TrainingError
 from training.models import Checkpoint, Run, Snapshot
-from training.overview import checkpoints_newest, snapshots_newest
+from training.overview import checkpoints_newest, run_find_one, snapshots_newest
 from training.progress import MAX_REQUESTS, Progress, run_progress, with_progress
-from training.services import run_remove_submit
+from training.services import run_describe, run_remove_submit
 
 NEWEST_ROWS = 10
 """Rows in each table on a run's page."""
+
+
+class DescribeForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information
+    """A run's name for people, words to find it by, and notes."""
+
+    title = forms.CharField(
+        max_length=200, required=False, widget=TextInput, help_text="Empty: the client's own name"
+    )
+    tags = forms.CharField(
+        max_length=500, required=False, widget=TextInput, help_text="With commas between them"
+    )
+    notes = forms.CharField(max_length=10_000, required=False, widget=TextArea)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        me = self.request.user
+        owner_id = None if me.is_superuser else me.pk
+        run = run_find_one(unquote(str(self.object_id)), owner_id=owner_id)
+        for name in ("title", "tags", "notes"):
+            self.fields[name].initial = getattr(run, name, "")
 
 
 @admin.register(Run)
@@ -49,7 +77,7 @@ class RunAdmin(ConsoleAdmin):
 
     refusals = (FutureError, TrainingError)
     list_display = (
-        "name",
+        "shown_title",
         "state_label",
         "owner_link",
         "base_model",
@@ -67,16 +95,27 @@ class RunAdmin(ConsoleAdmin):
     )
     list_filter_submit = True
     list_select_related = ("owner", "session")
-    search_fields = ("name__icontains", "id__startswith", "base_model__icontains")
-    search_help_text = "Part of a name or base model, or the beginning of a run id"
-    sortable_by = ("name", "step", "trained_tokens", "last_request", "created")
-    actions_detail = ("remove",)
+    search_fields = (
+        "title__icontains",
+        "tags__icontains",
+        "notes__icontains",
+        "user_metadata__name__icontains",
+        "session__display_name__icontains",
+        "session__user_metadata__name__icontains",
+        "name__icontains",
+        "id__startswith",
+        "base_model__icontains",
+    )
+    search_help_text = "Part of a name, a tag, the notes or a base model, or the beginning of an id"
+    sortable_by = ("shown_title", "step", "trained_tokens", "last_request", "created")
+    actions_detail = ("describe", "remove")
     fieldsets = (
         (
             None,
             {
                 "fields": (
-                    ("name", "state_label"),
+                    ("model_id", "state_label"),
+                    ("notes", "tag_labels"),
                     ("owner_link", "base_model"),
                     ("rank", "trains"),
                     ("alpha", "seed"),
@@ -95,7 +134,8 @@ class RunAdmin(ConsoleAdmin):
     change_form_outer_after_template = "admin/training/run/tables.html"
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Run]:
-        return with_progress(super().get_queryset(request)).order_by("-newest_request_at")
+        runs = with_activity(with_progress(super().get_queryset(request)))
+        return runs.order_by("-newest_request_at")
 
     def render_change_form(
         self, request: HttpRequest, context: dict[str, Any], obj: Run | None = None, **kwargs: Any
@@ -108,9 +148,25 @@ class RunAdmin(ConsoleAdmin):
         response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
         return response
 
+    @admin.display(description="Name", ordering="name")
+    def shown_title(self, run: Run) -> SafeString:
+        """The run's name; its id beneath, where that is another."""
+        if run.shown_title == run.name:
+            return format_html("{}", run.name)
+        return format_html("{}<br>{}", run.shown_title, copyable(run.name))
+
+    @admin.display(description="Model id")
+    def model_id(self, run: Run) -> SafeString:
+        return copyable(run.name)
+
+    @admin.display(description="Tags")
+    def tag_labels(self, run: Run) -> SafeString:
+        tags = [tag.strip() for tag in run.tags.split(",")]
+        return format_html_join(" ", "{}", ((state_label(tag),) for tag in tags if tag))
+
     @admin.display(description="State")
     def state_label(self, run: Run) -> SafeString:
-        return state_label(run.shown_state)
+        return state_label(activity(run))
 
     @admin.display(description="Owner")
     def owner_link(self, run: Run) -> SafeString | None:
@@ -166,6 +222,23 @@ class RunAdmin(ConsoleAdmin):
     @admin.display(description="Lane")
     def lane(self, run: Run) -> SafeString | None:
         return link(lane_find(run.pk), "order of its requests")
+
+    @verb(
+        "Name",
+        icon="edit",
+        question="What is this run called?",
+        answer="Save",
+        explanation="For people: the API goes on to know it by its model id.",
+        form_class=DescribeForm,
+    )
+    def describe(self, request: HttpRequest, form: DescribeForm, object_id: str) -> HttpResponse:
+        run = self.row(request, object_id)
+        words = {name: form.cleaned_data[name] for name in ("title", "tags", "notes")}
+        actor_id = request.user.pk
+        self.attempt(
+            request, run, "described", lambda: run_describe(run, actor_id=actor_id, **words)
+        )
+        return redirect(request, page_url(run))
 
     def has_remove_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, deleted_at__isnull=True)

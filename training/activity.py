@@ -1,0 +1,56 @@
+"""What a run is doing, in the words of people who watch one: training, sampling, idle."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.utils import timezone
+
+from futures.models import Future
+from futures.transitions import State
+from training.kinds import Kind
+from training.models import Run, SamplingSession
+
+RECENT = timedelta(seconds=30)
+"""A loop thinks between its requests; it is not idle meanwhile."""
+
+SILENCE = timedelta(minutes=1)
+"""The SDK's clients send a heartbeat every ten seconds."""
+
+CLIENT_GONE = "client gone"
+
+
+def with_activity(runs: QuerySet[Any]) -> QuerySet[Any]:
+    """The runs with ``is_training`` and ``is_sampling``: whether such requests of theirs are open.
+
+    ``activity`` reads them, and ``newest_request_at`` of ``training.progress.with_progress``.
+    """
+    is_open = Q(state__in=(State.PENDING, State.RUNNING))
+    own = Future.objects.filter(is_open, lane_id=OuterRef("pk"))
+    sessions = SamplingSession.objects.filter(checkpoint__run=OuterRef(OuterRef("pk")))
+    of_sessions = Future.objects.filter(is_open, lane_id__in=sessions.values("pk"))
+    return runs.annotate(
+        is_training=Exists(own.exclude(kind=Kind.SAMPLE)),
+        is_sampling=Exists(own.filter(kind=Kind.SAMPLE)) | Exists(of_sessions),
+    )
+
+
+def activity(run: Any) -> str:
+    """One of ``training``, ``sampling``, ``idle``, ``client gone``, ``finished``, ``creating``,
+    ``failed``, ``deleted``.
+
+    Args:
+        run: Read by ``with_progress`` and ``with_activity``, with its session.
+    """
+    if run.shown_state != Run.RunState.READY:
+        return str(run.shown_state)
+    if run.is_training:
+        return "training"
+    if run.is_sampling:
+        return "sampling"
+    now = timezone.now()
+    if run.session is not None and now - run.session.heartbeat_at > SILENCE:
+        return CLIENT_GONE
+    return "training" if run.step and now - run.newest_request_at < RECENT else "idle"
