@@ -1,7 +1,7 @@
-"""Writes of API keys: create, verify (which notes the use), revoke; and of users.
+"""Writes of API keys: create, verify (which records the use), revoke; and of users.
 
 Each function is one statement or opens its own transaction. The key itself exists only in
-the return value of ``api_key_create``; the database holds its hash.
+the return value of ``api_key_create``; the database has its hash.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PREFIX_CHARACTERS = 12
 """How much of a key stays readable in lists: ``tml-`` and 8 of its 43 random characters."""
 
 MAX_EXPIRY_DAYS = 3650
-"""How long a key that expires may be good."""
+"""The longest lifetime of a key that expires."""
 
 LOCAL_USERNAME = "local"
-"""Whom requests without a key act as, where they are allowed."""
+"""The user of requests without a key, where they are allowed."""
 
 ADMIN_USERNAME = "admin"
 
@@ -47,8 +47,8 @@ def api_key_create(
 ) -> tuple[ApiKey, str]:
     """Make a key for a user and return its row with the key itself, which is shown this once.
 
-    The key is ``tml-`` and 256 random bits. ``expires_in`` None: it never expires.
-    ``actor_id`` says who wanted it; None: somebody at the console.
+    The key is ``tml-`` and 256 random bits. ``expires_in`` None: it does not expire.
+    ``actor_id`` is the user who asked for it; None: somebody at the console.
     """
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     api_key = ApiKey.objects.create(
@@ -83,7 +83,7 @@ def api_key_verify(key: str) -> ApiKey | None:
 
 @transaction.atomic
 def api_key_revoke(*, api_key_id: int, actor_id: int | None = None) -> bool:
-    """Close a key for good; True if this call did it, False if it was closed or unknown."""
+    """Revoke a key; True if this call did it, False if it was revoked or is unknown."""
     revoked = ApiKey.objects.filter(pk=api_key_id, revoked_at__isnull=True).update(
         revoked_at=timezone.now()
     )
@@ -95,10 +95,10 @@ def api_key_revoke(*, api_key_id: int, actor_id: int | None = None) -> bool:
 
 
 def user_ensure(username: str) -> tuple[User, bool]:
-    """The user of this name, and whether this call made it: no password opens it, a key may.
+    """The user of this name, and whether this call made it; a new user has no password.
 
     Raises:
-        ValidationError: No user can have this name.
+        ValidationError: The name is not allowed.
     """
     user = User(username=User.normalize_username(username), password=make_password(None))
     user.clean_fields()
@@ -107,20 +107,20 @@ def user_ensure(username: str) -> tuple[User, bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstAccounts:
-    """Who may use a fresh server; a secret is None unless this call made it."""
+    """The first accounts of a new server; a secret is None unless this call made it."""
 
     admin_password: str | None
-    """Of the superuser ``admin``, for the admin pages."""
+    """The password of the superuser ``admin``, for the admin pages."""
     api_key: str | None
-    """Of the user ``local``, whom requests from this machine act as."""
+    """A key of the user ``local``, who is the user of keyless requests from this machine."""
 
 
 @transaction.atomic
 def first_accounts_ensure() -> FirstAccounts:
-    """Make the users ``local`` and ``admin`` and a first API key where there are none.
+    """Make the users ``local`` and ``admin`` and a first API key if there are none.
 
-    Secrets are returned this once; a second call finds everything and returns none. Whoever
-    has lost them uses ``createapikey`` and Django's ``changepassword``.
+    Secrets are returned only once; a second call finds everything and returns none. Lost secrets
+    are replaced with ``createapikey`` and Django's ``changepassword``.
     """
     local, _ = user_ensure(LOCAL_USERNAME)
     admin_password = None

@@ -1,8 +1,8 @@
-"""All settings, read top to bottom: where things are, Django, the queue, ours.
+"""All settings, from top to bottom: folders, Django, the queue, our own.
 
 Every variable of ours begins with ``TINKERAPI_``; the README's configuration table lists
-them, and a test keeps the two equal. A value that makes no sense stops the start with a
-sentence instead of being replaced by a default.
+them, and a test keeps the two equal. An invalid value stops the start with a
+message instead of being replaced by a default.
 """
 
 import os
@@ -31,9 +31,9 @@ from training.base_model_config import DTYPES
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 IS_CHECKOUT = (BASE_DIR / "manage.py").exists()
-"""Or else an installed package, whose folder belongs to pip."""
+"""False: an installed package, whose folder belongs to pip."""
 
-# --- Where things are -------------------------------------------------------------------
+# --- Folders ----------------------------------------------------------------------------
 
 _USER_DATA = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
 DATA_DIR = Path(
@@ -42,16 +42,18 @@ DATA_DIR = Path(
 ).resolve()
 """Embedded database, converted models, snapshots and checkpoints; back this up."""
 
-# Every process of ours reads this, so none leaves a file that other users of the machine can read:
-# neither in the data folder nor where a command writes, such as a backup.
+# Every process of ours runs this, so none leaves a file that other users of the machine can read:
+# neither in the data folder nor in the output of a command, such as a backup.
 os.umask(0o077)
-FILE_UPLOAD_PERMISSIONS = 0o600  # of the admin's static files; Django's own would open them
+FILE_UPLOAD_PERMISSIONS = (
+    0o600  # of the admin's static files; Django's default would make them readable
+)
 
 ROLE = env_choice("TINKERAPI_ROLE", "cli", ("cli", "web", "worker"))
 """Which process this is; set by ``up``, never by hand. Decides how connections are kept."""
 
 WATCHDOG_FD = env_int("TINKERAPI_WATCHDOG_FD", -1, minimum=-1)
-"""Where a worker tells its supervisor that it gets on; set by ``up``, never by hand."""
+"""The pipe in which a worker reports progress to its supervisor; set by ``up``, never by hand."""
 
 # --- Django -----------------------------------------------------------------------------
 
@@ -60,13 +62,13 @@ SECRET_KEY = env_text("TINKERAPI_SECRET_KEY") or kept_secret(DATA_DIR / "secret_
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 PUBLIC_URL = env_url("TINKERAPI_PUBLIC_URL")
-"""Where clients reach the server through a proxy; links begin with it. Empty: nowhere."""
+"""The server's address behind a proxy; links begin with it. Empty: no proxy."""
 
 TLS = env_bool("TINKERAPI_TLS", PUBLIC_URL.startswith("https://"))
 """Clients reach the server through a proxy that speaks TLS: links say https, cookies are only
-sent there, and browsers are told to come back by no other way."""
+sent over TLS, and browsers are told to use TLS only."""
 
-# Loopback's own names always: health checks ask by them, and no other site can pass for them.
+# Loopback names are always allowed: health checks use them, and no other site can have them.
 ALLOWED_HOSTS = [*env_hosts("TINKERAPI_ALLOWED_HOSTS", "*"), *LOOPBACK_NAMES]
 CSRF_TRUSTED_ORIGINS = env_origins("TINKERAPI_CSRF_TRUSTED_ORIGINS")
 if PUBLIC_URL:
@@ -93,7 +95,7 @@ INSTALLED_APPS = [
     "tinkerapi",
 ]
 
-# Async-capable ones only: a sync middleware would cost every parked wait a thread hop.
+# Async-capable ones only: a sync middleware would cost every waiting request a thread switch.
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "tinkerapi.console.content_policy.content_policy_middleware",
@@ -146,7 +148,7 @@ SECURE_HSTS_SECONDS = 365 * 24 * 3600 if TLS else 0
 
 # --- Postgres ---------------------------------------------------------------------------
 
-# Without DATABASE_URL the embedded Postgres is meant: a socket in the data folder.
+# Without DATABASE_URL the embedded Postgres is used: a socket in the data folder.
 DATABASE_URL = os.environ.get("DATABASE_URL", "").strip()
 if DATABASE_URL:
     database = env_database("DATABASE_URL")
@@ -156,7 +158,7 @@ else:
     database = embedded_database(DATA_DIR)
 
 # Pages get a connection for each request; the threads that serve the API keep theirs, whatever
-# this says. The worker keeps one connection for ever: django-q2 closes old connections around
+# this says. The worker keeps one connection: django-q2 closes old connections around
 # each call, and with 0 it would reconnect each time.
 DATABASES = {
     "default": {
@@ -164,10 +166,10 @@ DATABASES = {
         "CONN_MAX_AGE": 0 if ROLE == "web" else None,
         "CONN_HEALTH_CHECKS": True,
         "OPTIONS": {
-            # The ORM never prepares; the queue's own statements take longer to plan than to run.
+            # The ORM never prepares statements; the queue's own take longer to plan than to run.
             "prepare_threshold": 2,
-            "connect_timeout": 4,  # seconds; without it a host that is gone takes two minutes
-            # Postgres thinks the claim far dearer than it is, and would take longer to compile
+            "connect_timeout": 4,  # seconds; without it an unreachable host takes two minutes
+            # Postgres overestimates the claim's cost, and would take longer to compile
             # it than to run it.
             "options": "-c jit=off",
             **database.get("OPTIONS", {}),
@@ -178,7 +180,7 @@ DATABASES = {
 # --- django-q2 --------------------------------------------------------------------------
 
 FUTURES_QUEUE_IS_SERVED = "training.base_models.queue_is_served"
-"""Says of an engine queue whether a worker of this server runs, or will run, what waits in it."""
+"""Names the function that says whether a worker of this server serves an engine queue."""
 
 Q_CLUSTER = {
     "name": "tinkerapi",  # also the salt that signs tasks, so equal in every process
@@ -187,7 +189,7 @@ Q_CLUSTER = {
     "workers": 1,
     "queue_limit": 1,  # no prefetch: a prefetched task is invisible until `retry`
     "bulk": 1,  # more would reorder
-    "poll": 2,  # seconds a lost NOTIFY can cost
+    "poll": 2,  # seconds of delay after a lost NOTIFY
     "timeout": 1800,
     "retry": 2000,  # must exceed timeout; recovery does not rely on it
     "recycle": 0,  # never: a new worker process would load the model again
@@ -195,15 +197,15 @@ Q_CLUSTER = {
     "max_attempts": 3,
     "save_limit": -1,  # successes are not kept: each save would lock all kept rows
     "catch_up": False,
-    "log_level": "WARNING",  # a line for each doorbell is a quarter of what a submission costs
+    "log_level": "WARNING",  # a line for each doorbell would cost a quarter of a submission
     "ALT_CLUSTERS": {},  # must exist, or naming another cluster is a KeyError at import
 }
 
 FUTURES_TASK = "training.tasks.work"
-"""What a doorbell calls, with the queue's name: a task carries no work, it says look."""
+"""The function that a doorbell task calls with the queue's name: look at the futures."""
 
 FUTURES_PRUNABLE = "training.selectors.futures_prunable"
-"""Narrows what ``prunefutures`` may drop: never a payload that a crash recovery may need."""
+"""Names the function that excludes payloads that a recovery may need from ``prunefutures``."""
 
 # --- HTTP -------------------------------------------------------------------------------
 
@@ -266,18 +268,18 @@ CACHE_TOKENS = env_int("TINKERAPI_CACHE_TOKENS", 32768)
 """Tokens of all sequences being sampled at once; the rest wait."""
 
 SNAPSHOT_SECONDS = env_int("TINKERAPI_SNAPSHOT_SECONDS", 30, minimum=0)
-"""Work of a run, in seconds, that a crash may make the server compute again; never less than
-ten times what a snapshot takes to write."""
+"""Work of a run, in seconds, that may be repeated after a crash; never less than
+ten times the time of writing a snapshot."""
 
 HANG_SECONDS = env_int("TINKERAPI_HANG_SECONDS", 300)
-"""A worker that does not get on for so long is killed and replaced. One layer of one pass, one
+"""A worker that makes no progress for this long is killed and replaced. One layer of one pass, one
 snapshot or one statement must fit in; a pass or a request as a whole need not."""
 
 # --- Ours: processes --------------------------------------------------------------------
 
 WEB_PROCESSES = env_int("TINKERAPI_WEB_PROCESSES", 1, maximum=256)
 """Processes that answer HTTP. One takes some hundreds of submissions a second and holds
-thousands of waits; a second helps where cores are idle."""
+thousands of waits; a second helps if cores are idle."""
 
 # --- Ours: access and limits ------------------------------------------------------------
 
@@ -286,23 +288,23 @@ REQUIRE_API_KEY = env_bool("TINKERAPI_REQUIRE_API_KEY", False) or HAS_PUBLIC_NAM
 
 MAX_BODY_BYTES = env_int("TINKERAPI_MAX_BODY_BYTES", 32 * 1024 * 1024, maximum=2**40)
 BODY_IDLE_SECONDS = env_int("TINKERAPI_BODY_IDLE_SECONDS", 20)
-"""How long a request's body may stand still on its way here."""
+"""How long a request's body may pause while it arrives."""
 BODY_SECONDS = env_int("TINKERAPI_BODY_SECONDS", 300)
-"""How long the whole of it may take."""
+"""How long the whole body may take."""
 MAX_DATUMS = env_int("TINKERAPI_MAX_DATUMS", 1024)
 TEXT_SECONDS = env_int("TINKERAPI_TEXT_SECONDS", 20)
 MAX_DATUM_TOKENS = env_int("TINKERAPI_MAX_DATUM_TOKENS", 32768)
 MAX_SAMPLES = env_int("TINKERAPI_MAX_SAMPLES", 256)
 DEFAULT_MAX_TOKENS = env_int("TINKERAPI_DEFAULT_MAX_TOKENS", 512)
-"""Length of a sample whose request names none."""
+"""Length of a sample if the request does not set one."""
 MAX_LORA_RANK = env_int("TINKERAPI_MAX_LORA_RANK", 256)
 MAX_ADAPTERS = env_int("TINKERAPI_MAX_ADAPTERS", 100)
 """Live adapters of one user."""
 MAX_PENDING = env_int("TINKERAPI_MAX_PENDING", 20000)
-"""Futures of one user that wait."""
+"""Waiting futures of one user."""
 
 USER_STORAGE_BYTES = env_int("TINKERAPI_USER_STORAGE_BYTES", 0, minimum=0, maximum=2**60)
-"""What one user's checkpoints, snapshots, and kept requests and results may take; 0: no limit."""
+"""Most storage of one user's checkpoints, snapshots, requests and results; 0: no limit."""
 
 SYNC_TIMEOUT_SECONDS = env_int("TINKERAPI_SYNC_TIMEOUT_SECONDS", 300)
 """How long a sync call waits before it answers 202 with the future's id."""
@@ -311,18 +313,18 @@ MAX_WAIT_SECONDS = env_int("TINKERAPI_MAX_WAIT_SECONDS", 60)
 
 STABLE_REINFORCE = env_choice("TINKERAPI_STABLE_REINFORCE", "ours", ("ours", "refuse"))
 """The hosted service's objective of this name is not public: serve our own (``losses.md``), or
-refuse the loss and what samples record for it."""
+refuse the loss and the recording of samples for it."""
 
 GAP_SECONDS = env_int("TINKERAPI_GAP_SECONDS", 600)
 """How long a numbered request waits for a lower number that has not arrived, before it fails.
 The tinker SDK tries to deliver a request for about five minutes."""
 
 SDK_JWT = env_bool("TINKERAPI_SDK_JWT", False)
-"""Have tinker SDK clients exchange their key for a token of an hour; ``tinker auth whoami``
+"""Let tinker SDK clients exchange their key for a token of one hour; ``tinker auth whoami``
 needs it."""
 
 WORKER_HOUR_CENTS = env_int("TINKERAPI_WORKER_HOUR_CENTS", 0, minimum=0)
-"""What an hour of one worker (its GPU) costs, in US cents; 0: usage is reported without a price."""
+"""Price of an hour of one worker (its GPU) in US cents; 0: usage has no price."""
 
 KEEP_RESULTS_DAYS = env_int("TINKERAPI_KEEP_RESULTS_DAYS", 30, maximum=36500)
 """How long ``prunefutures`` keeps payloads and results of finished futures."""
@@ -364,7 +366,7 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": "INFO"},
     "loggers": {
         "django.request": {"level": "ERROR"},
-        "django-q": {"level": "WARNING"},  # a line for every doorbell otherwise
+        "django-q": {"level": "WARNING"},  # otherwise a line for every doorbell
     },
 }
 

@@ -1,8 +1,8 @@
-"""Short-lived tokens that stand for an API key: JWT, HS256, signed with SECRET_KEY.
+"""Short-lived tokens in place of an API key: JWT, HS256, signed with SECRET_KEY.
 
-A token names the key it was issued for, and is worth no more than that key: revoking the key
-closes its tokens too. Written out because one algorithm with one claim set is thirty lines, and
-the choice of algorithm by the token's own header is what JWT libraries were attacked through.
+A token names the key that it was issued for, and is worth no more than that key: revoking the key
+revokes its tokens too. This is our own code because one algorithm with one set of claims is thirty
+lines, and attacks on JWT libraries used the choice of algorithm in the token's header.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from django.conf import settings
 from tinkerapi.models import ApiKey
 from tinkerapi.selectors import api_key_by_id
 
-TOKEN_PREFIX = "eyJ"  # noqa: S105 - what base64 makes of the beginning of every header
-"""How a token is told from a key."""
+TOKEN_PREFIX = "eyJ"  # noqa: S105 - the beginning of every header in base64
+"""Distinguishes a token from a key."""
 
 LIFETIME_SECONDS = 3600
 ORGANIZATION = "tinkerapi"
@@ -30,7 +30,7 @@ _SALT = b"tinkerapi.tokens"
 
 
 def token_issue(api_key: ApiKey) -> str:
-    """A token for whom the key speaks for, good for an hour.
+    """A token for the key's user, valid for an hour.
 
     Claims: ``sub`` and ``org_id``, which the SDK shows as the user and organization, ``email``
     if the user has one, ``iat`` and ``exp`` in seconds, and ``key_id``.
@@ -51,7 +51,7 @@ def token_issue(api_key: ApiKey) -> str:
 
 
 def token_verify(token: str) -> ApiKey | None:
-    """The key that a token stands for, with its user; None if the token or the key is not good."""
+    """The key of a token, with its user; None if the token or the key is invalid."""
     signed, _, signature = token.rpartition(".")
     header, _, payload = signed.partition(".")
     good = hmac.compare_digest(_signature(signed).encode(), signature.encode())
@@ -68,6 +68,6 @@ def _encode(data: bytes) -> str:
 
 
 def _signature(signed: str) -> str:
-    # A key of its own, so that nothing else that SECRET_KEY signs can be taken for a token.
+    # A separate key, so that nothing else signed with SECRET_KEY can be used as a token.
     key = hashlib.sha256(_SALT + settings.SECRET_KEY.encode()).digest()
     return _encode(hmac.digest(key, signed.encode("utf-8", "surrogatepass"), "sha256"))

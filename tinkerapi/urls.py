@@ -1,6 +1,6 @@
 """Addresses: the admin, the API, and the manual.
 
-The API redirects nothing: a client would send its POST as a GET. Pages do, because a person
+The API never redirects: a client would send its POST as a GET. Pages do, because a person
 who types an address forgets a slash or adds one.
 """
 
@@ -21,7 +21,7 @@ def redirect_to(name: str) -> Callable[..., HttpResponseBase]:
     return csrf_exempt(RedirectView.as_view(pattern_name=name, http_method_names=["get", "head"]))
 
 
-# The manual's views change nothing, so that what they lack is the method and not a token.
+# The manual's views change nothing, so a POST gets 405 instead of a CSRF error.
 urlpatterns = [
     path("favicon.ico", csrf_exempt(RedirectView.as_view(url=static("tinkerapi/favicon.svg")))),
     path("admin", redirect_to("admin:index")),

@@ -147,7 +147,7 @@ def test_a_folder_in_use_is_not_restored_over(
     backup.mkdir()
     refused = manage(here, "restore", str(backup))
     assert refused.returncode == 1
-    assert "is not a backup that was finished" in refused.stderr
+    assert "is not a complete backup" in refused.stderr
 
     fields = {"made_at": "", "version": "", "base_models": [], "folders": 0, "size_bytes": 0}
     (backup / "backup.json").write_text(json.dumps(fields))

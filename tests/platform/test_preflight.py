@@ -132,7 +132,7 @@ def test_a_host_that_names_no_address_is_refused() -> None:
 
 @pytest.mark.parametrize("host", ["a" * 64, "a..b"])
 def test_what_can_be_no_host_name_is_refused(host: str) -> None:
-    with pytest.raises(PreflightError, match=f"--host {re.escape(host)}: this is no host name"):
+    with pytest.raises(PreflightError, match=f"--host {re.escape(host)}: this is not a host name"):
         resolve_host(host)
 
 
@@ -187,8 +187,8 @@ def test_a_whole_model_folder_has_no_problem(model_folder: Path) -> None:
     ("missing", "problem"),
     [
         ("config.json", "config.json cannot be read: No such file"),
-        ("model.safetensors", "holds no weights"),
-        ("tokenizer.json", "holds no tokenizer"),
+        ("model.safetensors", "has no weights"),
+        ("tokenizer.json", "has no tokenizer"),
     ],
 )
 def test_what_a_model_folder_lacks_is_named(model_folder: Path, missing: str, problem: str) -> None:

@@ -51,7 +51,7 @@ def test_a_folder_with_other_things_keeps_its_mode_and_they_keep_theirs(old: Pat
 
     remark = folder_close(old)
 
-    assert remark == f"{old} holds other things too, so its list of names stays readable"
+    assert remark == f"{old} has other files too, so its list of names stays readable"
     assert readable(old) == [str(old), str(old / "thesis.tex")]
 
 

@@ -1,17 +1,17 @@
-"""Backups of a server that goes on working: the database, and the files that it names.
+"""Backups of a running server: the database, and the files that it refers to.
 
-Folders of checkpoints and snapshots never change. One gets its name when it is whole, before a
-row names it, and loses it after its row. So no lock is needed, but the order matters. The
-database first would miss what is deleted while files are copied: of a busy run, every snapshot.
-Files first would miss what is saved while they are copied: checkpoints that clients were told
-of. Hence:
+Folders of checkpoints and snapshots never change. A folder gets its name when it is complete,
+before a row refers to it, and loses its name after its row is gone. So no lock is needed, but the
+order matters. The database first would miss folders deleted while files are copied: of a busy run,
+every snapshot. Files first would miss folders saved while they are copied: checkpoints that clients
+were told about. Hence:
 
 1. link all folders, which takes no time and no space;
-2. fix a moment of the database;
-3. link the folders that are new. What a row of that moment names was linked in 1, or is linked
+2. take a snapshot of the database;
+3. link the new folders. Every folder in that snapshot was linked in 1, or is linked
    now, unless it was both made and deleted within these few milliseconds;
-4. dump that moment, and see that every folder it names is there; otherwise do 2 again;
-5. move everything to where it is wanted, which is slow if that is another disk.
+4. dump that snapshot, and check that every folder in it was linked; otherwise repeat from 2;
+5. move everything to the target folder, which is slow if that is on another disk.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ ATTEMPTS = 5
 
 
 class BackupError(Exception):
-    """The backup was not made or not restored; the message is a sentence for who asked for it."""
+    """The backup was not made or not restored; the message is for the operator."""
 
 
 @dataclass(frozen=True)
 class Backup:
-    """What is in a backup."""
+    """The contents of a backup."""
 
     made_at: str
     version: str
     base_models: list[str]
-    """The runs need the same ones; their folders are not in the backup."""
+    """The base models that the runs need; their folders are not in the backup."""
     folders: int
     size_bytes: int
-    """Of all files, the dump included."""
+    """Size of all files, the dump included."""
 
 
 def backup_make(target: Path) -> Backup:
-    """Write a backup to a new folder; the server may go on working.
+    """Write a backup to a new folder; the server may keep running.
 
     Raises:
         BackupError: The folder exists, or a program failed.
@@ -95,16 +95,16 @@ def backup_make(target: Path) -> Backup:
 def backup_restore(source: Path) -> Backup:
     """Fill the data folder of the settings, and its database, from a backup.
 
-    Both must be new. The tables come in one transaction at the very end.
+    Both must be new. The tables are written in one transaction at the very end.
 
     Raises:
-        BackupError: It is no backup, the data folder or database is in use, or a program failed.
+        BackupError: It is not a backup, the data folder or database is in use, or a program failed.
         PostgresError: The embedded Postgres did not start.
     """
     try:
         backup = Backup(**json.loads((source / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise BackupError(f"{source} is not a backup that was finished: {error}") from error
+        raise BackupError(f"{source} is not a complete backup: {error}") from error
     used = [name for name in (*FOLDERS, "postgres") if (settings.DATA_DIR / name).exists()]
     if used:
         raise BackupError(
@@ -128,15 +128,15 @@ def backup_restore(source: Path) -> Backup:
 
 @contextmanager
 def _stage() -> Iterator[Path]:
-    """An empty folder to put a backup together in; in the data folder, for links do not leave
-    their disk."""
+    """An empty folder to assemble a backup in. It is in the data folder, because hard links cannot
+    leave their disk."""
     stage = settings.DATA_DIR / ".backup"
     with (settings.DATA_DIR / ".backup.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BackupError("another backup is being made; wait for it") from None
-        shutil.rmtree(stage, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(stage, ignore_errors=True)  # left by a killed backup
         stage.mkdir(mode=0o700)
         try:
             yield stage
@@ -145,11 +145,11 @@ def _stage() -> Iterator[Path]:
 
 
 def _link_new(stage: Path) -> None:
-    """Link every folder that is there and was not linked yet; pass over what goes meanwhile."""
+    """Link every folder that was not linked yet; skip folders that disappear meanwhile."""
     for folder in FOLDERS:
         (stage / folder).mkdir(exist_ok=True)
         here = settings.DATA_DIR / folder
-        # A name with a dot is a folder that is being written.
+        # A folder whose name begins with a dot is being written.
         names = [path.name for path in here.glob("[!.]*")] if here.is_dir() else []
         for name in names:
             link = stage / folder / name
@@ -161,7 +161,7 @@ def _link_new(stage: Path) -> None:
 
 
 def _dump_moment(stage: Path) -> Set[str]:
-    """Dump the database as it is at one moment; the folders that it names, all of them linked."""
+    """Dump a snapshot of the database; return the folders in it, all of which are linked."""
     for _ in range(ATTEMPTS):
         with transaction.atomic(), connection.cursor() as cursor:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -174,8 +174,8 @@ def _dump_moment(stage: Path) -> Set[str]:
                 _run("pg_dump", "--format=custom", f"--snapshot={moment}", f"--file={dump}")
                 return named
     raise BackupError(
-        f"a folder that the database names is missing in {settings.DATA_DIR}, each of "
-        f"{ATTEMPTS} times; see `python manage.py doctor`"
+        f"a folder in the database is missing in {settings.DATA_DIR}, in each of "
+        f"{ATTEMPTS} attempts; see `python manage.py doctor`"
     )
 
 

@@ -1,9 +1,9 @@
-"""Installs what a checkout needs, so that its first command is the only one.
+"""Installs a checkout's packages, so that the first command is the only one needed.
 
 ``manage.py`` calls this before anything else, so only the standard library may be imported
-here. What is needed is read from ``pyproject.toml``. In an active virtual environment it is
+here. The requirements are read from ``pyproject.toml``. In an active virtual environment it is
 installed there; elsewhere in ``.venv`` beside ``manage.py``, which is made if it is missing, and
-the command goes on inside. Where everything is installed already, nothing is said.
+the command continues in it. If everything is installed already, nothing is printed.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 CPU_TORCH = "torch==2.13.0"
-"""Installed first where there is no NVIDIA GPU, so that everybody starts from the same build."""
+"""Installed first if there is no NVIDIA GPU, so that everybody starts from the same build."""
 
 _NO_INSTALL = "TINKERAPI_NO_INSTALL"
 _JUST_INSTALLED = "_TINKERAPI_JUST_INSTALLED"
-"""Set for the command that goes on after an installation; it must not install once more."""
+"""Set for the command that continues after an installation; it must not install again."""
 
 _INTERRUPTED = ".tinkerapi-installing"
-"""In the environment while packages are installed; a later command that finds it goes on."""
+"""File in the environment during an installation; a later command that finds it continues."""
 
 
 def ensure_installed(arguments: Sequence[str]) -> None:
-    """Return if all packages are there; otherwise install them and start this command anew.
+    """Return if all packages are there; otherwise install them and start this command again.
 
     Args:
         arguments: ``sys.argv`` of manage.py. ``test`` also needs the ``dev`` extra.
 
     Raises:
-        SystemExit: Nothing may be installed, or installing failed; the message says what to do.
+        SystemExit: Installing is not allowed, or it failed; the message says what to do.
     """
     extra = "dev" if arguments[1:2] == ["test"] else ""
     missing = missing_packages(required_packages(extra))
@@ -51,7 +51,7 @@ def ensure_installed(arguments: Sequence[str]) -> None:
     if not _has_nvidia_gpu():
         commands.insert(0, ["install", "--no-compile", CPU_TORCH])
     if just_installed:
-        sys.exit(f"pip says that it installed everything, and {_listed(missing)} are missing")
+        sys.exit(f"pip reports success, but {_listed(missing)} are missing")
     if os.environ.get(_NO_INSTALL, "").strip().lower() not in ("", "0", "false", "no", "off"):
         python, lines = Path(sys.executable), []
         if not in_environment():
@@ -80,10 +80,10 @@ def required_packages(extra: str) -> list[str]:
 
 
 def missing_packages(requirements: Sequence[str]) -> list[str]:
-    """Those of ``requirements`` that this Python lacks, or has in a version that does not fit."""
+    """The ``requirements`` that are missing here, or installed in a wrong version."""
     try:
         from packaging.requirements import Requirement
-    except ImportError:  # it is one of them, so this is a Python without any
+    except ImportError:  # it is a requirement too, so none is installed
         return list(requirements)
     missing = []
     for line in requirements:
@@ -99,12 +99,12 @@ def missing_packages(requirements: Sequence[str]) -> list[str]:
 
 
 def in_environment() -> bool:
-    """Whether this Python is that of a virtual or conda environment, made to be installed into."""
+    """Whether this Python belongs to a virtual or conda environment."""
     return sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix
 
 
 def _made_environment() -> Path:
-    """The Python of ``.venv``, which is made if it is missing or was left half made."""
+    """The Python of ``.venv``, which is made if it is missing or incomplete."""
     folder = CHECKOUT / ".venv"
     python = folder / "bin" / "python"
     if not _works(python):
@@ -135,9 +135,9 @@ def _pip(arguments: Sequence[str]) -> None:
 
 
 def _install(commands: Sequence[Sequence[str]]) -> None:
-    """Run pip's commands here; another command that installs here meanwhile is waited for.
+    """Run pip's commands here, after any other command that is installing here.
 
-    The marker stays behind where the installation is interrupted.
+    The marker file remains if the installation is interrupted.
     """
     marker = _marker()
     was_interrupted = marker.exists()
@@ -156,7 +156,7 @@ def _install(commands: Sequence[Sequence[str]]) -> None:
 def _remove_half_installed() -> None:
     """Remove the metadata of packages whose installation was interrupted.
 
-    pip takes a package for installed as soon as its metadata is there. It writes RECORD last.
+    pip treats a package as installed as soon as its metadata exists. It writes RECORD last.
     """
     for folder in Path(sysconfig.get_path("purelib")).glob("*.dist-info"):
         if not (folder / "RECORD").exists():

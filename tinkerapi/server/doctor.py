@@ -1,8 +1,8 @@
-"""Looks at each part of an installation, running or not, and says what is wrong with it.
+"""Checks each part of an installation, running or not, and reports problems.
 
-Every check is a function that returns findings and never raises; what cannot be looked at
+Every check is a function that returns findings and never raises; a part that cannot be checked
 because no server runs is reported as off, which is not a failure. Torch is imported in a
-process of its own, so that a broken installation of it is a finding too.
+separate process, so that a broken installation of it is a finding too.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ print(json.dumps({
 class Verdict(Enum):
     OK = "ok"
     OFF = "off"
-    """Not running, or not looked at because something else is not."""
+    """Not running, or not checked because another part is not running."""
     FAILED = "failed"
 
 
@@ -64,11 +64,11 @@ class Finding:
     part: str
     verdict: Verdict
     detail: str
-    """What was found; when it failed, what to do about it."""
+    """The result of the check and, if it failed, what to do."""
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, the parts that others stand on first."""
+    """Check everything, in the order of dependencies."""
     yield from check_packages()
     yield check_data_folder()
     for base_model in base_models():
@@ -89,7 +89,7 @@ def examine() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
-    """Python, and every package this project requires, in a version that fits."""
+    """Python, and every package this project requires, in an allowed version."""
     yield Finding("python", Verdict.OK, sys.version.split()[0])
     try:
         requirements = [Requirement(line) for line in metadata.requires("tinkerapi") or []]
@@ -137,7 +137,7 @@ def check_data_folder() -> Finding:
 
 
 def check_base_model(base_model: BaseModel) -> Finding:
-    """Its folder holds configuration, tokenizer and weights that this user can read."""
+    """Its folder has configuration, tokenizer and weights that this user can read."""
     part = f"model {base_model.name}"
     problem = base_model_problem(base_model.folder)
     if problem is None:
@@ -148,7 +148,7 @@ def check_base_model(base_model: BaseModel) -> Finding:
 
 
 def check_device() -> Finding:
-    """Torch can be imported, and has the devices that the base models ask for."""
+    """Torch can be imported, and has the base models' devices."""
     command = [sys.executable, "-c", DEVICE_PROGRAM]
     try:
         answer = subprocess.run(  # noqa: S603
@@ -218,7 +218,7 @@ def check_schema() -> Finding:
 
 
 def check_worker(base_model: BaseModel, server: RunningServer | None) -> Finding:
-    """Some process holds this base model and has said so lately."""
+    """A process serves this base model and has sent a heartbeat recently."""
     part = f"worker {base_model.name}"
     worker = (
         Worker.objects.filter(queue=base_model.queue, state__in=["starting", "live"])
@@ -241,7 +241,7 @@ def check_worker(base_model: BaseModel, server: RunningServer | None) -> Finding
 
 
 def check_queue() -> Finding:
-    """Work waits only where a worker will come for it."""
+    """Requests wait only in queues that a worker serves."""
     queues = (
         Future.objects.filter(state=State.PENDING)
         .values("queue")
@@ -255,13 +255,15 @@ def check_queue() -> Finding:
         lines.append(f"{queue['count']} wait on {queue['queue']}, the oldest for {age}")
         orphaned = orphaned or queue["queue"] not in served
     if orphaned:
-        lines.append("a queue has no base model any more; name it in TINKERAPI_BASE_MODEL again")
+        lines.append(
+            "the base model of a queue is not served any more; add it to TINKERAPI_BASE_MODEL again"
+        )
     verdict = Verdict.FAILED if orphaned else Verdict.OK
     return Finding("queue", verdict, "; ".join(lines) or "nothing waits")
 
 
 def check_api_keys() -> Finding:
-    """Somebody can get in."""
+    """There is a way to authenticate."""
     try:
         count = sum(key.is_valid for key in ApiKey.objects.select_related("user"))
     except DatabaseError as error:
@@ -273,7 +275,7 @@ def check_api_keys() -> Finding:
 
 
 def _cpu_flags() -> set[str]:
-    """Instruction sets as Linux lists them; empty elsewhere."""
+    """Instruction sets that Linux lists; empty on other systems."""
     try:
         with open("/proc/cpuinfo") as cpuinfo:
             lines = [line for line in cpuinfo if line.startswith(("flags", "Features"))]

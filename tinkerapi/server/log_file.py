@@ -1,4 +1,4 @@
-"""Log files that processes print into, kept from growing while they print."""
+"""Limits the size of log files that processes write to."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MAX_LOG_BYTES = 10 * 1024 * 1024
 
 
 def log_rotate(log: Path) -> bool:
-    """Move what a full log holds to ``NAME.log.1`` and empty it; whether that was so.
+    """Move a full log to ``NAME.log.1`` and empty it; True if it was full.
 
-    Its writer keeps the file open, in append mode: it is copied and cut, not renamed. A line that
-    is written in between is lost. Two files of a name are the most there are.
+    Its writer keeps the file open in append mode, so it is copied and truncated, not renamed. A
+    line that is written in between is lost. There are never more than two files of a name.
     """
     try:
         if log.stat().st_size <= MAX_LOG_BYTES:
@@ -22,6 +22,6 @@ def log_rotate(log: Path) -> bool:
         os.truncate(log, 0)
     except FileNotFoundError:
         return False
-    except OSError:  # a full disk has no room for the copy; what is new matters more
+    except OSError:  # a full disk has no room for the copy; new lines matter more
         os.truncate(log, 0)
     return True

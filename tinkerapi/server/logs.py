@@ -1,9 +1,9 @@
-"""Log lines that nobody can forge, and not more of them than anybody reads.
+"""Log records that clients cannot forge, with a limit on repeated ones.
 
-What a client sends reaches the log: paths, names, the text of errors. So what is not printable is
-written as its escape, and everything after a line break begins with a mark that no first line has.
-And whoever may send requests may make lines: of one place in the code so many are written and then
-so many a minute, with the number of those that were left out.
+Clients' data reaches the log: paths, names, error texts. So unprintable characters are
+escaped, and every line after the first begins with a mark that no first line has.
+Clients could also flood the log, so each place in the code may write some records at once and then
+a few a minute, with the number of those that were left out.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ MAX_TRACEBACK = 20_000
 CONTINUATION = "\n  | "
 
 AT_ONCE = 50
-SECONDS_EACH = 5.0  # of a place that has used up what it may write at once
+SECONDS_EACH = 5.0  # between records of a place that has used its burst
 
 _UNPRINTABLE = re.compile(
-    # C0 and C1 but the line break, line separators, what changes the direction of text, surrogates
+    # C0 and C1 except the line break, line separators, text direction marks, surrogates
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 class LineFormatter(logging.Formatter):
-    """Time, level, logger and message; further lines, of a traceback say, are marked as such."""
+    """Time, level, logger and message; further lines, of a traceback for example, are marked."""
 
     def __init__(self) -> None:
         super().__init__("{asctime} {levelname} {name}: {message}", style="{")
@@ -37,8 +37,8 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The whole text of a record."""
         head = f"{self.formatTime(record)} {record.levelname} {record.name}: "
-        # Django's records repeat what a request said; of a bad Host header also with a traceback,
-        # although nothing of ours went wrong.
+        # Django's records repeat the request's data; for a bad Host header they have a traceback,
+        # although the server has no error.
         limit = MAX_REQUEST if record.name.startswith("django.") else MAX_MESSAGE
         parts = [_cut_end(record.getMessage(), limit)]
         if record.exc_info and not record.name.startswith("django.security"):
@@ -49,7 +49,7 @@ class LineFormatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what is not printable, and a mark before each further line."""
+    """The text with unprintable characters escaped, and a mark before each further line."""
     return _UNPRINTABLE.sub(_escape, text).replace("\n", CONTINUATION)
 
 
@@ -63,16 +63,16 @@ def _cut_end(text: str, limit: int) -> str:
 
 
 def _cut_middle(text: str, limit: int) -> str:
-    """The beginning and the end: where it happened and what it was."""
+    """The beginning and the end, which have the place and the error."""
     if len(text) <= limit:
         return text
     return f"{text[: limit // 2]}\n... ({len(text):,} characters)\n{text[-limit // 2 :]}"
 
 
 class RepeatFilter(logging.Filter):
-    """Lets so many records of one place in the code through; a later one says how many it did not.
+    """Limits the records of each place in the code; a later one has the number of dropped ones.
 
-    For a handler, so that it counts what would be written.
+    For a handler, so that it counts only records that would be written.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,7 +82,7 @@ class RepeatFilter(logging.Filter):
         self._places: dict[tuple[str, int, int], _Place] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to write the record, to whose message the number of those left out is added."""
+        """Whether to write the record, and add the number of dropped ones to its message."""
         with self._lock:
             key = (record.pathname, record.lineno, record.levelno)
             place = self._places.setdefault(key, _Place(self._clock()))
@@ -96,7 +96,7 @@ class RepeatFilter(logging.Filter):
 
 
 class _Place:
-    """What one place in the code may still write."""
+    """The remaining budget of one place in the code."""
 
     def __init__(self, now: float) -> None:
         self._left = float(AT_ONCE)
@@ -104,7 +104,7 @@ class _Place:
         self._left_out = 0
 
     def take(self, now: float) -> int | None:
-        """None: not this one; otherwise how many were not written before it."""
+        """None if this record is dropped; otherwise the number dropped before it."""
         self._left = min(AT_ONCE, self._left + (now - self._at) / SECONDS_EACH)
         self._at = now
         if self._left < 1:

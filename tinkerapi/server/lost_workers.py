@@ -1,7 +1,7 @@
-"""Says of a worker's row that its process is gone, as soon as the process's parent knows.
+"""Marks a worker's row as lost as soon as the parent process knows that the worker has ended.
 
 Without it a killed worker looks alive until its successor starts or its heartbeats are missed. The
-supervisor must not wait for Postgres, which may have gone with the worker, so a thread tells it.
+supervisor must not wait for Postgres, which may be down too, so a thread does it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from django.db import DatabaseError, InterfaceError, connection
 
 from futures.workers import worker_mark_lost
 
-TRY_SECONDS = 15.0  # later its successor has told it, or the heartbeats are missed anyway
-LOOK_SECONDS = 0.1  # Postgres needs a moment to see that the dead worker's connection is closed
+TRY_SECONDS = 15.0  # after this, the next worker has marked it, or the heartbeats are missed anyway
+LOOK_SECONDS = 0.1  # Postgres needs a moment to notice that the dead worker's connection is closed
 
 
 def report_worker_end(queue: str) -> Callable[[int], None]:

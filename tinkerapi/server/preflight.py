@@ -1,7 +1,7 @@
-"""What ``up`` makes sure of before it starts anything, each failure with one sentence.
+"""Checks that ``up`` makes before it starts anything; each failure has a clear message.
 
-The data folder is ours and nobody else's ``up`` runs on it, the port is free, the base models'
-folders can be read, and the secret that signs links and queue entries is kept.
+The data folder is ours and no other ``up`` runs on it, the port is free, the base models'
+folders can be read, and the secret that signs links and queue entries exists.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ LOCK_FILE = "up.lock"
 
 
 class PreflightError(Exception):
-    """The server cannot be started as things are; the message says what to change."""
+    """The server cannot be started; the message says what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunningServer:
-    """The ``up`` that holds a data folder, as it wrote itself into the lock."""
+    """The ``up`` that holds a data folder, read from its lock file."""
 
     pid: int
     host: str
@@ -39,7 +39,7 @@ class RunningServer:
 
     @property
     def address(self) -> str:
-        """Where this machine reaches it: a server on all addresses is also on loopback."""
+        """Its address on this machine: a server on all addresses is also on loopback."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
@@ -47,9 +47,9 @@ class RunningServer:
         """Status code of a GET request, whatever hosts the server allows.
 
         Raises:
-            OSError: Nobody answers, or not in HTTP.
+            OSError: No answer, or not in HTTP.
         """
-        # A proxy that the environment names would not reach our loopback address.
+        # A proxy set in the environment would not reach our loopback address.
         opener = build_opener(ProxyHandler({}))
         request = Request(self.address + path, headers={"Host": "localhost"})  # noqa: S310
         try:
@@ -63,7 +63,7 @@ class RunningServer:
 
 @contextmanager
 def lock_data_folder(data_dir: Path, server: RunningServer) -> Iterator[RunningServer | None]:
-    """Hold the data folder for a server; yields the server that was killed on it before, if so.
+    """Hold the data folder for a server; yields the previous server if that was killed.
 
     Raises:
         PreflightError: It cannot be written, or another ``up`` has it.
@@ -95,11 +95,11 @@ def lock_data_folder(data_dir: Path, server: RunningServer) -> Iterator[RunningS
         try:
             yield killed
         finally:
-            lock.truncate(0)  # whoever gets here is not killed: nothing is left to wait for
+            lock.truncate(0)  # a normal end: the next start need not wait for anything
 
 
 def running_server(data_dir: Path) -> RunningServer | None:
-    """The ``up`` that runs on this data folder, or None; asking disturbs nobody."""
+    """The ``up`` that runs on this data folder, or None; the check does not affect it."""
     try:
         lock = (data_dir / LOCK_FILE).open()
     except OSError:
@@ -116,7 +116,7 @@ def _read_lock(lock: IO[str]) -> RunningServer | None:
     lock.seek(0)
     try:
         return RunningServer(**json.load(lock))
-    except (ValueError, TypeError):  # its owner is about to write it
+    except (ValueError, TypeError):  # its owner has not written it yet
         return None
 
 
@@ -144,19 +144,19 @@ def keep_secret_key(data_dir: Path) -> str:
 
 
 def resolve_host(host: str) -> str:
-    """The IP address that ``host`` names, which is what the web server binds to.
+    """The IP address of ``host``, to which the web server binds.
 
-    ``localhost`` is 127.0.0.1 even where the resolver names ::1 first: more clients try it.
+    ``localhost`` is 127.0.0.1 even if the resolver gives ::1 first: more clients try it.
 
     Raises:
-        PreflightError: It names none.
+        PreflightError: It has none.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         raise PreflightError(f"--host {host}: {error.strerror}") from error
     except UnicodeError as error:
-        raise PreflightError(f"--host {host}: this is no host name") from error
+        raise PreflightError(f"--host {host}: this is not a host name") from error
     addresses = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
     return str(addresses[0][4][0])
 
@@ -170,7 +170,7 @@ def check_port(host: str, port: int, *, wait_seconds: float = 0.0) -> None:
     """Make sure that a server can listen there.
 
     Args:
-        wait_seconds: How long a port may still be taken, for the children of a killed server.
+        wait_seconds: How long to wait for a port, which children of a killed server may still hold.
 
     Raises:
         PreflightError: Taken, not allowed, or no such address.
@@ -199,7 +199,7 @@ def _port_problem(host: str, port: int) -> OSError | None:
 
 
 def base_model_problem(folder: Path) -> str | None:
-    """What keeps a base model's folder from being loaded, as one sentence; None: nothing seen."""
+    """Why a base model's folder cannot be loaded, as one sentence; None if no problem is found."""
     try:
         if not folder.is_dir():
             return f"there is no folder {folder}"
@@ -216,17 +216,17 @@ def base_model_problem(folder: Path) -> str | None:
         return f"{folder / 'config.json'} is not a JSON object"
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        return f"{folder} holds no weights (*.safetensors)"
+        return f"{folder} has no weights (*.safetensors)"
     for path in weights:
         if problem := _weights_problem(path):
             return problem
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
-        return f"{folder} holds no tokenizer (tokenizer.json)"
+        return f"{folder} has no tokenizer (tokenizer.json)"
     return None
 
 
 def _weights_problem(path: Path) -> str | None:
-    """What its header says against a safetensors file: the tensors themselves are not read.
+    """The problem of a safetensors file that its header shows; the tensors are not read.
 
     The file is the header's length (8 bytes), the header (JSON) and the bytes of all tensors.
     """
@@ -239,7 +239,7 @@ def _weights_problem(path: Path) -> str | None:
         ends = [tensor["data_offsets"][1] for tensor in header.values()]
         whole = 8 + header_size + max(ends, default=0)
     except (ValueError, TypeError, AttributeError, LookupError):
-        return f"{path} is no safetensors file, or only its beginning"
+        return f"{path} is not a safetensors file, or only its beginning"
     if size < whole:
         return f"{path} is cut off: it has {size:,} of {whole:,} bytes"
     return None

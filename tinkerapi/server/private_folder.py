@@ -1,7 +1,7 @@
-"""Keeps the data folder from other users of the machine: prompts, weights and keys are in it.
+"""Protects the data folder from other users of the machine: it has prompts, weights and keys.
 
-New files are private because every process of ours has a umask (``settings``). What an older
-version left readable is closed here, once, by the next ``up``.
+New files are private because every process of ours has a umask (``settings``). Files that an older
+version left readable are made private here, once, by the next ``up``.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ OTHERS = stat.S_IRWXG | stat.S_IRWXO
 OURS = frozenset(
     ("checkpoints", "crashes", "logs", "models", "postgres", "secret_key", "snapshots", "static")
 )
-"""What a data folder holds; hidden files and ``up.*`` too."""
+"""The contents of a data folder; hidden files and ``up.*`` too."""
 
 
 def folder_close(data_dir: Path) -> str | None:
-    """Take from other users every right to what is ours in the data folder; a remark if that
+    """Make our files in the data folder private to this user; return a remark if that
     changed anything or is not possible.
 
-    The folder itself only if nothing else is in it: it may be somebody's home, or /tmp. Symbolic
-    links are not followed, and Postgres looks after its own cluster.
+    The folder itself is only closed if it has no other files: it may be a home folder, or /tmp.
+    Symbolic links are not followed, and Postgres protects its own cluster.
     """
     try:
         entries = sorted(data_dir.iterdir())
         changed = 0
         for entry in entries:
-            # Its top comes last, so that an interrupted call is repeated by the next.
+            # The top folder comes last, so that the next call repeats an interrupted one.
             if _is_ours(entry) and _is_open(entry):
                 changed += sum(map(_close, [*_below(entry), entry]))
         if not _is_open(data_dir):
             return _changes(changed, data_dir)
         if not all(map(_is_ours, entries)):
-            return f"{data_dir} holds other things too, so its list of names stays readable"
+            return f"{data_dir} has other files too, so its list of names stays readable"
         return _changes(changed + _close(data_dir), data_dir)
     except OSError as error:
         return f"{error.filename} can be read by other users of this machine: {error.strerror}"
@@ -56,7 +56,7 @@ def _is_open(path: Path) -> bool:
 
 
 def _close(path: Path) -> int:
-    """1 if that changed anything."""
+    """1 if that changed the permissions."""
     if not _is_open(path):
         return 0
     path.chmod(stat.S_IMODE(path.lstat().st_mode) & ~OTHERS)
@@ -64,7 +64,7 @@ def _close(path: Path) -> int:
 
 
 def _below(entry: Path) -> Iterator[Path]:
-    """Everything below, parts before wholes."""
+    """All files and folders below, contents before their folder."""
     if entry.is_symlink() or not entry.is_dir():
         return
     for folder, _, files in os.walk(entry, topdown=False):

@@ -1,12 +1,12 @@
 """Keeps a handful of processes running: starts them in order, again when they die, stops them.
 
-Knows nothing of what they do. Everything runs in one thread, the main one: the signal that
-takes a child down with a killed parent is tied to the thread that forked it. A child gets its
+It does not know what they do. Everything runs in the main thread, because the signal that
+ends a child after its parent was killed is tied to the thread that forked it. A child gets its
 own process group, so that Ctrl+C in the terminal reaches only the supervisor, which stops the
-parts in order, and so that what a killed child leaves behind can be removed with it.
+parts in order, and so that the children of a killed child can be removed with it.
 
-A child can hang as well as die. One that has a ``Watch`` writes to a pipe whenever it gets on;
-when the pipe has been silent for too long, by this process's clock alone, it is killed.
+A child can hang as well as die. One with a ``Watch`` writes to a pipe whenever it makes progress;
+if the pipe is silent for too long by this process's clock, the child is killed.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from training.parent_death import parent_death_prefix
 
 FIRST_DELAY_SECONDS = 0.5
 MAX_DELAY_SECONDS = 30.0
-STEADY_SECONDS = 60.0  # who lived this long starts again without back-off
-LONGEST_LOOK_SECONDS = 5.0  # what a silence may grow by between two looks
-LAST_WORDS_SECONDS = 2.0  # for a hung child to write where it hangs, before it is killed
+STEADY_SECONDS = 60.0  # a part that ran this long is restarted without back-off
+LONGEST_LOOK_SECONDS = 5.0  # largest silence counted between two checks
+LAST_WORDS_SECONDS = 2.0  # for a hung child to write its stack traces before it is killed
 
 
 class Refused(Exception):
-    """A part cannot start as things are, and says why in one sentence; another try is no use."""
+    """A part cannot start, and says why in one sentence; another try is useless."""
 
 
 class Part(Protocol):
-    """What the supervisor keeps running."""
+    """A part that the supervisor keeps running."""
 
     name: str
     stop_rank: int
-    """Parts of a lower rank are stopped first, those of one rank together."""
+    """Parts of a lower rank are stopped first, parts of the same rank together."""
 
     def start(self) -> None:
-        """Start it; raises an exception with one sentence if it cannot be."""
+        """Start it; raises an exception with one sentence if that is impossible."""
 
     def ended(self) -> str | None:
-        """None while it runs, otherwise how it ended, as half a sentence.
+        """None while it runs, otherwise how it ended, as part of a sentence.
 
         Raises:
             Refused: It ended because it can never start.
@@ -56,24 +56,24 @@ class Part(Protocol):
         """Tell it to end, and return at once."""
 
     def stop(self, hurry: Callable[[], bool]) -> None:
-        """Wait for the end that it was asked for; kill it once ``hurry()`` says so."""
+        """Wait for the requested end; kill it once ``hurry()`` returns True."""
 
 
 @dataclass
 class Watch:
-    """Tells a child that gets on from one that hangs, by what it writes to a pipe."""
+    """Detects a hung child: one that makes progress writes to a pipe."""
 
     variable: str
     """Environment variable in which the child finds the pipe's descriptor."""
     silence_seconds: float
-    """How long it may write nothing."""
+    """The longest time without a write."""
     clock: Callable[[], float] = time.monotonic
     reader: int | None = field(default=None, init=False)
     looked_at: float = field(default=0.0, init=False)
     silent: float = field(default=0.0, init=False)
 
     def open(self) -> int:
-        """Begin with a fresh pipe; returns the descriptor for the child, to be closed here."""
+        """Make a new pipe; returns the descriptor for the child, to be closed in this process."""
         self.close()
         self.reader, writer = os.pipe()
         os.set_blocking(self.reader, False)
@@ -86,10 +86,10 @@ class Watch:
             self.reader = None
 
     def silent_seconds(self) -> float:
-        """How long the child has written nothing, as far as was looked; look often.
+        """The seconds without a write that this process has observed; call it often.
 
-        Who looks late, because the machine was paused or there was other work, knows nothing
-        of the time between: the child may have been paused as well.
+        After a late call (the machine was paused, or there was other work) the time in between is
+        unknown, because the child may have been paused as well.
         """
         now = self.clock()
         self.silent += min(now - self.looked_at, LONGEST_LOOK_SECONDS)
@@ -109,7 +109,7 @@ def _drained(reader: int) -> bool:
 
 @dataclass
 class Child:
-    """A part that is a command; what it prints goes to a log file."""
+    """A part that is a command; its output goes to a log file."""
 
     name: str
     command: Sequence[str]
@@ -118,14 +118,14 @@ class Child:
     stop_seconds: float
     """How long it may take to end before it is killed."""
     parent_death_signal: str
-    """What it gets when the supervisor is killed: KILL, or TERM if it has children to stop."""
+    """Its signal when the supervisor is killed: KILL, or TERM if it has children to stop."""
     stop_rank: int
     watch: Watch | None = None
-    """None: it is trusted to get on as long as it runs."""
+    """None: it is not checked for progress."""
     refusal_status: int | None = None
-    """Exit code that says that it can never start; its last line says why."""
+    """Exit code that means that it can never start; its last line says why."""
     on_end: Callable[[int], None] = lambda pid: None
-    """Called with the number of a process that has ended without being asked to; must not block."""
+    """Called with the number of a process that has ended unexpectedly; must not block."""
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     hung: bool = field(default=False, init=False)
     log_start: int = field(default=0, init=False)
@@ -162,7 +162,7 @@ class Child:
             if log_rotate(self.log):
                 self.log_start = 0
             return None
-        # A killed server leaves its own children, and they hold the port.
+        # A killed server leaves its own children, which hold the port.
         self._kill_group(self.process)
         self.on_end(self.process.pid)
         self.process = None
@@ -176,7 +176,7 @@ class Child:
         return f"ended with exit code {status}" + (f": {words}" if words else "")
 
     def _end_if_hung(self, process: subprocess.Popen[bytes]) -> None:
-        """Make a silent child write where it hangs and end (ABRT), then kill it if it does not."""
+        """Make a silent child write its stack traces and end (ABRT); kill it if it does not."""
         if self.watch is None:
             return
         excess = self.watch.silent_seconds() - self.watch.silence_seconds
@@ -211,9 +211,9 @@ class Child:
 
     @staticmethod
     def _kill_group(process: subprocess.Popen[bytes]) -> None:
-        """End whoever is left of the group; call it only right after the leader has ended,
-        before its number can belong to somebody else."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left
+        """Kill the rest of the group. Call it only right after the leader has ended,
+        before its process number can be reused."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
             os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -236,7 +236,7 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
         max_delay_seconds: float = MAX_DELAY_SECONDS,
     ) -> None:
-        """``max_delay_seconds``: the longest that a part which keeps ending has to wait."""
+        """``max_delay_seconds``: the longest wait of a part that keeps ending."""
         self.say = say
         self.clock = clock
         self.max_delay_seconds = max_delay_seconds
@@ -251,17 +251,17 @@ class Supervisor:
         """Start a part and keep it running from now on.
 
         Raises:
-            Exception: Whatever ``part.start`` raised; the first start is not tried again.
+            Exception: The exception of ``part.start``; the first start is not repeated.
         """
-        # Known before it is started: a signal in the middle must not leave it behind.
+        # Registered before it is started: a signal during the start must not leave it behind.
         self._watched.append(_Watched(part, self.clock()))
         part.start()
 
     def tick(self) -> None:
-        """Notice what has ended and start again what has waited long enough.
+        """Notice ended parts, and restart those that have waited long enough.
 
         Raises:
-            Refused: A part can never start, and they have not been ready yet.
+            Refused: A part can never start, and the server has not been ready yet.
         """
         for watched in self._watched:
             now = self.clock()
@@ -296,7 +296,7 @@ class Supervisor:
             return f"cannot start: {error}"
 
     def _plan_restart(self, watched: _Watched, how: str) -> None:
-        """Each failure in a row doubles the delay; one steady life forgives them all."""
+        """Each failure in a row doubles the delay; a long run resets it."""
         now = self.clock()
         steady = now - watched.started_at >= STEADY_SECONDS
         watched.failures = 1 if steady else watched.failures + 1

@@ -1,4 +1,4 @@
-"""Bringing the database's tables to this version, or saying why that cannot be."""
+"""Migrates the database's tables to this version, or reports why that is impossible."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MIGRATION_LOCK = 0x74696E6B  # pg_advisory_lock key: one process migrates, other
 
 
 class SchemaError(Exception):
-    """The database was not made by this version or an older one; the message says more."""
+    """The database was not made by this version or an older one; the message has details."""
 
 
 def unapplied_migrations() -> int:
-    """How many migrations the database lacks; 0 when it fits this version.
+    """The number of missing migrations; 0 if the database fits this version.
 
     Raises:
         SchemaError: It has migrations that this version does not know, or in another order.
@@ -29,10 +29,10 @@ def unapplied_migrations() -> int:
 
 
 def schema_migrate() -> int:
-    """Apply what is missing and return how many migrations that was.
+    """Apply the missing migrations and return their number.
 
     Servers that share a database may call this at the same time. Each migration is its own
-    transaction, so an interrupted call is finished by the next.
+    transaction, so the next call completes an interrupted one.
 
     Raises:
         SchemaError: The database was made by another version; nothing was changed.
@@ -72,9 +72,9 @@ def _check_history(loader: MigrationLoader) -> None:
 
 
 def database_down_reason(error: OperationalError | psycopg.OperationalError) -> str | None:
-    """A sentence for an error that says that no database answers; None for all others."""
+    """A message if the error means that no database answers; None for all others."""
     cause = error if isinstance(error, psycopg.OperationalError) else error.__cause__
-    # The server's own errors carry a code; failing to reach one has none.
+    # The server's own errors have a code; a failed connection has none.
     if not isinstance(cause, psycopg.OperationalError) or cause.sqlstate is not None:
         return None
     if settings.DATABASE_URL:
