@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.engine.families import judge, save_random, small_config
+from tests.tiny_model import VOCAB_SIZE
 
 RESULTS = Path(__file__).with_suffix(".json")
 MAX_PARAMETERS = 30_000_000
@@ -28,6 +29,14 @@ NEEDED: dict[str, dict[str, Any]] = {
     "bloom": {"seq_length": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "reformer": {"is_decoder": True},
+    "stablelm": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+        }
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What some families need beside sizes."""

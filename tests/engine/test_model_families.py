@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.engine.families import CONTEXT_TOKENS, judge, save_random, small_config
+from tests.tiny_model import VOCAB_SIZE
 
 
 def rope(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -24,6 +25,17 @@ LONGROPE = rope(
     long_factor=[2.0, 3.5],
     original_max_position_embeddings=CONTEXT_TOKENS // 2,
 )
+
+
+GEMMA4 = {
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size_per_layer_input": 4,
+    "global_head_dim": 8,
+}
+"""Heads of the layers that see everything are larger than those of the others."""
+
+LLAMA4 = {"moe_layers": [], "intermediate_size_mlp": 32, "num_hidden_layers": 4}
+"""Without experts; three layers of four attend by chunks."""
 
 
 @pytest.mark.parametrize(
@@ -67,6 +79,19 @@ LONGROPE = rope(
         ("olmo2", {}),
         ("granite", {}),
         ("starcoder2", {}),
+        ("gemma4_text", {**GEMMA4, "num_hidden_layers": 6}),
+        ("gemma4_text", {**GEMMA4, "num_hidden_layers": 7, "num_kv_shared_layers": 1}),
+        ("llama4_text", {**LLAMA4, "attn_temperature_tuning": False}),
+        ("gemma2", {"num_hidden_layers": 3, "attn_logit_softcapping": 1.5}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("cohere", {}),
+        ("cohere2", {"num_hidden_layers": 5, "logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("hyperclovax", {"logits_scaling": 4.0}),
+        ("nanochat", {}),
+        ("stablelm", rope("default", partial_rotary_factor=0.5)),
+        ("nemotron", {}),
+        ("gpt2", {}),
         ("gpt_neox", {}),
         ("gptj", {}),
         ("opt", {}),
@@ -89,9 +114,9 @@ def test_a_family_that_is_served_is_computed_as_transformers_does(
         ("gpt_neo", {"attention_types": [[["global", "local"], 1]]}, r"attention is asked for 0"),
         ("mpt", {}, r"attention is asked for 0 times"),
         ("diffllama", {}, r"attention is asked for 4 times in a pass over 2 layers"),
-        ("cohere", {}, r"differ by [\d.]+ nats from those of each alone in stock transformers"),
+        ("doge", {}, r"differ by [\d.]+ nats from those of each alone in stock transformers"),
+        ("llama4_text", {**LLAMA4, "attn_temperature_tuning": True}, r"differ by [\d.]+ nats"),
         ("bert", {"is_decoder": False}, r"log-probabilities of sequences packed .* differ"),
-        ("gpt2", {}, r"transformer\.h\.0\.attn\.c_attn is a Conv1D"),
         ("mixtral", {}, "adapters are for linear layers"),
         ("gpt_oss", {}, "adapters are for linear layers"),
         ("bloom", {}, "does not say how long a sequence may be"),

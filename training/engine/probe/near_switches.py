@@ -12,7 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-SWITCHES = ("sliding_window", "attention_chunk_size", "floor_scale")
+from training.engine.torch.attention.backend import CHUNK_ATTRIBUTE
+
+SWITCHES = ("sliding_window", "attention_chunk_size", CHUNK_ATTRIBUTE, "floor_scale")
 """Names under which configurations and layers keep such lengths: from the last on, queries are
 scaled by their position."""
 

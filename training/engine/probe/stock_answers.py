@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from training.engine.probe.few_layers import FewLayers
 from training.engine.probe.near_switches import near_switches
 from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape
+from training.engine.torch.logit_shape import PLAIN_LOGITS, LogitShape, find_logit_shape
 from training.types import LoraConfig
 
 LENGTHS = (4, 20, 6)
@@ -67,6 +68,8 @@ class StockAnswers:
     few_layers: FewLayers
     crosses_windows: bool
     """Whether the windows that the configuration names, if any, show in the passages."""
+    logit_shape: LogitShape
+    """What makes the logits of what the output head says."""
     whole: Tensor
     """(n, V) float32: of the longest passage, by all layers, without the update."""
 
@@ -109,6 +112,7 @@ def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -
         grad=torch.zeros_like(flat) if flat.grad is None else flat.grad,
         few_layers=few_layers,
         crosses_windows=crosses_windows,
+        logit_shape=_logit_shape(model, passages[0]),
         whole=torch.empty(0),
     )
     with torch.no_grad():
@@ -124,15 +128,34 @@ def _differs(model: PreTrainedModel, passages: list[Passage], logprobs: list[Ten
     )
 
 
+@torch.no_grad()
+def _logit_shape(model: PreTrainedModel, passage: Passage) -> LogitShape:
+    head_says: list[Tensor] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, args, output: head_says.append(output.clone()))
+    try:
+        logits = _logits(model, passage)
+    finally:
+        hook.remove()
+    if not head_says:
+        return PLAIN_LOGITS
+    return find_logit_shape(model.config.get_text_config(), head_says[0].float(), logits.float())
+
+
 def _answer(model: PreTrainedModel, passage: Passage) -> Tensor:
     """(n, V) float32 log-probabilities."""
+    return _logits(model, passage).float().log_softmax(-1)
+
+
+def _logits(model: PreTrainedModel, passage: Passage) -> Tensor:
+    """(n, V)"""
     output = model(
         input_ids=passage.tokens[None],
         position_ids=passage.position_ids[None],
         use_cache=False,
     )
     logits: Tensor = output.logits[0]
-    return logits.float().log_softmax(-1)
+    return logits
 
 
 def _make_passages(vocab_size: int, context_tokens: int, device: torch.device) -> list[Passage]:

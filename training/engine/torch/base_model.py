@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from training.engine.interface import BaseModelInfo
 from training.engine.torch.adapters import AdapterTensors, LoraShape
+from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import times
 from training.engine.torch.packing.stream import (
     ContextHolder,
@@ -37,6 +38,7 @@ class BaseModel:
     head_weight: Tensor
     """(V, C); the embedding matrix itself where the two are tied."""
     head_bias: Tensor | None
+    logit_shape: LogitShape
     linear_shapes: dict[str, LoraShape]
     """Every module that can have an adapter, the head last."""
     _decoder: nn.Module
@@ -90,7 +92,7 @@ class BaseModel:
                 a, b = pair
                 xa = times(hidden[rows], a.T)  # (n, R)
                 logits[rows].add_(times(xa, b.T), alpha=weights.layout.scale)
-        return logits
+        return self.logit_shape.shape(logits)
 
     def head_pair(self, weights: AdapterTensors | None) -> tuple[Tensor, Tensor] | None:
         """The head's A (R, C) and B (V, R) in the model's dtype, if the adapter has one."""

@@ -123,11 +123,13 @@ def score_targets(
         for span in elementwise:
             _differentiate(span, inputs.tokens(span, rows), inputs, output)
         if any(segment.grad is not None for segment in chunk.segments):
+            slope = base_model.logit_shape.slope(chunk.logits)
             grad_chunk = _backward_chunk(
                 base_model,
                 chunk.hidden,
                 chunk.segments,
                 logits=chunk.logits.sub_(chunk.log_norm),
+                slope=slope,
                 targets=_padded(inputs.targets[rows]),
                 grad_logprobs=_padded(output.grad_logprobs[rows]),
             )
@@ -229,10 +231,14 @@ def _backward_chunk(
     segments: Sequence[Segment],
     *,
     logits: Tensor,
+    slope: Tensor | float,
     targets: Tensor,
     grad_logprobs: Tensor,
 ) -> Tensor:
     """Push one chunk's gradient on; ``logits`` (n, V) are normalised and used up.
+
+    Args:
+        slope: (n, V), or one number for all: their derivative by what the head says.
 
     Returns:
         (n, C), d loss / d hidden.
@@ -246,8 +252,11 @@ def _backward_chunk(
         hidden, logits, targets, grad_logprobs = (
             t[active] for t in (hidden, logits, targets, grad_logprobs)
         )
+        slope = slope[active] if isinstance(slope, Tensor) else slope
     grad_logits = logits.exp_().mul_(-grad_logprobs.sum(-1, keepdim=True))  # (m, V)
     grad_logits.scatter_add_(1, targets, grad_logprobs)
+    if isinstance(slope, Tensor) or slope != 1.0:
+        grad_logits.mul_(slope)
     grad_logits = grad_logits.to(hidden.dtype)
     grad_rows = (_padded(grad_logits) @ base_model.head_weight)[: len(active)]  # (m, C)
     for segment in segments:

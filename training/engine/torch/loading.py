@@ -3,7 +3,7 @@
 Loading replaces every linear layer by a ``LoraLinear`` and attention by the packed one, and proves
 that what is computed is what the untouched model computes (``probe``). What we would silently
 leave out or make up is refused: weights that the folder lacks or has in a few bits each, layers
-that no adapter reaches, a scaled or capped output head, another attention. A folder's own code is
+that no adapter reaches, another output head, another attention. A folder's own code is
 never run, nor is the attention used that its configuration asks for, which may name code on a hub.
 """
 
@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from training.context_length import usable_context_tokens
 from training.engine.interface import BaseModelInfo
 from training.engine.probe.proof import prove, stock_answers
 from training.engine.torch.adapters import LoraShape
-from training.engine.torch.attention.backend import ATTENTION_NAME, note_chunks
+from training.engine.torch.attention.backend import ATTENTION_NAME, prepare_layers
 from training.engine.torch.base_model import BaseModel
+from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.memory import keep_freed_memory
 from training.engine.torch.packing.stream import ContextHolder
@@ -142,6 +144,17 @@ def _require_all_weights(path: str, loaded: Mapping[str, Any]) -> None:
         )
 
 
+def _use_linear_layers(model: PreTrainedModel) -> None:
+    """Replace GPT-2's layers, which have a linear layer's matrix transposed, by linear layers."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Conv1D):
+            continue
+        linear = nn.Linear(module.nx, module.nf, device="meta")
+        linear.weight = nn.Parameter(module.weight.data.T.contiguous(), requires_grad=False)
+        linear.bias = module.bias
+        model.set_submodule(name, linear)
+
+
 def _require_known_layers(model: PreTrainedModel, name: str) -> None:
     """Refuse matrices that no adapter could reach: training would leave them out silently."""
     for module_name, module in model.named_modules():
@@ -167,6 +180,7 @@ def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
             f"{name} cannot be served: its config.json does not say how long a sequence may be;"
             " add max_position_embeddings."
         )
+    _use_linear_layers(model)
     _require_known_layers(model, name)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -177,7 +191,7 @@ def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     if not stock.crosses_windows:
         within = usable_context_tokens(config.to_dict(), computed_windows=())
         context_tokens = context_tokens if within is None else within
-    base_model = _wrap(model, tokenizer, name, head, context_tokens)
+    base_model = _wrap(model, tokenizer, name, head, context_tokens, stock.logit_shape)
     prove(base_model, stock, num_layers=config.num_hidden_layers)
     return base_model
 
@@ -188,11 +202,12 @@ def _wrap(
     name: str,
     head: nn.Linear,
     context_tokens: int,
+    logit_shape: LogitShape,
 ) -> BaseModel:
     num_parameters = model.num_parameters()
     model.set_attn_implementation(ATTENTION_NAME)
-    note_chunks(model, model.config.get_text_config())
     holder = ContextHolder()
+    prepare_layers(model, model.config.get_text_config(), holder)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     head_name = next(n for n, module in linears.items() if module is head)
     del linears[head_name]
@@ -216,10 +231,17 @@ def _wrap(
         head_name=head_name,
         head_weight=head.weight,
         head_bias=head.bias,
+        logit_shape=logit_shape,
         linear_shapes={n: LoraShape(m.in_features, m.out_features) for n, m in linears.items()},
-        _decoder=model.get_decoder(),
+        _decoder=_decoder_of(model),
         _holder=holder,
     )
+
+
+def _decoder_of(model: PreTrainedModel) -> nn.Module:
+    """All of the model but its head; some families name the whole when asked for it."""
+    decoder: nn.Module = model.get_decoder()
+    return model.get_submodule("model") if decoder is model else decoder
 
 
 def _end_token_ids(model: PreTrainedModel) -> tuple[int, ...]:

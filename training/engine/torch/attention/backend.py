@@ -30,7 +30,7 @@ from training.engine.torch.attention.short import (
 )
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, stream_rows, take_rows
-from training.engine.torch.packing.stream import Attention, PackedContext
+from training.engine.torch.packing.stream import Attention, ContextHolder, PackedContext
 
 ATTENTION_NAME = "packed"
 
@@ -38,6 +38,8 @@ REFUSED_ARGUMENTS = ("position_bias", "head_mask")
 """Attention variants whose arguments we would have to honour and do not."""
 
 CHUNK_ATTRIBUTE = "packed_attention_chunk"
+HOLDER_ATTRIBUTE = "packed_context_holder"
+"""What ``prepare_layers`` leaves at the layers that it may concern."""
 
 
 class UnsupportedAttention(Exception):
@@ -256,7 +258,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packed_context: PackedContext,
+    packed_context: PackedContext | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -266,10 +268,13 @@ def packed_attention(
         query: (1, Hq, T, D).
         key: (1, Hkv, T, D).
         value: Likewise.
+        packed_context: None where a layer does not pass on what its model was called with.
 
     Returns:
         (1, T, Hq, D), and no attention weights.
     """
+    if packed_context is None:
+        packed_context = _current_context(module)
     for name in REFUSED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(f"The base model's attention uses {name}.")
@@ -303,13 +308,27 @@ def _variant(
     return Variant(reach=reach, softcap=softcap, sinks=s_aux)
 
 
-def note_chunks(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Tell the layers whose attention is cut into chunks how long those are."""
+def prepare_layers(model: nn.Module, config: PreTrainedConfig, holder: ContextHolder) -> None:
+    """Tell the layers what transformers does not tell their attention.
+
+    Whose attention is cut into chunks, how long those are; and all, where the current context is:
+    some do not pass on what their model was called with.
+    """
     layer_types = getattr(config, "layer_types", None) or []
     for module in model.modules():
         layer_idx = getattr(module, "layer_idx", None)
-        if isinstance(layer_idx, int) and layer_types[layer_idx:][:1] == ["chunked_attention"]:
+        if not isinstance(layer_idx, int):
+            continue
+        setattr(module, HOLDER_ATTRIBUTE, holder)
+        if layer_types[layer_idx:][:1] == ["chunked_attention"]:
             setattr(module, CHUNK_ATTRIBUTE, config.attention_chunk_size)
+
+
+def _current_context(module: nn.Module) -> PackedContext:
+    holder = getattr(module, HOLDER_ATTRIBUTE, None)
+    if not isinstance(holder, ContextHolder) or holder.current is None:
+        raise UnsupportedAttention("The base model's attention does not know its pass.")
+    return holder.current
 
 
 def _layer_idx(module: nn.Module) -> int:
