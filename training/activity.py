@@ -31,10 +31,11 @@ def with_activity(runs: QuerySet[Any]) -> QuerySet[Any]:
     own = Future.objects.filter(is_open, lane_id=OuterRef("pk"))
     sessions = SamplingSession.objects.filter(checkpoint__run=OuterRef(OuterRef("pk")))
     of_sessions = Future.objects.filter(is_open, lane_id__in=sessions.values("pk"))
-    return runs.annotate(
+    annotated: QuerySet[Any] = runs.annotate(
         is_training=Exists(own.exclude(kind=Kind.SAMPLE)),
         is_sampling=Exists(own.filter(kind=Kind.SAMPLE)) | Exists(of_sessions),
     )
+    return annotated
 
 
 def activity(run: Any) -> str:

@@ -84,7 +84,7 @@ def run_remove_submit(
 
 
 @transaction.atomic
-def run_describe(run: Run, *, actor_id: int, title: str, tags: str, notes: str) -> None:
+def run_describe(run: Run, *, actor_id: int | None, title: str, tags: str, notes: str) -> None:
     """Write down what people call a run and know of it; its ``model_id`` stays."""
     Run.objects.filter(pk=run.pk).update(title=title, tags=tags, notes=notes)
     audit_record(
