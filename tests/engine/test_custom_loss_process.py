@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +285,64 @@ def test_both_processes_go_with_a_worker_that_is_killed(tmp_path: Path) -> None:
     worker.wait()
     worker.stdout.close()
     wait_for(lambda: not any(map(is_running, pids)))
+
+
+# -- starting and ending ---------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands until it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def unused(clock: Clock) -> Iterator[CustomLossProcess]:
+    """One that nobody has asked for anything."""
+    process = CustomLossProcess(clock=clock)
+    yield process
+    process.close()
+
+
+def is_started(process: CustomLossProcess) -> bool:
+    return process._server is not None
+
+
+def test_it_starts_when_it_is_first_needed_and_nobody_waits(unused: CustomLossProcess) -> None:
+    assert not is_started(unused)
+    assert not unused.prepare()
+    assert is_started(unused)
+    wait_for(unused.prepare)
+    unused.wait_until_ready()
+    assert isinstance(one(unused(PLAIN, [inputs()], Work())), CustomLossOutput)
+
+
+def test_a_process_that_does_not_start_holds_nobody_back(
+    unused: CustomLossProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custom_loss_process, "COMMAND", (sys.executable, "-c", "pass"))
+    unused.prepare()
+    wait_for(unused.prepare)
+    assert isinstance(one(unused(PLAIN, [inputs()], Work())), OutOfMemory)
+
+
+def test_it_ends_when_it_was_not_used_for_long_and_starts_again(
+    unused: CustomLossProcess, clock: Clock
+) -> None:
+    unused.prepare()
+    clock.now = custom_loss_process.UNUSED_SECONDS
+    unused.release()
+    assert is_started(unused)
+    clock.now += 1
+    unused.release()
+    assert not is_started(unused)
+    assert not unused.prepare()
+    assert is_started(unused)

@@ -12,9 +12,11 @@ from futures.models import Future
 from tests.conftest import InProcessWorker
 from training import services
 from training.base_models import base_model_get
+from training.engine.fake.engine import fake_engine
 from training.errors import RunExists, RunNotFound
 from training.models import Checkpoint, Run
 from training.types import Datum, LoraConfig, SamplingParams
+from training.worker import loop
 
 Submit = Callable[..., Future]
 Result = Callable[..., dict[str, object]]
@@ -333,3 +335,29 @@ def test_a_run_remembers_its_last_request(
     forward_backward("m", "hi", forward_only=True)
     work()
     assert Run.objects.get(name="m").last_request_at > before
+
+
+def test_others_go_on_while_what_computes_a_clients_own_loss_starts(
+    start_worker: Callable[..., InProcessWorker],
+    forward_backward: Submit,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = fake_engine()
+    asked: list[str] = []
+
+    def prepare() -> bool:
+        asked.append(Future.objects.get(pk=plain.pk).state)
+        return len(asked) > 20
+
+    monkeypatch.setattr(engine.trainer, "prepare_custom_losses", prepare)
+    work = start_worker(engine)
+    own, plain = forward_backward("own", "hi"), forward_backward("plain", "hi")
+    monkeypatch.setattr(loop, "has_custom_loss", lambda future: future.pk == own.pk)
+    work()
+    for future in (own, plain):
+        future.refresh_from_db()
+        assert future.state == "ready"
+    assert asked[-1] == "ready"
+    assert own.finished_at is not None
+    assert plain.finished_at is not None
+    assert plain.finished_at < own.finished_at

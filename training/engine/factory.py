@@ -59,27 +59,22 @@ def build_engine(
     device = devices.device_of(config, among=among, gpu_count=gpu_count)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # or whatever names no device would be made on the first
-    custom_losses = CustomLossProcess()  # gets ready while the model is read
-    try:
-        with _faults_of(folder):
-            base_model = load_base_model(
-                str(folder),
-                name=config.name,
-                device=device,
-                dtype=config.dtype,
-                on_stage=on_stage,
-            )
-            return engine_over(
-                base_model,
-                adapter_bytes=config.cache_bytes,
-                num_sharing=devices.num_sharing(config, among=among, gpu_count=gpu_count),
-                batch_tokens=batch_tokens,
-                cache_tokens=cache_tokens,
-                custom_losses=custom_losses,
-            )
-    except BaseException:
-        custom_losses.close()
-        raise
+    with _faults_of(folder):
+        base_model = load_base_model(
+            str(folder),
+            name=config.name,
+            device=device,
+            dtype=config.dtype,
+            on_stage=on_stage,
+        )
+        return engine_over(
+            base_model,
+            adapter_bytes=config.cache_bytes,
+            num_sharing=devices.num_sharing(config, among=among, gpu_count=gpu_count),
+            batch_tokens=batch_tokens,
+            cache_tokens=cache_tokens,
+            custom_losses=CustomLossProcess(),
+        )
 
 
 def engine_over(
@@ -100,15 +95,12 @@ def engine_over(
         num_sharing: Base models, this one included, that share that half.
         custom_losses: None computes clients' own losses right here, without a limit on time.
     """
-    from training.engine.custom_loss.run import run_custom_losses
     from training.engine.renderer.chat_renderer import ChatRenderer
     from training.engine.sampler.continuous_batching import ContinuousSampler
     from training.engine.torch.memory import free_bytes
     from training.engine.torch.trainer import TorchTrainer
 
-    trainer = TorchTrainer(
-        base_model, token_budget=batch_tokens, custom_losses=custom_losses or run_custom_losses
-    )
+    trainer = TorchTrainer(base_model, token_budget=batch_tokens, custom_losses=custom_losses)
     renderer = ChatRenderer(
         base_model.tokenizer,
         base_model.info.vocab_size,

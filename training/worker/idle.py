@@ -28,19 +28,17 @@ class IdleTime:
         """
         Args:
             let_go: Lets go of one thing; called until it says that there was none.
-            release_memory: Gives the system what nothing uses any more.
+            release_memory: Gives the system what nothing uses any more; costs nothing when there
+                is nothing.
         """
         self._let_go = let_go
         self._release_memory = release_memory
         self._clock = clock
         self._next_look = clock() + IDLE_SECONDS
-        self._holds_memory = True
-        """Whether something was used or let go of since memory was released."""
 
     def worked(self) -> None:
         """Say that there was work until now."""
         self._next_look = self._clock() + IDLE_SECONDS
-        self._holds_memory = True
 
     def look(self) -> None:
         """Do one piece of what there is to do, if the worker has been idle for long enough; to be
@@ -48,9 +46,6 @@ class IdleTime:
         if self._clock() < self._next_look:
             return
         if self._let_go():
-            self._holds_memory = True
             return
         self._next_look = self._clock() + AGAIN_SECONDS
-        if self._holds_memory:
-            self._release_memory()
-            self._holds_memory = False
+        self._release_memory()

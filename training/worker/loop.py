@@ -43,6 +43,7 @@ CLAIM_FUTURES = 512  # at most, in one claim
 CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
 TEXT_SLICE_SECONDS = 0.02  # waiting for text to become tokens between two looks at the bell
+START_SLICE_SECONDS = 0.02  # waiting for the process of custom losses between two such looks
 COMPANY_SECONDS = 0.02  # a batch waits so long for text that was claimed with it
 
 # Fenced as the outcomes are, for a batch that only begins samples has none.
@@ -109,8 +110,11 @@ class WorkLoop:
             batch_cost=settings.BATCH_TOKENS,
             batch_bytes=engine.adapter_bytes,
             lane_bytes=self.adapter_cache.lane_bytes,
-            is_ready=self._texts.is_ready,
+            is_ready=self._is_ready,
         )
+        self._prepare_custom_losses = engine.trainer.prepare_custom_losses
+        self._custom_losses_start = False
+        """Whether something is held back until what computes clients' own losses has started."""
         self._idle = IdleTime(
             let_go=self._let_go_of_one,
             release_memory=lambda: _release_memory(engine),
@@ -148,6 +152,7 @@ class WorkLoop:
                 )
             self._let_go_of_cancelled()
             self._look_at_texts()
+            self._custom_losses_start = False
             batch = self._scheduler.next_batch()
             begin = time.monotonic()
             if batch:
@@ -159,9 +164,20 @@ class WorkLoop:
                 self._sample(max(SAMPLING_SLICE_SECONDS, took))
             elif not batch and self._texts.are_pending:
                 self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
+            elif not batch and self._custom_losses_start:
+                time.sleep(START_SLICE_SECONDS)
             elif not batch and not self._may_claim_more():
                 break
         self._idle.worked()
+
+    def _is_ready(self, future: Future) -> bool:
+        """Whether a request may run: its text is tokens, and what computes its loss is there."""
+        if not self._texts.is_ready(future):
+            return False
+        if not has_custom_loss(future) or self._prepare_custom_losses():
+            return True
+        self._custom_losses_start = True
+        return False
 
     def turn(self) -> None:
         """What is done beside the work, between batches or while there is none."""

@@ -8,9 +8,9 @@ name. The next request finds another process ready within milliseconds.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -38,6 +38,8 @@ COMMAND = (sys.executable, "-m", "training.engine.custom_loss.server")
 START_SECONDS = 120.0
 """For an import of torch on a busy machine."""
 FORK_SECONDS = 20.0
+UNUSED_SECONDS = 600.0
+"""After which an idle worker ends it: it takes some 300 MB."""
 MEMO_BYTES = 32 * 2**20
 _PASSED_ON = ("LANG", "LC_", "LD_", "PATH", "TMPDIR", "MKL_", "ATEN_", "TORCH_", "DNNL_", "ONEDNN_")
 """Beginnings of the names of what it gets of our environment: what torch reads, and no secrets."""
@@ -51,7 +53,11 @@ class _Died(Exception):
 
 
 class CustomLossProcess:
-    """A ``CustomLossRunner``. It starts its process at once and does not wait for it."""
+    """A ``CustomLossRunner``, which starts its process when it is first needed.
+
+    Starting takes seconds, for the process imports torch. ``prepare`` begins it and returns, so
+    that others' work goes on meanwhile; a call without it waits.
+    """
 
     def __init__(
         self,
@@ -68,13 +74,13 @@ class CustomLossProcess:
         self._clock = clock
         self._memo = _Memo()
         self._server: _Server | None = None
-        with contextlib.suppress(OSError):  # the first call tries again, and says what is wrong
-            self._server = _Server()
+        self._used_at = clock()
 
     def __call__(
         self, graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work
     ) -> list[Outcome]:
         """See ``CustomLossRunner``. What ends the process fails every datum of the call."""
+        self._used_at = self._clock()
         try:
             reply = decode_reply(self._reply(graph, data, work))
         except TrainingError as error:
@@ -84,6 +90,23 @@ class CustomLossProcess:
         work.num_multiplications = reply.work.num_multiplications
         work.cpu_seconds += reply.cpu_seconds
         return reply.outcomes
+
+    def prepare(self) -> bool:
+        """See ``CustomLossRunner``. True as well if the process does not start: a call says why."""
+        self._used_at = self._clock()
+        if self._server is not None and self._server.is_ready and not self._server.is_alive():
+            self.close()  # somebody ended it while it waited
+        if self._server is None:
+            try:
+                self._server = _Server()
+            except OSError:
+                return True
+        return self._server.answers_at_once
+
+    def release(self) -> None:
+        """End the process if it was not used for long."""
+        if self._clock() - self._used_at > UNUSED_SECONDS:
+            self.close()
 
     def wait_until_ready(self) -> None:
         """Wait for what the first call would wait for: torch is imported there.
@@ -212,7 +235,8 @@ class _Server:
             )
         finally:
             theirs.close()
-        self._is_ready = False
+        self.is_ready = False
+        self._begun_at = time.monotonic()
         self._connection: socket.socket | None = None
         self.child_pid: int | None = None
 
@@ -225,12 +249,22 @@ class _Server:
         Raises:
             OSError: It does not.
         """
-        if self._is_ready:
+        if self.is_ready:
             return
-        self._control.settimeout(START_SECONDS)
+        left = self._begun_at + START_SECONDS - time.monotonic()
+        self._control.settimeout(max(left, 0.001))
         if self._control.recv(1) != READY:
             raise ConnectionError(f"it ended with exit code {self._process.wait()}")
-        self._is_ready = True
+        self.is_ready = True
+
+    @property
+    def answers_at_once(self) -> bool:
+        """Whether ``wait_until_ready`` would not wait: it is ready, has ended or is overdue."""
+        if self.is_ready or time.monotonic() > self._begun_at + START_SECONDS:
+            return True
+        readable = select.poll()
+        readable.register(self._control, select.POLLIN)
+        return bool(readable.poll(0))
 
     def connection(self) -> socket.socket:
         """The way to the child, which is forked if there is none.

@@ -92,6 +92,28 @@ class CustomLossRunner(Protocol):
         call, and of later calls with this ``work``, fail with it.
         """
 
+    def prepare(self) -> bool:
+        """Whether a call would begin at once. If not, what it needs is being started, and nobody
+        need wait for it."""
+
+    def release(self) -> None:
+        """Give back what has not been used for long."""
+
+
+class CustomLossesHere:
+    """A ``CustomLossRunner`` in this process: counted, but without a limit on time."""
+
+    def __call__(
+        self, graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work
+    ) -> list[Outcome]:
+        return run_custom_losses(graph, data, work)
+
+    def prepare(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
 
 def run_custom_losses(
     graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work

@@ -109,6 +109,9 @@ class FakeTrainer(Trainer):
     def adapter_bytes(self, config: LoraConfig, *, with_optimizer: bool = True) -> int:
         return ADAPTER_BYTES if with_optimizer else ADAPTER_BYTES // 4
 
+    def prepare_custom_losses(self) -> bool:
+        return True
+
     def release_memory(self) -> None:
         """Nothing is kept here."""
 

@@ -100,6 +100,14 @@ class Trainer(ABC):
         """
 
     @abstractmethod
+    def prepare_custom_losses(self) -> bool:
+        """Whether a pass with a client's own loss can begin at once.
+
+        If not, what computes such losses is being started, and other work can go on until this
+        returns True. A pass that does not ask first waits for it.
+        """
+
+    @abstractmethod
     def optim_step(self, adapter_name: str, adam_params: AdamParams) -> OptimStepOutput:
         """Apply the accumulated gradient with AdamW and clear it.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from training.engine.custom_loss.run import CustomLossRunner, run_custom_losses
+from training.engine.custom_loss.run import CustomLossesHere, CustomLossRunner
 from training.engine.interface import CapturedAdapter, ForwardBackwardJob, Trainer
 from training.engine.torch import adamw, checkpoint_io, memory
 from training.engine.torch.adapters import (
@@ -52,18 +52,17 @@ class TorchTrainer(Trainer):
         base_model: BaseModel,
         *,
         token_budget: int = 4096,
-        custom_losses: CustomLossRunner = run_custom_losses,
+        custom_losses: CustomLossRunner | None = None,
     ) -> None:
         """Begin without adapters.
 
         Args:
             token_budget: Most tokens in one training micro-batch; memory grows with it.
-            custom_losses: Computes clients' own losses. The default does so right here, counted
-                but without a limit on time; a worker, which serves others too, gives another.
+            custom_losses: Computes clients' own losses; None does so right here.
         """
         self._base_model = base_model
         self._token_budget = token_budget
-        self._custom_losses = custom_losses
+        self._custom_losses = custom_losses or CustomLossesHere()
         self._sums_by_job = base_model.device.type == "cpu"
         self.info = base_model.info
         # In order of use: the least recently used first.
@@ -92,7 +91,11 @@ class TorchTrainer(Trainer):
         layout = AdapterLayout(config, modules)
         return layout.num_bytes(self._base_model.dtype, with_optimizer=with_optimizer)
 
+    def prepare_custom_losses(self) -> bool:
+        return self._custom_losses.prepare()
+
     def release_memory(self) -> None:
+        self._custom_losses.release()
         memory.give_back_freed_memory()
 
     def forward_backward(self, jobs: Sequence[ForwardBackwardJob]) -> list[JobResult]:
