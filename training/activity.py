@@ -1,4 +1,4 @@
-"""What a run is doing, in the words of people who watch one: training, sampling, idle."""
+"""A run's current activity, for people: training, sampling, idle and so on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.kinds import Kind
 from training.models import Run, SamplingSession
 
 RECENT = timedelta(seconds=30)
-"""A loop thinks between its requests; it is not idle meanwhile."""
+"""A training loop may pause this long between requests without being idle."""
 
 SILENCE = timedelta(minutes=1)
 """The SDK's clients send a heartbeat every ten seconds."""
@@ -23,9 +23,9 @@ CLIENT_GONE = "client gone"
 
 
 def with_activity(runs: QuerySet[Any]) -> QuerySet[Any]:
-    """The runs with ``is_training`` and ``is_sampling``: whether such requests of theirs are open.
+    """The runs with ``is_training`` and ``is_sampling``: whether they have such open requests.
 
-    ``activity`` reads them, and ``newest_request_at`` of ``training.progress.with_progress``.
+    ``activity`` reads these and ``newest_request_at`` of ``training.progress.with_progress``.
     """
     is_open = Q(state__in=(State.PENDING, State.RUNNING))
     own = Future.objects.filter(is_open, lane_id=OuterRef("pk"))
@@ -43,7 +43,7 @@ def activity(run: Any) -> str:
     ``failed``, ``deleted``.
 
     Args:
-        run: Read by ``with_progress`` and ``with_activity``, with its session.
+        run: A run read by ``with_progress`` and ``with_activity``, with its session.
     """
     if run.shown_state != Run.RunState.READY:
         return str(run.shown_state)

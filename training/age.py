@@ -1,4 +1,4 @@
-"""age encryption of exported files: who can open them, and nobody else."""
+"""age encryption of exported files, so that only their recipients can open them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _FIELD = "age_encryption_recipients"
 
 
 def check_recipients(recipients: Sequence[str]) -> None:
-    """Refuse what is not a list of age or SSH public keys.
+    """Refuse anything other than a list of age or SSH public keys.
 
     Raises:
-        InvalidRequest: One is no public key. (400)
+        InvalidRequest: An item is not a public key. (400)
     """
     if recipients:
         _parse(recipients)
 
 
 def encrypt_file(source: Path, target: Path, recipients: Sequence[str]) -> None:
-    """Write ``source`` as an age file that each of the recipients can open.
+    """Write ``source`` as an age file that each recipient can open.
 
     Raises:
         InvalidRequest: As ``check_recipients``.

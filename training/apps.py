@@ -1,4 +1,4 @@
-"""Runs, checkpoints, and the work that a future asks for."""
+"""Runs, checkpoints, and the work of futures."""
 
 from django.apps import AppConfig
 

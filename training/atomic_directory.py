@@ -1,7 +1,7 @@
-"""A directory on disk that is whole or absent, with a readable ``meta.json`` that vouches for it.
+"""A directory on disk that is complete or absent, with a readable ``meta.json`` of checksums.
 
-Files are written into a temporary sibling, fsynced, and the sibling is renamed. What the files
-hold is the caller's business.
+Files are written into a temporary sibling, fsynced, and the sibling is renamed. The caller decides
+the contents of the files.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory that becomes ``directory`` when the block ends well.
+    """Yield a temporary directory that becomes ``directory`` when the block ends without an error.
 
-    When the block raises, nothing is left behind. Parents are made.
+    If the block raises, nothing is left behind. Parent directories are made.
 
     Raises:
         CheckpointExists: ``directory`` exists; it is not touched.
@@ -70,10 +70,10 @@ def write_meta(directory: Path, meta: Mapping[str, Any]) -> int:
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """``meta.json`` of a directory whose every file is as it was written.
+    """``meta.json`` of a directory, after checking that every file is unchanged.
 
     Raises:
-        CheckpointNotFound: There is no such directory, it cannot be read, or a checksum does
+        CheckpointNotFound: The directory does not exist or cannot be read, or a checksum does
             not match.
     """
     try:

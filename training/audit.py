@@ -1,6 +1,6 @@
-"""The audit log: one function that adds to it, one that reads it.
+"""The audit log: functions that add to it, and one that reads it.
 
-An event is written in the transaction of what it tells of, so that neither is there without
+An event is written in the transaction of the recorded action, so that neither exists without
 the other.
 """
 
@@ -19,12 +19,12 @@ from training.models import AuditEvent, Checkpoint
 def audit_record(
     event: str, *, actor_id: int | None, owner_id: int | None, **details: str | int | None
 ) -> None:
-    """Note that ``actor_id`` did something to what is ``owner_id``'s.
+    """Record that ``actor_id`` did something to an object of ``owner_id``.
 
     Args:
         event: ``<thing>_<verb>``.
         actor_id: None for somebody at the console, or the server itself.
-        details: What it was done to; names and numbers, never a secret.
+        details: The object: names and numbers, never a secret.
     """
     AuditEvent.objects.create(event=event, actor_id=actor_id, owner_id=owner_id, details=details)
 
@@ -32,7 +32,7 @@ def audit_record(
 def audit_checkpoint(
     verb: str, checkpoint: Checkpoint, *, actor_id: int | None, **more: Any
 ) -> None:
-    """Note what was done to a checkpoint."""
+    """Record an action on a checkpoint."""
     audit_record(
         f"checkpoint_{verb}",
         actor_id=actor_id,
@@ -44,9 +44,9 @@ def audit_checkpoint(
 
 
 def audit_login(verb: Literal["succeeded", "failed"], *, username: str, address: str) -> None:
-    """Note that somebody asked to be let into the admin under this name.
+    """Record a login attempt to the admin under this name.
 
-    A failure's actor is nobody: its password was not the user's.
+    A failed attempt has no actor, because the password was not the user's.
     """
     user = get_user_model().objects.filter(username=username).first()
     actor = user if verb == "succeeded" else None
@@ -54,14 +54,14 @@ def audit_login(verb: Literal["succeeded", "failed"], *, username: str, address:
         f"login_{verb}",
         actor_id=actor.pk if actor else None,
         owner_id=user.pk if user else None,
-        # Of a name that nobody has, nothing: it may be a password that was typed a field too early.
+        # An unknown name is not recorded: it may be a password typed into the wrong field.
         username=username if user else None,
         address=address,
     )
 
 
 def audit_logged_in_lately(*, username: str, address: str, within: timedelta) -> bool:
-    """Whether this user was let into the admin from this address lately."""
+    """Whether this user has logged in to the admin from this address recently."""
     return AuditEvent.objects.filter(
         owner__username=username,
         event="login_succeeded",
@@ -73,11 +73,11 @@ def audit_logged_in_lately(*, username: str, address: str, within: timedelta) ->
 def audit_events(
     *, owner_id: int | None, thing: str | None = None, day: date | None = None
 ) -> QuerySet[AuditEvent]:
-    """What was done to the owner's things, the oldest first; ``owner_id`` None: to anybody's.
+    """Actions on the owner's objects, oldest first; ``owner_id`` None: on all objects.
 
     Args:
         thing: The first word of events, such as ``checkpoint``; None for all.
-        day: Of UTC.
+        day: A day of UTC.
     """
     events = AuditEvent.objects.select_related("actor", "owner").order_by("created_at", "pk")
     if owner_id is not None:

@@ -1,4 +1,4 @@
-"""What an operator says of one base model, as plain values: no Django, no torch."""
+"""The operator's configuration of one base model, as plain values: no Django, no torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ class BaseModelConfig:
     """One ``[[base_model]]`` table of the configuration file."""
 
     name: str
-    """What clients call it."""
+    """The name that clients use."""
     path: str
     """A folder, or a name on the model hub."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` and ``cuda`` spread several base models
-    over the GPUs that are there."""
+    over the available GPUs."""
     dtype: str = "auto"
-    """Of the frozen weights: ``auto`` is bfloat16 where the device computes it natively."""
+    """The frozen weights' dtype: ``auto`` is bfloat16 if the device computes it natively."""
     layout: str = "auto"
-    """How sequences lie in a pass: ``packed`` side by side without padding; ``auto`` chooses."""
+    """The layout of sequences in a pass: ``packed`` is side by side without padding; ``auto``
+    chooses."""
     cache_bytes: int = 0
-    """What the adapters in its worker's memory may take together; 0: a share of what is free."""
+    """Memory budget of the adapters in its worker; 0: a share of the free memory."""
 
 
 def is_folder(path: str) -> bool:
-    """Whether a path is one of the file system; otherwise it is a name on the model hub."""
+    """Whether a path is a folder's path; otherwise it is a name on the model hub."""
     return path.startswith((".", "/", "~"))

@@ -1,4 +1,4 @@
-"""Which base models this server has: their names, folders and engine queues."""
+"""The base models of this server: their names, folders and engine queues."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.context_length import usable_context_tokens
 from training.errors import BaseModelNotFound
 
 DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The one that can be made without a model hub: a package on the index carries it."""
+"""The model that can be made without a model hub: a package on the index contains it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +25,19 @@ class BaseModel:
     """One frozen model and the queue of the worker that holds it."""
 
     name: str
-    """What clients call it."""
+    """The name that clients use."""
     folder: Path
     """Where its config, tokenizer and weights are."""
     queue: str
     config: BaseModelConfig
-    """As its operator wrote it."""
+    """The operator's configuration."""
 
     @property
     def max_context_tokens(self) -> int | None:
-        """The longest sequence that its worker takes.
+        """The longest sequence that its worker accepts.
 
-        Before a worker has served it, what the worker will find in its config.json, which may leave
-        out what transformers fills in; None if that says nothing or cannot be read.
+        Before a worker has served it, this is computed from its config.json, which may omit
+        values that transformers fills in; None if it gives no limit or cannot be read.
         """
         enforced = worker_figure(self.queue, "max_context_tokens")
         return self._configured_context_tokens if enforced is None else int(enforced)
@@ -52,9 +52,9 @@ class BaseModel:
 
 
 def base_model_of(config: BaseModelConfig, data_dir: Path) -> BaseModel:
-    """Where the base model of a configuration is, and which queue is its worker's."""
+    """The base model of a configuration, with its folder and its worker's queue."""
     folder = (
-        Path(os.path.expanduser(config.path)).resolve()  # Path's own fails for an unknown user
+        Path(os.path.expanduser(config.path)).resolve()  # Path.expanduser fails for an unknown user
         if is_folder(config.path)
         else data_dir / "models" / config.path.replace("/", "--")
     )
@@ -73,17 +73,17 @@ def base_models() -> list[BaseModel]:
 
 
 def queue_is_served(queue: str) -> bool:
-    """Whether a worker of this server runs, or will run, what waits in an engine queue."""
+    """Whether a worker of this server runs, or will run, the futures of an engine queue."""
     return any(base_model.queue == queue for base_model in base_models())
 
 
 def base_models_problem() -> str | None:
-    """What keeps them from being served beside each other, as one sentence; None: nothing."""
+    """Why the base models cannot be served together, as one sentence; None if they can."""
     queues = {base_model.queue for base_model in base_models()}
     if len(queues) == len(settings.BASE_MODELS):
         return None
     return (
-        "each base model needs a name of its own, in which only letters and digits count, and a "
+        "each base model needs a different name, in which only letters and digits count, and a "
         f"folder's name is its last part; got {', '.join(c.name for c in settings.BASE_MODELS)}"
     )
 
@@ -92,7 +92,7 @@ def base_model_get(name: str | None) -> BaseModel:
     """The base model of this name; None names the default.
 
     Raises:
-        BaseModelNotFound: Not served here; the message lists what is. (404)
+        BaseModelNotFound: It is not served; the message lists the served ones. (404)
     """
     served = _served(tuple(settings.BASE_MODELS), settings.DATA_DIR)
     if name is None:

@@ -1,9 +1,9 @@
-"""What was used, by the hour: counted from the futures themselves, so that nothing can be missed.
+"""Usage by the hour, counted from the futures themselves, so that it is complete.
 
-Tokens are those of finished requests, and what had been sampled for one when it was cancelled.
-What they cost is estimated from worker time, if the server's owner has set the price of an hour:
+Tokens are those of finished requests, and those sampled before a cancellation.
+Their cost is estimated from worker time, if the operator has set the price of an hour:
 the time between one batch and the next is shared among the batch's requests by their estimated
-work, so that busy time adds up and idle time is nobody's.
+work, so that all busy time is charged and idle time is not.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from training.models import Run, SamplingSession
 from training.selectors import checkpoints_kept
 
 WINDOW = timedelta(days=14)
-"""The longest one that can be asked for."""
+"""The longest period of one query."""
 
 LONGEST_WAIT = timedelta(days=2)
-"""Requests that were submitted earlier than this before the window are not looked for in it."""
+"""Requests submitted earlier than this before the window are not counted in it."""
 
 _USAGE = """
 WITH finished AS (
@@ -57,7 +57,7 @@ GROUP BY 1, 2, 3 ORDER BY 1, tokens DESC, 2, 3
 
 
 class Work(Enum):
-    """What time and tokens went into."""
+    """The kind of work that used time and tokens."""
 
     TRAINING = auto()
     PREFILL = auto()
@@ -68,15 +68,15 @@ class Work(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What one run or sampling session used in one hour of one kind of work."""
+    """The usage of one run or sampling session in one hour, for one kind of work."""
 
     hour: datetime
     """Its beginning, UTC."""
     work: Work
     count: int
-    """Tokens; of checkpoints, how many were saved."""
+    """Tokens; for checkpoints, the number saved."""
     seconds: float
-    """Worker time; that of a sample is split between prefill and sampling by their tokens."""
+    """Worker time; a sample's time is split between prefill and sampling by their tokens."""
     base_model: str | None
     session_id: str | None
     project_id: str | None
@@ -84,7 +84,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What a lane belongs to."""
+    """The run or sampling session of a lane."""
 
     base_model: str | None = None
     session_id: str | None = None
@@ -160,7 +160,7 @@ def _places(lane_ids: set[str]) -> Mapping[str, Place]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCheckpoints:
-    """What a project's checkpoints take now."""
+    """The current size of a project's checkpoints."""
 
     project_id: str | None
     count: int
@@ -168,7 +168,7 @@ class StoredCheckpoints:
 
 
 def checkpoints_stored(*, owner_id: int, project_id: str | None = None) -> list[StoredCheckpoints]:
-    """The owner's checkpoints that are listed, by project, the largest first."""
+    """The owner's listed checkpoints, by project, the largest first."""
     kept = checkpoints_kept().filter(run__owner_id=owner_id, ephemeral=False)
     if project_id is not None:
         kept = kept.filter(run__session__project_id=project_id)

@@ -1,10 +1,10 @@
-"""How long a sequence may be: as long as every part of the model does what it does for short ones.
+"""The longest sequence for which every part of the model computes as it does for short ones.
 
-A model's configuration may name lengths at which it begins to compute otherwise: a sliding window,
-a chunk of attention, the length from which its rotary factors are others. Those that this server
-computes are no limit. Up to the shortest of the others all sequences are computed alike; beyond it
-they would not be, so nothing longer is taken. Plain values only: the worker asks with the loaded
-configuration, the web process with what a ``config.json`` says.
+A model's configuration may name lengths from which it computes differently: a sliding window,
+a chunk of attention, the length from which its rotary factors change. Those that this server
+computes are no limit. The shortest of the others is the limit: up to it all sequences are computed
+in the same way. This module uses plain values only: the worker calls it with the loaded
+configuration, the web process with the contents of ``config.json``.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ TRAINED_LENGTHS = (
     "max_sequence_length",
     "seq_length",
 )
-"""Names under which families keep the longest sequence; the first one there counts."""
+"""Names of the longest sequence in different families; the first one present counts."""
 
 WINDOW = re.compile(r"(window|chunk)(_size)?s?$")
-"""How the name ends of a length that bounds how far a token sees (``sliding_window``,
+"""Endings of the names of lengths that bound attention (``sliding_window``,
 ``attention_chunk_size``), unlike ``max_window_layers`` and ``sliding_window_pattern``."""
 
 COMPUTED_WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Those that our attention computes where a layer says so as transformers' layers do."""
+"""Windows that our attention computes if a layer declares them as transformers' layers do."""
 
 ROTARY = ("rope_parameters", "rope_scaling")
 
 STEADY_ROTARY = ("default", "linear", "yarn", "llama3", "proportional")
-"""Rotary factors that do not depend on how long a sequence is. All others may."""
+"""Rotary factors that do not depend on the sequence's length. All others may."""
 
 
 def usable_context_tokens(
     config: Mapping[str, Any], *, computed_windows: Collection[str] = COMPUTED_WINDOWS
 ) -> int | None:
-    """The longest sequence that is computed as the model means it; None if nothing says.
+    """The longest sequence that is computed correctly; None if the configuration gives no limit.
 
     Args:
-        config: A causal model's configuration; of one with images, or its text part.
+        config: A causal model's configuration, or the text part of a model with images.
         computed_windows: Names of windows that are no limit.
     """
     inner = config.get("text_config")

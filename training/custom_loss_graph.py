@@ -1,9 +1,9 @@
-"""A client's own loss as it travels: a graph of named operations, checked before anything runs it.
+"""A client's own loss: a graph of named operations, checked before it runs.
 
-The graph is what torch.fx recorded of a Python function, as plain data. Checking needs no torch:
-that every node is one of the allowed operations, called with as many arguments as it takes, on
-results of nodes before it, and that the last one returns a loss and named metrics. What the
-operations compute, and how large it grows, ``training.engine.custom_loss.run`` finds out.
+The graph is torch.fx's record of a Python function, as plain data. Checking needs no torch:
+that every node is one of the allowed operations, called with an allowed number of arguments, on
+results of earlier nodes, and that the last one returns a loss and named metrics.
+``training.engine.custom_loss.run`` checks values and sizes when it runs the graph.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FLOATS = ("inf", "-inf", "nan")
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One value that every datum gives."""
+    """One input that every datum has."""
 
     name: str
     rank: int
@@ -51,7 +51,7 @@ class GraphInput:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphNode:
-    """One operation; arguments are in the form in which they travel."""
+    """One operation; arguments are in the uploaded form."""
 
     name: str
     op: str
@@ -77,7 +77,7 @@ class CustomLossGraph:
 
 
 def check_graph(name: Any, inputs: Any, graph: Any) -> CustomLossGraph:
-    """The graph of an upload, or of the row that an upload became.
+    """The graph of an upload, or of the stored row of one.
 
     Args:
         name: The loss's name, for messages.
@@ -111,7 +111,7 @@ def check_graph(name: Any, inputs: Any, graph: Any) -> CustomLossGraph:
             nodes.append(node)
         names.add(node.name)
     if node.op != "output":
-        raise InvalidRequest("graph.nodes: the last node is no output")
+        raise InvalidRequest("graph.nodes: the last node is not an output")
     placeholders = [node.target for node in nodes if node.op == "placeholder"]
     if placeholders != [item.name for item in declared]:
         raise InvalidRequest(
@@ -123,9 +123,9 @@ def check_graph(name: Any, inputs: Any, graph: Any) -> CustomLossGraph:
 
 
 def graph_as_sent(value: Any) -> Any:
-    """A graph that came back from the database: large floats are floats again.
+    """A graph from the database, with large floats restored.
 
-    jsonb knows one kind of number, and writes 1e30 as a whole one. As an argument none is so
+    jsonb has one kind of number and writes 1e30 as an integer. No integer argument is so
     large, so it was a float.
     """
     if isinstance(value, dict):
@@ -201,7 +201,7 @@ def _check_call(node: GraphNode, signature: Signature, where: str) -> None:
             f"{signature.max_args}"
         )
     if node.op == "call_method" and not (num_args and _is_ref(node.args[0])):
-        raise InvalidRequest(f"{where}: {node.target} is called on no node")
+        raise InvalidRequest(f"{where}: {node.target} is not called on a node")
     if node.target == "getattr" and not (
         _is_ref(node.args[0]) and type(node.args[1]) is str and node.args[1] in ATTRIBUTES
     ):
@@ -211,7 +211,7 @@ def _check_call(node: GraphNode, signature: Signature, where: str) -> None:
 
 
 def is_neutral(key: str, value: Any, signature: Signature) -> bool:
-    """Whether a keyword argument that the operation does not take asks for nothing."""
+    """Whether a keyword argument that the operation does not take has no effect."""
     if key in signature.kwargs or key not in NEUTRAL_KWARGS:
         return False
     return value is None or value is False or (key == "_stacklevel" and type(value) is int)
@@ -220,7 +220,7 @@ def is_neutral(key: str, value: Any, signature: Signature) -> bool:
 def _check_argument(
     value: Any, where: str, names: set[str], budget: list[int], *, depth: int
 ) -> None:
-    """Whether a value is in the form in which arguments travel."""
+    """Check that a value has the uploaded form of an argument."""
     budget[0] -= 1
     if budget[0] < 0:
         raise LimitExceeded(f"{where}: more than {MAX_ITEMS} values in its arguments")
@@ -239,7 +239,7 @@ def _check_argument(
             _check_argument(item, where, names, budget, depth=depth + 1)
         return
     if not isinstance(value, dict) or len(value) != 1:
-        raise InvalidRequest(f"{where}: {_shown(value)} is no argument")
+        raise InvalidRequest(f"{where}: {_shown(value)} is not an argument")
     [(kind, content)] = value.items()
     if kind in ("tuple", "slice", "dict"):
         if kind == "dict":
@@ -249,13 +249,13 @@ def _check_argument(
         if items is None or (kind == "slice" and len(items) != 3):
             raise InvalidRequest(f"{where}: {_shown(value)} is no {kind}")
         if kind == "dict" and not all(map(_is_plain, content)):
-            raise InvalidRequest(f"{where}: a key of its {kind} is no plain text")
+            raise InvalidRequest(f"{where}: a key of its {kind} is not plain text")
         for item in items:
             _check_argument(item, where, names, budget, depth=depth + 1)
         return
     if kind == "ref":
         if type(content) is not str or content not in names:
-            raise InvalidRequest(f"{where}: {_shown(content)} is no node before it")
+            raise InvalidRequest(f"{where}: {_shown(content)} is not an earlier node")
         return
     is_known = (
         (kind == "ellipsis" and content is True)
@@ -283,13 +283,13 @@ def _check_output(node: GraphNode, where: str, names: set[str]) -> tuple[str, di
                 f"{where}: metric {_shown(key)} is not named custom/<name>:sum or :mean"
             )
         if not _is_ref(value):
-            raise InvalidRequest(f"{where}: metric {_shown(key)} is no node")
+            raise InvalidRequest(f"{where}: metric {_shown(key)} is not a node")
     return returned[0]["ref"], {key: value["ref"] for key, value in metrics.items()}
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a text can be what torch takes: a mode, an equation, a name. It is stored, and comes
-    back in messages."""
+    """Whether a text may be an argument for torch: a mode, an equation, a name. It is stored, and
+    appears in messages."""
     return len(text) <= MAX_TEXT and text.isascii() and text.isprintable()
 
 
@@ -306,9 +306,9 @@ def _check_keys(value: Any, allowed: tuple[str, ...], where: str) -> None:
 
 
 def _shown(value: object) -> str:
-    """The value as people read it, if it is short."""
+    """The value for a message, shortened."""
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
-        return "a large number"  # of which Python may refuse to say the digits
+        return "a large number"  # Python may refuse to print its digits
     if isinstance(value, (str, int, float)) or value is None:
         return repr(value)[:80]
     if isinstance(value, list) and len(value) <= MAX_INPUTS:

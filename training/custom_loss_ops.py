@@ -1,13 +1,13 @@
-"""The operations that a client's own loss may be made of: the allow-list, without torch.
+"""The allowed operations of a client's own loss, without torch.
 
 A traced loss names its operations as torch.fx does: ``torch.exp``, ``operator.mul``, or a tensor
-method such as ``sum``. Only what is listed here runs; nothing is imported, looked up or evaluated
-by a name that a client sent. Left out on purpose: all that leaves torch (``item``), writes in
-place, draws random numbers, reads or writes files, knows devices, or makes a Python value of
+method such as ``sum``. Only operations listed here run; nothing is imported, looked up or evaluated
+by a name that a client sent. Excluded on purpose: operations that leave torch (``item``), write in
+place, draw random numbers, read or write files, use devices, or make a Python value of
 unbounded size.
 
-Each row names the rule by which its cost is counted before it runs. The rules are documented where
-they are: in ``training.engine.custom_loss.costs``, one function each.
+Each row names the rule that counts its cost before it runs. The rules are documented in
+``training.engine.custom_loss.costs``, one function each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Signature:
 
 
 MANY = 8
-"""Most arguments where an operation takes any number, such as ``x.reshape(2, 3)``."""
+"""Most arguments of an operation that takes any number, such as ``x.reshape(2, 3)``."""
 
 
 def _signatures(
@@ -40,7 +40,7 @@ def _signatures(
     return dict.fromkeys(names.split(), signature)
 
 
-# As functions of torch and as methods of a tensor alike.
+# Both as functions of torch and as methods of a tensor.
 _BOTH: dict[str, Signature] = {
     **_signatures(
         "light",
@@ -176,7 +176,7 @@ FUNCTIONS: Mapping[str, Signature] = {
     **{f"torch.{name}": signature for name, signature in (_BOTH | _TORCH).items()},
     **{f"torch.nn.functional.{name}": signature for name, signature in _FUNCTIONAL.items()},
     **{f"operator.{name}": signature for name, signature in _OPERATOR.items()},
-    # Where torch.fx finds functions that are known to people by another name.
+    # torch.fx's names of functions that users know under other names.
     **_signatures("medium", "torch._C._nn.log_sigmoid", 1, 1),
     **_signatures("medium", "torch._C._nn.gelu", 1, 1, "approximate"),
     **_signatures("medium", "torch._C._nn.softplus", 1, 3, "beta threshold"),
@@ -212,8 +212,8 @@ FUNCTIONS: Mapping[str, Signature] = {
 NEUTRAL_KWARGS = frozenset(
     {"out", "inplace", "size_average", "reduce", "weight", "dtype", "_stacklevel"}
 )
-"""What torch.fx records beside the arguments that were given; None, False or, for the last one, any
-number asks for nothing, and nothing else is accepted where an operation does not take them."""
+"""Arguments that torch.fx records in addition; None, False or, for the last one, any
+number has no effect, and no other value is accepted if an operation does not take them."""
 
 ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "T", "values", "indices"})
 """What ``getattr`` may read: of a tensor, or of a result such as that of ``max(dim=0)``."""

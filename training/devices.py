@@ -1,4 +1,4 @@
-"""What a base model's worker computes on: which device, and how many of the processors."""
+"""The device of a base model's worker, and its number of threads."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def num_threads(asked: int, torchs_own: int) -> int:
     """Threads of one worker's passes on a CPU.
 
     One processor is left to web and Postgres: torch's threads wait for each other in busy loops,
-    and while one of them is kept waiting by another process, a pass takes ten times as long.
+    so if another process delays one of them, a pass takes ten times as long.
 
     Args:
-        asked: What the operator says; 0 says nothing.
-        torchs_own: How many torch takes when nobody tells it otherwise.
+        asked: The operator's setting; 0 if there is none.
+        torchs_own: torch's default.
     """
     return asked or max(1, torchs_own - 1)
 
@@ -38,15 +38,15 @@ def num_threads(asked: int, torchs_own: int) -> int:
 def device_of(config: BaseModelConfig, *, among: Sequence[BaseModelConfig], gpu_count: int) -> str:
     """``cpu`` or ``cuda:N`` for one base model of a server.
 
-    Those that name their GPU get it. The others take, in their order, the GPUs that nobody
-    named, from the first again when there are more base models than GPUs.
+    Base models that name a GPU get it. The others take, in their order, the GPUs that are not
+    named, starting again with the first if there are more base models than GPUs.
 
     Args:
         among: All base models of the server, ``config`` included.
-        gpu_count: How many GPUs torch sees.
+        gpu_count: The number of GPUs that torch sees.
 
     Raises:
-        DeviceNotFound: It asks for a GPU that is not there.
+        DeviceNotFound: It names a GPU that does not exist.
     """
     if config.device == "cpu" or (config.device == "auto" and gpu_count == 0):
         return "cpu"

@@ -1,4 +1,4 @@
-"""What can go wrong in training, each class with the sentence its reader needs.
+"""The errors of training; each docstring is the message for the user.
 
 No class knows HTTP: ``tinkerapi.api.errors`` maps classes to status codes in one table.
 """
@@ -8,7 +8,7 @@ class TrainingError(Exception):
     """The training request failed."""
 
     category = "user"
-    """Whose fault it is: ``user``, ``server`` or ``unknown``."""
+    """Who caused it: ``user``, ``server`` or ``unknown``."""
 
     def __str__(self) -> str:
         return super().__str__() or (self.__class__.__doc__ or "").strip()
@@ -19,7 +19,7 @@ class InvalidRequest(TrainingError):
 
 
 class InvalidDatum(InvalidRequest):
-    """A datum cannot be trained on; the message names datum, field and position."""
+    """A datum is invalid; the message names datum, field and position."""
 
 
 class LimitExceeded(InvalidRequest):
@@ -31,7 +31,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class StorageQuotaExceeded(LimitExceeded):
-    """You store as much as one user of this server may; delete some of it first."""
+    """You have reached the storage limit of one user; delete some of your data first."""
 
 
 class SessionNotFound(TrainingError):
@@ -39,7 +39,7 @@ class SessionNotFound(TrainingError):
 
 
 class SessionFinished(InvalidRequest):
-    """The session was finished, so nothing more can be asked in it."""
+    """The session was finished, so it accepts no further requests."""
 
 
 class SamplingSessionNotFound(TrainingError):
@@ -63,7 +63,7 @@ class CheckpointNotFound(TrainingError):
 
 
 class CheckpointExists(TrainingError):
-    """A checkpoint of this name already exists and overwrite was not asked for."""
+    """A checkpoint of this name already exists and overwrite was not set."""
 
 
 class BaseModelNotFound(TrainingError):
@@ -71,17 +71,17 @@ class BaseModelNotFound(TrainingError):
 
 
 class DeviceNotFound(TrainingError):
-    """This machine lacks the device that the base model is to be computed on."""
+    """This machine does not have the base model's device."""
 
     category = "server"
 
 
 class NonFiniteResult(TrainingError):
-    """The computation produced NaN or infinity; weights and gradients are as before."""
+    """The computation produced NaN or infinity; weights and gradients are unchanged."""
 
 
 class GradientDropped(NonFiniteResult):
-    """The accumulated gradient is too large for a step and was dropped; weights are as before."""
+    """The accumulated gradient is too large for a step and was dropped; weights are unchanged."""
 
 
 class OutOfMemory(TrainingError):
@@ -97,7 +97,7 @@ class StorageFull(TrainingError):
 
 
 class StorageFailed(TrainingError):
-    """The data folder cannot be written; see to its disk and send the request again."""
+    """The data folder cannot be written; check its disk and send the request again."""
 
     category = "server"
 

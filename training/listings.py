@@ -17,14 +17,14 @@ from training.progress import with_progress
 from training.selectors import checkpoints_kept
 
 ACTIVE = timedelta(minutes=5)
-"""A session that beat so recently lives; its client beats every ten seconds."""
+"""A session with a heartbeat this recent is active; clients send one every ten seconds."""
 
 LISTED = Q(ephemeral=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """Where a page lies in its list."""
+    """The position of a page in its list."""
 
     offset: int
     limit: int
@@ -32,7 +32,7 @@ class Page:
 
 
 def runs_listed(owner_id: int) -> QuerySet[Run]:
-    """The owner's runs with their owner's row.
+    """The owner's runs, with the owner's row loaded.
 
     Runs of SDK sessions stay listed when they are removed, as their checkpoints stay. A removed
     run of the quick reference may share its name with a live one, so it is left out.
@@ -44,7 +44,7 @@ def runs_listed(owner_id: int) -> QuerySet[Run]:
 def run_page(
     *, owner_id: int, offset: int, limit: int, project_id: str | None = None
 ) -> tuple[list[Any], Page]:
-    """Runs, each with ``newest_request_at``, and where they lie in the whole list."""
+    """Runs, each with ``newest_request_at``, and their position in the whole list."""
     runs = runs_listed(owner_id)
     if project_id is not None:
         runs = runs.filter(session__project_id=project_id)
@@ -81,7 +81,7 @@ def newest_checkpoints(runs: Iterable[Run]) -> dict[tuple[str, str], Checkpoint]
 
 
 def samplers_listed(owner_id: int) -> list[Checkpoint]:
-    """The owner's checkpoints that can be sampled from by their path, newest first."""
+    """The owner's checkpoints that have a path and can be sampled from, newest first."""
     found = checkpoints_kept().filter(LISTED, run__owner_id=owner_id, kind=Checkpoint.Kind.SAMPLER)
     return list(found.select_related("run__owner").order_by("-created_at", "-id"))
 
@@ -112,7 +112,7 @@ def session_ids(*, owner_id: int, offset: int, limit: int) -> list[str]:
 
 
 def sessions_by_id(ids: Iterable[str]) -> list[Session]:
-    """These sessions; the caller has seen to whose they are."""
+    """These sessions; the caller has checked their owner."""
     return list(Session.objects.filter(id__in=list(ids)).order_by("id"))
 
 
@@ -121,12 +121,12 @@ class SessionStatus:
     """One of the states in which a search looks for sessions."""
 
     is_finished: bool
-    """If not: heard of lately."""
+    """If false: with a recent heartbeat."""
     reasons: Sequence[str] | None = None
-    """Of finished ones; None matches each."""
+    """Reasons of finished ones; None matches all."""
 
     def condition(self) -> Q:
-        """As a filter of sessions."""
+        """The filter for sessions."""
         if not self.is_finished:
             return Q(finished_at__isnull=True, heartbeat_at__gt=timezone.now() - ACTIVE)
         reasons = Q() if self.reasons is None else Q(finish_reason__in=self.reasons)
@@ -135,16 +135,17 @@ class SessionStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """What was asked of a session's models and sampling sessions."""
+    """The requests to a session's models and sampling sessions."""
 
     lane_ids: list[str]
-    """The models', then the sampling sessions', each in the order in which they were made."""
+    """Those of models, then those of sampling sessions, each in the order of creation."""
     futures: Iterable[Future]
-    """The newest finished requests, without their bodies, the newest first; to be read once."""
+    """The newest finished requests, without their bodies, the newest first; may be read only
+    once."""
 
 
 def session_timeline(session_id: str, *, limit: int = 100_000) -> Timeline:
-    """The timeline of a session; the caller has seen to whose it is."""
+    """The timeline of a session; the caller has checked its owner."""
     runs = Run.objects.filter(session_id=session_id).order_by("model_seq_id")
     samplers = SamplingSession.objects.filter(session_id=session_id).order_by("seq_id")
     lane_ids = [*runs.values_list("id", flat=True), *samplers.values_list("id", flat=True)]
@@ -165,14 +166,14 @@ def session_search(
     statuses: Sequence[SessionStatus] | None = None,
     after: tuple[datetime, str] | None = None,
 ) -> list[Any]:
-    """The owner's sessions that match everything given, with ``checkpoints_count`` and
+    """The owner's sessions that match all arguments, with ``checkpoints_count`` and
     ``checkpoint_bytes``.
 
     Args:
         session_id: This session; together with ``display_name`` either may match.
-        display_name: Words, each of which the name must hold, in any case.
+        display_name: Words, all of which the name must contain, ignoring case.
         statuses: Any of these; an empty list matches nothing.
-        after: Moment and id of the last session of the page before.
+        after: Time and id of the last session of the previous page.
     """
     sessions = Session.objects.filter(owner_id=owner_id)
     named = Q()

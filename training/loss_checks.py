@@ -1,11 +1,11 @@
-"""What a request may bring for its loss, by the one table (``loss_fns.LOSS_FNS``).
+"""Checks a request's loss inputs and settings against one table (``loss_fns.LOSS_FNS``).
 
-The service that accepts a request checks it, whatever dialect it came in; the engine checks again
-what it is given to compute, which may be of an older version.
+The service that accepts a request checks it, for all dialects; the engine checks again
+the data that it computes, because these may come from an older version.
 
-The rule for inputs, which ``losses.md`` tells clients: what the loss needs must be there, what it
-does not read may be there if it is a known name and has one meaning, and is reported; anything
-else is refused by name.
+The rule for inputs, described for clients in ``losses.md``: every input that the loss needs must be
+present. An input that it does not read is accepted and reported if its name is known and it can
+have only one meaning. Any other input is refused by name.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def complete_config(loss_fn: str, config: Mapping[str, float]) -> dict[str, floa
 
 
 def check_inputs(loss_fn: str, inputs: LossFnInputs, where: str, *, trains: bool) -> None:
-    """Whether a datum brings what a built-in loss reads, and beside it only what has one meaning.
+    """Check that a datum has the inputs of a built-in loss, and no ambiguous further ones.
 
     Args:
         where: The datum, such as ``data[3]``.
-        trains: Whether a gradient is asked for.
+        trains: Whether a gradient is computed.
 
     Raises:
         InvalidDatum: The message names the input. (400)
@@ -93,7 +93,7 @@ def check_inputs(loss_fn: str, inputs: LossFnInputs, where: str, *, trains: bool
 def _check_idle_factor(
     loss_fn: str, spec: LossSpec, name: str, inputs: LossFnInputs, where: str
 ) -> None:
-    """Refuse weights beside the loss's own factor unless reading them would change nothing."""
+    """Refuse weights beside the loss's own factor, unless they would have no effect."""
     given = inputs[name]
     own = inputs.get(spec.factor, np.ones(given.shape, np.float32))
     if given.shape != own.shape:
@@ -112,7 +112,7 @@ def _check_idle_factor(
 
 
 def inputs_not_read(spec: LossSpec, data: Iterable[Datum]) -> dict[str, int]:
-    """How many datums brought each input that the loss does not read, by name."""
+    """For each input that the loss does not read, the number of datums that have it."""
     counts: dict[str, int] = {}
     for datum in data:
         for name in sorted(datum.loss_fn_inputs):
@@ -129,7 +129,7 @@ def check_loss(
     forward_only: bool,
     has_provenance: bool = False,
 ) -> None:
-    """Whether the built-in loss exists and gets its settings and inputs, by name.
+    """Check that the built-in loss exists and has valid settings and inputs.
 
     Args:
         has_provenance: The datums have the log-probabilities of recorded samples.

@@ -1,7 +1,7 @@
-"""The loss functions' names, inputs and settings: the one table, for all who may not import torch.
+"""The loss functions' names, inputs and settings in one table, without torch.
 
 Parsers, the worker and the engine read it. The formulas are in
-``training.engine.torch.losses``, one function per name here; what a request may bring is checked
+``training.engine.torch.losses``, one function per name here; requests are checked
 by ``training.loss_checks``.
 """
 
@@ -16,7 +16,7 @@ from training.types import MAX_FLOAT32
 DEFAULT_LOSS_FN = "cross_entropy"
 
 CUSTOM = "custom"
-"""The name under which an uploaded loss is asked for; it is in no table, its graph says it all."""
+"""The name for an uploaded loss; it is not in the table, because its graph defines it."""
 
 STABLE_REINFORCE = "stable_reinforce"
 """The hosted service's name. Its formula is not public; this one is our own."""
@@ -25,7 +25,7 @@ TARGET_TOKENS = "target_tokens"
 WEIGHTS = "weights"
 ADVANTAGES = "advantages"
 MASK = "mask"
-"""What client libraries keep beside the inputs of a loss; no loss reads it."""
+"""An array that client libraries keep beside a loss's inputs; no loss reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,30 +41,30 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
-    """What one loss function takes, and how its sum is made a mean for people."""
+    """The inputs and settings of one loss function, and how its mean is computed."""
 
     inputs: tuple[str, ...]
     """Names in ``loss_fn_inputs`` that every datum must have."""
     optional_inputs: tuple[str, ...] = ()
-    """Names it may have beside them. Where ``weights`` are absent they are 1; any other is also a
+    """Names that it may also have. Absent ``weights`` are 1; any other is also a
     setting, which it replaces per token."""
     factor: str
-    """The input by which a token counts, ``weights`` or ``advantages``: a token is trained where it
-    is not 0."""
+    """The input that multiplies a token's loss, ``weights`` or ``advantages``: a token is trained
+    if it is not 0."""
     config: Mapping[str, Setting] = field(default_factory=dict)
-    """What ``loss_fn_config`` may hold."""
+    """The allowed settings in ``loss_fn_config``."""
     mean_is_weighted: bool = False
-    """Whether the mean that people read is over the sum of the factor, where that is positive. If
+    """Whether the reported mean is over the sum of the factor, if that is positive. If
     not, it is per trained token."""
     takes_text: bool = False
-    """Whether conversations can be trained with it: all that it reads follows from the text."""
+    """Whether conversations can be trained with it, because all its inputs follow from the text."""
     allows_many_targets: bool = False
     """Whether ``target_tokens`` may be (N, K)."""
     is_elementwise: bool = True
     """Whether a token's loss depends on that token alone; if not, the whole datum is needed."""
     needs_provenance: bool = False
-    """Whether the datum must say from which recorded samples its tokens come. ``logprobs`` are
-    then the recorded ones, put in when the request is accepted (``training.provenance``)."""
+    """Whether a datum must name the recorded samples of its tokens. ``logprobs`` are
+    then the recorded ones, inserted when the request is accepted (``training.provenance``)."""
 
     @property
     def float_inputs(self) -> tuple[str, ...]:
@@ -113,8 +113,8 @@ LOSS_FNS: Mapping[str, LossSpec] = {
         inputs=(*_POLICY_INPUTS, "sequence_ratio_mask"),
         optional_inputs=_THRESHOLDS,
         factor=ADVANTAGES,
-        # Useful thresholds of a sequence's ratio lie much closer to 1 than a token's, and none
-        # are documented: whoever asks must say them.
+        # Useful thresholds of a sequence's ratio are much closer to 1 than a token's, and none
+        # are documented, so they are required.
         config=_thresholds(None, None),
         is_elementwise=False,
     ),
@@ -130,7 +130,7 @@ FLOAT_INPUTS = frozenset(name for spec in LOSS_FNS.values() for name in spec.flo
 """Every input but ``target_tokens`` that some loss reads: a float32 for each target."""
 
 TOLERATED_INPUTS = FLOAT_INPUTS | {MASK}
-"""What a loss takes also where it does not read it, if it has one meaning. Any other name that a
+"""Inputs that a loss accepts without reading them, if unambiguous. Any other name that a
 loss does not read is refused."""
 
 _NOT_SERVED: Mapping[str, str] = {
@@ -142,11 +142,11 @@ def find_loss_fn(loss_fn: str) -> LossSpec:
     """The built-in loss of this name.
 
     Raises:
-        InvalidRequest: There is none; the message lists those there are. (400)
+        InvalidRequest: It does not exist; the message lists the known ones. (400)
     """
     if loss_fn in LOSS_FNS:
         return LOSS_FNS[loss_fn]
     known = ", ".join(LOSS_FNS)
     if loss_fn in _NOT_SERVED:
-        raise InvalidRequest(f"loss_fn: {loss_fn}: {_NOT_SERVED[loss_fn]}; there are {known}")
+        raise InvalidRequest(f"loss_fn: {loss_fn}: {_NOT_SERVED[loss_fn]}; known are {known}")
     raise InvalidRequest(f"loss_fn: expected one of {known}; got {loss_fn[:60]!r}")

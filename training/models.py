@@ -1,4 +1,4 @@
-"""Runs, and what can be rebuilt of them: snapshots for crashes, checkpoints for people."""
+"""Runs and their saved states: snapshots for recovery, checkpoints for users."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def new_run_id() -> str:
 
 
 def new_session_id() -> str:
-    """32 hex digits (128 random bits): run ids are built on it, so no ``:`` and no ``/``."""
+    """32 hex digits (128 random bits): run ids contain it, so no ``:`` and no ``/``."""
     return secrets.token_hex(16)
 
 
@@ -71,28 +71,28 @@ class RunQuerySet(models.QuerySet["Run"]):
         return self.filter(owner_id=owner_id)
 
     def live(self) -> RunQuerySet:
-        """Neither removed nor failed: its name is taken."""
+        """Neither removed nor failed; such a run occupies its name."""
         return self.filter(deleted_at__isnull=True)
 
 
 def _name_in(metadata: Any) -> str:
-    """The ``name`` that a client put into its metadata, or nothing."""
+    """The ``name`` in a client's metadata, or an empty text."""
     named = metadata.get("name") if isinstance(metadata, dict) else None
     return named.strip() if isinstance(named, str) else ""
 
 
 class Run(models.Model):
-    """One adapter and its history. Its id names its lane: the run is the log of that lane."""
+    """One adapter and its history. Its id is its lane's id: the run is the log of that lane."""
 
     FINISHED = "finished"
-    """What people see in place of ``ready`` once the run's session is over; no row has it."""
+    """Shown in place of ``ready`` after the run's session has ended; no row has it."""
 
     class RunState(models.TextChoices):
         CREATING = "creating"
         READY = "ready"
         FAILED = "failed"
-        """Its adapter could not be made; it is gone, and its name is free. A trigger sees to it
-        in the transaction in which its creation fails or is cancelled, whoever does that."""
+        """Its adapter could not be made; it is removed, and its name is free. A trigger sets it
+        in the transaction in which its creation fails or is cancelled, in any process."""
         DELETED = "deleted"
 
     id = models.CharField(primary_key=True, max_length=200, default=new_run_id)
@@ -113,24 +113,24 @@ class Run(models.Model):
     train_attn = models.BooleanField(default=True)
     train_unembed = models.BooleanField(default=True)
     target_modules = models.JSONField(null=True, blank=True)
-    """A list of module names, or None for what the train_ flags name."""
+    """A list of module names, or None for the modules of the train_ flags."""
 
     state = models.CharField(max_length=10, choices=RunState.choices, default=RunState.CREATING)
     error = models.TextField(blank=True, default="")
-    """Why its adapter could not be made; it may have been removed before that turned out."""
+    """Why its adapter could not be made; the run may have been removed earlier."""
     step = models.IntegerField(default=0)
     """Optimizer steps committed."""
     applied_seq_id = models.BigIntegerField(default=0)
-    """Highest seq id whose effect is committed: where replay ends."""
+    """Highest seq id whose effect is committed; replay ends there."""
     tokens = models.BigIntegerField(default=0)
     """Tokens trained on."""
     own_objective = models.BooleanField(default=False, db_default=False)
     """Trained with stable_reinforce, which here is not the hosted service's objective."""
     user_metadata = models.JSONField(default=dict, blank=True)
     title = models.CharField(max_length=200, blank=True, default="", db_default="")
-    """Given by a person in the console; the API does not know it."""
+    """Set by a person in the console; not part of the API."""
     tags = models.CharField(max_length=500, blank=True, default="", db_default="")
-    """Words to find the run by, with commas between them; also given in the console."""
+    """Words for finding the run, separated by commas; also set in the console."""
     notes = models.TextField(blank=True, default="", db_default="")
     replay_of = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL)
     """The run whose log this one was rebuilt from."""
@@ -180,11 +180,11 @@ class Run(models.Model):
 
     @property
     def shown_title(self) -> str:
-        """The name that people know the run by.
+        """The run's name for people.
 
-        Its title; else ``name`` of its own metadata; else its ``model_id`` where a person chose
-        that. The SDK makes ids up: its runs have the name or display name of their session, else
-        owner and date. Reads owner and session.
+        It is the title, else ``name`` in the run's metadata, else its ``model_id`` if a person
+        chose that. The SDK generates ids, so its runs have the name or display name of their
+        session, else owner and date. Reads owner and session.
         """
         if self.session is None or str(self) != self.name:
             return str(self)
@@ -198,17 +198,17 @@ class Run(models.Model):
 
     @property
     def shown_state(self) -> str:
-        """The state, but ``finished`` when nothing more than its removal can be asked for."""
+        """The state, or ``finished`` if the run can only be removed."""
         is_over = self.session is not None and self.session.finished_at is not None
         return self.FINISHED if is_over and self.state == self.RunState.READY else self.state
 
 
 class Snapshot(models.Model):
-    """A run's whole state at one point of its log, taken by the server for itself."""
+    """A run's complete state at one point of its log, for the server's own use."""
 
     run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="snapshots")
     seq_id = models.BigIntegerField()
-    """The last request whose effect it holds."""
+    """The last request whose effect it contains."""
     step = models.IntegerField()
     directory = models.CharField(max_length=300)
     """Relative to the data folder."""
@@ -228,22 +228,22 @@ class Snapshot(models.Model):
 
 
 class Checkpoint(models.Model):
-    """A run's state that its owner asked to keep, under a name and a tinker:// path."""
+    """A run's state that its owner saved, under a name and a tinker:// path."""
 
     class Kind(models.TextChoices):
         TRAINING = "training"
-        """With optimizer state; training can go on from it."""
+        """With optimizer state; training can continue from it."""
         SAMPLER = "sampler"
         """Weights to sample from."""
         EXTERNAL = "external"
-        """Files for other programs, as peft reads them."""
+        """Files for other programs, in peft's format."""
 
     run = models.ForeignKey(Run, on_delete=models.PROTECT, related_name="checkpoints")
     owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
-    """The run's. It stands here too because a path is unique among its owner's."""
+    """The run's owner, repeated because a path is unique among its owner's."""
     path_run = models.CharField(max_length=200)
-    """The run's part of the path that its owner uses: the run's name. A removed run's checkpoint
-    keeps its path, also when another run takes the name."""
+    """The run's name, as the part of the owner's path. A removed run's checkpoint
+    keeps its path, even if another run takes the name."""
     kind = models.CharField(max_length=10, choices=Kind.choices)
     ephemeral = models.BooleanField(default=False)
     """Made for one sampling session; not listed."""
@@ -285,32 +285,32 @@ class Checkpoint(models.Model):
 
     @property
     def path(self) -> TinkerPath:
-        """Under which its owner's clients know it; no other checkpoint of theirs has it."""
+        """The path for its owner's clients, unique among the owner's checkpoints."""
         return TinkerPath(self.path_run, self.kind, self.name)
 
     @property
     def global_path(self) -> TinkerPath:
-        """Under which everybody knows it, once it is published: below its run's id."""
+        """The path for everybody, once it is published: below its run's id."""
         return TinkerPath(self.run_id, self.kind, self.name)
 
     @property
     def has_expired(self) -> bool:
-        """Whether its time is up, so that nobody finds it and it is about to be deleted."""
+        """Whether it has expired: it is not found any more and will be deleted."""
         return self.expires_at is not None and self.expires_at <= timezone.now()
 
 
 class SamplingSession(models.Model):
-    """A fixed choice of what to sample from; its id is a lane whose requests have no order."""
+    """A fixed base model or checkpoint to sample from; its id is a lane without an order."""
 
     id = models.CharField(primary_key=True, max_length=120)
     """``<session>:sample:<seq id>``."""
     session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="sampling_sessions")
     seq_id = models.BigIntegerField()
-    """The SDK's number, shared by its two ways to make one."""
+    """The SDK's number, shared by its two ways to create one."""
     base_model = models.CharField(max_length=255)
     checkpoint = models.ForeignKey(Checkpoint, null=True, blank=True, on_delete=models.SET_NULL)
     model_path = models.CharField(max_length=500, blank=True, default="")
-    """The checkpoint's tinker:// path, kept for people when the checkpoint is gone; empty for
+    """The checkpoint's tinker:// path, kept for people after the checkpoint is deleted; empty for
     the base model."""
     num_clients = models.IntegerField(default=1)
     """Clients that joined; the next one's number."""
@@ -346,15 +346,16 @@ class CustomLoss(models.Model):
 
 
 class RecordedSample(models.Model):
-    """What one sample request of the SDK drew, kept for a while so that the loss stable_reinforce
-    can be asked for by naming its sequences. One row for all sequences, which share the prompt."""
+    """The result of one sample request of the SDK, kept for a while so that the loss
+    stable_reinforce can refer to its sequences. One row for all sequences, which share the
+    prompt."""
 
     request_id = models.CharField(primary_key=True, max_length=39)
     """The sample's future; a sequence is ``<request id>-<number>``."""
     session = models.ForeignKey(Session, on_delete=models.CASCADE, related_name="+")
     """Only its models may be trained on it."""
     num_tokens = models.BigIntegerField()
-    """Of the prompt and all sequences."""
+    """Tokens of the prompt and all sequences."""
     data = models.BinaryField()
     """``prompt``, and the sequences' ``tokens`` and ``logprobs`` (``futures.payload``)."""
     expires_at = models.DateTimeField(db_index=True)
@@ -364,7 +365,7 @@ class RecordedSample(models.Model):
 
 
 class AuditEvent(models.Model):
-    """Who did what, and when. Rows are only ever added: the database refuses the rest."""
+    """An audited action. Rows are only added: the database refuses changes and deletions."""
 
     created_at = models.DateTimeField(default=timezone.now, db_index=True)
     actor = models.ForeignKey(
@@ -374,7 +375,7 @@ class AuditEvent(models.Model):
     owner = models.ForeignKey(
         settings.AUTH_USER_MODEL, null=True, blank=True, on_delete=models.PROTECT, related_name="+"
     )
-    """Whose thing it was done to."""
+    """The owner of the object."""
     event = models.CharField(max_length=60)
     """``<thing>_<verb>``, such as ``checkpoint_delete``."""
     details = models.JSONField(default=dict, blank=True)

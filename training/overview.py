@@ -1,4 +1,4 @@
-"""Reads that look at many runs at once, of one owner or (``owner_id`` None) of everybody."""
+"""Reads over many runs, of one owner or (``owner_id`` None) of all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from training.progress import with_progress
 
 
 def runs_newest(owner_id: int | None, *, limit: int) -> list[Any]:
-    """The live runs that were asked for something last, with their owners and their progress
+    """The live runs with the newest requests, with their owners and their progress
     (``with_progress``)."""
     runs = Run.objects.live()
     runs = runs if owner_id is None else runs.owned_by(owner_id)
@@ -21,13 +21,14 @@ def runs_newest(owner_id: int | None, *, limit: int) -> list[Any]:
 
 
 def run_find_one(run_id: str, *, owner_id: int | None) -> Run | None:
-    """The run with this id, removed or not; None if there is none, or it is another owner's."""
+    """The run with this id, removed or not; None if it does not exist or belongs to another
+    owner."""
     runs = Run.objects.all() if owner_id is None else Run.objects.owned_by(owner_id)
     return runs.filter(pk=run_id).first()
 
 
 def bytes_saved(owner_id: int | None) -> dict[str, int]:
-    """How much room checkpoints and snapshots take."""
+    """The size of checkpoints and snapshots."""
     of_owner = {} if owner_id is None else {"run__owner": owner_id}
     return {
         name: rows.filter(**of_owner).aggregate(size=Sum("size_bytes"))["size"] or 0
@@ -46,11 +47,11 @@ def snapshots_newest(run: Run, *, limit: int) -> list[Snapshot]:
 
 
 def with_run_names(futures: QuerySet[Future]) -> QuerySet[Any]:
-    """The futures with ``run_name``: that of the run whose lane they are in, or None."""
+    """The futures with ``run_name``, the name of their lane's run, or None."""
     run = Run.objects.filter(pk=OuterRef("lane_id"))
     return futures.annotate(run_name=Subquery(run.values("name")[:1]))
 
 
 def run_ids_named(name: str) -> list[str]:
-    """The ids of all runs of this name, whoever owns them, live or not."""
+    """The ids of all runs of this name, of all owners, live or not."""
     return list(Run.objects.filter(name=name).values_list("pk", flat=True))

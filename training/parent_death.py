@@ -1,4 +1,4 @@
-"""How a process that we start goes when we are killed and can end nothing ourselves."""
+"""Ends a child process after its parent was killed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def parent_death_prefix(signal_name: str) -> list[str]:
-    """What to put before a command so that it gets this signal when its parent is killed.
+    """The command prefix that sends a process this signal when its parent is killed.
 
     The signal follows the thread that starts the command, so start it from the main one.
-    Nothing where setpriv or the mechanism is missing (macOS): there, a killed parent leaves
+    Empty if setpriv or the mechanism is missing (macOS): there, a killed parent leaves
     its children running.
     """
     setpriv = shutil.which("setpriv") if sys.platform == "linux" else None

@@ -1,4 +1,4 @@
-"""``tinker://<run>/<what it is>/<name>``: parse and build, in one place."""
+"""``tinker://<run>/<what it is>/<name>``: parsed and built in one place."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 def check_name(value: str, *, field: str) -> str:
-    """A name that may stand in a path or a file name: itself, or a refusal that names the field.
+    """Check and return a name for a path or a file name; an error names the field.
 
-    Letters, digits, ``. _ : -``, at most 128, beginning with a letter or digit: so neither
-    ``..`` nor a separator can be a name.
+    A name has at most 128 letters, digits, ``. _ : -`` and begins with a letter or digit, so
+    ``..`` and separators are impossible.
 
     Raises:
-        InvalidRequest: It may not. (400)
+        InvalidRequest: It is not allowed. (400)
     """
     if not _NAME.fullmatch(value):
         raise InvalidRequest(
@@ -37,11 +37,11 @@ def check_name(value: str, *, field: str) -> str:
 
 
 def check_run_name(value: str, *, field: str) -> str:
-    """Likewise, a name for a run: none that looks like a run's id, for in a path that is what it
-    would be taken for.
+    """Like ``check_name``, for a run's name. It must not look like a run's id, because paths would
+    confuse the two.
 
     Raises:
-        InvalidRequest: It may not be. (400)
+        InvalidRequest: It is not allowed. (400)
     """
     if _RUN_ID.fullmatch(value):
         raise InvalidRequest(
@@ -55,7 +55,7 @@ class TinkerPath:
     """The address of a checkpoint."""
 
     run: str
-    """The run's name, as its owner's clients know it."""
+    """The run's name in its owner's clients."""
     kind: str
     name: str
 
@@ -91,5 +91,5 @@ class TinkerPath:
 
     @property
     def checkpoint_id(self) -> str:
-        """What names the checkpoint within its run."""
+        """The checkpoint's id within its run."""
         return f"{SEGMENTS[self.kind]}/{self.name}"

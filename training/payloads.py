@@ -1,6 +1,6 @@
 """Requests as the plain values that a future stores, and back.
 
-A payload holds what the client asked for, in full: replaying it needs nothing else. Text is
+A payload has the complete request: replaying it needs nothing else. Text is
 stored as text; the worker, which has the tokenizer, turns it into tokens.
 """
 
@@ -29,11 +29,11 @@ from training.types import (
 Payload = dict[str, Any]
 
 CHARACTERS_PER_TOKEN = 3
-"""A cautious guess for the cost of text that is not tokenised yet."""
+"""A cautious estimate for text that is not tokenized yet."""
 
 
 _FIRST_SAMPLING_PARAMS = frozenset({"max_tokens", "seed", "stop", "temperature", "top_k", "top_p"})
-"""Those that every stored sample has."""
+"""Parameters that every stored sample has."""
 
 
 def data_to_payload(data: Sequence[Conversation | Datum]) -> list[Payload]:
@@ -47,9 +47,9 @@ def data_to_payload(data: Sequence[Conversation | Datum]) -> list[Payload]:
 
 
 def with_weights_of_one(data: Sequence[Datum]) -> list[Datum]:
-    """The datums with cross_entropy's weights where they have none: 1, as the engine takes it.
+    """The datums, with cross_entropy's weights set to 1 if absent, as in the engine.
 
-    For what was stored so since the first version; see ``sampling_params_to_payload``.
+    Payloads have had this form since the first version; see ``sampling_params_to_payload``.
     """
     return [
         replace(datum, loss_fn_inputs={**inputs, WEIGHTS: np.ones(targets.shape, np.float32)})
@@ -61,7 +61,7 @@ def with_weights_of_one(data: Sequence[Datum]) -> list[Datum]:
 
 
 def data_from_payload(items: Sequence[Mapping[str, Any]]) -> list[Conversation | Datum]:
-    """What ``data_to_payload`` was given."""
+    """The inverse of ``data_to_payload``."""
     return [
         _conversation_from_payload(item)
         if "messages" in item
@@ -80,7 +80,7 @@ def prompt_to_payload(prompt: Prompt) -> Payload:
 
 
 def prompt_from_payload(item: Mapping[str, Any]) -> Prompt:
-    """What ``prompt_to_payload`` was given."""
+    """The inverse of ``prompt_to_payload``."""
     if "messages" in item:
         return _conversation_from_payload(item)
     return item["text"] if "text" in item else tuple(item["tokens"])
@@ -104,7 +104,7 @@ def adam_params_from_payload(item: Mapping[str, Any]) -> AdamParams:
 
 
 def sampling_params_to_payload(params: SamplingParams) -> Payload:
-    """Options that came later are stored only where they are used: a request that is repeated
+    """Options of later versions are stored only if they are used: a request that is repeated
     after an upgrade has the digest that it had before."""
     defaults = vars(SamplingParams())
     return {
@@ -123,7 +123,7 @@ def _tuples(value: Any) -> Any:
 
 
 def scoring_params_to_payload(params: ScoringParams) -> Payload:
-    """Only what was asked for; nothing asked is an empty dictionary."""
+    """Only the options that are set; without any, an empty dictionary."""
     asked = vars(params).items()
     return {
         name: value
@@ -159,7 +159,7 @@ def _conversation_cost(conversation: Conversation) -> int:
 
 
 def count_characters(value: Any) -> int:
-    """About how long a value is when a template writes it; frames of JSON do not count."""
+    """The approximate length of a value in a template's output, without JSON syntax."""
     if value is None:
         return 0
     if isinstance(value, str):
@@ -175,7 +175,7 @@ def count_characters(value: Any) -> int:
 
 
 def _conversation_to_payload(conversation: Conversation) -> Payload:
-    """What a plain conversation holds is stored as ever: its digest names a repeated request."""
+    """A plain conversation is stored as in the first version, so that its digest stays the same."""
     options = conversation.options
     chosen = {
         name: value
@@ -192,7 +192,7 @@ def _conversation_to_payload(conversation: Conversation) -> Payload:
 
 
 def _message_to_payload(message: Message) -> list[str] | Payload:
-    """``[role, content]``, or an object of what is set if that is more."""
+    """``[role, content]``, or an object if more fields are set."""
     given = message.to_dict()
     if len(given) == 2 and message.content is not None:
         return [message.role, message.content]

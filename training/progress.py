@@ -1,7 +1,7 @@
-"""How runs go, read from the summaries of their futures: the curve of one, the last loss of many.
+"""Progress of runs, from the summaries of their futures: the curve of one, the last loss of many.
 
 Only summaries are read, never a payload or a result, and never more than the newest
-``MAX_REQUESTS`` of a run, so a page costs the same however long the run is.
+``MAX_REQUESTS`` of a run, so a page's cost does not grow with the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from training.models import Run
 
 MAX_REQUESTS = 5_000
 MAX_POINTS = 300
-"""Points of a curve; longer ones are averaged over neighbouring steps."""
+"""Points of a curve; longer curves are averaged over neighbouring steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class Progress:
     points: list[ProgressPoint]
     steps_per_point: int
     is_whole: bool
-    """False when older requests were left out."""
+    """False if older requests were left out."""
 
 
 def run_progress(run: Run) -> Progress:
-    """What each optimizer step of a run did, from its newest requests; one query."""
+    """The optimizer steps of a run, from its newest requests; one query."""
     newest = Future.objects.filter(
         lane_id=run.pk, state=State.READY, kind__in=[Kind.FORWARD_BACKWARD, Kind.OPTIM_STEP]
     ).order_by("-seq_id")
@@ -63,8 +63,8 @@ def run_progress(run: Run) -> Progress:
 
 
 def with_progress(runs: QuerySet[Run]) -> QuerySet[Any]:
-    """The runs with ``last_loss``, that of their newest finished pass, as text or None, and with
-    ``newest_request_at``, when their newest request was submitted."""
+    """The runs with ``last_loss``, the loss of their newest finished pass, as text or None, and
+    with ``newest_request_at``, when their newest request was submitted."""
     requests = Future.objects.filter(lane_id=OuterRef("pk")).order_by("-seq_id")
     passes = requests.filter(state=State.READY, kind=Kind.FORWARD_BACKWARD)
     return runs.annotate(
@@ -74,7 +74,7 @@ def with_progress(runs: QuerySet[Run]) -> QuerySet[Any]:
 
 
 def _points(rows: list[tuple[str, dict[str, Any]]], *, first_step: int) -> list[ProgressPoint]:
-    """One point for each optim_step; passes without one make a last point of their own."""
+    """One point for each optim_step; later passes make a last point."""
     points: list[ProgressPoint] = []
     weighted, tokens = 0.0, 0.0
     for kind, summary in rows:
@@ -111,6 +111,6 @@ def _mean(points: list[ProgressPoint]) -> ProgressPoint:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None for everything else that a summary may hold."""
+    """A finite number, or None for any other value."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None

@@ -1,7 +1,7 @@
-"""From spans that name sampled sequences to the arrays that a loss reads, checked token by token.
+"""Turns spans of sampled sequences into the arrays that a loss reads, checking every token.
 
-It is done when a request is accepted, so that what the worker gets, and what a replay gets again,
-depends on no record. Numpy only.
+This happens when a request is accepted, so the worker's input, and that of a replay,
+does not depend on the records. Numpy only.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def with_recorded_logprobs(
 ) -> Datum:
     """The datum with the recorded log-probability of each sampled target as its ``logprobs``.
 
-    They replace what the client sent under that name; a target that was not sampled has 0, and
-    must have no advantage. Such targets are not compared: clients fill them up with anything.
+    They replace the client's values of that name; a target that was not sampled gets 0, and
+    must have no advantage. Such targets are not compared, because clients fill them with any value.
 
     Args:
-        records: The sequences that may be named, by id.
+        records: The available sequences, by id.
         where: The datum, such as ``data[3]``.
 
     Raises:
-        InvalidDatum: The spans do not tile their fields, name what is not recorded, or the tokens
-            are not those that they name. (400)
+        InvalidDatum: The spans do not cover their fields, name unrecorded sequences, or the tokens
+            differ from the recorded ones. (400)
     """
     if provenance is None:
         raise InvalidDatum(
@@ -67,7 +67,7 @@ def with_recorded_logprobs(
 
 
 def sequences_named(provenance: Provenance | None) -> set[str]:
-    """The ids that the spans name."""
+    """The sequence ids in the spans."""
     if provenance is None:
         return set()
     return {span.sequence_id for span in (*provenance.model_input, *provenance.loss_fn_inputs)}

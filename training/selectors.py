@@ -1,4 +1,4 @@
-"""Reads: runs, checkpoints and what the server can do, always for one owner."""
+"""Reads of runs and checkpoints, usually for one owner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def session_get(*, owner_id: int, session_id: str) -> Session:
     """The owner's session.
 
     Raises:
-        SessionNotFound: There is none; another owner's session answers the same. (404)
+        SessionNotFound: It does not exist, or belongs to another owner. (404)
     """
     session = Session.objects.filter(owner_id=owner_id, id=session_id).first()
     if session is None:
@@ -43,7 +43,7 @@ def sampling_session_get(*, owner_id: int, sampling_session_id: str) -> Sampling
     """The owner's sampling session, with its session.
 
     Raises:
-        SamplingSessionNotFound: There is none; another owner's answers the same. (404)
+        SamplingSessionNotFound: It does not exist, or belongs to another owner. (404)
     """
     found = SamplingSession.objects.select_related("session").filter(
         session__owner_id=owner_id, id=sampling_session_id
@@ -56,12 +56,12 @@ def sampling_session_get(*, owner_id: int, sampling_session_id: str) -> Sampling
 
 
 CLIENT_GONE = timedelta(minutes=10)
-"""A client that lives sends a heartbeat every ten seconds."""
+"""A live client sends a heartbeat every ten seconds."""
 
 
 def lanes_without_client(lane_ids: Collection[str]) -> set[str]:
-    """Those of these lanes, of runs and of sampling sessions, whose session is finished or has not
-    been heard of for a while. A lane of no session is not among them."""
+    """The given lanes, of runs and of sampling sessions, whose session is finished or has not
+    sent heartbeats for a while. Lanes without a session are not included."""
     silent = timezone.now() - CLIENT_GONE
     gone = Q(session__finished_at__isnull=False) | Q(session__heartbeat_at__lt=silent)
     return {
@@ -75,7 +75,7 @@ def custom_loss_get(*, session_id: str | None, loss_id: str) -> CustomLoss:
     """The loss that was uploaded in this session under this id.
 
     Raises:
-        InvalidRequest: There is none; another session's loss answers the same. (400)
+        InvalidRequest: It does not exist, or belongs to another session. (400)
     """
     prefix, _, seq_id = loss_id.rpartition(":loss:")
     if session_id is not None and prefix == session_id and seq_id.isdecimal():
@@ -94,7 +94,7 @@ def run_get(*, owner_id: int, model_id: str) -> Run:
     """The owner's live run of this name.
 
     Raises:
-        RunNotFound: There is none; another owner's run answers the same. (404)
+        RunNotFound: It does not exist, or belongs to another owner. (404)
     """
     run = run_live(owner_id=owner_id, name=model_id)
     if run is None:
@@ -120,10 +120,10 @@ def run_find(identifier: str, *, owner: str | None = None) -> Run:
     """Any user's run by id, or the one live run of this name. For people at the console.
 
     Args:
-        owner: User name, to choose between users that have a run of this name.
+        owner: User name, to choose between users with a run of this name.
 
     Raises:
-        RunNotFound: There is none, or there are several.
+        RunNotFound: None or several match.
     """
     found = Run.objects.filter(Q(id=identifier) | Q(name=identifier, deleted_at__isnull=True))
     if owner is not None:
@@ -145,15 +145,15 @@ CHANGED_ITS_RUN = reduce(
     ),
     Q(state=State.READY, kind__in=LOGGED),
 )
-"""The futures that a run's state comes from. One sort of failure changes it: a step that had to
+"""The futures that changed a run's state. They include one kind of failure: a step that had to
 drop the gradient."""
 
 
 def run_log(run: Run, *, after_seq_id: int = -1) -> list[Future]:
-    """The requests that made the run what it is, in order, payloads included.
+    """The requests of the run's log, in order, payloads included.
 
     Args:
-        after_seq_id: Leaves out what a snapshot holds already; seq ids begin at 0.
+        after_seq_id: Leaves out the requests that a snapshot covers; seq ids begin at 0.
 
     Raises:
         RunLost: A part of the log was pruned.
@@ -182,19 +182,19 @@ def checkpoint_get(
     with_files: bool = False,
     field: str = "path",
 ) -> Checkpoint:
-    """A checkpoint that the owner may read: one's own, the lender's, or a public one.
+    """A checkpoint that the owner may read: their own, the lender's, or a public one.
 
-    Runs' names are only unique per owner, so another's public checkpoint is known by the run's
-    id. Owners may use that path too.
+    Run names are only unique per owner, so another user's public checkpoint is addressed by the
+    run's id. Owners may use that path too.
 
     Args:
-        lender_id: Another user, who gave the owner the key to read what is theirs.
-        with_files: Also find files for other programs, which no engine reads.
-        field: What the sender calls the path.
+        lender_id: Another user, who gave the owner a key to read their checkpoints.
+        with_files: Also find exports for other programs, which the engine cannot read.
+        field: The sender's name of the path field.
 
     Raises:
-        CheckpointNotFound: There is none, or it expired. (404)
-        InvalidRequest: It is a file for other programs. (400)
+        CheckpointNotFound: It does not exist or has expired. (404)
+        InvalidRequest: It is an export for other programs. (400)
     """
     if path.kind == Checkpoint.Kind.EXTERNAL and not with_files:
         raise InvalidRequest(
@@ -221,7 +221,7 @@ def checkpoint_own(*, owner_id: int, path: TinkerPath) -> Checkpoint:
     """The owner's own checkpoint at this path, of any kind.
 
     Raises:
-        CheckpointNotFound: There is none, or it expired; another's answers the same. (404)
+        CheckpointNotFound: It does not exist, has expired, or belongs to another owner. (404)
     """
     checkpoint = checkpoint_get(owner_id=owner_id, path=path, with_files=True)
     if checkpoint.run.owner_id != owner_id:
@@ -230,9 +230,9 @@ def checkpoint_own(*, owner_id: int, path: TinkerPath) -> Checkpoint:
 
 
 def checkpoint_at(*, owner_id: int, path: TinkerPath) -> Checkpoint | None:
-    """What has this path of the owner's, with its run; None if the path is free.
+    """The checkpoint at this path of the owner, with its run; None if the path is free.
 
-    What has expired keeps its path until it is deleted, but gives way to whoever wants it.
+    An expired checkpoint keeps its path until it is deleted, but a new one may replace it.
     """
     return (
         Checkpoint.objects.select_related("run")
@@ -248,10 +248,10 @@ def checkpoint_at(*, owner_id: int, path: TinkerPath) -> Checkpoint | None:
 
 
 def checkpoint_by_id(checkpoint_id: int) -> Checkpoint:
-    """The checkpoint of this key, whoever owns it.
+    """The checkpoint of this primary key, of any owner.
 
     Raises:
-        CheckpointNotFound: It was deleted, or it expired. (404)
+        CheckpointNotFound: It was deleted or has expired. (404)
     """
     checkpoint = checkpoints_kept().filter(pk=checkpoint_id).first()
     if checkpoint is None:
@@ -260,7 +260,7 @@ def checkpoint_by_id(checkpoint_id: int) -> Checkpoint:
 
 
 def checkpoints_kept() -> QuerySet[Checkpoint]:
-    """All whose time is not up, with their runs."""
+    """All checkpoints that have not expired, with their runs."""
     return Checkpoint.objects.filter(
         Q(expires_at__isnull=True) | Q(expires_at__gt=timezone.now())
     ).select_related("run")
@@ -273,11 +273,11 @@ def directories_named() -> set[str]:
 
 
 def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:
-    """Those whose payload no crash recovery can need: covered by two snapshots, of which one may
-    turn out to be unreadable.
+    """Futures whose payload no recovery can need: they are covered by two snapshots, of which one
+    may be unreadable.
 
-    Futures outside a live run's lane are always prunable, and those of a run whose session is
-    finished. ``prunefutures`` asks this.
+    Futures outside the lane of a live run are always prunable, and so are those of a run whose
+    session is finished. ``prunefutures`` calls this.
     """
     live = Run.objects.live().filter(id=OuterRef("lane_id"), session__finished_at__isnull=True)
     covered = (

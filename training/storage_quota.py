@@ -1,11 +1,11 @@
-"""How much of the disk and the database one user takes, and the most that one may.
+"""The storage that one user takes on disk and in the database, and its limit.
 
-``TINKERAPI_USER_STORAGE_BYTES`` limits checkpoints, snapshots, and what is kept of requests:
-payloads and results, custom losses, recorded samples. The sums of files are read at each look, from
-two indexed tables. That of requests goes over all of a user's rows, so a process counts it anew at
-most once a minute (and never spends more than a twentieth of its time on it), and adds what it
-accepts meanwhile. So a user may be over by what other processes accept in a minute, and by results
-that are under way.
+``TINKERAPI_USER_STORAGE_BYTES`` limits checkpoints, snapshots, and stored requests:
+payloads and results, custom losses, recorded samples. The sizes of files are summed at each check,
+from two indexed tables. The size of requests needs all of a user's rows, so a process sums it at
+most once a minute (and never spends more than a twentieth of its time on it), and adds the requests
+that it accepts meanwhile. So a user may exceed the limit by requests that other processes accept in
+a minute, and by results of running requests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from training.models import Checkpoint, Snapshot
 COUNT_AGAIN_SECONDS = 60.0
 TIMES_ITS_COST = 20
 
-# The length of a value that is stored out of line is known without reading it.
+# Postgres knows the length of a value that is stored out of line without reading it.
 _REQUEST_BYTES = """
 SELECT (
     SELECT coalesce(sum(coalesce(octet_length(payload), 0) + coalesce(octet_length(result), 0)), 0)
@@ -46,12 +46,12 @@ SELECT (
 
 @dataclass(frozen=True)
 class StorageUse:
-    """Bytes by what takes them."""
+    """Bytes by kind of object."""
 
     checkpoints: int
     snapshots: int
     requests: int
-    """With their results, and the custom losses and recorded samples that came of them."""
+    """Requests with their results, custom losses and recorded samples."""
 
     @property
     def total(self) -> int:
@@ -65,7 +65,7 @@ class StorageUse:
 
 
 def storage_use(owner_id: int) -> StorageUse:
-    """What a user takes now; requests as far as this process knows."""
+    """A user's current storage; requests as last counted by this process."""
     checkpoints = Checkpoint.objects.filter(owner_id=owner_id)
     snapshots = Snapshot.objects.filter(run__owner_id=owner_id)
     return StorageUse(
@@ -76,14 +76,14 @@ def storage_use(owner_id: int) -> StorageUse:
 
 
 def storage_check(*, owner_id: int, more_bytes: int, freed_bytes: int = 0) -> None:
-    """Refuse what would take its owner over the limit; nothing where there is none.
+    """Refuse data that would exceed the owner's limit, if there is one.
 
     Args:
-        more_bytes: What is to be stored.
-        freed_bytes: What goes when it is.
+        more_bytes: The bytes to be stored.
+        freed_bytes: The bytes that are freed by it.
 
     Raises:
-        StorageQuotaExceeded: It says what takes how much, and what to do. (413)
+        StorageQuotaExceeded: The message says what uses how much, and what to do. (413)
     """
     limit = settings.USER_STORAGE_BYTES
     if not limit:
@@ -107,7 +107,7 @@ def storage_admit(
     seq_id: int | None,
     idempotency_key: str | None,
 ) -> None:
-    """Refuse a request that takes its owner over the limit, unless it was accepted before.
+    """Refuse a request that would exceed the owner's limit, unless it was accepted before.
 
     Raises:
         StorageQuotaExceeded: (413)
@@ -128,12 +128,12 @@ def storage_admit(
 
 
 class _RequestBytes:
-    """The sums of this process, for all of its threads."""
+    """The sums of this process, shared by its threads."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._known: dict[int, tuple[int, float]] = {}
-        """Owner to bytes, and until when that is believed."""
+        """Owner to bytes, and the time until which they are valid."""
 
     def get(self, owner_id: int) -> int:
         with self._lock:
@@ -163,7 +163,7 @@ _counts = _RequestBytes()
 
 
 def forget_counts() -> None:
-    """Count anew at the next look."""
+    """Count again at the next check."""
     _counts.clear()
 
 

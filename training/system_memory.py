@@ -1,4 +1,4 @@
-"""How much memory this machine, or the container that we are in, has left. Plain Python."""
+"""The free memory of this machine, or of this process's container. Plain Python."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def free_memory_bytes(root: Path = Path("/")) -> int:
-    """What processes may still take before the system runs out.
+    """The bytes that processes may still allocate.
 
-    The least of what the machine has and of what is left of the limits of the control groups that
-    we are in. Half of the machine where the system says neither.
+    It is the smallest of the machine's free memory and the free memory of this process's control
+    groups. If the system reports neither, it is half of the machine's memory.
 
     Args:
-        root: Where ``proc`` and ``sys`` are.
+        root: The folder with ``proc`` and ``sys``.
     """
     found = [*_machine(root / "proc" / "meminfo"), *_control_groups(root)]
     if found:
@@ -29,7 +29,7 @@ def _machine(meminfo: Path) -> Iterator[int]:
 
 
 def _control_groups(root: Path) -> Iterator[int]:
-    """What is left of each limit on us: our group's and those of the groups around it."""
+    """The free memory within each limit: our group's and those of its parents."""
     mounted = root / "sys" / "fs" / "cgroup"
     for line in _lines(root / "proc" / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -40,7 +40,7 @@ def _control_groups(root: Path) -> Iterator[int]:
             used = "memory.usage_in_bytes"
         else:
             continue
-        # In a container the path may be the host's, and what is mounted begins at our own group.
+        # In a container the path may be the host's, and the mount begins at our own group.
         own = folder / path.lstrip("/")
         for group in {folder, own, *own.parents}:
             if not group.is_relative_to(folder):
@@ -51,7 +51,7 @@ def _control_groups(root: Path) -> Iterator[int]:
 
 
 def _file_cache(group: Path) -> int:
-    """What of a group's memory is the content of files, which gives way."""
+    """The part of a group's memory that is cached files, which can be freed."""
     names = ("inactive_file", "total_inactive_file")
     return max(
         (int(v) for n, v in map(str.split, _lines(group / "memory.stat")) if n in names), default=0
@@ -60,7 +60,7 @@ def _file_cache(group: Path) -> int:
 
 def _number(path: Path) -> int | None:
     lines = _lines(path)
-    return int(lines[0]) if lines and lines[0].isdigit() else None  # "max" where there is none
+    return int(lines[0]) if lines and lines[0].isdigit() else None  # "max" if there is no limit
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What django-q2 calls: one function, whose task is a doorbell and carries no work."""
+"""The function that django-q2 calls; its task only wakes the worker and carries no data."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ _serving: dict[str, Callable[[], None]] = {}
 
 
 def serve(queue: str, run_until_idle: Callable[[], None]) -> None:
-    """Say what the bell of this queue sets going in this process. (``engineworker``)"""
+    """Register the function that a doorbell of this queue runs in this process.
+    (``engineworker``)"""
     _serving[queue] = run_until_idle
 
 
 def work(queue: str) -> None:
-    """Work until nothing on the queue may run.
+    """Work until no future of the queue may run.
 
     An exception means that the engine's memory may be ahead of the database or damaged. The
-    process ends at once, without tidying up; the supervisor starts another, which rebuilds
-    from snapshots and logs, and what was not committed runs again.
+    process ends at once, without cleaning up; the supervisor starts another, which rebuilds
+    from snapshots and logs, and uncommitted futures run again.
     """
     try:
         _serving[queue]()

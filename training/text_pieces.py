@@ -1,7 +1,7 @@
-"""The text of a sample while it grows, in pieces: the worker notes them, a web process sends them.
+"""The growing text of a sample, in pieces: the worker sends notes, a web process streams them.
 
-A note may be lost, so a piece repeats some of what earlier ones said; what is still missing at
-the end, the result has.
+A note may be lost, so a piece repeats some text of earlier ones; the result has any text that
+is still missing at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 NEW_CHARACTERS = 500
-"""Of one piece at most. Written out as JSON a character takes up to six bytes, so that new and
+"""Most new characters in one piece. In JSON a character takes up to six bytes, so new and
 repeated ones fit into a notification of 8000 bytes."""
 
 REPEATED_CHARACTERS = 500
@@ -20,12 +20,12 @@ REPEATED_CHARACTERS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class TextPiece:
-    """A stretch of one sequence's text."""
+    """A part of one sequence's text."""
 
     number: int
-    """Which of the request's sequences, those of the first prompt first."""
+    """The sequence's number in the request, those of the first prompt first."""
     begin: int
-    """Where it begins in the text, in characters."""
+    """Its offset in the text, in characters."""
     text: str
 
     def to_note(self) -> str:
@@ -37,9 +37,9 @@ class TextPiece:
         return cls(number=number, begin=begin, text=text)
 
     def after(self, known: str) -> str:
-        """What the piece adds to a known beginning of the text; nothing if it cannot be joined.
+        """The text that the piece adds to a known beginning; nothing if it cannot be joined.
 
-        It cannot when a piece before it was lost, or when the two contradict each other.
+        It cannot if an earlier piece was lost, or if the two contradict each other.
         """
         overlap = len(known) - self.begin
         if overlap < 0 or self.text[:overlap] != known[self.begin :]:
@@ -48,13 +48,13 @@ class TextPiece:
 
 
 class Told:
-    """How much of one request's texts was noted."""
+    """The length of one request's texts that was already sent."""
 
     def __init__(self) -> None:
         self._ends: dict[int, int] = defaultdict(int)
 
     def pieces(self, texts: Sequence[str]) -> Iterator[TextPiece]:
-        """What is to be noted now, given every sequence's text so far."""
+        """The pieces to send now, given every sequence's text so far."""
         for number, text in enumerate(texts):
             while (told := self._ends[number]) < len(text):
                 begin = max(0, told - REPEATED_CHARACTERS)

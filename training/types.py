@@ -1,4 +1,4 @@
-"""The words of the training domain as frozen values: no torch, no Django, no HTTP.
+"""The terms of the training domain as frozen values: no torch, no Django, no HTTP.
 
 Parsers build them from a request body, services store them in a future's payload, the
 worker hands them to the engine. Arrays are numpy, so that the web process needs no torch.
@@ -18,7 +18,7 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def wrong_length(values: NDArray[Any], num_tokens: int) -> str:
-    """What is wrong with a loss fn input that has not one row per token, in the sender's terms."""
+    """The error for a loss fn input without exactly one row per token, in the sender's terms."""
     if values.ndim == 1:
         return f"{len(values)} values for {num_tokens} tokens"
     shape = list(values.shape)
@@ -31,9 +31,9 @@ LossFnInputs = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Datum:
-    """One training example: N input tokens and what the loss function needs at each.
+    """One training example: N input tokens and the loss function's inputs for each.
 
-    Nothing is shifted by the server: position i of every input speaks about the prediction
+    Nothing is shifted by the server: position i of every input belongs to the prediction
     made after reading ``model_input[: i + 1]``, so ``target_tokens[i]`` is token i + 1.
     """
 
@@ -47,25 +47,25 @@ JsonObject = Mapping[str, Any]
 """A JSON object as a client sent it: text, numbers, booleans, None, lists and objects."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Who may speak in a conversation. Whether a model knows a role, its chat template says."""
+"""The roles in a conversation. A model's chat template may not have all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProvenanceSpan:
-    """A client's claim: this run of a datum's tokens comes from there."""
+    """A client's claim about the origin of consecutive tokens of a datum."""
 
     sequence_id: str
     """A sampled sequence, by the id that ``asample`` answered."""
     is_sampled: bool
-    """From its sampled tokens; if not, from the prompt of its request."""
+    """True: from its sampled tokens; False: from the prompt of its request."""
     offset: int
-    """Where the run begins there."""
+    """The offset of the first token there."""
     length: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a datum's tokens come from: each list tiles its field, in order."""
+    """The origin of a datum's tokens: each list covers its field, in order, without gaps."""
 
     model_input: tuple[ProvenanceSpan, ...]
     loss_fn_inputs: tuple[ProvenanceSpan, ...]
@@ -74,38 +74,38 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordedSequence:
-    """What was kept of one sampled sequence for training on it."""
+    """The record of one sampled sequence, for training on it."""
 
     prompt: NDArray[np.int32]
-    """(P,) of its request."""
+    """(P,) tokens of its request."""
     tokens: NDArray[np.int32]
     """(L,) sampled."""
     logprobs: NDArray[np.float32]
-    """(L,) of those, as they were sampled."""
+    """(L,) log-probabilities when they were sampled."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. What is None is not there for the template."""
+    """One turn of a conversation. Fields that are None are absent for the template."""
 
     role: str
     """One of ``ROLES``."""
     content: str | None
-    """None, for a message that is nothing but ``tool_calls``, is to the template as if it were
-    not there: so transformers has it, since many templates would write the word None."""
+    """None for a message with nothing but ``tool_calls``. The template then sees no content, as in
+    transformers, since many templates would write the word None."""
     _: KW_ONLY
     name: str | None = None
-    """Who of several speaks, or which tool answers."""
+    """The speaker among several, or the tool that answers."""
     tool_calls: tuple[JsonObject, ...] | None = None
-    """What the assistant calls: ``{"id", "type": "function", "function": {"name", "arguments"}}``
-    each. Templates expect ``arguments`` as an object; a text of JSON is for the parser to read."""
+    """The assistant's calls: ``{"id", "type": "function", "function": {"name", "arguments"}}``
+    each. Templates expect ``arguments`` as an object; the parser converts JSON text."""
     tool_call_id: str | None = None
-    """Which call a message of the role ``tool`` answers."""
+    """The call that a message of the role ``tool`` answers."""
     reasoning_content: str | None = None
-    """What the assistant thought before it spoke; templates of thinking models place it."""
+    """The assistant's reasoning before its answer, for templates of thinking models."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The message by name: role and content, and of the rest what is set."""
+        """The message as a dictionary: role, content, and the other fields that are set."""
         extras = {
             "name": self.name,
             "tool_calls": None if self.tool_calls is None else list(self.tool_calls),
@@ -118,10 +118,10 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """What a template is told beside the messages.
+    """The inputs of a template beside the messages.
 
-    A conversation to train takes ``tools`` and ``template_kwargs``; the other two say how a prompt
-    ends and are refused there.
+    A conversation to train takes ``tools`` and ``template_kwargs``; the other two define how a
+    prompt ends and are refused there.
     """
 
     tools: tuple[JsonObject, ...] | None = None
@@ -129,7 +129,7 @@ class ChatOptions:
     add_generation_prompt: bool = True
     """Whether a prompt ends with the header after which the assistant speaks."""
     continue_final_message: bool = False
-    """The prompt ends with the last message's own text, which sampling goes on with. Needs
+    """The prompt ends with the last message's text, which sampling continues. Needs
     ``add_generation_prompt=False``."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the model's own template, such as ``enable_thinking``. One that the template
@@ -152,7 +152,7 @@ class Conversation:
 
 
 Prompt = Conversation | str | tuple[int, ...]
-"""What sampling continues: a conversation, plain text, or token ids."""
+"""The beginning for sampling: a conversation, plain text, or token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +170,12 @@ class LoraConfig:
     train_unembed: bool = True
     """Whether the output head gets an adapter too."""
     target_modules: tuple[str, ...] | None = None
-    """Module names to adapt, such as ``q_proj``; None means all that the train_ flags name."""
+    """Module names to adapt, such as ``q_proj``; None means all modules of the train_ flags."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamParams:
-    """AdamW for one step, decoupled weight decay, as torch.optim.AdamW computes it."""
+    """AdamW for one step, decoupled weight decay, as in torch.optim.AdamW."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -191,7 +191,7 @@ class SamplingParams:
     """How tokens are chosen and when a sequence ends."""
 
     max_tokens: int | None = None
-    """None means as many as the server's limit and the context leave room for; 0 only reads the
+    """None means as many as the server's limit and the context allow; 0 only reads the
     prompt."""
     seed: int | None = None
     """Sample i of a request depends on (seed, i) only; None lets the server choose a seed."""
@@ -205,43 +205,44 @@ class SamplingParams:
     min_p: float = 0.0
     """Tokens less likely than this share of the likeliest one's probability are not drawn."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a sequence beside what ``stop`` says; they are not in its text."""
+    """Further tokens that end a sequence, beside ``stop``; they are not in its text."""
     ignore_eos: bool = False
-    """Whether the model's own end tokens end nothing."""
+    """Whether the model's end tokens do not end a sequence."""
     presence_penalty: float = 0.0
-    """Taken off the logit of a token that was sampled before; see ``engine.logit_changes``."""
+    """Subtracted from the logit of a token that was sampled before; see
+    ``engine.logit_changes``."""
     frequency_penalty: float = 0.0
-    """As above, once for each time that it was sampled."""
+    """Also subtracted, for each time that it was sampled."""
     repetition_penalty: float = 1.0
-    """Makes tokens of the prompt and of what was sampled less likely, above 1."""
+    """Above 1, it makes tokens of the prompt and the completion less likely."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """What is added to the logits of some tokens: (token, bias), each token once."""
+    """Values added to the logits of some tokens: (token, bias), each token once."""
 
 
 NO_DATA_LOGPROB = -99999.0
-"""With token id 0: a cell of ``TopLogprobs`` that holds nothing."""
+"""With token id 0: marks an empty cell of ``TopLogprobs``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoringParams:
-    """Which log-probabilities a sample returns besides those of its tokens and of its prompt's.
+    """The log-probabilities to return besides those of sampled tokens and of prompt tokens.
 
-    P is the prompt's length. What speaks of the P - 1 positions after the first begins at
-    position 1.
+    P is the prompt's length. Arrays of P - 1 rows begin at
+    position 1, since the first token is not predicted.
     """
 
     prompt_logprobs_last_n: int | None = None
-    """Score only so many of the prompt's last tokens; None all but the first."""
+    """Score only this many of the prompt's last tokens; None: all except the first."""
     topk_prompt_logprobs: int = 0
-    """So many of the likeliest tokens at each scored prompt position."""
+    """The number of likeliest tokens at each scored prompt position."""
     topk_sample_logprobs: int = 0
-    """And at each sampled position, of the tempered distribution."""
+    """The same at each sampled position, of the tempered distribution."""
     target_prompt_logprobs: NDArray[np.int64] | None = None
-    """(P - 1, K) token ids to score; -1 asks for nothing."""
+    """(P - 1, K) token ids to score; -1 for none."""
     target_indices: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
     """(P,) crow and (n,) col indices, if the answer is to be a CSR array like the request."""
     prompt_alt_tokens_k: int = 0
-    """So many tokens drawn at each prompt position, at the request's temperature."""
+    """The number of tokens to draw at each prompt position, at the request's temperature."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -256,14 +257,14 @@ class TopLogprobs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PromptScores:
-    """What ``ScoringParams`` asked of a prompt of P tokens; None what was not asked for."""
+    """The scores of a prompt of P tokens that ``ScoringParams`` requested; the others are None."""
 
     logprobs: NDArray[np.float32] | None = None
     """(P,) of its own tokens; NaN where not scored, and at the first always."""
     top: TopLogprobs | None = None
     """(P, k)"""
     target_logprobs: NDArray[np.float32] | None = None
-    """(P - 1, K); 0 where nothing was asked for."""
+    """(P - 1, K); 0 for cells that were not requested."""
     alternatives: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
     """(P - 1, k) drawn tokens and their log-probabilities."""
 
@@ -274,9 +275,9 @@ class TokenText(NamedTuple):
     text: str
     """Special tokens are written out; U+FFFD stands for bytes that are a part of a character."""
     offset: int
-    """Where it begins in the whole text, in characters."""
+    """Its offset in the whole text, in characters."""
     utf8: bytes | None
-    """The true bytes; None if the vocabulary does not tell."""
+    """Its bytes; None if the vocabulary does not give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,26 +293,26 @@ class SampledSequence:
     text: str = ""
     """The tokens as text, without special tokens and without a matched stop string."""
     top: TopLogprobs | None = None
-    """The likeliest tokens at each position, if asked for."""
+    """The likeliest tokens at each position, if requested."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForwardBackwardOutput:
-    """What a pass over some data says."""
+    """The result of a pass over some data."""
 
     loss: float
     """Sum over tokens and datums of the loss function."""
     logprobs: list[NDArray[np.float32]]
     """Log-probability of each datum's target tokens, in nats, shaped like ``target_tokens``."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """``loss:sum`` and whatever the loss function adds; keys are ``name:reduction``."""
+    """``loss:sum`` and the loss function's own metrics; keys are ``name:reduction``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimStepOutput:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     step: int
-    """How many steps this adapter has taken, this one included."""
+    """The adapter's number of steps, this one included."""
     grad_norm: float
     """Global L2 norm of the accumulated gradient before clipping."""

@@ -1,4 +1,5 @@
-"""What a request waits for, for its owner: the queue's reasons, and the base model's."""
+"""The reason why a request waits, for its owner: the queue's state, or a base model that is not
+served."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from training.models import Run
 
 
 def future_waiting(future: Future) -> QueuePosition:
-    """Where a future that is not final stands and what it waits for, in a sentence.
+    """The position of a future that is not final, and the reason for waiting.
 
-    One that waits for a base model which is not served any more is kept: it runs once a server
+    A future whose base model is not served any more is kept: it runs once a server
     on this data serves the model again.
     """
     found = future_position(future, gap_seconds=settings.GAP_SECONDS)
@@ -31,5 +32,5 @@ def future_waiting(future: Future) -> QueuePosition:
 
 
 def waits_for_nobody(future: Future) -> bool:
-    """Whether no worker of this server will ever run it; asks no database."""
+    """Whether no worker of this server will ever run it; uses no database."""
     return not future.is_final and not queue_is_served(future.queue)

@@ -184,7 +184,7 @@ def test_up_refuses_base_models_that_would_share_a_queue(
     command = Command()
     command.server = RunningServer(pid=1, host="127.0.0.1", port=0)
 
-    with pytest.raises(PreflightError, match="needs a name of its own"), command._preflight():
+    with pytest.raises(PreflightError, match="needs a different name"), command._preflight():
         pytest.fail("one of the workers could never have its queue")
 
 

@@ -58,7 +58,7 @@ def test_a_run_that_was_tampered_with_does_not_match(
     trained: Run, replay: Callable[..., str], work: InProcessWorker
 ) -> None:
     work.engine.trainer.find(trained.id).weights[0, 0] += 1.0
-    with pytest.raises(CommandError, match="not the same"):
+    with pytest.raises(CommandError, match="differs from the original"):
         replay("m")
 
 

@@ -1,6 +1,6 @@
-"""The kinds of requests: what each stores and how it is ordered.
+"""The kinds of requests: stored form and order of each.
 
-What a kind does when its turn comes is in the module of its name in ``training.worker.kinds``. A
+The execution of a kind is in the module of its name in ``training.worker.kinds``. A
 new kind is a module here, one there, and a line in each of the two tables.
 """
 
@@ -54,7 +54,7 @@ REQUESTS: Mapping[str, type[Request]] = {
 """Every kind that a worker runs."""
 
 LOGGED = frozenset(kind for kind, request in REQUESTS.items() if request.is_logged)
-"""Change a run's state, so replaying them in order rebuilds it."""
+"""Kinds that change a run's state, so that replaying them in order rebuilds it."""
 
 
 def request_from_payload(kind: str, payload: Mapping[str, Any]) -> Request:

@@ -1,4 +1,4 @@
-"""Whether two runs are equal; ``replayrun`` asks it."""
+"""Compares two runs, for ``replayrun``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from training.payloads import Payload
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRuns(Request):
-    """Compare the run's weights, gradient and moments with another's of its owner."""
+    """Compare the run's weights, gradient and moments with those of another run of its owner."""
 
     kind: ClassVar = Kind.COMPARE_RUNS
 

@@ -24,9 +24,9 @@ class CreateRun(Request):
     """The run's name: stored so that one Idempotency-Key cannot mean two models."""
     lora_config: LoraConfig
     base_model: str | None = None
-    """What an SDK client asked for; stored for the digest."""
+    """The base model in an SDK client's request; stored for the digest."""
     source: LoadWeights | None = None
-    """The checkpoint that it begins as; None for a fresh adapter."""
+    """The checkpoint that it starts from; None for a new adapter."""
 
     def to_payload(self) -> Payload:
         payload: Payload = {

@@ -1,4 +1,4 @@
-"""A loss of some data, with its gradient or without."""
+"""A loss of some data, with or without its gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.types import Conversation, Datum
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForwardBackward(Request):
-    """Compute a loss and add its gradient to what the run has accumulated."""
+    """Compute a loss and add its gradient to the run's accumulated gradient."""
 
     kind: ClassVar = Kind.FORWARD_BACKWARD
     order: ClassVar = Order.PASS
@@ -24,7 +24,7 @@ class ForwardBackward(Request):
     loss_fn: str
     loss_fn_config: Mapping[str, float]
     train_on: str = "auto"
-    """Whose turns of a conversation are trained; see ``Renderer.render_conversation``."""
+    """The roles in a conversation whose turns are trained; see ``Renderer.render_conversation``."""
     loss_id: str | None = None
     """The uploaded loss that ``loss_fn="custom"`` means."""
 
@@ -58,7 +58,7 @@ class ForwardBackward(Request):
 
 
 class Forward(ForwardBackward):
-    """Compute the same loss and leave the accumulated gradient alone."""
+    """Compute the same loss and leave the accumulated gradient unchanged."""
 
     kind: ClassVar = Kind.FORWARD
     is_logged: ClassVar = False

@@ -1,4 +1,4 @@
-"""A run that becomes what a checkpoint holds."""
+"""Loads a checkpoint into a run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class LoadWeights(Request):
 
     checkpoint: int
     path: str
-    """The checkpoint's, when it was asked for."""
+    """The checkpoint's path at the time of the request."""
     optimizer: bool
-    """False loads the weights and starts the optimizer anew."""
+    """False loads the weights and resets the optimizer."""
 
     def to_payload(self) -> Payload:
         return {"checkpoint": self.checkpoint, "path": self.path, "optimizer": self.optimizer}

@@ -12,7 +12,7 @@ from training.payloads import Payload
 
 @dataclass(frozen=True, kw_only=True)
 class RemoveRun(Request):
-    """Free what a run holds: its memory and its snapshots."""
+    """Free a run's memory and snapshots."""
 
     kind: ClassVar = Kind.REMOVE_RUN
 

@@ -1,4 +1,4 @@
-"""What every kind of request says of itself, to the web that stores it and to the worker.
+"""The base class of all kinds of requests, for the web process and the worker.
 
 Inside a lane, futures run in the order of their seq ids.
 """
@@ -27,7 +27,7 @@ class Kind(StrEnum):
     LOAD_WEIGHTS = "load_weights"
     COMPARE_RUNS = "compare_runs"
     CREATE_CUSTOM_LOSS = "create_custom_loss"
-    """Done by writing it down; no worker sees it."""
+    """Complete once stored; no worker runs it."""
 
 
 class Order(Enum):
@@ -36,9 +36,9 @@ class Order(Enum):
     PASS = auto()
     """Only reads the weights, and shares a pass over the base model with others."""
     SAMPLE = auto()
-    """Only reads the weights, and is sampled while other lanes go on."""
+    """Only reads the weights, and is sampled while other lanes continue."""
     BARRIER = auto()
-    """Runs after all before it and before all after it."""
+    """Runs alone in its lane: after all earlier and before all later requests."""
 
 
 class Request(ABC):
@@ -49,26 +49,27 @@ class Request(ABC):
     is_logged: ClassVar[bool] = False
     """Whether it changes its run's state, so that replaying it in its order rebuilds the run."""
     logged_errors: ClassVar[tuple[type[TrainingError], ...]] = ()
-    """Failures of it that changed the state too, and are replayed."""
+    """Errors of it that changed the state too, and are replayed."""
     is_interruptible: ClassVar[bool] = False
     """Whether its owner may cancel it while it runs: it changes nothing but its own result."""
 
     @abstractmethod
     def to_payload(self) -> Payload:
-        """What the future stores.
+        """The values that the future stores.
 
-        Its digest tells a repeated request from a reused number, so equal requests have equal
-        payloads in all versions: an option that came later is stored only where it is used.
+        Its digest distinguishes a repeated request from a reused number. Equal requests must have
+        equal payloads in all versions, so an option of a later version is stored only if it is
+        used.
         """
 
     @classmethod
     @abstractmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
-        """The request that a future stores, of this version or an older one."""
+        """The request from a stored payload, of this version or an older one."""
 
     @property
     def cost(self) -> int:
-        """Tokens to compute, estimated for text; what a batch is measured in."""
+        """Tokens to compute, estimated for text; the unit of a batch's size."""
         return 1
 
     @property

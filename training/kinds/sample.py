@@ -14,7 +14,8 @@ from training.types import Prompt, SamplingParams, ScoringParams
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample(Request):
-    """Continue each prompt some times, with a run's weights, a checkpoint's or the base model's."""
+    """Sample completions of each prompt, with a run's, a checkpoint's or the base model's
+    weights."""
 
     kind: ClassVar = Kind.SAMPLE
     order: ClassVar = Order.SAMPLE
@@ -23,17 +24,17 @@ class Sample(Request):
     prompts: Sequence[Prompt]
     num_samples: int
     sampling_params: SamplingParams
-    """With a seed and a length, so that a repeat after a crash says the same."""
+    """With a seed and a length, so that a repeat after a crash gives the same result."""
     prompt_logprobs: bool = False
     scoring: ScoringParams = field(default_factory=ScoringParams)
     checkpoint: int | None = None
-    """Whose weights, in a lane of no run; None for the base model's."""
+    """The checkpoint with the weights, if the lane is no run's; None for the base model."""
     token_texts: bool = False
-    """The result says each token's text and where it begins."""
+    """The result has each token's text and its offset."""
     echo: bool = False
     """The result has the prompts as well, token by token; needs ``token_texts``."""
     stream: bool = False
-    """The worker notes the texts while they grow (``training.text_pieces``)."""
+    """The worker sends the texts while they grow (``training.text_pieces``)."""
     record_for: str | None = None
     """The session whose models may train on the sequences; None if they are not to be kept."""
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a run as it is when the request's turn comes."""
+"""Saves a checkpoint of a run's state when the request runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from training.payloads import Payload
 
 @dataclass(frozen=True, kw_only=True)
 class SaveWeights(Request):
-    """Keep the run under a name, or for one sampling session of the SDK."""
+    """Save the run under a name, or for one sampling session of the SDK."""
 
     kind: ClassVar = Kind.SAVE_WEIGHTS
 
@@ -21,12 +21,12 @@ class SaveWeights(Request):
     name: str | None = None
     """None for a sampling session."""
     sampling_session_seq_id: int | None = None
-    """The session's number for it; of the rest it has the kind alone."""
+    """The session's number for it; then only the kind is set besides."""
     overwrite: bool = False
     ttl_seconds: int | None = None
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     recipients: Sequence[str] = ()
-    """age public keys that the files of an external one are encrypted for."""
+    """age public keys for which the files of an external checkpoint are encrypted."""
 
     def to_payload(self) -> Payload:
         if self.sampling_session_seq_id is not None:

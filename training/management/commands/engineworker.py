@@ -1,4 +1,4 @@
-"""The process that holds one base model and does the work of its queue."""
+"""The process that holds one base model and runs the futures of its queue."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Command(BaseCommand):
         try:
             run_worker(base_model_get(options["base_model"]), build_engine)
         except (BaseModelNotFound, DeviceNotFound) as error:
-            # Another start would end the same way; the exit code tells whoever supervises.
+            # Another start would end in the same way; the exit code tells the supervisor.
             sentence = " ".join(str(error).split())
             raise CommandError(sentence, returncode=os.EX_CONFIG) from error
         except (TrainingError, QueueTaken) as error:

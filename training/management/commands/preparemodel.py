@@ -1,4 +1,4 @@
-"""``manage.py preparemodel``: make a base model's folder, if it is not there yet."""
+"""``manage.py preparemodel``: make a base model's folder, if it does not exist yet."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Command(BaseCommand):
             raise CommandError(f"{name or 'the default model'}: {error}") from error
 
     def _convert(self, base_model: BaseModel) -> None:
-        # Imported late: this loads nothing yet, but the engine is not for commands at large.
+        # Imported late, so that other commands do not import the engine.
         from training.engine.torch.default_model import prepare_default_model
 
         prepare_default_model(base_model.folder, self._say)
 
     def _download(self, base_model: BaseModel) -> None:
-        """Fetch config, tokenizer and safetensors from the hub; whole or absent."""
+        """Fetch config, tokenizer and safetensors from the hub; complete or absent."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
@@ -51,7 +51,7 @@ class Command(BaseCommand):
         try:
             snapshot_download(
                 base_model.config.path,
-                local_dir=partial,  # kept when interrupted: the next call goes on from there
+                local_dir=partial,  # kept if interrupted: the next call continues from there
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -1,4 +1,4 @@
-"""Rebuild a run from its log into a new run, and say whether it comes out the same."""
+"""Rebuild a run from its log into a new run, and report whether both are equal."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ POLL_SECONDS = 0.2
 
 class Command(BaseCommand):
     help = (
-        "Submit every request that made a run what it is again, in order, into a new run; then "
+        "Submit every request of a run's log again, in order, into a new run; then "
         "compare losses, gradient norms and weights. The server must be running. Exits with 1 "
         "if anything differs by more than the tolerance."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("run", help="id of the run, or its model_id")
-        parser.add_argument("--owner", help="whose model_id it is, if several users have it")
+        parser.add_argument("--owner", help="the owner's name, if several users have this model_id")
         parser.add_argument("--name", help="model_id of the new run; default: <model_id>-replay-N")
         parser.add_argument(
             "--tolerance",
             type=float,
             default=1e-3,
             help="largest difference that counts as a match, absolute (default %(default)s); "
-            "0 asks for equal bits",
+            "0 requires equal bits",
         )
         parser.add_argument(
             "--timeout",
@@ -74,7 +74,7 @@ class Command(BaseCommand):
         if result["identical"]:
             self.stdout.write("identical: every weight and optimizer moment has the same bits")
         if result["steps"][0] != result["steps"][1] or largest > options["tolerance"]:
-            raise CommandError("the replayed run is not the same as the original")
+            raise CommandError("the replayed run differs from the original")
         self.stdout.write(self.style.SUCCESS("match"))
 
     def _wait(self, futures: list[Future]) -> Iterator[Future]:

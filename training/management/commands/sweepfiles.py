@@ -1,4 +1,4 @@
-"""``manage.py sweepfiles``: find the files that a crash left behind, and delete them if told to."""
+"""``manage.py sweepfiles``: find the files that a crash left behind, and optionally delete them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from training.services import files_unnamed
 
 class Command(BaseCommand):
     help = (
-        "List folders of checkpoints and snapshots that the database does not name and that are "
+        "List folders of checkpoints and snapshots that no row refers to and that are "
         "older than a day; --delete deletes them."
     )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
-        parser.add_argument("--delete", action="store_true", help="delete what is found")
+        parser.add_argument("--delete", action="store_true", help="delete the listed folders")
 
     def handle(self, *args: Any, delete: bool, **options: Any) -> None:
         found = files_unnamed()
