@@ -16,7 +16,7 @@ from django.conf import settings
 from django.db import connections
 from django.test import Client
 
-from futures import workers
+from futures import queue_lock, workers
 from futures.batched_reads import FutureReader
 from futures.broker import PostgresBroker
 from futures.models import Future
@@ -95,6 +95,8 @@ def no_worker_is_left() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "QueueLock", NotedLock)
+        # A lock is free only when Postgres has seen that its connection is closed.
+        patch.setattr(queue_lock, "_PATIENCE_SECONDS", LONG_SECONDS)
         yield
     left = [lock for lock in taken if lock.is_held]
     for lock in left:

@@ -19,7 +19,7 @@ import requests
 from tests.environment import command_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-READY_SECONDS = 180.0  # the first start makes the model's folder
+READY_SECONDS = 300.0  # the first start makes the model's folder
 LOOK_SECONDS = 0.05  # between two looks whether it answers; what a start's measured time is off by
 
 CONVERSATION = [{"role": "user", "content": "test"}, {"role": "assistant", "content": "passed"}]
@@ -103,7 +103,7 @@ class Server:
     def stop(self) -> None:
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(timeout=150)
+            self.process.wait(timeout=READY_SECONDS)
             self.process = None
 
     def kill(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.server import Server
 
-SCRIPT_SECONDS = 150
+SCRIPT_SECONDS = 300
 
 _PROLOGUE = """
 import json, os, time, warnings

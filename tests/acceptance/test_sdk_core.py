@@ -112,7 +112,7 @@ def test_a_bad_datum_fails_at_once_by_name_and_the_next_batch_works(sdk_server: 
         message, category = facts[name]
         assert sentence in message
         assert category.lower().endswith("user")
-    assert facts["seconds"] < 10
+    assert facts["seconds"] < 100  # one that had to wait would wait for minutes
     assert facts["loss_after"] > 0
     assert facts["step"] == 1
 
