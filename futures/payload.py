@@ -83,12 +83,11 @@ def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayloa
 
     Args:
         named: The value to digest, if an earlier version stored the same request in another
-            form; None means ``value``.
+            form; None, or the same object, means ``value``.
     """
     pieces = _pack(value)
-    return EncodedPayload(
-        _compress(pieces), _digest(kind, pieces if named is None else _pack(named))
-    )
+    is_named_so = named is None or named is value
+    return EncodedPayload(_compress(pieces), _digest(kind, pieces if is_named_so else _pack(named)))
 
 
 def _digest(kind: str, pieces: Pieces) -> bytes:

@@ -76,14 +76,20 @@ def prompt_to_payload(prompt: Prompt) -> Payload:
         return _conversation_to_payload(prompt)
     if isinstance(prompt, str):
         return {"text": prompt}
-    return {"tokens": list(prompt)}
+    return {"tokens": np.asarray(prompt, np.int32)}
 
 
 def prompt_from_payload(item: Mapping[str, Any]) -> Prompt:
-    """The inverse of ``prompt_to_payload``."""
+    """The inverse of ``prompt_to_payload``, also for versions that stored token ids as a list."""
     if "messages" in item:
         return _conversation_from_payload(item)
-    return item["text"] if "text" in item else tuple(item["tokens"])
+    return item["text"] if "text" in item else np.asarray(item["tokens"], np.int32)
+
+
+def prompt_payload_named(item: Payload) -> Payload:
+    """A prompt's payload in the form that names a repeated request: there token ids are a list, as
+    versions before stored them."""
+    return {"tokens": item["tokens"].tolist()} if "tokens" in item else item
 
 
 def lora_config_to_payload(config: LoraConfig) -> Payload:

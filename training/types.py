@@ -151,7 +151,10 @@ class Conversation:
         return [message.to_dict() for message in self.messages]
 
 
-Prompt = Conversation | str | tuple[int, ...]
+TokenIds = NDArray[np.int32]
+"""(T,) token ids of one text; nobody writes into it."""
+
+Prompt = Conversation | str | TokenIds
 """The beginning for sampling: a conversation, plain text, or token ids."""
 
 

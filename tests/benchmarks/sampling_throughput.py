@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,7 +66,11 @@ def with_generate(
 def with_sampler(sampler: ContinuousSampler, prompts: list[list[int]], count: int) -> None:
     for i, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=NUM_TOKENS, seed=i, stop=())
-        job = SampleJob(prompt=prompt, sampling_params=params, num_samples=count // len(prompts))
+        job = SampleJob(
+            prompt=np.array(prompt, np.int32),
+            sampling_params=params,
+            num_samples=count // len(prompts),
+        )
         sampler.submit(str(i), job)
     num_sequences = 0
     while sampler.active:

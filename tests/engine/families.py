@@ -187,7 +187,7 @@ def _sampling(sampler: ContinuousSampler, stock: _PeftModel, longest: int) -> Ma
         sampler.submit(
             str(i),
             SampleJob(
-                prompt=prompt,
+                prompt=np.array(prompt, np.int32),
                 version="a",
                 sampling_params=SamplingParams(max_tokens=longest, seed=i, stop=()),
                 prompt_logprobs=True,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from training.engine.interface import SampleJob, SampleOutput
 from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.errors import TrainingError
@@ -25,7 +27,7 @@ def job(
     """A job of 12 tokens per sequence that nothing stops, unless ``params`` say otherwise."""
     defaults: dict[str, object] = {"max_tokens": 12, "seed": 3, "stop": ()}
     return SampleJob(
-        prompt=prompt,
+        prompt=np.asarray(prompt, np.int32),
         sampling_params=SamplingParams(**{**defaults, **params}),
         num_samples=num_samples,
         version=version,

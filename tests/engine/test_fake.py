@@ -96,7 +96,7 @@ def test_the_order_of_steps_shows(make_fake_datum):
 def test_sampling_stops_where_it_is_told(sampler):
     def ask(stop):
         params = SamplingParams(max_tokens=200, seed=0, stop=stop)
-        job_ = SampleJob(prompt=list(b"hi"), sampling_params=params)
+        job_ = SampleJob(prompt=np.array(list(b"hi"), np.int32), sampling_params=params)
         return sample_all(sampler, str(stop), job_).sequences[0]
 
     free = ask(())
@@ -113,7 +113,7 @@ def test_sampling_stops_where_it_is_told(sampler):
 def test_the_fake_knows_the_ends_that_the_real_one_knows(sampler):
     def ask(**params):
         given = SamplingParams(**{"max_tokens": 200, "seed": 0, **params})
-        one = SampleJob(prompt=list(b"hi"), sampling_params=given)
+        one = SampleJob(prompt=np.array(list(b"hi"), np.int32), sampling_params=given)
         return sample_all(sampler, str(params), one).sequences[0]
 
     free = ask(stop=())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from futures.models import Future
-from futures.payload import decode, encode
+from futures.payload import decode, digest, encode, encode_payload
 from tests.conftest import InProcessWorker
 from training.engine.fake.engine import fake_engine
 from training.kinds import (
@@ -55,7 +55,7 @@ EXAMPLES: Sequence[Request] = [
     OptimStep(adam_params=AdamParams(learning_rate=0.5)),
     Sample(prompts=["hi", HELLO], num_samples=2, sampling_params=SamplingParams(seed=1)),
     Sample(
-        prompts=[(1, 2)],
+        prompts=[np.array([1, 2], np.int32)],
         num_samples=1,
         sampling_params=SamplingParams(seed=1, stop=("x",)),
         prompt_logprobs=True,
@@ -119,6 +119,24 @@ def test_a_datums_arrays_come_back_bit_by_bit() -> None:
     for name, values in datum.loss_fn_inputs.items():
         assert back.loss_fn_inputs[name].dtype == values.dtype
         np.testing.assert_array_equal(back.loss_fn_inputs[name], values)
+
+
+def test_token_ids_that_an_older_version_stored_are_read_and_named_alike() -> None:
+    """Versions before stored a prompt's token ids as a list of whole numbers."""
+    tokens = [5, 0, 2**31 - 1]
+    request = Sample(
+        prompts=[np.array(tokens, np.int32), "hi"],
+        num_samples=1,
+        sampling_params=SamplingParams(seed=1),
+    )
+    payload = request.to_payload()
+    old = {**payload, "prompts": [{"tokens": tokens}, {"text": "hi"}]}
+    named = encode_payload(request.kind, payload, named=request.named_payload(payload))
+    assert named.digest == digest(request.kind, old)
+    for data in (named.data, encode(old)):
+        prompt, text = Sample.from_payload(decode(data)).prompts
+        assert isinstance(prompt, np.ndarray)
+        assert (prompt.dtype, prompt.tolist(), text) == (np.int32, tokens, "hi")
 
 
 def test_every_kind_is_run_by_somebody_and_what_is_logged_can_be_applied_again() -> None:

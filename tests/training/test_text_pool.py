@@ -13,7 +13,7 @@ from tests.training.odd_text import OddText
 from tests.waiting import LONG_SECONDS
 from training.errors import LimitExceeded, TrainingError
 from training.kinds import Sample
-from training.types import SamplingParams
+from training.types import Datum, SamplingParams
 from training.worker.text_pool import MOST_PROCESSES, TextPool
 from training.worker.text_process import Answer, TextTask
 
@@ -43,9 +43,15 @@ def answers(pool: TextPool) -> Run:
         while not got.keys() >= set(keys):
             assert time.monotonic() < deadline, f"only {list(got)}"
             got |= pool.answers(wait_seconds=1.0)
-        return got
+        return {key: _plain(answer) for key, answer in got.items()}
 
     return wait
+
+
+def _plain(answer: Answer) -> Any:
+    if isinstance(answer, TrainingError):
+        return answer
+    return [item.tolist() for item in answer if not isinstance(item, Datum)]
 
 
 def test_prompts_become_tokens_in_order(pool: TextPool, answers: Run) -> None:

@@ -62,6 +62,11 @@ class Request(ABC):
         used.
         """
 
+    def named_payload(self, payload: Payload) -> Payload:
+        """What the digest is of: ``to_payload()``, in the form in which the first version that took
+        such a request stored it."""
+        return payload
+
     @classmethod
     @abstractmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:

@@ -55,6 +55,12 @@ class Sample(Request):
             **{name: value for name, value in asked.items() if value},
         }
 
+    def named_payload(self, payload: Payload) -> Payload:
+        if not any("tokens" in item for item in payload["prompts"]):
+            return payload
+        prompts = [payloads.prompt_payload_named(item) for item in payload["prompts"]]
+        return {**payload, "prompts": prompts}
+
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
         return cls(

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 from django.conf import settings
 from django.utils import timezone
 
@@ -17,7 +16,7 @@ from training.loss_fns import STABLE_REINFORCE
 from training.models import RecordedSample
 from training.provenance import sequences_named, with_recorded_logprobs
 from training.selectors import run_get
-from training.types import Datum, Provenance, RecordedSequence
+from training.types import Datum, Provenance, RecordedSequence, TokenIds
 
 KEPT = timedelta(days=1)
 """After the last use."""
@@ -56,7 +55,7 @@ def samples_record(
     *,
     request_id: str,
     session_id: str,
-    prompt: Sequence[int],
+    prompt: TokenIds,
     sequences: Sequence[Mapping[str, Any]],
 ) -> None:
     """Keep a finished sample; inside the transaction in which its result is committed.
@@ -69,7 +68,7 @@ def samples_record(
         request_id=request_id,
         session_id=session_id,
         num_tokens=len(prompt) + sum(len(sequence["tokens"]) for sequence in kept),
-        data=encode({"prompt": np.asarray(prompt, np.int32), "sequences": kept}),
+        data=encode({"prompt": prompt, "sequences": kept}),
         expires_at=timezone.now() + KEPT,
     )
     RecordedSample.objects.bulk_create([row], ignore_conflicts=True)

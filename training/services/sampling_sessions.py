@@ -7,8 +7,6 @@ bits, only say which request is the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from django.db import IntegrityError, transaction
 from django.db.models import F
 
@@ -28,7 +26,7 @@ from training.services.recorded_samples import stable_reinforce_check
 from training.services.sampling import sample_request
 from training.services.sessions import session_open
 from training.services.submission import submit
-from training.types import SamplingParams, ScoringParams
+from training.types import SamplingParams, ScoringParams, TokenIds
 
 
 @transaction.atomic
@@ -103,7 +101,7 @@ def session_sample_submit(
     owner_id: int,
     sampling_session_id: str,
     seq_id: int,
-    prompt: Sequence[int],
+    prompt: TokenIds,
     num_samples: int,
     sampling_params: SamplingParams,
     prompt_logprobs: bool,
@@ -136,7 +134,7 @@ def session_sample_submit(
     if record:
         stable_reinforce_check()
     request = sample_request(
-        prompts=[tuple(prompt)],
+        prompts=[prompt],
         num_samples=num_samples,
         sampling_params=sampling_params,
         prompt_logprobs=prompt_logprobs,

@@ -32,7 +32,6 @@ from training.worker.effects import Effects
 from training.worker.idle import IdleTime
 from training.worker.operations import Operations
 from training.worker.replay import Replay
-from training.worker.requests import request_of
 from training.worker.samples import Samples
 from training.worker.scheduler import Batch, Scheduler, has_custom_loss
 from training.worker.text_pool import TextPool
@@ -261,7 +260,7 @@ class WorkLoop:
 
     def _begin_sample(self, future: Future, effects: Effects) -> None:
         """Hand a sample's prompts to the sampler, or fail it by name."""
-        request = cast(Sample, request_of(future))
+        request = cast(Sample, self._texts.request(future))
         run = self._runs.get(future.lane_id or "")
         try:
             version = None

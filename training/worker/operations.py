@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import cast
 
 from futures.models import Future
 from training.engine.interface import Trainer
 from training.errors import RunNotCreated, TrainingError
-from training.kinds import Kind
+from training.kinds import ForwardBackward, Kind
 from training.models import Run
 from training.worker import outcomes
 from training.worker.adapter_cache import AdapterCache
@@ -33,7 +34,8 @@ class Operations:
         for future in futures:
             try:
                 self.bring(future, runs)
-                requests.append((runs[future.lane_id or ""], future))
+                request = cast(ForwardBackward, self._texts.request(future))
+                requests.append((runs[future.lane_id or ""], future, request))
             except TrainingError as error:
                 self._texts.forget([future.id])
                 effects.outcomes.append(outcomes.failed(future, error))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import cast
 
 from futures.models import Future
 from futures.transitions import State
 from training.engine.interface import Trainer
 from training.errors import RunLost, TrainingError
-from training.kinds import REQUESTS, CreateRun, Order
+from training.kinds import REQUESTS, CreateRun, ForwardBackward, Order
 from training.models import Run
 from training.worker.kinds import BARRIERS, forward_backward
 from training.worker.kinds.barrier import LoggedBarrier
@@ -55,7 +56,9 @@ class Replay:
                     self._apply_barrier(run, future)
 
     def _apply_passes(self, run: Run, futures: Sequence[Future]) -> None:
-        requests = [(run.id, future) for future in futures]
+        requests = [
+            (run.id, future, cast(ForwardBackward, request_of(future))) for future in futures
+        ]
         for answer in forward_backward.apply(self._trainer, requests, self._render, is_replay=True):
             if isinstance(answer.output, TrainingError):
                 raise answer.output

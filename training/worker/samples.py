@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,7 +23,7 @@ from training.errors import LimitExceeded, TrainingError
 from training.kinds import Sample
 from training.services.recorded_samples import samples_record
 from training.text_pieces import Told
-from training.types import Datum
+from training.types import Datum, TokenIds
 from training.worker import outcomes
 from training.worker.kinds import sample
 from training.worker.text_work import of_prompt
@@ -43,15 +43,15 @@ class _Sampling:
     future: Future
     request: Sample
     model_id: str | None
+    prompt: TokenIds
+    """The last one; a request to be kept has no other."""
     outputs: list[SampleOutput | None] = field(default_factory=list)
     """One per prompt, None until it is finished."""
     prompt_tokens: int = 0
     """Of all prompts together."""
     told: Told | None = None
     """How much of the texts was noted for those who follow; None if nobody is to follow."""
-    prompt: list[int] = field(default_factory=list)
-    """Of a request to be kept, which has one."""
-    echoed: list[tuple[Sequence[int], str | None]] = field(default_factory=list)
+    echoed: list[tuple[TokenIds, str | None]] = field(default_factory=list)
     """The prompts' tokens, and their texts where they were text, if the result is to have them."""
 
 
@@ -100,7 +100,7 @@ class Samples:
             TrainingError: One of the prompts cannot be sampled; none of them is.
         """
         keys: list[str] = []
-        echoed: list[tuple[Sequence[int], str | None]] = []
+        echoed: list[tuple[TokenIds, str | None]] = []
         prompt_tokens = 0
         try:
             items = self._texts.take(future, request)
@@ -140,7 +140,7 @@ class Samples:
             prompt_tokens=prompt_tokens,
             told=Told() if request.stream else None,
             echoed=echoed,
-            prompt=list(job.prompt) if request.record_for is not None else [],
+            prompt=job.prompt,
         )
 
     def poll(self, wait_seconds: float) -> list[Sampled]:
@@ -177,7 +177,8 @@ class Samples:
                 prompt_tokens=sampling.prompt_tokens,
                 token_texts=self._renderer.token_texts if sampling.request.token_texts else None,
                 prompt_texts=[
-                    self._renderer.prompt_texts(tokens, text) for tokens, text in sampling.echoed
+                    self._renderer.prompt_texts(tokens.tolist(), text)
+                    for tokens, text in sampling.echoed
                 ],
                 scoring=sampling.request.scoring,
             )

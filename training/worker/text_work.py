@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from training.errors import ContextLengthExceeded, InvalidDatum, TrainingError
 from training.kinds import ForwardBackward, Sample
-from training.types import ChatOptions, Conversation, Datum, Prompt
+from training.types import ChatOptions, Conversation, Datum, Prompt, TokenIds
 
-Item = Datum | list[int]
+Item = Datum | TokenIds
 """A conversation to train on, or a prompt, in tokens."""
 
 
@@ -89,9 +91,9 @@ def of_prompt(error: TrainingError, index: int, num_prompts: int) -> TrainingErr
     return type(error)(f"prompt[{index}]: {str(error).removeprefix('prompt: ')}")
 
 
-def _prompt_tokens(text: Text, prompt: Prompt, most: int) -> list[int]:
+def _prompt_tokens(text: Text, prompt: Prompt, most: int) -> TokenIds:
     if not isinstance(prompt, Conversation | str):
-        return list(prompt)
+        return prompt
     if isinstance(prompt, str):
         tokens = text.encode(prompt)
     else:
@@ -101,7 +103,7 @@ def _prompt_tokens(text: Text, prompt: Prompt, most: int) -> list[int]:
             f"prompt: {len(tokens)} tokens leave no room in the context: this model's maximum "
             f"context length is {most} tokens"
         )
-    return tokens
+    return np.array(tokens, np.int32)
 
 
 def _check_length(rendered: Datum, where: str, most: int) -> None:

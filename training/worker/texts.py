@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from futures.models import Future
-from futures.payload import decode
 from training.engine.interface import Renderer
 from training.errors import TrainingError
-from training.kinds import REQUESTS, ForwardBackward, Order, Sample, request_from_payload
+from training.kinds import REQUESTS, ForwardBackward, Order, Request, Sample
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
+from training.worker.requests import request_of
 from training.worker.text_pool import TextPool
 from training.worker.text_process import Answer, TextTask
 from training.worker.text_work import Item, Text, has_text, tokens_of
@@ -53,6 +53,8 @@ class Texts:
         self._max_context_tokens = max_context_tokens
         self._pool = pool
         self._seconds = seconds
+        self._requests: dict[str, ForwardBackward | Sample] = {}
+        """Of what was claimed and has no text: decoded once, to find that out."""
         self._begun: dict[str, _Begun] = {}
         self._answers: dict[str, Answer] = {}
 
@@ -64,10 +66,13 @@ class Texts:
         for future in futures:
             if REQUESTS[future.kind].order is Order.BARRIER:
                 continue
-            payload = bytes(future.payload or b"")
-            request = request_from_payload(future.kind, decode(payload))
-            if not isinstance(request, ForwardBackward | Sample) or not has_text(request):
+            request = request_of(future)
+            if not isinstance(request, ForwardBackward | Sample):
                 continue
+            if not has_text(request):
+                self._requests[future.id] = request
+                continue
+            payload = bytes(future.payload or b"")
             task = TextTask(future.kind, payload, self._max_context_tokens, self._seconds)
             self._begun[future.id] = _Begun(future.owner_id, len(payload))
             self._pool.submit(future.id, str(future.owner_id), task)
@@ -106,6 +111,11 @@ class Texts:
                 self._pool.forget(request_id)
             self._begun.pop(request_id, None)
             self._answers.pop(request_id, None)
+            self._requests.pop(request_id, None)
+
+    def request(self, future: Future) -> Request:
+        """What a future asks for whose turn has come."""
+        return self._requests.pop(future.id, None) or request_of(future)
 
     def take(self, future: Future, request: ForwardBackward | Sample) -> list[Item]:
         """The request's datums or prompts in tokens.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.engine.contract.conftest import PROMPT, step
@@ -25,7 +26,7 @@ LONG_SECONDS = 60.0
 def job(version: str | None = None, *, num_samples: int = 2, **params: object) -> SampleJob:
     defaults = {"max_tokens": 20, "seed": 3, "stop": ()}
     return SampleJob(
-        prompt=PROMPT,
+        prompt=np.array(PROMPT, np.int32),
         sampling_params=SamplingParams(**{**defaults, **params}),
         num_samples=num_samples,
         version=version,
@@ -252,15 +253,18 @@ def test_what_is_told_of_a_job_is_a_beginning_of_what_it_turns_out_to_be(
         assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
 
 
+def prompt_of(tokens: list[int]) -> SampleJob:
+    params = SamplingParams(seed=1)
+    return SampleJob(prompt=np.array(tokens, np.int32), sampling_params=params)
+
+
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        (SampleJob(prompt=[], sampling_params=SamplingParams(seed=1)), InvalidRequest),
-        (SampleJob(prompt=[10**6], sampling_params=SamplingParams(seed=1)), InvalidRequest),
-        (
-            SampleJob(prompt=[1] * 513, sampling_params=SamplingParams(seed=1)),
-            ContextLengthExceeded,
-        ),
+        (prompt_of([]), InvalidRequest),
+        (prompt_of([10**6]), InvalidRequest),
+        (prompt_of([-1]), InvalidRequest),
+        (prompt_of([1] * 513), ContextLengthExceeded),
         (job("never published"), InvalidRequest),
     ],
 )

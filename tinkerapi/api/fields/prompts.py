@@ -23,7 +23,7 @@ def check_plain_prompt(value: str | list[Any], where: str) -> Prompt:
         LimitExceeded: It is longer than one sequence may be. (400)
     """
     if isinstance(value, list):
-        return tuple(check_token_list(value, where).tolist())
+        return check_token_list(value, where)
     if not value:
         raise InvalidDatum(f"{where}: is empty")
     check_text_length(value, where)

@@ -59,7 +59,7 @@ def check_prompt(value: Any, where: str) -> Prompt:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return check_conversation(value, where)
     if isinstance(value, list | dict):
-        return tuple(check_tokens(value, where).tolist())
+        return check_tokens(value, where)
     raise refuse_datum(where, "text, a list of token ids, or a list of messages", value)
 
 

@@ -60,7 +60,7 @@ class FakeSampler(Sampler):
             raise ValueError(f"a job is active under the key {key!r}")
         if not len(job.prompt):
             raise InvalidRequest("prompt: empty")
-        if any(not 0 <= token < VOCAB_SIZE for token in job.prompt):
+        if job.prompt.min() < 0 or job.prompt.max() >= VOCAB_SIZE:
             raise InvalidRequest(f"prompt: a token is not in the vocabulary of {VOCAB_SIZE}")
         room = self._max_context_tokens - len(job.prompt)
         if room < 0 or (room == 0 and job.sampling_params.max_tokens != 0):
@@ -69,7 +69,7 @@ class FakeSampler(Sampler):
                 f"maximum context length is {self._max_context_tokens} tokens"
             )
         weights = self._versions.begin_job(job.version) or b""
-        seed = f"{job.sampling_params.seed}:{list(job.prompt)}".encode()
+        seed = f"{job.sampling_params.seed}:{job.prompt.tolist()}".encode()
         self._active[key] = _FakeSampling(
             job,
             hashlib.sha256(weights + seed).digest(),

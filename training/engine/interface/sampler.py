@@ -14,15 +14,21 @@ from pathlib import Path
 
 from training.engine.interface.values import CapturedAdapter
 from training.errors import TrainingError
-from training.types import PromptScores, SampledSequence, SamplingParams, ScoringParams
+from training.types import (
+    PromptScores,
+    SampledSequence,
+    SamplingParams,
+    ScoringParams,
+    TokenIds,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleJob:
     """One sampling request: S sequences that continue one prompt."""
 
-    prompt: Sequence[int]
-    """T token ids."""
+    prompt: TokenIds
+    """(T,)"""
     sampling_params: SamplingParams
     """``seed`` is set: whoever builds the job has chosen one."""
     num_samples: int = 1

@@ -132,7 +132,7 @@ class ContinuousSampler(Sampler):
         if key not in self._active:
             raise ValueError(f"no job is active under the key {key!r}")
         request = self._active[key]
-        return [sequence.progress(self._text, request.job.prompt) for sequence in request.sequences]
+        return [sequence.progress(self._text, request.prompt_end) for sequence in request.sequences]
 
     def cancel(self, key: str) -> int:
         request = self._active.get(key)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training.errors import InvalidRequest
-from training.types import SamplingParams
+from training.types import SamplingParams, TokenIds
 
 
 def changes_logits(params: SamplingParams) -> bool:
@@ -27,7 +28,7 @@ def changes_logits(params: SamplingParams) -> bool:
 
 
 def changed_logits(
-    logits: Tensor, params: SamplingParams, prompt: Sequence[int], sampled: Sequence[int]
+    logits: Tensor, params: SamplingParams, prompt: TokenIds, sampled: Sequence[int]
 ) -> Tensor:
     """A copy of one row of logits (V,), biased and penalized in the order in which vLLM does it.
 
@@ -42,7 +43,7 @@ def changed_logits(
         tokens, biases = zip(*params.logit_bias, strict=True)
         logits[torch.tensor(tokens, device=device)] += torch.tensor(biases, device=device)
     if params.repetition_penalty != 1:
-        seen = torch.tensor([*prompt, *sampled], dtype=torch.int64, device=device).unique()
+        seen = torch.from_numpy(np.union1d(prompt, np.asarray(sampled, np.int64))).to(device)
         penalty, values = params.repetition_penalty, logits[seen]
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if sampled and (params.frequency_penalty or params.presence_penalty):

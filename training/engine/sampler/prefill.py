@@ -42,7 +42,7 @@ class Prefill:
             if chunks and len(tokens) + num_rows > self._chunk_tokens:
                 break
             chunks.append((request, chunk))
-            tokens += [*request.job.prompt[chunk.start : chunk.end], *padding]
+            tokens += [*request.job.prompt[chunk.start : chunk.end].tolist(), *padding]
             positions += [*range(chunk.start, chunk.end), *padding]
             segments.append(
                 Segment(start=chunk.first_row, end=len(tokens), weights=request.weights)

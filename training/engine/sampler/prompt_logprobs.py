@@ -75,7 +75,7 @@ class PromptScorer:
         skipped = min(max(self._scored_from - position, 0), num_rows)
         tail = slice(position + skipped, position + num_rows)
         if self._logprobs is not None:
-            tokens = torch.tensor(self._job.prompt[rows], device=logits.device)
+            tokens = torch.from_numpy(self._job.prompt[rows].astype(np.int64)).to(logits.device)
             self._logprobs[tail] = _numpy(logprobs.gather(1, tokens[:, None])[skipped:, 0])
         if self._top is not None:
             values, tokens = logprobs[skipped:].topk(self._k)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.kv_cache import Region
@@ -44,12 +46,12 @@ class ActiveSequence:
     text_so_far: TextSoFar | None = None
     """Made when somebody asks how far a sequence without stop strings is."""
 
-    def progress(self, text: ChatRenderer, prompt: Sequence[int]) -> str:
+    def progress(self, text: ChatRenderer, prompt_end: Sequence[int]) -> str:
         """Its text as far as it is certain."""
         if self.stop_watch is not None:
             return self.stop_watch.certain_text
         if self.text_so_far is None:
-            self.text_so_far = TextSoFar(text.decode, prompt)
+            self.text_so_far = TextSoFar(text.decode, prompt_end)
         return self.text_so_far.read(self.spoken)
 
     @property
@@ -69,6 +71,8 @@ class ActiveRequest:
     """A sequence that samples one of these has ended."""
     sequences: list[ActiveSequence]
     scorer: PromptScorer
+    prompt_end: list[int]
+    """The prompt's last tokens, after which the text of what is sampled is read."""
     weights: AdapterTensors | None = None
     """Those of the job's version; None for the base model's own."""
     region: Region | None = None
@@ -107,7 +111,7 @@ class ActiveRequest:
                 tokens=sequence.tokens,
                 logprobs=sequence.logprobs,
                 stop_reason=sequence.stop_reason or "length",
-                text=_text_of(sequence, text, self.job.prompt),
+                text=_text_of(sequence, text, self.prompt_end),
                 top=top_logprobs(sequence.top, self.job.scoring.topk_sample_logprobs),
             )
             for sequence in self.sequences
@@ -117,7 +121,7 @@ class ActiveRequest:
             sequences=sequences,
             prompt_logprobs=prompt_logprobs,
             scores=scores,
-            prompt_end=self.job.prompt[-BEFORE_TOKENS:],
+            prompt_end=self.prompt_end,
         )
 
 
@@ -160,11 +164,13 @@ def new_request(
     # Who stops at a text of their own does not mean that the end of the turn is none.
     natural_end = (params.stop is None or bool(stop_strings)) and not params.ignore_eos
     end_token_ids = set(text.end_token_ids) if natural_end else set[int]()
+    prompt_end = job.prompt[-BEFORE_TOKENS:].tolist()
     return ActiveRequest(
         key=key,
         job=job,
         max_tokens=max_tokens,
         scorer=PromptScorer(job, info.vocab_size),
+        prompt_end=prompt_end,
         end_token_ids=frozenset(end_token_ids | {*stop_ids, *params.stop_token_ids}),
         sequences=[
             ActiveSequence(
@@ -173,7 +179,7 @@ def new_request(
                 stop_watch=StopWatch(
                     text.decode,
                     stop_strings,
-                    before=job.prompt,
+                    before=prompt_end,
                     special_texts=text.special_texts,
                 )
                 if stop_strings
@@ -200,8 +206,9 @@ def check_prompt(job: SampleJob, info: BaseModelInfo) -> None:
             f"prompt: {len(prompt)} tokens leave no room in the context: this model's maximum "
             f"context length is {info.max_context_tokens} tokens, sampled ones included"
         )
-    for position, token in enumerate(prompt):
-        if not 0 <= token < info.vocab_size:
-            raise InvalidRequest(
-                f"prompt[{position}]: token {token} is not in the vocabulary of {info.vocab_size}"
-            )
+    unknown = np.flatnonzero((prompt < 0) | (prompt >= info.vocab_size))
+    if len(unknown):
+        raise InvalidRequest(
+            f"prompt[{unknown[0]}]: token {prompt[unknown[0]]} is not in the vocabulary of "
+            f"{info.vocab_size}"
+        )

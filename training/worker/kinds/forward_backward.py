@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ from training.selectors import custom_loss_get
 from training.types import Datum, ForwardBackwardOutput
 from training.worker import outcomes
 from training.worker.effects import Effects
-from training.worker.requests import request_of
 from training.worker.text_work import Item
 
 
@@ -48,23 +47,22 @@ TakeTokens = Callable[[Future, ForwardBackward], Sequence[Item]]
 
 def apply(
     trainer: Trainer,
-    requests: Sequence[tuple[str, Future]],
+    requests: Sequence[tuple[str, Future, ForwardBackward]],
     take_tokens: TakeTokens,
     *,
     is_replay: bool = False,
 ) -> list[PassAnswer]:
-    """Run (adapter name, future) pairs together; one bad future fails alone.
+    """Run requests of these adapters together; one bad future fails alone.
 
     Args:
         is_replay: They were answered before, and are computed again to rebuild a run.
 
     Returns:
-        One answer per pair, in order.
+        One answer per request, in order.
     """
     answers: list[PassAnswer | None] = []
     jobs: list[ForwardBackwardJob] = []
-    for adapter_name, future in requests:
-        request = cast(ForwardBackward, request_of(future))
+    for adapter_name, future, request in requests:
         try:
             items = take_tokens(future, request)
             data = [item for item in items if isinstance(item, Datum)]
@@ -88,7 +86,7 @@ def apply(
         )
     outputs = iter(zip(jobs, trainer.forward_backward(jobs) if jobs else [], strict=True))
     complete = []
-    for (_, future), answer in zip(requests, answers, strict=True):
+    for (_, future, _), answer in zip(requests, answers, strict=True):
         if answer is None:
             job, output = next(outputs)
             answer = PassAnswer(
@@ -100,16 +98,17 @@ def apply(
 
 def run(
     trainer: Trainer,
-    requests: Sequence[tuple[Run, Future]],
+    requests: Sequence[tuple[Run, Future, ForwardBackward]],
     take_tokens: TakeTokens,
     effects: Effects,
 ) -> None:
     """Carry out requests of runs whose adapters are in memory, and note what became of each."""
     begin = time.monotonic()
-    answers = apply(trainer, [(run.id, future) for run, future in requests], take_tokens)
+    asked = [(run.id, future, request) for run, future, request in requests]
+    answers = apply(trainer, asked, take_tokens)
     seconds = time.monotonic() - begin
-    total = sum(future.cost for _, future in requests)
-    for (run, future), answer in zip(requests, answers, strict=True):
+    total = sum(future.cost for _, future, _ in requests)
+    for (run, future, _), answer in zip(requests, answers, strict=True):
         if isinstance(answer.output, TrainingError):
             effects.outcomes.append(outcomes.failed(future, answer.output))
             continue

@@ -129,7 +129,7 @@ class SampleView(SdkView):
 
     def post(self, request: Request) -> HttpResponse:
         body = self.checked_body(request)
-        prompt = body.pop("prompt").tolist()
+        prompt = body.pop("prompt")
         scoring = check_scoring(
             {name: body.pop(name) for name in SCORING_FIELDS},
             num_prompt_tokens=len(prompt),
