@@ -56,7 +56,8 @@ EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, go
         (
             "doctor",
             {"TINKERAPI_CONFIG": "CONFIG", "TINKERAPI_ADAPTER_CACHE_BYTES": "1000000000"},
-            "TINKERAPI_ADAPTER_CACHE_BYTES: TINKERAPI_CONFIG is set and says it; unset one of them",
+            "TINKERAPI_ADAPTER_CACHE_BYTES: TINKERAPI_CONFIG is set and replaces it; "
+            "unset one of them",
         ),
         (
             "doctor",
