@@ -24,8 +24,8 @@ _MERGING = """
 The adapter changes the output head, `{head_name}`. Many models share one matrix between head and
 embedding (`"tie_word_embeddings": true` in their config.json). Loaded as above, the adapter is then
 computed as it was trained; merged into that matrix, its update changes the embedding too, and the
-merged model says something else (by more than a nat where much was trained). Give the head a matrix
-of its own first:
+merged model gives other results (by more than a nat where much was trained). Give the head its own
+matrix first:
 
 ```python
 import torch
@@ -39,13 +39,13 @@ merged = peft.PeftModel.from_pretrained(base, ".").merge_and_unload()
 ```
 
 Tools that merge files, such as tinker-cookbook's `build_hf_model`, take the folder `untied-base`
-(with the tokenizer saved beside it) as their base model: in a folder without a head of its own they
-do not find `{head_name}`. An adapter that was trained with `train_unembed=False` merges as it is.
+(with the tokenizer saved beside it) as their base model: in a folder without a separate head they
+do not find `{head_name}`. An adapter that was trained with `train_unembed=False` merges unchanged.
 """
 
 
 def export_readme(base_model: str, layout: AdapterLayout, head_name: str | None) -> str:
-    """How to load the adapter, and what merging needs.
+    """Instructions for loading and merging the adapter.
 
     Args:
         head_name: The output head's module, if the adapter has it.

@@ -1,6 +1,6 @@
-"""From a base model's configuration to its engine; what an implementation needs is imported here.
+"""Builds the engine of a configured base model, and imports its implementation.
 
-The worker knows this module and the roles, and no implementation.
+The worker uses this module and the roles, but no implementation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_REASON_CHARACTERS = 300  # of what a library says against a model's folder
+MAX_REASON_CHARACTERS = 300  # of a library's error about a model's folder
 
 
 def build_engine(
@@ -38,16 +38,16 @@ def build_engine(
     """The engine of a base model on this machine, in this process.
 
     Args:
-        folder: Where the model is.
-        among: All base models of the server: no two get one GPU while another is free.
-        num_threads: Of a pass on a CPU; 0 leaves the choice to ``training.devices``.
+        folder: The model's folder.
+        among: All base models of the server: two share a GPU only if no other is free.
+        num_threads: Threads of a pass on a CPU; 0 leaves the choice to ``training.devices``.
         batch_tokens: Most tokens in one training micro-batch; memory grows with it.
         cache_tokens: Tokens of all sequences that are sampled at one time.
         on_stage: Called with the name of each stage of loading as it begins.
 
     Raises:
-        BaseModelNotFound: The folder cannot be read, or holds a model that cannot be served.
-        DeviceNotFound: It is for a GPU that is not there.
+        BaseModelNotFound: The folder cannot be read, or has a model that cannot be served.
+        DeviceNotFound: It names a GPU that does not exist.
     """
     import torch
 
@@ -58,7 +58,9 @@ def build_engine(
     gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = devices.device_of(config, among=among, gpu_count=gpu_count)
     if device.startswith("cuda"):
-        torch.cuda.set_device(device)  # or whatever names no device would be made on the first
+        torch.cuda.set_device(
+            device
+        )  # otherwise tensors without an explicit device would be made on the first
     with _faults_of(folder):
         base_model = load_base_model(
             str(folder),
@@ -86,14 +88,15 @@ def engine_over(
     cache_tokens: int = 32_768,
     custom_losses: CustomLossRunner | None = None,
 ) -> Engine:
-    """The engine over a base model that is in memory; see ``build_engine``.
+    """The engine of a base model that is in memory; see ``build_engine``.
 
     Args:
-        adapter_bytes: What adapters may take together; 0 is half of what the device, or for a CPU
-            the machine, has left. The other half is for passes, for what samples keep of
-            their tokens, and for other processes.
+        adapter_bytes: Memory budget of the adapters; 0 is half of the free memory of the device or,
+            for a CPU,
+            the machine. The other half is for passes, for the key-value cache, and
+            for other processes.
         num_sharing: Base models, this one included, that share that half.
-        custom_losses: None computes clients' own losses right here, without a limit on time.
+        custom_losses: None computes clients' own losses in this process, without a time limit.
     """
     from training.engine.renderer.chat_renderer import ChatRenderer
     from training.engine.sampler.continuous_batching import ContinuousSampler
@@ -117,10 +120,10 @@ def engine_over(
 
 @contextmanager
 def _faults_of(folder: Path) -> Iterator[None]:
-    """What loading a folder fails with is a fault of the folder: it would fail again.
+    """An error while loading a folder is the folder's fault: it would happen again.
 
-    Libraries raise everything there, down to a division by zero. Not what the machine may have
-    the next time: memory, and a GPU that works.
+    Libraries raise many exceptions there, down to a division by zero. Lack of memory and a GPU
+    error are not included, because the next start may succeed.
     """
     import torch
 

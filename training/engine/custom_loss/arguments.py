@@ -1,7 +1,7 @@
-"""An operation's arguments as torch would read them: shapes, sizes, places and whole numbers.
+"""An operation's arguments as torch would read them: shapes, sizes, positions and integers.
 
-For the rules that count what operations cost. Nothing here makes a tensor, and what torch would
-not read as expected is refused.
+For the rules that count the cost of operations. This module makes no tensor, and refuses arguments
+that torch would not read as expected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.engine.custom_loss.table import Refused, Value, described, flat
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Call:
-    """An operation's arguments, as it will get them."""
+    """An operation's arguments in their final form."""
 
     args: Sequence[Value]
     kwargs: Mapping[str, Value]
@@ -30,10 +30,10 @@ class Call:
 
     @property
     def first(self) -> Tensor:
-        """The tensor that the operation is about.
+        """The operation's first argument, a tensor.
 
         Raises:
-            Refused: The first argument is none.
+            Refused: The first argument is not a tensor.
         """
         value = self.args[0] if self.args else None
         if not isinstance(value, Tensor):
@@ -42,7 +42,7 @@ class Call:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, those in lists too."""
+        """All tensors among the arguments, including those in lists."""
         return [value for value in flat((*self.args, *self.kwargs.values())) if is_tensor(value)]
 
 
@@ -52,7 +52,7 @@ def size_of(shape: Iterable[int]) -> int:
 
 
 def broadcast(shapes: Iterable[Sequence[int]]) -> list[int]:
-    """The largest size at each place, counted from the last; whether they fit, torch says."""
+    """The largest size of each dimension, aligned at the last; torch checks that they fit."""
     result: list[int] = []
     for shape in shapes:
         size = max(len(result), len(shape))
@@ -62,7 +62,7 @@ def broadcast(shapes: Iterable[Sequence[int]]) -> list[int]:
 
 
 def indexed_shape(shape: Sequence[int], index: Sequence[Value]) -> tuple[list[int], bool]:
-    """The shape of ``x[index]`` at most, and whether it is copied."""
+    """The largest possible shape of ``x[index]``, and whether it is copied."""
     num_used = sum(item is not None and item is not ... and item is not True for item in index)
     result: list[int] = []
     copied: list[Sequence[int]] = []
@@ -85,7 +85,7 @@ def indexed_shape(shape: Sequence[int], index: Sequence[Value]) -> tuple[list[in
             copied.append(item.shape)
         elif isinstance(item, (list, tuple)):
             if any(isinstance(value, bool) for value in flat(item)):
-                raise Refused("a list of bools is no index here; make it a mask")
+                raise Refused("a list of bools is not supported as an index; make it a mask")
             copied.append(_list_shape(item))
         else:
             whole(item)
@@ -96,7 +96,7 @@ def indexed_shape(shape: Sequence[int], index: Sequence[Value]) -> tuple[list[in
 
 
 def _list_shape(items: Value) -> list[int]:
-    """Of a list of lists, as deep as its first items go."""
+    """The shape of a list of lists, by its first items."""
     shape = []
     while isinstance(items, (list, tuple)):
         shape.append(len(items))
@@ -107,10 +107,10 @@ def _list_shape(items: Value) -> list[int]:
 
 
 def whole(value: Value) -> int:
-    """The whole number that torch would read here.
+    """The integer that torch would read here.
 
     Raises:
-        Refused: It is none.
+        Refused: It is not an integer.
     """
     if isinstance(value, int):
         return int(value)
@@ -123,7 +123,7 @@ def number(value: Value) -> float:
     """The number that torch would read here.
 
     Raises:
-        Refused: It is none.
+        Refused: It is not a number.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value.item())
@@ -139,7 +139,7 @@ def tensor_given(value: Value) -> Tensor:
 
 
 def sizes_given(call: Call, place: int, *names: str) -> list[int]:
-    """Sizes that are given one by one, as a list, or by name."""
+    """Sizes given one by one, as a list, or by name."""
     values: Sequence[Value] = call.args[place:]
     if not values:
         values = [call.kwargs[name] for name in names if name in call.kwargs][:1]
@@ -153,7 +153,7 @@ def listed(value: Value) -> Sequence[Value]:
 
 
 def dimension(value: Value, num_dimensions: int) -> int | None:
-    """The place from the front; None if there is no such dimension, which torch will refuse."""
+    """The dimension counted from the front; None if it does not exist, which torch will refuse."""
     dim = whole(value)
     if -num_dimensions <= dim < num_dimensions:
         return dim % num_dimensions

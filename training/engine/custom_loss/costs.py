@@ -1,12 +1,12 @@
-"""What an operation of a custom loss costs, known from its arguments before anything runs it.
+"""The cost of a custom loss's operations, computed from their arguments before they run.
 
-One rule for each way in which results grow, and each operation names its rule
-(``training.custom_loss_ops``). A rule reads shapes and numbers only and never makes a tensor, so
-counting costs nothing however hostile the arguments are. It never says less than what is made; it
-may say more. Where torch would refuse the arguments anyhow, any answer will do.
+There is one rule for each way in which results grow, and each operation names its rule
+(``training.custom_loss_ops``). A rule reads only shapes and numbers and never makes a tensor, so
+counting is cheap even for hostile arguments. It never returns less than the actual cost; it
+may return more. If torch would refuse the arguments anyway, any answer is allowed.
 
-A dimension of size 0 counts as one of size 1: a tensor without elements has a header, and a
-million of them a million headers. Steps are nanoseconds of one processor for float32, forwards
+A dimension of size 0 counts as size 1: a tensor without elements has a header, and a
+million of them have a million headers. Steps are nanoseconds of one core for float32, forwards
 and backwards, rounded up to one of four weights.
 """
 
@@ -36,31 +36,31 @@ from training.engine.custom_loss.arguments import (
 from training.engine.custom_loss.table import Refused, Value, flat
 
 LIGHT, MEDIUM, HEAVY, SLOW = 8, 16, 64, 256
-"""Steps for an element: of arithmetic, of exp and its kind, of what walks memory in another order,
-and of series, powers and sums of exponentials."""
+"""Steps for an element: arithmetic; exp and similar functions; operations that read memory in
+another order; series, powers and sums of exponentials."""
 TENSOR_STEPS = 2**12
-"""For each tensor that is made, or read from a list."""
+"""Steps for each tensor that is made, or read from a list."""
 SLOW_DTYPE = 32
-"""As many multiplications of floats as one of a dtype that has no kernels of its own takes."""
+"""Float multiplications per multiplication of a dtype without its own kernels."""
 MATRIX_STEPS = 32
-"""For each matrix of a stack, beside its multiplications."""
+"""Steps for each matrix of a stack, besides its multiplications."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What an operation makes at most, intermediate values included."""
+    """The most that an operation makes, intermediate values included."""
 
     elements: int = 0
-    """Of all values together."""
+    """Elements of all values."""
     largest: int = 0
-    """Of the largest value."""
+    """Elements of the largest value."""
     steps: int = 0
     multiplications: int = 0
-    """Of matrices; beside the steps."""
+    """Multiplications in matrix products, besides the steps."""
     tensors: int = 1
-    """Made, or read from a list."""
+    """Tensors made, or read from a list."""
     dimensions: int = 0
-    """Of the value that has most."""
+    """Dimensions of the value with the most."""
 
 
 Rule = Callable[[Call], Cost]
@@ -72,7 +72,7 @@ def free(call: Call) -> Cost:
 
 
 def elementwise(weight: int, copies: int = 1) -> Rule:
-    """One value for each element of what the arguments broadcast to, ``copies`` times."""
+    """One value for each element of the broadcast shape, ``copies`` times."""
 
     def rule(call: Call) -> Cost:
         shape = broadcast(tensor.shape for tensor in call.tensors)
@@ -82,7 +82,7 @@ def elementwise(weight: int, copies: int = 1) -> Rule:
 
 
 def conversion(call: Call) -> Cost:
-    """The first argument in another form; the others only say which."""
+    """The first argument in another form, which the others select."""
     return _made(call.first.shape, steps=LIGHT * size_of(call.first.shape))
 
 
@@ -99,12 +99,12 @@ def view(call: Call) -> Cost:
 
 
 def reduction(call: Call) -> Cost:
-    """One value for each position in the dimensions that stay; backwards, the input's shape."""
+    """One value for each position of the remaining dimensions; backwards, the input's shape."""
     return _reduced(call.first, call.given(1, "dim"), copies=1)
 
 
 def norm(call: Call) -> Cost:
-    """As ``reduction``, with the dimensions in the third place; powers are slow."""
+    """As ``reduction``, with the dimensions as third argument; powers are slow."""
     return _reduced(call.first, call.given(2, "dim"), copies=1, weight=SLOW)
 
 
@@ -122,13 +122,13 @@ def scan(call: Call) -> Cost:
 
 
 def sorting(call: Call) -> Cost:
-    """Values and indices, as many as the input at most; a comparison for each halving."""
+    """At most as many values and indices as the input has; a comparison for each halving."""
     size = size_of(call.first.shape)
     return _made(call.first.shape, steps=2 * LIGHT * size * size.bit_length(), copies=2, tensors=2)
 
 
 def differences(call: Call) -> Cost:
-    """``n`` times the input: each order is a tensor of its own."""
+    """``n`` times the input: each order is a separate tensor."""
     orders = max(1, whole(call.given(1, "n", 1)))
     size = size_of(call.first.shape)
     return _made(call.first.shape, steps=LIGHT * size * orders, copies=orders, tensors=orders)
@@ -142,8 +142,8 @@ def shifting(call: Call) -> Cost:
 
 
 def part(call: Call) -> Cost:
-    """A stretch of one dimension, one long unless it says ``length``; backwards, a whole input of
-    zeros."""
+    """A part of one dimension, of length one unless ``length`` is given; backwards, a whole input
+    of zeros."""
     shape = list(call.first.shape)
     dim = dimension(call.given(1, "dim"), len(shape))
     if dim is not None:
@@ -152,7 +152,7 @@ def part(call: Call) -> Cost:
 
 
 def chunks(call: Call) -> Cost:
-    """As many tensors as chunks, but no more than the dimension has, if it has any."""
+    """One tensor for each chunk, but at most the dimension's size, if that is not 0."""
     size = size_at(call.first, call.given(2, "dim", 0))
     number = whole(call.given(1, "chunks"))
     return _pieces(call.first, min(number, size) if size else number)
@@ -168,12 +168,12 @@ def splits(call: Call) -> Cost:
 
 
 def rows(call: Call) -> Cost:
-    """One tensor for each position in the dimension, also where they have no elements."""
+    """One tensor for each position in the dimension, even if they have no elements."""
     return _pieces(call.first, size_at(call.first, call.given(1, "dim", 0)))
 
 
 def shaping(call: Call) -> Cost:
-    """The input's elements in the dimensions given, one of which may be left open."""
+    """The input's elements in the given shape, of which one size may be -1."""
     if isinstance(call.given(1, "shape"), torch.dtype):  # x.view(dtype): at most as bytes
         return _made(call.first.shape, steps=LIGHT * size_of(call.first.shape), copies=8)
     sizes = sizes_given(call, 1, "size", "shape")
@@ -186,27 +186,30 @@ def shaping(call: Call) -> Cost:
 def repeating(call: Call) -> Cost:
     """The input as often as the product of the numbers given."""
     times = sizes_given(call, 1, "size", "dims")
-    shape = [*times, *call.first.shape]  # as many elements; torch multiplies them pairwise
+    shape = [
+        *times,
+        *call.first.shape,
+    ]  # the same number of elements; torch multiplies them pairwise
     size = size_of(shape)
     dimensions = max(len(times), call.first.ndim)
     return _made(shape, steps=LIGHT * size, dimensions=dimensions)
 
 
 def spreading(call: Call) -> Cost:
-    """The sizes given, where -1 leaves a dimension as it is."""
+    """The given sizes; -1 keeps a dimension."""
     sizes = sizes_given(call, 1, "size")
     shape = broadcast((sizes, call.first.shape))
     return _made(shape, steps=LIGHT * size_of(shape))
 
 
 def filling(call: Call) -> Cost:
-    """The sizes given."""
+    """The given sizes."""
     one = call.args[:1] if isinstance(call.given(0, "size"), (list, tuple)) else call.args
     return _filled(sizes_given(Call(args=one, kwargs=call.kwargs), 0, "size"))
 
 
 def filling_like(call: Call) -> Cost:
-    """The sizes given behind a tensor, which says the dtype."""
+    """The given sizes after a tensor, which gives the dtype."""
     return filling(Call(args=call.args[1:], kwargs=call.kwargs))
 
 
@@ -223,7 +226,7 @@ def number_range(call: Call) -> Cost:
 
 
 def points(call: Call) -> Cost:
-    """As many as ``steps`` says."""
+    """``steps`` values."""
     return _filled([whole(call.given(2, "steps"))])
 
 
@@ -242,15 +245,15 @@ def joining(call: Call) -> Cost:
 
 
 def selection(call: Call) -> Cost:
-    """What a mask picks, which only the data say: no more than there is. The places that it picks
-    are found first, a number for each dimension."""
+    """The elements that a mask selects; only the data determine their number, so all are counted.
+    The selected positions are found first, one number for each dimension."""
     shape = broadcast(tensor.shape for tensor in call.tensors)
     size = size_of(shape)
     return _made(shape, steps=HEAVY * size, copies=1 + len(shape))
 
 
 def gathering(call: Call) -> Cost:
-    """One value for each index; arguments may be broadcast to each other first."""
+    """One value for each index; arguments may be broadcast first."""
     shape = broadcast(tensor.shape for tensor in call.tensors)
     flattened = sum(size_of(tensor.shape) for tensor in call.tensors)  # take_along_dim, no dim
     size = max(size_of(shape), flattened)
@@ -258,7 +261,7 @@ def gathering(call: Call) -> Cost:
 
 
 def index_select(call: Call) -> Cost:
-    """As many positions of one dimension as there are indices."""
+    """One position of a dimension for each index."""
     shape = list(call.first.shape)
     index = call.given(2, "index")
     dim = dimension(call.given(1, "dim"), len(shape))
@@ -268,7 +271,7 @@ def index_select(call: Call) -> Cost:
 
 
 def scattering(call: Call) -> Cost:
-    """A copy of the input, and an addition for each index: where rows are added, a call each."""
+    """A copy of the input, and an addition for each index: for rows, one call each."""
     sizes = [size_of(tensor.shape) for tensor in call.tensors]
     index = call.given(2, "index")
     calls = size_of(index.shape) if isinstance(index, Tensor) and call.first.ndim > 1 else 0
@@ -277,7 +280,7 @@ def scattering(call: Call) -> Cost:
 
 
 def indexing(call: Call) -> Cost:
-    """What ``value[index]`` is: a part of a tensor, copied where an index is a tensor or a list;
+    """``value[index]``: a part of a tensor, copied if an index is a tensor or a list;
     backwards, a whole input of zeros."""
     value, index = call.args
     if not isinstance(value, Tensor):
@@ -293,7 +296,7 @@ def indexing(call: Call) -> Cost:
 
 
 def attribute(call: Call) -> Cost:
-    """``T`` is a view; the others are no tensors, or made already."""
+    """``T`` is a view; the others are not tensors, or exist already."""
     is_view = isinstance(call.args[0], Tensor) and call.args[1] == "T"
     return view(call) if is_view else free(call)
 
@@ -306,7 +309,7 @@ def outer(call: Call) -> Cost:
 
 def product(call: Call) -> Cost:
     """``a @ b``: each row of a with each column of b, for every matrix of the stacks, which are
-    broadcast to each other, and copied for that."""
+    broadcast and therefore copied."""
     first, second = (tensor_given(value) for value in (call.args[0], call.given(1, "other")))
     if not (first.ndim and second.ndim):
         return elementwise(LIGHT)(call)
@@ -395,11 +398,11 @@ RULES: Mapping[str, Rule] = {
     "product": product,
     "contraction": contraction,
 }
-"""By the name that ``training.custom_loss_ops`` gives to each operation."""
+"""Rules by their names in ``training.custom_loss_ops``."""
 
 
 def made(value: Value) -> Cost:
-    """What an operation did make."""
+    """The actual cost of an operation."""
     tensors = [item for item in flat([value]) if is_tensor(item)]
     sizes = [size_of(tensor.shape) for tensor in tensors]
     return Cost(
@@ -411,7 +414,7 @@ def made(value: Value) -> Cost:
 
 
 def excess(found: Cost, expected: Cost) -> Cost:
-    """What was made beyond what was expected; nothing, if the rule is right."""
+    """The actual cost beyond the expected one; nothing if the rule is right."""
     return Cost(
         elements=max(0, found.elements - expected.elements),
         largest=found.largest,
@@ -443,8 +446,8 @@ def _filled(shape: Sequence[int]) -> Cost:
 
 
 def _reduced(tensor: Tensor, dim: Value, *, copies: int, weight: int = HEAVY) -> Cost:
-    """With the positions of the dimensions that stay; an empty list may mean all or none."""
-    is_all = dim is None or isinstance(dim, bool)  # std(x, False) says how, not where
+    """A reduction to the remaining dimensions; an empty list may mean all or none."""
+    is_all = dim is None or isinstance(dim, bool)  # std(x, False): the flag is not a dimension
     gone = set() if is_all else {dimension(item, tensor.ndim) for item in listed(dim)}
     stay = [] if is_all else [n for i, n in enumerate(tensor.shape) if i not in gone]
     size = size_of(tensor.shape)
@@ -461,7 +464,7 @@ def _pieces(tensor: Tensor, number_of: int) -> Cost:
     number_of = max(1, number_of)
     size = size_of(tensor.shape)
     return Cost(
-        # Without elements each piece counts as one.
+        # Without elements each part counts as one.
         elements=max(size, number_of),
         largest=size,
         steps=LIGHT * size + TENSOR_STEPS * number_of,

@@ -1,9 +1,9 @@
-"""Has custom losses computed in a process of their own, so that a worker outlives every graph.
+"""Runs custom losses in a separate process, so that a worker survives every graph.
 
-A graph has been counted before it runs, and is refused if it is too large. What counting does not
-foresee ends here: the other process has a limit on memory and processor time, this side one on
-waiting, and whatever ends the other process fails the request whose graph it was computing, by
-name. The next request finds another process ready within milliseconds.
+A graph's cost is counted before it runs, and the graph is refused if it is too large. For costs
+that counting does not foresee, the other process has a limit on memory and CPU time, and this side
+limits the wait. If the other process ends for any reason, the request whose graph it was computing
+fails with an error that says so. The next request finds another process ready within milliseconds.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from training.parent_death import parent_death_prefix
 
 COMMAND = (sys.executable, "-m", "training.engine.custom_loss.server")
 START_SECONDS = 120.0
-"""For an import of torch on a busy machine."""
+"""Long enough for an import of torch on a busy machine."""
 FORK_SECONDS = 20.0
 UNUSED_SECONDS = 600.0
-"""After which an idle worker ends it: it takes some 300 MB."""
+"""An unused process is ended after this time: it takes some 300 MB."""
 MEMO_BYTES = 32 * 2**20
 _PASSED_ON = ("LANG", "LC_", "LD_", "PATH", "TMPDIR", "MKL_", "ATEN_", "TORCH_", "DNNL_", "ONEDNN_")
-"""Beginnings of the names of what it gets of our environment: what torch reads, and no secrets."""
+"""Prefixes of the environment variables that it gets: those that torch reads, no secrets."""
 
 
 class _Died(Exception):
-    """The process ended in the middle of a request, not by a limit; ``status`` says how."""
+    """The process ended during a request, but not by a limit; ``status`` says how."""
 
     def __init__(self, status: int) -> None:
         self.status = status
@@ -55,8 +55,8 @@ class _Died(Exception):
 class CustomLossProcess:
     """A ``CustomLossRunner``, which starts its process when it is first needed.
 
-    Starting takes seconds, for the process imports torch. ``prepare`` begins it and returns, so
-    that others' work goes on meanwhile; a call without it waits.
+    Starting takes seconds, because the process imports torch. ``prepare`` starts it and returns, so
+    that other users' work continues meanwhile; a call without it waits.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class CustomLossProcess:
         memory_bytes: int = MEMORY_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Limits are those of one request: all calls with the same ``Work``."""
+        """The limits apply to one request: all calls with the same ``Work``."""
         self._cpu_seconds = cpu_seconds
         self._wall_seconds = wall_seconds
         self._memory_bytes = memory_bytes
@@ -79,7 +79,7 @@ class CustomLossProcess:
     def __call__(
         self, graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work
     ) -> list[Outcome]:
-        """See ``CustomLossRunner``. What ends the process fails every datum of the call."""
+        """See ``CustomLossRunner``. If the process ends, every datum of the call fails."""
         self._used_at = self._clock()
         try:
             reply = decode_reply(self._reply(graph, data, work))
@@ -92,10 +92,11 @@ class CustomLossProcess:
         return reply.outcomes
 
     def prepare(self) -> bool:
-        """See ``CustomLossRunner``. True as well if the process does not start: a call says why."""
+        """See ``CustomLossRunner``. Also True if the process does not start; a call then raises the
+        reason."""
         self._used_at = self._clock()
         if self._server is not None and self._server.is_ready and not self._server.is_alive():
-            self.close()  # somebody ended it while it waited
+            self.close()  # it was ended from outside while it waited
         if self._server is None:
             try:
                 self._server = _Server()
@@ -104,12 +105,12 @@ class CustomLossProcess:
         return self._server.answers_at_once
 
     def release(self) -> None:
-        """End the process if it was not used for long."""
+        """End the process if it was not used for a long time."""
         if self._clock() - self._used_at > UNUSED_SECONDS:
             self.close()
 
     def wait_until_ready(self) -> None:
-        """Wait for what the first call would wait for: torch is imported there.
+        """Wait until torch is imported, so that the first call need not wait.
 
         Raises:
             OutOfMemory: It does not start.
@@ -130,11 +131,11 @@ class CustomLossProcess:
     def _reply(self, graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work) -> bytes:
         """The other process's answer.
 
-        It is tried again once if the process ends without a reason that we know: the machine, or
-        somebody, may have ended it.
+        It is repeated once if the process ends for an unknown reason: it may have been
+        ended from outside.
         """
         message = encode_request(graph, data, work)
-        # A pass is repeated without the jobs that failed in it. The graphs of the others must not
+        # A pass is repeated without its failed jobs. The graphs of the others must not
         # keep their batch-mates waiting a second time.
         key = hashlib.blake2b(message).digest()
         reply = self._memo.find(key)
@@ -203,7 +204,7 @@ class CustomLossProcess:
     def _out_of_time(
         self, graph: CustomLossGraph, work: Work, what: str, seconds: float
     ) -> TrainingError:
-        if work.is_replay:  # it was in time once, so another attempt may be
+        if work.is_replay:  # it was fast enough once, so another attempt may be
             return OutOfMemory(f"custom loss {graph.name!r}: its replay took too much {what}")
         return LimitExceeded(
             f"custom loss {graph.name!r}: it took more than the {seconds:g} s of {what} that the "
@@ -212,7 +213,7 @@ class CustomLossProcess:
 
 
 def _death(graph: CustomLossGraph, status: int) -> TrainingError:
-    """Why a request has no result whose graph the process did not survive twice."""
+    """The error of a request whose graph ended the process twice."""
     if status == -signal.SIGKILL:
         return OutOfMemory(
             f"custom loss {graph.name!r}: the machine has no memory left for its process"
@@ -244,10 +245,10 @@ class _Server:
         return self._process.poll() is None
 
     def wait_until_ready(self) -> None:
-        """Wait until it has loaded what it needs.
+        """Wait until it has loaded torch.
 
         Raises:
-            OSError: It does not.
+            OSError: It does not start.
         """
         if self.is_ready:
             return
@@ -267,10 +268,10 @@ class _Server:
         return bool(readable.poll(0))
 
     def connection(self) -> socket.socket:
-        """The way to the child, which is forked if there is none.
+        """The connection to the child, which is forked if there is none.
 
         Raises:
-            OutOfMemory: It cannot be.
+            OutOfMemory: It cannot be forked.
         """
         if self._connection is None:
             ours, theirs = socket.socketpair()
@@ -286,14 +287,14 @@ class _Server:
         return self._connection
 
     def end_child(self) -> int:
-        """End the child, if it has not ended; its exit code, or the signal below 0."""
+        """End the child, if it has not ended; return its exit code, or the negative signal."""
         if self._connection is not None:
             self._connection.close()
         self._connection = self.child_pid = None
         try:
             self._control.sendall(END)
             return self._status()
-        except OSError:  # the server ended too, and took the child with it
+        except OSError:  # the server ended too, and the child with it
             self.close()
             return -signal.SIGKILL
 
@@ -303,7 +304,7 @@ class _Server:
             self._connection.close()
         self._connection = self.child_pid = None
         self._control.close()
-        self._process.kill()  # the child goes with it
+        self._process.kill()  # the child ends with it
         self._process.wait()
 
     def _status(self) -> int:
@@ -319,7 +320,7 @@ class _Server:
 
 
 class _Memo:
-    """The newest replies by what was asked: graphs are pure functions of it."""
+    """The newest replies by request: graphs are pure functions."""
 
     def __init__(self) -> None:
         self._replies: OrderedDict[bytes, bytes] = OrderedDict()
@@ -334,7 +335,7 @@ class _Memo:
 
 
 def _environment() -> dict[str, str]:
-    """What the process finds: how torch is to compute, and where our code is."""
+    """The process's environment: torch's settings, and the path of our code."""
     passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
     root = str(Path(__file__).resolve().parents[3])
     return {

@@ -1,10 +1,11 @@
-"""Runs a client's own loss on one datum: each node an operation of a fixed table, under limits.
+"""Runs a client's own loss on one datum: every node is an operation of a fixed table, with limits.
 
-Nothing that a client sent is evaluated or looked up outside the table. What an operation costs at
-most is counted before it runs (``training.engine.custom_loss.costs``), and refused if it is too
+No client data is evaluated or looked up outside the table. The highest cost of an operation is
+counted before it runs (``training.engine.custom_loss.costs``), and the operation is refused if it
+is too
 much. Work and size are counted, not timed, so that the same graph on the same data always ends the
-same way. A worker does not run this itself: ``training.engine.custom_loss.process`` has it run in
-a process of its own, whose memory and time are limited too.
+same way. A worker does not run this itself: ``training.engine.custom_loss.process`` runs it in
+a separate process, whose memory and time are limited too.
 """
 
 from __future__ import annotations
@@ -43,22 +44,22 @@ from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult, Trai
 
 @dataclass(kw_only=True, eq=False)
 class Work:
-    """What the datums of one request have cost so far."""
+    """The cost of one request's datums so far."""
 
     num_elements: int = 0
     num_steps: int = 0
     num_multiplications: int = 0
     is_replay: bool = False
-    """Whether it was computed once before, so that nothing is refused for its size; see
+    """Whether it was computed before, so that its size is not checked; see
     ``training.custom_loss_limits.REPLAY_FACTOR``."""
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
-    """Measured by the process that runs it, and by who waits for that."""
+    """Measured by the process that runs it, and by the process that waits."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CustomLossInputs:
-    """What a custom loss reads of one datum."""
+    """The inputs of a custom loss for one datum."""
 
     logprobs: Tensor
     """(N,) or (N, K) float32, in nats."""
@@ -68,13 +69,13 @@ class CustomLossInputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CustomLossOutput:
-    """What a custom loss says of one datum."""
+    """The result of a custom loss for one datum."""
 
     loss: float
     grad: Tensor
     """d loss / d logprobs, shaped like them."""
     metrics: dict[str, float]
-    """By name, such as ``custom/kl:mean``."""
+    """Metrics by name, such as ``custom/kl:mean``."""
 
 
 Outcome = CustomLossOutput | TrainingError
@@ -86,18 +87,18 @@ class CustomLossRunner(Protocol):
     def __call__(
         self, graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work
     ) -> list[Outcome]:
-        """One outcome per datum, in order; ``work`` is counted on.
+        """One outcome per datum, in order; adds to ``work``.
 
-        A datum that fails fails alone, unless time or memory are used up: then the others of the
-        call, and of later calls with this ``work``, fail with it.
+        A failing datum fails alone, unless time or memory are used up: then the others of the
+        call, and of later calls with this ``work``, fail too.
         """
 
     def prepare(self) -> bool:
-        """Whether a call would begin at once. If not, what it needs is being started, and nobody
-        need wait for it."""
+        """Whether a call would begin at once. If not, its process is being started, and the caller
+        need not wait for it."""
 
     def release(self) -> None:
-        """Give back what has not been used for long."""
+        """Free resources that were not used for a long time."""
 
 
 class CustomLossesHere:
@@ -112,7 +113,7 @@ class CustomLossesHere:
         return True
 
     def release(self) -> None:
-        """Nothing is kept."""
+        """Holds nothing."""
 
 
 def run_custom_losses(
@@ -120,7 +121,7 @@ def run_custom_losses(
 ) -> list[Outcome]:
     """A runner that computes in this process, without limits on time or memory.
 
-    For the process that is made for it, and for tests.
+    For the separate process, and for tests.
     """
     outcomes: list[Outcome] = []
     for inputs in data:
@@ -139,13 +140,13 @@ def run_custom_loss(
     Args:
         logprobs: (N,) or (N, K) float32, in nats.
         inputs: The graph's other inputs by name, on the same device.
-        work: The request's; counted on.
+        work: The request's cost, which is increased.
 
     Raises:
-        InvalidRequest: An operation cannot take what it is given, or the loss is no scalar that
+        InvalidRequest: An operation cannot take its arguments, or the loss is not a scalar that
             depends on ``logprobs``. The message names the node.
-        LimitExceeded: A value would be too large, or there is too much to compute. The message
-            names the node, what it asks for and the limit.
+        LimitExceeded: A value is too large, or the computation too expensive. The message
+            names the node, its cost and the limit.
         NonFiniteResult: Loss, gradient or a metric is NaN or infinite.
     """
     leaf = logprobs.detach().requires_grad_()
@@ -159,7 +160,7 @@ def run_custom_loss(
             raise InvalidRequest(f"{where}: the loss does not depend on logprobs")
         try:
             (grad,) = torch.autograd.grad(loss, leaf)
-        except Exception as error:  # an operation that has no derivative, say
+        except Exception as error:  # for example, an operation without a derivative
             if is_out_of_memory(error):
                 raise
             raise InvalidRequest(f"{where}, its gradient: {_reason(error)}") from None
@@ -182,7 +183,7 @@ def run_custom_loss(
 
 
 class _Run:
-    """One datum's way through the graph."""
+    """One run of the graph, for one datum."""
 
     def __init__(
         self, graph: CustomLossGraph, logprobs: Tensor, inputs: Mapping[str, Tensor], work: Work
@@ -208,8 +209,8 @@ class _Run:
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
-                # Whatever torch raises: these are pure operations on the client's own numbers, so
-                # it is the client's error, and the engine's memory is not in doubt.
+                # Any exception of torch: these are pure operations on the client's own numbers, so
+                # it is the client's error, and the engine's memory is intact.
                 raise InvalidRequest(f"{where}: {_reason(error)}") from None
         return self._values
 
@@ -227,7 +228,7 @@ class _Run:
         }
         if is_method and not isinstance(args[0], Tensor):
             raise Refused(f"called on {described(args[0])} instead of a tensor")
-        if "device" in signature.kwargs:  # a custom loss runs where its model is
+        if "device" in signature.kwargs:  # a custom loss runs on its model's device
             kwargs["device"] = self._device
         return self._counted(RULES[signature.cost], function, args, kwargs)
 
@@ -240,8 +241,8 @@ class _Run:
     ) -> Value:
         """The operation's value, its cost counted before it is computed.
 
-        What was made beyond that is counted too: a rule that says too little must not be a way
-        round the limits.
+        The actual cost beyond that is counted too: a rule that returns too little must not be a way
+        around the limits.
         """
         expected = rule(Call(args=args, kwargs=kwargs))
         self._count(expected)
@@ -251,10 +252,10 @@ class _Run:
         return value
 
     def _count(self, cost: Cost) -> None:
-        """Add to what was counted.
+        """Add a cost to the count.
 
         Raises:
-            LimitExceeded: It would be too much; then nothing is added.
+            LimitExceeded: A limit is exceeded; then nothing is added.
         """
         work = self._work
         if not work.is_replay:
@@ -282,7 +283,7 @@ class _Run:
         work.num_multiplications += cost.multiplications
 
     def _decoded(self, value: Any) -> Value:
-        """An argument from the form in which it travels."""
+        """An argument from its uploaded form."""
         if isinstance(value, list):
             return [self._decoded(item) for item in value]
         if not isinstance(value, dict):
@@ -304,7 +305,7 @@ class _Run:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what torch says."""
+    """The first line of torch's message."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 

@@ -1,12 +1,12 @@
 """The process that computes custom losses: ``python -m training.engine.custom_loss.server``.
 
 It imports torch once and computes nothing itself. For its worker it forks a child that does, and
-forks another when that one ended: a fork takes milliseconds, an import of torch takes seconds, in
-which everybody would wait. Nothing has used a device or a second thread before the fork.
+forks another when that one has ended: a fork takes milliseconds, but an import of torch takes
+seconds, during which everybody would wait. No device and no second thread is used before the fork.
 
-A child answers requests on a socket of its own until that is closed. It has one thread, memory
-and processor time are limited by the kernel, it goes when its parent goes, and it is the first that
-the kernel ends where a machine runs out of memory. It never sees a database, a key or a file.
+A child answers requests on a socket of its own until that is closed. It has one thread, the kernel
+limits its memory and CPU time, it ends when its parent ends, and the kernel ends it first if the
+machine runs out of memory. It never sees a database, a key or a file.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Fork children for whoever holds the other end of standard input, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for those who stop us in order
+    """Fork children on request, until standard input is closed."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl+C goes to the parents, which stop us in order
     torch.set_num_threads(1)
-    # A few derivatives are written in Python and import this when they are first needed: seconds
-    # that would be a request's, again in every child.
+    # A few derivatives are written in Python and import this on first use. That takes seconds, in
+    # every child again, and would be charged to a request.
     importlib.import_module("torch._dynamo")
-    warnings.simplefilter("ignore")  # torch's hints to the author of a loss
+    warnings.simplefilter("ignore")  # torch's warnings for the author of a loss
     control = socket.socket(fileno=0)
     control.sendall(READY)
     child = 0
@@ -70,10 +72,10 @@ def main() -> None:
 
 
 def _end(child: int) -> int:
-    """End the child if it has not ended; its exit code, or the signal that ended it below 0."""
+    """End the child if it has not ended; return its exit code, or the negative signal."""
     if not child:
         return 0
-    os.kill(child, signal.SIGKILL)  # its number is its own until it is waited for
+    os.kill(child, signal.SIGKILL)  # its process number is not reused until it is waited for
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -90,12 +92,12 @@ def _become_child(control: socket.socket, descriptor: int) -> None:
 
 
 def _stay_behind() -> None:
-    """Go when the parent goes, and before others when memory is short."""
+    """End when the parent ends, and before other processes if memory is short."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went while we asked
+    if os.getppid() != parent:  # it ended during the call
         os._exit(1)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -142,16 +144,16 @@ def _answer(request: Request) -> Reply:
 
 
 def _data_bytes() -> int:
-    """What this process has allocated, as RLIMIT_DATA counts it."""
+    """The memory of this process that RLIMIT_DATA counts."""
     if sys.platform != "linux":
         return 0
     return int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _limit_memory(idle_bytes: int, more: int | None) -> None:
-    """Let this process allocate so much more than when it was idle; None lifts the limit.
+    """Limit this process's allocations beyond those when it was idle; None removes the limit.
 
-    RLIMIT_DATA counts what is allocated, and not what is mapped of libraries. Linux only.
+    RLIMIT_DATA counts allocations, but not mapped libraries. Linux only.
     """
     if sys.platform == "linux":
         import resource

@@ -1,7 +1,7 @@
-"""The operations of custom losses: every name that a client may use, and what it does here.
+"""The operations of custom losses: every allowed name, and its function.
 
-The names are in ``training.custom_loss_ops``; this table is made of them once, while the module
-loads. Functions of Python's own stand behind wrappers that refuse what is no tensor and no number.
+The names are in ``training.custom_loss_ops``; this table is built from them once, while the module
+loads. Python's own functions have wrappers that accept only tensors and numbers.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _number_or_tensor(value: Value) -> bool:
 
 
 def _arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator for tensors and numbers only: of text and lists it makes more of the same,
-    and of large integers numbers without end."""
+    """The operator for tensors and numbers only: with text and lists it would repeat them,
+    and with large integers its result would have no bound."""
 
     def checked(*operands: Value) -> Value:
         for operand in operands:
@@ -53,14 +53,14 @@ def _arithmetic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _power(base: float, exponent: float) -> float:
-    """base ** exponent by way of floats, which end where integers would go on growing."""
+    """base ** exponent in floats, which overflow where integers would grow without bound."""
     result = math.pow(base, exponent)
     is_whole = isinstance(base, int) and isinstance(exponent, int) and exponent >= 0
     return int(result) if is_whole and abs(result) < 2**53 else result
 
 
 def _bounded(value: Value) -> Value:
-    """The number, unless no tensor could hold it."""
+    """The number, if a tensor can hold it."""
     if isinstance(value, int) and abs(value) >= 2**63:
         raise Refused("the result is no number that a tensor could hold")
     return value
@@ -70,7 +70,7 @@ def getitem(value: Value, index: Value) -> Value:
     if not isinstance(value, (Tensor, tuple, list)):
         raise Refused(f"{described(value)} has no items")
     if not isinstance(value, Tensor) and not isinstance(index, (int, slice)):
-        raise Refused(f"{described(index)} is no index of {described(value)}")
+        raise Refused(f"{described(index)} is not an index of {described(value)}")
     is_many = isinstance(index, (tuple, list))
     if is_many and any(
         isinstance(item, Tensor) and item.dtype == torch.bool for item in flat(index)
@@ -113,12 +113,12 @@ def _to(value: Tensor, *args: Value, **kwargs: Value) -> Tensor:
 
 
 def _scalar_math(function: Callable[..., float]) -> Callable[..., float]:
-    """Python's function of numbers. Of a tensor it would give a number that has no gradient."""
+    """Python's function of numbers. For a tensor it would return a number without a gradient."""
 
     def checked(*operands: Value) -> float:
         for operand in operands:
             if not isinstance(operand, (int, float)):
-                raise Refused(f"got {described(operand)}; of a tensor, call torch's function")
+                raise Refused(f"got {described(operand)}; for a tensor, call torch's function")
         return function(*operands)
 
     return checked
@@ -137,7 +137,7 @@ _NAMESPACES: Mapping[str, Any] = {
 
 
 def _function(qualified_name: str) -> Callable[..., Any]:
-    """What one of our own names means; called while this module loads, never for a request."""
+    """The function of one of our names; called while this module loads, never for a request."""
     namespace, _, name = qualified_name.rpartition(".")
     function: Callable[..., Any] = getattr(_NAMESPACES[namespace], name)
     if namespace == "operator":
@@ -158,7 +158,7 @@ DTYPE_TABLE: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in
 
 
 def flat(values: Any) -> list[Value]:
-    """The values, and those in lists, tuples and dictionaries among them."""
+    """The values, with lists, tuples and dictionaries flattened."""
     found = []
     for value in values:
         if isinstance(value, (list, tuple)):

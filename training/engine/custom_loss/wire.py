@@ -1,7 +1,7 @@
-"""What a worker and its process for custom losses say to each other, as bytes.
+"""The messages between a worker and its process for custom losses, as bytes.
 
-Messages are msgpack, which holds plain values only: nothing is unpickled or evaluated on either
-side. An array travels as its dtype, shape and bytes, so that not a bit of it changes.
+Messages are msgpack, which has plain values only: nothing is unpickled or evaluated on either
+side. An array is sent as dtype, shape and bytes, so that no bit changes.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ _ERRORS: Mapping[str, type[TrainingError]] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """Some datums of one request, and what they may use."""
+    """Some datums of one request, and their limits."""
 
     graph: CustomLossGraph
     data: Sequence[CustomLossInputs]
     work: Work
     cpu_seconds: float
-    """What is left of the request's time."""
+    """The remaining CPU time of the request."""
     memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reply:
-    """What became of the datums of a request, in order."""
+    """The outcomes of a request's datums, in order."""
 
     outcomes: list[Outcome]
     work: Work
-    """Of the request by now, as far as it is counted."""
+    """The request's counted cost so far."""
     cpu_seconds: float
-    """That these datums took."""
+    """The CPU time of these datums."""
 
 
 def encode_limits(cpu_seconds: float, memory_bytes: int) -> bytes:
-    """What goes before a request."""
+    """The limits, sent before a request."""
     return _LIMITS.pack(cpu_seconds, memory_bytes)
 
 
 def encode_request(graph: CustomLossGraph, data: Sequence[CustomLossInputs], work: Work) -> bytes:
-    """The same question is the same bytes."""
+    """Equal requests give equal bytes."""
     return _packed(
         {
             "name": graph.name,
@@ -145,10 +145,10 @@ def send(connection: socket.socket, message: bytes) -> None:
 
 
 def receive(connection: socket.socket, before: Callable[[], None] = lambda: None) -> bytes | None:
-    """One message; None if the other side is gone.
+    """One message; None if the other side has closed.
 
     Args:
-        before: Called before each wait for more, to set the connection's timeout, say.
+        before: Called before each wait for more, for example to set the connection's timeout.
     """
     head = _exactly(connection, _LENGTH.size, before)
     return None if head is None else _exactly(connection, _LENGTH.unpack(head)[0], before)
@@ -185,5 +185,5 @@ def _array(tensor: Tensor) -> list[Any]:
 
 def _tensor(array: Sequence[Any]) -> Tensor:
     dtype, shape, content = array
-    # A copy: a tensor may not stand on bytes that cannot be written to.
+    # A copy: a tensor may not share read-only memory.
     return torch.from_numpy(np.frombuffer(content, dtype).reshape(shape).copy())

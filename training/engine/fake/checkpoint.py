@@ -22,10 +22,10 @@ OPTIMIZER = ("grad", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FakeCapture(CapturedAdapter):
-    """Arrays that nobody writes into: the trainer replaces them."""
+    """Arrays that are never modified: the trainer replaces them."""
 
     arrays: Mapping[str, FloatArray]
-    """``weights``, and if it was captured, those of OPTIMIZER."""
+    """``weights`` and, if captured, those of OPTIMIZER."""
     step: int
     config: LoraConfig
     before_write: Callable[[], None]
@@ -45,11 +45,11 @@ class FakeCapture(CapturedAdapter):
 def read_checkpoint(
     directory: Path, *, with_optimizer: bool
 ) -> tuple[dict[str, FloatArray], int, LoraConfig]:
-    """The arrays, the step and the config that a directory holds.
+    """The arrays, the step and the config in a directory.
 
     Raises:
-        CheckpointNotFound: No such directory, it is damaged, or it holds weights only and the
-            optimizer was asked for.
+        CheckpointNotFound: No such directory, it is damaged, or it has only weights and the
+            the optimizer was requested.
     """
     meta: dict[str, Any] = read_meta(directory)
     if with_optimizer and "exp_avg.npy" not in meta["sha256"]:

@@ -1,4 +1,4 @@
-"""The renderer over a tokenizer of bytes: what a real one makes of text, in microseconds."""
+"""The real renderer with a tokenizer of bytes, which takes microseconds."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A trainer without a model: the same verbs, refusals and files, arithmetic in microseconds.
 
-It stands in for ``TorchTrainer`` in tests of the worker and the control plane, so it is made to
-show their mistakes: weights depend on the order of steps (AdamW of a softmax over eight classes),
-two adapters never share a number, and an adapter's gradient is a sum of exact multiples of
-``QUANTUM``, so that however a run's requests are merged into batches its bits are the same.
+It replaces ``TorchTrainer`` in tests of the worker and the control plane, and is made to
+reveal their mistakes: weights depend on the order of steps (AdamW of a softmax over eight classes),
+two adapters never have equal numbers, and an adapter's gradient is a sum of exact multiples of
+``QUANTUM``, so its bits do not depend on how requests are merged into batches.
 
 Imports numpy and no torch.
 """
@@ -75,7 +75,7 @@ class FakeTrainer(Trainer):
         max_context_tokens: int = 512,
         before_verb: BeforeVerb | None = None,
     ) -> None:
-        """``before_verb`` is called with the verb and its adapter names before anything happens,
+        """``before_verb`` is called with the verb and its adapter names before the verb runs,
         so that a test can wait, raise or kill its process there."""
         self.info = BaseModelInfo(
             name=name,
@@ -113,7 +113,7 @@ class FakeTrainer(Trainer):
         return True
 
     def release_memory(self) -> None:
-        """Nothing is kept here."""
+        """Holds nothing to release."""
 
     def forward_backward(
         self, jobs: Sequence[ForwardBackwardJob]
@@ -152,7 +152,7 @@ class FakeTrainer(Trainer):
             adapter.grad = (adapter.grad + grad).astype(np.float32)
         return ForwardBackwardOutput(loss=loss, logprobs=logprobs, metrics={"loss:sum": loss})
 
-    @np.errstate(all="ignore")  # what is not finite is looked for and refused
+    @np.errstate(all="ignore")  # values that are not finite are found and refused
     def optim_step(self, adapter_name: str, adam_params: AdamParams) -> OptimStepOutput:
         self._before_verb("optim_step", (adapter_name,))
         check_adam_params(adam_params)
@@ -236,7 +236,7 @@ def _log_softmax(weights: FloatArray) -> NDArray[np.float64]:
 
 
 def _loss_seed(datum: Datum, loss_fn: str) -> NDArray[Any]:
-    """What each target counts: its weight, its advantage, or 1. A custom loss is not run here."""
+    """Each target's factor: its weight, its advantage, or 1. A custom loss is not run here."""
     inputs = datum.loss_fn_inputs
     ones = np.ones(inputs["target_tokens"].shape)
     return ones if loss_fn == CUSTOM else inputs.get(LOSS_FNS[loss_fn].factor, ones)

@@ -1,4 +1,4 @@
-"""The contract between the worker and whatever computes: three roles, plain values, no Django.
+"""The contract between the worker and an engine: three roles, plain values, no Django.
 
 trainer
     The adapters of one frozen base model: passes over data, optimizer steps, their files.
@@ -7,9 +7,9 @@ sampler
 renderer
     Conversations and text to tokens, and back.
 
-Errors come in two sorts. A domain error (``training.errors.TrainingError``) says that one
-request was refused and that the adapter is exactly as it was before. Any other exception
-means that memory is suspect: the worker must throw the engine away and rebuild its adapters
+There are two kinds of errors. A domain error (``training.errors.TrainingError``) means that one
+request was refused and that the adapter is exactly as before. Any other exception
+means that memory may be corrupt: the worker must discard the engine and rebuild its adapters
 from their logs.
 """
 

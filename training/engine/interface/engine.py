@@ -11,10 +11,10 @@ from training.engine.interface.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """All that a worker has of its base model. Each part of the worker takes the role it needs."""
+    """A worker's three roles. Each part of the worker takes the role that it needs."""
 
     trainer: Trainer
     sampler: Sampler
     renderer: Renderer
     adapter_bytes: int
-    """What adapters, and versions of weights that the sampler keeps here, may take together."""
+    """Memory budget of the adapters and of the sampler's versions of weights in this process."""

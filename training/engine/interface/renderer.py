@@ -13,11 +13,11 @@ class Renderer(ABC):
     """The text side of one base model: its chat template and its tokenizer.
 
     Holds no state between calls, and can be pickled: the worker copies it into processes beside it,
-    where a text that takes long holds up nobody.
+    where a slow text delays nobody else.
     """
 
     conversation_fault: str | None = None
-    """Why no conversation can be trained on; None if they can be."""
+    """Why conversations cannot be trained on; None if they can."""
 
     @abstractmethod
     def render_conversation(
@@ -30,21 +30,22 @@ class Renderer(ABC):
         """One conversation as a datum for cross_entropy, shifted by one token.
 
         The model's own chat template turns it into T tokens; the datum has T - 1 positions.
-        ``train_on``: ``assistant`` gives weight 1 to what follows each prompt that ends where the
-        assistant speaks, up to the token on which sampling stops; ``all`` to the text and end
-        of turn of every other message given as well; ``auto`` is ``assistant`` if there is an
+        ``train_on``: ``assistant`` gives weight 1 to the tokens after each prompt that ends where
+        the assistant speaks, up to the token on which sampling stops; ``all`` also to the text and
+        end
+        of turn of every other given message; ``auto`` is ``assistant`` if there is an
         assistant turn and ``all`` otherwise.
 
         Raises:
-            InvalidRequest: ``assistant`` was asked for and there is no assistant turn, or what
-                would be trained is not what would be sampled.
+            InvalidRequest: ``assistant`` was requested and there is no assistant turn, or the
+                trained tokens would not be those that are sampled.
         """
 
     def render_by_first_rules(
         self, messages: Sequence[Mapping[str, Any]], *, train_on: str
     ) -> Datum:
-        """A conversation of roles and texts as the first version made it a datum, for replays of
-        what that accepted."""
+        """A conversation of roles and texts as the first version rendered it, for replays of
+        requests that it accepted."""
         return self.render_conversation(messages, train_on=train_on)
 
     @abstractmethod
@@ -60,19 +61,19 @@ class Renderer(ABC):
 
     @abstractmethod
     def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
-        """Each sampled token by itself, special tokens written out, and where it begins in the
+        """Each sampled token by itself, special tokens written out, and its offset in the
         sequence's text.
 
         Args:
-            before: What the tokens were sampled after.
+            before: The tokens before the sampled ones.
         """
 
     @abstractmethod
     def prompt_texts(
         self, tokens: Sequence[int], text: str | None = None
     ) -> tuple[str, list[TokenText]]:
-        """A prompt's text, special tokens written out, and each token's place in it.
+        """A prompt's text, special tokens written out, and each token's offset in it.
 
         Args:
-            text: What the tokens were made of, if it was text; it comes back as it was.
+            text: The tokens' original text, if it was text; it is returned unchanged.
         """

@@ -1,7 +1,7 @@
-"""The trainer: adapters, and the verbs that change them or compute with their gradients.
+"""The trainer: adapters, and the operations that change them or compute their gradients.
 
-It is plain synchronous code for one thread; it never logs, never reads the clock, the environment
-or a database.
+It is plain synchronous code for one thread; it never logs and never reads the clock, the
+environment or a database.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ class ForwardBackwardJob:
     loss_fn: str
     loss_fn_config: Mapping[str, float] = field(default_factory=dict)
     forward_only: bool = False
-    """True computes the same numbers and leaves the accumulated gradient alone."""
+    """True computes the same numbers and leaves the accumulated gradient unchanged."""
     custom_loss: CustomLossGraph | None = None
-    """What ``loss_fn="custom"`` means; None for the others."""
+    """The graph of ``loss_fn="custom"``; None for other losses."""
     is_replay: bool = False
-    """True if it was computed before: what its custom loss may use is not measured as strictly."""
+    """True if it was computed before: the limits of its custom loss are then less strict."""
 
 
 class Trainer(ABC):
-    """One base model and the adapters that are in its memory."""
+    """One base model and its resident adapters."""
 
     info: BaseModelInfo
 
     @abstractmethod
     def report_progress(self, to: Callable[[], None]) -> None:
-        """Have ``to`` called every now and then while a verb takes long.
+        """Call ``to`` regularly while an operation runs.
 
-        It says that the computation moves, which no thread beside it could know. An trainer
-        whose verbs take no time need not.
+        It reports that the computation makes progress, which another thread could not know. A
+        trainer with only fast operations need not call it.
         """
 
     @abstractmethod
     def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
-        """Make a resident adapter: A seeded per module, B zero, no gradient, step 0.
+        """Make a resident adapter: A random by seed and module, B zero, no gradient, step 0.
 
         Raises:
             InvalidRequest: The name is taken, or ``target_modules`` matches nothing.
-            OutOfMemory: No room for it.
+            OutOfMemory: Not enough memory for it.
         """
 
     @abstractmethod
@@ -82,18 +82,18 @@ class Trainer(ABC):
 
     @abstractmethod
     def release_memory(self) -> None:
-        """Give back what nothing uses now and was kept to be used again. For a worker that is idle:
-        what comes next may be slower once."""
+        """Free cached memory that is not in use. For an idle worker:
+        the next operation may be slower once."""
 
     @abstractmethod
     def forward_backward(
         self, jobs: Sequence[ForwardBackwardJob]
     ) -> list[ForwardBackwardOutput | TrainingError]:
-        """Run many requests, of many adapters, as few packed passes over the base model.
+        """Run many requests, of many adapters, in few packed passes over the base model.
 
         Each job's gradient (that of the SUM of its loss) is added to its adapter's accumulated
-        gradient. A bad job gets its error in its place in the list and adds nothing; its
-        batch-mates are as if it had not been there.
+        gradient. A bad job gets its error at its position in the list and adds nothing; its
+        batch-mates are not affected.
 
         Returns:
             One entry per job, in order.
@@ -103,8 +103,8 @@ class Trainer(ABC):
     def prepare_custom_losses(self) -> bool:
         """Whether a pass with a client's own loss can begin at once.
 
-        If not, what computes such losses is being started, and other work can go on until this
-        returns True. A pass that does not ask first waits for it.
+        If not, the process for such losses is being started, and other work can continue until this
+        returns True. A pass without this check waits for it.
         """
 
     @abstractmethod
@@ -116,10 +116,10 @@ class Trainer(ABC):
 
         Raises:
             GradientDropped: The gradient is too large; it is cleared, so that the next good batch
-                can be stepped. Weights, moments and step are as before.
+                can be stepped. Weights, moments and step are unchanged.
             NonFiniteResult: The new weights would not be finite.
-            OutOfMemory: No room for the new weights and moments.
-                After either, weights, moments, step and gradient are as before.
+            OutOfMemory: Not enough memory for the new weights and moments.
+                After either, weights, moments, step and gradient are unchanged.
         """
 
     @abstractmethod
@@ -128,10 +128,10 @@ class Trainer(ABC):
 
     @abstractmethod
     def capture_adapter(self, adapter_name: str, *, with_optimizer: bool = True) -> CapturedAdapter:
-        """The adapter as it is now: weights, Adam moments, accumulated gradient and step.
+        """The adapter's current state: weights, Adam moments, accumulated gradient and step.
 
-        Without ``with_optimizer`` the weights only: enough to sample from, and to be written into a
-        directory that ``load_adapter`` takes with ``with_optimizer=False``. Taking it is quick.
+        Without ``with_optimizer`` only the weights: enough for sampling, and for a
+        directory that ``load_adapter`` takes with ``with_optimizer=False``. The call is quick.
         """
 
     def save_adapter(
@@ -144,22 +144,22 @@ class Trainer(ABC):
     def load_adapter(
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
     ) -> None:
-        """Make ``adapter_name`` what the directory says; it need not be resident before.
+        """Load the directory into ``adapter_name``, which need not be resident before.
 
         Args:
-            with_optimizer: False loads the weights only: moments, gradient and step are zero.
+            with_optimizer: False loads only the weights: moments, gradient and step are zero.
 
         Raises:
             CheckpointNotFound: No such directory, or a checksum in it does not match.
             InvalidRequest: It was made for a base model of another shape.
-            OutOfMemory: No room for it; what was resident is as before.
+            OutOfMemory: Not enough memory for it; resident adapters are unchanged.
         """
 
     @abstractmethod
     def save_peft(self, adapter_name: str, directory: Path) -> int:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as peft reads them."""
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in peft's format."""
 
     @abstractmethod
     def adapter_state(self, adapter_name: str) -> dict[str, Any]:
         """``{"weights", "exp_avg", "exp_avg_sq", "grad"}`` as flat float32 numpy arrays, and
-        ``"step"``: what two trainers compare to say that an adapter is the same."""
+        ``"step"``: for comparing an adapter between two trainers."""

@@ -1,4 +1,4 @@
-"""What the roles hand to each other and to their callers."""
+"""The values that roles exchange with each other and with their callers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
-    """What a client may know about the base model."""
+    """The base model's properties for clients."""
 
     name: str
     vocab_size: int
@@ -20,25 +20,25 @@ class BaseModelInfo:
 
 
 class CapturedAdapter(ABC):
-    """An adapter as it was when the trainer captured it.
+    """The state of an adapter when the trainer captured it.
 
-    It stays that, while the adapter trains on or is dropped, and may be handed to a sampler.
-    Another thread may write it if it was captured with the optimizer: everything was read then, so
-    that writing asks neither the device nor another process. Weights alone are for the thread that
-    captured them, and may be on the device still.
+    It does not change when the adapter is trained or dropped, and may be given to a sampler.
+    If it was captured with the optimizer, another thread may write it: everything was read at the
+    capture, so writing needs neither the device nor another process. Weights alone are only for the
+    thread that captured them, and may still be on the device.
     """
 
     @property
     @abstractmethod
     def num_bytes(self) -> int:
-        """Size of its numbers, in memory."""
+        """Size of its numbers in memory."""
 
     @abstractmethod
     def write(self, directory: Path) -> int:
-        """Write it into a new directory, which ``load_adapter`` and ``Sampler.publish`` take.
+        """Write it into a new directory, for ``load_adapter`` and ``Sampler.publish``.
 
-        Written beside it, fsynced, then renamed, so that the directory is whole or absent.
-        ``meta.json`` in it can be read by eye and carries a checksum of every file.
+        It is written beside it, fsynced, then renamed, so the directory is complete or absent.
+        Its ``meta.json`` is human-readable and has a checksum of every file.
 
         Returns:
             The bytes written.

@@ -1,7 +1,7 @@
-"""A model with one layer of each kind, for a moment: as good for a proof, and far cheaper.
+"""Temporarily reduces a model to one layer of each kind: as good for the check, and far cheaper.
 
-Rounding in bfloat16 hides what is wrong by less than a few tenths of a nat, so its numbers become
-float32 for that moment, if there are not too many.
+Rounding in bfloat16 hides errors of less than a few tenths of a nat, so its numbers become
+float32 meanwhile, if they are not too many.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 FEWEST_LAYERS = 2
 
 MAX_FLOAT32_BYTES = 2**30
-"""What the few layers, embeddings and head may take as float32, beside what they take already."""
+"""Memory limit of the float32 copy of the few layers, embeddings and head."""
 
 _NUMBERED = ("layer_idx", "layer_id", "layer_number")
-"""What every layer has another value of, without being another kind of layer."""
+"""Attributes that differ between layers of the same kind."""
 
 
 class FewLayers:
-    """Which layers of a model stand for all of them. Found once, before anything is replaced."""
+    """The layers that represent all layers of a model. Found once, before any is replaced."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -39,11 +39,12 @@ class FewLayers:
         first = list(layers)[:FEWEST_LAYERS]
         self._chosen = [x for x in layers if x in first or x in kinds.values()]
         self.num_layers = len(self._chosen)
-        """How many layers are left; all of them where they cannot be found in the model."""
+        """The number of remaining layers; all of them if the layers cannot be found in the
+        model."""
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, the model has no other layers, and float32 weights if these have room."""
+        """Inside, the model has no other layers, and float32 weights if they fit."""
         with ExitStack() as stack:
             if self._found is not None:
                 parent, name, layers = self._found
@@ -55,7 +56,7 @@ class FewLayers:
 
     @contextmanager
     def _types_of_chosen(self, layers: nn.ModuleList) -> Iterator[None]:
-        """A decoder looks up a layer's mask and rotary factors by its place in the list."""
+        """Decoders look up a layer's mask and rotary factors by its index in the list."""
         config = self.model.config.get_text_config()
         types = getattr(config, "layer_types", None)
         if not types or len(types) != len(layers):
@@ -71,7 +72,7 @@ class FewLayers:
 
 @contextmanager
 def _float32(model: nn.Module) -> Iterator[None]:
-    """The same parameters with their numbers as float32, unless they would take too much room."""
+    """Convert the parameters to float32, unless that takes too much memory."""
     narrow = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     if 4 * sum(p.numel() for p in narrow) > MAX_FLOAT32_BYTES:
         yield
@@ -87,7 +88,8 @@ def _float32(model: nn.Module) -> Iterator[None]:
 
 
 def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList] | None:
-    """The list of the decoder's layers and where it hangs; None if there is no such list."""
+    """The parent module, attribute name and list of the decoder's layers; None if there is no such
+    list."""
     number = model.config.get_text_config().num_hidden_layers
     for parent in model.get_decoder().modules():
         for name, child in parent.named_children():
@@ -97,8 +99,8 @@ def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """Equal for layers that compute the same but for the values of their weights: the classes,
-    shapes and plain settings of everything in them."""
+    """Equal for layers that differ only in the values of their weights: the classes,
+    shapes and plain settings of all their parts."""
     parts: list[Any] = []
     for name, module in layer.named_modules():
         settings = {

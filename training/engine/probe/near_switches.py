@@ -1,7 +1,8 @@
-"""Lengths at which a model begins to compute otherwise, brought within the proof's short passages.
+"""Shortens the lengths at which a model computes differently, so that the check's passages cross
+them.
 
-A window of 4,096 tokens shows in the 4,097th. What a layer does there does not depend on the
-number, so for the proof it is a small one, for stock transformers and for us alike.
+A window of 4,096 tokens only has an effect at the 4,097th. The computation does not depend on the
+number, so the check uses a small window, for stock transformers and for the engine alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from training.engine.torch.attention.backend import CHUNK_ATTRIBUTE
 
 SWITCHES = ("sliding_window", "attention_chunk_size", CHUNK_ATTRIBUTE, "floor_scale")
-"""Names under which configurations and layers keep such lengths: from the last on, queries are
+"""Names of such lengths in configurations and layers: from the last one on, queries are
 scaled by their position."""
 
 NEAR_TOKENS = 8
@@ -25,7 +26,7 @@ NEAR_TOKENS = 8
 def near_switches(model: PreTrainedModel) -> Iterator[bool]:
     """Inside, these lengths are at most ``NEAR_TOKENS``.
 
-    Gives whether any was more.
+    Yields whether any was larger.
     """
     owners: dict[int, Any] = {id(module): module for module in model.modules()}
     for module in list(owners.values()):
