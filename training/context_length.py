@@ -30,6 +30,12 @@ WINDOW = re.compile(r"(window|chunk)(_size)?s?$")
 COMPUTED_WINDOWS = ("sliding_window", "attention_chunk_size")
 """Windows that our attention computes if a layer declares them as transformers' layers do."""
 
+COMPUTED_ROTARY = ("longrope",)
+"""Rotary factors that change with a sequence's length and that each gets for its own."""
+
+COMPUTED = (*COMPUTED_WINDOWS, *COMPUTED_ROTARY)
+"""What is no limit, unless the loaded model turns out to have it in a way of its own."""
+
 ROTARY = ("rope_parameters", "rope_scaling")
 
 STEADY_ROTARY = ("default", "linear", "yarn", "llama3", "proportional")
@@ -37,19 +43,20 @@ STEADY_ROTARY = ("default", "linear", "yarn", "llama3", "proportional")
 
 
 def usable_context_tokens(
-    config: Mapping[str, Any], *, computed_windows: Collection[str] = COMPUTED_WINDOWS
+    config: Mapping[str, Any], *, computed: Collection[str] = COMPUTED
 ) -> int | None:
     """The longest sequence that is computed correctly; None if the configuration gives no limit.
 
     Args:
         config: A causal model's configuration, or the text part of a model with images.
-        computed_windows: Names of windows that are no limit.
+        computed: Names of windows and kinds of rotary factors that are no limit.
     """
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
-        return usable_context_tokens(inner, computed_windows=computed_windows)
-    windows = _windows({k: v for k, v in config.items() if k not in computed_windows})
-    return min([*_trained_length(config), *windows, *_rotary_switches(config)], default=None)
+        return usable_context_tokens(inner, computed=computed)
+    windows = _windows({k: v for k, v in config.items() if k not in computed})
+    switches = _rotary_switches(config, steady=(*STEADY_ROTARY, *computed))
+    return min([*_trained_length(config), *windows, *switches], default=None)
 
 
 def _trained_length(config: Mapping[str, Any]) -> Iterable[int]:
@@ -65,11 +72,11 @@ def _windows(config: Mapping[str, Any]) -> Iterator[int]:
             yield from (each for each in values if _is_length(each))
 
 
-def _rotary_switches(config: Mapping[str, Any]) -> Iterator[int]:
+def _rotary_switches(config: Mapping[str, Any], *, steady: Collection[str]) -> Iterator[int]:
     for name in ROTARY:
         for parameters in _rotary_parameters(config.get(name)):
             kind = parameters.get("rope_type", parameters.get("type", "default"))
-            if kind in STEADY_ROTARY:
+            if kind in steady:
                 continue
             original = "original_max_position_embeddings"
             yield from (

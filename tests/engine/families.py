@@ -133,6 +133,7 @@ class _PeftModel:
         with peft_warnings_ignored():
             self._model = peft.get_peft_model(base, config).eval()
         self._layout = layout
+        self._depends_on_length = "longrope" in str(base.config.to_dict())
         flat = torch.from_numpy(trainer.adapter_state(adapter_name)["weights"])
         for name in layout.places:
             for parameter, value in zip(self._pair(name), layout.pair(flat, name), strict=True):
@@ -147,6 +148,15 @@ class _PeftModel:
         inputs, targets = torch.tensor([tokens[:-1]]), torch.tensor(tokens[1:])[:, None]
         logits = self._model(input_ids=inputs, use_cache=False).logits[0]
         return logits.float().log_softmax(-1).gather(1, targets)[:, 0]
+
+    def sampled_logprobs(self, prompt: list[int], sampled: list[int]) -> NDArray[np.float32]:
+        """(n,) of each sampled token; where a sequence's length changes what is said of its
+        beginning, by a pass over what came before it, and no more."""
+        tokens, split = [*prompt, *sampled], len(prompt)
+        if not self._depends_on_length:
+            return self.logprobs(tokens)[split - 1 :].numpy()
+        ends = range(split, len(tokens))
+        return np.array([self.logprobs(tokens[: end + 1])[-1].item() for end in ends], np.float32)
 
     def grad(self) -> NDArray[np.float32]:
         flat = torch.zeros(self._layout.num_parameters)
@@ -203,8 +213,8 @@ def _sampling(sampler: ContinuousSampler, stock: _PeftModel, longest: int) -> Ma
         assert output.prompt_logprobs is not None
         sequence = output.sequences[0]
         with torch.no_grad():
-            theirs = stock.logprobs([*prompt, *sequence.tokens]).numpy()
-        split = len(prompt) - 1
-        scored = max(scored, float(np.abs(output.prompt_logprobs[1:] - theirs[:split]).max()))
-        sampled = max(sampled, float(np.abs(sequence.logprobs - theirs[split:]).max()))
+            of_prompt = stock.logprobs(prompt).numpy()
+            of_sampled = stock.sampled_logprobs(prompt, sequence.tokens)
+        scored = max(scored, float(np.abs(output.prompt_logprobs[1:] - of_prompt).max()))
+        sampled = max(sampled, float(np.abs(sequence.logprobs - of_sampled).max()))
     return {"scoring": scored, "sampling": sampled}

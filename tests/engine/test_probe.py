@@ -30,13 +30,16 @@ def longrope_folder(tmp_path_factory):
     return save_random(config, tmp_path_factory.mktemp("longrope"))
 
 
-def test_factors_that_follow_the_longest_sequence_bound_the_context(longrope_folder):
+def test_factors_that_follow_the_longest_sequence_bound_the_context(longrope_folder, monkeypatch):
+    """Where each sequence cannot be given its own."""
+    monkeypatch.setattr(loading, "rotary_switch_of", lambda model: None)
     assert load(longrope_folder).info.max_context_tokens == 32
 
 
 def test_a_sequence_that_changes_with_those_beside_it_is_seen(longrope_folder, monkeypatch):
     """As if the configuration named the switch in a way that nobody knows."""
-    monkeypatch.setattr(loading, "usable_context_tokens", lambda config: CONTEXT_TOKENS)
+    monkeypatch.setattr(loading, "rotary_switch_of", lambda model: None)
+    monkeypatch.setattr(loading, "usable_context_tokens", lambda config, **_: CONTEXT_TOKENS)
     with pytest.raises(BaseModelNotFound, match="sequences packed beside each other differ"):
         load(longrope_folder)
 

@@ -9,6 +9,10 @@ import pytest
 from training.context_length import usable_context_tokens
 
 LONG = {"max_position_embeddings": 131_072}
+LONGROPE = {
+    **LONG,
+    "rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4096},
+}
 
 
 @pytest.mark.parametrize(
@@ -29,21 +33,12 @@ LONG = {"max_position_embeddings": 131_072}
         ({**LONG, "max_window_layers": 28, "sliding_window_pattern": 6}, 131_072),
         ({**LONG, "chunk_size_feed_forward": 0}, 131_072),
         # Rotary factors that are others for long sequences.
+        (LONGROPE, 131_072),
         (
             {
                 **LONG,
-                "rope_scaling": {"type": "longrope"},
+                "rope_scaling": {"type": "dynamic"},
                 "original_max_position_embeddings": 4096,
-            },
-            4096,
-        ),
-        (
-            {
-                **LONG,
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "original_max_position_embeddings": 4096,
-                },
             },
             4096,
         ),
@@ -88,9 +83,10 @@ def test_it_ends_where_the_model_would_compute_otherwise(
         ({**LONG, "sliding_window": None}, 131_072),
         ({**LONG, "sliding_window": 4096, "use_sliding_window": False}, 131_072),
         ({**LONG, "attention_chunk_size": 8192}, 8192),
+        (LONGROPE, 4096),
     ],
 )
-def test_a_window_that_is_not_computed_is_a_limit(
+def test_a_switch_that_is_not_computed_is_a_limit(
     config: dict[str, Any], expected: int | None
 ) -> None:
-    assert usable_context_tokens(config, computed_windows=()) == expected
+    assert usable_context_tokens(config, computed=()) == expected

@@ -18,6 +18,7 @@ others. One layer of each kind does all this; all layers compute one passage.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -185,7 +186,11 @@ class _Prover:
     def _run_parts(self, cuts: Sequence[slice], attention: Attention) -> list[Tensor]:
         """Of each passage a part, under the update: their log-probabilities (n, V)."""
         parts = [
-            Passage(tokens=passage.tokens[cut], first_position=passage.first_position + cut.start)
+            replace(
+                passage,
+                tokens=passage.tokens[cut],
+                first_position=passage.first_position + cut.start,
+            )
             for passage, cut in zip(self._stock.passages, cuts, strict=True)
         ]
         num_rows = sum(len(part.tokens) for part in parts)
@@ -200,7 +205,7 @@ class _Prover:
         hidden = self._base_model.hidden_states(
             torch.cat([passage.tokens for passage in passages]),
             torch.cat([passage.position_ids for passage in passages]),
-            PackedContext(segments=[segment], attention=calls),
+            PackedContext(segments=[segment], attention=calls, is_long=self._is_long(passages)),
         )  # (T, C)
         if len(calls.layers) != self.num_layers or len(set(calls.layers)) != self.num_layers:
             raise self._refusal(
@@ -209,6 +214,17 @@ class _Prover:
             )
         logits = self._base_model.logits(hidden, uniform_segments(len(hidden), None))  # (T, V)
         return list(logits.log_softmax(-1).split([len(passage.tokens) for passage in passages]))
+
+    def _is_long(self, passages: Sequence[Passage]) -> Tensor | None:
+        """(T,) which rows are of passages that go on, in all, beyond the rotary switch."""
+        switch = self._base_model.rotary_switch
+        if switch is None:
+            return None
+        rows = [
+            torch.full((len(passage.tokens),), passage.sequence_tokens > switch)
+            for passage in passages
+        ]
+        return torch.cat(rows).to(self._base_model.device)
 
     def _refusal(self, what: str) -> BaseModelNotFound:
         other = "" if self._dtype == torch.float32 else " or TINKERAPI_DTYPE=float32"

@@ -40,6 +40,8 @@ class Passage:
     tokens: Tensor
     """(n,) int64"""
     first_position: int
+    sequence_tokens: int
+    """How many the sequence has up to the passage's end; of a part of one, the whole one's."""
 
     @property
     def position_ids(self) -> Tensor:
@@ -166,6 +168,7 @@ def _make_passages(vocab_size: int, context_tokens: int, device: torch.device) -
         Passage(
             tokens=torch.randint(vocab_size, (length,), generator=generator).to(device),
             first_position=first,
+            sequence_tokens=first + length,
         )
         for length, first in zip(lengths, (0, 0, context_tokens - lengths[-1]), strict=True)
     ]

@@ -163,6 +163,7 @@ class ContinuousSampler(Sampler):
 
     @torch.no_grad()
     def _step(self) -> Results:
+        self._reread_long()
         self._prefilling += self._admission.start([*self._prefilling, *self._decoding])
         if self._prefilling and not (self._decoding and self._prefilled_last):
             self._prefilled_last = True
@@ -170,9 +171,22 @@ class ContinuousSampler(Sampler):
         self._prefilled_last = False
         return self._sample(*decode(self._model_step, self._decoding)) if self._decoding else {}
 
+    def _reread_long(self) -> None:
+        """Have sequences read again whose rotary factors are others from the newest token on."""
+        switch = self._base_model.rotary_switch
+        if switch is None:
+            return
+        for request in [each for each in self._decoding if each.passes(switch)]:
+            request.read_again()
+            self._decoding.remove(request)
+            self._prefilling.append(request)
+
     def _read_prompts(self) -> Results:
         """Read the next chunk of some prompts; where it was the last, sample the first tokens."""
         read = self._prefill.run(self._prefilling)
+        for request in [r for r in self._prefilling if r.is_past_switch and not r.rereads]:
+            self._prefilling.remove(request)
+            self._decoding.append(request)
         finished: Results = {
             request.key: request.output(self._text) for request in read if not request.max_tokens
         }

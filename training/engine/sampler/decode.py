@@ -30,7 +30,8 @@ def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row
     positions = [
         0 if row is None else len(row[0].job.prompt) + len(row[1].tokens) - 1 for row in rows
     ]
-    hidden = step.hidden_states(tokens, positions, segments, attention)  # (T, H)
+    lengths = [position + 1 for position in positions]
+    hidden = step.hidden_states(tokens, positions, segments, attention, lengths)  # (T, H)
     logits = step.base_model.logits(hidden, segments)  # (T, V)
     if attention.real_rows is not None:
         logits = logits[attention.real_rows]

@@ -52,11 +52,16 @@ class ModelStep:
         positions: Sequence[int],
         segments: Sequence[Segment],
         attention: Attention,
+        lengths: Sequence[int],
     ) -> Tensor:
-        """(T, H) of T rows, each a token at its position in its sequence."""
+        """(T, H) of T rows, each a token at its position in its sequence of so many tokens."""
         device = self.base_model.device
+        switch = self.base_model.rotary_switch
+        is_long = None
+        if switch is not None and max(lengths) > switch:
+            is_long = torch.tensor([length > switch for length in lengths], device=device)
         return self.base_model.hidden_states(
             torch.tensor(tokens, dtype=torch.int64, device=device),
             torch.tensor(positions, device=device),
-            PackedContext(segments=segments, attention=attention),
+            PackedContext(segments=segments, attention=attention, is_long=is_long),
         )

@@ -1,4 +1,8 @@
-"""Reading prompts into the cache, a chunk at a time."""
+"""Reading prompts into the cache, a chunk at a time.
+
+And reading again what sequences have sampled, where they became so long that the rotary factors of
+all their tokens are others (``rotary``).
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,9 @@ class Prefill:
         """Read the next chunk of as many of the requests as fit into a pass, in order.
 
         Returns:
-            The prompt's last row (H,) of each request that was read to its end.
+            The prompt's last row (H,) of each request whose prompt was read to its end.
         """
+        lengths: list[int] = []
         tokens: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
@@ -42,24 +47,26 @@ class Prefill:
             if chunks and len(tokens) + num_rows > self._chunk_tokens:
                 break
             chunks.append((request, chunk))
-            tokens += [*request.job.prompt[chunk.start : chunk.end].tolist(), *padding]
+            tokens += [*request.unread_tokens[chunk.start : chunk.end].tolist(), *padding]
             positions += [*range(chunk.start, chunk.end), *padding]
+            lengths += [request.read_as_length] * num_rows
             segments.append(
                 Segment(start=chunk.first_row, end=len(tokens), weights=request.weights)
             )
         missing = [0] * self._step.fill(segments)
         tokens += missing
         positions += missing
+        lengths += missing
         attention = PrefillAttention(self._step.cache, [chunk for _, chunk in chunks])
-        hidden = self._step.hidden_states(tokens, positions, segments, attention)  # (T, H)
+        hidden = self._step.hidden_states(tokens, positions, segments, attention, lengths)
+        last_hidden: dict[ActiveRequest, Tensor] = {}
         for request, chunk in chunks:
-            request.num_prefilled = chunk.end
-            self._score(request, chunk, hidden)
-        return {
-            request: hidden[chunk.first_row + chunk.num_tokens - 1]
-            for request, chunk in chunks
-            if chunk.end == len(request.job.prompt)
-        }
+            if not request.is_prefilled:
+                self._score(request, chunk, hidden)
+                if chunk.end == len(request.job.prompt):
+                    last_hidden[request] = hidden[chunk.first_row + chunk.num_tokens - 1]
+            request.note_read(chunk.end)
+        return last_hidden
 
     def first_logits(self, last_hidden: Mapping[ActiveRequest, Tensor]) -> Tensor:
         """(n, V) of what follows n prompts, whose last rows (H,) are given; padding rows behind.
@@ -81,10 +88,14 @@ class Prefill:
     def _next_chunk(self, request: ActiveRequest, *, first_row: int) -> PrefillChunk:
         """Cut at multiples of the chunk size, whatever shares the pass."""
         assert request.region is not None  # noqa: S101 - reserved before prefilling
-        start = request.num_prefilled
-        end = min(start + self._chunk_tokens, len(request.job.prompt))
+        start = request.num_read
+        end = min(start + self._chunk_tokens, len(request.unread_tokens))
         return PrefillChunk(
-            first_row=first_row, region=request.region, start=start, num_tokens=end - start
+            first_row=first_row,
+            region=request.region,
+            sequence=request.rereads[0].number if request.rereads else 0,
+            start=start,
+            num_tokens=end - start,
         )
 
     def _score(self, request: ActiveRequest, chunk: PrefillChunk, hidden: Tensor) -> None:

@@ -24,7 +24,7 @@ from training.errors import (
     NonFiniteResult,
     TrainingError,
 )
-from training.types import SampledSequence
+from training.types import SampledSequence, TokenIds
 
 
 @dataclass(kw_only=True, eq=False)
@@ -77,13 +77,55 @@ class ActiveRequest:
     """Those of the job's version; None for the base model's own."""
     region: Region | None = None
     """Its rows in the cache, once it has started."""
-    num_prefilled: int = 0
-    """Prompt tokens that are in the cache."""
+    num_read: int = 0
+    """Tokens that are in the cache, of those that are being read."""
+    is_prefilled: bool = False
+    """Whether the prompt was read to its end."""
+    rereads: list[ActiveSequence] = field(default_factory=list)
+    """Whose tokens must be read once more before they go on, the next one first."""
+    is_past_switch: bool = False
+    """Whether its sequences have been, or are being, read again."""
 
     @property
     def rows_each(self) -> int:
         """Tokens that a sequence keeps in the cache: its last one is never read."""
         return len(self.job.prompt) + max(self.max_tokens, 1) - 1
+
+    @property
+    def unread_tokens(self) -> TokenIds:
+        """(n,) what is being read: the prompt, or a sequence without its newest token."""
+        if not self.rereads:
+            return self.job.prompt
+        sampled = np.array(self.rereads[0].tokens[:-1], self.job.prompt.dtype)
+        return np.concatenate([self.job.prompt, sampled])
+
+    @property
+    def read_as_length(self) -> int:
+        """Tokens of the sequence in whose name they are read."""
+        return len(self.unread_tokens) + bool(self.rereads)
+
+    def note_read(self, num_tokens: int) -> None:
+        """So many of ``unread_tokens`` are in the cache now."""
+        self.num_read = num_tokens
+        if num_tokens < len(self.unread_tokens):
+            return
+        if self.is_prefilled:
+            self.rereads.pop(0)
+        self.is_prefilled = True
+        self.num_read = 0
+
+    def passes(self, switch: int) -> bool:
+        """Whether its sequences became longer than ``switch`` with their newest tokens, and what
+        came before must be read again."""
+        if self.is_past_switch or len(self.job.prompt) > switch:
+            return False
+        newest = next(self.unfinished(), None)
+        return newest is not None and len(self.job.prompt) + len(newest.tokens) > switch
+
+    def read_again(self) -> None:
+        """Begin to do so."""
+        self.rereads = list(self.unfinished())
+        self.is_past_switch = True
 
     def unfinished(self) -> Iterator[ActiveSequence]:
         return (sequence for sequence in self.sequences if sequence.stop_reason is None)

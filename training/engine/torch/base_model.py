@@ -39,6 +39,9 @@ class BaseModel:
     """(V, C); the embedding matrix itself where the two are tied."""
     head_bias: Tensor | None
     logit_shape: LogitShape
+    rotary_switch: int | None
+    """Longer sequences have other rotary factors (``rotary``), and ``PackedContext`` must say
+    which rows are theirs; None: all have the same."""
     linear_shapes: dict[str, LoraShape]
     """Every module that can have an adapter, the head last."""
     _decoder: nn.Module

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from training.context_length import usable_context_tokens
+from training.context_length import COMPUTED_ROTARY, COMPUTED_WINDOWS, usable_context_tokens
 from training.engine.interface import BaseModelInfo
 from training.engine.probe.proof import prove, stock_answers
 from training.engine.torch.adapters import LoraShape
@@ -30,6 +30,7 @@ from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.memory import keep_freed_memory
 from training.engine.torch.packing.stream import ContextHolder
+from training.engine.torch.rotary import follow_lengths, rotary_switch_of
 from training.errors import BaseModelNotFound
 
 
@@ -174,7 +175,11 @@ def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
         BaseModelNotFound: They do not.
     """
     config = model.config.get_text_config()
-    context_tokens = usable_context_tokens(config.to_dict())
+    switch = rotary_switch_of(model)
+    computed_rotary = () if switch is None else COMPUTED_ROTARY
+    context_tokens = usable_context_tokens(
+        config.to_dict(), computed=(*COMPUTED_WINDOWS, *computed_rotary)
+    )
     if context_tokens is None:
         raise BaseModelNotFound(
             f"{name} cannot be served: its config.json does not say how long a sequence may be;"
@@ -189,9 +194,11 @@ def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
         model, name=name, vocab_size=head.out_features, context_tokens=context_tokens
     )
     if not stock.crosses_windows:
-        within = usable_context_tokens(config.to_dict(), computed_windows=())
+        within = usable_context_tokens(config.to_dict(), computed=computed_rotary)
         context_tokens = context_tokens if within is None else within
-    base_model = _wrap(model, tokenizer, name, head, context_tokens, stock.logit_shape)
+    base_model = _wrap(
+        model, tokenizer, name, head, context_tokens, stock.logit_shape, rotary_switch=switch
+    )
     prove(base_model, stock, num_layers=config.num_hidden_layers)
     return base_model
 
@@ -203,11 +210,15 @@ def _wrap(
     head: nn.Linear,
     context_tokens: int,
     logit_shape: LogitShape,
+    *,
+    rotary_switch: int | None,
 ) -> BaseModel:
     num_parameters = model.num_parameters()
     model.set_attn_implementation(ATTENTION_NAME)
     holder = ContextHolder()
     prepare_layers(model, model.config.get_text_config(), holder)
+    if rotary_switch is not None:
+        follow_lengths(model, holder, rotary_switch)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     head_name = next(n for n, module in linears.items() if module is head)
     del linears[head_name]
@@ -232,6 +243,7 @@ def _wrap(
         head_weight=head.weight,
         head_bias=head.bias,
         logit_shape=logit_shape,
+        rotary_switch=rotary_switch,
         linear_shapes={n: LoraShape(m.in_features, m.out_features) for n, m in linears.items()},
         _decoder=_decoder_of(model),
         _holder=holder,

@@ -108,7 +108,7 @@ def run_pass(
             grad = adapters[name].grad
             result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
     work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
-    for batch in plan_micro_batches(jobs, token_budget):
+    for batch in plan_micro_batches(jobs, token_budget, rotary_switch=base_model.rotary_switch):
         with torch.set_grad_enabled(trains):
             head = _run_micro_batch(base_model, batch, adapters, result.grads, work, custom_losses)
         _scatter_scores(batch, head, result.scores)
@@ -135,12 +135,14 @@ def _run_micro_batch(
         ]
 
     device = base_model.device
+    is_long = batch.rows_longer_than(base_model.rotary_switch)
     hidden = base_model.hidden_states(
         _to_device(batch.tokens, device),
         _to_device(batch.position_ids, device),
         PackedContext(
             segments=segments(lambda span: span.rows),
             attention=SequenceAttention(batch.row_ranges),
+            is_long=None if is_long is None else _to_device(is_long, device),
         ),
     )  # (T, C)
     scored = take_rows(hidden, _to_device(batch.scored_rows, device))  # (S, C)

@@ -34,10 +34,11 @@ class PrefillChunk:
 
     first_row: int
     region: Region
-    """The prompt is kept as its first sequence."""
     start: int
     """How many tokens of the prompt are in the cache already."""
     num_tokens: int
+    sequence: int = 0
+    """As which of the region's sequences they are kept: a prompt as the first."""
 
     @property
     def end(self) -> int:
@@ -52,7 +53,7 @@ class PrefillAttention(Attention):
         self._chunks = chunks
         rows = [chunk.first_row + n for chunk in chunks for n in range(chunk.num_tokens)]
         cache_rows = [
-            chunk.region.row(0, chunk.start + n)
+            chunk.region.row(chunk.sequence, chunk.start + n)
             for chunk in chunks
             for n in range(chunk.num_tokens)
         ]
@@ -75,7 +76,7 @@ class PrefillAttention(Attention):
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_tokens)
             keys, values = (
                 x[:, view.first_key :]
-                for x in self._cache.view(layer_idx, chunk.region, 0, 1, chunk.end)
+                for x in self._cache.view(layer_idx, chunk.region, chunk.sequence, 1, chunk.end)
             )
             if not variant.has_plain_scores:
                 output[rows] = attend_by_formula(

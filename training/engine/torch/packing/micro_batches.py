@@ -99,15 +99,30 @@ class MicroBatch:
     inputs: Mapping[str, NDArray[np.float32]]
     """(N, K) for each input that a loss here needs; 0 where a token's loss does not."""
 
+    def rows_longer_than(self, num_tokens: int | None) -> NDArray[np.bool_] | None:
+        """(T,) whether a row's datums are longer; None: none is, or there is no such number."""
+        if num_tokens is None:
+            return None
+        is_long = np.zeros(len(self.tokens), np.bool_)
+        for packed in self.datums:
+            if packed.end - packed.start > num_tokens:
+                for row_range in packed.row_ranges:
+                    is_long[row_range.start : row_range.end] = True
+        return is_long if is_long.any() else None
 
-def plan_micro_batches(jobs: Sequence[PlannedJob], token_budget: int) -> list[MicroBatch]:
+
+def plan_micro_batches(
+    jobs: Sequence[PlannedJob], token_budget: int, *, rotary_switch: int | None = None
+) -> list[MicroBatch]:
     """Pack every datum of every job once.
 
     Args:
         jobs: All of them train, or none does.
         token_budget: Most rows in a micro-batch, unless one datum alone is longer.
+        rotary_switch: Datums that are longer share nothing with others; see ``BaseModel``.
     """
-    return [_make_batch(pieces) for pieces in plan_pieces(jobs, token_budget)]
+    planned = plan_pieces(jobs, token_budget, rotary_switch=rotary_switch)
+    return [_make_batch(pieces) for pieces in planned]
 
 
 def _make_batch(pieces: Sequence[Piece]) -> MicroBatch:

@@ -101,11 +101,14 @@ class Piece:
         return item.num_tokens - SHARED_BLOCK * len(self._blocks.intersection(item.path))
 
 
-def plan_pieces(jobs: Sequence[PlannedJob], token_budget: int) -> list[list[Piece]]:
+def plan_pieces(
+    jobs: Sequence[PlannedJob], token_budget: int, *, rotary_switch: int | None = None
+) -> list[list[Piece]]:
     """Every datum of every job in one piece; the pieces of each micro-batch.
 
     Args:
         token_budget: Largest sum of sizes, unless one datum alone is larger.
+        rotary_switch: See ``BaseModel``.
     """
     by_part: dict[tuple[str, int], list[PlannedJob]] = {}
     for planned in jobs:
@@ -113,7 +116,7 @@ def plan_pieces(jobs: Sequence[PlannedJob], token_budget: int) -> list[list[Piec
     batches: list[list[Piece]] = []
     total = 0
     for part in by_part.values():
-        for piece in _cut_part(part, token_budget):
+        for piece in _cut_part(part, token_budget, rotary_switch):
             if not batches or total + piece.size > token_budget:
                 batches.append([])
                 total = 0
@@ -122,12 +125,15 @@ def plan_pieces(jobs: Sequence[PlannedJob], token_budget: int) -> list[list[Piec
     return batches
 
 
-def _cut_part(jobs: Sequence[PlannedJob], token_budget: int) -> list[Piece]:
+def _cut_part(
+    jobs: Sequence[PlannedJob], token_budget: int, rotary_switch: int | None
+) -> list[Piece]:
     """Those that begin alike beside each other, within that by loss, and the longest first."""
     loss_order = _first_seen(planned.loss_key for planned in jobs)
     pieces: list[Piece] = []
     for item in sorted(
-        _items(jobs), key=lambda i: (i.path, loss_order[i.planned.loss_key], -i.num_tokens)
+        _items(jobs, rotary_switch),
+        key=lambda i: (i.path, loss_order[i.planned.loss_key], -i.num_tokens),
     ):
         if not pieces or pieces[-1].size_with(item) > token_budget:
             pieces.append(Piece())
@@ -137,13 +143,13 @@ def _cut_part(jobs: Sequence[PlannedJob], token_budget: int) -> list[Piece]:
     return pieces
 
 
-def _items(jobs: Sequence[PlannedJob]) -> list[Item]:
+def _items(jobs: Sequence[PlannedJob], rotary_switch: int | None) -> list[Item]:
     data: list[tuple[PlannedJob, int, NDArray[np.int32]]] = [
         (planned, index, datum.model_input)
         for planned in jobs
         for index, datum in enumerate(planned.job.data)
     ]
-    paths = shared_paths([tokens for _, _, tokens in data])
+    paths = shared_paths([tokens for _, _, tokens in data], rotary_switch=rotary_switch)
     return [
         Item(planned=planned, index=index, path=path)
         for (planned, index, _), path in zip(data, paths, strict=True)

@@ -32,13 +32,20 @@ Path = tuple[int, ...]
 after equal beginnings."""
 
 
-def shared_paths(sequences: Sequence[NDArray[np.int32]]) -> list[Path]:
-    """Of each sequence, the blocks at its beginning that another has there too."""
+def shared_paths(
+    sequences: Sequence[NDArray[np.int32]], *, rotary_switch: int | None = None
+) -> list[Path]:
+    """Of each sequence, the blocks at its beginning that another has there too.
+
+    Args:
+        rotary_switch: Sequences that are longer begin otherwise, even with the same tokens.
+    """
     numbers: dict[tuple[int, bytes], int] = {}
     paths: list[Path] = []
     for tokens in sequences:
         path = []
-        number = -1  # of the block before
+        is_long = rotary_switch is not None and len(tokens) > rotary_switch
+        number = -2 if is_long else -1  # of the block before
         for start in range(0, len(tokens) - SHARED_BLOCK + 1, SHARED_BLOCK):
             block = tokens[start : start + SHARED_BLOCK].tobytes()
             number = numbers.setdefault((number, block), len(numbers))

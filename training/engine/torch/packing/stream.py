@@ -113,6 +113,9 @@ class PackedContext:
 
     segments: Sequence[Segment]
     attention: Attention
+    is_long: Tensor | None = None
+    """(T,) bool, rows of sequences longer than the base model's ``rotary_switch``; None: no row
+    is."""
 
     @cached_property
     def joined(self) -> list[list[Segment]]:

@@ -1,0 +1,86 @@
+"""Rotary factors that depend on how long a sequence is, sequence by sequence.
+
+A model with ``longrope`` (Phi-3.5, Phi-4-mini) has two sets of factors: one for sequences up to the
+length that it was first trained on, one for longer ones. transformers chooses by the largest
+position of the whole pass, so in a packed stream one long sequence would change all the others.
+Here each row gets those of its own sequence:
+
+- in training and scoring, a sequence is the datum's or prompt's tokens, as in one pass of
+  transformers over it alone;
+- while sampling, it is the tokens so far. The token that makes it longer than the switch is
+  followed by a second reading of all before it, as in transformers' ``generate``: kept keys were
+  turned by the other factors.
+
+So a sampled token's log-probability is what one pass over the tokens before it says. One pass over
+the finished, longer sequence says something else of the tokens before the switch: that is how
+these models are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.engine.torch.packing.stream import ContextHolder
+
+LONGROPE = "longrope"
+
+
+def rotary_switch_of(model: nn.Module) -> int | None:
+    """The longest sequence for which the factors are the short ones; None: they never change.
+
+    Also None where they do so in a way that ``follow_lengths`` does not know.
+    """
+    lengths = {_switch_of(module) for module in _longrope_modules(model)}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def follow_lengths(model: nn.Module, holder: ContextHolder, switch: int) -> None:
+    """Have each row of a pass get the factors of its own sequence."""
+    for module in _longrope_modules(model):
+        module.forward = partial(_by_sequence, module.forward, holder, switch)
+
+
+def _by_sequence(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    holder: ContextHolder,
+    switch: int,
+    x: Tensor,
+    position_ids: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """What a rotary module is called for: cosines and sines, (1, T, D) each."""
+    is_long = None if holder.current is None else holder.current.is_long
+    if is_long is None:
+        return forward(x, position_ids, *args, **kwargs)
+    # One position beyond the switch makes all of a call long; without any, all of it is short.
+    beyond = position_ids.new_full((1, 1), switch)
+    long = forward(x, torch.cat([position_ids, beyond], dim=1), *args, **kwargs)
+    short = forward(x, position_ids.masked_fill(is_long, 0), *args, **kwargs)
+    cos, sin = (
+        torch.where(is_long[None, :, None], of_long[:, :-1], of_short)
+        for of_long, of_short in zip(long, short, strict=True)
+    )
+    return cos, sin
+
+
+def _longrope_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _switch_of(module) is not None]
+
+
+def _switch_of(module: nn.Module) -> int | None:
+    rope_type = getattr(module, "rope_type", None)
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    if isinstance(rope_type, dict):  # a set of factors for each kind of layer
+        lengths = {
+            parameters[kind]["original_max_position_embeddings"]
+            for kind, each in rope_type.items()
+            if each == LONGROPE
+        }
+        return lengths.pop() if len(lengths) == 1 else None
+    return parameters["original_max_position_embeddings"] if rope_type == LONGROPE else None
