@@ -198,7 +198,7 @@ def test_a_thought_that_the_prompt_closes_already_is_prompted_and_not_trained() 
 def test_an_earlier_answer_that_no_prompt_precedes_is_refused_by_its_number() -> None:
     off = ChatOptions(template_kwargs={"enable_thinking": False})
     messages = chat("user: hello", "assistant: yes", "user: what", "assistant: no")
-    with pytest.raises(InvalidRequest, match=r"messages\[1\]: .* conversation of its own"):
+    with pytest.raises(InvalidRequest, match=r"messages\[1\]: .* separate conversation"):
         chat_renderer("byte-level", QWEN).render_conversation(messages, "auto", off)
 
 
@@ -358,7 +358,7 @@ def test_a_message_that_is_gone_on_with_has_the_tokens_it_is_trained_with(kind: 
     assert text.render_prompt(chat("user: hello"), without) == own_tokens(
         make_tokenizer(kind, family), chat("user: hello")
     )
-    with pytest.raises(InvalidRequest, match="say how a prompt ends"):
+    with pytest.raises(InvalidRequest, match="define a prompt"):
         text.render_conversation(chat("user: hello"), "all", without)
 
 

@@ -1,4 +1,4 @@
-"""A limit of time for a model's own program, where the process has nothing else to do yet."""
+"""A time limit for a model's own template, while the process has nothing else to do."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from types import FrameType
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in Python code that runs for so long, again and again if it goes on.
+    """Raise TimeoutError in Python code that runs for this long, repeatedly if it continues.
 
-    Works in a process's main thread; elsewhere, where nobody can be interrupted, it does nothing.
+    Works in a process's main thread; in other threads, which cannot be interrupted, it does
+    nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

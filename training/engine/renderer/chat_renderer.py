@@ -1,10 +1,10 @@
 """Text into tokens and back: the base model's tokenizer and its chat template.
 
-A conversation is rendered by the model's own template and tokenized whole. What is trained of an
-answer is what follows the prompt that would have been sampled from, up to the token on which
-sampling stops. So one property holds for whatever is accepted: **the tokens prompted and the
-tokens trained are the tokens that the template gives, and sampling stops on what was trained.**
-What cannot have it is refused by name; no mask is ever guessed.
+A conversation is rendered by the model's own template and tokenized as a whole. The trained part of
+an answer follows the prompt that would have been sampled from, up to the token on which sampling
+stops. So one property holds for every accepted conversation: **prompt tokens and trained tokens are
+those of the template, and sampling stops on the token that was trained.** Any other conversation is
+refused with the reason; a mask is never guessed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText
 
 TRY_SECONDS = 5.0
-"""What a template may take for a short conversation when it is tried."""
+"""Time limit of a template for a short conversation in the check at the start."""
 
 TRAIN_ON = ("auto", "assistant", "all")
 
@@ -46,9 +46,9 @@ class ChatRenderer(Renderer):
     ) -> None:
         """
         Args:
-            tokenizer: A fast one: its character offsets are needed.
-            vocab_size: How many tokens the base model knows. A tokenizer may know more.
-            end_token_ids: End tokens beside the tokenizer's own, such as those of the model's
+            tokenizer: A fast tokenizer: its character offsets are needed.
+            vocab_size: The base model's number of tokens. A tokenizer may have more.
+            end_token_ids: Further end tokens, such as those of the model's
                 generation configuration.
         """
         self._tokenizer = tokenizer
@@ -57,7 +57,7 @@ class ChatRenderer(Renderer):
         added = tokenizer.added_tokens_decoder
         self._added = {i: t.content for i, t in added.items() if not t.content.isspace()}
         self.special_texts = {i: t.content for i, t in added.items() if t.special}
-        """Special tokens, written out; ``decode`` leaves them out."""
+        """The texts of special tokens, which ``decode`` leaves out."""
         self._first_tokens = _first_tokens(tokenizer)
         self._token_texts = TokenTexts(tokenizer, neutral=self._ids_of("a")[-1:])
         with time_limit(TRY_SECONDS):
@@ -66,18 +66,18 @@ class ChatRenderer(Renderer):
         self.end_token_ids: tuple[int, ...] = tuple(
             sorted({*own, *end_token_ids, *self._ends.stops})
         )
-        """Where the model itself ends what it says: the tokenizer's end token, those handed in,
-        and what the chat template writes after what the assistant says."""
+        """The end tokens: the tokenizer's, those passed in,
+        and those that the chat template writes after the assistant's text."""
         with time_limit(TRY_SECONDS):
             self.conversation_fault = find_fault(self, self._template)
-        """Why no conversation can be trained on; None if they can be."""
+        """Why conversations cannot be trained on; None if they can."""
 
     # -- text ------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Text as the token ids of a prompt; a special token written out becomes that token.
+        """Text as the token ids of a prompt; special tokens may be written out.
 
-        What the tokenizer itself begins every text with (a BOS token, for many) comes first,
+        The tokenizer's own first token (BOS, for many models) comes first,
         unless the text begins with it already.
 
         Raises:
@@ -99,14 +99,14 @@ class ChatRenderer(Renderer):
         return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def decode_after(self, before: Sequence[int], tokens: Sequence[int]) -> str:
-        """What ``tokens`` add to the text of those before, the first word's space included."""
+        """The text that ``tokens`` add to that of those before, with the first word's space."""
         return text_after(self.decode, before, tokens)
 
     def token_texts(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
-        """Each sampled token by itself, placed in the text of all of them.
+        """Each sampled token's text, with its offset in the text of all of them.
 
         Args:
-            before: The tokens that these follow; see ``decode_after``.
+            before: The tokens before these; see ``decode_after``.
         """
         return self._token_texts.of_sample(tokens, before)
 
@@ -123,17 +123,17 @@ class ChatRenderer(Renderer):
     ) -> list[int]:
         """A conversation as the T tokens of a prompt that ends where the assistant speaks.
 
-        They are the tokens that the template gives, and those that ``render_conversation`` gives
-        for the same messages, so what was trained after them is what is sampled after them.
+        They are the tokens of the template, equal to those of ``render_conversation``
+        for the same messages, so sampling continues exactly the prompt that was trained.
 
         Raises:
-            InvalidRequest: The template refuses the messages, or there is none.
+            InvalidRequest: The template refuses the messages, or the model has none.
         """
         self._template.check(messages, options)
         if options.continue_final_message and options.add_generation_prompt:
             raise InvalidRequest(
-                "continue_final_message: needs add_generation_prompt to be false, for the last "
-                "message is gone on with and no other begins"
+                "continue_final_message: needs add_generation_prompt to be false, because the last "
+                "message is continued and no other begins"
             )
         text = self._template.render(
             messages,
@@ -143,7 +143,7 @@ class ChatRenderer(Renderer):
         )
         edges = []
         for n in answers(messages):
-            with suppress(InvalidRequest):  # nobody trains on it, but it can be spoken to
+            with suppress(InvalidRequest):  # not trainable, but usable as a prompt
                 edges.append(prompt_length(self._template, messages, n, options, text))
         tokens = self._tokenize_with_edges(text, edges)
         return self._tokenize(text).ids if tokens is None else tokens.ids
@@ -161,9 +161,9 @@ class ChatRenderer(Renderer):
 
         Args:
             messages: Each with ``role`` and ``content``; see ``training.types.Message``.
-            train_on: ``assistant``: what follows each prompt that ends where the assistant speaks,
-                with the token that ends its turn. ``all``: that, and what every other message
-                given says, with its end of turn, but not a system message that the template adds
+            train_on: ``assistant``: the tokens after each prompt that the assistant answers,
+                with the token that ends its turn. ``all``: also the text of every other given
+                message, with its end of turn, but not a system message that the template adds
                 itself. ``auto``: ``assistant`` if there is an assistant turn, else ``all``.
 
         Raises:
@@ -175,8 +175,8 @@ class ChatRenderer(Renderer):
             raise InvalidRequest(f"train_on: {train_on!r} is none of {', '.join(TRAIN_ON)}")
         if options.continue_final_message or not options.add_generation_prompt:
             raise InvalidRequest(
-                "continue_final_message, add_generation_prompt: say how a prompt ends, and this "
-                "is a conversation to train on"
+                "continue_final_message, add_generation_prompt: define a prompt's end, and this is "
+                "a conversation to train on"
             )
         self._template.check(messages, options)
         if self.conversation_fault is not None:
@@ -192,7 +192,7 @@ class ChatRenderer(Renderer):
     def training_datum(
         self, messages: Sequence[Message], options: ChatOptions, *, everyone: bool
     ) -> Datum:
-        """``render_conversation`` of what has been checked; ``everyone`` trains all messages."""
+        """``render_conversation`` of checked messages; ``everyone`` trains all of them."""
         rendered = RenderedConversation(
             self._template, messages, options, self._tokenize_with_edges
         )
@@ -219,7 +219,7 @@ class ChatRenderer(Renderer):
         )
 
     def render_by_first_rules(self, messages: Sequence[Message], train_on: str) -> Datum:
-        """What the first version made of a conversation that it accepted; see ``first_rules``."""
+        """The first version's datum of a conversation that it accepted; see ``first_rules``."""
         return first_datum(
             self._template,
             messages,
@@ -231,7 +231,7 @@ class ChatRenderer(Renderer):
     # -- tokens ----------------------------------------------------------------------------------
 
     def _tokenize_with_edges(self, text: str, edges: Sequence[int]) -> EdgedTokens | None:
-        """See ``edges``; None where tokens of a cut text would not be the text's."""
+        """See ``edges``; None if the tokens of a cut text would change the text."""
         tokens = tokenize_with_edges(self._tokenize, text, edges, is_added=self._added.__contains__)
         if tokens.cuts:
             whole = self._tokenize(text)
@@ -244,7 +244,7 @@ class ChatRenderer(Renderer):
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"The text is not valid Unicode: {error.reason}") from error
-        # verbose=False: a text longer than the context is the engine's to refuse, not a warning.
+        # verbose=False: the engine refuses a text longer than the context; no warning is needed.
         encoding = self._tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -266,7 +266,7 @@ class ChatRenderer(Renderer):
 
 
 def _first_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts before every text by itself, such as a BOS token."""
+    """The tokens that the tokenizer itself puts before every text, such as BOS."""
     encoding = tokenizer("a", return_special_tokens_mask=True)
     masks: list[int] = encoding["special_tokens_mask"]
     ids: list[int] = encoding["input_ids"]

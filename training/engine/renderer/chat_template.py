@@ -1,7 +1,7 @@
-"""A model's own chat template: messages and options in, text out, or a refusal by name.
+"""A model's own chat template: messages and options to text, or a refusal that names the field.
 
-Templates may ask for today's date. Theirs stands still here, because a conversation that is
-replayed from the log on another day must become the same tokens.
+Templates may ask for today's date. They always get the same date, because a conversation that is
+replayed from the log on another day must give the same tokens.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from training.errors import InvalidRequest
 from training.types import ChatOptions
 
 Message = Mapping[str, Any]
-"""A message as templates take it; see ``training.types.Message.to_dict``."""
+"""A message in the templates' form; see ``training.types.Message.to_dict``."""
 
 TEMPLATE_DATE = "26 Jul 2024"
-"""What a template that asks for the date is told, in whatever format; Llama 3's own default."""
+"""The date for templates, in every requested format; Llama 3's own default."""
 
 MAX_REASON_CHARACTERS = 300
-"""Of what a template says against messages: it may repeat them."""
+"""Of a template's error about messages, which may contain them."""
 
 _STILL_CLOCK = f"{{% macro strftime_now(format) %}}{TEMPLATE_DATE}{{% endmacro %}}"
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-"""Under each of which transformers hands a message's reasoning to the template."""
+"""The names under which transformers passes a message's reasoning to the template."""
 
 
 class ChatTemplate:
@@ -69,7 +69,7 @@ class ChatTemplate:
                 **options.template_kwargs,
             )
         except Exception as error:
-            # A template is the model's own program: whatever it raises speaks of these messages.
+            # A template is the model's own program: any exception is about these messages.
             raise InvalidRequest(
                 "The model's chat template refuses these messages: "
                 f"{str(error)[:MAX_REASON_CHARACTERS]}"
@@ -77,7 +77,7 @@ class ChatTemplate:
         return str(text)
 
     def tokenize(self, messages: Sequence[Message]) -> list[int]:
-        """What transformers makes of a conversation in one go, to compare with."""
+        """The conversation tokenized by transformers in one call, for comparison."""
         tokens: Any = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             chat_template=self._plain,
@@ -87,10 +87,10 @@ class ChatTemplate:
         return list(tokens)
 
     def check(self, messages: Sequence[Message], options: ChatOptions) -> None:
-        """Refuse what the template would leave out, and what could forge its turns.
+        """Refuse fields that the template would ignore, and texts that could forge its turns.
 
         A special token that is written out in a content would become that token, as if the
-        template had written it: its writer could end the turn and speak as somebody else.
+        template had written it: the author could end the turn and speak in another role.
 
         Raises:
             InvalidRequest: The message names the field.
@@ -136,14 +136,14 @@ class ChatTemplate:
             found = self._special.search(text) if self._special else None
             if found:
                 raise InvalidRequest(
-                    f"{place}: holds {found[0]!r} at character {found.start()}, which is a special "
+                    f"{place}: has {found[0]!r} at character {found.start()}, which is a special "
                     "token of the model: within a conversation it could end a turn or begin "
                     "another. Leave it out, or send tokens instead of messages"
                 )
 
 
 def _template_of(tokenizer: Tokenizer, tools: list[dict[str, Any]]) -> str | None:
-    """Some models have a template of their own for conversations with tools."""
+    """Some models have a separate template for conversations with tools."""
     try:
         template = str(tokenizer.get_chat_template(tools=tools or None))
     except ValueError:

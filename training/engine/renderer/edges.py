@@ -1,9 +1,9 @@
-"""Tokens of a text that is sampled from its middle on: where a prompt ends, a token ends.
+"""Tokenizes a text so that a token ends wherever a prompt ends.
 
-A conversation is tokenized whole, as the model's own template means it. Sampling however reads
-the tokens of the prompt alone. Nearly always those are how the whole begins. Where they are not
-(a reply that begins with white space, which melts into the header's newline), the text is cut
-there, so that what is trained is what sampling can say.
+A conversation is tokenized as a whole, as the model's own template intends. Sampling, however,
+reads only the prompt's tokens. Almost always the tokens of the whole begin with them. If they do
+not (a reply that begins with white space, which the tokenizer joins with the header's newline), the
+text is cut there, so that the trained tokens are tokens that sampling can produce.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class TextTokens:
 
     ids: list[int]
     offsets: NDArray[np.int64]
-    """(T, 2): the characters that each token stands for, its first and the one after its last."""
+    """(T, 2): each token's range of characters, its first and the one after its last."""
 
 
 @dataclass(frozen=True)
 class EdgedTokens(TextTokens):
-    """Tokens that begin anew wherever a prompt ends."""
+    """Tokens of which one ends wherever a prompt ends."""
 
     edges: list[int]
-    """How many tokens there are before each edge: just those of the text up to it."""
+    """The number of tokens before each edge, which are the tokens of the text up to it."""
     cuts: list[int]
-    """The edges, in characters, at which the text had to be cut."""
+    """The edges, in characters, at which the text was cut."""
 
 
 def tokenize_with_edges(
@@ -41,12 +41,12 @@ def tokenize_with_edges(
     *,
     is_added: Callable[[int], bool],
 ) -> EdgedTokens:
-    """The tokens of ``text``, of which those before each edge are the tokens of the text before it.
+    """The tokens of ``text``; those before each edge are the tokens of the text before it.
 
     Args:
-        edges: Characters before each place where a prompt ends, in order.
-        is_added: Whether a token stands by itself in any text. What comes after it is tokenized
-            as if nothing were before, so only the text since the last such needs a second look.
+        edges: The number of characters before each end of a prompt, in order.
+        is_added: Whether a token is an added one. The text after it is tokenized
+            independently, so only the text since the last one is tokenized again.
     """
     ids: list[int] = []
     offsets: list[NDArray[np.int64]] = []
@@ -75,7 +75,8 @@ def _tokens_before(
     piece: TextTokens,
     is_added: Callable[[int], bool],
 ) -> int | None:
-    """How many of a piece's tokens are those of its text up to ``edge``; None if they differ."""
+    """The number of a part's tokens that are the tokens of its text up to ``edge``; None if they
+    differ."""
     num_begun = int(np.searchsorted(piece.offsets[:, 0], edge - start))
     anchor = num_begun - 1
     while anchor > 0 and not is_added(piece.ids[anchor]):

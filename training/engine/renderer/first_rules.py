@@ -1,8 +1,8 @@
-"""What the first version trained of a conversation, for replays of what it accepted.
+"""The first version's rendering of conversations, for replays of requests that it accepted.
 
-It took special tokens that are written out in a content, trained what lies between the template's
-own words instead of what follows a prompt, and cut the text at every content. A run that it trained
-is rebuilt with the tokens and weights that it had. Nothing new is rendered so.
+It accepted special tokens written out in a content, trained the text between the template's
+own words instead of the tokens after a prompt, and cut the text at every content. A run that it
+trained is rebuilt with its original tokens and weights. New requests never use this.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def first_datum(
     """A conversation of roles and texts as the first version made it a cross_entropy datum.
 
     Args:
-        train_on: ``assistant``, ``all`` or ``auto``, as it was accepted.
-        tokenize: A text's tokens.
+        train_on: ``assistant``, ``all`` or ``auto``, as in the request.
+        tokenize: Tokenizes a text.
         special_texts: The tokenizer's special tokens, written out.
 
     Raises:
-        InvalidRequest: The template, or the tokenizer, is not that version's any more.
+        InvalidRequest: The template or the tokenizer has changed since that version.
     """
     text = template.render(messages, NO_CHAT_OPTIONS)
     spans = find_messages(template, messages, NO_CHAT_OPTIONS, text)

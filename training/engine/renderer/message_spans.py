@@ -1,8 +1,8 @@
-"""Where each message's content lies in a rendered conversation.
+"""Finds each message's content in a rendered conversation.
 
-The conversation is rendered a second time with markers in place of the contents, so that the text
-between the markers is the template's own, to the character. Where putting the contents back does
-not give the real rendering, the template rewrites what it is given, and nothing is guessed.
+The conversation is rendered a second time with markers in place of the contents, so the text
+between the markers is exactly the template's own. If putting the contents back does
+not give the original rendering, the template rewrites contents, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from training.errors import InvalidRequest
 from training.types import ChatOptions
 
 _PADDING = "\t\v\t"
-"""White space around a marker: whether it is still there tells if the template trims contents.
+"""White space around a marker, which shows whether the template trims contents.
 No template writes this itself."""
 
 
@@ -30,11 +30,11 @@ class Span:
 def find_messages(
     template: ChatTemplate, messages: Sequence[Message], options: ChatOptions, text: str
 ) -> list[Span | None] | None:
-    """Where the contents lie in ``text``, the rendering of the messages.
+    """The contents' places in ``text``, the rendering of the messages.
 
     Returns:
-        One span per message, None for one without content; or None where the template rewrites
-        contents, so that they cannot be told.
+        One span per message, None for one without content; or None if the template rewrites
+        contents, so that their places are unknown.
 
     Raises:
         InvalidRequest: The template leaves a content out.
@@ -76,7 +76,7 @@ def find_messages(
 
 
 def _has_content(message: Message) -> bool:
-    """An empty text beside tool calls is as good as none: many templates leave it out."""
+    """An empty text beside tool calls counts as none, since many templates leave it out."""
     content = message.get("content")
     return content is not None and not (content == "" and message.get("tool_calls"))
 
@@ -88,7 +88,7 @@ def begin_of_content(
     options: ChatOptions,
     text: str,
 ) -> int:
-    """Before which character of ``text`` the content of message n begins, at the latest.
+    """The last character of ``text`` before which the content of message n may begin.
 
     For templates that rewrite contents: the text differs from there on if the content does.
     """

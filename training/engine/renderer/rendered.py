@@ -1,4 +1,4 @@
-"""One conversation as its model's template renders it: its text, its tokens, and who says which."""
+"""One conversation as its model's template renders it: its text, its tokens, and their authors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from training.types import ChatOptions
 
 MELTS = (
     "messages: an answer begins with what the model's tokenizer joins with the header before it, "
-    "so that sampling after the header could not say it; let it begin with a letter, or send "
+    "so sampling after the header could not produce it; let it begin with a letter, or send "
     "token datums instead"
 )
 
 
 class RenderedConversation:
-    """A whole conversation, to be trained on."""
+    """A whole conversation, for training."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class RenderedConversation:
     ) -> None:
         """
         Args:
-            tokenize_with_edges: The text's tokens, which begin anew at each edge; None if they
+            tokenize_with_edges: The text's tokens, of which one ends at each edge; None if they
                 cannot.
 
         Raises:
@@ -52,18 +52,18 @@ class RenderedConversation:
         self._begins = dict(zip(edges, tokens.edges, strict=True))
 
     def answer(self, n: int) -> range:
-        """The tokens from where answer n begins to where the next message's content does."""
+        """The tokens from the beginning of answer n to the next message's content."""
         begin = self._begins.get(n)
-        if begin is None:  # it is the first message: nothing was prompted before it
+        if begin is None:  # it is the first message and has no prompt
             begin = self._overlap(self._content(n)).start
         return range(begin, max(begin, self._next_content(n)))
 
     def end_of_answer(self, n: int, stops: Sequence[int], ends: TurnEnds) -> int | None:
-        """Where what is trained of answer n ends: behind the token on which sampling stops.
+        """The end of the trained part of answer n: after the token on which sampling stops.
 
         Returns:
             None for a last answer after which the template writes nothing, although it would if
-            the conversation went on.
+            the conversation continued.
 
         Raises:
             InvalidRequest: The answer has no such end.
@@ -76,7 +76,7 @@ class RenderedConversation:
             if ends.after_last is not None:
                 return None
         else:
-            # What ends it here is not what ends it when it is sampled: it is not trained.
+            # The token that ends it here is not the one that ends a sample, so it is not trained.
             closing = [index for index in answer if self.tokens.ids[index] in ends.earlier]
             if closing:
                 return closing[-1]
@@ -96,7 +96,9 @@ class RenderedConversation:
         said = self._overlap(Span(content.start, end))
         if said and self.tokens.ids[said.start] in special_texts:
             first = int(self.tokens.offsets[said.start, 0])
-            if first < content.start:  # a header's token that takes in white space after it
+            if (
+                first < content.start
+            ):  # a token of the header that includes the white space after it
                 return range(said.start + 1, said.stop)
         return said
 
@@ -104,13 +106,13 @@ class RenderedConversation:
         span = None if self._spans is None else self._spans[n]
         if span is None:
             raise InvalidRequest(
-                f"messages[{n}]: the model's chat template rewrites these contents, so which "
-                "tokens are trained cannot be told; send token datums instead"
+                f"messages[{n}]: the model's chat template rewrites these contents, so the "
+                "tokens to train are unknown; send token datums instead"
             )
         return span
 
     def _next_content(self, n: int) -> int:
-        """How many tokens there are before the content of the message after n."""
+        """The number of tokens before the content of the message after n."""
         if n == len(self._messages) - 1:
             return len(self.tokens.ids)
         if n + 1 in self._begins:
@@ -124,21 +126,21 @@ class RenderedConversation:
         return int(np.searchsorted(self.tokens.offsets[:, 0], begin))
 
     def _overlap(self, span: Span) -> range:
-        """The tokens that stand for any character of the span."""
+        """The tokens that overlap the span."""
         starts, ends = self.tokens.offsets.T
         first = int(np.searchsorted(ends, span.start, side="right"))
         return range(first, max(first, int(np.searchsorted(starts, span.end))))
 
 
 def answers(messages: Sequence[Message]) -> list[int]:
-    """Which messages the assistant says after a prompt; before the first there is none."""
+    """The assistant's messages that follow a prompt; the first message has none."""
     return [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
 
 
 def prompt_length(
     template: ChatTemplate, messages: Sequence[Message], n: int, options: ChatOptions, text: str
 ) -> int:
-    """Characters of the prompt that answer n is sampled from, with which ``text`` begins.
+    """The length in characters of answer n's prompt, with which ``text`` begins.
 
     Raises:
         InvalidRequest: The rendered conversation does not begin with that prompt.
@@ -148,7 +150,7 @@ def prompt_length(
         return len(prompt)
     raise InvalidRequest(
         f"messages[{n}]: the model's chat template does not write this answer after the prompt "
-        "that it makes of the messages before, so what is trained would not be what is sampled. "
-        "Where it treats earlier answers differently, train each answer as the last of a "
-        "conversation of its own; else send token datums"
+        "that it makes of the messages before, so the trained tokens would not be the sampled ones. "
+        "If it treats earlier answers differently, train each answer as the last one of a "
+        "separate conversation; otherwise send token datums"
     )

@@ -1,9 +1,9 @@
-"""Whether a model's conversations can be trained on: tried out at the start, and the reason if not.
+"""Checks at the start whether a model's conversations can be trained on, and why not.
 
-What is tried is what is promised: the tokens of the conversation are those that transformers'
-``apply_chat_template`` gives (or its text's, cut where a prompt ends: see ``edges``), they begin
-with the tokens of the prompt, and what is trained of them is what follows, up to a token on which
-sampling stops. Every request is held to the same later.
+The check tests the promise: the tokens of a conversation are those of transformers'
+``apply_chat_template`` (or its text's, cut where a prompt ends: see ``edges``); they begin
+with the prompt's tokens; the trained ones follow them, up to a token on which
+sampling stops. Every request is checked for the same later.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SHAPES: list[list[Message]] = [
 def find_fault(renderer: ChatRenderer, template: ChatTemplate) -> str | None:
     """Why this model's conversations cannot be trained on, in one sentence; None if they can.
 
-    A shape that the template refuses (many know no system message) proves nothing against it.
+    A conversation that the template refuses (many have no system message) is not a fault.
     """
     for messages in _SHAPES:
         try:
@@ -67,7 +67,7 @@ def _fault_of(
     prompt = renderer.render_prompt(messages[:-1])
     last_answer = [position for position in trained if position >= len(prompt)]
     if tokens[: len(prompt)] != prompt or last_answer[:1] != [len(prompt)]:
-        return "what it writes before an answer is not what an answer is sampled after"
+        return "its text before an answer is not the prompt that an answer is sampled after"
     if tokens[last_answer[-1]] not in renderer.end_token_ids:
-        return "sampling does not stop on what an answer is trained to end with"
+        return "sampling does not stop on the token that ends a trained answer"
     return None

@@ -1,6 +1,6 @@
-"""Single tokens as text: what each looks like, where it stands in the whole, and its true bytes.
+"""Single tokens as text: each one's text, offset and bytes.
 
-A token may be a part of a character: then its text has U+FFFD, and only the vocabulary tells its
+A token may be a part of a character: then its text has U+FFFD, and only the vocabulary has its
 bytes. Byte-level vocabularies write a byte as one printable character, others as ``<0xE2>``.
 """
 
@@ -14,36 +14,36 @@ from training.types import TokenText
 
 
 class TokenTexts:
-    """One tokenizer's tokens, one by one. Holds no state between calls."""
+    """The texts of one tokenizer's tokens. Holds no state between calls."""
 
     def __init__(self, tokenizer: Tokenizer, *, neutral: Sequence[int]) -> None:
         """
         Args:
-            neutral: What is read in front of a single token, since the first word of a text loses
-                its space under some tokenizers.
+            neutral: Tokens decoded before a single token, because the first word of a text loses
+                its space with some tokenizers.
         """
         self._tokenizer = tokenizer
         self._neutral = list(neutral)
         self._num_neutral = len(self._decode(self._neutral, with_special=True))
 
     def of_sample(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[TokenText]:
-        """Each token, placed in the text that all of them add to those before, without special
+        """Each token, with its offset in the text that they add to those before, without special
         tokens."""
         return self._placed(tokens, before, with_special=False)
 
     def of_prompt(
         self, tokens: Sequence[int], text: str | None = None
     ) -> tuple[str, list[TokenText]]:
-        """A prompt's text with special tokens written out, and each token's place in it.
+        """A prompt's text with special tokens written out, and each token's offset in it.
 
         Args:
-            text: What the tokens were made of, if they were text; it comes back as it was.
+            text: The tokens' original text, if there was one; it is returned unchanged.
         """
         if text is not None:
             encoding = self._tokenizer(
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
-            added = len(tokens) - len(encoding["input_ids"])  # such as a token before all text
+            added = len(tokens) - len(encoding["input_ids"])  # such as BOS
             if added >= 0 and list(tokens[added:]) == encoding["input_ids"]:
                 offsets = [0] * added + [start for start, _ in encoding["offset_mapping"]]
                 return text, [
@@ -82,7 +82,7 @@ class TokenTexts:
 
 
 def _true_bytes(piece: str, text: str) -> bytes | None:
-    """The bytes of a vocabulary's entry whose text has U+FFFD; None if they cannot be told."""
+    """The bytes of a vocabulary's entry whose text has U+FFFD; None if they are unknown."""
     if piece.startswith("<0x") and piece.endswith(">"):
         return bytes.fromhex(piece[3:-1])
     if not all(character in _BYTE_OF for character in piece):
@@ -92,7 +92,7 @@ def _true_bytes(piece: str, text: str) -> bytes | None:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's: a printable byte stands for itself, the others are moved up in order."""
+    """GPT-2's alphabet: a printable byte is itself, the others are shifted up in order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

@@ -1,4 +1,4 @@
-"""What a renderer uses of a tokenizer: transformers' fast ones have it, and the fake's."""
+"""The tokenizer interface of a renderer, which transformers' fast ones and the fake have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class AddedToken(Protocol):
-    """A token that stands by itself in any text."""
+    """A token that is never joined with text around it."""
 
     @property
     def content(self) -> str: ...
@@ -18,11 +18,11 @@ class AddedToken(Protocol):
 
 
 class Tokenizer(Protocol):
-    """A part of ``transformers.PreTrainedTokenizerBase``; its documentation says what each does."""
+    """A part of ``transformers.PreTrainedTokenizerBase``; see its documentation."""
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """Of ``AddedToken``."""
+        """Values are ``AddedToken``."""
 
     @property
     def special_tokens_map(self) -> Mapping[str, Any]: ...
@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> Any: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A text's ``input_ids``, ``offset_mapping`` and ``special_tokens_mask``, as asked for."""
+        """A text's ``input_ids``, ``offset_mapping`` and ``special_tokens_mask``, as requested."""
 
     def decode(self, *args: Any, **kwargs: Any) -> Any: ...
 

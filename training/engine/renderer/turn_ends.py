@@ -1,8 +1,8 @@
-"""What ends an answer: read off the model's own template, from conversations made for that.
+"""Finds the tokens that end an answer, by rendering test conversations with the model's template.
 
-Most templates write a token after what the assistant says. Some (GLM's) write none: there the
+Most templates write a token after the assistant's text. Some (GLM's) write none: there the
 token that announces the next role ends the turn, so it must be learned, and sampling must stop
-on it. One (gpt-oss's) ends an earlier answer with another token than the last one.
+on it. One (gpt-oss's) ends earlier answers with a different token than the last one.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _ASKED: list[Message] = [
 
 @dataclass(frozen=True)
 class TurnEnds:
-    """Token ids around the end of what the assistant says."""
+    """Token ids at the end of the assistant's text."""
 
     stops: frozenset[int] = frozenset()
-    """What the template ends an answer with; sampling stops there."""
+    """Tokens with which the template ends an answer; sampling stops on them."""
     earlier: frozenset[int] = frozenset()
-    """What it writes after an earlier answer where the last one has another end."""
+    """Tokens after an earlier answer, if they differ from those after the last one."""
     after_last: int | None = None
-    """What the template would write after the last answer if the user went on, if it writes
-    nothing itself; else None."""
+    """The token that the template would write after the last answer if the user continued, if it
+    writes nothing itself; else None."""
     after_call: int | None = None
-    """The same where a tool answers next."""
+    """The same if a tool answers next."""
 
     def closing(self, answer: Message) -> int:
         """The token that closes a last answer after which the template writes none."""

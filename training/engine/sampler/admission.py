@@ -1,4 +1,4 @@
-"""Which jobs may be sampled at all, and which of those that wait starts next."""
+"""Decides which jobs may be sampled at all, and which waiting job starts next."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from training.errors import InvalidRequest, LimitExceeded
 
 
 class Admission:
-    """Jobs that wait until the cache and the decode pass have room for all of a job.
+    """Waiting jobs; each starts when the cache and the decode pass have room for all of it.
 
-    Groups share the places; within a group the order is that of submission.
+    Groups share the room; within a group the order is that of submission.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Admission:
         """
         Args:
             max_sequences: Sequences decoded at one time.
-            max_tokens_limit: What a job that names no ``max_tokens`` may sample at most.
+            max_tokens_limit: Most tokens of a job without ``max_tokens``.
         """
         self._info = info
         self._cache = cache
@@ -37,17 +37,17 @@ class Admission:
         self._waiting: deque[ActiveRequest] = deque()
         self._num_started = 0
         self._last_started: dict[str, int] = {}
-        """Group to which job of all, by number, its last one to start was."""
+        """Group to the number, among all jobs, of its last started job."""
 
     def __iter__(self) -> Iterator[ActiveRequest]:
         return iter(self._waiting)
 
     def max_tokens(self, job: SampleJob) -> int:
-        """Tokens that each sequence may sample: never more than the context leaves room for.
+        """Tokens that each sequence may sample: never more than fit into the context.
 
         Raises:
             InvalidRequest: ``max_tokens`` is less than 0, or ``num_samples`` less than 1.
-            LimitExceeded: The job asks for more than could ever run at one time.
+            LimitExceeded: The job needs more than can ever run at one time.
         """
         if job.num_samples < 1:
             raise InvalidRequest(f"num_samples: {job.num_samples} is less than 1")
@@ -60,7 +60,7 @@ class Admission:
         if asked is not None and asked < 0:
             raise InvalidRequest(f"max_tokens: {asked} is less than 0")
         room = self._info.max_context_tokens - len(job.prompt)
-        # What the cache could hold for each sequence, were it empty.
+        # The room for each sequence in an empty cache.
         cached = self._cache.tokens_each(job.num_samples) - len(job.prompt) + 1
         if asked is None:
             asked = max(min(room, cached, self._max_tokens_limit or room), 1)
@@ -74,19 +74,19 @@ class Admission:
         return max_tokens
 
     def add(self, request: ActiveRequest) -> None:
-        """Have a request wait for its turn."""
+        """Add a request to the waiting ones."""
         self._waiting.append(request)
 
     def remove(self, key: str) -> None:
-        """Forget the request of this key, if it waits."""
+        """Remove the request of this key, if it waits."""
         self._waiting = deque(request for request in self._waiting if request.key != key)
 
     def start(self, under_way: Sequence[ActiveRequest]) -> list[ActiveRequest]:
         """Take the requests that may start now; each has its region of the cache.
 
-        The next is the oldest of the group that has the fewest sequences under way, and among such
-        groups of the one that has waited longest. It is not passed by when it does not fit, so
-        that a large one comes to its turn as well.
+        The next is the oldest of the group with the fewest running sequences and, among such
+        groups, of the one that has waited longest. If it does not fit, no other starts before it,
+        so that a large one also gets its turn.
         """
         started = Counter[str]()
         for request in under_way:

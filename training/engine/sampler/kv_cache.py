@@ -38,7 +38,7 @@ class Region:
         return self.num_sequences * self.room
 
     def row(self, sequence: int, position: int) -> int:
-        """Where the token at ``position`` of a sequence is kept."""
+        """The row of the token at ``position`` of a sequence."""
         return self.start + sequence * self.room + position
 
 
@@ -54,12 +54,12 @@ class KvCache:
         self._free = {0: self.capacity_tokens} if self.capacity_tokens else {}
 
     def tokens_each(self, num_sequences: int) -> int:
-        """How many tokens of each of so many sequences the empty cache has room for."""
+        """The tokens of each of this many sequences for which the empty cache has room."""
         blocks = self.capacity_tokens // ALIGNMENT_TOKENS
         return blocks // num_sequences * ALIGNMENT_TOKENS
 
     def reserve(self, num_sequences: int, tokens_each: int) -> Region | None:
-        """The first stretch that is large enough, or None if there is none now."""
+        """The first free range that is large enough, or None if there is none now."""
         room = round_up(tokens_each, ALIGNMENT_TOKENS)
         size = num_sequences * room
         for start, length in self._free.items():
@@ -71,7 +71,7 @@ class KvCache:
         return None
 
     def release(self, region: Region) -> None:
-        """Give a region's rows back; what they hold is forgotten."""
+        """Free a region's rows; their contents are lost."""
         start, length = region.start, region.size
         for other, other_length in list(self._free.items()):
             if other + other_length == start:
@@ -98,7 +98,7 @@ class KvCache:
         return torch.empty(shape, dtype=like.dtype, device=self.device)
 
     def clear(self) -> None:
-        """Give back the buffers, while no region is reserved; they are made again when needed."""
+        """Free the buffers, while no region is reserved; they are made again when needed."""
         self._layers.clear()
 
     def view(
@@ -125,7 +125,7 @@ class KvCache:
         return keys, values
 
     def share_prompt(self, region: Region, length: int) -> None:
-        """Copy what the region's first sequence has read to all its other sequences."""
+        """Copy the region's first sequence to all its other sequences."""
         for layer_idx in self._layers:
             for tokens in self.view(layer_idx, region, 0, region.num_sequences, length):
                 tokens[1:] = tokens[:1]

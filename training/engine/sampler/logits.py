@@ -1,10 +1,10 @@
 """One next token per row of logits: temperature, top-k, top-p, min-p, and its log-probability.
 
-Every row is chosen by inverting its own cumulative distribution at one uniform number that the
-caller brings, so a row's token depends on its logits, its parameters and that number alone.
+Every row's token is chosen by inverting its cumulative distribution at one uniform number that the
+caller passes, so a row's token depends only on its logits, its parameters and that number.
 
-The log-probability is that of the whole tempered distribution; the cuts of top-k, top-p and min-p
-are not reflected in it. A learner computes the log-probability of a token over all tokens, and the
+The log-probability is that of the whole tempered distribution; top-k, top-p and min-p
+do not affect it. A learner computes the log-probability of a token over all tokens, and the
 ratio of the two is what policy gradients need; renormalised over the cut set, the number could not
 be compared with anything the learner can compute.
 """
@@ -25,30 +25,30 @@ from training.errors import InvalidRequest
 from training.types import SamplingParams
 
 NUCLEUS_CANDIDATES = 1024
-"""How many of the likeliest tokens are looked at first for top-p; sorting all takes far longer."""
+"""Number of likeliest tokens tried first for top-p; sorting all takes far longer."""
 
 BLOCK_TOKENS = 256
-"""How many tokens are summed at once on the way to the one that is drawn."""
+"""Tokens summed at once in the search for the drawn one."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What came out of one row."""
+    """The result for one row."""
 
     token: int
     logprob: float
     """In nats, of the tempered distribution; untempered for temperature 0."""
     is_finite: bool
-    """False if the logits hold NaN or infinity; then token and log-probability mean nothing."""
+    """False if the logits have NaN or infinity; then token and log-probability are meaningless."""
     top: tuple[list[int], list[float]]
-    """The likeliest tokens and their log-probabilities, as many as were asked for."""
+    """The likeliest tokens and their log-probabilities, as many as requested."""
 
 
 class UniformNumbers:
-    """The random numbers of one sequence, a function of (seed, sequence number, how many before).
+    """The random numbers of one sequence, a function of (seed, sequence number, count so far).
 
-    A counter-based generator of its own, whose raw output numpy keeps the same for good; no
-    global random state is read or moved.
+    A separate counter-based generator, whose raw output is stable across numpy versions; no
+    global random state is read or changed.
     """
 
     def __init__(self, seed: int, sequence_number: int) -> None:
@@ -61,10 +61,10 @@ class UniformNumbers:
 
 
 def check_choice_params(params: SamplingParams) -> None:
-    """Refuse parameters that name no distribution.
+    """Refuse parameters that define no distribution.
 
     Raises:
-        InvalidRequest: Naming the parameter.
+        InvalidRequest: The message names the parameter.
     """
     if not (math.isfinite(params.temperature) and params.temperature >= 0):
         raise InvalidRequest(
@@ -106,17 +106,17 @@ def choose_tokens(
 
     Args:
         logits: (n, V) float32.
-        params: Of each row.
-        uniforms: In [0, 1), of each row; greedy rows ignore theirs.
-        num_top: How many of the likeliest tokens to tell of each row; empty for none of any.
-        changed: Of some rows, by number, the logits (V,) to choose from instead; what is told of
-            log-probabilities stays that of ``logits``.
+        params: The parameters of each row.
+        uniforms: A number in [0, 1) for each row; greedy rows ignore it.
+        num_top: The number of likeliest tokens to return for each row; empty for none.
+        changed: For some rows, by number, the logits (V,) to choose from instead; the returned
+            log-probabilities are still those of ``logits``.
     """
     device = logits.device
     temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=device)
     temperatures.clamp_(min=torch.finfo(torch.float32).tiny)
     largest, likeliest = logits.max(dim=-1)  # (n,)
-    # The largest logit becomes 0 first, so that no temperature, however small, makes infinity.
+    # The largest logit becomes 0 first, so that a small temperature does not cause infinity.
     tempered = (logits - largest[:, None]) / temperatures[:, None]
     logprobs = tempered.log_softmax(dim=-1)  # (n, V)
     chosen = likeliest.clone()  # (n,)
@@ -150,7 +150,7 @@ def choose_tokens(
 def _choose_changed(
     logits: Tensor, temperature: Tensor, params: SamplingParams, uniform: float
 ) -> Tensor:
-    """A token (scalar) from a row of logits (V,) of its own."""
+    """A token (scalar) from one row of logits (V,)."""
     largest, likeliest = logits.max(dim=-1)
     if _is_greedy(params):
         return likeliest
@@ -180,7 +180,7 @@ def _is_cut(params: SamplingParams) -> bool:
 def _invert(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens (n,) at which the cumulative probability passes ``uniforms`` (n,) of its total.
 
-    Found in two strides, the block of tokens and then the token in it, since summing a whole
+    Found in two steps, the block of tokens and then the token in it, since summing a whole
     vocabulary one by one takes longer than the model's output head.
     """
     num_rows, vocab_size = logprobs.shape
@@ -188,7 +188,7 @@ def _invert(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     # (n, V / block): each block's share, and the sum of it and those before.
     shares = blocks.sum(dim=-1, dtype=torch.float64)
     cumulative = shares.cumsum(dim=-1)
-    # NaN would send the search anywhere; such a row's token is thrown away, but must exist.
+    # NaN would break the search; such a row's token is discarded, but must exist.
     targets = (uniforms * cumulative[:, -1]).nan_to_num_(0.0)[:, None]  # (n, 1)
     block = _search(cumulative, targets)  # (n, 1)
     before = cumulative.gather(1, block) - shares.gather(1, block)

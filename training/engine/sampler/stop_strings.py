@@ -1,8 +1,9 @@
-"""When a sequence has said one of its stop strings, wherever the tokens' edges lie.
+"""Finds stop strings in a sequence's text, independently of token boundaries.
 
-A stop string is looked for in the text, so the tokens of a sequence become text as they come:
-``StreamedText`` gives out what is certain (half a character is not), ``StopScanner`` finds the
-first stop string in it, reading every character once or a few times but never from the start.
+Stop strings are searched in the text, so the tokens of a sequence are decoded as they arrive:
+``StreamedText`` returns the text that is certain (without incomplete characters), ``StopScanner``
+finds the first stop string in it, reading every character once or a few times but never from the
+start.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 UNFINISHED = "\ufffd"
-"""What decoding gives for bytes that are not a character, or not yet."""
+"""The decoded form of bytes that are not, or not yet, a character."""
 
 CONTEXT_TOKENS = 8
-"""Tokens decoded again in front of new ones: the text of a token can depend on those before."""
+"""Tokens decoded again before new ones: a token's text can depend on those before."""
 
 BYTES_OF_A_CHARACTER = 4
-"""At most, and so many tokens: one may be a byte."""
+"""Most bytes, and so most tokens, of one character."""
 
 BEFORE_TOKENS = CONTEXT_TOKENS + BYTES_OF_A_CHARACTER - 1
-"""Tokens that are enough to begin with ``CONTEXT_TOKENS`` or a few more, not inside a character."""
+"""Enough tokens to start with at least ``CONTEXT_TOKENS`` and not inside a character."""
 
 MOST_TOKENS = 32
-"""Tokens decoded at once; of bytes that by then still are no character, only the last ones may
+"""Tokens decoded at once; of bytes that still are no character by then, only the last ones may
 become one."""
 
 
@@ -37,20 +38,20 @@ class StreamedText:
         """
         Args:
             before: The tokens that these follow, such as a prompt; the last ``BEFORE_TOKENS`` are
-                enough. Their text is not given out, but without them the first word could lose
+                enough. Their text is not returned, but without them the first word could lose
                 its space.
         """
         self._decode = decode
         self._before, self._text_before = _last_of(decode, before)
         self._start = 0
-        self._num_given = 0  # characters of the text of tokens[start:] that were given out
+        self._num_given = 0  # characters of the text of tokens[start:] that were returned
 
     def next_piece(self, tokens: Sequence[int], *, is_last: bool = False) -> str:
-        """What the tokens since the last piece add; empty while a character is half there.
+        """The text of the tokens since the last piece; empty while a character is incomplete.
 
         Args:
             tokens: All of the sequence's tokens so far.
-            is_last: No more will come: what is half there is given out as it is.
+            is_last: No more tokens will come: incomplete characters are returned as they are.
         """
         text = self._text_since_start(tokens)
         num_tokens = len(tokens) - self._start
@@ -65,20 +66,20 @@ class StreamedText:
         return piece
 
     def _text_since_start(self, tokens: Sequence[int]) -> str:
-        """The text of tokens[start:], and in it nothing of what is before."""
+        """The text of tokens[start:], without that of earlier tokens."""
         if self._start or not self._before:
             return self._decode(tokens[self._start :])
         text = self._decode([*self._before, *tokens])
         if text.startswith(self._text_before):
             return text[len(self._text_before) :]
-        # The tokens complete a character, or go on with bytes that are none yet.
+        # The tokens complete a character, or continue an incomplete one.
         return text[len(self._text_before.rstrip(UNFINISHED)) :]
 
     def _forget(self, tokens: Sequence[int], text: str, held: int, *, must: bool) -> None:
-        """Begin later, but not inside a character: its bytes would spoil those after them.
+        """Move the start, but not into a character: its bytes would corrupt those after them.
 
         Args:
-            held: Characters at the end of the text that were not given out.
+            held: Characters at the end of the text that were not returned.
         """
         latest = len(tokens) - CONTEXT_TOKENS
         for start in range(latest, latest - BYTES_OF_A_CHARACTER, -1):
@@ -92,22 +93,22 @@ class StreamedText:
 
 
 def text_after(decode: Decode, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """What tokens add to the text of those before: just what ``StreamedText`` gives in pieces."""
+    """The text that tokens add to that of those before; equals the pieces of ``StreamedText``."""
     last, base = _last_of(decode, before)
     whole = decode([*last, *tokens])
     if UNFINISHED not in whole and whole.startswith(base):
         return whole[len(base) :]
-    # Some tokenizers spoil whole runs of bytes for one that is wrong; the pieces do not.
+    # Some tokenizers corrupt a whole run of bytes because of one wrong byte; the pieces do not.
     stream = StreamedText(decode, before)
     pieces = [stream.next_piece(tokens[:count]) for count in range(1, len(tokens) + 1)]
     return "".join(pieces) + stream.next_piece(tokens, is_last=True)
 
 
 def _last_of(decode: Decode, before: Sequence[int]) -> tuple[list[int], str]:
-    """The last tokens of those before, from the beginning of a character on, and their text.
+    """The last tokens of ``before``, from the beginning of a character on, and their text.
 
-    Bytes that begin inside a character can spoil not only that one: some tokenizers then give no
-    character for all the bytes beside each other, so that text would be lost after the cut too.
+    Bytes that begin inside a character can corrupt more than that one: some tokenizers then return
+    no character for the whole run of bytes, so text after the cut would be lost too.
     """
     best, text = list(before[-CONTEXT_TOKENS:]), ""
     if best:
@@ -133,17 +134,17 @@ class StopScanner:
         """Characters from the start in which no stop string begins."""
 
     def find(self, piece: str) -> int | None:
-        """Where the stop string that this piece completes begins, in characters from the start.
+        """The offset of the stop string that this piece completes, in characters from the start.
 
-        Of several the one that ends first counts, and of those that end there the longest. None
-        if there is none; after a find the scanner is of no more use.
+        Of several, the one that ends first counts, and of those that end there the longest. None
+        if there is none; after a match the scanner must not be used again.
         """
         text = self._tail + piece
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             _, at = min(ends)
             return self.num_passed + at
-        # A stop string that begins in here may be completed by the next piece.
+        # A stop string that begins here may be completed by the next piece.
         cut = max(0, len(text) - self._overlap)
         self.num_passed += cut
         self._tail = text[cut:]
@@ -151,7 +152,7 @@ class StopScanner:
 
 
 class TextSoFar:
-    """The certain text of a growing list of tokens, for who looks at it now and then."""
+    """The certain text of a growing list of tokens, for occasional reads."""
 
     def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         """``before``: see ``StreamedText``."""
@@ -160,7 +161,8 @@ class TextSoFar:
         self._text = ""
 
     def read(self, tokens: Sequence[int]) -> str:
-        """The text of all of the sequence's tokens so far, without half a character at its end."""
+        """The text of all of the sequence's tokens so far, without an incomplete character at its
+        end."""
         for count in range(self._num_read + 1, len(tokens) + 1):  # one by one: see MOST_TOKENS
             self._text += self._stream.next_piece(tokens[:count])
         self._num_read = len(tokens)
@@ -170,8 +172,8 @@ class TextSoFar:
 class StopWatch:
     """One sequence's text so far, watched for stop strings.
 
-    Special tokens are no part of the text that the client is given, but a stop string may name
-    one, alone or with text around it: what is watched has them written out.
+    The client's text has no special tokens, but a stop string may contain
+    one, alone or with text around it, so the watched text has them written out.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class StopWatch:
         """
         Args:
             before: See ``StreamedText``.
-            special_texts: Special tokens, written out.
+            special_texts: The texts of special tokens.
         """
         self._stream = StreamedText(decode, before)
         self._scanner = StopScanner(stops)
@@ -208,7 +210,7 @@ class StopWatch:
             return False
         self.text_before_stop = self._text_up_to(at)
         if special and at == len(self._watched) - len(special):
-            # What was half a character before the special token stays one.
+            # An incomplete character before the special token stays incomplete.
             self.text_before_stop += self._stream.next_piece(tokens, is_last=True)
         return True
 
@@ -218,7 +220,7 @@ class StopWatch:
         return self._text_up_to(self._scanner.num_passed)
 
     def _text_up_to(self, end: int) -> str:
-        """What the client is given of the first ``end`` watched characters."""
+        """The client's part of the first ``end`` watched characters."""
         kept, begin = "", 0
         for special_begin, special_end in self._special_spans:
             kept += self._watched[begin : min(special_begin, end)]

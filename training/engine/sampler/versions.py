@@ -1,4 +1,4 @@
-"""Which versions of weights a sampler in this process holds, and for how many jobs."""
+"""The versions of weights in a sampler of this process, and their numbers of jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from training.errors import InvalidRequest
 
 W = TypeVar("W")
-"""What a sampler keeps of a version: tensors, or for the fake bytes."""
+"""A version's weights: tensors, or bytes for the fake."""
 
 
 @dataclass(eq=False)
@@ -27,17 +27,17 @@ class Versions(Generic[W]):
 
     @property
     def num_jobs(self) -> Mapping[str, int]:
-        """Each version that is held, with its number of jobs."""
+        """Each held version, with its number of jobs."""
         return {name: version.num_jobs for name, version in self._held.items()}
 
     def publish(self, name: str, load: Callable[[], W]) -> None:
-        """Hold what ``load`` returns, or what is held under the name already."""
+        """Hold the result of ``load``, unless a version of this name is held already."""
         if name not in self._held:
             self._held[name] = _Version(load())
         self._held[name].is_retired = False
 
     def retire(self, name: str) -> None:
-        """Let go of a version as soon as no job uses it."""
+        """Drop a version as soon as no job uses it."""
         if name in self._held:
             self._held[name].is_retired = True
             self._forget_if_over(name)
@@ -57,7 +57,7 @@ class Versions(Generic[W]):
         return version.weights
 
     def end_job(self, name: str | None) -> None:
-        """Say that a job of a version has ended, however it did."""
+        """Record that a job of a version has ended, with any outcome."""
         if name is not None:
             self._held[name].num_jobs -= 1
             self._forget_if_over(name)
