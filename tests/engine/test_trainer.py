@@ -236,7 +236,7 @@ def test_a_sum_of_gradients_that_overflows_is_refused_and_the_sum_before_stays(
     weights = np.full(6, 1e36, np.float32)
     (result,) = engine.forward_backward([job("a", poisoned(make_datum(6), weights=weights))])
     assert isinstance(result, NonFiniteResult)
-    assert "added to what was accumulated, is outside float32" in str(result)
+    assert "added to the accumulated one, is outside float32" in str(result)
     assert_same_state(engine.adapter_state("a"), before)
     assert engine.optim_step("a", AdamParams(grad_clip_norm=1.0)).step == 1
 

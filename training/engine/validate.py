@@ -1,4 +1,4 @@
-"""What makes a training request acceptable, checked in one place before anything is computed.
+"""Checks training requests in one place before anything is computed.
 
 Every refusal names the datum, the field and, for a value, its position:
 ``data[3].loss_fn_inputs.weights: 12 values for 11 tokens``. Numpy only.
@@ -74,7 +74,7 @@ def _check_datum(
 
 
 def _check_custom_job(job: ForwardBackwardJob, graph: CustomLossGraph, info: BaseModelInfo) -> None:
-    """What a custom loss reads must be there, of the rank it declared; the rest it leaves alone."""
+    """Check that all inputs of a custom loss exist with the declared rank; ignore the others."""
     if job.loss_fn_config:
         name = next(iter(job.loss_fn_config))
         raise InvalidRequest(f"loss_fn_config.{name[:60]}: unknown for a custom loss")
@@ -117,7 +117,7 @@ def _check_model_input(where: str, tokens: NDArray[Any], info: BaseModelInfo) ->
 def _check_thresholds(
     where: str, inputs: Mapping[str, NDArray[Any]], config: Mapping[str, float]
 ) -> None:
-    """Thresholds per token, where given, against the others or against the settings."""
+    """Check thresholds per token, if given, against each other or the settings."""
     low, high = (
         np.asarray(inputs.get(name, config[name]))
         for name in ("clip_low_threshold", "clip_high_threshold")
@@ -181,7 +181,7 @@ def check_lora_config(config: LoraConfig) -> None:
     """Refuse a shape that no adapter can have.
 
     Raises:
-        InvalidRequest: The rank is not positive, alpha is no number of float32, or nothing is
+        InvalidRequest: The rank is not positive, alpha is not a float32 number, or nothing is
             trained.
     """
     if config.rank < 1:
@@ -193,13 +193,14 @@ def check_lora_config(config: LoraConfig) -> None:
 
 
 def _check_fits(where: str, value: float) -> None:
-    """torch refuses to multiply by what its tensors cannot hold, after the work has begun."""
+    """torch refuses to multiply by a number outside its tensors' range, but only after the work has
+    begun."""
     if not (math.isfinite(value) and abs(value) <= MAX_FLOAT32):
         raise InvalidRequest(f"{where}: {value} is not a number that a float32 can hold")
 
 
 def check_adam_params(params: AdamParams) -> None:
-    """Refuse what torch.optim.AdamW refuses, and what is not a number.
+    """Refuse values that torch.optim.AdamW refuses, and values that are not numbers.
 
     Raises:
         InvalidRequest: The message names the parameter.

@@ -150,7 +150,7 @@ def prompt_length(
         return len(prompt)
     raise InvalidRequest(
         f"messages[{n}]: the model's chat template does not write this answer after the prompt "
-        "that it makes of the messages before, so the trained tokens would not be the sampled ones. "
+        "that it makes of the messages before, so trained and sampled tokens would differ. "
         "If it treats earlier answers differently, train each answer as the last one of a "
         "separate conversation; otherwise send token datums"
     )

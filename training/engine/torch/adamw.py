@@ -1,9 +1,9 @@
 """One optimizer step of one adapter: clipping and AdamW over whole flat buffers.
 
 The arithmetic is that of ``torch.nn.utils.clip_grad_norm_`` and ``torch.optim.AdamW``. Every
-buffer is replaced, none written into: a step that turns out not finite has changed nothing, but for
-a gradient that no later step could take either, and a sampling job keeps the weights that it was
-admitted with.
+buffer is replaced, none is modified: a step that is not finite has changed nothing, except
+for a gradient that no later step could use either, and a sampling job keeps the weights that it
+started with.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from training.errors import GradientDropped, NonFiniteResult
 from training.types import MAX_FLOAT32, AdamParams, OptimStepOutput
 
 CLIP_EPS = 1e-6
-"""clip_grad_norm_ adds it to the norm that it divides by."""
+"""clip_grad_norm_ adds this to the norm before dividing."""
 
 _GRADIENT_OVERFLOW = (
     "The accumulated gradient, of norm {norm:.3g}, is too large for a step: its square is outside "
-    "float32. It was dropped; weights and moments are as before. Send smaller advantages or "
+    "float32. It was dropped; weights and moments are unchanged. Send smaller advantages or "
     "weights, or clip the gradient with grad_clip_norm."
 )
 _WEIGHTS_OVERFLOW = "The new weights would not be finite; nothing was changed."
@@ -39,10 +39,10 @@ def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
               - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Raises:
-        GradientDropped: The gradient is such that the moments would not be finite. It is cleared,
-            or it would spoil every later step too; all else is as before.
-        NonFiniteResult: The weights would not be finite, which other parameters may mend; the
-            adapter is as before, gradient included.
+        GradientDropped: The gradient would make the moments infinite. It is cleared,
+            or it would spoil every later step too; all else is unchanged.
+        NonFiniteResult: The weights would not be finite, which other parameters may avoid; the
+            adapter is unchanged, gradient included.
     """
     grad = adapter.grad.flat
     no_grad = AdapterTensors(adapter.layout, torch.zeros_like(grad))
@@ -65,7 +65,7 @@ def adamw_step(adapter: Adapter, params: AdamParams) -> OptimStepOutput:
     weights.addcdiv_(exp_avg, denominator, value=-step_size)
     if not all_finite(weights):
         raise NonFiniteResult(_WEIGHTS_OVERFLOW)
-    # From here on nothing is allocated, so nothing can fail half-way.
+    # From here on nothing is allocated, so nothing can fail part-way.
     adapter.weights, adapter.grad = AdapterTensors(adapter.layout, weights), no_grad
     adapter.exp_avg, adapter.exp_avg_sq, adapter.step = exp_avg, exp_avg_sq, step
     return OptimStepOutput(step=step, grad_norm=grad_norm)

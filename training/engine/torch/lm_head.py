@@ -1,15 +1,15 @@
 """The output head in training: target log-probabilities and their gradient, chunk by chunk.
 
-The (tokens x vocabulary) matrix never exists. While a chunk of logits is there, the loss of its
-rows is computed and its gradient pushed back to the hidden states and to the head's adapter, so
+The (tokens x vocabulary) matrix never exists. While a chunk of logits exists, the loss of its
+rows is computed and its gradient is propagated to the hidden states and to the head's adapter, so
 no logits are computed twice:
 
     d loss / d logits = sum over k of g_k * (onehot(target_k) - softmax(logits))
 
 with g_k = d loss / d log p(target_k), summed over the tokens that share the row and its targets.
-Rows whose g is zero (a prompt's, say) end there. A loss that is not elementwise needs a datum's
-log-probabilities all at once: the chunks that hold such datums are passed through the head once
-before, for these alone.
+Rows whose g is zero (for example a prompt's) end there. A loss that is not elementwise needs a
+datum's log-probabilities all at once: the chunks with such datums are passed through the head once
+before, only for these.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from training.errors import TrainingError
 from training.loss_fns import LOSS_FNS, TARGET_TOKENS
 
 CHUNK_BYTES = 64 * 2**20
-"""What one chunk of float32 logits may take."""
+"""Most memory of one chunk of float32 logits."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadInputs:
-    """What a micro-batch asks of S rows for its N tokens; tensors are on the model's device."""
+    """A micro-batch's inputs for S rows and N tokens; tensors are on the model's device."""
 
     targets: Tensor
     """(S, K) int64"""
@@ -50,7 +50,7 @@ class HeadInputs:
     """(N, K) float32 by name"""
     loss_spans: Sequence[LossSpan]
     work: Mapping[PlannedJob, Work]
-    """What jobs with custom losses have cost so far, in earlier micro-batches too."""
+    """The cost of jobs with custom losses so far, including earlier micro-batches."""
     custom_losses: CustomLossRunner
 
     def tokens(self, span: LossSpan, rows: slice) -> Tensor:
@@ -62,28 +62,28 @@ class HeadInputs:
 
 
 class HeadOutput:
-    """What the head says, filled row by row."""
+    """The head's results, filled row by row."""
 
     def __init__(self, hidden: Tensor, inputs: HeadInputs) -> None:
         self._places = torch.from_numpy(inputs.places).to(hidden.device)
         self.row_logprobs = hidden.new_zeros(inputs.targets.shape, dtype=torch.float32)
         """(S, K), in nats"""
         self.grad_logprobs = torch.zeros_like(self.row_logprobs)
-        """(S, K), d loss / d log-probability; zero at filled-up targets."""
+        """(S, K), d loss / d log-probability; zero at padded targets."""
         self.grad_hidden = torch.zeros_like(hidden)
         """(S, C), d loss / d hidden; zero where no row trains."""
         self.loss = hidden.new_zeros(len(inputs.places), dtype=torch.float32)
         """(N,), summed over K"""
         self.custom: dict[PackedDatum, Outcome] = {}
-        """What custom losses said of their datums. An error's tokens have no loss and no
-        gradient."""
+        """Results of custom losses for their datums. After an error, the datum's tokens have no
+        loss and no gradient."""
 
     def target_logprobs(self, tokens: Tensor | slice = slice(None)) -> Tensor:
         """(n, K) float32 of these tokens, in nats; all by default."""
         return self.row_logprobs[self._places[tokens]]
 
     def add_grad_logprobs(self, tokens: Tensor | slice, grad_logprobs: Tensor) -> None:
-        """Count in d loss / d log-probability (n, k) of these tokens' first k targets."""
+        """Add d loss / d log-probability (n, k) of these tokens' first k targets."""
         self.grad_logprobs[:, : grad_logprobs.shape[1]].index_add_(
             0, self._places[tokens], grad_logprobs
         )
@@ -139,7 +139,7 @@ def score_targets(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Chunk:
-    """Some rows and their logits, n of them: at least ``MIN_ROWS``, zeros after the real ones."""
+    """Some rows and their logits, n rows: at least ``MIN_ROWS``, zeros after the real ones."""
 
     hidden: Tensor
     """(n, C)"""
@@ -165,7 +165,7 @@ class _Chunk:
 
 
 def _differentiate(span: LossSpan, tokens: Tensor, inputs: HeadInputs, output: HeadOutput) -> None:
-    """Note the loss of these tokens (n,) of the span, and d loss / d log p."""
+    """Store the loss of these tokens (n,) of the span, and d loss / d log p."""
     if not len(tokens):
         return
     k = span.num_targets
@@ -179,14 +179,14 @@ def _differentiate(span: LossSpan, tokens: Tensor, inputs: HeadInputs, output: H
         ),
     )  # (n, K) each
     output.add_grad_logprobs(tokens, grad_logprobs)
-    # A token whose derivative is infinite is told by its loss.
+    # A token whose derivative is infinite is marked by its loss.
     output.loss[tokens] = loss.where(grad_logprobs.isfinite(), grad_logprobs).sum(-1)
 
 
 def _run_custom(spans: Sequence[LossSpan], inputs: HeadInputs, output: HeadOutput) -> None:
-    """Note what clients' own losses say of their datums: one call for each job.
+    """Store the results of clients' own losses: one call for each job.
 
-    They run on the CPU, where an index out of range is an error and not the end of the device.
+    They run on the CPU, where an index out of range is an error and does not break the device.
     """
     datums: dict[PlannedJob, list[PackedDatum]] = {}
     for span in spans:
@@ -215,7 +215,7 @@ def _custom_inputs(
 
 
 def _take_custom(packed: PackedDatum, output: HeadOutput) -> None:
-    """Count in what a client's own loss said of a datum, whose first token gets the loss."""
+    """Add the result of a client's own loss for a datum, whose first token gets the loss."""
     outcome = output.custom[packed]
     if isinstance(outcome, TrainingError):
         output.custom[packed] = type(outcome)(f"data[{packed.index}]: {outcome}")
@@ -235,10 +235,10 @@ def _backward_chunk(
     targets: Tensor,
     grad_logprobs: Tensor,
 ) -> Tensor:
-    """Push one chunk's gradient on; ``logits`` (n, V) are normalised and used up.
+    """Propagate one chunk's gradient; ``logits`` (n, V) are normalised and get overwritten.
 
     Args:
-        slope: (n, V), or one number for all: their derivative by what the head says.
+        slope: (n, V), or one number for all: their derivative with respect to the head's output.
 
     Returns:
         (n, C), d loss / d hidden.
@@ -281,9 +281,9 @@ def _padded(rows: Tensor) -> Tensor:
 
 
 def _chunks(segments: Iterable[Segment], chunk_rows: int) -> Iterator[slice]:
-    """Cut the rows into chunks, and each segment at the same places whatever lies before it.
+    """Cut the rows into chunks, and each segment at the same places, whatever precedes it.
 
-    A segment's gradient is a sum over chunks, so where they end is part of its rounding.
+    A segment's gradient is a sum over chunks, so their boundaries affect its rounding.
     """
     chunk_start = chunk_end = 0
     for segment in segments:
@@ -307,7 +307,7 @@ def _cut(segments: Iterable[Segment], rows: slice) -> list[Segment]:
 
 
 def _pick(segments: Iterable[Segment], active: Tensor) -> list[Segment]:
-    """The segments over the rows ``active`` (m,), ascending, alone."""
+    """The segments restricted to the rows ``active`` (m,), ascending."""
     picked = []
     for segment in segments:
         bounds = active.new_tensor([segment.start, segment.end])

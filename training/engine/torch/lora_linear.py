@@ -23,7 +23,8 @@ from training.engine.torch.packing.stream import (
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with the adapters of the current pass; without a pass, only itself."""
+    """A frozen linear layer with the adapters of the current pass; without a pass, only the layer
+    itself."""
 
     def __init__(self, base: nn.Linear, name: str, holder: ContextHolder) -> None:
         """``name``: the module's dotted name in the base model, which keys adapter layouts."""
@@ -31,7 +32,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.name = name
         self.holder = holder
-        # Makes the output require a gradient where the input does not: in the first layer that
+        # Makes the output require a gradient if the input does not: in the first layer that
         # is trained. Layers before it take no part in the backward pass.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -118,7 +119,7 @@ class _LoraFunction(torch.autograd.Function):
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """(n, N) = rows (n, K) @ matrix (K, N); a row's bits do not tell how many rows there are."""
+    """(n, N) = rows (n, K) @ matrix (K, N); a row's bits do not depend on the number of rows."""
     fewest = fewest_rows(rows.device, rows.dtype, matrix.numel())
     if len(rows) >= fewest:
         return rows @ matrix
@@ -126,8 +127,8 @@ def times(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def add_times(target: Tensor, rows: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
-    """target (n, N) += scale * rows (n, K) @ matrix (K, N); a row's bits do not tell how many
-    rows there are."""
+    """target (n, N) += scale * rows (n, K) @ matrix (K, N); a row's bits do not depend on the
+    number of rows."""
     missing = fewest_rows(rows.device, rows.dtype, matrix.numel()) - len(rows)
     if missing <= 0:
         target.addmm_(rows, matrix, alpha=scale)

@@ -1,14 +1,14 @@
 """The loss functions' formulas, each a pure function of target log-probabilities.
 
 Every loss is a SUM over target tokens and datums; nothing is averaged or normalised, and the
-client's weights and advantages are where such choices belong. Names, inputs and defaults are in
-``training.loss_fns``. An elementwise loss may be given any rows; the others (gspo) are given
+client makes such choices in weights and advantages. Names, inputs and defaults are in
+``training.loss_fns``. An elementwise loss may get any rows; the others (gspo) get
 exactly one datum. Gradients come from autograd over these few numbers.
 
-A ratio exp(lp - q) has no bound: a client may send any q. So a formula is written such that it
-holds in the limit too (an infinite ratio that is clipped has the clipped loss and no gradient, one
-whose advantage is 0 counts nothing), and what leaves float32's range on the way is computed again
-in float64. What is infinite or NaN after that is truly outside float32.
+A ratio exp(lp - q) has no bound: a client may send any q. So each formula
+also holds in the limit (an infinite ratio that is clipped has the clipped loss and no gradient, one
+whose advantage is 0 has no effect), and values that leave float32's range are computed again
+in float64. A value that is still infinite or NaN is truly outside float32.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
-    """What one loss function sees: n rows of the stream, K targets each (K = 1 but for soft
+    """The inputs of one loss function: n rows of the stream, K targets each (K = 1 except for soft
     or top-K targets)."""
 
     target_logprobs: Tensor
     """(n, K) float32, the learner's log-probability of each target token, in nats."""
     inputs: Mapping[str, Tensor]
-    """(n, K) float32 by name, each that the loss may have: what the datums brought, such as
-    ``weights``, and the setting of this name where they brought none."""
+    """(n, K) float32 by name, all inputs of the loss: those of the datums, such as
+    ``weights``, or the setting of that name if they have none."""
     config: Mapping[str, float]
     """Complete: defaults are filled in."""
 
@@ -47,7 +47,7 @@ class LossInputs:
 def loss_and_slope(loss_fn: str, x: LossInputs) -> tuple[Tensor, Tensor]:
     """Each target's loss (n, K), and its derivative in the target's log-probability (n, K).
 
-    Where either is not finite, the true number is outside float32 or an input is not finite.
+    If either is not finite, the exact number is outside float32 or an input is not finite.
     """
     loss, slope = _differentiated(LOSSES[loss_fn], x)
     is_good = loss.isfinite() & slope.isfinite()
@@ -102,13 +102,13 @@ def gspo(x: LossInputs) -> Tensor:
     """-min(s * A, clamp(s, lo, hi) * A), with s = exp(L + lp - stopgrad(lp)) and
     L = mean over the masked tokens of (stopgrad(lp) - q): one ratio for the whole datum.
 
-    The gradient of each token is that of its own lp. A datum that masks no token has L = 0.
+    The gradient of each token is that of its own lp. A datum without masked tokens has L = 0.
     """
     lp, advantages = x.target_logprobs, x.inputs["advantages"]
     is_counted = x.inputs["sequence_ratio_mask"] != 0
     gaps = (lp.detach() - x.inputs["logprobs"]).masked_fill(~is_counted, 0.0)
     mean_gap = gaps.sum() / is_counted.sum().clamp(min=1)
-    # A sum that overflowed may look as if it were a small ratio; as NaN it is seen.
+    # An overflowed sum could look like a small ratio; as NaN it is detected.
     mean_gap = mean_gap.where(mean_gap.isfinite(), math.nan)
     ratio = _exp(mean_gap + lp - lp.detach(), advantages)
     return -(ratio * advantages).minimum(_clipped(ratio, x) * advantages)
@@ -122,7 +122,7 @@ def stable_reinforce(x: LossInputs) -> Tensor:
     """-c * (A * lp - kl / 2 * (lp - q)^2), with c = stopgrad(min(r, 2)), r = exp(lp - q) and kl
     the setting ``kl_coeff``; 0 where A = 0. Our own objective, not the hosted service's.
 
-    The derivative is -c * (A - kl * (lp - q)): REINFORCE whose reward pays for each nat by which
+    The derivative is -c * (A - kl * (lp - q)): REINFORCE with a penalty for each nat by which
     the learner has left the sampling policy q.
     """
     lp, advantages = x.target_logprobs, x.inputs["advantages"]
@@ -136,7 +136,7 @@ def _ratio(x: LossInputs) -> Tensor:
 
 
 def _exp(log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """exp(log_ratio), which may be infinite; but 1 for a token that counts nothing."""
+    """exp(log_ratio), which may be infinite; but 1 for a token without effect."""
     overflows = log_ratio > math.log(torch.finfo(log_ratio.dtype).max)
     exponents = log_ratio.masked_fill(overflows & (advantages == 0), 0.0)
     ratio: Tensor = _Exp.apply(exponents)  # type: ignore[no-untyped-call]  # in torch's stubs
@@ -144,7 +144,7 @@ def _exp(log_ratio: Tensor, advantages: Tensor) -> Tensor:
 
 
 class _Exp(torch.autograd.Function):
-    """exp, in whose derivative nothing times infinity is nothing: what is clipped is constant."""
+    """exp, in whose derivative zero times infinity is zero: a clipped ratio is constant."""
 
     @staticmethod
     def forward(ctx: Any, exponent: Tensor) -> Tensor:

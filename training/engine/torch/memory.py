@@ -1,12 +1,12 @@
-"""What becomes of the memory that tensors free: kept for the next ones, and given back when idle.
+"""Keeps the memory of freed tensors for the next ones, and returns it to the system when idle.
 
 On a CPU torch takes memory from the C library, and glibc gives a large block back to the system as
 soon as it is freed: every pass and every optimizer step then pays for the same pages again, one
 page fault per 4 KiB. (An optimizer step of 11 million parameters took 300 ms, and 50 ms without
-that.) So the process keeps what its largest batch needed, for training needs it again.
+that.) So the process keeps the memory of its largest batch, which training needs again.
 
-That holds until nobody trains: a worker that is idle gives back what it keeps, and the first step
-after that is as slow as every step would be without keeping.
+When nobody trains, this changes: an idle worker returns that memory, and the first step
+after that is as slow as every step would be without keeping it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from training.system_memory import free_memory_bytes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
 NEVER = -1
-LARGEST_KEPT = 2**31 - 1  # bytes of one block, the most that can be said
+LARGEST_KEPT = 2**31 - 1  # bytes of one block, the largest value allowed
 
 
 def keep_freed_memory() -> None:
-    """From now on freed blocks stay with the process. Does nothing without glibc."""
+    """From now on the process keeps freed blocks. Does nothing without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, NEVER)
@@ -31,10 +31,10 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give the system what freed tensors have left, on a GPU and in this process.
+    """Return the memory of freed tensors to the system, on a GPU and in this process.
 
-    Takes about a tenth of a second for each GiB that is given back. Without glibc, which alone was
-    told to keep it, the process's own is left to its C library.
+    Takes about a tenth of a second for each GiB that is returned. Without glibc,
+    the C library manages the process's memory.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -44,7 +44,7 @@ def give_back_freed_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What tensors may still take on a device, freed blocks that torch keeps there included."""
+    """The memory available to tensors on a device, including freed blocks that torch keeps."""
     if device.type != "cuda":
         return free_memory_bytes()
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

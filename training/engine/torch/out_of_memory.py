@@ -1,4 +1,4 @@
-"""The several ways in which torch and numpy say that there is no memory, as one domain error."""
+"""Turns torch's and numpy's various out-of-memory errors into one domain error."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ALLOCATION_FAILED = (
     "ALLOC_FAILED",
     "bad_alloc",
 )
-"""In the texts of plain RuntimeErrors: torch's allocator on a CPU, CUDA's libraries, and C++."""
+"""Parts of RuntimeErrors' texts: of torch's allocator on a CPU, CUDA's libraries, and C++."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on whatever device."""
+    """Whether an allocation failed, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -28,7 +28,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class out_of_memory_by_name:  # noqa: N801  (reads as a verb after ``with``)
-    """Turn a failed allocation into OutOfMemory, and free what led to it.
+    """Turn a failed allocation into OutOfMemory, and free the memory that led to it.
 
     For code that publishes its result at the end, so that a failure has changed nothing.
     """
@@ -44,8 +44,8 @@ class out_of_memory_by_name:  # noqa: N801  (reads as a verb after ``with``)
     ) -> None:
         if not isinstance(error, Exception) or not is_out_of_memory(error):
             return
-        # The failure's frames hold the tensors that filled the memory, and whoever handles this
-        # error wants to try something smaller.
+        # The traceback's frames hold the tensors that filled the memory, and the handler of this
+        # error may try something smaller.
         del traceback
         error.__traceback__ = None
         if torch.cuda.is_available():

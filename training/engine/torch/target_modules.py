@@ -1,8 +1,8 @@
-"""Which linear layers an adapter changes: the train_ flags, or the caller's own list of names.
+"""Selects the linear layers of an adapter: by the train_ flags, or by a list of names.
 
-The flags go by where a layer sits, not by a table per architecture: a layer below a module
-named for attention is attention's, the output head is the unembedding, and any other linear
-layer is counted with the MLP. The list matches as peft's does: a name, or the end of one after
+The flags go by a layer's place, not by a table per architecture: a layer below a module
+named for attention belongs to attention, the output head is the unembedding, and any other linear
+layer belongs to the MLP. The list matches as peft's does: a name, or the end of one after
 a dot.
 """
 
@@ -20,7 +20,7 @@ ATTENTION_MARKS = ("attn", "attention")
 def select_modules(
     config: LoraConfig, shapes: Mapping[str, LoraShape], head_name: str
 ) -> dict[str, LoraShape]:
-    """The modules of ``shapes`` that an adapter of this config gets, in the same order.
+    """The modules of ``shapes`` that an adapter of this config has, in the same order.
 
     Raises:
         InvalidRequest: A name in ``target_modules``, or every flag, matches nothing.

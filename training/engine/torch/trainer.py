@@ -1,4 +1,4 @@
-"""The trainer over a loaded base model: its resident adapters, and the verbs over them."""
+"""The trainer over a loaded base model: its resident adapters, and their operations."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from training.errors import InvalidRequest, NonFiniteResult, OutOfMemory, Traini
 from training.types import AdamParams, ForwardBackwardOutput, LoraConfig, OptimStepOutput
 
 _GRADIENT_OVERFLOWS = (
-    "The gradient of this request, added to what was accumulated, is outside float32; it was not "
-    "added, and weights and gradient are as before. Send smaller advantages or weights."
+    "The gradient of this request, added to the accumulated one, is outside float32; it was not "
+    "added, and weights and gradient are unchanged. Send smaller advantages or weights."
 )
 
 JobResult = ForwardBackwardOutput | TrainingError
 
 
 class TorchTrainer(Trainer):
-    """One base model on one device; see ``Trainer`` for the verbs.
+    """One base model on one device; see ``Trainer`` for the operations.
 
-    On a CPU, what a job computes depends, to the bit, on the adapter and the job and the token
-    budget, and not on what shares its call: neither on other adapters nor on other jobs of its
-    own (measured in float32 and bfloat16, with one and two threads). So each job has
-    matrix products of its own, whose results are added to the adapter's gradient in the order
-    of the jobs, and only its own datums share the rows of a common beginning. On a GPU the number
-    of rows may choose another kernel, so that would buy nothing: there an adapter's jobs share
-    both, and a replay that must come close repeats the calls.
+    On a CPU the bits of a job's result depend on the adapter, the job and the token
+    budget, and not on batch-mates: neither on other adapters nor on other jobs of the same
+    adapter (measured in float32 and bfloat16, with one and two threads). So each job has
+    its own matrix products, whose results are added to the adapter's gradient in the order
+    of the jobs, and only its own datums share the rows of a prefix. On a GPU the number
+    of rows may select another kernel, so this would not help: there an adapter's jobs share
+    both, and a replay that must be close repeats the calls.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class TorchTrainer(Trainer):
         token_budget: int = 4096,
         custom_losses: CustomLossRunner | None = None,
     ) -> None:
-        """Begin without adapters.
+        """Start without adapters.
 
         Args:
             token_budget: Most tokens in one training micro-batch; memory grows with it.
-            custom_losses: Computes clients' own losses; None does so right here.
+            custom_losses: Computes clients' own losses; None computes them in this process.
         """
         self._base_model = base_model
         self._token_budget = token_budget
@@ -120,8 +120,8 @@ class TorchTrainer(Trainer):
     def _run(self, jobs: Sequence[PlannedJob], *, trains: bool) -> dict[PlannedJob, JobResult]:
         """Run jobs together and add their gradients.
 
-        What fails, fails alone. A job whose result is not finite may have spoilt the gradient
-        it shares with others of its adapter, so the pass is thrown away and the others run
+        A failing job fails alone. A job whose result is not finite may have spoilt the gradient
+        that it shares with others of its adapter, so the pass is discarded and the others run
         again, exactly as if that job had not been there.
         """
         outcome: dict[PlannedJob, JobResult] = {}
@@ -151,10 +151,10 @@ class TorchTrainer(Trainer):
     def _keep_grads(
         self, jobs: Sequence[PlannedJob], grads: Mapping[str, AdapterTensors]
     ) -> dict[PlannedJob, JobResult]:
-        """Give a pass's gradients to their adapters; return the jobs whose outcome that changed.
+        """Give a pass's gradients to their adapters; return the jobs whose outcome changed.
 
         A finite loss can still have an infinite gradient. If several jobs share it, each runs
-        again alone to find out whose it is.
+        again alone to find the cause.
         """
         changed: dict[PlannedJob, JobResult] = {}
         for name, grad in grads.items():
@@ -227,7 +227,7 @@ class TorchTrainer(Trainer):
             "exp_avg_sq": adapter.exp_avg_sq,
             "grad": adapter.grad.flat,
         }
-        # A copy each: numpy's arrays can be written to, the buffers must not be.
+        # Copies: numpy's arrays are writable, but the buffers must not be modified.
         arrays = {name: flat.cpu().numpy().copy() for name, flat in buffers.items()}
         return {**arrays, "step": adapter.step}
 

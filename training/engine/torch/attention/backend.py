@@ -1,7 +1,7 @@
-"""Attention inside each sequence of a packed stream, and the way transformers calls it.
+"""Attention inside each sequence of a packed stream, called by transformers.
 
 ``packed_attention`` is registered under the name ``packed``; a model loaded with
-``attn_implementation="packed"`` gets no mask from transformers and hands its rotated queries,
+``attn_implementation="packed"`` gets no mask from transformers and passes its rotated queries,
 keys and values to the ``Attention`` of the current ``PackedContext``.
 """
 
@@ -35,15 +35,15 @@ from training.engine.torch.packing.stream import Attention, ContextHolder, Packe
 ATTENTION_NAME = "packed"
 
 REFUSED_ARGUMENTS = ("position_bias", "head_mask")
-"""Attention variants whose arguments we would have to honour and do not."""
+"""Arguments of attention variants that we do not support."""
 
 CHUNK_ATTRIBUTE = "packed_attention_chunk"
 HOLDER_ATTRIBUTE = "packed_context_holder"
-"""What ``prepare_layers`` leaves at the layers that it may concern."""
+"""The attribute that ``prepare_layers`` sets on attention layers."""
 
 
 class UnsupportedAttention(Exception):
-    """The base model's attention needs something that the packed attention does not do."""
+    """The base model's attention needs a feature that the packed attention does not have."""
 
 
 class SequenceAttention(Attention):
@@ -52,8 +52,8 @@ class SequenceAttention(Attention):
     def __init__(self, row_ranges: Sequence[RowRange], *, on_cpu: bool | None = None) -> None:
         """
         Args:
-            row_ranges: What the stream consists of, in order.
-            on_cpu: Whether ranges share calls as is best on a CPU; None asks the tensors.
+            row_ranges: The parts of the stream, in order.
+            on_cpu: Whether to group calls as is best on a CPU; None decides by the tensors' device.
         """
         self._on_cpu = on_cpu
         self._row_ranges = row_ranges
@@ -89,14 +89,15 @@ class SequenceAttention(Attention):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Plan:
-    """How the ranges of one stream are computed in the layers of one variant."""
+    """The computation of one stream's ranges in the layers of one variant."""
 
     plain: AttentionPlan | None
-    """Of sequences that see all before them, as they do in a layer without a window; None: none."""
+    """For sequences that see all earlier tokens, as in a layer without a window; None if there are
+    none."""
     blocks: Sequence[BlockGroup]
-    """Of the others."""
+    """For the other sequences."""
     in_blocks: Tensor | None
-    """(T, 1, 1) bool, which rows are the others'; None: none."""
+    """(T, 1, 1) bool, the rows of the others; None if there are none."""
 
     @classmethod
     def of(
@@ -143,7 +144,7 @@ def plain_attention(
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """Neighbouring ranges that attention takes in one call: of one length, after equally many
+    """Adjacent ranges that one attention call computes: of equal length, after equally many
     tokens."""
 
     count: int
@@ -163,11 +164,11 @@ class _Run:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionPlan:
-    """How one stream's ranges share calls, the same in every layer.
+    """The grouping of one stream's ranges into calls, the same in every layer.
 
-    On a CPU short sequences are taken together and the others one by one (its fused float32 kernel
-    gives some shapes other last bits in a batch); on a GPU neighbours of equal length share a
-    call.
+    On a CPU short sequences are computed together and the others one by one (its fused float32
+    kernel changes the last bits of some shapes in a batch); on a GPU neighbours of equal length
+    share a call.
     """
 
     buckets: Sequence[Bucket]
@@ -175,7 +176,7 @@ class AttentionPlan:
     rows: Tensor | None
     """(n,) int64, the rows of the runs; None if they are the whole stream, in order, or none."""
     key_rows: Tensor | None
-    """(m,) int64, the rows that the runs see, run by run; None if that is the same."""
+    """(m,) int64, the rows that the runs see, run by run; None if they equal ``rows``."""
 
     @classmethod
     def of(
@@ -222,7 +223,7 @@ def _long_attention(
     if plan.rows is not None and plan.key_rows is not None:
         query = take_rows(query, plan.rows)
         key, value = (take_rows(x, plan.key_rows) for x in (key, value))
-    # split, not slicing: its backward is one concatenation however many runs there are.
+    # split, not slicing: its backward is one concatenation for any number of runs.
     queries = query.split([run.num_rows for run in plan.runs])
     keys, values = (x.split([run.num_keys for run in plan.runs]) for x in (key, value))
     return torch.cat(
@@ -262,13 +263,13 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each attention layer.
+    """The function that transformers calls in each attention layer.
 
     Args:
         query: (1, Hq, T, D).
         key: (1, Hkv, T, D).
         value: Likewise.
-        packed_context: None where a layer does not pass on what its model was called with.
+        packed_context: None if a layer does not pass on its model's arguments.
 
     Returns:
         (1, T, Hq, D), and no attention weights.
@@ -298,7 +299,7 @@ def _variant(
     sinks: Tensor | None = None,
     **others: Any,
 ) -> Variant:
-    """What transformers tells kernels that get no mask; chunks it tells nobody."""
+    """The variant from transformers' arguments for kernels without a mask, which omit chunks."""
     if s_aux is None:
         s_aux = sinks
     chunk: int | None = getattr(module, CHUNK_ATTRIBUTE, None)
@@ -309,10 +310,10 @@ def _variant(
 
 
 def prepare_layers(model: nn.Module, config: PreTrainedConfig, holder: ContextHolder) -> None:
-    """Tell the layers what transformers does not tell their attention.
+    """Set the attributes that transformers does not pass to the layers' attention.
 
-    Whose attention is cut into chunks, how long those are; and all, where the current context is:
-    some do not pass on what their model was called with.
+    Layers with chunks get their length. All layers get the current context, because
+    some do not pass on their model's arguments.
     """
     layer_types = getattr(config, "layer_types", None) or []
     for module in model.modules():

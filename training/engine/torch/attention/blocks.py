@@ -1,14 +1,14 @@
 """Attention with a window, a chunk, a cap on its scores or sinks, by blocks of queries.
 
-No fused kernel of torch knows caps and sinks, and none on a CPU knows windows. So these layers are
-computed by their formula, in float32. A sequence's queries are cut into blocks of
-``BLOCK_TOKENS``; a block meets only the keys that one of its tokens sees, so a layer with a
-window costs as much for each token however long the sequence is. Blocks of one shape share batched
-products, whatever sequences they are of, and their shapes follow from their own sequence alone:
-a sequence's bits do not tell what shared the pass (measured with MKL, one thread and two).
+No fused kernel of torch supports caps and sinks, and none on a CPU supports windows. So these
+layers are computed by their formula, in float32. A sequence's queries are cut into blocks of
+``BLOCK_TOKENS``; a block uses only the keys that one of its tokens sees, so a layer with a
+window costs the same for each token of a sequence of any length. Blocks of one shape share batched
+products across sequences, and their shapes depend on their own sequence alone:
+batch-mates do not change a sequence's bits (measured with MKL, one thread and two).
 
-Nothing is kept for the backward pass but what came in; it computes the scores again. They would be
-most of what a long sequence takes.
+Only the inputs are kept for the backward pass, which computes the scores again. They would be
+most of a long sequence's memory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from training.engine.torch.packing.ranges import RowRange, integers, stream_rows
 BLOCK_TOKENS = 128
 
 GROUP_SCORES = 2**20
-"""Scores of one query head that are there at one time, unless one block has more."""
+"""Scores of one query head in memory at one time, unless one block has more."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Block:
-    """Neighbouring queries of one range and the keys that they see."""
+    """Adjacent queries of one range and the keys that they see."""
 
     query_rows: Tensor
-    """(q,) int64, of the stream."""
+    """(q,) int64, rows of the stream."""
     key_rows: Tensor
     """(k,) int64, those before the queries first; the last q are the queries' own."""
     first_query: int
@@ -64,7 +64,7 @@ def make_block_groups(
     members: dict[tuple[int, ...], list[_Block]] = {}
     for row_range in row_ranges:
         for block in _cut(row_range, reach):
-            # Where a chunk ends depends on the position; windows and causality move along.
+            # A chunk's end depends on the position; windows and causality are relative.
             place = block.first_query % reach.chunk if reach.chunk else 0
             shape = (block.num_before, padded_length(len(block.query_rows)), place)
             members.setdefault(shape, []).append(block)
@@ -117,7 +117,7 @@ def block_attention(
     variant: Variant,
     scaling: float,
 ) -> Tensor:
-    """Attention of the rows that the groups share out among them; zero for others.
+    """Attention of the rows of all groups; zero for other rows.
 
     Args:
         query: (T, Hq, D).
@@ -157,7 +157,7 @@ class _BlockAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         heads_each = query.shape[1] // key.shape[1]
         grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        # What many blocks see has a gradient from each, so their sum is kept in float32.
+        # A key that many blocks see has a gradient from each, so the sum is kept in float32.
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         for group in ctx.groups:
@@ -166,7 +166,7 @@ class _BlockAttention(torch.autograd.Function):
             k, v = group.keys.pack(key, 1), group.keys.pack(value, 1)
             shares = _shares(q, k, group, ctx.variant, ctx.scaling)
             grad_shares = torch.bmm(g, v.transpose(1, 2))
-            # That of a softmax; a sink takes part in the sum, but brings it nothing.
+            # The derivative of a softmax; a sink is part of its sum, but contributes no value.
             grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
             if ctx.variant.softcap is not None:
                 grad_scores.mul_(_slope(q, k, ctx.variant.softcap, ctx.scaling))

@@ -1,11 +1,11 @@
 """Attention of the newest tokens of many short sequences at once, on a CPU.
 
-A call per sequence and layer is most of what a short sequence's token costs. So the keys and values
-of short sequences are copied out of the cache, padded to a multiple of ``BUCKET_TOKENS``, and all
-sequences of one padded length share two batched products. A sequence's padded length follows
-from its own, and its numbers are the same whether it comes alone or with others (measured with
-MKL, one thread and two). The arithmetic is float32. What pads a sequence is its own first token
-again, out of sight behind a mask, so that nothing of a neighbour can reach it.
+A call per sequence and layer is most of the cost of a short sequence's token. So the keys and
+values of short sequences are copied out of the cache, padded to a multiple of ``BUCKET_TOKENS``,
+and all sequences of one padded length share two batched products. A sequence's padded length
+depends only on its own length, and its numbers are the same alone and with batch-mates (measured
+with MKL, one thread and two). The arithmetic is float32. A sequence is padded with its own first
+token, which is masked, so a neighbour's values cannot reach it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from training.engine.torch.attention.variants import Variant
 from training.engine.torch.packing.stream import round_up
 
 SHORT_TOKENS = 256
-"""Longer sequences cost more to copy than a call of their own takes."""
+"""Longer sequences take longer to copy than a separate call takes."""
 
 BUCKET_TOKENS = 32
 
@@ -32,9 +32,9 @@ class Newest:
     """The newest token of one sequence."""
 
     row: int
-    """Of the stream."""
+    """Row of the stream."""
     first_cache_row: int
-    """Where the cache has the first token that it sees; the others lie one after another."""
+    """The cache row of the first token that it sees; the others follow."""
     length: int
     """Tokens that it sees, itself included."""
 
@@ -63,7 +63,7 @@ class GatheredAttention:
         output: Tensor,
     ) -> None:
         """Write these sequences' rows of ``output`` (T, Hq, D), like ``query``'s."""
-        num_key_heads = cache.num_heads(layer_idx)  # not the same in every layer of some models
+        num_key_heads = cache.num_heads(layer_idx)  # differs between layers in some models
         if num_key_heads not in self._by_heads:
             self._by_heads[num_key_heads] = self._spread(num_key_heads)
         places, mask = self._by_heads[num_key_heads]
@@ -93,7 +93,7 @@ class GatheredAttention:
 
 
 def gather_by_length(sequences: Sequence[Newest]) -> list[GatheredAttention]:
-    """Sequences of one padded length together."""
+    """Group sequences by padded length."""
     members: dict[int, list[Newest]] = {}
     for each in sequences:
         members.setdefault(round_up(each.length, BUCKET_TOKENS), []).append(each)

@@ -1,14 +1,14 @@
 """Causal attention of many short sequences in few products, on a CPU.
 
-Ranges are padded to a multiple of ``BUCKET_TOKENS``, and all that come to the same length after
-equally many tokens share batched matrix products, whatever lies between them in the stream. A
-range's bucket follows from its own sequence alone, and its products are the same whether the
-batch holds one range or many, so its bits do not tell what shared the pass (measured with MKL,
+Ranges are padded to a multiple of ``BUCKET_TOKENS``, and all ranges of the same padded length after
+equally many tokens share batched matrix products, wherever they are in the stream. A
+range's bucket depends on its own sequence alone, and its products are the same whether the
+batch has one range or many, so batch-mates do not change its bits (measured with MKL,
 one thread and two).
 
-The arithmetic is float32 throughout. The query heads that share a key head are handed over as
+The arithmetic is float32 throughout. The query heads that share a key head are passed as
 rows of one long query, so that no key is repeated for them. Padding comes after the real tokens,
-where no real token sees it, and is zero: not even a NaN of a neighbour could reach a sequence.
+where no real token sees it, and is zero, so not even a NaN of a neighbour reaches a sequence.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from training.engine.torch.packing.ranges import RowRange, integers, stream_rows
 from training.engine.torch.packing.stream import round_up
 
 SHORT_TOKENS = 192
-"""Up to this length these products take less time than torch's fused kernel (measured with heads
+"""Up to this length these products are faster than torch's fused kernel (measured with heads
 of 64, forward and backward): a fifth less in float32, less than half in bfloat16."""
 
 BUCKET_TOKENS = 16
-"""Sequences of one bucket begin at multiples of so many rows: at equal places in a vector
-register and in a cache line, on which some kernels' order of summing depends."""
+"""Sequences of one bucket begin at multiples of this many rows: at equal places in a vector
+register and in a cache line, which affect some kernels' order of summing."""
 
 NARROW = 16
 """Matrix products with fewer columns than this take up to four times longer than transposed."""
@@ -39,12 +39,12 @@ NARROW = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Slots:
-    """Where some of the stream's rows go in B sequences that are padded to one length L."""
+    """The places of some of the stream's rows in B sequences padded to one length L."""
 
     count: int
     length: int
     rows: Tensor
-    """(n,) int64, of the stream; those that several sequences see are there as often."""
+    """(n,) int64, rows of the stream; a row that several sequences see is repeated."""
     slots: Tensor
     """(n,) int64, their places among the B * L padded ones."""
 
@@ -57,11 +57,11 @@ class Slots:
         return split.permute(0, 2, 3, 1, 4).reshape(-1, group * self.length, head_size)
 
     def unpack(self, packed: Tensor, group: int, into: Tensor) -> None:
-        """The reverse: write the rows of ``into`` (T, H, D), none of them twice."""
+        """The inverse: write the rows of ``into`` (T, H, D), each at most once."""
         into.index_copy_(0, self.rows, self._unpadded(packed, group, into).to(into.dtype))
 
     def add(self, packed: Tensor, group: int, to: Tensor) -> None:
-        """Likewise, but add to the rows of ``to`` (T, H, D) float32, as often as they are named."""
+        """Likewise, but add to the rows of ``to`` (T, H, D) float32, once for each occurrence."""
         to.index_add_(0, self.rows, self._unpadded(packed, group, to))
 
     def _unpadded(self, packed: Tensor, group: int, like: Tensor) -> Tensor:
@@ -73,13 +73,13 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bucket:
-    """Ranges of one padded length that equally many tokens came before."""
+    """Ranges of one padded length after equally many tokens."""
 
     num_before: int
     queries: Slots
     keys: Slots
-    """What came before, padded like a range, and then the range; the same as ``queries`` where
-    nothing came before."""
+    """The tokens before a range, padded like a range, and then the range; the same as ``queries``
+    if there are no tokens before."""
 
 
 def make_buckets(row_ranges: Sequence[RowRange]) -> list[Bucket]:
@@ -124,7 +124,7 @@ def padded_length(length: int) -> int:
 def short_attention(
     query: Tensor, key: Tensor, value: Tensor, buckets: Sequence[Bucket], scaling: float
 ) -> Tensor:
-    """Attention of the rows that the buckets share out among them; zero for others.
+    """Attention of the rows of all buckets; zero for other rows.
 
     Args:
         query: (T, Hq, D).
@@ -167,7 +167,7 @@ class _ShortAttention(torch.autograd.Function):
         grad_query = torch.zeros_like(grad_output, memory_format=torch.contiguous_format)
         num_tokens, num_heads, head_size = grad_output.shape
         shape = (num_tokens, ctx.num_key_heads, head_size)
-        # What many sequences see has a gradient from each, so their sum is kept in float32.
+        # A row that many sequences see has a gradient from each, so the sum is kept in float32.
         grad_key = grad_output.new_zeros(shape, dtype=torch.float32)
         grad_value = torch.zeros_like(grad_key)
         group = num_heads // ctx.num_key_heads
@@ -175,7 +175,7 @@ class _ShortAttention(torch.autograd.Function):
             q, k, v, shares = ctx.saved_tensors[4 * i : 4 * i + 4]
             g = bucket.queries.pack(grad_output, group)
             grad_shares = torch.bmm(g, v.transpose(1, 2))
-            # What torch's own softmax does in its backward: shares * (grad - sum of the products).
+            # The backward of torch's own softmax: shares * (grad - sum of the products).
             grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
             grad_scores.mul_(ctx.scaling)
             bucket.queries.unpack(product(grad_scores, k), group, grad_query)

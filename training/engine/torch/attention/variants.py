@@ -1,4 +1,4 @@
-"""How a layer's attention may differ from the plain one: windows, chunks, caps and sinks."""
+"""Variants of a layer's attention: windows, chunks, caps and sinks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """Which tokens of its sequence a token sees: of those up to itself, all or the nearest."""
+    """The tokens of its sequence that a token sees: all up to itself, or only the nearest."""
 
     window: int | None = None
-    """So many, itself included; None is no limit."""
+    """Number of visible tokens, itself included; None is no limit."""
     chunk: int | None = None
-    """Those of its own chunk, if sequences are cut into chunks of so many; None is no limit."""
+    """Length of the chunks into which sequences are cut; a token sees its own chunk. None is no
+    limit."""
 
     @property
     def limit(self) -> int | None:
-        """Up to this length every token of a sequence sees all before it; None: at any length."""
+        """Up to this length every token of a sequence sees all earlier ones; None: at any
+        length."""
         return min((n for n in (self.window, self.chunk) if n is not None), default=None)
 
     def covers(self, num_tokens: int) -> bool:
-        """Whether every token of a sequence of so many sees all before it."""
+        """Whether every token of a sequence of this length sees all earlier ones."""
         return self.limit is None or num_tokens <= self.limit
 
     def first_key(self, position: int) -> int:
@@ -47,26 +49,26 @@ EVERYTHING = Reach()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Variant:
-    """How one layer's attention differs from the plain one."""
+    """One layer's variant of attention."""
 
     reach: Reach = EVERYTHING
     softcap: float | None = None
     """Scores pass through ``softcap * tanh(score / softcap)``."""
     sinks: Tensor | None = None
-    """(Hq,) a score for each query head that takes part in the softmax and brings no value."""
+    """(Hq,) a score for each query head that is part of the softmax but has no value."""
 
     @property
     def has_plain_scores(self) -> bool:
-        """Whether only which keys are seen may differ, so that fused kernels are right."""
+        """Whether only the visible keys differ, so that fused kernels can be used."""
         return self.softcap is None and self.sinks is None
 
     def shares(self, scores: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
-        """What each key contributes: the softmax over the last dimension, with caps and sinks.
+        """The weight of each key: the softmax over the last dimension, with caps and sinks.
 
         Args:
-            scores: (..., K) float32, scaled; used up.
-            mask: Added once they are capped: minus infinity where a key is not seen.
-            sinks: (..., 1), this variant's, one for each row.
+            scores: (..., K) float32, scaled; overwritten.
+            mask: Added after the cap: minus infinity where a key is not seen.
+            sinks: (..., 1), this variant's sinks, one for each row.
         """
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)

@@ -1,4 +1,4 @@
-"""Where a packed stream has its sequences: whole ones, or ranges that several share."""
+"""The sequences of a packed stream: whole ones, or ranges that several share."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowRange:
-    """Neighbouring rows of a stream that see themselves causally, and all of what came before.
+    """Adjacent rows of a stream that see each other causally, and all earlier rows of the sequence.
 
-    A sequence that shares nothing is one range. Sequences that begin alike are one range for
-    the common beginning and one each for the rest, and so on, as a tree branches.
+    A sequence that shares nothing is one range. Sequences with a shared prefix are one range for
+    the prefix and one each for the rest, and so on, as in a tree.
     """
 
     start: int
     """Its first row."""
     length: int
     before: tuple[RowRange, ...] = ()
-    """What came before, the beginning of the sequence first."""
+    """The earlier ranges of the sequence, in order."""
 
     @property
     def end(self) -> int:
@@ -30,22 +30,22 @@ class RowRange:
 
     @property
     def num_before(self) -> int:
-        """Tokens that came before; the position of its own first token."""
+        """Earlier tokens; the position of its own first token."""
         return sum(row_range.length for row_range in self.before)
 
     @property
     def num_keys(self) -> int:
-        """Tokens that its last one sees, itself included."""
+        """Tokens that its last token sees, itself included."""
         return self.num_before + self.length
 
     @property
     def seen(self) -> tuple[RowRange, ...]:
-        """What came before, and then itself."""
+        """The earlier ranges, and then itself."""
         return (*self.before, self)
 
 
 def whole_sequences(lengths: Iterable[int]) -> list[RowRange]:
-    """Sequences of so many tokens, one after another in the stream, that share nothing."""
+    """Sequences of these lengths, one after another in the stream, that share nothing."""
     row_ranges: list[RowRange] = []
     start = 0
     for length in lengths:
@@ -60,15 +60,15 @@ def stream_rows(row_ranges: Iterable[RowRange]) -> Tensor:
 
 
 def integers(bounds: Iterable[tuple[int, int]]) -> Tensor:
-    """(n,) int64, so many integers (start, length) from each start, one after another."""
+    """(n,) int64, for each (start, length) the integers from start on, concatenated."""
     return torch.cat([torch.arange(start, start + length) for start, length in bounds])
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """(n, ...) the rows (n,) of x (T, ...), each as often as it is named.
+    """(n, ...) the rows (n,) of x (T, ...), with repetitions.
 
-    Its gradient is summed in float32 whatever the tensor's own type: of a row that many read, one
-    part after another would vanish in a bfloat16 sum.
+    The gradient is summed in float32 for every dtype: for a row that many read, small
+    parts would vanish in a bfloat16 sum.
     """
     taken: Tensor = _TakeRows.apply(x, rows)  # type: ignore[no-untyped-call]  # torch has no types
     return taken
