@@ -1,11 +1,11 @@
-"""The worker side: where a row and a tensor meet. One process per base model.
+"""The worker: runs futures on an engine. One process per base model.
 
 scheduler
-    Decides what runs next; pure Python over what was claimed.
+    Decides which claimed futures run next; pure Python.
 operations
-    Turns futures into engine calls and engine answers into outcomes.
+    Turns futures into engine calls and engine results into outcomes.
 adapter_cache
-    Which adapters are in memory, and how one is rebuilt from snapshot and log.
+    Keeps adapters in memory, and rebuilds them from snapshot and log.
 loop
     Claim, run, commit; sampling steps in between.
 """

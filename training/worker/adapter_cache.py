@@ -1,13 +1,13 @@
-"""Which adapters are in memory, and how one is rebuilt: its last snapshot plus its log.
+"""Keeps adapters in memory, and rebuilds one from its last snapshot and its log.
 
 A run's log is its futures of the kinds that change it (``LOGGED``), in the order of their
-seq ids, and the failed steps that dropped its gradient. An adapter in memory always is what the
-run's committed futures made it, and the caller drops it when an operation of it was not committed.
-So memory is a cache, with a budget in bytes: adapters leave for their snapshot and come back on
-use, first those whose client has left, then the least recently used.
+seq ids, and the failed steps that dropped its gradient. An adapter in memory always equals the
+result of the run's committed futures; the caller drops it if an operation was not committed. So
+memory is a cache, with a budget in bytes: adapters are evicted to their snapshot and loaded again
+on use, first those whose client has left, then the least recently used.
 
-A snapshot saves time, not data: while the disk takes none, runs go on, and what a crash would
-have to repeat grows until it takes one again.
+A snapshot saves time, not data: while none can be written, runs continue, and the work that a crash
+would repeat grows until one can be written again.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from training.worker.snapshots import SnapshotFailed, SnapshotWriter
 
 logger = logging.getLogger(__name__)
 
-WRITE_COST_FACTOR = 10  # snapshots may take a tenth of the time at most
+WRITE_COST_FACTOR = 10  # snapshots may take at most a tenth of the time
 PAUSE_SECONDS = 60.0  # after a snapshot that could not be written
-KNOWN_LANES = 10_000  # whose adapters' sizes are remembered
+KNOWN_LANES = 10_000  # lanes whose adapters' sizes are remembered
 
 
 @dataclass
 class _CachedAdapter:
-    """What the worker knows of one adapter in memory."""
+    """The worker's record of one adapter in memory."""
 
     snapshot_seq_id: int = -1
-    """Last request that the newest snapshot holds; -1 without one."""
+    """Last request in the newest snapshot; -1 without one."""
     debt_seconds: float = 0.0
-    """Work since then, which a crash would repeat; infinite if it could not."""
+    """Work since then, which a crash would repeat; infinite if a repeat is impossible."""
     captured_seconds: float = 0.0
-    """Of that work, what the snapshot that is being written holds."""
+    """The part of that work that the snapshot being written contains."""
     write_seconds: float = 0.0
-    """What the last snapshot took."""
+    """The duration of the last snapshot."""
     weights_bytes: int = 0
-    """Of its memory, what a sampler that still uses it keeps."""
+    """The part of its memory that a sampler still uses after an eviction."""
     unreadable: tuple[int, ...] = ()
-    """Snapshots that could not be read, to be deleted once there is a newer one."""
+    """Unreadable snapshots, to be deleted once there is a newer one."""
 
 
 class NoRoomYet(Exception):
-    """Samples that are under way use the memory that another one needs; it has to wait."""
+    """Running samples use the memory that this one needs, so it has to wait."""
 
 
 class AdapterCache:
@@ -72,12 +72,12 @@ class AdapterCache:
         replay: Callable[[Run, Sequence[Future]], None],
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin with nothing in memory.
+        """Start with nothing in memory.
 
         Args:
-            budget_bytes: What all of them may take together.
+            budget_bytes: The memory limit of all of them together.
             replay: Applies a run's log to its adapter; see ``training.worker.replay``.
-            on_turn: Called whenever writing them all has got on.
+            on_turn: Called at each step of writing them all.
         """
         self._on_turn = on_turn
         self._trainer = trainer
@@ -93,14 +93,14 @@ class AdapterCache:
         """Of the latter, those of runs."""
         self._lane_bytes: dict[str, int] = {}
         self._first_to_wait: str | None = None
-        """The request for whose checkpoint there is no room yet."""
+        """The request whose checkpoint does not fit yet."""
         self._pinned: frozenset[str] = frozenset()
         self._snapshots = SnapshotWriter(trainer, worker)
         self._paused_until = 0.0
 
     def pin(self, run_ids: Iterable[str]) -> None:
-        """Keep these runs in memory until the next call: a batch changes them, and what is not
-        committed must not be snapshotted."""
+        """Keep these runs in memory until the next call: a batch changes them, and uncommitted
+        changes must not be snapshotted."""
         self._pinned = frozenset(run_ids)
 
     def bring_run(self, run: Run) -> str:
@@ -108,7 +108,7 @@ class AdapterCache:
 
         Raises:
             RunLost: Neither a snapshot nor the log can rebuild it. (failed future)
-            OutOfMemory: There is no room to rebuild it now. (failed future)
+            OutOfMemory: There is not enough memory to rebuild it now. (failed future)
         """
         if run.id not in self._cached:
             self.make_room(run)
@@ -118,29 +118,29 @@ class AdapterCache:
         return run.id
 
     def publish_run(self, run: Run) -> str:
-        """Have the sampler know the run's weights as they are now; return their version.
+        """Publish the run's current weights to the sampler; return their version.
 
         Raises:
             RunLost: Neither a snapshot nor the log can rebuild it. (failed future)
-            OutOfMemory: There is no room to rebuild it now. (failed future)
+            OutOfMemory: There is not enough memory to rebuild it now. (failed future)
         """
         self.bring_run(run)
         return self._versions.publish(run)
 
     def moved_on(self, runs: Iterable[Run]) -> None:
-        """Say that operations of these runs are committed, so that their weights may be others."""
+        """Record that operations of these runs are committed, so their weights may have changed."""
         self._versions.moved_on(runs)
 
     def publish_checkpoint(self, checkpoint_id: int, future: Future) -> str:
-        """Have the sampler know the weights of the checkpoint that a sample names; return their
+        """Publish the weights of a sample's checkpoint to the sampler; return their
         version.
 
         Raises:
-            NoRoomYet: Try again when samples have finished. Others that name checkpoints wait until
-                this one has had its turn, so that it comes.
+            NoRoomYet: Try again when samples have finished. Other samples of checkpoints wait until
+                this one has started, so that it is not delayed forever.
             CheckpointNotFound: It was deleted or damaged since. (failed future)
             InvalidRequest: It was made for a base model of another shape. (failed future)
-            OutOfMemory: There is no room for it at all. (failed future)
+            OutOfMemory: It can never fit. (failed future)
         """
         if self._first_to_wait not in (None, future.id):
             raise NoRoomYet
@@ -162,17 +162,17 @@ class AdapterCache:
         return version
 
     def no_longer_wait(self, request_ids: Container[str]) -> None:
-        """Say that requests were cancelled, of which one may have waited for room."""
+        """Record that requests were cancelled, one of which may have waited for memory."""
         if self._first_to_wait is not None and self._first_to_wait in request_ids:
             self._first_to_wait = None
 
     def created(self, run: Run) -> None:
-        """Say that the run's adapter was just made in the trainer."""
+        """Record that the run's adapter was just made in the trainer."""
         self._cached[run.id] = _CachedAdapter()
         self._hold(run)
 
     def drop_run(self, run_id: str) -> None:
-        """Forget a run's adapter: it was removed, or memory is ahead of what is committed."""
+        """Drop a run's adapter: it was removed, or memory is ahead of the committed state."""
         resident = self._cached.pop(run_id, None)
         version = self._versions.retire(run_id)
         self._trainer.drop_adapter(run_id)
@@ -182,20 +182,20 @@ class AdapterCache:
             self._leaving.add(version)
 
     def remove_run(self, run: Run) -> None:
-        """Free all that a removed run holds: its memory and its snapshots."""
+        """Free a removed run's memory and snapshots."""
         self.drop_run(run.id)
         self._snapshots.delete_all(run)
 
     def worked(self, run_id: str, seconds: float) -> None:
-        """Add to what a crash would have to repeat for this run, if it is still there."""
+        """Add to the work that a crash would repeat for this run, if it is still resident."""
         if run_id in self._cached:
             self._cached[run_id].debt_seconds += seconds
 
     def keep_up(self) -> None:
-        """Name the snapshot that was written meanwhile, and begin the one that is most due.
+        """Record the snapshot that was written meanwhile, and begin the most urgent one.
 
-        What a crash could not repeat is not left to chance: its snapshot is waited for. Call
-        this between batches, when memory is what is committed.
+        If a run could not be rebuilt after a crash, this waits for its snapshot. Call
+        this between batches, when memory equals the committed state.
         """
         if self._snapshots.is_over():
             self._finish()
@@ -209,7 +209,7 @@ class AdapterCache:
                 self._begin(run_id)
 
     def _is_due(self, run_id: str) -> bool:
-        """Whether the work since the last snapshot is worth more than writing one."""
+        """Whether the work since the last snapshot justifies writing one."""
         resident = self._cached[run_id]
         return resident.debt_seconds > max(
             settings.SNAPSHOT_SECONDS, WRITE_COST_FACTOR * resident.write_seconds
@@ -232,7 +232,7 @@ class AdapterCache:
         begun = self._snapshots.begun
         if begun is None:
             return
-        resident = self._cached.get(begun.run_id, _CachedAdapter())  # it may have left
+        resident = self._cached.get(begun.run_id, _CachedAdapter())  # it may have been evicted
         try:
             resident.write_seconds = self._snapshots.finish(unreadable=resident.unreadable)
         except SnapshotFailed as error:
@@ -248,7 +248,7 @@ class AdapterCache:
         logger.warning("run %s: no snapshot, a crash would repeat more: %s", run_id, error)
 
     def snapshot(self, run: Run) -> bool:
-        """Write the run's state now and wait for it; say whether it is on disk.
+        """Write the run's state now and wait for it; return whether it is on disk.
 
         Call it between a commit and the run's next operation, with a fresh row.
         """
@@ -256,7 +256,7 @@ class AdapterCache:
         return self._cached[run.id].snapshot_seq_id == run.applied_seq_id
 
     def settle(self) -> None:
-        """Wait for the snapshot that is being written, and name it."""
+        """Wait for the snapshot that is being written, and record it."""
         self._snapshots.wait()
         self._finish()
 
@@ -266,13 +266,13 @@ class AdapterCache:
         self.settle()
 
     def snapshot_all(self) -> None:
-        """Write whatever is not on disk yet, so that the next worker need not repeat it."""
+        """Write all state that is not on disk yet, so that the next worker need not repeat it."""
         for run in Run.objects.live().filter(id__in=self._cached):
             self.snapshot(run)
             self._on_turn()
 
     def make_room(self, run: Run) -> None:
-        """Have adapters leave until the run's fits, as far as they can.
+        """Evict adapters until the run's fits, as far as possible.
 
         Raises:
             OutOfMemory: It does not fit into this worker, even alone. (failed future)
@@ -288,11 +288,11 @@ class AdapterCache:
 
     @property
     def budget_bytes(self) -> int:
-        """What all of them may take together."""
+        """The memory limit of all of them together."""
         return self._memory.budget_bytes
 
     def lane_bytes(self, lane_id: str) -> int:
-        """What the adapter of a lane takes, in memory or not; 0 for a lane that has none."""
+        """The size of a lane's adapter, in memory or not; 0 for a lane without one."""
         if lane_id not in self._lane_bytes:
             if len(self._lane_bytes) >= KNOWN_LANES:
                 self._lane_bytes.clear()
@@ -301,12 +301,12 @@ class AdapterCache:
                 self._lane_bytes[lane_id] = (
                     0 if run is None else self._trainer.adapter_bytes(run_lora_config(run))
                 )
-            except TrainingError:  # its creation will say so
+            except TrainingError:  # its creation will report that
                 self._lane_bytes[lane_id] = 0
         return self._lane_bytes[lane_id]
 
     def figures(self) -> dict[str, int]:
-        """What the worker says of its adapters."""
+        """The figures that the worker reports about its adapters."""
         return {
             "resident_adapters": len(self._memory),
             "adapter_bytes": self._memory.held_bytes,
@@ -314,9 +314,9 @@ class AdapterCache:
         }
 
     def let_go(self) -> bool:
-        """Have something leave that only a client used who has left; say whether something did.
+        """Evict one item that only departed clients used; return whether there was one.
 
-        For a worker that is idle: one at a time, for what is not on disk is written first.
+        For an idle worker: one at a time, because unsaved state is written first.
         """
         self.pin(())
         self._count_versions()
@@ -324,7 +324,7 @@ class AdapterCache:
         return any(self._evict(name) for name in self._memory.of_lanes(lanes))
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Have adapters leave until so many bytes fit; say whether they do."""
+        """Evict adapters until this many bytes fit; return whether they do."""
         self._memory.check(num_bytes)
         self._count_versions()
         if self._memory.fits(num_bytes):
@@ -337,15 +337,15 @@ class AdapterCache:
         return False
 
     def _count_versions(self) -> None:
-        """Count no more the versions that were retired and are not used any more either."""
+        """Stop counting versions that are retired and no longer used."""
         for name in self._leaving - self._sampler.versions.keys():
             self._memory.release(name)
             self._leaving.discard(name)
 
     def _evict(self, name: str) -> bool:
-        """Have something leave the memory, unless it is needed; say whether it left.
+        """Evict an item unless it is needed; return whether it was evicted.
 
-        Where the disk takes no snapshot, a run leaves without it if its log can rebuild it.
+        If no snapshot can be written, a run is evicted without one if its log can rebuild it.
         """
         if name in self._cached:
             if name in self._pinned:
@@ -382,7 +382,7 @@ class AdapterCache:
             if log:
                 logger.info("run %s: replaying %d requests", run.id, len(log))
             self._replay(run, log)
-        except OutOfMemory:  # another time there may be room
+        except OutOfMemory:  # later there may be enough memory
             self._trainer.drop_adapter(run.id)
             raise
         except TrainingError as error:

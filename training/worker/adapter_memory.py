@@ -1,7 +1,7 @@
-"""How much memory adapters take, how much they may take together, and which leaves first.
+"""Accounts for the memory of adapters: sizes, limit and order of eviction.
 
-Counted is what they take by their shape, not what the system says of the process, which also holds
-passes, the key-value cache, and what was freed and kept. Plain Python.
+It counts their sizes by shape, not the process's memory, which also includes
+passes, the key-value cache and freed blocks. Plain Python.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ GIBIBYTE = 2**30
 class _Held:
     num_bytes: int
     lane_id: str
-    """Of the last request that used it: whose client decides how long it stays."""
+    """Lane of the last request that used it; its client decides how long it stays."""
     used_at: float
 
 
 class AdapterMemory:
-    """The adapters and versions that one worker holds, by name."""
+    """The adapters and versions in one worker, by name."""
 
     def __init__(self, budget_bytes: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.budget_bytes = budget_bytes
@@ -33,7 +33,7 @@ class AdapterMemory:
 
     @property
     def held_bytes(self) -> int:
-        """What all of them take."""
+        """The size of all of them."""
         return sum(held.num_bytes for held in self._held.values())
 
     def __len__(self) -> int:
@@ -43,27 +43,27 @@ class AdapterMemory:
         return name in self._held
 
     def hold(self, name: str, num_bytes: int, *, lane_id: str) -> None:
-        """Count something that is in memory now, for a request of a lane."""
+        """Count an item that is in memory now, for a request of a lane."""
         self._held[name] = _Held(num_bytes, lane_id, self._clock())
 
     def use(self, name: str, *, lane_id: str) -> None:
-        """Note that a request of a lane uses it."""
+        """Record that a request of a lane uses it."""
         held = self._held[name]
         held.lane_id, held.used_at = lane_id, self._clock()
 
     def release(self, name: str) -> None:
-        """Count it no more; an unknown name does nothing."""
+        """Stop counting it; an unknown name does nothing."""
         self._held.pop(name, None)
 
     def fits(self, num_bytes: int) -> bool:
-        """Whether so many more may be taken now."""
+        """Whether this many more bytes may be used now."""
         return self.held_bytes + num_bytes <= self.budget_bytes
 
     def check(self, num_bytes: int) -> None:
-        """Refuse an adapter that would not fit if it were alone.
+        """Refuse an adapter that would not fit even alone.
 
         Raises:
-            OutOfMemory: It says what is too large for what.
+            OutOfMemory: The message has both sizes.
         """
         if num_bytes > self.budget_bytes:
             raise OutOfMemory(
@@ -78,7 +78,7 @@ class AdapterMemory:
         return {held.lane_id for held in self._held.values()}
 
     def in_order_of_leaving(self, lanes_without_client: Collection[str]) -> list[str]:
-        """First those whose client has left, by the lane that last used them; of both sorts the
+        """First those whose client has left, by the lane that last used them; in both groups the
         least recently used first."""
         return sorted(
             self._held,
@@ -89,5 +89,5 @@ class AdapterMemory:
         )
 
     def of_lanes(self, lanes: Collection[str]) -> list[str]:
-        """Those that a request of one of these lanes used last."""
+        """The items that a request of one of these lanes used last."""
         return [name for name, held in self._held.items() if held.lane_id in lanes]

@@ -1,9 +1,10 @@
-"""Waiting a moment for what is about to arrive, so that it can share a pass.
+"""The batching delay: waits a moment for requests that are about to arrive and can share a pass.
 
-A client that submits five batches one after another has sent the second when the first could
-begin: without this the first would run alone, and merging would gain less. How long the next
-one may take is known from the one before: a pause of several times the last one means that
-there is no next one. And a client that begins to wait for a result has sent what it had.
+When a client submits five batches one after another, the second has arrived by the time the first
+could
+start: without the delay the first would run alone, and merging would gain less. The pause before
+the next one is predicted from the previous pause: a pause several times as long means that there is
+no next one. A client that begins to wait for a result has sent all of its requests.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Callable
 from futures.notify import Bell
 
 FIRST_SECONDS = 0.02
-"""The longest pause, and the only one of which nothing is known."""
+"""The longest pause, used when no previous pause is known."""
 
 LEAST_SECONDS = 0.006
-"""Less is what a busy machine adds to any pause."""
+"""The shortest pause; a busy machine adds this much to any pause."""
 
 PAUSES = 4
-LIMIT_SECONDS = 0.1  # in all, however many keep arriving
+LIMIT_SECONDS = 0.1  # in all, even if more keep arriving
 
 
 def collect_batch_mates(
@@ -30,14 +31,14 @@ def collect_batch_mates(
     claim: Callable[[], object],
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Claim what arrives, until a pause says that it was all.
+    """Claim arriving requests until a pause shows that there are no more.
 
-    What may wait itself is claimed at the end, all at once: a claim takes time, and the processors,
+    Delayable requests are claimed at the end, all at once: a claim takes time, and CPU time
     from the client that is still sending.
 
     Args:
-        may_wait: Whether nobody minds; asked again after each claim.
-        bell_rang: What is heard within so many seconds.
+        may_wait: Whether the held requests may be delayed; called again after each claim.
+        bell_rang: The notifications within a number of seconds.
     """
     begun = last = clock()
     pause = FIRST_SECONDS

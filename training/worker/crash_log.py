@@ -1,9 +1,9 @@
-"""What a worker leaves for the next one to judge its end by: did a request do it, or not?
+"""A worker's record of a crash, from which the next one decides whether a request caused its end.
 
-An exception that nobody planned and a fatal signal write into a file of this life. So an empty
-file means that nothing in the process went wrong before it was gone: somebody killed it, or the
-machine. Only the kernel kills without a word for what a process did itself, when memory is
-used up, and it counts that. A database that is away is no request's fault either.
+An unexpected exception and a fatal signal are written to a file of this worker life. So an empty
+file means that the process was ended from outside, by a person or the machine.
+There is one exception: the kernel kills without a trace if the process used up
+memory, and it counts those kills. A database that is down is no request's fault either.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FOLDER = Path("crashes")
 """Below the data folder."""
 VMSTAT = Path("/proc/vmstat")
 BLAMELESS = (OperationalError, InterfaceError, Fenced)
-"""Exceptions that say something of the database and nothing of the requests that ran."""
+"""Exceptions that are about the database and not about the requests that ran."""
 
 
 class CrashLog:
-    """This life's file; make it once the worker has its epoch."""
+    """The file of this worker life; make it once the worker has its epoch."""
 
     def __init__(self, worker: Worker) -> None:
         self._path = _path(worker)
@@ -43,7 +43,7 @@ class CrashLog:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Write down what escapes from the block, unless it is no request's fault."""
+        """Record an exception that leaves the block, unless it is no request's fault."""
         try:
             yield
         except BLAMELESS:
@@ -54,14 +54,14 @@ class CrashLog:
             raise
 
     def close(self) -> None:
-        """Nothing more to say: the worker ends well."""
+        """Close the log: the worker ends cleanly."""
         faulthandler.enable()
         self._file.close()
         self._path.unlink()
 
 
 def crashed(before: Worker) -> bool:
-    """Whether the last worker may have ended by what it did; also if there is nothing to tell."""
+    """Whether the last worker may have crashed because of its work; True if unknown."""
     try:
         words = _path(before).read_text(errors="replace").strip()
     except OSError:
@@ -73,7 +73,7 @@ def crashed(before: Worker) -> bool:
 
 
 def oom_kills() -> int | None:
-    """Processes that the kernel has killed for want of memory; None where it does not say."""
+    """Processes that the kernel has killed for lack of memory; None if it does not report them."""
     try:
         lines = VMSTAT.read_text().splitlines()
     except OSError:

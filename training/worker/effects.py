@@ -1,4 +1,4 @@
-"""What a batch did, to be committed in one transaction."""
+"""The effects of a batch, to be committed in one transaction."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Effects:
     """Row changes that belong to the outcomes of these futures; called inside the commit's
     transaction. A domain error that one raises becomes its future's failure."""
     runs: list[Run] = field(default_factory=list)
-    """The batch's runs, as its operations leave their rows."""
+    """The batch's runs, with their rows after its operations."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Run id -> work that a crash would repeat."""
     after_commit: list[Callable[[], None]] = field(default_factory=list)
 
     def changed(self, run: Run, future: Future, seconds: float) -> None:
-        """Say that a logged request changed a run, and what it took."""
+        """Record that a logged request changed a run, and its duration."""
         run.applied_seq_id = future.seq_id or 0
         self.seconds[run.id] = self.seconds.get(run.id, 0.0) + seconds
 
     def write(self) -> None:
         """Change the rows, inside the commit's transaction and before the outcomes are written:
-        a row may turn out to be another's by now."""
+        a row may belong to another future by now."""
         for future, write in self.writes:
             try:
                 write()

@@ -1,7 +1,7 @@
-"""What a worker does once it has had nothing to do for a while: it gives memory back.
+"""Frees memory when a worker has been idle for a while.
 
-What a busy worker keeps, it needs again at once, so nothing here happens between two requests that
-follow each other. What is done is done in small pieces, between which new work is looked for.
+A busy worker needs its memory again at once, so nothing happens here between two requests that
+follow each other. The work is done in small steps, between which new requests are checked.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 
 IDLE_SECONDS = 15.0
-"""A client that thinks between two steps should not find its worker cold."""
+"""A client that pauses between two steps should not find a cold worker."""
 AGAIN_SECONDS = 60.0
-"""Between two looks of a worker that stays idle: clients leave meanwhile."""
+"""Time between two checks of a worker that stays idle: clients leave meanwhile."""
 
 
 class IdleTime:
-    """Notices that a worker is idle, and has it let go of what nobody needs."""
+    """Detects an idle worker, and frees what nobody needs."""
 
     def __init__(
         self,
@@ -27,8 +27,8 @@ class IdleTime:
     ) -> None:
         """
         Args:
-            let_go: Lets go of one thing; called until it says that there was none.
-            release_memory: Gives the system what nothing uses any more; costs nothing when there
+            let_go: Evicts one item; called until there is none.
+            release_memory: Returns unused memory to the system; costs nothing if there
                 is nothing.
         """
         self._let_go = let_go
@@ -37,11 +37,11 @@ class IdleTime:
         self._next_look = clock() + IDLE_SECONDS
 
     def worked(self) -> None:
-        """Say that there was work until now."""
+        """Record that there was work until now."""
         self._next_look = self._clock() + IDLE_SECONDS
 
     def look(self) -> None:
-        """Do one piece of what there is to do, if the worker has been idle for long enough; to be
+        """Do one step, if the worker has been idle for long enough; to be
         called several times a second while there is no work."""
         if self._clock() < self._next_look:
             return

@@ -1,11 +1,11 @@
-"""What a worker does because time has passed, not because somebody asked.
+"""Time-based tasks of a worker, independent of requests.
 
-Ages are differences between the wall clock and what was written down earlier, and a wall clock
-can jump: a wrong clock is corrected, a machine sleeps, the server was off. After a jump forward
-every silence looks long enough to end a session and every wait too long; and everybody's
-silence looks long when it was the server that was away. So ages are believed only once the wall
-clocks have kept step with a stopwatch for as long as a living client needs to show itself.
-What a jump back does is delay, and where that could be for ever it is undone.
+Ages are differences between the wall clock and stored times, and a wall clock
+can jump: it is corrected, the machine sleeps, the server was off. After a jump forward
+every session seems silent and every wait too long; and all clients seem
+silent if the server itself was down. So ages are used only once the wall
+clocks have agreed with a monotonic clock for as long as a live client needs to show itself.
+A jump back causes delay; where the delay could be unlimited, it is undone.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from training.services.recorded_samples import samples_forget
 from training.services.sessions import sessions_expire
 
 JUMP_SECONDS = 10.0
-"""What two looks may differ by when nothing jumped: a slow statement, a clock being nudged."""
+"""Allowed difference between two checks without a jump: a slow statement, a small clock
+correction."""
 
 
 class SteadyClock:
-    """Tells how long some wall clocks have kept step with a stopwatch."""
+    """Measures for how long some wall clocks have agreed with a monotonic clock."""
 
     def __init__(self, *, stopwatch: Callable[[], float] = time.monotonic) -> None:
         self._stopwatch = stopwatch
@@ -35,10 +36,10 @@ class SteadyClock:
         self._since = 0.0
 
     def steady_seconds(self, *wall_clocks: float) -> float:
-        """How long none of them has jumped, as far as was looked; 0.0 the first time.
+        """For how long none of them has jumped, as observed by these calls; 0.0 the first time.
 
         Args:
-            wall_clocks: What they say now, in seconds; the same ones each time.
+            wall_clocks: Their current times in seconds; the same clocks each time.
         """
         now = self._stopwatch()
         before, self._offsets = self._offsets, tuple(wall - now for wall in wall_clocks)
@@ -64,9 +65,9 @@ class Maintenance:
         self._wall_clocks = wall_clocks or _wall_clocks
 
     def do(self) -> None:
-        """Unlock doorbells that a clock set back has hidden. Then, once the clocks are steady,
-        delete checkpoints and recorded samples whose time is up, finish sessions whose client is
-        gone, and fail requests that wait for a number that does not come."""
+        """Unlock doorbells hidden by a clock that was set back. Then, once the clocks are steady,
+        delete expired checkpoints and recorded samples, finish sessions whose client is
+        gone, and fail requests that wait for a number that does not arrive."""
         doorbells_unlock(self._queue)
         patience = settings.GAP_SECONDS
         if self._steady.steady_seconds(*self._wall_clocks()) >= max(SETTLE_SECONDS, patience):
@@ -77,6 +78,6 @@ class Maintenance:
 
 
 def _wall_clocks() -> tuple[float, float]:
-    """This machine's, and that of Postgres, which may be another's."""
+    """This machine's clock, and that of Postgres, which may run on another one."""
     [(database,)] = execute("SELECT extract(epoch FROM clock_timestamp())::float8", {})
     return time.time(), float(database)

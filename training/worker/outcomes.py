@@ -1,7 +1,7 @@
-"""Engine answers as what a future stores: the quick reference's answers, word for word.
+"""Engine results in the form that a future stores: the quick reference's answers.
 
 The numbers stay numpy arrays; ``futures.payload`` stores them as bytes and the HTTP side
-renders them in whichever dialect the client speaks.
+renders them in the client's dialect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.errors import TrainingError
 
 
 def backend(trainer: Trainer) -> str:
-    """What computed a result, as its owner reads it."""
+    """The backend that computed a result, for its owner."""
     return f"torch-{trainer.info.device}"
 
 
@@ -27,7 +27,7 @@ def ready(future: Future, result: Mapping[str, Any], **summary: Any) -> Outcome:
 
 
 def failed(future: Future, error: TrainingError) -> Outcome:
-    """The future's error, as its owner will read it."""
+    """The future's error, for its owner."""
     return Outcome(
         request_id=future.id,
         error=str(error),

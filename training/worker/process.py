@@ -1,4 +1,4 @@
-"""One worker process from start to end: take the queue, load the model, serve, leave tidily."""
+"""One worker process from start to end: take the queue, load the model, serve, stop cleanly."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 LOOK_SECONDS = 1.0  # between two tries to reach Postgres at the start
-OUTAGE_SECONDS = 120.0  # after which somebody should hear of it
+OUTAGE_SECONDS = 120.0  # after this the failure is reported
 
 
 def build_engine(base_model: BaseModel) -> Engine:
-    """The engine of this base model on this machine's device, as the settings say.
+    """The engine of this base model on this machine's device, by the settings.
 
     Raises:
         BaseModelNotFound: Its folder cannot be read.
-        DeviceNotFound: It is for a GPU that is not there.
+        DeviceNotFound: It names a GPU that does not exist.
     """
     text_pool.warm_up()
     stages = Stages()
@@ -64,14 +64,14 @@ def build_engine(base_model: BaseModel) -> Engine:
 
 
 class Stages:
-    """How long each stage of something took, as a sentence for the log."""
+    """The duration of each stage, as text for the log."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._begun: list[tuple[str, float]] = []
 
     def begin(self, name: str) -> None:
-        """End the stage before, and begin this one."""
+        """End the previous stage, and begin this one."""
         self._begun.append((name, self._clock()))
 
     def __str__(self) -> str:
@@ -87,8 +87,8 @@ class Stages:
 def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> None:
     """Serve a base model's queue until SIGTERM or SIGINT.
 
-    The queue is taken before the model is loaded, so that a second worker is turned away at
-    once and the web can say that one is starting.
+    The queue is taken before the model is loaded, so that a second worker is refused at
+    once and the web process can report that one is starting.
 
     Raises:
         QueueTaken: Another live worker serves this base model.
@@ -102,7 +102,9 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
     }
     start = partial(worker_start, queue=base_model.queue, figures=figures, crashed=crashed)
     worker = when_postgres_answers(start, meanwhile=watchdog)
-    crash_log = CrashLog(worker)  # also when a supervisor that takes us for hung asks where
+    crash_log = CrashLog(
+        worker
+    )  # also for the stack traces that a supervisor requests from a hung worker
     over = threading.Event()
     beating = threading.Thread(
         target=_beat, args=(worker, figures, over), name="heartbeat", daemon=True
@@ -154,9 +156,9 @@ def when_postgres_answers(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Worker:
-    """``start()`` as soon as Postgres answers: it may have gone away with the last worker.
+    """Call ``start()`` as soon as Postgres answers: it may have gone down with the last worker.
 
-    Ending instead would leave it to the supervisor, who waits longer after each failure.
+    Otherwise the supervisor would restart this process with growing delays.
 
     Raises:
         OperationalError: Django's or psycopg's; it has not answered for OUTAGE_SECONDS.
@@ -179,7 +181,7 @@ def when_postgres_answers(
 
 @contextmanager
 def _signalling(watchdog: WatchdogSignal) -> Iterator[None]:
-    """Give the sign of life from a thread, while reading a model, which has no turns to count."""
+    """Signal the watchdog from a thread while the model is loaded, which has no turns of a loop."""
     over = threading.Event()
 
     def beat() -> None:
@@ -196,9 +198,9 @@ def _signalling(watchdog: WatchdogSignal) -> Iterator[None]:
 
 
 def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> None:
-    """Say every few seconds that the worker lives; leave the process if it was replaced.
+    """Send heartbeats every few seconds; leave the process if it was replaced.
 
-    Also does the queue's maintenance, which a clock starts.
+    Also runs the queue's maintenance.
     """
     maintenance = Maintenance(worker.queue)
     while not over.wait(HEARTBEAT_SECONDS):
@@ -216,7 +218,7 @@ def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> Non
 
 
 def _do(maintenance: Maintenance) -> None:
-    """Do the maintenance; a task of it that fails must not end the heartbeat beside it."""
+    """Run the maintenance; a failing task must not end the heartbeats."""
     try:
         maintenance.do()
     except (Fenced, DatabaseError, InterfaceError):
@@ -226,7 +228,7 @@ def _do(maintenance: Maintenance) -> None:
 
 
 def _memory() -> dict[str, int]:
-    """The process's memory now, where the system says it, and the most that it was."""
+    """The process's current memory, if the system reports it, and its peak."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     most = most if sys.platform == "darwin" else most * 1024
     try:

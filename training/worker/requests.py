@@ -1,4 +1,4 @@
-"""What a claimed future asks for."""
+"""The request of a claimed future."""
 
 from __future__ import annotations
 

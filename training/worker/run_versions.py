@@ -1,8 +1,8 @@
-"""Under which names the weights of runs are published to the sampler, and until when.
+"""The names under which runs' weights are published to the sampler, and their lifetimes.
 
-A name says the run and the last request whose effect it holds, so it stands for one content: replay
-makes the same of it. A version is published when the first sample at these weights is submitted
-and retired once the run has moved on; the sampler keeps it for the samples that have not ended.
+A name has the run and the last request whose effect is included, so it stands for one content: a
+replay produces the same. A version is published when the first sample at these weights is submitted
+and retired once the run has changed; the sampler keeps it for its unfinished samples.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class RunVersions:
         self._published: dict[str, str] = {}
 
     def publish(self, run: Run) -> str:
-        """Publish the run's weights as they are now, unless they are; return the version's name.
+        """Publish the run's current weights, unless they are published; return the version's name.
 
-        Its adapter is in memory. Call it between its operations, with a row that says which are
-        applied.
+        Its adapter must be in memory. Call it between its operations, with a row that shows which
+        are applied.
 
         Raises:
-            OutOfMemory: There is no room for it.
+            OutOfMemory: There is not enough memory for it.
         """
         version = _name(run)
         if self._published.get(run.id) != version:
@@ -39,13 +39,13 @@ class RunVersions:
         return version
 
     def moved_on(self, runs: Iterable[Run]) -> None:
-        """Retire what is published of runs that have changed since."""
+        """Retire the published versions of runs that have changed since."""
         for run in runs:
             if self._published.get(run.id, _name(run)) != _name(run):
                 self.retire(run.id)
 
     def retire(self, run_id: str) -> str | None:
-        """Publish nothing more of a run, whose adapter leaves the memory; what was published."""
+        """Retire the version of a run whose adapter is evicted; return its name."""
         version = self._published.pop(run_id, None)
         if version is not None:
             self._sampler.retire(version)

@@ -1,17 +1,17 @@
-"""What runs next: claimed futures to engine batches. Pure Python, no rows are written here.
+"""Forms engine batches from claimed futures. Pure Python, no rows are written here.
 
-The worker holds what it claimed, one queue per lane, in order. A batch takes from every lane
-what may run now:
+The worker holds claimed futures in one queue per lane, in order. A batch takes from every lane
+the futures that may run now:
 
-- a stretch of neighbours that only read the weights (forward, forward_backward, sample), and
-- the barrier behind it, if the whole stretch fits and no sample of the lane is under way: a
-  sample must see the weights of its place in the order, also when a crash makes it start again.
+- consecutive futures that only read the weights (forward, forward_backward, sample), and
+- the barrier after them, if all of them fit and no sample of the lane is running: a
+  sample must see the weights of its place in the order, even if it is repeated after a crash.
 
 So the forward_backwards of many runs share a pass over the base model, consecutive ones of
 one run are merged, and none crosses an optim_step, a save or a load of its own run. A batch
-is one commit; its size is bounded by a budget of tokens so that no commit waits for long. What a
-client's own loss takes, tokens do not say, so a batch has one request with such a loss of an owner:
-others wait for one graph's time limit at most.
+is one commit; its size is bounded by a budget of tokens so that no commit waits for long. Tokens do
+not measure the time of a client's own loss, so a batch has at most one request with such a loss of
+an owner: others wait for one graph's time limit at most.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from training.loss_fns import CUSTOM
 
 @dataclass(frozen=True)
 class Batch:
-    """What runs together and is committed together. Barriers run after all the rest."""
+    """Futures that run together and are committed together. Barriers run last."""
 
     passes: list[Future] = field(default_factory=list)
     """forward and forward_backward, in lane order."""
@@ -41,7 +41,7 @@ class Batch:
 
 
 class Scheduler:
-    """The futures that this worker holds and has not begun, and the lanes that wait."""
+    """The futures that this worker holds and has not begun, and the waiting lanes."""
 
     def __init__(
         self,
@@ -51,14 +51,14 @@ class Scheduler:
         lane_bytes: Callable[[str], int] = lambda lane_id: 0,
         is_ready: Callable[[Future], bool] = lambda future: True,
     ) -> None:
-        """Begin with nothing held.
+        """Start without futures.
 
         Args:
             batch_cost: Tokens that one batch may hold; one future alone may exceed it.
-            batch_bytes: What the adapters of one batch may take together, for all must be in
-                memory; one alone may take more.
-            lane_bytes: What the adapter of a lane takes.
-            is_ready: Whether a future may run; if not, it and what is behind it in its lane wait.
+            batch_bytes: Memory limit of one batch's adapters, because all must be in
+                memory; one alone may exceed it.
+            lane_bytes: The size of a lane's adapter.
+            is_ready: Whether a future may run; if not, it and later futures of its lane wait.
         """
         self._batch_cost = batch_cost
         self._batch_bytes = batch_bytes
@@ -68,7 +68,7 @@ class Scheduler:
         self._sampling: dict[str, set[str]] = {}
 
     def add(self, futures: Iterable[Future]) -> None:
-        """Take what was claimed: each lane's futures in order, after those it holds."""
+        """Add claimed futures: each lane's in order, after those it has."""
         for future in futures:
             # A future without a lane is a lane of its own.
             self._lanes.setdefault(future.lane_id or future.id, deque()).append(future)
@@ -129,12 +129,12 @@ class Scheduler:
         return 0 if lane_id is None else self._lane_bytes(lane_id)
 
     def put_back(self, future: Future) -> None:
-        """Hold a sample again that was in a batch and could not begin yet."""
+        """Put back a sample that was in a batch and could not begin yet."""
         self.sample_finished(future)
         self._lanes.setdefault(future.lane_id or future.id, deque()).appendleft(future)
 
     def sample_finished(self, future: Future) -> None:
-        """Say that a sample left the sampler, so that its lane's next barrier may run."""
+        """Record that a sample left the sampler, so that its lane's next barrier may run."""
         lane = future.lane_id or future.id
         ids = self._sampling[lane]
         ids.discard(future.id)
@@ -142,7 +142,7 @@ class Scheduler:
             del self._sampling[lane]
 
     def withdraw(self, request_ids: Set[str]) -> None:
-        """Let go of futures that were cancelled before they began; others may be named too."""
+        """Drop futures that were cancelled before they began; other ids are ignored."""
         for lane, queue in list(self._lanes.items()):
             kept = deque(future for future in queue if future.id not in request_ids)
             if kept:
@@ -151,18 +151,19 @@ class Scheduler:
                 del self._lanes[lane]
 
     def held(self) -> list[Future]:
-        """Everything claimed and not begun."""
+        """All futures that are claimed and not begun."""
         return [future for queue in self._lanes.values() for future in queue]
 
     @property
     def is_delayable(self) -> bool:
-        """Whether something is held and all of it may wait for batch-mates."""
+        """Whether there are futures and all of them may wait for batch-mates."""
         held = self.held()
         return bool(held) and all(future.delayable for future in held)
 
     @property
     def held_cost(self) -> int:
-        """Tokens claimed, not begun and ready to run: what waits for its text holds up no claim."""
+        """Tokens claimed, not begun and ready to run; futures that wait for their text do not
+        count."""
         held = [f for queue in self._lanes.values() for f in queue]
         return sum(future.cost for future in held if self._is_ready(future))
 

@@ -1,12 +1,12 @@
-"""Snapshots on disk: written by a thread beside the work, named by a row once they are whole.
+"""Snapshots on disk: written by a thread beside other work, recorded in a row once complete.
 
 A snapshot is a run's state that the server keeps for itself, so that a crash need not repeat the
-whole log. No client waits for it: what is written is captured first, between two batches, and the
-run trains on meanwhile. At most one is being written. Its row is committed after its folder
-has its name, by the thread that also commits the work, so that a row never lies; a crash in
-between leaves a folder that no row names.
+whole log. No client waits for it: the state is captured first, between two batches, and the
+run continues to train. At most one is being written. Its row is committed after its folder
+has its name, by the thread that also commits the work, so a row is always true; a crash in
+between leaves a folder that no row refers to.
 
-Writing only reads the trainer's memory. When it fails, the snapshot has failed and nothing else.
+Writing only reads the trainer's memory. A failure affects the snapshot only.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from training.models import Run, Snapshot
 FOLDER = Path("snapshots")
 """Below the data folder."""
 
-KEPT = 2  # of a run: the newest may turn out to be unreadable
+KEPT = 2  # for each run: the newest may be unreadable
 
 
 class SnapshotFailed(Exception):
-    """A snapshot could not be written; the run is as it was."""
+    """A snapshot could not be written; the run is unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,10 @@ class SnapshotWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self.begun: Begun | None = None
         self._is_unwanted = False
-        """Whether the run of what is being written has been removed."""
+        """Whether the run whose snapshot is being written has been removed."""
 
     def begin(self, run: Run) -> None:
-        """Capture the run as its committed futures made it, and start to write it.
+        """Capture the run's committed state, and start to write it.
 
         Call it between a commit and the run's next operation, with a fresh row, while nothing
         else is being written.
@@ -89,18 +89,18 @@ class SnapshotWriter:
         return self.begun is not None and self.begun.writing.done()
 
     def wait(self) -> None:
-        """Wait for what is being written, if anything is."""
+        """Wait for the snapshot that is being written, if any."""
         if self.begun is not None:
             wait([self.begun.writing])
 
     def finish(self, *, unreadable: Collection[int] = ()) -> float:
-        """Name what was written by a row, and delete the snapshots that it supersedes.
+        """Record the written snapshot in a row, and delete those that it replaces.
 
-        A snapshot of a run that was removed meanwhile is deleted. When the database does not
-        answer, the same may be tried again.
+        A snapshot of a run that was removed meanwhile is deleted. If the database does not
+        answer, the call may be repeated.
 
         Args:
-            unreadable: Older snapshots that turned out to be; they do not count as kept.
+            unreadable: Older snapshots found unreadable; they do not count as kept.
 
         Returns:
             The seconds it took to write.
@@ -126,7 +126,7 @@ class SnapshotWriter:
         return seconds
 
     def _name(self, begun: Begun, size: int, seconds: float) -> None:
-        """Write the row, in the place of an unreadable one of the same point, if there is one."""
+        """Write the row, replacing an unreadable one of the same seq id, if there is one."""
         with transaction.atomic():
             old = Snapshot.objects.filter(run_id=begun.run_id, seq_id=begun.seq_id)
             replaced = set(old.values_list("directory", flat=True)) - {str(begun.directory)}
@@ -144,14 +144,15 @@ class SnapshotWriter:
             shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
 
     def delete_all(self, run: Run) -> None:
-        """Delete the snapshots of a run that was removed, also the one that is being written."""
+        """Delete the snapshots of a run that was removed, including the one that is being
+        written."""
         if self.begun is not None and self.begun.run_id == run.id:
             self._is_unwanted = True
         self.delete(run, keep=0)
 
     def delete(self, run: Run, *, keep: int, unreadable: Collection[int] = ()) -> None:
         """Delete all but the run's newest readable snapshots, files after rows: a crash in
-        between leaves files that no row names."""
+        between leaves files that no row refers to."""
         rows = list(run.snapshots.order_by("-seq_id"))
         readable = [row for row in rows if row.pk not in unreadable]
         for old in set(rows) - set(readable[:keep]):

@@ -1,7 +1,7 @@
-"""Processes that turn requests' text into tokens, so that nobody waits for another's text.
+"""Processes that turn requests' text into tokens, so that nobody waits for another user's text.
 
-An owner has one process at a time; others have others. A process that ends fails the one request
-that it was at, by name.
+An owner has one process at a time. A process that ends fails only the request
+that it was working on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from training.worker.text_work import Text
 
 MOST_PROCESSES = 8
 IDLE_PROCESSES = 2
-"""Kept for the next request; what more there are end when they have nothing to do."""
+"""Idle processes kept for the next request; further ones end when idle."""
 
 _PRELOAD = [
     "training.worker.text_process",
@@ -28,12 +28,12 @@ _PRELOAD = [
 ]
 
 _CONTEXT = get_context("forkserver")
-"""A small process that has read the modules and forks itself: warm in milliseconds, and it
+"""A small process that has imported the modules and forks itself: warm in milliseconds, and it
 inherits nothing of the worker's: no connection to Postgres, no thread, no lock."""
 
 
 def warm_up() -> None:
-    """Begin to read what the processes need, beside whatever the caller does next."""
+    """Start to import the processes' modules, in parallel to the caller's next work."""
     from multiprocessing.forkserver import ensure_running
 
     _CONTEXT.set_forkserver_preload(_PRELOAD)
@@ -56,7 +56,7 @@ class _Process:
 
 
 class TextPool:
-    """Tasks in, answers out, by key. For one thread; nothing here waits unless asked to."""
+    """Tasks in, answers out, by key. For one thread; no call waits unless told to."""
 
     def __init__(self, text: Text) -> None:
         """``text`` is copied into each process."""
@@ -64,7 +64,7 @@ class TextPool:
         self._processes: list[_Process] = []
         self._waiting: deque[_Waiting] = deque()
         self._answers: dict[str, Answer] = {}
-        self._start()  # so that the first request finds one warm
+        self._start()  # so that the first request finds a warm one
 
     @property
     def num_pending(self) -> int:
@@ -72,12 +72,12 @@ class TextPool:
         return len(self._waiting) + sum(p.at is not None for p in self._processes)
 
     def submit(self, key: str, owner: str, task: TextTask) -> None:
-        """Begin a task as soon as its owner's turn comes."""
+        """Begin a task as soon as its owner has a free process."""
         self._waiting.append(_Waiting(key, owner, task))
         self._begin_waiting()
 
     def answers(self, *, wait_seconds: float = 0.0) -> dict[str, Answer]:
-        """What has been answered since the last call, waiting so long for some."""
+        """The answers since the last call, waiting up to ``wait_seconds`` for some."""
         busy = {p.connection: p for p in self._processes if p.at is not None}
         for ready in connection.wait(list(busy), wait_seconds) if busy else []:
             self._receive(busy[ready])  # type: ignore[index]
@@ -86,7 +86,7 @@ class TextPool:
         return answers
 
     def forget(self, key: str) -> None:
-        """Drop a task, also one that is under way."""
+        """Drop a task, even a running one."""
         self._waiting = deque(w for w in self._waiting if w.key != key)
         for process in list(self._processes):
             if process.at is not None and process.at.key == key:
@@ -113,7 +113,7 @@ class TextPool:
             owners.add(waiting.owner)
             try:
                 process.connection.send(waiting.task)
-            except OSError:  # it ended while it had nothing to do
+            except OSError:  # it ended while idle
                 self._ended(process)
         idle = [p for p in self._processes if p.at is None]
         for process in idle[IDLE_PROCESSES:]:
@@ -140,7 +140,7 @@ class TextPool:
         process.at = None
 
     def _ended(self, process: _Process) -> None:
-        """Its request fails if it took too long; else it may have been somebody else's doing, so
+        """Its request fails if it took too long; else the cause may have been outside, so
         it gets a second try."""
         waiting = process.at
         process.process.join(1.0)

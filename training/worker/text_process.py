@@ -1,8 +1,8 @@
 """A process beside the worker that turns text into tokens, and nothing else.
 
 A template is a program and a tokenizer's time depends on the text, so both run where they can be
-ended: the kernel ends a process whose item takes too long, whatever it is at. And while one
-renders, Python's lock is not taken from the engine's thread.
+ended: the kernel ends a process whose item takes too long, whatever it is doing. While one
+renders, it does not hold the Python lock of the engine's thread.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from training.kinds import ForwardBackward, Sample, request_from_payload
 from training.worker.text_work import Item, Text, tokens_of
 
 MEMORY_BYTES = 4 * 1024**3
-"""Beyond what the process begins with; more is refused to it."""
+"""Memory limit beyond the process's initial memory."""
 
 NICENESS = 5
-"""The engine's work goes first."""
+"""The engine has priority."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TextTask:
     """Kind and payload, as the future stores them."""
     max_context_tokens: int
     seconds: float
-    """How long one conversation or prompt may take."""
+    """Time limit of one conversation or prompt."""
 
 
 Answer = list[Item] | TrainingError
@@ -42,7 +42,7 @@ Answer = list[Item] | TrainingError
 
 def serve(connection: Connection, text: Text) -> None:
     """Answer tasks until the other side closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl+C is the worker's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker handles Ctrl+C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
     os.nice(NICENESS)
     _limit_memory()
@@ -72,7 +72,7 @@ def _answer(text: Text, task: TextTask) -> Answer:
         return error
     except MemoryError:
         return LimitExceeded(
-            "This request's text needs more memory to become tokens than there is for it: send "
+            "This request's text needs more memory for tokenizing than is allowed: send "
             "less text at a time, or tokens"
         )
     finally:
@@ -83,6 +83,6 @@ def _limit_memory() -> None:
     try:
         with open("/proc/self/statm") as statm:
             now = int(statm.read().split()[0]) * resource.getpagesize()
-    except OSError:  # another system than Linux
+    except OSError:  # not Linux
         return
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_BYTES, now + MEMORY_BYTES))

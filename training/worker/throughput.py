@@ -1,4 +1,4 @@
-"""How fast a worker gets on: futures finished per second of work, over the last minute of it."""
+"""A worker's throughput: futures finished per second of work, over its last minute."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ MAX_BATCHES = 1000
 
 
 class Throughput:
-    """Counts what is finished and the time it took; time without work does not count."""
+    """Counts finished futures and their time; time without work does not count."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._batches: deque[tuple[int, float]] = deque(maxlen=MAX_BATCHES)
-        """Futures finished, and seconds since the commit before or since work began."""
+        """Finished futures, and seconds since the previous commit or since work began."""
         self._since = clock()
 
     def work_begins(self) -> None:
-        """After a time without work."""
+        """Record the start of work after idle time."""
         self._since = self._clock()
 
     def finished(self, count: int) -> None:
-        """So many futures were committed."""
+        """Record the number of futures committed."""
         now = self._clock()
         self._batches.append((count, now - self._since))
         self._since = now
@@ -34,7 +34,7 @@ class Throughput:
 
     @property
     def futures_per_second(self) -> float | None:
-        """None until something was finished."""
+        """None until a future was finished."""
         count = sum(batch[0] for batch in self._batches)
         seconds = sum(batch[1] for batch in self._batches)
         return count / seconds if count and seconds > 0 else None

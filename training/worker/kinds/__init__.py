@@ -1,8 +1,8 @@
-"""What each kind of request does when its turn comes, a module each, as in ``training.kinds``.
+"""The execution of each kind of request, one module each, as in ``training.kinds``.
 
-Here a row and a tensor's owner meet. Nothing is committed: a kind returns an outcome and notes
-effects. A domain error becomes the future's failure; any other exception rises to the loop, which
-takes memory for suspect and leaves the process.
+Nothing is committed here: a kind returns an outcome and records
+effects. A domain error becomes the future's failure; any other exception reaches the loop, which
+assumes that memory is corrupt and leaves the process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a kind of request is that has its run's lane to itself while it runs."""
+"""The base classes of kinds that run alone in their run's lane."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ AppliedT = TypeVar("AppliedT")
 
 @dataclass(frozen=True)
 class Turn:
-    """One future whose turn has come, and what its kind may use."""
+    """One future that runs now, and the objects that its kind may use."""
 
     future: Future
     run: Run
-    """Its run; what is changed of the row is committed with the outcome."""
+    """Its run; changes of the row are committed with the outcome."""
     trainer: Trainer
     adapter_cache: AdapterCache
     effects: Effects
@@ -35,7 +35,7 @@ class Barrier(ABC, Generic[RequestT]):
 
     @abstractmethod
     def run(self, turn: Turn, request: RequestT) -> Outcome:
-        """Carry it out.
+        """Run the request.
 
         Raises:
             TrainingError: It becomes the future's failure, and nothing was changed.
@@ -45,7 +45,7 @@ class Barrier(ABC, Generic[RequestT]):
 class LoggedBarrier(Barrier[RequestT], Generic[RequestT, AppliedT]):
     """A kind that changes its run.
 
-    What it does to the adapter is one method, for the first time and for a replay.
+    One method changes the adapter, for the first run and for a replay.
     """
 
     @abstractmethod
@@ -58,16 +58,16 @@ class LoggedBarrier(Barrier[RequestT], Generic[RequestT, AppliedT]):
         """
 
     def apply_failed(self, trainer: Trainer, run: Run, request: RequestT) -> None:
-        """Do again what a failure did that is one of the request's ``logged_errors``."""
+        """Repeat the effect of a failure that is one of the request's ``logged_errors``."""
         raise NotImplementedError
 
     def prepare(self, turn: Turn) -> None:
-        """Have the adapter in memory before it is changed."""
+        """Bring the adapter into memory before it is changed."""
         turn.adapter_cache.bring_run(turn.run)
 
     @abstractmethod
     def outcome(self, turn: Turn, request: RequestT, applied: AppliedT) -> Outcome:
-        """The result of what ``apply`` did, and what else is to be noted of it."""
+        """The outcome of ``apply``; also records its further effects."""
 
     def run(self, turn: Turn, request: RequestT) -> Outcome:
         self.prepare(turn)

@@ -40,5 +40,5 @@ class CreateRunKind(LoggedBarrier[CreateRun, None]):
 
 
 def _leave_creating(run: Run) -> None:
-    """Say that the run is made, unless its owner removed it meanwhile."""
+    """Mark the run as created, unless its owner removed it meanwhile."""
     Run.objects.filter(id=run.id, state=Run.RunState.CREATING).update(state=Run.RunState.READY)

@@ -1,4 +1,4 @@
-"""load_weights: a run becomes what a checkpoint holds."""
+"""load_weights: loads a checkpoint into a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.worker.kinds.barrier import LoggedBarrier, Turn
 
 
 class LoadWeightsKind(LoggedBarrier[LoadWeights, None]):
-    """Changes everything of an adapter but its shape."""
+    """Changes everything of an adapter except its shape."""
 
     def apply(self, trainer: Trainer, run: Run, request: LoadWeights) -> None:
         load_checkpoint(trainer, run, request)
@@ -26,12 +26,12 @@ class LoadWeightsKind(LoggedBarrier[LoadWeights, None]):
 
 
 def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> None:
-    """Make the run's adapter what the checkpoint holds; it need not be in memory before.
+    """Load the checkpoint into the run's adapter, which need not be in memory before.
 
     Raises:
         CheckpointNotFound: The checkpoint was deleted or damaged since. (failed future)
         InvalidRequest: It was made for a base model of another shape. (failed future)
-        OutOfMemory: There is no room for it now. (failed future)
+        OutOfMemory: There is not enough memory for it now. (failed future)
     """
     checkpoint = Checkpoint.objects.filter(pk=request.checkpoint).first()
     if checkpoint is None:
@@ -42,7 +42,7 @@ def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> None:
 
 
 def note_loaded(turn: Turn) -> None:
-    """See to it that the checkpoint need not be read again: it may be deleted tomorrow, and the log
+    """Ensure that the checkpoint need not be read again: it may be deleted later, and then the log
     could not be replayed past it."""
     turn.run.step = int(turn.trainer.adapter_state(turn.run.id)["step"])
     turn.effects.seconds[turn.run.id] = float("inf")

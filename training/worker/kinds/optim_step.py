@@ -21,7 +21,7 @@ class OptimStepKind(LoggedBarrier[OptimStep, OptimStepOutput]):
         trainer.drop_gradient(run.id)
 
     def outcome(self, turn: Turn, request: OptimStep, applied: OptimStepOutput) -> Outcome:
-        """What the step did, with the learning rate it did it with."""
+        """The step's result, with its learning rate."""
         turn.run.step = applied.step
         metrics = {
             "learning_rate": request.adam_params.learning_rate,

@@ -1,4 +1,4 @@
-"""remove_run: free what a run holds."""
+"""remove_run: frees a run's memory and snapshots."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from training.worker.kinds.barrier import Barrier, Turn
 
 
 class RemoveRunKind(Barrier[RemoveRun]):
-    """Its row says already that it is removed."""
+    """Its row is marked removed already."""
 
     def run(self, turn: Turn, request: RemoveRun) -> Outcome:
         turn.effects.after_commit.append(lambda: turn.adapter_cache.remove_run(turn.run))

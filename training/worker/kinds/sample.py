@@ -1,6 +1,6 @@
 """sample: completions of prompts, as the future stores them.
 
-The sampler computes them beside everything else (``training.worker.samples``).
+The sampler computes them beside other work (``training.worker.samples``).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def ready(
 ) -> Outcome:
     """All sequences, those of the first prompt first; ``prompt_logprobs`` per prompt.
 
-    With one prompt ``prompt_logprobs`` is that prompt's list; None when not asked for. What
-    ``scoring`` asked for, of one prompt, is there under the names of the SDK's answer.
+    With one prompt ``prompt_logprobs`` is that prompt's list; None if not requested. The scores
+    that ``scoring`` requests, for one prompt, have the names of the SDK's answer.
 
     Args:
-        prompt_tokens: Tokens of all prompts; noted in the summary.
-        token_texts: The renderer's; given, each sequence also says its tokens' texts and offsets.
-        prompt_texts: Of each prompt, its text and its tokens'; given, the result has them, with
+        prompt_tokens: Tokens of all prompts, for the summary.
+        token_texts: The renderer's; if given, each sequence also has its tokens' texts and offsets.
+        prompt_texts: The text of each prompt and its tokens'; if given, the result has them, with
             the prompts' log-probabilities, under ``echo``.
     """
     sequences: list[dict[str, Any]] = [
@@ -113,7 +113,7 @@ def _echo(
     placed: Sequence[TokenText],
     token_texts: TokenTexts,
 ) -> dict[str, Any]:
-    """A prompt in the form of a sequence: its text, its tokens and what is known of them."""
+    """A prompt in the form of a sequence: its text, its tokens and their scores."""
     echo: dict[str, Any] = {"text": text, **_written(placed)}
     if output.prompt_logprobs is not None:
         echo["logprobs"] = np.asarray(output.prompt_logprobs, dtype=np.float32)

@@ -1,7 +1,7 @@
-"""save_weights: a checkpoint of the run as it is now.
+"""save_weights: a checkpoint of the run's current state.
 
-Files are written before the commit and named by it: a crash in between leaves a folder that
-no row names, never a row without its folder.
+Files are written before the commit that refers to them: a crash in between leaves a folder that
+no row refers to, never a row without its folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FOLDER = Path("checkpoints")
 
 
 class SaveWeightsKind(Barrier[SaveWeights]):
-    """Reads the run, and changes nothing of it."""
+    """Reads the run without changing it."""
 
     def run(self, turn: Turn, request: SaveWeights) -> Outcome:
         if request.sampling_session_seq_id is not None:
@@ -44,7 +44,7 @@ class SaveWeightsKind(Barrier[SaveWeights]):
 
 
 def _save(turn: Turn, request: SaveWeights, name: str) -> Outcome:
-    """Keep the run under a name."""
+    """Save the run under a name."""
     run, overwrite = turn.run, request.overwrite
     path = TinkerPath(run.name, request.checkpoint_kind, name)
     checkpoint_check_free(owner_id=run.owner_id, path=path, overwrite=overwrite)
@@ -56,7 +56,7 @@ def _save(turn: Turn, request: SaveWeights, name: str) -> Outcome:
     def place() -> None:
         try:
             checkpoint_place(row, overwrite=overwrite)
-        except (CheckpointExists, StorageQuotaExceeded):  # of what was saved meanwhile
+        except (CheckpointExists, StorageQuotaExceeded):  # because of another save meanwhile
             shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
             raise
 
@@ -66,11 +66,11 @@ def _save(turn: Turn, request: SaveWeights, name: str) -> Outcome:
 
 
 def _save_for_sampling_session(turn: Turn, number: int) -> Outcome:
-    """A frozen sampling session of these very weights.
+    """A frozen sampling session of the current weights.
 
     Its rows are committed here, before the future's result: another request may take the
-    session's number until then, and only the database can say who was first. When a crash
-    comes in between, the repeat finds what the first one made.
+    session's number until then, and only the database can decide which was first. After a crash
+    in between, the repeat finds the first one's rows.
     """
     future, run = turn.future, turn.run
     session_id = f"{run.session_id}:sample:{number}"
@@ -80,7 +80,7 @@ def _save_for_sampling_session(turn: Turn, number: int) -> Outcome:
     result = {"sampling_session_id": session_id, "model_id": run.name}
     if made.exists():
         return outcomes.ready(future, result, sampling_session=session_id)
-    # No client can ask for this name: a path may not hold it.
+    # No client can request this name: a path may not contain it.
     row = _written(turn, Checkpoint.Kind.SAMPLER, f"~{future.seq_id}", ())
     row.ephemeral = True
     try:
@@ -110,7 +110,7 @@ def _save_for_sampling_session(turn: Turn, number: int) -> Outcome:
 
 
 def _written(turn: Turn, kind: str, name: str, recipients: Sequence[str]) -> Checkpoint:
-    """The run's files, and the row that will name them."""
+    """Write the run's files; return the row that will refer to them."""
     run, trainer = turn.run, turn.trainer
     directory = FOLDER / uuid.uuid4().hex
     target = settings.DATA_DIR / directory
@@ -140,7 +140,7 @@ def _written(turn: Turn, kind: str, name: str, recipients: Sequence[str]) -> Che
 def _save_encrypted(
     trainer: Trainer, adapter_name: str, target: Path, recipients: Sequence[str]
 ) -> int:
-    """peft's files, each as an age file; nothing else of them stays on the disk."""
+    """peft's files, each as an age file; no unencrypted copy stays on the disk."""
     plain = target.with_name(f".plain-{target.name}")
     try:
         trainer.save_peft(adapter_name, plain)
