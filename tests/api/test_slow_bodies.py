@@ -102,7 +102,8 @@ def test_a_body_that_trickles_has_an_end_too(port: int) -> None:
         wire.socket.sendall(b" ")
         sent += 1
 
-    assert 1 < sent <= SECONDS / 0.3 + 5
+    # Fewer on a machine so busy that we paused; never more than the whole time has room for.
+    assert 1 <= sent <= SECONDS / 0.3 + 5
     assert wire.answer()[0] == 408
 
 
