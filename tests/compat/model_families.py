@@ -1,4 +1,4 @@
-"""Every causal type of transformers, made tiny and random: served right, refused, or not made.
+"""Every causal type of transformers, made tiny and random: right, refused, not made or not checked.
 
     python -m tests.compat.model_families [TYPE ...]
 
@@ -56,7 +56,11 @@ def verdict_of(model_type: str) -> dict[str, Any]:
         except Exception as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             return {"verdict": "not made", "why": why}
-        verdict, why, differences = judge(folder)
+        try:
+            verdict, why, differences = judge(folder)
+        except AttributeError as error:
+            # peft takes some families for others, and their layers for those of the others.
+            return {"verdict": "not checked", "why": f"stock peft leaves out a layer: {error}"}
         why = why.replace(folder, "It")
     answer: dict[str, Any] = {"verdict": verdict}
     if why:

@@ -112,6 +112,26 @@ def test_windows_chunks_caps_and_sinks_are_the_formula_too(variant: str) -> None
         torch.testing.assert_close(prefilled.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", [PLAIN, *VARIANTS.values()], ids=["plain", *VARIANTS])
+@pytest.mark.parametrize("length", [20, SHORT_TOKENS + 9], ids=["short", "long"])
+def test_samples_of_one_job_are_each_what_they_are_in_a_job_of_their_own(
+    variant: Variant, length: int
+) -> None:
+    lengths = [length] * 3
+    cached = Cached("tiny", torch.float32, lengths)
+    expected = cached.attend([0, 1, 2], variant)
+    region = cached.cache.reserve(3, length)
+    assert region is not None
+    for n in range(3):
+        rows = torch.arange(region.row(n, 0), region.row(n, length))
+        cached.cache.store(0, rows, cached.keys[n], cached.values[n])
+    run = DecodeRun(first_row=0, region=region, first_sequence=0, count=3, length=length)
+    newest = [torch.stack([x[n][-1] for n in range(3)]) for x in (cached.keys, cached.values)]
+    attention = DecodeAttention(cached.cache, [run], 3)
+    got = attention.attend(0, cached.query, *newest, 0.3, variant)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_sequences_bits_are_those_it_has_alone_in_every_variant(

@@ -78,7 +78,7 @@ class PrefillAttention(Attention):
                 x[:, view.first_key :]
                 for x in self._cache.view(layer_idx, chunk.region, chunk.sequence, 1, chunk.end)
             )
-            if not variant.has_plain_scores:
+            if not variant.has_plain_scores and view.mask is not None:
                 output[rows] = attend_by_formula(
                     query[rows], keys[0], values[0], view.mask, scaling, variant
                 )
@@ -126,7 +126,7 @@ def attend_by_formula(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    mask: Tensor | None,
+    mask: Tensor,
     scaling: float,
     variant: Variant,
 ) -> Tensor:
@@ -135,15 +135,14 @@ def attend_by_formula(
     Args:
         query: (Q, Hq, D).
         keys: (K, Hkv, D), and ``values`` likewise.
-        mask: (Q, K) bool, what each sees; None: everything.
+        mask: (Q, K) bool, what each sees.
 
     Returns:
         (Q, Hq, D), in the queries' dtype.
     """
     heads_each = query.shape[1] // keys.shape[1]
-    added = None if mask is None else torch.zeros(mask.shape, device=mask.device)
-    if added is not None and mask is not None:
-        added = added.masked_fill_(~mask, -math.inf).repeat(heads_each, 1)
+    added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)
+    added = added.repeat(heads_each, 1)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     for h in range(keys.shape[1]):
         heads = slice(h * heads_each, (h + 1) * heads_each)
@@ -212,11 +211,9 @@ class DecodeAttention(Attention):
             )
             if variant.has_plain_scores:
                 output[rows] = _attend_newest(query[rows], keys, values, scaling)
-                continue
-            for n in range(run.count):
-                row = slice(run.first_row + n, run.first_row + n + 1)
-                output[row] = attend_by_formula(
-                    query[row], keys[n], values[n], None, scaling, variant
+            else:
+                output[rows] = _attend_newest_by_formula(
+                    query[rows], keys, values, scaling, variant
                 )
         for together in plan.gathered:
             together.attend(self._cache, layer_idx, query, scaling, variant, output)
@@ -284,6 +281,21 @@ def _attend_newest(query: Tensor, keys: Tensor, values: Tensor, scaling: float) 
         q, keys.transpose(1, 2), values.transpose(1, 2), scale=scaling
     )
     return output.flatten(1, 2)  # (B, Hq, D)
+
+
+def _attend_newest_by_formula(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, variant: Variant
+) -> Tensor:
+    """Likewise in float32, where a cap or sinks change the scores: (B, Hq, D) float32."""
+    num_key_heads = keys.shape[2]
+    q = query.float().reshape(len(query), num_key_heads, -1, query.shape[2])
+    sinks = None if variant.sinks is None else variant.sinks.view(num_key_heads, -1, 1)
+    heads = []
+    for h in range(num_key_heads):
+        scores = torch.bmm(q[:, h], keys[:, :, h].float().transpose(1, 2)).mul_(scaling)
+        shares = variant.shares(scores, None, None if sinks is None else sinks[h])
+        heads.append(torch.bmm(shares, values[:, :, h].float()))  # (B, Hq / Hkv, D)
+    return torch.stack(heads, dim=1).flatten(1, 2)
 
 
 def _attend_newest_float32(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
