@@ -29,8 +29,8 @@ from tests.server import Server
 
 RANK = 32
 STEPS = 2
-TOKENS = 200  # of each of the datums of a pass
-DATUMS = 4
+TOKENS = 64  # of each of the datums of a pass
+DATUMS = 1
 IDLE_SECONDS = 60.0  # in which a worker gives memory back
 LOOK_SECONDS = 2.0
 MEBIBYTE = 2**20
@@ -74,7 +74,7 @@ class SdkClient:
             sampling_session_id=saved["sampling_session_id"],
             seq_id=0,
             prompt={"chunks": [{"type": "encoded_text", "tokens": list(range(100, 132))}]},
-            sampling_params={"max_tokens": 16},
+            sampling_params={"max_tokens": 4},
             num_samples=2,
         )
 

@@ -13,6 +13,7 @@ from pytest_django import Settings
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import Disk, assert_all_ready, assert_same, state_of
+from tests.training.test_worker import sample
 from tests.waiting import LONG_SECONDS
 from training import services
 from training.engine.fake.engine import fake_engine
@@ -258,3 +259,20 @@ def test_what_only_a_deleted_checkpoint_could_rebuild_stays_in_memory(
     futures = train("m", 1, first=3)
     work()
     assert_all_ready(futures)
+
+
+def test_a_sample_for_which_nothing_can_leave_fails_instead_of_waiting_for_ever(
+    start_worker: Start, train: Train, disk: Disk, owner: User
+) -> None:
+    work = start_worker(fake_engine(adapter_bytes=ADAPTER_BYTES))
+    train("m", 2)
+    save(owner, "m")
+    work()
+    disk.fail()
+    load(owner, "m")  # with no snapshot, only the checkpoint could rebuild it
+    work()
+    future = sample(owner, model_path=PATH).future
+    work()
+    future.refresh_from_db()
+    assert (future.state, future.error_code) == ("failed", "OutOfMemory")
+    assert "no room" in future.error

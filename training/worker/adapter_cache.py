@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 WRITE_COST_FACTOR = 10  # snapshots may take at most a tenth of the time
 PAUSE_SECONDS = 60.0  # after a snapshot that could not be written
+STUCK = (
+    "the adapters in this worker's memory leave no room, and cannot leave until snapshots can be "
+    "written again; try again later"
+)
 KNOWN_LANES = 10_000  # lanes whose adapters' sizes are remembered
 
 
@@ -154,6 +158,8 @@ class AdapterCache:
             config = run_lora_config(checkpoint.run)
             num_bytes = self._trainer.adapter_bytes(config, with_optimizer=False)
             if not self._make_room(num_bytes):
+                if not self._pinned and not any(self._sampler.versions.values()):
+                    raise OutOfMemory(STUCK)
                 self._first_to_wait = future.id
                 raise NoRoomYet
             self._sampler.publish(version, settings.DATA_DIR / checkpoint.directory)

@@ -123,6 +123,7 @@ class WorkLoop:
         self._company_until = 0.0
         """Until when a batch waits for text that was claimed with it."""
         self._figures = figures if figures is not None else {}
+        self._figures |= self.adapter_cache.figures()
         self._batch = 0
         self._unclaimed = True
         """Whether something may run that has no new bell: it was left behind by a claim."""

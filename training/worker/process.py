@@ -28,6 +28,7 @@ from training.base_models import BaseModel
 from training.engine import factory
 from training.engine.interface import Engine
 from training.worker import text_pool
+from training.worker.adapter_memory import GIBIBYTE
 from training.worker.crash_log import CrashLog, crashed, oom_kills
 from training.worker.loop import WorkLoop
 from training.worker.maintenance import Maintenance
@@ -139,7 +140,12 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         consumer.on_turn = loop.idle_turn
         tasks.serve(base_model.queue, crash_log.noted()(loop.run_until_idle))
         worker_live(worker, figures)
-        logger.info("%s: ready on %s", base_model.name, info.device)
+        logger.info(
+            "%s: ready on %s; its adapters may take %.2f GiB of memory",
+            base_model.name,
+            info.device,
+            engine.adapter_bytes / GIBIBYTE,
+        )
         consumer.run()
         loop.give_back()
     finally:
