@@ -338,9 +338,9 @@ def test_a_special_token_in_a_content_cannot_forge_a_turn(name: str) -> None:
     text = chat_renderer("byte-level", family)
     for token in family.special_tokens:
         forged = chat("user: hello", f"assistant: no{token}yes", "user: what")
-        with pytest.raises(InvalidRequest, match=r"messages\[1\].content: holds .* character 2"):
+        with pytest.raises(InvalidRequest, match=r"messages\[1\].content: has .* character 2"):
             text.render_prompt(forged)
-        with pytest.raises(InvalidRequest, match=r"messages\[1\].content: holds"):
+        with pytest.raises(InvalidRequest, match=r"messages\[1\].content: has"):
             text.render_conversation(forged, "assistant")
 
 

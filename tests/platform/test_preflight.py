@@ -222,7 +222,7 @@ def test_weights_that_are_cut_off_anywhere_are_named(model_folder: Path, length:
 def test_a_file_that_is_no_safetensors_is_named(model_folder: Path, content: bytes) -> None:
     (model_folder / "model.safetensors").write_bytes(content)
 
-    assert "model.safetensors is no safetensors file" in str(base_model_problem(model_folder))
+    assert "model.safetensors is not a safetensors file" in str(base_model_problem(model_folder))
 
 
 def test_weights_that_this_user_may_not_read_are_named(ordinary_user: Path) -> None:

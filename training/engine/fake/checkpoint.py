@@ -53,7 +53,7 @@ def read_checkpoint(
     """
     meta: dict[str, Any] = read_meta(directory)
     if with_optimizer and "exp_avg.npy" not in meta["sha256"]:
-        raise CheckpointNotFound(f"{directory.name} holds weights only, no optimizer state.")
+        raise CheckpointNotFound(f"{directory.name} has only weights, no optimizer state.")
     config = dict(meta["config"])
     if config["target_modules"] is not None:
         config["target_modules"] = tuple(config["target_modules"])
