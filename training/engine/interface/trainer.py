@@ -41,7 +41,14 @@ class ForwardBackwardJob:
 
 
 class Trainer(ABC):
-    """One base model and its resident adapters."""
+    """One base model and its resident adapters.
+
+    **Threads.** One thread calls all operations, and each is finished when it returns. Another
+    thread may meanwhile write what ``capture_adapter`` returned.
+
+    **Failures.** After a domain error (``TrainingError``) the adapter is as before, unless the
+    operation's documentation says otherwise. After any other exception the worker must end.
+    """
 
     info: BaseModelInfo
 
