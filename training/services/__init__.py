@@ -1,8 +1,8 @@
-"""Writes: every request of a client becomes a future here, and the rows it needs with it.
+"""Writes: they turn clients' requests into futures, together with the rows that these need.
 
-None of these functions waits, and none touches the engine: what a future does when its turn
-comes is ``training.worker.operations``. Each opens its own transaction; where there are several
-rows, the client that gets no answer may repeat its request, and finds what it made the first time.
+None of these functions waits, and none touches the engine: ``training.worker.operations``
+executes futures. Each opens its own transaction. If it writes several
+rows, a client without an answer may repeat its request, and finds the rows of the first one.
 """
 
 from training.services.checkpoints import load_weights_submit, save_weights_submit

@@ -24,7 +24,7 @@ from training.services.submission import Submission, run_asked, submit_in_lane
 from training.storage_quota import storage_check
 
 ONE_OF_A_PATH = ("checkpoint_path_means_one", "checkpoint_run_kind_name")
-"""The constraints that say whose a path is."""
+"""The constraints that make paths unique."""
 
 
 def save_weights_submit(
@@ -40,15 +40,15 @@ def save_weights_submit(
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
-    """Ask for a checkpoint under a name; it holds the run as it is when its turn comes.
+    """Submit a save under a name; it contains the run's state when the request runs.
 
     Args:
-        kind: What it is for. ``external`` writes the files that peft reads.
-        overwrite: Whether to replace one of this name.
-        recipients: age public keys that the files of an external one are encrypted for.
+        kind: The kind of checkpoint. ``external`` writes files for peft.
+        overwrite: Whether to replace a checkpoint of this name.
+        recipients: age public keys for which the files of an external checkpoint are encrypted.
 
     Raises:
-        InvalidRequest: The name may not stand in a path, or a recipient is none. (400)
+        InvalidRequest: The name is not allowed in a path, or a recipient is invalid. (400)
         RunNotFound: (404)
     """
     run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
@@ -72,10 +72,10 @@ def save_weights_submit(
 def save_for_sampling_session_submit(
     *, owner_id: int, model_id: str, sampling_session_seq_id: int, seq_id: int
 ) -> Submission:
-    """Ask for a sampling session on the model as it is when its turn comes.
+    """Submit a save for a sampling session of the model's state when the request runs.
 
-    Its checkpoint has no path and is in no list. What the SDK calls ``inflight``, a session
-    that may move on to newer weights, is answered with such a fixed one: no session serves
+    Its checkpoint has no path and is in no list. The SDK's kind ``inflight``, a session
+    that may change to newer weights, also gets a fixed one: no session serves
     older weights than the save that made it.
 
     Raises:
@@ -94,23 +94,24 @@ def save_for_sampling_session_submit(
 
 
 def checkpoint_check_free(*, owner_id: int, path: TinkerPath, overwrite: bool) -> None:
-    """Refuse a save that could not have its path, before anything is written for it.
+    """Refuse a save whose path is taken, before its files are written.
 
     Raises:
-        CheckpointExists: Another has the path, and is not to be replaced.
+        CheckpointExists: Another checkpoint has the path, and ``overwrite`` is false.
     """
     _check_replaceable(checkpoint_at(owner_id=owner_id, path=path), path, overwrite)
 
 
 def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool) -> None:
-    """Insert a checkpoint whose files are written, in place of what has its path.
+    """Insert a checkpoint whose files are written, replacing the one that has its path.
 
-    Of several at once the database says who was first: the others replace it, or are refused.
-    What is replaced loses its files when the caller's transaction commits.
+    Of several at once the database decides which is first: the others replace it, or are refused.
+    The files of a replaced checkpoint are deleted when the caller's transaction commits.
 
     Raises:
-        CheckpointExists: Another has the path, and is not to be replaced; nothing is changed.
-        StorageQuotaExceeded: It would take its owner over the quota; nothing is changed.
+        CheckpointExists: Another checkpoint has the path, and ``overwrite`` is false; nothing is
+            changed.
+        StorageQuotaExceeded: It would exceed its owner's quota; nothing is changed.
     """
     path = checkpoint.path
     while True:
@@ -127,7 +128,7 @@ def checkpoint_place(checkpoint: Checkpoint, *, overwrite: bool) -> None:
                     _replace(old)
                 checkpoint.save(force_insert=True)
             return
-        except IntegrityError as error:  # another was saved there since we looked
+        except IntegrityError as error:  # another was saved there since the check
             if violated_constraint(error) not in ONE_OF_A_PATH:
                 raise
 
@@ -142,16 +143,16 @@ def load_weights_submit(
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
-    """Ask that an existing run become what a checkpoint holds that the owner may read.
+    """Submit the loading of a checkpoint, which the owner may read, into an existing run.
 
     Args:
-        optimizer: False loads the weights and starts the optimizer anew.
+        optimizer: False loads the weights and resets the optimizer.
         lender_id: Another user whose checkpoints may be read too.
 
     Raises:
         RunNotFound, CheckpointNotFound: (404)
         InvalidRequest: The checkpoint is of another base model, or has no optimizer state
-            and it was asked for. (400)
+            and it was requested. (400)
     """
     run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
     parsed = TinkerPath.parse(path)
@@ -189,19 +190,19 @@ def model_load_submit(
     user_metadata: Mapping[str, Any] | None = None,
     lender_id: int | None = None,
 ) -> Submission:
-    """Ask for the session's model of this number, made from a checkpoint: that is its creation.
+    """Submit the creation of the session's model of this number from a checkpoint.
 
     The adapter's shape is the checkpoint's.
 
     Args:
-        optimizer: False loads the weights and starts the optimizer anew.
-        base_model: What the client takes the checkpoint's base model for.
+        optimizer: False loads the weights and resets the optimizer.
+        base_model: The client's assumption of the checkpoint's base model.
         lender_id: Another user whose checkpoints may be read too.
 
     Raises:
         SessionNotFound, CheckpointNotFound, BaseModelNotFound: (404)
         InvalidRequest: The checkpoint is of another base model, or has no optimizer state
-            and it was asked for. (400)
+            and it was requested. (400)
         SessionFinished, LimitExceeded: (400)
         SeqIdReused: The session made another model under this number. (422)
     """
@@ -231,7 +232,7 @@ def model_load_submit(
 
 
 def checkpoint_audit_read(checkpoint: Checkpoint, *, reader_id: int, purpose: str) -> None:
-    """Tell its owner that somebody else reads it."""
+    """Record in its owner's audit log that another user reads it."""
     if checkpoint.run.owner_id != reader_id:
         audit_checkpoint("read", checkpoint, actor_id=reader_id, purpose=purpose)
 
@@ -239,7 +240,7 @@ def checkpoint_audit_read(checkpoint: Checkpoint, *, reader_id: int, purpose: st
 def _check_replaceable(old: Checkpoint | None, path: TinkerPath, overwrite: bool) -> None:
     if old is not None and not (overwrite or old.has_expired):
         of = "" if old.run.deleted_at is None else f", of a model {old.run.name!r} that was removed"
-        # A model of the SDK is saved by its client, which can ask for that with save_state alone.
+        # A model of the SDK is saved by its client, which can only overwrite with save_state.
         knows_overwrite = old.run.session_id is None or path.kind == "training"
         hint = "send overwrite: true to replace it" if knows_overwrite else "delete it"
         raise CheckpointExists(f"{path} exists already{of}; {hint}, or choose another name")

@@ -1,7 +1,7 @@
-"""Copies of checkpoints, which may be another user's, as one's own.
+"""Copies of the user's own or another user's checkpoints.
 
 A copy needs a run to belong to. That run never had an adapter: it is deleted from the start,
-so that nothing can be asked of it but its checkpoint.
+so that only its checkpoint can be used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from training.services.sessions import session_open
 from training.storage_quota import storage_check
 
 COPY_CLIENT = "copy"
-"""What a session that exists for one copy says of its client."""
+"""The client version of a session that exists for one copy."""
 
 
 def checkpoint_copy(
@@ -43,15 +43,15 @@ def checkpoint_copy(
 ) -> TinkerPath:
     """Copy a checkpoint that the owner may read; return the copy's path.
 
-    Files are linked, not copied, where the disk can do it: they never change. The copy expires
-    when ``ttl_seconds`` says, whatever the source does. It becomes the model ``model_seq_id``
-    of the session, or the only model of a new session in the project; asking again for the same
+    Files are hard-linked if the disk supports it, because they never change. The copy expires
+    after ``ttl_seconds``, independently of the source. It becomes the model ``model_seq_id``
+    of the session, or the only model of a new session in the project; a repeat for the same
     model, or with the same idempotency key, returns the first copy.
 
     Raises:
         CheckpointNotFound, SessionNotFound: (404)
         InvalidRequest: One of session id and number is missing, or the number is taken. (400)
-        StorageQuotaExceeded: The owner stores as much as one user may. (413)
+        StorageQuotaExceeded: The owner's storage limit is reached. (413)
     """
     if (session_id is None) != (model_seq_id is None):
         raise InvalidRequest("session_id, model_seq_id: give both of them or none")
@@ -72,7 +72,7 @@ def checkpoint_copy(
                 owner_id=owner_id,
                 defaults={"sdk_version": COPY_CLIENT, "project_id": project_id},
             )
-            # One copy at a time per owner, so that many at once do not pass the quota together.
+            # One copy at a time per owner, so that concurrent ones do not exceed the quota.
             get_user_model().objects.select_for_update(no_key=True).get(pk=owner_id)
             storage_check(owner_id=owner_id, more_bytes=original.size_bytes)
             audit_checkpoint("copy", original, actor_id=owner_id)
@@ -152,7 +152,7 @@ def _rows(
 
 
 def _link(source: Path, target: Path) -> None:
-    """The folder again, its files by another name.
+    """Hard-link a folder's files into a new folder.
 
     Raises:
         CheckpointNotFound: It was deleted meanwhile.

@@ -1,6 +1,6 @@
 """Loss functions that clients trace and upload: one row each, and a future that is ready at once.
 
-What a graph may hold is decided before it comes here, and it is run by the engine only.
+Graphs are checked before they come here, and only the engine runs them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def custom_loss_create(
     inputs: Sequence[Mapping[str, Any]],
     graph: Mapping[str, Any],
 ) -> Future:
-    """Keep a checked graph under the session's number for it; asking twice keeps one.
+    """Store a checked graph under the session's number for it; a repeat stores nothing new.
 
     The future's result is ``{"loss_id": "<session>:loss:<number>"}``.
 
     Raises:
         SessionNotFound: (404)
         SessionFinished: (400)
-        StorageQuotaExceeded: Its owner stores as much as one user may. (413)
+        StorageQuotaExceeded: Its owner's storage limit is reached. (413)
         IdempotencyKeyReused: The session used the number for something else. (422)
     """
     session = session_open(owner_id=owner_id, session_id=session_id)
@@ -52,7 +52,7 @@ def custom_loss_create(
         seq_id=None,
         idempotency_key=custom_loss_id(session_id, seq_id),
     )
-    # One upload at a time, so that a request and its repeat do not both make the row.
+    # One upload at a time, so that a request and its repeat do not both insert the row.
     Session.objects.select_for_update(no_key=True).get(pk=session.pk)
     future = future_record(
         owner_id=owner_id,
@@ -74,7 +74,7 @@ def custom_loss_create(
 def custom_loss_refuse(
     *, owner_id: int, session_id: str, seq_id: int, body_digest: str, refusal: Refusal
 ) -> Future:
-    """A failed future for an upload that cannot be accepted; its number is used up.
+    """A failed future for an upload that cannot be accepted; its number is used.
 
     Raises:
         SessionNotFound: (404)
@@ -95,7 +95,7 @@ def custom_loss_refuse(
 def custom_loss_check(
     *, owner_id: int, model_id: str, loss_id: str, data: Sequence[Conversation | Datum]
 ) -> None:
-    """Whether the model's session has this loss, and every datum what the loss reads.
+    """Check that the model's session has this loss, and every datum the loss's inputs.
 
     Raises:
         RunNotFound: (404)
@@ -125,5 +125,5 @@ def custom_loss_check(
 
 
 def custom_loss_id(session_id: str, seq_id: int) -> str:
-    """What ``loss_fn_config`` names an uploaded loss by; ``custom_loss_get`` reads it."""
+    """The id of an uploaded loss in ``loss_fn_config``; ``custom_loss_get`` finds it."""
     return f"{session_id}:loss:{seq_id}"

@@ -1,4 +1,4 @@
-"""What was sampled for stable_reinforce: recorded, read by those who train on it, forgotten."""
+"""Records samples for stable_reinforce, reads them for training, and deletes old ones."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from training.selectors import run_get
 from training.types import Datum, Provenance, RecordedSequence, TokenIds
 
 KEPT = timedelta(days=1)
-"""After the last use."""
+"""Lifetime of a record after its last use."""
 
 RENEWED_AFTER = timedelta(hours=1)
-"""A use that comes sooner after another writes nothing."""
+"""A use within this time after another one is not recorded."""
 
 MAX_RECORDS = 16_384
 """Sample requests whose sequences one training request may name."""
 
 MAX_RECORDED_TOKENS = 16_000_000
-"""Of all of them: eight bytes each while the request is parsed."""
+"""Tokens of all of them: eight bytes each while the request is parsed."""
 
 _SEQUENCE_ID = re.compile(r"(future_[0-9a-f]{32})-[0-9]{1,9}")
 
 
 def stable_reinforce_check() -> None:
-    """Whether this server takes part in stable_reinforce.
+    """Check that this server supports stable_reinforce.
 
     Raises:
         InvalidRequest: Its operator has switched it off. (400)
@@ -47,7 +47,7 @@ def stable_reinforce_check() -> None:
 
 
 def sequence_id(request_id: str, number: int) -> str:
-    """By which a client names one of a request's sequences."""
+    """The id of one of a request's sequences for clients."""
     return f"{request_id}-{number}"
 
 
@@ -58,7 +58,7 @@ def samples_record(
     prompt: TokenIds,
     sequences: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Keep a finished sample; inside the transaction in which its result is committed.
+    """Record a finished sample, inside the transaction that commits its result.
 
     Args:
         sequences: Each with ``tokens`` and ``logprobs``.
@@ -81,16 +81,16 @@ def logprobs_resolve(
     data: Sequence[Datum],
     provenance: Sequence[Provenance | None],
 ) -> list[Datum]:
-    """The datums with the log-probabilities that were recorded for their sampled tokens.
+    """The datums with the recorded log-probabilities of their sampled tokens.
 
-    Only sequences of the model's own session count; another's answers as one that never was.
-    Those that are named are kept for another day.
+    Only sequences of the model's own session count; another session's do not exist for it.
+    The named sequences are kept for another day.
 
     Raises:
         RunNotFound: (404)
         InvalidRequest: This server refuses the loss. (400)
-        InvalidDatum: The spans do not fit, or name what is not recorded. (400)
-        LimitExceeded: They name more than can be looked at in one request. (400)
+        InvalidDatum: The spans do not fit, or name a sequence that is not recorded. (400)
+        LimitExceeded: They name more than one request may. (400)
     """
     stable_reinforce_check()
     run = run_get(owner_id=owner_id, model_id=model_id)
@@ -105,7 +105,7 @@ def logprobs_resolve(
 def _records(
     owner_id: int, session_id: str | None, named: Collection[str]
 ) -> dict[str, RecordedSequence]:
-    """Those of the named sequences that are recorded in the session, by id."""
+    """The named sequences that are recorded in the session, by id."""
     # What is no id of ours is not recorded, and what no text of the database can hold is not asked.
     request_ids = {found[1] for name in named if (found := _SEQUENCE_ID.fullmatch(name))}
     if len(request_ids) > MAX_RECORDS:
@@ -138,6 +138,6 @@ def _records(
 
 
 def samples_forget() -> int:
-    """Delete the records whose time is up; say how many. The worker calls it when idle."""
+    """Delete expired records; return their number. The worker calls it when idle."""
     deleted, _ = RecordedSample.objects.filter(expires_at__lte=timezone.now()).delete()
     return deleted

@@ -25,7 +25,7 @@ from training.services.submission import Submission, run_repeated, submit_in_lan
 from training.types import LoraConfig
 
 SILENCE = timedelta(minutes=5)
-"""The SDK's clients are heard of every ten seconds."""
+"""The SDK's clients send a heartbeat every ten seconds."""
 
 
 @transaction.atomic
@@ -37,7 +37,7 @@ def run_create_submit(
     lora_config: LoraConfig,
     idempotency_key: str | None = None,
 ) -> Submission:
-    """Ask for a new adapter; its name is taken from now on, unless it cannot be made.
+    """Submit the creation of an adapter; its name is taken from now on, unless the creation fails.
 
     Args:
         model_id: None lets the server choose a name.
@@ -45,7 +45,7 @@ def run_create_submit(
     Raises:
         RunExists: The owner has a live run of this name. (409)
         BaseModelNotFound: (404)
-        LimitExceeded: The owner has as many adapters as one may have. (400)
+        LimitExceeded: The owner has reached the limit of adapters. (400)
     """
     run = run_repeated(owner_id, idempotency_key)
     name = model_id or (run.name if run else f"model_{secrets.token_hex(8)}")
@@ -61,10 +61,10 @@ def run_create_submit(
 def run_remove_submit(
     *, owner_id: int, model_id: str, idempotency_key: str | None = None
 ) -> Submission:
-    """Remove a run: its name is free at once, its memory when its turn in the lane comes.
+    """Remove a run: its name is free at once, its memory when the request runs.
 
-    What was submitted before still runs. Checkpoints stay. If the server does not serve the run's
-    base model any more, it is done when this returns, and what was submitted before fails.
+    Requests submitted before still run. Checkpoints stay. If the server no longer serves the run's
+    base model, the removal is complete when this returns, and requests submitted before fail.
 
     Raises:
         RunNotFound: (404)
@@ -72,7 +72,7 @@ def run_remove_submit(
     if first := run_repeated(owner_id, idempotency_key):
         return submit_in_lane(first, RemoveRun(), idempotency_key=idempotency_key)
     run = run_get(owner_id=owner_id, model_id=model_id)
-    # First, so that a creation which fails below finds a run that is gone already.
+    # First, so that a creation that fails below finds the run removed already.
     deleted = (
         Run.objects.live()
         .filter(id=run.id)
@@ -93,12 +93,12 @@ def run_describe(run: Run, *, actor_id: int | None, title: str, tags: str, notes
 
 
 def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | None = None) -> Run:
-    """The owner's live run of this name, made on the default base model if there is none; for a
-    repeated request the run of the first.
+    """The owner's live run of this name, made on the default base model if it does not exist; for a
+    repeated request, the run of the first one.
 
     Raises:
-        InvalidRequest: The name may not stand in a path. (400)
-        LimitExceeded: The owner has as many adapters as one may have. (400)
+        InvalidRequest: The name is not allowed in a path. (400)
+        LimitExceeded: The owner has reached the limit of adapters. (400)
     """
     name = check_name(model_id, field="model_id")
     first = run_repeated(owner_id, idempotency_key)
@@ -108,7 +108,7 @@ def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | No
         return run
     check_run_name(name, field="model_id")
     config = LoraConfig()
-    # One transaction: nobody may see the run before its creation leads its lane.
+    # One transaction: the run must not be visible before its creation is first in its lane.
     with transaction.atomic():
         if run := _run_create(owner_id, name, None, config):
             _submit_creation(run, name, config, None)
@@ -146,20 +146,21 @@ def run_replay_submit(*, run: Run, original: Future) -> Future:
 
 
 def run_compare_submit(*, run: Run, other: Run) -> Future:
-    """Ask the worker whether two runs' weights and moments are equal."""
+    """Submit a comparison of two runs' weights and moments."""
     return submit_in_lane(run, CompareRuns(other=other.id)).future
 
 
 def adapter_limit_check(owner_id: int) -> None:
-    """Refuse one model more than a user may have; inside the transaction that makes it.
+    """Refuse a model beyond the user's limit; call it inside the transaction that makes the model.
 
-    Models of SDK sessions that ended do not count, nor those whose client is not heard of any
-    more: most scripts end without a word, and the SDK has no way to remove a model.
+    Models of ended SDK sessions do not count, and neither do those whose client sends no heartbeats
+    any
+    more: most scripts end without closing, and the SDK has no way to remove a model.
 
     Raises:
         LimitExceeded: (400)
     """
-    # One creation at a time per owner, so that the count below cannot be overtaken.
+    # One creation at a time per owner, so that the count below stays valid.
     get_user_model().objects.select_for_update(no_key=True).get(pk=owner_id)
     heard_of = Q(session__isnull=True) | Q(
         session__finished_at__isnull=True, session__heartbeat_at__gt=timezone.now() - SILENCE
@@ -191,7 +192,7 @@ def _run_create(
     config: LoraConfig,
     replay_of: Run | None = None,
 ) -> Run | None:
-    """A run and its lane, or None if the name is taken; the database decides who was first."""
+    """A run and its lane, or None if the name is taken; the database decides which was first."""
     served = base_model_get(base_model)
     adapter_limit_check(owner_id)
     try:

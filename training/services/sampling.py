@@ -1,4 +1,4 @@
-"""Completions: of a live model in its place in the order, or of frozen weights in none."""
+"""Completions: of a live model, in its order, or of frozen weights, without an order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.selectors import checkpoint_get
 from training.services.submission import Submission, run_asked, submit, submit_in_lane
 from training.types import Prompt, SamplingParams, ScoringParams
 
-_SEED_BITS = 31  # any client and any generator can hold it
+_SEED_BITS = 31  # valid for every client and every generator
 
 
 def sample_submit(
@@ -37,19 +37,19 @@ def sample_submit(
     stream: bool = False,
     idempotency_key: str | None = None,
 ) -> Submission:
-    """Ask for completions of one or more prompts.
+    """Submit a sample of one or more prompts.
 
     With ``model_id`` the sample has its place in the run's order: it sees the steps
-    submitted before it and none after. A path or a base model has no order to keep.
-    A seed and a length are chosen here if the client named none, so that a repeat after a
-    crash says the same.
+    submitted before it and none after. Samples of a path or a base model have no order.
+    A seed and a length are chosen here if the client sent none, so that a repeat after a
+    crash gives the same result.
 
     Args:
-        topk_sample_logprobs: So many of the likeliest tokens at each sampled position.
-        topk_prompt_logprobs: And at each position of the prompts.
-        token_texts: The result says each token's text and where it begins.
+        topk_sample_logprobs: The number of likeliest tokens at each sampled position.
+        topk_prompt_logprobs: The same at each position of the prompts.
+        token_texts: The result has each token's text and its offset.
         echo: The result has the prompts as well, token by token; needs ``token_texts``.
-        stream: The worker notes the texts while they grow (``training.text_pieces``).
+        stream: The worker sends the texts while they grow (``training.text_pieces``).
 
     Raises:
         InvalidRequest: Not exactly one of model_id, base_model and model_path. (400)
@@ -97,12 +97,13 @@ def sample_submit(
 def sample_request(
     *, sampling_params: SamplingParams, request_name: str | None, **fields: Any
 ) -> Sample:
-    """A sample with a seed and a length, chosen here if the client named none.
+    """A sample with a seed and a length, chosen here if the client sent none.
 
     Args:
-        request_name: What the client calls this request, which decides the seed if it named none:
+        request_name: The client's key of this request, which determines the seed if the client sent
+            none:
             a repeat must be the same request.
-        fields: The rest of ``Sample``'s.
+        fields: The other fields of ``Sample``.
     """
     sampling_params = replace(
         sampling_params,

@@ -1,8 +1,8 @@
-"""The SDK's sampling sessions: what to sample from, settled once, and samples of it.
+"""The SDK's sampling sessions, each of one fixed model, and their samples.
 
-A session samples from a base model or from one checkpoint, and from no other later: a name that
-comes to mean something else does not change it. Its lane has no order, so its numbers, of 64
-bits, only say which request is the same.
+A session samples from a base model or from one checkpoint and never changes: if a path
+later means another checkpoint, the session keeps the first. Its lane has no order, so its numbers,
+of 64 bits, only identify requests.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def sampling_session_create(
     base_model: str | None,
     model_path: str | None,
 ) -> SamplingSession:
-    """The session's sampling session of this number; asking twice makes one.
+    """The session's sampling session of this number; a repeat makes no second one.
 
-    A path of either kind will do: a training checkpoint's weights can be sampled from too.
+    Either kind of path is accepted: a training checkpoint can be sampled from too.
 
     Raises:
         SessionNotFound, CheckpointNotFound, BaseModelNotFound: (404)
@@ -85,7 +85,7 @@ def sampling_session_create(
 
 @transaction.atomic
 def sampling_session_join(*, owner_id: int, sampling_session_id: str) -> int:
-    """A number for one more client of a sampling session; no other client has it.
+    """A unique number for another client of a sampling session.
 
     Raises:
         SamplingSessionNotFound: (404)
@@ -108,18 +108,18 @@ def session_sample_submit(
     scoring: ScoringParams,
     record: bool = False,
 ) -> Future:
-    """Ask for completions of one prompt; asking twice under one number is asking once.
+    """Submit a sample of one prompt; a repeat under the same number returns the first future.
 
     Args:
-        record: Keep the sequences for the loss stable_reinforce, for the models of the same
+        record: Record the sequences for the loss stable_reinforce, for the models of the same
             session.
 
     Raises:
-        InvalidRequest: They are to be kept for it, and this server refuses that loss. (400)
+        InvalidRequest: Recording was requested, and this server refuses that loss. (400)
         SamplingSessionNotFound, CheckpointNotFound: (404)
         SessionFinished: (400)
         SeqIdReused: The number was used for another request. (422)
-        QueueFull: The owner has as many waiting as one may have. (429)
+        QueueFull: The owner has reached the limit of waiting requests. (429)
     """
     sampling_session = sampling_session_get(
         owner_id=owner_id, sampling_session_id=sampling_session_id

@@ -1,8 +1,8 @@
 """The SDK's sessions and the models made in them.
 
-A session is one client process. It makes models by number, and the model's id is built from
+A session is one client process. It makes models by number, and the model's id consists of
 both, so that the client can compute it: ``<session>:train:<model_seq_id>``. Such a model's lane
-begins at 0, its creation; the client numbers what follows from 1.
+begins at 0, its creation; the client numbers later requests from 1.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from training.services.submission import Submission, submit_in_lane
 from training.types import LoraConfig
 
 CREATION_SEQ_ID = 0
-"""Of a model's creation, by ``create_model`` or by loading a checkpoint."""
+"""The number of a model's creation, by ``create_model`` or by loading a checkpoint."""
 
 SILENCE = timedelta(days=7)
-"""A client sends a heartbeat every ten seconds; a computer may sleep for days and go on."""
+"""A client sends a heartbeat every ten seconds; a computer may sleep for days and continue."""
 
 
 def session_create(
@@ -55,7 +55,7 @@ def session_create(
 
 
 def session_heartbeat(*, owner_id: int, session_id: str) -> Session:
-    """Note that the session's client lives, unless it has finished the session.
+    """Record that the session's client lives, unless it has finished the session.
 
     Raises:
         SessionNotFound: (404)
@@ -68,10 +68,10 @@ def session_heartbeat(*, owner_id: int, session_id: str) -> Session:
 
 @transaction.atomic
 def session_finish(*, owner_id: int, session_id: str, reason: str, detail: str = "") -> Session:
-    """End a session; the first reason stays. What was submitted before still runs.
+    """End a session; the first reason stays. Requests submitted before still run.
 
-    After that its models' memory and snapshots are freed, for nothing can be asked of them any
-    more. The models stay in lists, and their checkpoints stay.
+    After that its models' memory and snapshots are freed, because they accept no further
+    requests. The models stay in lists, and their checkpoints stay.
 
     Raises:
         SessionNotFound: (404)
@@ -88,9 +88,9 @@ def session_finish(*, owner_id: int, session_id: str, reason: str, detail: str =
 
 
 def sessions_expire() -> int:
-    """Finish the sessions that were not heard of for very long; say how many.
+    """Finish sessions without a heartbeat for very long; return their number.
 
-    The worker calls it every now and then. A client that comes back later is told.
+    The worker calls it regularly. A client that comes back later gets an error.
     """
     silent = Session.objects.filter(
         finished_at__isnull=True, heartbeat_at__lt=timezone.now() - SILENCE
@@ -100,7 +100,7 @@ def sessions_expire() -> int:
             owner_id=session.owner_id,
             session_id=session.pk,
             reason=Session.FinishReason.INTERRUPTED,
-            detail=f"Its client was not heard of for {SILENCE.days} days.",
+            detail=f"Its client sent no heartbeat for {SILENCE.days} days.",
         )
     return len(silent)
 
@@ -141,19 +141,19 @@ def session_run_create(
     """The session's model of this number, made now unless it was made before.
 
     The caller submits its creation in the same transaction, at ``CREATION_SEQ_ID``: the lane
-    begins there. A repeat finds the run of the first, whose shape may differ from what is asked
-    now; that the request is the same, the creation's digest tells.
+    begins there. A repeat finds the run of the first, whose shape may differ from the one requested
+    now; the creation's digest ensures that the requests are equal.
 
     Raises:
         SessionNotFound, BaseModelNotFound: (404)
         SessionFinished: (400)
-        LimitExceeded: The owner has as many adapters as one may have. (400)
+        LimitExceeded: The owner has reached the limit of adapters. (400)
     """
     made = Run.objects.filter(session_id=session_id, owner_id=owner_id, model_seq_id=model_seq_id)
     if run := made.first():
         return run
     session_get(owner_id=owner_id, session_id=session_id)
-    # Held until the commit: a session that is being finished waits for this model, or ends first.
+    # Locked until the commit: a session that is being finished waits for this model, or ends first.
     session = Session.objects.select_for_update(no_key=True).get(pk=session_id)
     if session.finished_at is not None:
         raise SessionFinished
@@ -193,12 +193,12 @@ def model_create_submit(
     lora_config: LoraConfig,
     user_metadata: Mapping[str, str] | None = None,
 ) -> Submission:
-    """Ask for the session's model of this number; asking twice makes one.
+    """Submit the creation of the session's model of this number; a repeat makes no second one.
 
     Raises:
         SessionNotFound, BaseModelNotFound: (404)
         SessionFinished: (400)
-        LimitExceeded: The owner has as many adapters as one may have. (400)
+        LimitExceeded: The owner has reached the limit of adapters. (400)
         SeqIdReused: The session made another model under this number. (422)
     """
     run = session_run_create(
@@ -216,8 +216,8 @@ def model_create_submit(
 def seeded(
     config: LoraConfig, *, seed: int | None, session_id: str, model_seq_id: int
 ) -> LoraConfig:
-    """The config with this seed, or with one that depends on which model it is: so that a
-    repeated request is the same."""
+    """The config with this seed, or with one that depends on the model, so that a
+    repeated request is equal."""
     if seed is None:
         digest = hashlib.sha256(f"{session_id}:train:{model_seq_id}".encode()).digest()
         seed = int.from_bytes(digest[:4], "little") >> 1
@@ -227,10 +227,10 @@ def seeded(
 def refused_submit(
     *, owner_id: int, model_id: str, seq_id: int, body_digest: str, refusal: Refusal
 ) -> Future:
-    """Use up the seq id of a request that will never run: its future has failed.
+    """Use the seq id of a request that will never run: its future has failed.
 
     Args:
-        body_digest: Of what was sent; sending it again gives the same future.
+        body_digest: Digest of the body; sending it again gives the same future.
 
     Raises:
         RunNotFound: (404)

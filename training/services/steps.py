@@ -31,26 +31,26 @@ def forward_backward_submit(
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
-    """Ask for a loss and, unless ``forward_only``, its gradient.
+    """Submit a loss and, unless ``forward_only``, its gradient.
 
-    Here, and nowhere before, it is checked that the data bring what the loss reads.
+    The check that the data have the loss's inputs is made only here.
 
     An unknown ``model_id`` makes a run of that name on the default base model, so that a
-    first request needs no set-up; but not if the client numbers its requests itself.
+    first request needs no set-up, unless the client numbers its requests itself.
 
     Args:
-        loss_id: The uploaded loss that ``loss_fn="custom"`` means.
-        provenance: Where each datum's tokens come from, for a loss that reads recorded samples.
-        delayable: Nobody waits on the line: the worker may wait a moment for others that can
-            share the pass.
-        seq_id: The client's number in the model's order; None lets the server give the next.
+        loss_id: The uploaded loss of ``loss_fn="custom"``.
+        provenance: The origin of each datum's tokens, for a loss that reads recorded samples.
+        delayable: No client waits for the result: the worker may delay it a moment for
+            batch-mates.
+        seq_id: The client's number in the model's order; with None the server assigns the next.
 
     Raises:
-        InvalidRequest: There is no such loss, or its settings are wrong. (400)
+        InvalidRequest: The loss does not exist, or its settings are wrong. (400)
         InvalidDatum: A datum does not fit the loss; the message names it. (400)
         RunNotFound: No such model, and ``seq_id`` was given. (404)
-        LimitExceeded: The owner has as many adapters as one may have. (400)
-        QueueFull: The owner has as many waiting futures as one may have. (429)
+        LimitExceeded: The owner has reached the limit of adapters. (400)
+        QueueFull: The owner has reached the limit of waiting futures. (429)
     """
     if provenance:
         data = logprobs_resolve(
@@ -98,7 +98,7 @@ def optim_step_submit(
     seq_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
-    """Ask for one AdamW step with the gradient accumulated so far.
+    """Submit one AdamW step with the gradient accumulated so far.
 
     Raises:
         RunNotFound: (404)

@@ -1,4 +1,4 @@
-"""How every request of a client becomes a future: into its run's lane, or refused by name."""
+"""Turns every request of a client into a future in its run's lane, or refuses it by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Submission:
 
     future: Future
     model_id: str | None
-    """The run's name, None for requests that concern no run."""
+    """The run's name, None for requests without a run."""
 
 
 def submit_in_lane(
@@ -46,11 +46,12 @@ def submit_in_lane(
         summary: Facts for lists and charts, beside the request's own.
 
     Raises:
-        InvalidRequest: The run's requests are numbered by its SDK client, and this has no number;
+        InvalidRequest: The run's requests are numbered by its SDK client, and this one has no
+            number;
             only its removal needs none. (400)
-        SessionFinished: The run's session is over; only its removal may still be asked for. (400)
+        SessionFinished: The run's session has ended; only its removal is accepted. (400)
         BaseModelNotFound: Its base model is not served any more, and this is no repeat. (404)
-        StorageQuotaExceeded: Its owner stores as much as one user may. (413)
+        StorageQuotaExceeded: Its owner's storage limit is reached. (413)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
     is_removal = request.kind == Kind.REMOVE_RUN
@@ -60,7 +61,7 @@ def submit_in_lane(
         if seq_id is None:
             raise InvalidRequest(
                 f"model_id: {run.name!r} was made by the tinker SDK, whose client numbers its "
-                "requests; ask through that client"
+                "requests; send the request through that client"
             )
     if not is_removal:
         future = submit(
@@ -74,7 +75,7 @@ def submit_in_lane(
             idempotency_key=idempotency_key,
         )
         return Submission(future=future, model_id=run.name)
-    # No limit turns a removal away, nor that its base model is not served any more.
+    # A removal is accepted despite all limits, and even if its base model is no longer served.
     queue = Lane.objects.get(pk=run.id).queue
     result = None
     if not queue_is_served(queue):
@@ -112,7 +113,7 @@ def submit(
 
     Raises:
         BaseModelNotFound: It is not served any more, and this is no repeat. (404)
-        StorageQuotaExceeded: The owner stores as much as one user may. (413)
+        StorageQuotaExceeded: The owner's storage limit is reached. (413)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
     encoded = _encoded(request)
@@ -158,13 +159,13 @@ def _encoded(request: Request) -> EncodedPayload:
 
 
 def _abandon(run: Run) -> None:
-    """Remove what a run holds where no worker does: its snapshots go, and what waits in it fails.
+    """Remove a run without a worker: its snapshots are deleted, and its waiting requests fail.
 
-    For a run whose base model is not served any more. Its memory went with the last worker.
+    For a run whose base model is no longer served. Its memory was freed with the last worker.
     """
     lane_refuse(
         lane_id=run.id,
-        but=Kind.REMOVE_RUN,  # an earlier one, whose client repeats it
+        but=Kind.REMOVE_RUN,  # an earlier removal, whose client repeats it
         refusal=Refusal(
             error=f"Model {run.name!r} was removed while this server does not serve its base "
             f"model {run.base_model}.",
@@ -182,7 +183,7 @@ def _abandon(run: Run) -> None:
 
 
 def run_repeated(owner_id: int, idempotency_key: str | None) -> Run | None:
-    """The run that an earlier request with this key was about."""
+    """The run of an earlier request with this key."""
     if idempotency_key is None:
         return None
     first = Future.objects.filter(owner_id=owner_id, idempotency_key=idempotency_key)
@@ -190,8 +191,8 @@ def run_repeated(owner_id: int, idempotency_key: str | None) -> Run | None:
 
 
 def run_asked(*, owner_id: int, model_id: str, idempotency_key: str | None) -> Run:
-    """The run that a request is about: the one that its first submission was about, which may be
-    gone since and another have its name; else the live one of this name.
+    """The run of a request: that of its first submission, which may be
+    removed while another has its name; else the live run of this name.
 
     Raises:
         RunNotFound: (404)

@@ -1,7 +1,7 @@
-"""What becomes of checkpoints after they are saved: published, kept for a time, deleted.
+"""Changes of saved checkpoints: publish, set a time to live, delete.
 
 Each function is one statement or its own transaction. Only the owner may change a checkpoint;
-another's answers as one that does not exist, public or not.
+for other users it does not exist, public or not.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MIN_TTL_SECONDS = 3600
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
 
 SILENCE = timedelta(hours=1)
-"""A session that was not heard of for so long is over, and with it what it alone could see."""
+"""A session without a heartbeat for this long has ended, and so have its private checkpoints."""
 
 UNUSED = timedelta(hours=1)
-"""A training loop makes a sampling session at every step and leaves the last one behind: weights
-that were superseded and that nobody sampled from for so long are dropped."""
+"""A training loop makes a sampling session at every step and leaves the last one behind: superseded
+weights that nobody sampled from for this long are deleted."""
 
 UNNAMED = timedelta(days=1)
-"""Longer than any folder waits for the row that names it."""
+"""Longer than any folder waits for its row."""
 
 AFTER_FINISH = timedelta(minutes=15)
 """How long a finished session's last samples may still need its weights."""
@@ -42,7 +42,7 @@ AFTER_FINISH = timedelta(minutes=15)
 
 @transaction.atomic
 def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> Checkpoint:
-    """Let everybody read a checkpoint, or nobody else; asking for what is so already is fine.
+    """Let everybody read a checkpoint, or only its owner; a repeat has no effect.
 
     Others find it under ``Checkpoint.global_path``.
 
@@ -58,7 +58,7 @@ def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> Chec
 
 @transaction.atomic
 def checkpoint_set_ttl(*, owner_id: int, path: TinkerPath, ttl_seconds: int | None) -> None:
-    """Delete a checkpoint so many seconds from now, or never (None).
+    """Delete a checkpoint after this many seconds, or never (None).
 
     Raises:
         CheckpointNotFound: (404)
@@ -87,13 +87,13 @@ def checkpoint_remove(*, owner_id: int, path: TinkerPath) -> None:
 
 
 def checkpoint_delete(*, checkpoint_id: int, actor_id: int | None = None) -> bool:
-    """Delete a checkpoint: the row first, so that nobody finds it, then its files.
+    """Delete a checkpoint: the row first, so that it cannot be found, then its files.
 
-    A crash in between leaves files that no row names, never a row without files. Says
+    A crash in between leaves files that no row refers to, never a row without files. Returns
     whether this call did it.
 
     Args:
-        actor_id: Who wants it; None for the server itself, when its time is up.
+        actor_id: The user who asked for it; None for the server itself, after it expired.
     """
     with transaction.atomic():
         locked = Checkpoint.objects.select_for_update(of=("self",)).select_related("run")
@@ -108,10 +108,10 @@ def checkpoint_delete(*, checkpoint_id: int, actor_id: int | None = None) -> boo
 
 
 def checkpoints_expire() -> int:
-    """Delete the checkpoints whose time is up; say how many. The worker calls it when idle.
+    """Delete expired checkpoints; return their number. The worker calls it when idle.
 
-    An ephemeral one goes with its session, some time after that was finished or fell silent; and
-    before it, when a newer one of the same run exists and nobody samples from it any more.
+    An ephemeral one is deleted with its session, some time after that was finished or fell silent;
+    or earlier, if a newer one of the same run exists and nobody samples from it any more.
     """
     now = timezone.now()
     newer = Checkpoint.objects.filter(
@@ -136,11 +136,11 @@ def checkpoints_expire() -> int:
 
 
 def files_unnamed() -> list[Path]:
-    """Folders of checkpoints and snapshots that no row of this database names.
+    """Folders of checkpoints and snapshots that no row of this database refers to.
 
     A process that dies between writing files and committing their row leaves such a folder, and so
     does one that dies between deleting a row and its files. A folder younger than ``UNNAMED`` may
-    still be waiting for its row. Nothing is deleted here or by any worker: in front of another
+    still be waiting for its row. Nothing is deleted here or by any worker: with another
     database, every folder would look like one of these.
     """
     found: list[Path] = []
@@ -149,7 +149,7 @@ def files_unnamed() -> list[Path]:
         parent = settings.DATA_DIR / folder
         paths = sorted(parent.iterdir()) if parent.is_dir() else []
         old = [path for path in paths if path.stat().st_mtime < youngest]
-        # Read after the listing, so that what was named meanwhile is named.
+        # Read after the listing, so that folders recorded meanwhile are included.
         named = set(rows.values_list("directory", flat=True))
         found += [path for path in old if f"{folder}/{path.name}" not in named]
     return found
