@@ -5,6 +5,7 @@ The factors are others from 33 tokens on, and the tests' models tell them apart 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,19 @@ def test_what_shares_the_steps_changes_no_sample(base_model: BaseModel) -> None:
         (alone,) = sample(base_model, job)
         assert alone.sequences == output.sequences
         assert np.array_equal(alone.prompt_logprobs, output.prompt_logprobs, equal_nan=True)
+
+
+def test_a_prompt_is_read_between_the_sequences_of_a_job_that_are_read_again(
+    base_model: BaseModel,
+) -> None:
+    renderer = ChatRenderer(base_model.tokenizer, VOCAB_SIZE)
+    sampler = ContinuousSampler(base_model, renderer, cache_tokens=8192, prefill_chunk_tokens=16)
+    sampler.submit("many", make_job(SWITCH, num_samples=64))
+    while not sampler._active["many"].rereads:
+        sampler.poll(0.0)
+    scoring = replace(make_job(8), sampling_params=SamplingParams(max_tokens=0, seed=0, stop=()))
+    sampler.submit("short", scoring)
+    done = {}
+    while "short" not in done:
+        done |= sampler.poll(0.0)
+    assert len(sampler._active["many"].rereads) > 60

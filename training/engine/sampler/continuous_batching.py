@@ -187,6 +187,9 @@ class ContinuousSampler(Sampler):
         for request in [r for r in self._prefilling if r.is_past_switch and not r.rereads]:
             self._prefilling.remove(request)
             self._decoding.append(request)
+        if self._prefilling and self._prefilling[0].rereads:
+            # A job may have many sequences to read again; prompts of others come between.
+            self._prefilling.append(self._prefilling.pop(0))
         finished: Results = {
             request.key: request.output(self._text) for request in read if not request.max_tokens
         }
