@@ -11,36 +11,33 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
-CONTEXT_TOKENS = 512
+from tinkerapi.drill.model import (
+    CONTEXT_TOKENS,
+    SPECIAL_TOKENS,
+    VOCAB_SIZE,
+    byte_tokenizer,
+    chat_template,
+)
+
+__all__ = ["CONTEXT_TOKENS", "SPECIAL_TOKENS", "VOCAB_SIZE", "make_tiny_model", "make_tokenizer"]
+
 END_TOKEN = SPECIAL_TOKENS.index("<|im_end|>")
 DEFAULT_SYSTEM_MESSAGE = "You are a tiny test model."
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
+CHAT_TEMPLATE = chat_template(
     "{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\n" + DEFAULT_SYSTEM_MESSAGE + "<|im_end|>\n' }}"
     "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: token = byte, after the special tokens."""
+    """The drill's tokenizer, whose tokens are the bytes, with the template above."""
     unknown, start, end = SPECIAL_TOKENS
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=byte_tokenizer(),
         bos_token=start,
         eos_token=end,
         pad_token=end,

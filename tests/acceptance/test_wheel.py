@@ -90,13 +90,5 @@ def test_the_installed_wheel_serves_everything(wheel: Path, tmp_path: Path) -> N
 class Installed(Server):
     """A server started by the environment's own ``tinkerapi`` command."""
 
-    def spawn(self) -> None:
-        with (self.data_dir / "up.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [self.data_dir / "venv" / "bin" / "tinkerapi", "up", "--port", str(self.port)],
-                cwd=self.root,
-                env=self.full_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+    def command_line(self, *arguments: str) -> list[str]:
+        return [str(self.data_dir / "venv" / "bin" / "tinkerapi"), *arguments]

@@ -20,7 +20,7 @@ def test_limits_and_keys_of_another_server_do_not_reach_it(
     monkeypatch.setenv("TINKERAPI_DTYPE", "float32")
     monkeypatch.setenv("DATABASE_URL", "postgresql://db/production")
 
-    environment = DrilledServer(tmp_path, {"DATABASE_URL": ""})._environment()
+    environment = DrilledServer(tmp_path, environment={"DATABASE_URL": ""}).full_environment()
 
     ours = {name: value for name, value in environment.items() if name.startswith("TINKERAPI_")}
     assert ours == {"TINKERAPI_DTYPE": "float32", "TINKERAPI_DATA_DIR": str(tmp_path)}
@@ -28,7 +28,7 @@ def test_limits_and_keys_of_another_server_do_not_reach_it(
 
 
 def test_everything_below_is_found_parents_first(tmp_path: Path) -> None:
-    server = DrilledServer(tmp_path, {})
+    server = DrilledServer(tmp_path)
     assert server.processes() == []
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE) as process:

@@ -17,8 +17,9 @@ from random import Random
 from typing import Literal
 
 from tinkerapi.drill.moments import MOMENTS, Aim, Moment
-from tinkerapi.drill.server import DrilledServer, Process
+from tinkerapi.drill.server import DrilledServer
 from tinkerapi.drill.transport import Progress
+from tinkerapi.server.up_process import Process
 
 Target = Literal["worker", "web", "web child", "postgres", "postgres backend", "everything"]
 

@@ -21,12 +21,27 @@ ADAPTER_CACHE_BYTES = 2_000_000
 """Room for the largest of a drill's adapters and some others, not for all: they come and go."""
 SPREAD = 0.2  # standard deviation of the weights
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+
+def chat_template(before_first: str = "") -> str:
+    """ChatML; ``before_first`` is the template's text before the first message is written."""
+    return (
+        "{% for message in messages %}"
+        + before_first
+        + "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges: token = byte, after the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
 
 
 def make_drill_model(directory: Path, *, seed: int) -> Path:
@@ -88,13 +103,7 @@ def _weights(seed: int) -> dict[str, np.ndarray]:
 
 def _write_tokenizer(directory: Path) -> None:
     unknown, start, end = SPECIAL_TOKENS
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.save(str(directory / "tokenizer.json"))
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": start,
@@ -103,6 +112,6 @@ def _write_tokenizer(directory: Path) -> None:
         "unk_token": unknown,
         "model_max_length": CONTEXT_TOKENS,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template(),
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))

@@ -54,10 +54,10 @@ def run_job(
         DrillFailed: A client gave up, or a kill could not be carried out.
     """
     environment = {**environment, "TINKERAPI_BASE_MODEL": str(model_folder)}
-    server = DrilledServer(data_dir, environment)
+    server = DrilledServer(data_dir, environment=environment)
     try:
-        server.start()
-        server.wait_until_ready()
+        server.spawn()
+        server.wait_until()
         keys = [{}, {"X-API-Key": server.command("createapikey", ADMIN)}]
         progress = Progress()
         clients = [
@@ -73,7 +73,7 @@ def run_job(
         began = time.monotonic()
         _work(server, clients, killer, plan, progress)
         seconds = time.monotonic() - began
-        server.wait_until_ready()
+        server.wait_until()
         evidence, history = collect(data_dir, _answers(clients), _aliases(clients))
     finally:
         server.stop()
@@ -101,12 +101,12 @@ def _work(
         thread.start()
     while any(thread.is_alive() for thread in threads):
         if server.has_ended():
-            server.start()
+            server.spawn()
         time.sleep(LOOK_SECONDS)
     progress.ends()
     killing.join()
     if server.has_ended():
-        server.start()
+        server.spawn()
     errors = [client.error for client in clients] + [killer.error]
     if any(errors):
         raise DrillFailed("\n".join(filter(None, errors)))

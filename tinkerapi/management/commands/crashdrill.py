@@ -17,7 +17,7 @@ from tinkerapi.drill.kills import Killed, plan_kills
 from tinkerapi.drill.model import ADAPTER_CACHE_BYTES, make_drill_model
 from tinkerapi.drill.report import DrillReport
 from tinkerapi.drill.run import DrillFailed, Outcome, run_job
-from tinkerapi.drill.server import ServerFailed
+from tinkerapi.server.up_process import ServerFailed
 
 ENVIRONMENT = {
     "DATABASE_URL": "",  # only the embedded Postgres is ours to kill
