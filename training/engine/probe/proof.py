@@ -1,17 +1,17 @@
-"""The proof, at every start, that the loaded model is computed here as transformers computes it.
+"""The check, at every start, that the engine computes the loaded model as transformers does.
 
-What most families of models have in common does not hold for all of them: that attention is asked
-through transformers' registry, that a row depends on its own sequence and position alone, that keys
-may be kept. A family that breaks one of these does not fail: it samples and trains, wrongly. So a
-few short passages, of which stock transformers said what it makes of each alone
-(``stock_answers``), are computed in our ways, and compared:
+The engine's assumptions do not hold for all families of models: that attention goes
+through transformers' registry, that a row depends only on its own sequence and position, that keys
+may be cached. A family that breaks one of them does not fail: it samples and trains, wrongly. So
+the engine computes a few short passages in its own ways and compares them with stock transformers,
+which computed each alone (``stock_answers``):
 
 - packed beside each other in one stream, forwards and backwards: log-probabilities, and the
   gradient of a LoRA update;
 - by chunks of their prompts, and then token by token, over our key-value cache.
 
-Two passages begin at position 0 and one ends at the last position that the model takes: rotary
-factors that depend on the longest sequence of a pass, and tables of positions, show beside the
+Two passages begin at position 0 and one ends at the last allowed position: rotary
+factors that depend on the longest sequence of a pass, and tables of positions, then show in the
 others. One layer of each kind does all this; all layers compute one passage.
 """
 
@@ -43,16 +43,16 @@ from training.engine.torch.packing.stream import Attention, PackedContext, Segme
 from training.errors import BaseModelNotFound
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-"""Largest difference that rounding explains: of a passage's log-probabilities, in nats, the mean
-over the vocabulary, in float32 of its worst position; and of a gradient, as a share of it. The
-default model was found to differ by 1e-5 in float32 and 0.2 in bfloat16, where single positions are
+"""Largest difference that rounding explains: for a passage's log-probabilities, in nats, the mean
+over the vocabulary, in float32 at its worst position; for a gradient, relative to it. The
+default model differs by 1e-5 in float32 and 0.2 in bfloat16, where single positions are
 much noisier than their mean."""
 
 
 def stock_answers(
     model: PreTrainedModel, *, name: str, vocab_size: int, context_tokens: int
 ) -> StockAnswers:
-    """``ask_stock``, whose failures are refusals.
+    """``ask_stock``, with its failures turned into refusals.
 
     Raises:
         BaseModelNotFound: The model cannot compute the passages.
@@ -73,10 +73,10 @@ def stock_answers(
 
 
 def prove(base_model: BaseModel, stock: StockAnswers, *, num_layers: int) -> None:
-    """Compute the same in our ways and compare.
+    """Compute the same with the engine and compare.
 
     Raises:
-        BaseModelNotFound: Something differs by more than rounding; the sentence says what.
+        BaseModelNotFound: A result differs by more than rounding; the message says which.
     """
     prover = _Prover(base_model, stock)
     with stock.few_layers.alone(), near_switches(stock.few_layers.model):
@@ -96,7 +96,7 @@ class _Prover:
 
     @property
     def _dtype(self) -> torch.dtype:
-        """In which the model computes at the moment."""
+        """The dtype in which the model currently computes."""
         return self._base_model.head_weight.dtype
 
     @property
@@ -106,7 +106,8 @@ class _Prover:
     def check(
         self, what: str, compute: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]
     ) -> None:
-        """Refuse the model if what ``compute`` says, (n, V) by passage, is not expected."""
+        """Refuse the model if the results of ``compute``, (n, V) by passage, are not as
+        expected."""
         try:
             answers = compute()
         except BaseModelNotFound:
@@ -154,7 +155,7 @@ class _Prover:
                     )
 
     def cached(self) -> list[Tensor]:
-        """Each prompt in two chunks and its last token by itself, all passages side by side."""
+        """Each prompt in two chunks and its last token separately, all passages side by side."""
         passages = self._stock.passages
         room = max(len(passage.tokens) for passage in passages) + ALIGNMENT_TOKENS
         cache = KvCache(len(passages) * room, self._base_model.device)
@@ -184,7 +185,7 @@ class _Prover:
             return self._run([passage], Segment(start=0, end=num_rows, weights=None), attention)
 
     def _run_parts(self, cuts: Sequence[slice], attention: Attention) -> list[Tensor]:
-        """Of each passage a part, under the update: their log-probabilities (n, V)."""
+        """The log-probabilities (n, V) of a part of each passage, under the update."""
         parts = [
             replace(
                 passage,
@@ -200,7 +201,7 @@ class _Prover:
     def _run(
         self, passages: Sequence[Passage], segment: Segment, attention: Attention
     ) -> list[Tensor]:
-        """The passages in one stream: their log-probabilities (n, V)."""
+        """The log-probabilities (n, V) of the passages in one stream."""
         calls = _Counted(attention)
         hidden = self._base_model.hidden_states(
             torch.cat([passage.tokens for passage in passages]),
@@ -216,7 +217,7 @@ class _Prover:
         return list(logits.log_softmax(-1).split([len(passage.tokens) for passage in passages]))
 
     def _is_long(self, passages: Sequence[Passage]) -> Tensor | None:
-        """(T,) which rows are of passages that go on, in all, beyond the rotary switch."""
+        """(T,) whether a row's passage is longer in all than the rotary switch."""
         switch = self._base_model.rotary_switch
         if switch is None:
             return None
@@ -235,7 +236,7 @@ class _Prover:
 
 
 class _Counted(Attention):
-    """Another attention, and which layers asked it."""
+    """Another attention, with a record of the layers that called it."""
 
     def __init__(self, inner: Attention) -> None:
         self._inner = inner

@@ -1,7 +1,7 @@
-"""What stock transformers says of a few passages: the reference of the proof at the start.
+"""Stock transformers' results for a few passages: the reference of the check at the start.
 
 Each passage is computed alone, in one pass, without a cache, with transformers' own attention, and
-with a LoRA update that is a plain term of autograd's on one linear layer of each name.
+with a LoRA update that is a plain autograd term on one linear layer of each name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LENGTHS = (4, 20, 6)
 """Tokens of the passages: a short one, a longer one, and one at the end of the context."""
 
 FEWEST_TOKENS = 8
-"""A model must take sequences of so many; none that anybody means to train takes fewer."""
+"""A model must accept sequences of this length; every model worth training does."""
 
 LORA = LoraConfig(rank=8, alpha=8.0)
 LORA_WEIGHT = 0.02
@@ -41,7 +41,7 @@ class Passage:
     """(n,) int64"""
     first_position: int
     sequence_tokens: int
-    """How many the sequence has up to the passage's end; of a part of one, the whole one's."""
+    """The sequence's length up to the passage's end; for a part of a passage, that of the whole."""
 
     @property
     def position_ids(self) -> Tensor:
@@ -58,22 +58,22 @@ class Passage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StockAnswers:
-    """What a model says before anything of it is replaced. ``ask_stock`` makes it."""
+    """A model's results before any part of it is replaced. ``ask_stock`` makes it."""
 
     passages: list[Passage]
     logprobs: list[Tensor]
-    """By passage, (n, V) float32: of the layers in ``few_layers``, under the update."""
+    """By passage, (n, V) float32: from the layers in ``few_layers``, under the update."""
     weights: AdapterTensors
     """The update."""
     grad: Tensor
-    """(P,) float32, of the sum of the passages' losses by the update."""
+    """(P,) float32, the gradient of the sum of the passages' losses in the update."""
     few_layers: FewLayers
     crosses_windows: bool
-    """Whether the windows that the configuration names, if any, show in the passages."""
+    """Whether the configuration's windows, if any, affect the passages."""
     logit_shape: LogitShape
-    """What makes the logits of what the output head says."""
+    """The function from the output head's output to the logits."""
     whole: Tensor
-    """(n, V) float32: of the longest passage, by all layers, without the update."""
+    """(n, V) float32: the longest passage's, from all layers, without the update."""
 
     @property
     def longest(self) -> Passage:
@@ -81,14 +81,14 @@ class StockAnswers:
 
 
 def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -> StockAnswers:
-    """Compute the passages with the untouched model.
+    """Compute the passages with the unmodified model.
 
     Args:
-        context_tokens: The longest sequence that the server will take for it, at least
+        context_tokens: The longest sequence that the server will accept for it, at least
             ``FEWEST_TOKENS``.
 
     Raises:
-        Exception: Whatever the model's own code raises.
+        Exception: Any exception of the model's own code.
     """
     passages = _make_passages(vocab_size, context_tokens, model.device)
     modules = _one_of_each_name(model)
@@ -123,7 +123,7 @@ def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -
 
 @torch.no_grad()
 def _differs(model: PreTrainedModel, passages: list[Passage], logprobs: list[Tensor]) -> bool:
-    """Whether the model now says anything else of the passages."""
+    """Whether the model's results for the passages have changed."""
     return any(
         not torch.equal(_answer(model, passage), before)
         for passage, before in zip(passages, logprobs, strict=True)
@@ -161,7 +161,8 @@ def _logits(model: PreTrainedModel, passage: Passage) -> Tensor:
 
 
 def _make_passages(vocab_size: int, context_tokens: int, device: torch.device) -> list[Passage]:
-    """Tokens spread over the vocabulary: special ones alone make bfloat16 models very noisy."""
+    """Tokens spread over the vocabulary: only special ones would make bfloat16 models very
+    noisy."""
     lengths = [min(length, context_tokens) for length in LENGTHS]
     generator = torch.Generator().manual_seed(0)
     return [

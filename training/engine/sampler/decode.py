@@ -1,4 +1,4 @@
-"""Reading the newest token of every active sequence: one row each, one pass for all."""
+"""The decode pass: reads the newest token of every active sequence, one row each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from training.engine.torch.attention.cached import DecodeAttention, DecodeRun
 from training.engine.torch.packing.stream import Segment
 
 Row = tuple[ActiveRequest, ActiveSequence]
-"""Whose newest token a row of a decode pass is."""
+"""The request and the sequence of a row of a decode pass."""
 
 
 def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row], Tensor]:
-    """The unfinished sequences of the requests, and the logits (n, V) of what follows each."""
+    """The unfinished sequences of the requests, and the logits (n, V) of the next token of each."""
     rows: list[Row | None] = []  # None is padding
     segments: list[Segment] = []
     for sharing in _by_weights(requests):
@@ -39,9 +39,9 @@ def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row
 
 
 def _by_weights(requests: Sequence[ActiveRequest]) -> list[list[ActiveRequest]]:
-    """Requests under the same weights together, otherwise in the order in which they started.
+    """Group requests by weights, otherwise in the order in which they started.
 
-    Versions of one run between which its weights did not change hold the same tensors.
+    Versions of one run between which its weights did not change share the same tensors.
     """
     sharing: dict[int, list[ActiveRequest]] = {}
     for request in requests:
@@ -50,7 +50,7 @@ def _by_weights(requests: Sequence[ActiveRequest]) -> list[list[ActiveRequest]]:
 
 
 def _decode_runs(rows: Sequence[Row | None]) -> list[DecodeRun]:
-    """Rows of one job whose sequences are neighbours in the cache too, taken together."""
+    """Group rows of one job whose sequences are also adjacent in the cache."""
     neighbours: list[list[tuple[int, Row]]] = []
     for index, row in enumerate(rows):
         if row is None:

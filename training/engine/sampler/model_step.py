@@ -1,9 +1,9 @@
-"""One pass over the base model for sampling: what prefill and decode have in common.
+"""One pass over the base model for sampling, shared by prefill and decode.
 
-A pass computes every row on its own, and where kernels would not, its rows are padded until they
-do. On a CPU the log-probabilities of a job are then equal to the bit whatever shares its steps
-(``kv_cache.ALIGNMENT_TOKENS`` sees to the rest; float32 adapters of rank 1 are the exception that
-was found). A GPU chooses its matrix kernels by the number of rows, so there the last bits may
+A pass computes every row on its own. Where kernels would not do that, its rows are padded until
+they do. On a CPU a job's log-probabilities then have the same bits with any batch-mates
+(``kv_cache.ALIGNMENT_TOKENS`` is the other condition; float32 adapters of rank 1 are the known
+exception). A GPU chooses its matrix kernels by the number of rows, so there the last bits may
 differ.
 """
 
@@ -20,8 +20,8 @@ from training.engine.torch.packing.stream import Attention, PackedContext, Segme
 
 ROWS_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
 """The rows of each segment of a pass are padded to a multiple of this. CPU matrix kernels take
-rows in such blocks and sum what is left over in another order (measured with MKL and oneDNN, one
-thread and several), so without padding a row's last bits would depend on how many share it."""
+rows in such blocks and sum the remaining rows in another order (measured with MKL and oneDNN, one
+thread and several), so without padding a row's last bits would depend on the number of rows."""
 
 
 class ModelStep:
@@ -35,11 +35,11 @@ class ModelStep:
         self._fewest_rows = fewest_rows(base_model.device, base_model.dtype, smallest)
 
     def padding(self, num_rows: int) -> int:
-        """Rows that a segment of so many still needs."""
+        """The padding rows for a segment of this size."""
         return -num_rows % self._rows_multiple
 
     def fill(self, segments: list[Segment]) -> int:
-        """Add a segment of the rows that a pass still needs; say how many those are."""
+        """Add a segment of padding rows for the pass; return their number."""
         start = segments[-1].end
         missing = max(0, self._fewest_rows - start)
         if missing:
@@ -54,7 +54,8 @@ class ModelStep:
         attention: Attention,
         lengths: Sequence[int],
     ) -> Tensor:
-        """(T, H) of T rows, each a token at its position in its sequence of so many tokens."""
+        """(T, H) of T rows, each a token at its position in its sequence, whose lengths are
+        given."""
         device = self.base_model.device
         switch = self.base_model.rotary_switch
         is_long = None

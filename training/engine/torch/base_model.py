@@ -1,4 +1,4 @@
-"""The frozen base model: a transformers causal LM whose layers know about packed streams."""
+"""The frozen base model: a transformers causal LM whose layers support packed streams."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class BaseModel:
     device: torch.device
     dtype: torch.dtype
     end_token_ids: tuple[int, ...]
-    """What ends a generation, by the model's generation configuration."""
+    """The end tokens of the model's generation configuration."""
     head_name: str
     """The output head's module name, which keys adapter layouts like any other module's."""
     head_weight: Tensor
-    """(V, C); the embedding matrix itself where the two are tied."""
+    """(V, C); the embedding matrix itself if the two are tied."""
     head_bias: Tensor | None
     logit_shape: LogitShape
     rotary_switch: int | None
-    """Longer sequences have other rotary factors (``rotary``), and ``PackedContext`` must say
-    which rows are theirs; None: all have the same."""
+    """Longer sequences have other rotary factors (``rotary``), and ``PackedContext`` must mark
+    their rows; None: all have the same."""
     linear_shapes: dict[str, LoraShape]
     """Every module that can have an adapter, the head last."""
     _decoder: nn.Module
@@ -50,8 +50,8 @@ class BaseModel:
     def hidden_states(self, tokens: Tensor, position_ids: Tensor, context: PackedContext) -> Tensor:
         """Run the stream through all layers.
 
-        Records a backward pass if gradients are enabled and a segment wants one; whoever runs
-        it needs no context any more.
+        Records a backward pass if gradients are enabled and a segment wants one; the backward
+        pass needs no context.
 
         Args:
             tokens: (T,) int64 on the model's device.
@@ -59,7 +59,7 @@ class BaseModel:
             context: Its segments cover the T rows.
 
         Returns:
-            (T, C), what the output head reads.
+            (T, C), the input of the output head.
         """
         with self._holder.active(context):
             output = self._decoder(
@@ -72,7 +72,7 @@ class BaseModel:
         return hidden
 
     def report_progress(self, to: Callable[[], None]) -> None:
-        """Have ``to`` called at every layer of every pass."""
+        """Call ``to`` at every layer of every pass."""
         self._holder.on_progress = to
 
     def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -81,8 +81,8 @@ class BaseModel:
         The caller chooses rows and their number: the result is (rows x vocabulary).
 
         Args:
-            hidden: (n, C) rows of what ``hidden_states`` returned.
-            segments: Cover 0..n; whose weights the head's adapter has, row by row.
+            hidden: (n, C) rows of ``hidden_states``' result.
+            segments: Cover 0..n; they give the weights of the head's adapter for each row.
 
         Returns:
             (n, V) float32.

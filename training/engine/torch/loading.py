@@ -1,10 +1,10 @@
-"""How a model folder becomes a base model, and which folders are refused.
+"""Loads a model folder as a base model, and refuses unsuitable folders.
 
-Loading replaces every linear layer by a ``LoraLinear`` and attention by the packed one, and proves
-that what is computed is what the untouched model computes (``probe``). What we would silently
-leave out or make up is refused: weights that the folder lacks or has in a few bits each, layers
-that no adapter reaches, another output head, another attention. A folder's own code is
-never run, nor is the attention used that its configuration asks for, which may name code on a hub.
+Loading replaces every linear layer by a ``LoraLinear`` and attention by the packed one, and checks
+that the results equal those of the unmodified model (``probe``). Folders whose parts would be
+silently ignored or made up are refused: missing or quantized weights, layers that no adapter
+reaches, another output head, another attention. Code in a folder is never run, and an attention
+that its configuration requests is not used, since it may name code on a hub.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from training.errors import BaseModelNotFound
 
 
 def _nobody(stage: str) -> None:
-    """Nobody wants to know."""
+    """Report nothing."""
 
 
 def load_base_model(
@@ -51,15 +51,15 @@ def load_base_model(
     On a CPU the process keeps its freed memory from then on.
 
     Args:
-        path: What transformers' ``from_pretrained`` takes.
-        name: What clients call it; the path if None.
+        path: A path or name for transformers' ``from_pretrained``.
+        name: The name for clients; None: the path.
         device: ``auto`` takes the first GPU if there is one; else ``cpu`` or ``cuda``.
-        dtype: ``auto`` is bfloat16 where the device computes it natively, else float32.
+        dtype: ``auto`` is bfloat16 if the device computes it natively, else float32.
         on_stage: Called with the name of each stage as it begins: ``read``, then ``prove``.
 
     Raises:
-        BaseModelNotFound: The folder cannot be read or lacks weights, or holds a model whose
-            layers, output head or attention we do not compute as it does.
+        BaseModelNotFound: The folder cannot be read or lacks weights, or has a model whose
+            layers, output head or attention we do not compute correctly.
     """
     on_stage("read")
     _require_model_folder(path)
@@ -82,7 +82,7 @@ def load_base_model(
 
 
 def _require_model_folder(path: str) -> None:
-    """Say what is wrong with a local path; transformers would take it for a hub name."""
+    """Refuse a wrong local path, which transformers would take for a hub name."""
     directory = Path(path)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
@@ -93,7 +93,8 @@ def _require_model_folder(path: str) -> None:
 
 
 def _require_plain_weights(directory: Path) -> None:
-    """Refuse what transformers would read: quantized weights, and pickles, which may hold code."""
+    """Refuse formats that transformers would read: quantized weights, and pickles, which may
+    contain code."""
     try:
         config = json.loads((directory / "config.json").read_text())
     except ValueError as error:
@@ -115,7 +116,7 @@ def _require_plain_weights(directory: Path) -> None:
 
 
 def _load(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what transformers says of its weights."""
+    """The model, and transformers' report about its weights."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     # transformers' own choice: a configuration may name kernels on a hub, which would be run.
     config._attn_implementation = None
@@ -133,7 +134,8 @@ def _load(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any
 
 
 def _require_all_weights(path: str, loaded: Mapping[str, Any]) -> None:
-    """transformers draws at random what it does not find or what does not fit, and logs that."""
+    """Refuse missing or misshapen weights, which transformers initializes at random and only
+    logs."""
     wrong = {str(key) for key in loaded["missing_keys"]}
     wrong |= {str(key) for key, *_ in loaded["mismatched_keys"]}
     if wrong:
@@ -157,7 +159,7 @@ def _use_linear_layers(model: PreTrainedModel) -> None:
 
 
 def _require_known_layers(model: PreTrainedModel, name: str) -> None:
-    """Refuse matrices that no adapter could reach: training would leave them out silently."""
+    """Refuse matrices that no adapter could reach: training would silently ignore them."""
     for module_name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             continue
@@ -169,10 +171,10 @@ def _require_known_layers(model: PreTrainedModel, name: str) -> None:
 
 
 def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> BaseModel:
-    """The model with our layers and attention, which compute what it computed before.
+    """The model with our layers and attention, which compute the same results.
 
     Raises:
-        BaseModelNotFound: They do not.
+        BaseModelNotFound: The results differ.
     """
     config = model.config.get_text_config()
     switch = rotary_switch_of(model)
@@ -251,7 +253,7 @@ def _wrap(
 
 
 def _decoder_of(model: PreTrainedModel) -> nn.Module:
-    """All of the model but its head; some families name the whole when asked for it."""
+    """The model without its head; some families return the whole model instead."""
     decoder: nn.Module = model.get_decoder()
     return model.get_submodule("model") if decoder is model else decoder
 
@@ -270,7 +272,7 @@ def _choose_device(device: str) -> str:
 
 
 def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """bfloat16 only where the hardware multiplies it; emulated it is slower than float32."""
+    """bfloat16 only if the hardware supports it; emulated it is slower than float32."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if device.type == "cuda":

@@ -1,7 +1,7 @@
-"""One packed pass over the base model for a list of checked jobs, and what each job gets from it.
+"""One packed pass over the base model for a list of checked jobs, and each job's result.
 
-Gradients are added up in copies. The caller gives those to the adapters when everything has
-turned out well, or drops them: a pass that fails has changed nothing.
+Gradients are added up in copies. The caller gives those to the adapters if everything has
+succeeded, or drops them: a failed pass changes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from training.types import ForwardBackwardOutput
 
 @dataclass(kw_only=True, eq=False)
 class JobScores:
-    """What a pass found out about one job; filled datum by datum."""
+    """One job's results of a pass, filled datum by datum."""
 
     logprobs: list[NDArray[np.float32]]
     """Per datum, shaped like its ``target_tokens``."""
@@ -43,13 +43,13 @@ class JobScores:
     """Per datum, summed over its tokens."""
 
     metric_sums: dict[str, float] = field(default_factory=dict)
-    """Of a custom loss, over the datums, by metric name."""
+    """A custom loss's metrics, summed over the datums, by name."""
     errors: dict[int, TrainingError] = field(default_factory=dict)
-    """Which datums have no result, by index, and why."""
+    """Errors of datums without a result, by index."""
 
     @property
     def error(self) -> TrainingError | None:
-        """Why this job has no result, if it has none: what the first such datum says."""
+        """The error of the first datum without a result, or None."""
         return self.errors[min(self.errors)] if self.errors else None
 
     def output(self) -> ForwardBackwardOutput:
@@ -63,7 +63,7 @@ class JobScores:
         )
 
     def add_custom(self, index: int, result: Outcome) -> None:
-        """Count in what a custom loss said of one datum."""
+        """Add a custom loss's result for one datum."""
         if isinstance(result, TrainingError):
             self.errors[index] = result
             return
@@ -92,7 +92,7 @@ def run_pass(
     """Score every datum of every job; with ``trains``, differentiate too.
 
     Args:
-        adapters: By name, those of the jobs at least.
+        adapters: Adapters by name, including those of the jobs.
         token_budget: Most tokens in one micro-batch.
         custom_losses: Computes clients' own losses.
     """
@@ -104,7 +104,7 @@ def run_pass(
         )
         name = planned.job.adapter_name
         if trains and name not in result.grads:
-            # A copy of what there is, not zeros: a sum's last bits depend on where it begins.
+            # A copy of the current sum, not zeros: a sum's last bits depend on its start.
             grad = adapters[name].grad
             result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
     work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
@@ -187,7 +187,7 @@ def _scatter_scores(
 def _fault(
     packed: PackedDatum, losses: NDArray[np.float64], logprobs: NDArray[np.float32]
 ) -> NonFiniteResult | None:
-    """What is not finite in a datum, by position; None if nothing is.
+    """The error for a datum with a value that is not finite, with its position; None otherwise.
 
     Args:
         losses: (N,) of its tokens.

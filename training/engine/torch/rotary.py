@@ -1,19 +1,19 @@
-"""Rotary factors that depend on how long a sequence is, sequence by sequence.
+"""Rotary factors that depend on the length of each sequence.
 
 A model with ``longrope`` (Phi-3.5, Phi-4-mini) has two sets of factors: one for sequences up to the
 length that it was first trained on, one for longer ones. transformers chooses by the largest
 position of the whole pass, so in a packed stream one long sequence would change all the others.
-Here each row gets those of its own sequence:
+Here each row gets the factors of its own sequence:
 
 - in training and scoring, a sequence is the datum's or prompt's tokens, as in one pass of
   transformers over it alone;
-- while sampling, it is the tokens so far. The token that makes it longer than the switch is
-  followed by a second reading of all before it, as in transformers' ``generate``: kept keys were
-  turned by the other factors.
+- while sampling, it is the tokens so far. After the token that makes it longer than the switch,
+  all earlier tokens are read again, as in transformers' ``generate``, because the cached keys were
+  rotated with the other factors.
 
-So a sampled token's log-probability is what one pass over the tokens before it says. One pass over
-the finished, longer sequence says something else of the tokens before the switch: that is how
-these models are.
+So a sampled token's log-probability equals that of one pass over the tokens before it. One pass
+over the finished, longer sequence gives other values for the tokens before the switch; this is a
+property of these models.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ LONGROPE = "longrope"
 
 
 def rotary_switch_of(model: nn.Module) -> int | None:
-    """The longest sequence for which the factors are the short ones; None: they never change.
+    """The longest sequence with the factors for short ones; None if they never change.
 
-    Also None where they do so in a way that ``follow_lengths`` does not know.
+    Also None if they change in a way that ``follow_lengths`` does not support.
     """
     lengths = {_switch_of(module) for module in _longrope_modules(model)}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def follow_lengths(model: nn.Module, holder: ContextHolder, switch: int) -> None:
-    """Have each row of a pass get the factors of its own sequence."""
+    """Make each row of a pass use the factors of its own sequence."""
     for module in _longrope_modules(model):
         module.forward = partial(_by_sequence, module.forward, holder, switch)
 
@@ -54,11 +54,11 @@ def _by_sequence(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """What a rotary module is called for: cosines and sines, (1, T, D) each."""
+    """The results of a rotary module: cosines and sines, (1, T, D) each."""
     is_long = None if holder.current is None else holder.current.is_long
     if is_long is None:
         return forward(x, position_ids, *args, **kwargs)
-    # One position beyond the switch makes all of a call long; without any, all of it is short.
+    # One position beyond the switch makes a whole call long; without any, the call is short.
     beyond = position_ids.new_full((1, 1), switch)
     long = forward(x, torch.cat([position_ids, beyond], dim=1), *args, **kwargs)
     short = forward(x, position_ids.masked_fill(is_long, 0), *args, **kwargs)

@@ -1,10 +1,9 @@
-"""How queries find their keys while sampling: some in this pass, the others in the cache.
+"""Attention while sampling: some keys are in this pass, the others in the cache.
 
-Two strategies behind ``packed.Attention``. A prefill pass reads a chunk of each of some prompts; a
-decode pass reads one new token of many sequences. Neither lets what shares a pass touch the
-arithmetic of a sequence: every kernel call sees whole sequences, of one job or, where they are
-short, of many (``gathered_attention``), and gives each the same numbers whether it comes alone or
-with others.
+There are two strategies behind ``packed.Attention``. A prefill pass reads a chunk of each of some
+prompts; a decode pass reads one new token of many sequences. Batch-mates do not affect the
+arithmetic of a sequence: every kernel call sees whole sequences, of one job or, if they are short,
+of many (``gathered_attention``), and gives each the same numbers alone and with others.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from training.engine.torch.packing.stream import Attention
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillChunk:
-    """Neighbouring rows of a prefill pass: the next tokens of one prompt."""
+    """Adjacent rows of a prefill pass: the next tokens of one prompt."""
 
     first_row: int
     region: Region
     start: int
-    """How many tokens of the prompt are in the cache already."""
+    """The number of the prompt's tokens that are in the cache already."""
     num_tokens: int
     sequence: int = 0
-    """As which of the region's sequences they are kept: a prompt as the first."""
+    """The region's sequence in which they are stored: the first, for a prompt."""
 
     @property
     def end(self) -> int:
@@ -46,7 +45,7 @@ class PrefillChunk:
 
 
 class PrefillAttention(Attention):
-    """A chunk of each of some prompts; rows of no chunk are padding and get zeros."""
+    """A chunk of each of some prompts; rows outside the chunks are padding and get zeros."""
 
     def __init__(self, cache: KvCache, chunks: Sequence[PrefillChunk]) -> None:
         self._cache = cache
@@ -104,12 +103,12 @@ class PrefillAttention(Attention):
 
 @dataclass(frozen=True, kw_only=True)
 class _View:
-    """What a chunk's tokens see of their sequence."""
+    """The part of their sequence that a chunk's tokens see."""
 
     first_key: int
     """The first position that one of them sees."""
     mask: Tensor | None
-    """(C, keys) bool, from there on; None where the kernel's own causal mask is right."""
+    """(C, keys) bool, from there on; None if the kernel's own causal mask is right."""
 
 
 def _view(chunk: PrefillChunk, variant: Variant, device: torch.device) -> _View:
@@ -130,12 +129,12 @@ def attend_by_formula(
     scaling: float,
     variant: Variant,
 ) -> Tensor:
-    """Attention of Q tokens of one sequence, whose scores no fused kernel computes.
+    """Attention of Q tokens of one sequence, for scores that no fused kernel supports.
 
     Args:
         query: (Q, Hq, D).
         keys: (K, Hkv, D), and ``values`` likewise.
-        mask: (Q, K) bool, what each sees.
+        mask: (Q, K) bool, the keys that each query sees.
 
     Returns:
         (Q, Hq, D), in the queries' dtype.
@@ -159,7 +158,7 @@ def attend_by_formula(
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRun:
-    """Neighbouring rows of a decode pass: neighbouring sequences of one job, equally long."""
+    """Adjacent rows of a decode pass: adjacent sequences of one job, equally long."""
 
     first_row: int
     region: Region
@@ -170,7 +169,7 @@ class DecodeRun:
 
 
 class DecodeAttention(Attention):
-    """One new token of each of many sequences; rows of no run are padding and get zeros."""
+    """One new token of each of many sequences; rows outside the runs are padding and get zeros."""
 
     def __init__(self, cache: KvCache, runs: Sequence[DecodeRun], num_rows: int) -> None:
         self._cache = cache
@@ -230,10 +229,10 @@ class DecodeAttention(Attention):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _DecodePlan:
-    """How the runs of a pass are computed in layers of one reach."""
+    """The computation of a pass's runs in layers of one reach."""
 
     runs: list[tuple[DecodeRun, int]]
-    """Each run by itself, and the first position that its newest tokens see."""
+    """Each run, and the first position that its newest tokens see."""
     gathered: list[GatheredAttention]
 
     @classmethod
@@ -262,8 +261,8 @@ def _newest(run: DecodeRun, first_key: int) -> list[Newest]:
 def _attend_newest(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     """Attention of the newest token of B sequences of equal length L.
 
-    The query heads that share a key head are handed over as if they were that many queries of
-    one head: the newest token sees every key, so there is no mask that would tell them apart,
+    The query heads that share a key head are passed as if they were queries of
+    one head: the newest token sees every key, so there is no mask that would differ between them,
     and no key is repeated.
 
     Args:
@@ -286,7 +285,7 @@ def _attend_newest(query: Tensor, keys: Tensor, values: Tensor, scaling: float) 
 def _attend_newest_by_formula(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, variant: Variant
 ) -> Tensor:
-    """Likewise in float32, where a cap or sinks change the scores: (B, Hq, D) float32."""
+    """The same in float32, if a cap or sinks change the scores: (B, Hq, D) float32."""
     num_key_heads = keys.shape[2]
     q = query.float().reshape(len(query), num_key_heads, -1, query.shape[2])
     sinks = None if variant.sinks is None else variant.sinks.view(num_key_heads, -1, 1)
@@ -299,10 +298,10 @@ def _attend_newest_by_formula(
 
 
 def _attend_newest_float32(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The same by two products per key head.
+    """The same with two products per key head.
 
-    The fused CPU kernel gives a float32 sequence other last bits depending on which thread takes
-    it, so on what is beside it in the batch; batched products do not (measured with MKL).
+    The last bits of the fused CPU kernel's float32 results depend on the thread that computes a
+    sequence, and so on its batch-mates; those of batched products do not (measured with MKL).
     """
     heads = []
     for h in range(keys.shape[2]):

@@ -1,9 +1,9 @@
-"""Pieces of jobs laid out as packed micro-batches: what the model, the head and the losses read.
+"""Lays out parts of jobs as packed micro-batches, the input of the model, the head and the losses.
 
-A micro-batch is one stream of whole datums without padding. What datums of one part have in
-common at their beginning is there once, so three things are counted: the N tokens of all datums,
-the T rows of the stream, and the S rows that the head scores, which are the stream's, each with
-the targets of the tokens that it stands for. Where datums share nothing, the three are the same.
+A micro-batch is one stream of whole datums without padding. A shared prefix of one part's datums
+is there once, so three things are counted: the N tokens of all datums,
+the T rows of the stream, and the S rows that the head scores, which are rows of the stream, each
+with the targets of its tokens. If datums share nothing, the three are the same.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from training.types import Datum
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedDatum:
-    """One datum's tokens in a micro-batch, and where it came from."""
+    """One datum's tokens in a micro-batch, and its origin."""
 
     planned: PlannedJob
     index: int
-    """Which of the job's datums it is."""
+    """Its index among the job's datums."""
     start: int
     """Its first token among the N."""
     row_ranges: Sequence[RowRange]
@@ -52,7 +52,7 @@ class PackedDatum:
 
 @dataclass(frozen=True, kw_only=True)
 class PartSpan:
-    """Rows of one part: of the stream, and of what the head scores."""
+    """Rows of one part: in the stream, and among those that the head scores."""
 
     part: tuple[str, int]
     rows: tuple[int, int]
@@ -61,7 +61,7 @@ class PartSpan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossSpan:
-    """Tokens that one loss function with one config speaks about."""
+    """Tokens of one loss function with one config."""
 
     loss_fn: str
     config: Mapping[str, float]
@@ -74,7 +74,7 @@ class LossSpan:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:
-    """What passes through the model together.
+    """Datums that go through the model together.
 
     A stream of fewer than ``MIN_ROWS`` rows ends in padding, a sequence that belongs to no part
     and no loss.
@@ -85,22 +85,22 @@ class MicroBatch:
     part_spans: Sequence[PartSpan]
     loss_spans: Sequence[LossSpan]
     row_ranges: Sequence[RowRange]
-    """What the stream consists of, in order."""
+    """The ranges of the stream, in order."""
     tokens: NDArray[np.int64]
     """(T,)"""
     position_ids: NDArray[np.int64]
-    """(T,), each row's place in its own datum."""
+    """(T,), each row's position in its own datum."""
     scored_rows: NDArray[np.int64]
-    """(S,) ascending: the row of the stream that each scored row is."""
+    """(S,) ascending: each scored row's row in the stream."""
     targets: NDArray[np.int64]
-    """(S, K), K the largest in the batch; token 0 fills the rows that have fewer."""
+    """(S, K), K the largest in the batch; rows with fewer are padded with token 0."""
     places: NDArray[np.int64]
     """(N,): the scored row of each token."""
     inputs: Mapping[str, NDArray[np.float32]]
-    """(N, K) for each input that a loss here needs; 0 where a token's loss does not."""
+    """(N, K) for each input that a loss of the batch needs; 0 for tokens of other losses."""
 
     def rows_longer_than(self, num_tokens: int | None) -> NDArray[np.bool_] | None:
-        """(T,) whether a row's datums are longer; None: none is, or there is no such number."""
+        """(T,) whether a row's datums are longer; None if none is, or ``num_tokens`` is None."""
         if num_tokens is None:
             return None
         is_long = np.zeros(len(self.tokens), np.bool_)
@@ -117,9 +117,9 @@ def plan_micro_batches(
     """Pack every datum of every job once.
 
     Args:
-        jobs: All of them train, or none does.
-        token_budget: Most rows in a micro-batch, unless one datum alone is longer.
-        rotary_switch: Datums that are longer share nothing with others; see ``BaseModel``.
+        jobs: Either all of them train, or none.
+        token_budget: Most rows in a micro-batch, unless a single datum is longer.
+        rotary_switch: Longer datums share nothing with others; see ``BaseModel``.
     """
     planned = plan_pieces(jobs, token_budget, rotary_switch=rotary_switch)
     return [_make_batch(pieces) for pieces in planned]
@@ -159,7 +159,7 @@ def _make_batch(pieces: Sequence[Piece]) -> MicroBatch:
 
 
 def _packed(pieces: Sequence[Piece]) -> tuple[list[PackedDatum], list[tuple[int, int]]]:
-    """Every datum with its rows and tokens, and which rows are each piece's."""
+    """Every datum with its rows and tokens, and the range of rows of each piece."""
     datums: list[PackedDatum] = []
     part_rows: list[tuple[int, int]] = []
     first_row = first_token = 0
@@ -181,15 +181,15 @@ def _packed(pieces: Sequence[Piece]) -> tuple[list[PackedDatum], list[tuple[int,
 def _scored_tokens(
     rows: NDArray[np.int64], targets: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which tokens to score so that all are: the first of each row, and others with targets of
-    their own.
+    """The tokens to score so that every token has a score: the first of each row, and others with
+    different targets.
 
     Args:
         rows: (N,), every row of the stream at least once.
         targets: (N, K).
 
     Returns:
-        (S,) the tokens to score in order of their rows, and (N,) whose score is each token's.
+        (S,) the tokens to score in order of their rows, and (N,) the index of each token's score.
     """
     _, first, row_of_token = np.unique(rows, return_index=True, return_inverse=True)
     is_other = (targets != targets[first[row_of_token]]).any(axis=1)
@@ -204,7 +204,7 @@ def _scored_tokens(
 
 
 def _between(ascending: NDArray[np.int64], low: int, high: int) -> tuple[int, int]:
-    """From where to where the numbers are at least ``low`` and less than ``high``."""
+    """The range of indices whose numbers are at least ``low`` and less than ``high``."""
     start, end = np.searchsorted(ascending, (low, high))
     return int(start), int(end)
 
@@ -212,7 +212,7 @@ def _between(ascending: NDArray[np.int64], low: int, high: int) -> tuple[int, in
 def _loss_inputs(
     datums: Sequence[PackedDatum],
 ) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]:
-    """(N, K) targets, and by name what the losses read."""
+    """(N, K) targets, and the losses' inputs by name."""
     shape = (datums[-1].end, max(packed.num_targets for packed in datums))
     names = {name for packed in datums for name in packed.planned.float_inputs}
     targets = np.zeros(shape, np.int64)
@@ -224,7 +224,7 @@ def _loss_inputs(
         for name in packed.planned.float_inputs:
             if name in given:
                 inputs[name][own, :k] = given[name].reshape(-1, k)
-            else:  # A setting holds for every token. Else it is the weights, which are 1 then.
+            else:  # a setting for every token; without one it is the weights, which are 1
                 inputs[name][own, :k] = packed.planned.config.get(name, 1.0)
     return targets, inputs
 
@@ -244,7 +244,7 @@ def _loss_spans(datums: Sequence[PackedDatum]) -> list[LossSpan]:
 
 
 def _span_key(packed: PackedDatum) -> tuple[Any, ...]:
-    """Neighbours of one key share a loss span."""
+    """Adjacent datums with the same key share a loss span."""
     alone = None if packed.planned.is_elementwise else packed.start
     return (packed.planned.loss_key, packed.num_targets, alone)
 
@@ -252,5 +252,5 @@ def _span_key(packed: PackedDatum) -> tuple[Any, ...]:
 def _runs(
     datums: Sequence[PackedDatum], key: Callable[[PackedDatum], Any]
 ) -> list[list[PackedDatum]]:
-    """Neighbours with the same key."""
+    """Group adjacent datums with the same key."""
     return [list(run) for _, run in groupby(datums, key)]

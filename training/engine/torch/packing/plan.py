@@ -1,10 +1,10 @@
-"""Checked jobs, and which of their datums go through the model together.
+"""Decides which datums of checked jobs go through the model together.
 
-A part is what shares its products with LoRA matrices: one job where bits count, all jobs of an
-adapter where speed does. Its datums also share their common beginnings (``shared_prefixes``).
-Each part is first cut into pieces by itself, those datums beside each other that begin alike, and
-micro-batches are made of whole pieces, in order. So which datums are summed, in which order and
-with whom they share, does not depend on the other parts of a call.
+A part is a set of jobs that share their products with LoRA matrices: one job where bits matter, all
+jobs of an adapter where speed does. Its datums also share their prefixes (``shared_prefixes``).
+Each part is first cut into pieces by itself, with datums of a common prefix next to each other, and
+micro-batches consist of whole pieces, in order. So the datums that are summed, their order and
+their sharing do not depend on the other parts of a call.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from training.engine.torch.packing.prefix_tree import SHARED_BLOCK, Path, shared
 from training.loss_fns import CUSTOM, LOSS_FNS
 
 KEYS_PER_ROW = 8
-"""How many datums may read a row as a key, on average over a piece. Each datum's attention makes
-copies of the keys that it shares; one is small beside what else a row keeps for the backward pass
-(a fiftieth, more or less), many are not."""
+"""Most datums that read a row as a key, on average over a piece. Each datum's attention makes
+copies of the keys that it shares; one is small compared with a row's other data for the backward
+pass (about a fiftieth), many are not."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,12 +33,12 @@ class PlannedJob:
     job: ForwardBackwardJob
     config: Mapping[str, float]
     part: tuple[str, int]
-    """Jobs of one part share their matrix products. The adapter's name, and a number that tells
-    its parts apart."""
+    """Jobs of one part share their matrix products. The adapter's name, and a number that
+    distinguishes its parts."""
 
     @property
     def float_inputs(self) -> tuple[str, ...]:
-        """Inputs with a value for each target; what a custom loss reads, it reads by datum."""
+        """Inputs with a value for each target; a custom loss reads its inputs by datum."""
         loss_fn = self.job.loss_fn
         return () if loss_fn == CUSTOM else LOSS_FNS[loss_fn].float_inputs
 
@@ -59,9 +59,9 @@ class Item:
 
     planned: PlannedJob
     index: int
-    """Which of the job's datums it is."""
+    """Its index among the job's datums."""
     path: Path
-    """The blocks at its beginning that other datums of its part have too."""
+    """The blocks at its beginning that other datums of its part share."""
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +69,7 @@ class Item:
 
 
 class Piece:
-    """Datums of one part that go through the model together and share what they can."""
+    """Datums of one part that go through the model together and share their prefixes."""
 
     def __init__(self) -> None:
         self.items: list[Item] = []
@@ -83,7 +83,7 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """In tokens of the budget."""
+        """Size in tokens of the budget."""
         return max(self.num_rows, self._num_keys // KEYS_PER_ROW)
 
     def add(self, item: Item) -> None:
@@ -104,10 +104,10 @@ class Piece:
 def plan_pieces(
     jobs: Sequence[PlannedJob], token_budget: int, *, rotary_switch: int | None = None
 ) -> list[list[Piece]]:
-    """Every datum of every job in one piece; the pieces of each micro-batch.
+    """The pieces of each micro-batch; every datum of every job is in one piece.
 
     Args:
-        token_budget: Largest sum of sizes, unless one datum alone is larger.
+        token_budget: Largest sum of sizes, unless a single datum is larger.
         rotary_switch: See ``BaseModel``.
     """
     by_part: dict[tuple[str, int], list[PlannedJob]] = {}
@@ -128,7 +128,7 @@ def plan_pieces(
 def _cut_part(
     jobs: Sequence[PlannedJob], token_budget: int, rotary_switch: int | None
 ) -> list[Piece]:
-    """Those that begin alike beside each other, within that by loss, and the longest first."""
+    """Cut a part into pieces: datums ordered by prefix, then by loss, the longest first."""
     loss_order = _first_seen(planned.loss_key for planned in jobs)
     pieces: list[Piece] = []
     for item in sorted(

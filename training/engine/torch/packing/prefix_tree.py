@@ -1,12 +1,12 @@
-"""Which datums begin alike, so that a pass computes their common beginning once.
+"""Finds datums with shared prefixes, which a pass computes once.
 
 The samples of one prompt, the turns of one conversation and the conversations under one system
-message begin with the same tokens. Up to where they part, every layer computes the same rows for
-all of them, forwards and, since gradients add up, backwards.
+message begin with the same tokens. Up to their first difference, every layer computes the same rows
+for all of them, forwards and, since gradients add up, backwards.
 
-Beginnings are compared in blocks, so that what is shared ends at a multiple of ``SHARED_BLOCK``:
-attention then meets few different lengths, and no range of a few tokens is worth a product of
-its own.
+Prefixes are compared in blocks, so a shared prefix ends at a multiple of ``SHARED_BLOCK``:
+attention then has few different lengths, and no separate product for a range of a few
+tokens.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ SHARED_BLOCK = 16
 """Tokens."""
 
 WORTHWHILE = 8
-"""A sequence shares its beginning if that is at least one of so many parts of it: what comes before
-a range makes its attention dearer (a fused kernel needs a mask where it knew causality)."""
+"""A sequence shares a prefix of at least this fraction of it (one eighth): tokens before
+a range make its attention more expensive (a fused kernel needs an explicit mask)."""
 
 Path = tuple[int, ...]
-"""The blocks at a sequence's beginning that it shares, by number: equal numbers are equal blocks
-after equal beginnings."""
+"""The shared blocks at a sequence's beginning, by number: equal numbers mean equal blocks
+after equal prefixes."""
 
 
 def shared_paths(
     sequences: Sequence[NDArray[np.int32]], *, rotary_switch: int | None = None
 ) -> list[Path]:
-    """Of each sequence, the blocks at its beginning that another has there too.
+    """For each sequence, the blocks at its beginning that another one shares.
 
     Args:
-        rotary_switch: Sequences that are longer begin otherwise, even with the same tokens.
+        rotary_switch: Longer sequences share nothing with shorter ones, even with the same tokens.
     """
     numbers: dict[tuple[int, bytes], int] = {}
     paths: list[Path] = []
     for tokens in sequences:
         path = []
         is_long = rotary_switch is not None and len(tokens) > rotary_switch
-        number = -2 if is_long else -1  # of the block before
+        number = -2 if is_long else -1  # number of the previous block
         for start in range(0, len(tokens) - SHARED_BLOCK + 1, SHARED_BLOCK):
             block = tokens[start : start + SHARED_BLOCK].tobytes()
             number = numbers.setdefault((number, block), len(numbers))
@@ -60,21 +60,22 @@ def shared_paths(
 
 
 def _shared(paths: Sequence[Path]) -> list[Path]:
-    """The paths as far as somebody else goes along."""
+    """The paths, cut where no other sequence shares them."""
     users = Counter(number for path in paths for number in path)
     return [tuple(takewhile(lambda number: users[number] > 1, path)) for path in paths]
 
 
 def lay_out(lengths: Sequence[int], paths: Sequence[Path], first_row: int) -> list[list[RowRange]]:
-    """Give sequences their rows in a stream, those of a common beginning once.
+    """Assign rows of a stream to sequences, those of a shared prefix once.
 
     Args:
-        lengths: Tokens of each.
-        paths: Of each, what ``shared_paths`` said; the others named there may be missing here.
-        first_row: Where the stream has room, as much as they need.
+        lengths: The length of each sequence.
+        paths: Each sequence's path of ``shared_paths``; sequences that share it may be missing
+            here.
+        first_row: The first free row of the stream.
 
     Returns:
-        Of each sequence, the ranges that it consists of. A range that is new has the rows
+        The ranges of each sequence. A new range gets the rows
         that come next.
     """
     users = Counter(number for path in paths for number in path)
@@ -83,7 +84,7 @@ def lay_out(lengths: Sequence[int], paths: Sequence[Path], first_row: int) -> li
     laid_out = []
     for length, path in zip(lengths, _shared(paths), strict=True):
         row_ranges: list[RowRange] = []
-        # Blocks with equally many users have the same ones: along a path they only leave.
+        # Blocks with equally many users have the same users: along a path, users only drop out.
         for _, run in groupby(path, lambda number: users[number]):
             *others, last = run
             if last not in made:

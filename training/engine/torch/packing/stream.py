@@ -1,21 +1,21 @@
-"""The packed stream and the context that travels with it: the engine's one meeting point.
+"""The packed stream and its context, which all parts of the engine use.
 
 Every pass over the base model, training and sampling alike, is ONE stream of T tokens without
-padding, shape (1, T) to transformers. Who owns which rows is said by a ``PackedContext``:
+padding, shape (1, T) to transformers. A ``PackedContext`` assigns the rows:
 
 - ``segments`` cut the rows among adapters. Consecutive, without gaps, covering 0..T. LoRA
-  layers and the output head read them: rows of a segment see that segment's weights.
+  layers and the output head read them: rows of a segment use that segment's weights.
 - ``attention`` decides which keys a query sees. The model computes rotated queries, keys and
   values for all T rows, then calls ``attend`` once per layer; the implementation keeps
-  sequences apart. Training uses ``attention.SequenceAttention``; the sampler brings its own,
+  sequences apart. Training uses ``attention.SequenceAttention``; the sampler has its own,
   which also stores the new keys and values in its cache and reads the old ones from there.
 
 The way to run a pass is ``BaseModel.hidden_states(tokens, position_ids, context)`` and then
 ``BaseModel.logits(rows, segments)`` for the rows whose next token matters. Position ids are the
-caller's: for a cached sequence they go on where the cache ends.
+caller's: for a cached sequence they continue after the cache.
 
-The context is handed over explicitly: attention functions get it as a keyword argument that
-transformers passes down; LoRA layers get only their input, so they read it from the
+The context is passed explicitly: attention functions get it as a keyword argument that
+transformers passes on; LoRA layers get only their input, so they read it from the
 ``ContextHolder`` that their base model shares with them.
 """
 
@@ -36,27 +36,27 @@ from training.engine.torch.attention.variants import PLAIN, Variant
 MIN_ROWS = 16
 """Fewest rows that a training pass gives to a matrix product of the base model; padding makes
 up for missing ones. CPU kernels for very few rows sum in another order than those for many, so
-without this a small request's last bits would tell whether others shared its pass."""
+without this a small request's last bits would depend on its batch-mates."""
 
 RANK_MULTIPLE = 8
 """At these ranks a row of a product with A or B has the same bits among few rows, at least
-``MIN_ROWS``, and among many; at ranks 1 and 5 it was found not to (float32, MKL)."""
+``MIN_ROWS``, and among many; at ranks 1 and 5 it has not (float32, MKL)."""
 
 SMALL_PRODUCT = 16**3
-"""Multiplications up to which torch gives a bfloat16 product on a CPU to another kernel, which sums
-in another order: few rows of low rank, or of a small model, get there."""
+"""Up to this many multiplications torch uses another kernel for a bfloat16 product on a CPU, which
+sums in another order: few rows of low rank, or of a small model, are affected."""
 
 
 def fewest_rows(device: torch.device, dtype: torch.dtype, matrix_size: int) -> int:
-    """Rows that a product with a matrix of so many elements must have, so that their number does
-    not show in any row's bits."""
+    """The least rows of a product with a matrix of this many elements for which their number does
+    not affect any row's bits."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return 0
     return max(2, SMALL_PRODUCT // matrix_size + 1)  # one row alone has a kernel of its own
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The least multiple that is not below ``number``."""
+    """The least multiple that is at least ``number``."""
     return -(-number // multiple) * multiple
 
 
@@ -67,9 +67,10 @@ class Segment:
     start: int
     end: int
     weights: AdapterTensors | None
-    """The adapter's weights as this pass sees them; None is the bare base model."""
+    """The adapter's weights in this pass; None is the bare base model."""
     grad: AdapterTensors | None = None
-    """Where this pass adds the adapter's gradient; None computes none for these rows."""
+    """The buffer to which this pass adds the adapter's gradient; None computes none for these
+    rows."""
 
     @property
     def rows(self) -> slice:
@@ -77,7 +78,7 @@ class Segment:
 
 
 class Attention(ABC):
-    """How the queries of one pass find their keys."""
+    """The attention of one pass."""
 
     @abstractmethod
     def attend(
@@ -94,13 +95,13 @@ class Attention(ABC):
         Called once per layer and pass, layers in order from 0.
 
         Args:
-            layer_idx: Which layer calls.
+            layer_idx: The index of the calling layer.
             query: (T, Hq, D), rotated.
             key: (T, Hkv, D), rotated; Hq is a multiple of Hkv, and query heads
                 ``h * Hq / Hkv`` onwards share key head h.
             value: (T, Hkv, D).
             scaling: Multiplies the scores before the softmax.
-            variant: Which of the keys before it a query sees, and what becomes of its scores.
+            variant: Which earlier keys a query sees, and how its scores are changed.
 
         Returns:
             (T, Hq, D), in the queries' dtype.
@@ -109,7 +110,7 @@ class Attention(ABC):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedContext:
-    """What the layers must know about the stream that is passing through them."""
+    """The layers' information about the stream of the current pass."""
 
     segments: Sequence[Segment]
     attention: Attention
@@ -119,12 +120,13 @@ class PackedContext:
 
     @cached_property
     def joined(self) -> list[list[Segment]]:
-        """The segments, neighbours that may share a product with A or B together."""
+        """The segments, grouped if adjacent ones may share a product with A or B."""
         return join(self.segments)
 
 
 def join(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Neighbours of one adapter together, where a row's bits do not tell: see RANK_MULTIPLE."""
+    """Group adjacent segments of one adapter if that does not affect a row's bits: see
+    RANK_MULTIPLE."""
     groups: list[list[Segment]] = []
     for segment in segments:
         if groups and _may_join(groups[-1][-1], segment):
@@ -135,7 +137,7 @@ def join(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def rows_of(group: Sequence[Segment]) -> slice:
-    """Where the stream has a group of joined segments."""
+    """The rows of a group of joined segments in the stream."""
     return slice(group[0].start, group[-1].end)
 
 
@@ -149,16 +151,16 @@ def _may_join(left: Segment, right: Segment) -> bool:
 
 
 class ContextHolder:
-    """Where the LoRA layers of one base model find the context of the current pass.
+    """Holds the context of the current pass for the LoRA layers of one base model.
 
     A plain attribute and not a context variable: autograd may run backward code that
-    recomputes a forward in a thread of its own.
+    recomputes a forward pass in another thread.
     """
 
     def __init__(self) -> None:
         self.current: PackedContext | None = None
         self.on_progress: Callable[[], None] = _nothing
-        """Called by every LoRA layer, in both directions: a long pass shows that it moves."""
+        """Called by every LoRA layer, in both directions, so that a long pass shows progress."""
 
     @contextmanager
     def active(self, context: PackedContext) -> Iterator[None]:
@@ -171,7 +173,7 @@ class ContextHolder:
 
 
 def _nothing() -> None:
-    """Nobody wants to know."""
+    """Report nothing."""
 
 
 def uniform_segments(num_rows: int, weights: AdapterTensors | None) -> tuple[Segment, ...]:
