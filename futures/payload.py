@@ -30,7 +30,7 @@ _WORTH_A_STREAM = 64 * 1024  # bytes; less is copied together and compressed in 
 _KINDS = "biuf"  # numpy's letters for booleans, integers and floats
 
 Pieces = Sequence[bytes | memoryview]
-"""A packed value: what was packed, and between it the arrays' own memory."""
+"""A packed value: packed bytes alternating with the memory of arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,8 @@ def _pack(value: Any) -> Pieces:
 
 
 def _pack_into(value: Any, packer: Any, pieces: list[bytes | memoryview]) -> None:
-    """Pack ``value`` behind what the packer holds, with sorted mappings and with arrays as msgpack
-    extensions. An array is a piece of its own, where it lies; what was packed before it is another.
+    """Append ``value`` to the packer, with sorted mappings and with arrays as msgpack extensions.
+    An array becomes a separate piece in place, and the bytes packed before it another.
     """
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
@@ -157,7 +157,7 @@ def _pack_array(array: np.ndarray[Any, Any]) -> tuple[bytes, memoryview]:
 
 
 def _extension_header(length: int) -> bytes:
-    """What msgpack writes before an extension of so many bytes, in the shortest form."""
+    """The msgpack header of an extension of this many bytes, in the shortest form."""
     if length == 16:  # of the fixed lengths the only one that a prefix leaves possible
         return bytes([0xD8, _ARRAY])
     for format_code, num_bytes in ((0xC7, 1), (0xC8, 2), (0xC9, 4)):

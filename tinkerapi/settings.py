@@ -233,8 +233,8 @@ SPECTACULAR_SETTINGS = {
 ADAPTER_CACHE_BYTES = env_int(
     "TINKERAPI_ADAPTER_CACHE_BYTES", 0, minimum=0, maximum=MOST_CACHE_BYTES
 )
-"""What the adapters in one worker's memory may take together; the others are on disk until they
-are used. 0: a share of what the device or the machine has left once the base model is loaded."""
+"""Memory limit of the adapters in one worker; the others are on disk until they are used. 0: a
+share of the free memory of the device or the machine after the base model is loaded."""
 
 _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
@@ -249,7 +249,7 @@ BASE_MODELS = (
         _NAMES, device=_DEVICE, dtype=_DTYPE, cache_bytes=ADAPTER_CACHE_BYTES
     )
 )
-"""What is served, the default first, one worker each. The configuration file says it alone."""
+"""The served base models, the default first, one worker each. A configuration file replaces all."""
 refuse_beside(
     "TINKERAPI_CONFIG",
     "TINKERAPI_BASE_MODEL",

@@ -27,7 +27,7 @@ class BaseModel:
     name: str
     """The name that clients use."""
     folder: Path
-    """Where its config, tokenizer and weights are."""
+    """The folder of its config, tokenizer and weights."""
     queue: str
     config: BaseModelConfig
     """The operator's configuration."""

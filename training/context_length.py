@@ -34,7 +34,7 @@ COMPUTED_ROTARY = ("longrope",)
 """Rotary factors that change with a sequence's length and that each gets for its own."""
 
 COMPUTED = (*COMPUTED_WINDOWS, *COMPUTED_ROTARY)
-"""What is no limit, unless the loaded model turns out to have it in a way of its own."""
+"""Windows and factors that are no limit, unless the loaded model computes them differently."""
 
 ROTARY = ("rope_parameters", "rope_scaling")
 

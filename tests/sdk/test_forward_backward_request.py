@@ -245,7 +245,7 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "odd tokens": (
         _set("tokens", b"12345", lambda m: _chunk(m).encoded_text),
-        "data[0].model_input[0].tokens: 5 bytes are no whole number of int32 values",
+        "data[0].model_input[0].tokens: 5 bytes are not a whole number of int32 values",
     ),
     "negative token": (
         _set("tokens", np.array([1, -2], "<i4").tobytes(), lambda m: _chunk(m).encoded_text),
@@ -277,14 +277,14 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "odd values": (
         _set("dense", b"12345"),
-        f"{IN}.weights: 5 bytes are no whole number of float32 values",
+        f"{IN}.weights: 5 bytes are not a whole number of float32 values",
     ),
     "no values": (
         lambda m: (_tensor(m).ClearField("shape"), _set("dense", b"")(m)),
         f"{IN}.weights: no values",
     ),
-    "no dtype": (_set("dtype", 0), f"{IN}.weights.dtype: 0 is no dtype"),
-    "new dtype": (_set("dtype", 77), f"{IN}.weights.dtype: 77 is no dtype"),
+    "no dtype": (_set("dtype", 0), f"{IN}.weights.dtype: unknown dtype 0"),
+    "new dtype": (_set("dtype", 77), f"{IN}.weights.dtype: unknown dtype 77"),
     "float targets": (
         lambda m: _tensor(m, "target_tokens").CopyFrom(_tensor(m)),
         f"{IN}.target_tokens: float32 values instead of token ids",

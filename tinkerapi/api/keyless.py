@@ -113,7 +113,7 @@ def _proxied(request: HttpRequest) -> str | None:
         return "A request in HTTP/1.0 may come through a proxy"
     host = request.META.get("HTTP_HOST", "")
     if not is_local_host(host):
-        return f"Host {host[:100]!r} is no name of this machine, such as localhost"
+        return f"Host {host[:100]!r} is not a name of this machine, such as localhost"
     return None
 
 

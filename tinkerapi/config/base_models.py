@@ -86,7 +86,7 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
         if key in table and not (isinstance(table[key], str) and table[key].strip()):
             raise ImproperlyConfigured(f"{where}.{key}: expected a text, got {table[key]!r}")
     if not table.keys() & {"name", "path"}:
-        raise ImproperlyConfigured(f"{where}: name is missing: what clients call the base model")
+        raise ImproperlyConfigured(f"{where}: name is missing: the base model's name for clients")
     path = table.get("path", table.get("name", ""))
     if path.startswith("."):
         path = str((folder / path).resolve())

@@ -241,8 +241,8 @@ class Supervisor:
         self.clock = clock
         self.max_delay_seconds = max_delay_seconds
         self.has_been_ready = False
-        """Whoever sees that all parts work sets it: from then on a refusal is a failure too,
-        for what was changed under a running server may be put right."""
+        """Set once all parts work. From then on a refusal counts as a failure and is retried,
+        because a change under a running server may be corrected."""
         self.restarts = 0
         """How often a part ended by itself, or failed to start, and was given another try."""
         self._watched: list[_Watched] = []

@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 
 class Order(Enum):
-    """How a request runs beside its neighbours in the lane."""
+    """How a request is ordered relative to others of its lane."""
 
     PASS = auto()
     """Only reads the weights, and shares a pass over the base model with others."""
@@ -63,8 +63,8 @@ class Request(ABC):
         """
 
     def named_payload(self, payload: Payload) -> Payload:
-        """What the digest is of: ``to_payload()``, in the form in which the first version that took
-        such a request stored it."""
+        """The payload for the digest: ``to_payload()``, in the form of the first version that
+        accepted such a request."""
         return payload
 
     @classmethod

@@ -70,7 +70,7 @@ class Scheduler:
     def add(self, futures: Iterable[Future]) -> None:
         """Add claimed futures: each lane's in order, after those it has."""
         for future in futures:
-            # A future without a lane is a lane of its own.
+            # A future without a lane counts as a separate lane.
             self._lanes.setdefault(future.lane_id or future.id, deque()).append(future)
 
     def next_batch(self) -> Batch:

@@ -14,7 +14,7 @@ from training.types import wrong_length
 
 Array = NDArray[Any]
 
-NO_INPUTS = "is empty; send what the loss reads, such as target_tokens and weights"
+NO_INPUTS = "is empty; send the loss's inputs, such as target_tokens and weights"
 
 
 def check_input(name: str, array: Array, where: str, *, num_tokens: int) -> Array:

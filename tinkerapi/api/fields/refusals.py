@@ -51,7 +51,7 @@ def check_characters(text: str, where: str) -> str:
     if "\0" in text:
         raise InvalidRequest(f"{where}: may not hold the character U+0000")
     if not text.isascii() and _HALF.search(text):
-        raise InvalidRequest(f"{where}: holds half a surrogate pair, which is no character")
+        raise InvalidRequest(f"{where}: has half a surrogate pair, which is not a character")
     return text
 
 

@@ -228,7 +228,7 @@ class RunAdmin(ConsoleAdmin):
         icon="edit",
         question="What is this run called?",
         answer="Save",
-        explanation="For people: the API goes on to know it by its model id.",
+        explanation="For people only: the API still uses its model id.",
         form_class=DescribeForm,
     )
     def describe(self, request: HttpRequest, form: DescribeForm, object_id: str) -> HttpResponse:

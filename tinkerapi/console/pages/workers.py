@@ -127,7 +127,7 @@ def worker_memory(worker: Worker) -> str | None:
 
 
 def worker_adapters(worker: Worker) -> str | None:
-    """How many adapters are in the worker's memory, and what they take of what they may."""
+    """The number of adapters in the worker's memory, and their share of its limit."""
     names = ("resident_adapters", "adapter_bytes", "adapter_cache_bytes")
     count, taken, budget = (worker.figures.get(name) for name in names)
     if not (isinstance(count, int) and isinstance(taken, int) and isinstance(budget, int)):

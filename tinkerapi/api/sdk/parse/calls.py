@@ -30,7 +30,7 @@ class ForwardBackwardCall:
     """Its place in the run's order, from 1."""
     data: list[Datum]
     loss_fn: str
-    """As sent; the table of losses says which there are."""
+    """As sent; checked against the table of losses."""
     loss_fn_config: dict[str, float]
     loss_id: str | None
     """The uploaded loss that ``loss_fn="custom"`` means; None for the others."""

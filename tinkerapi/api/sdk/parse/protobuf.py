@@ -139,7 +139,7 @@ def _parse_chunks(chunks: Sequence[pb.Chunk], where: str) -> NDArray[np.int32]:
 def _parse_tensor(message: pb.Tensor, where: str) -> TensorParts:
     dtype = _DTYPES.get(message.dtype)
     if dtype is None:
-        raise InvalidDatum(f"{where}.dtype: {message.dtype} is no dtype")
+        raise InvalidDatum(f"{where}.dtype: unknown dtype {message.dtype}")
     name = pb.DType.Name(message.dtype).removeprefix("DTYPE_").lower()
     shape = tuple(message.shape[:3]) or None  # a third size is enough to refuse it
     if message.WhichOneof("encoding") != "sparse_csr":
@@ -156,7 +156,7 @@ def _parse_tensor(message: pb.Tensor, where: str) -> TensorParts:
 def _array(data: bytes, dtype: np.dtype[Any], where: str, name: str) -> Array:
     """(n,) a read-only view of ``data``; a copy for bfloat16 only."""
     if len(data) % dtype.itemsize:
-        raise InvalidDatum(f"{where}: {len(data)} bytes are no whole number of {name} values")
+        raise InvalidDatum(f"{where}: {len(data)} bytes are not a whole number of {name} values")
     array = np.frombuffer(data, dtype)
     if dtype is _BFLOAT16:
         return (array.astype("<u4") << 16).view("<f4")

@@ -91,7 +91,7 @@ def _check_statuses(value: Any, where: str) -> list[SessionStatus]:
     statuses = []
     for index, item in enumerate(value):
         checked = check_object(_STATUS_FIELDS, item, f"{where}[{index}]")
-        # The others are no session's here: nobody but the client ends one.
+        # No session has the other statuses: only clients end sessions.
         if checked["type"] in _IS_FINISHED:
             is_finished = _IS_FINISHED[checked["type"]]
             statuses.append(SessionStatus(is_finished=is_finished, reasons=checked["reasons"]))
