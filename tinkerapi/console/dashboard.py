@@ -22,7 +22,7 @@ from futures.transitions import State
 from tinkerapi.console.kit.charts import bar_chart
 from tinkerapi.console.kit.display import changelist_url, link, moment, one_line, state_label
 from tinkerapi.console.pages.futures import request_link, summary_text
-from tinkerapi.console.pages.runs import short_loss
+from tinkerapi.console.pages.run_sections import short_loss
 from tinkerapi.console.pages.workers import is_silent, worker_memory
 from training.base_models import base_models
 from training.overview import bytes_saved, runs_newest

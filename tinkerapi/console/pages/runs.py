@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from django import forms
@@ -10,7 +9,6 @@ from django.contrib import admin
 from django.contrib.admin.utils import unquote
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.template.defaultfilters import filesizeformat
 from django.template.response import TemplateResponse
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
@@ -23,28 +21,23 @@ from unfold.widgets import UnfoldAdminTextareaWidget as TextArea
 from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
 from futures.errors import FutureError
-from futures.models import Future
-from futures.overview import lane_find, lane_newest, lane_waiting
-from tinkerapi.console.kit.charts import line_chart
+from futures.overview import lane_find, lane_waiting
 from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, verb
 from tinkerapi.console.kit.display import (
     copyable,
-    duration,
     link,
-    list_link,
     moment,
-    one_line,
     page_url,
     state_label,
 )
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.kit.preview import value_preview
-from tinkerapi.console.pages.futures import summary_text
+from tinkerapi.console.pages.run_sections import progress_charts, run_tables, short_loss
 from training.activity import activity, with_activity
 from training.errors import TrainingError
-from training.models import Checkpoint, Run, Snapshot
-from training.overview import checkpoints_newest, run_find_one, snapshots_newest
-from training.progress import MAX_REQUESTS, Progress, run_progress, with_progress
+from training.models import Run
+from training.overview import run_find_one
+from training.progress import run_progress, with_progress
 from training.services import run_describe, run_remove_submit
 
 NEWEST_ROWS = 10
@@ -262,95 +255,3 @@ class RunAdmin(ConsoleAdmin):
             lambda: run_remove_submit(owner_id=run.owner_id, model_id=run.name),
         )
         return redirect(request, page_url(run))
-
-
-def progress_charts(progress: Progress) -> list[dict[str, Any]]:
-    """Title, last value and data of the curves that have any value."""
-    steps = [point.step for point in progress.points]
-    curves = {
-        "Loss": ("nats per token", [point.loss for point in progress.points]),
-        "Gradient norm": ("before clipping", [point.grad_norm for point in progress.points]),
-    }
-    extent = (
-        "each step"
-        if progress.steps_per_point == 1
-        else (f"means of {progress.steps_per_point} steps")
-    )
-    if not progress.is_whole:
-        extent += f", newest {MAX_REQUESTS:,} requests"
-    return [
-        {
-            "title": title,
-            "note": f"{note}, {extent}",
-            "last": f"{last:.4g}",
-            "data": line_chart(steps, values, name=title),
-        }
-        for title, (note, values) in curves.items()
-        if (last := next((value for value in reversed(values) if value is not None), None))
-        is not None
-    ]
-
-
-def run_tables(run: Run) -> list[dict[str, Any]]:
-    """The newest requests, checkpoints and snapshots of a run, as unfold's tables."""
-    return [
-        {
-            "title": "Newest requests",
-            "more": list_link(Future, "all", lane__id__exact=run.pk),
-            "table": {
-                "headers": ["Number", "Kind", "State", "Summary", "Submitted"],
-                "rows": [
-                    [
-                        link(future, str(future.seq_id)),
-                        future.kind,
-                        state_label(future.state),
-                        one_line(summary_text(future)),
-                        moment(future.created_at),
-                    ]
-                    for future in lane_newest(run.pk, limit=NEWEST_ROWS)
-                ],
-            },
-        },
-        {
-            "title": "Checkpoints",
-            "more": list_link(Checkpoint, "all", run__id__exact=run.pk),
-            "table": {
-                "headers": ["Name", "Kind", "Step", "Size", "Saved"],
-                "rows": [
-                    [
-                        link(checkpoint, checkpoint.name),
-                        checkpoint.kind,
-                        checkpoint.step,
-                        filesizeformat(checkpoint.size_bytes),
-                        moment(checkpoint.created_at),
-                    ]
-                    for checkpoint in checkpoints_newest(run, limit=NEWEST_ROWS)
-                ],
-            },
-        },
-        {
-            "title": "Snapshots",
-            "more": list_link(Snapshot, "all", run__id__exact=run.pk),
-            "table": {
-                "headers": ["Up to request", "Step", "Size", "Written in", "Taken"],
-                "rows": [
-                    [
-                        link(snapshot, str(snapshot.seq_id)),
-                        snapshot.step,
-                        filesizeformat(snapshot.size_bytes),
-                        duration(timedelta(seconds=snapshot.write_seconds)),
-                        moment(snapshot.created_at),
-                    ]
-                    for snapshot in snapshots_newest(run, limit=NEWEST_ROWS)
-                ],
-            },
-        },
-    ]
-
-
-def short_loss(run: Run) -> str | None:
-    """The last loss of a run that was read by ``with_progress``."""
-    try:
-        return f"{float(getattr(run, 'last_loss', None) or ''):.4f}"
-    except ValueError:
-        return None
