@@ -7,5 +7,5 @@ from training.base_model_config import BaseModelConfig
 
 
 def base_model_configs(*names: str, device: str = "auto") -> list[BaseModelConfig]:
-    """What TINKERAPI_BASE_MODEL would make of these."""
+    """The configurations that TINKERAPI_BASE_MODEL gives for these names."""
     return base_models_from_names(names, device=device, dtype="auto")

@@ -1,4 +1,4 @@
-"""What every test may count on: a real Postgres, and a data folder that is thrown away."""
+"""Fixtures for every test: a real Postgres, and a temporary data folder."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Server(UpProcess):
         return f"http://localhost:{self.port}"
 
     def full_environment(self) -> dict[str, str]:
-        """Of ``up``, and of any other command on this server's data folder."""
+        """The environment of ``up`` and of other commands on this server's data folder."""
         return command_environment(self.data_dir, self.environment)
 
     def command_line(self, *arguments: str) -> list[str]:
@@ -94,7 +94,7 @@ class Server(UpProcess):
         return ids
 
     def results(self, ids: list[str]) -> list[Json]:
-        """What all of these became, which must be ready."""
+        """The results of all of these futures, which must be ready."""
         answers = [self.retrieve(request_id) for request_id in ids]
         assert [answer.status_code for answer in answers] == [200] * len(ids)
         return [answer.json() for answer in answers]

@@ -1,4 +1,4 @@
-"""What may import what, checked where a linter cannot: in a process that really loads it."""
+"""Import rules that a linter cannot check, tested in a process that loads the modules."""
 
 from __future__ import annotations
 

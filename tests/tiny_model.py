@@ -34,7 +34,7 @@ CHAT_TEMPLATE = chat_template(
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The drill's tokenizer, whose tokens are the bytes, with the template above."""
+    """The drill's tokenizer (its tokens are bytes) with the template above."""
     unknown, start, end = SPECIAL_TOKENS
     fast = PreTrainedTokenizerFast(
         tokenizer_object=byte_tokenizer(),

@@ -13,7 +13,7 @@ LONG_SECONDS = 120.0
 
 
 def wait_for(look: Callable[[], T | None], seconds: float = LONG_SECONDS) -> T:
-    """What ``look`` returns once it is neither None nor empty; fails when the time is up."""
+    """The result of ``look`` once it is neither None nor empty; fails when the time is up."""
     deadline = time.monotonic() + seconds
     while not (value := look()):
         assert time.monotonic() < deadline, "it did not happen in time"

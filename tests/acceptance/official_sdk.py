@@ -51,7 +51,7 @@ service = tinker.ServiceClient()
 def new_model(**more):
     return service.create_lora_training_client(base_model=BASE_MODEL, rank=8, **more).result()
 """
-"""What every script begins with."""
+"""The beginning of every script."""
 
 _EPILOGUE = """
 service.close("success").result()
@@ -96,7 +96,7 @@ def start_script(server: Server, script: str, **more: str) -> subprocess.Popen[s
 
 
 def finish_script(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What the script reported, once it has ended well."""
+    """The script's report, after it has ended successfully."""
     output, _ = process.communicate(timeout=SCRIPT_SECONDS)
     assert process.returncode in _ENDED, output
     assert "END" in output.splitlines(), output

@@ -48,7 +48,7 @@ def cli(server: Server, *arguments: str, cwd: Path | None = None) -> Any:
 
 
 def peft_logprobs(server: Server, adapter: Path) -> list[float]:
-    """Of TOKENS, by stock transformers and peft: what the adapter's files say to others."""
+    """The log-probabilities of TOKENS by stock transformers and peft, from the adapter's files."""
     folder = server.environment["TINKERAPI_BASE_MODEL"]
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(adapter))

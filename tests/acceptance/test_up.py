@@ -33,7 +33,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(start_server: Callable[..., Server], tiny_model: Path) -> Start:
-    """A fresh server on the tiny model, whose worker is ready in the time torch takes to load."""
+    """A new server on the tiny model; its worker is ready once torch is loaded."""
     return lambda: start_server(TINKERAPI_BASE_MODEL=str(tiny_model))
 
 

@@ -166,7 +166,7 @@ def test_a_page_of_another_origin_needs_a_key(api, key, origin):
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "nonsense", ""])
 def test_a_browser_that_names_another_site_needs_a_key(api, key, site):
-    """As for a picture in a page, whose request names no origin."""
+    """As for an image in a page: its request has no Origin header."""
     headers = {"Host": "localhost:8000", "Sec-Fetch-Site": site}
 
     refused = api.post("/add_lora", model_id="m", headers=headers)

@@ -16,11 +16,11 @@ LARGE = 2**20
 
 
 class Uploads:
-    """Requests of users, whose bodies end when they are told to."""
+    """Requests of users, whose bodies end on command."""
 
     def __init__(self) -> None:
         self.reading: list[str] = []
-        """Whose bodies are being read."""
+        """The users whose bodies are being read."""
         self._application = limit_body(self._read_and_answer, self._admit)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -24,7 +24,7 @@ JSON = b"Host: localhost\r\nContent-Type: application/json\r\n"
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The web process alone, as ``up`` starts it; what is asked here needs no database."""
+    """Only the web process, as ``up`` starts it; these tests need no database."""
     number = free_port()
     command = [sys.executable, "-m", "granian", "tinkerapi.asgi:application"]
     command += ["--interface", "asginl", "--http", "1", "--no-ws", "--port", str(number)]

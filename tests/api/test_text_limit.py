@@ -1,4 +1,4 @@
-"""Text that could never be few enough tokens is refused before it is tokenized, whoever asks."""
+"""Text that must exceed the token limit is refused before it is tokenized, in every dialect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Behind a proxy that speaks TLS: what the server says of its own address."""
+"""The server's own address behind a proxy that speaks TLS."""
 
 from __future__ import annotations
 

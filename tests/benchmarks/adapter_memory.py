@@ -1,4 +1,4 @@
-"""What adapters cost a worker in memory, and what of it is left when nobody uses them any more.
+"""A worker's memory for adapters, and the part that remains when nobody uses them any more.
 
 Clients as the tinker SDK's come one after another: each opens a session, makes a model of rank 32,
 trains it, samples from it as it is and from weights that it saved, and finishes its session. The

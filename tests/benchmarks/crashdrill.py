@@ -25,7 +25,7 @@ from tests.server import ROOT
 
 
 def drill(*arguments: object) -> dict[str, Any]:
-    """What a drill says in JSON; leaves this process when it finds a difference."""
+    """A drill's report as JSON; ends this process if it finds a difference."""
     with tempfile.TemporaryDirectory(prefix="tinkerapi-bench-") as folder:
         result = Path(folder) / "drill.json"
         command = [sys.executable, "manage.py", "crashdrill", "--json", str(result)]

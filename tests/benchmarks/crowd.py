@@ -28,12 +28,12 @@ MEBIBYTE = 2**20
 CONNECTING = 64  # clients that connect at one time; the kernel's queue of connections is short
 TIMEOUT_SECONDS = 540.0
 WEB_MEBIBYTES, WORKER_MEBIBYTES = 512, 768
-"""What a part may take; the worker holds torch and a tiny model, about 420 MiB, before."""
+"""Memory limits of the parts; the worker with torch and a tiny model starts at about 420 MiB."""
 
 
 @dataclass
 class Answer:
-    """What one request got."""
+    """The answer to one request."""
 
     status: int
     """0: no answer at all."""
@@ -82,7 +82,7 @@ class Crowd:
 
 
 class Ledger:
-    """What the server's database says, read beside the server."""
+    """The state in the server's database, read beside the server."""
 
     def __init__(self, server: Server) -> None:
         database: dict[str, Any] = {**embedded_database(server.data_dir)}

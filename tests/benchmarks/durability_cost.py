@@ -1,4 +1,4 @@
-"""What durability costs: training steps through log and snapshots against the engine alone.
+"""The cost of durability: training steps through log and snapshots against the engine alone.
 
 With both, steps wait in Postgres as futures; the worker's own loop claims them, computes, commits
 every result to a disk, and writes snapshots beside the work. Without, the same engine in the
@@ -40,7 +40,7 @@ GOAL = 1.05
 
 @dataclass
 class Spent:
-    """What one round took, per step."""
+    """The time of one round, per step."""
 
     wall: float
     cpu: float
@@ -121,7 +121,7 @@ class Durable:
 def take_turns(
     bare: Bare, durable: Durable, steps: int, others_cpu: Callable[[], float]
 ) -> tuple[Spent, Spent]:
-    """What ``steps`` steps of each took, per step."""
+    """The time of ``steps`` steps of each, per step."""
     order: list[Bare | Durable] = [bare, durable]
     spent = {way: Spent(0.0, 0.0) for way in order}
     for _ in range(steps):

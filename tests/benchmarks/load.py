@@ -65,7 +65,7 @@ def add_latencies(report: Report, part: str, seconds: Sequence[float]) -> None:
 
 
 def sampling(server: Server, report: Report, *, clients: int, rounds: int) -> None:
-    """Everybody waits for a sample; one's seed decides its text, whoever samples beside it."""
+    """All clients wait for a sample; a sample's text depends on its seed only."""
     fields = {
         "base_model": server_model(server),
         "prompt": "once upon a time",

@@ -84,7 +84,7 @@ class Client:
         return answer.json()
 
     def nothing(self) -> list[float]:
-        """What a call costs that reaches neither database nor worker."""
+        """The cost of a call that reaches neither database nor worker."""
         self._http.get(f"{self._server.url}/healthz", timeout=300).raise_for_status()
         return []
 
@@ -233,7 +233,7 @@ def compare(
 
 
 def overhead(report: Report, name: str, client: Client, bare: Bare, pairs: int) -> None:
-    """What a sync call adds to the bare engine call, pair by pair."""
+    """The cost of a sync call above the bare engine call, pair by pair."""
     batch = BATCHES[0]
     differences, engine, nothing = [], [], []
     for _ in range(pairs + 2):

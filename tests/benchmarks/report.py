@@ -1,4 +1,4 @@
-"""What a benchmark says: a table for the reader, and the same figures as JSON to be kept.
+"""A benchmark's report: a table for the reader, and the same figures as JSON.
 
 A figure is a list of measured values; its median, smallest, largest and number are kept. The
 machine, the versions and the load during the run are kept with them, because a figure without
@@ -26,7 +26,7 @@ PACKAGES = ("django", "django-q2", "granian", "psycopg", "torch", "transformers"
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What a figure's median should be."""
+    """The goal for a figure's median."""
 
     limit: float
     at_most: bool = True
@@ -52,7 +52,7 @@ class Report:
 
     benchmark: str
     settings: dict[str, Any]
-    """What was chosen for this run."""
+    """The settings of this run."""
     figures: list[dict[str, Any]] = field(default_factory=list)
     load_before: float = field(default_factory=lambda: round(os.getloadavg()[0], 2))
 
@@ -103,7 +103,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the figures were measured on."""
+    """The machine of the measurement."""
 
     processor: str
     cores: int

@@ -39,7 +39,7 @@ from tests.benchmarks.report import Report, at_most, results_option
 OURS = ("tinkerapi", "training", "futures")
 ROOMS = tuple(f"{ROOT / name}{os.sep}" for name in OURS)
 TOKENS = [11, 7, 5, 13, 3, 17, 2]
-"""Of the datum; nothing else in the process is these numbers in this order."""
+"""The datum's tokens; nothing else in the process has these numbers in this order."""
 
 PATTERNS = (
     json.dumps(TOKENS).encode()[1:-1],
@@ -113,7 +113,7 @@ class Trace:
             self._is_on = True
 
     def names_during(self, act: Callable[[], Any]) -> dict[str, bool]:
-        """What ran while ``act()`` did, and whether it was given the data."""
+        """The functions that ran during ``act()``, and whether they were given the data."""
         self._codes.clear()
         self._is_on = True
         try:
@@ -166,7 +166,7 @@ def post(application: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def work_loop(folder: Path) -> Iterator[Callable[[], None]]:
-    """What does all the work that waits, on the engine of this folder."""
+    """A function that runs all waiting futures, on the engine of this folder."""
     from futures.workers import worker_live, worker_start, worker_stop
     from tests.benchmarks.served_model import bare_engine
     from training.base_models import base_model_get

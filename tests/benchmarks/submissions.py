@@ -38,7 +38,7 @@ CONVERSATION = [
 
 @dataclass
 class Submitted:
-    """What clients saw."""
+    """The clients' results."""
 
     request_ids: list[str] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)

@@ -38,7 +38,7 @@ MEBIBYTE = 2**20
 
 @dataclass
 class Waits:
-    """What the clients saw of one round."""
+    """The clients' results of one round."""
 
     answered_at: dict[str, float]
     """Request id to monotonic seconds."""

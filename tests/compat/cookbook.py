@@ -37,7 +37,7 @@ NUMBERS: Mapping[str, str] = {
     "on_policy_distillation": "teacher_kl",  # its teacher is what sl_loop saves
     "rl_loop": "reward",
 }
-"""What a recipe's numbers are; a reward should rise, everything else fall."""
+"""The metric of each recipe; a reward should rise, all others should fall."""
 RESULTS = Path(__file__).parent / "cookbook.json"
 RECIPE_SECONDS = 600
 
@@ -65,7 +65,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_folder(folder: Path, models: Path) -> None:
-    """What the recipes look for: the tokenizer and the data sets, under the hub's names."""
+    """Make the recipes' tokenizer and data sets, under the hub's names."""
     for model in models.iterdir():
         link = folder / model.name.replace("--", "/")
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every client must be able to do, step by step, with whatever tinker is installed.
+"""The steps that every client must support, with the installed version of tinker.
 
 Run by ``old_clients`` in a client's own environment, so it knows the SDK alone. The last line it
 writes is JSON: for each step either true or the sentence with which it failed.

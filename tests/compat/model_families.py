@@ -39,7 +39,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "gemma4_text": {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What some families need beside sizes."""
+"""Settings that some families need besides sizes."""
 
 
 def verdict_of(model_type: str) -> dict[str, Any]:

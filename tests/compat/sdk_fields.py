@@ -72,7 +72,7 @@ def _subclasses(model: type[BaseModel]) -> set[type[BaseModel]]:
 
 
 def documented_fates() -> Fates:
-    """What the table says of each (type, field): its fate and a remark."""
+    """The table's entry for each (type, field): its treatment and a remark."""
     pattern = r"^\| `(\w+)` \| `(\w+)` \| (.*?) \| ?(.*?) ?\|$"
     rows = re.findall(pattern, read_table("fields"), flags=re.MULTILINE)
     return {(model, field): (fate, remark) for model, field, fate, remark in rows}

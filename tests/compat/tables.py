@@ -12,7 +12,7 @@ def _marks(name: str) -> tuple[str, str]:
 
 
 def read_table(name: str) -> str:
-    """What stands between the marks."""
+    """The text between the marks."""
     begin, end = _marks(name)
     return DOCS.read_text().split(begin)[1].split(end)[0]
 

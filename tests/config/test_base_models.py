@@ -1,4 +1,4 @@
-"""Base models from variables and from a file: what is taken, and what is refused by name."""
+"""Base models from variables and from a file: accepted values, and refused ones by name."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_pages_of_other_peoples_rows_do_not_open_for_a_staff_user(
 
 
 def owner_id(row: Any) -> int:
-    """Whose row it is, found without the code under test."""
+    """The owner of a row, found without the code under test."""
     if isinstance(row, ApiKey):
         return row.user_id
     if isinstance(row, SamplingSession):

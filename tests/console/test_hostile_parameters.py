@@ -25,7 +25,7 @@ from tests.console.conftest import list_page
 
 WHOLE = os.environ.get("HOSTILE") == "all"
 SLICE = 60
-"""Of the cases of each kind, in the suite."""
+"""The number of cases of each kind in the suite."""
 
 VALUES = (
     "",
@@ -123,7 +123,7 @@ def of_lookups() -> Iterator[str]:
 
 
 def of_choices() -> Iterator[str]:
-    """What the choosers of the filters ask for."""
+    """The requests of the filters' choosers."""
     for value in VALUES:
         known = {"app_label": "training", "model_name": "run", "field_name": "owner"}
         for name in known:

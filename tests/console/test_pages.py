@@ -44,7 +44,7 @@ LIST_QUERIES = 9
 def traces(
     trained: Callable[..., SimpleNamespace], user_factory: Callable[..., User]
 ) -> SimpleNamespace:
-    """What one person's training leaves, with a script wherever a client may write."""
+    """The rows of one person's training, with a script in every text from the client."""
     traces = trained(user_factory(first_name=SCRIPT), text=SCRIPT)
     Run.objects.filter(pk=traces.run.pk).update(
         name=SCRIPT, base_model=SCRIPT, user_metadata={SCRIPT: SCRIPT}, target_modules=[SCRIPT]

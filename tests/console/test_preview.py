@@ -1,4 +1,4 @@
-"""Previews of payloads are short and bounded, whatever the payload."""
+"""Previews of payloads are short and bounded for every payload."""
 
 from __future__ import annotations
 

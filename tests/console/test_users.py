@@ -16,7 +16,7 @@ PHRASE = "a long enough one"
 
 
 def visible_form(console: Client) -> dict[str, Any]:
-    """What the page to add a user would send if nobody typed anything."""
+    """The form data of the page to add a user without any input."""
     form = console.get(ADD).context["adminform"]
     names = [name for fieldset in form for line in fieldset for name in line.fields]
     return {name: form.form[name].value() or "" for name in names}

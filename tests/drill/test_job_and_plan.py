@@ -1,4 +1,4 @@
-"""What is trained and who is killed are fixed by a seed, and miss nothing."""
+"""The job and the plan of kills are fixed by a seed and complete."""
 
 from __future__ import annotations
 

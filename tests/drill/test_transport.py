@@ -38,7 +38,7 @@ def serve(progress: Progress, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nobody reads it."""
+            """Log nothing."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

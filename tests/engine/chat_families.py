@@ -1,8 +1,8 @@
 """Chat templates as families of models have them, and tokenizers of each kind, made in the process.
 
 The templates are written from the documented structure of each family, shortened to what decides
-which tokens there are: what is trimmed, what stands before and behind an answer, what the prompt
-ends with, what becomes of earlier thoughts. None is a copy of a model's file.
+which tokens there are: trimming, the text before and after an answer, the end of the
+prompt, the treatment of earlier thoughts. None is a copy of a model's file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Family:
     strips_after: tuple[str, ...] = ()
     """Special tokens that take in the white space behind them, as Phi-3's do."""
     stop: str | None = None
-    """What ends an answer, if it is not the end token."""
+    """The token that ends an answer, if it is not the end token."""
     think: tuple[str, ...] = ()
     """Added tokens that are not special."""
 
@@ -230,7 +230,7 @@ DEEPSEEK_R1 = Family(
     bos="<|begin_of_sentence|>",
     think=("<think>", "</think>"),
 )
-"""Its prompt begins a thought that no conversation has: what is trained cannot follow it."""
+"""Its prompt begins a thought that no conversation has, so trained answers cannot follow it."""
 
 NO_END = Family(
     _for_messages("{{ m.role + ': ' + m.content + '\n' }}", "{{ 'assistant: ' }}"),
@@ -260,7 +260,7 @@ def _vocab(pieces: Sequence[str]) -> dict[str, int]:
 
 
 def byte_level(special: Sequence[str]) -> Tokenizer:
-    """As GPT-2 has: the last of several line breaks stands alone, but at the end it does not."""
+    """Like GPT-2: the last of several line breaks is a separate token, except at the end."""
     merges = [*_merges(WORDS, "Ġ"), ("Ċ", "Ċ"), ("Ċ", "Ġ"), (":", ")"), ("ĊĊ", "Ċ")]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = _vocab([*special, *alphabet, *(left + right for left, right in merges)])
@@ -277,7 +277,7 @@ _LLAMA_3_WORDS = (
 
 
 def byte_level_llama_3(special: Sequence[str]) -> Tokenizer:
-    """As Llama 3 and Qwen have: all line breaks in a row are one word."""
+    """Like Llama 3 and Qwen: all line breaks in a row are one word."""
     tokenizer = byte_level(special)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -311,7 +311,7 @@ def _sentencepiece(special: Sequence[str]) -> Tokenizer:
 
 
 def sentencepiece(special: Sequence[str]) -> Tokenizer:
-    """As Llama 2 and Mistral 7B have: every stretch between special tokens gets a space."""
+    """Like Llama 2 and Mistral 7B: every text between special tokens gets a space."""
     tokenizer = _sentencepiece(special)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -349,7 +349,7 @@ def unigram(special: Sequence[str]) -> Tokenizer:
 
 
 def wordpiece(special: Sequence[str]) -> Tokenizer:
-    """As BERT has; what it does not know is one unknown token."""
+    """Like BERT: an unknown word is one unknown token."""
     letters = [chr(code) for code in range(33, 127)]
     pieces = ["<unk>", *special, *WORDS, *letters, *(f"##{letter}" for letter in letters)]
     tokenizer = Tokenizer(models.WordPiece(_vocab(pieces), **_UNKNOWN))

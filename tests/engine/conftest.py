@@ -77,7 +77,7 @@ def engine(make_engine: Callable[..., TinyTrainer]) -> TinyTrainer:
 
 @pytest.fixture
 def tiny_info() -> BaseModelInfo:
-    """What the tiny model says about itself, for checks that need no model."""
+    """The tiny model's properties, for checks that need no model."""
     return BaseModelInfo(
         name="tiny",
         vocab_size=VOCAB_SIZE,

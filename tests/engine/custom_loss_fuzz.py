@@ -189,7 +189,7 @@ NAMED = {
 
 @dataclass
 class Tally:
-    """What became of some graphs."""
+    """The outcomes of some graphs."""
 
     patience_seconds: float = WALL_SECONDS + 1
     """Longer than what a graph may take, by what a busy machine adds."""
@@ -199,7 +199,7 @@ class Tally:
     longest_seconds: float = 0.0
     most_cpu_seconds: float = 0.0
     most_bytes: int = 0
-    """Of memory, in the process that computes; Linux only."""
+    """Peak memory of the process that computes; Linux only."""
     faults: list[str] = field(default_factory=list)
     """Graphs that did what none may."""
 

@@ -90,7 +90,7 @@ def save_random(config: PretrainedConfig, folder: Path) -> str:
 
 
 def judge(folder: str) -> tuple[str, str, dict[str, float]]:
-    """What the engine does with a folder.
+    """Judge the engine's results for a folder.
 
     Returns:
         ``refused`` and the sentence, ``right``, or ``wrong``, what is; and by name the largest

@@ -1,4 +1,4 @@
-"""Whatever the template and the tokenizer: what is prompted and what is trained is the template's.
+"""For every template and tokenizer, prompt tokens and trained tokens are the template's.
 
 The reference is transformers' own ``apply_chat_template(tokenize=True)``.
 """
@@ -166,7 +166,7 @@ def test_the_property_holds_for_any_text_or_the_request_is_refused(
 
 
 def said(kind: str, family: Family, datum: Datum) -> str:
-    """What is trained, special tokens written out."""
+    """The trained text, special tokens written out."""
     tokens = all_tokens(datum)
     return str(make_tokenizer(kind, family).decode([tokens[n] for n in trained(datum)]))
 

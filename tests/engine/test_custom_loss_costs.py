@@ -1,4 +1,4 @@
-"""What operations of custom losses cost: counted before they run, and never too little."""
+"""Costs of custom losses' operations: counted before they run, and never too low."""
 
 from __future__ import annotations
 

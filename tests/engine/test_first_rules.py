@@ -1,4 +1,4 @@
-"""What the first version made of conversations: its own output, printed by it."""
+"""The first version's rendering of conversations, compared with its own output."""
 
 from __future__ import annotations
 

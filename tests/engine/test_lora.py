@@ -1,4 +1,4 @@
-"""A linear layer under many segments: what one of them gets does not tell of its neighbours."""
+"""A linear layer with many segments: no segment's result depends on its batch-mates."""
 
 from __future__ import annotations
 

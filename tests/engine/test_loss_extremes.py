@@ -24,7 +24,7 @@ FURTHEST = Decimal(10**6)
 """exp of it, and of anything beyond, is outside float32 whatever it is multiplied with."""
 
 FILLER = -99999.0
-"""What the SDK writes where there is no log-probability."""
+"""The SDK's value for a missing log-probability."""
 
 
 def reference(loss_fn, token, mean_gap=None):

@@ -29,7 +29,7 @@ MakeEngine = Callable[..., TinyTrainer]
 
 
 def beginning_with(beginning: Sequence[int], datum: Datum) -> Datum:
-    """The same datum, but its first tokens are these; what it is trained on stays."""
+    """The same datum with other first tokens; its trained tokens stay."""
     tokens = datum.model_input.copy()
     tokens[: len(beginning)] = beginning
     return Datum(model_input=tokens, loss_fn_inputs=datum.loss_fn_inputs)

@@ -1,4 +1,4 @@
-"""What is sampled is what stock transformers and peft would compute, whatever shares the steps."""
+"""Samples equal those of stock transformers and peft, with any batch-mates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be told of a text while it is sampled is a beginning of what it turns out to be."""
+"""The text reported during sampling is always a beginning of the final text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose job starts next, where not all fit at once."""
+"""The order in which jobs start if not all fit at once."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def trained_tokens(datum: Datum) -> list[int]:
 
 
 def trained_text(datum: Datum) -> str:
-    """What the datum teaches, special tokens written out."""
+    """The datum's trained text, special tokens written out."""
     return str(make_tokenizer().decode(trained_tokens(datum)))
 
 
@@ -240,7 +240,7 @@ def test_a_role_that_the_template_leaves_out_is_named() -> None:
 
 
 def test_where_contents_are_rewritten_an_answer_is_what_follows_its_prompt() -> None:
-    """What another message says cannot be told apart there, so it is not trained."""
+    """The text of other messages cannot be located there, so it is not trained."""
     shouting = text_with_template(
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] | upper + '<|im_end|>' }}"
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"

@@ -1,4 +1,4 @@
-"""A single token has its text, its place and its true bytes, whatever the vocabulary writes."""
+"""A single token has its text, its offset and its bytes, for every kind of vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = ["aé€😀 b", " two  spaces", "\ufffd is a character too", "e\u0301",
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """As SentencePiece makes them: words, and bytes for what it does not know."""
+    """Like SentencePiece: words, and bytes for unknown characters."""
     pieces = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁b"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     model = models.BPE(vocab=vocab, merges=[("▁", "b")], unk_token="<unk>", byte_fallback=True)  # noqa: S106

@@ -1,4 +1,4 @@
-"""What one request may and may not do to another, to its adapter and to the base model."""
+"""Effects of a request on other requests, on its adapter and on the base model."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_a_jump_of_any_clock_begins_anew(
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What maintenance did because of somebody's age."""
+    """The actions of maintenance because of an age."""
     done: list[str] = []
     for name in ("checkpoints_expire", "sessions_expire"):
         monkeypatch.setattr(maintenance, name, lambda name=name: done.append(name))

@@ -85,7 +85,7 @@ def wait(supervisor: Supervisor, clock: Clock, seconds: float) -> None:
 
 
 def ended(supervisor: Supervisor, lines: list[str]) -> str:
-    """What the supervisor says once it has noticed an end."""
+    """The supervisor's message after it has noticed an end."""
 
     def look() -> str | None:
         supervisor.tick()

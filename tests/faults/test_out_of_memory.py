@@ -1,4 +1,4 @@
-"""Memory runs out: what fits runs, to the bit as ever, and what does not fails by name."""
+"""Memory runs out: requests that fit give the same bits as always, others fail by name."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Clock:
 
 @pytest.fixture
 def lines() -> list[str]:
-    """What the supervisor said."""
+    """The supervisor's messages."""
     return []
 
 

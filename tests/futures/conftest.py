@@ -103,7 +103,7 @@ def worker(worker_factory: Callable[..., Worker]) -> Worker:
 
 
 def kill(worker: Worker) -> None:
-    """What is left of a worker after SIGKILL: its rows, without its lock."""
+    """The remains of a worker after SIGKILL: its rows, without its lock."""
     assert worker.queue_lock is not None
     worker.queue_lock.release()
 

@@ -1,4 +1,4 @@
-"""What a claim takes, in which order, and what it leaves alone."""
+"""The futures that a claim takes, their order, and those that it does not take."""
 
 from __future__ import annotations
 

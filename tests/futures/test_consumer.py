@@ -23,7 +23,7 @@ from tests.waiting import LONG_SECONDS
 pytestmark = pytest.mark.django_db(transaction=True)
 
 seen: list[Any] = []
-"""What the tasks below were called with."""
+"""The arguments of the tasks below."""
 
 arrived = threading.Semaphore(0)
 """Released once for each of those calls."""

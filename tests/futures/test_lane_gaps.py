@@ -1,4 +1,4 @@
-"""Who waits behind a number that never comes is told so, and nobody else is."""
+"""Requests behind a number that never arrives fail with the reason, and no others do."""
 
 from __future__ import annotations
 

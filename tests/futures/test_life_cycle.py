@@ -101,7 +101,7 @@ class LifeCycle(RuleBasedStateMachine):
 
     @rule(lane=st.integers(0, LANES - 1), count=st.integers(1, 4), interruptible=st.booleans())
     def submit_the_next(self, lane: int, count: int, interruptible: bool) -> None:
-        """What fills the lane's first gaps: drawn numbers alone would seldom let anything run."""
+        """Fills the lane's first gaps, because random numbers would seldom let a future run."""
         missing = (n for n in itertools.count(1) if (lane, n) not in self.named)
         for seq_id in list(itertools.islice(missing, count)):
             self.submit(lane=lane, seq_id=seq_id, value=1, interruptible=interruptible)
@@ -192,7 +192,7 @@ class LifeCycle(RuleBasedStateMachine):
 
     @rule()
     def refuse(self) -> None:
-        """Nobody waits for a missing number any longer, where a claim has come to it."""
+        """After a claim has reached a gap, no future waits behind it any longer."""
         begins = dict(Lane.objects.values_list("pk", "next_seq_id"))
         for request_id, (lane, seq_id) in self.where.items():
             begin = begins[f"lane {lane}"]
@@ -225,7 +225,7 @@ class LifeCycle(RuleBasedStateMachine):
         self.worker = worker_start(queue=QUEUE, figures={})
 
     def running(self, held: list[Future]) -> list[Future]:
-        """What the worker holds and nobody has cancelled."""
+        """The futures that the worker holds and that are not cancelled."""
         return [future for future in held if self.state[future.pk] == "running"]
 
     @invariant()

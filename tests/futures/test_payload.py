@@ -1,4 +1,4 @@
-"""What is encoded comes back, equal values have one digest, and a bomb is refused."""
+"""Encoded values come back, equal values have one digest, and a zip bomb is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a client sends, what is stored of it can be stored, and shown afterwards."""
+"""Every value of a client can be stored, and shown afterwards."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_two_starts_at_once_have_one_winner(
 def test_no_doorbell_is_lost_between_submit_and_claim(
     submit: SubmitFactory, lane: Lane, worker: Worker
 ) -> None:
-    """Whatever a claim did not see has a doorbell that is still there."""
+    """Futures that a claim did not see still have a doorbell."""
     for _ in range(3 * ROUNDS):
         future, claimed = race(partial(submit, lane), partial(claim, worker))
 

@@ -1,4 +1,4 @@
-"""What owners are told."""
+"""Reads for owners."""
 
 from __future__ import annotations
 

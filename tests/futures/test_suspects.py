@@ -1,4 +1,4 @@
-"""Whose worker crashed while it ran is run alone, and nobody waits for it longer than needed."""
+"""A future whose worker crashed runs alone, and nobody waits for it longer than needed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.django_db
 
 
 def suspect(*futures: Future) -> None:
-    """As if a worker had crashed while these ran."""
+    """Simulate a crash of the worker while these ran."""
     Future.objects.filter(pk__in=keys(futures)).update(attempts=1)
 
 
 def run_for_a_while(future: Future, *, times: int = 1) -> None:
-    """As if it had begun some suspect's times ago, and a moment."""
+    """Move its start back by this many multiples of the suspects' time, and a moment."""
     long_ago = timezone.now() - timedelta(seconds=times * SUSPECT_SECONDS + 1)
     Future.objects.filter(pk=future.pk, state="running").update(started_at=long_ago)
 

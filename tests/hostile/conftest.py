@@ -62,7 +62,7 @@ READS = (
 
 @dataclass
 class Attacker:
-    """A tenant with one of everything, who counts the numbers of one model."""
+    """A tenant with one object of every kind, who counts the numbers of one model."""
 
     tenant: Tenant
     ids: Ids

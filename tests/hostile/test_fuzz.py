@@ -70,7 +70,7 @@ def token_swapped(body: bytes, pieces: list[bytes], chance: random.Random) -> by
 
 
 def protobuf_ids(body: bytes) -> tuple[str, int] | None:
-    """As the library reads them, of a message that is one."""
+    """The library's reading of a valid message."""
     try:
         message = pb.ForwardBackwardIds.FromString(body)
     except DecodeError:

@@ -19,7 +19,7 @@ from tests.hostile.values import TEXTS
 from tests.isolation.test_routes import addresses
 
 SLICE = 400
-"""Of the cases, in the suite."""
+"""The number of cases in the suite."""
 
 QUERIES = ("offset", "limit", "project_id", "access_scope", "day", "event_type", "starting_on",
     "ending_before", "version", "format", "lang", "name")  # fmt: skip

@@ -56,7 +56,7 @@ VALUES: Mapping[str, str] = {
     "deep object": '{"a":' * NESTED + "1" + "}" * NESTED,
     "deeper than any reader": "[" * 100_000 + "]" * 100_000,
 }
-"""What a value may be replaced by; the name is for people."""
+"""Replacements of a value; the name is for people."""
 
 NAMES: Mapping[str, str] = {
     "empty name": '""',
@@ -67,7 +67,7 @@ NAMES: Mapping[str, str] = {
     "long name": json.dumps("n" * 100_000),
     "a dunder": '"__class__"',
 }
-"""What a name may be, beside those that an object has."""
+"""Names of fields, besides an object's own."""
 
 TEXTS = (
     "",
@@ -98,4 +98,4 @@ TEXTS = (
     "2026-W01-1",
     "2026-01-01T00:00:00+99:00",
 )
-"""What a part of a path, a query or a header may be."""
+"""Values of a part of a path, a query or a header."""

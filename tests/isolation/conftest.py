@@ -1,4 +1,4 @@
-"""Two tenants of one server: Zelda, who has one of everything, and Bob, who is curious."""
+"""Two tenants of one server: Zelda, who has one object of every kind, and Bob, who is curious."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def user(tenant: Callable[[str], Tenant]) -> Tenant:
 
 @pytest.fixture
 def ids(user: Tenant, base_model: str, work: InProcessWorker) -> dict[str, str]:
-    """What the user has."""
+    """The user's rows."""
     session = user.sdk.session()
     made = user.sdk.post(
         "create_sampling_session",

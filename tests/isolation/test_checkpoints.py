@@ -123,7 +123,7 @@ def test_a_lent_key_reads_the_lenders_things_and_nobody_elses(
     assert read_as(bob, own, path_of(theirs), 8, **lent) == 200
     wrong = {"weights_access_token": third.key}
     assert read_as(bob, own, path_of(theirs), 9, **wrong) == 404
-    # And it is for reading: what is made with it belongs to the borrower.
+    # And it is for reading: objects made with it belong to the borrower.
     made = Run.objects.get(id=f"{own['session']}:train:8")
     assert made.owner_id == bob.user_id
     assert AuditEvent.objects.filter(

@@ -1,4 +1,4 @@
-"""What a client calls its requests is its own: keys and numbers never meet another tenant's."""
+"""A client's keys and numbers of requests never conflict with another tenant's."""
 
 from __future__ import annotations
 

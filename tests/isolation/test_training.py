@@ -1,4 +1,4 @@
-"""What one tenant trains is nothing to another: the same numbers, alone or with batch-mates."""
+"""A tenant's training does not affect another's: the same numbers, alone or with batch-mates."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def play(tenant: Tenant, requests: Sequence[Request]) -> list[str]:
 
 
 def results(ids: Sequence[str]) -> list[bytes]:
-    """What is stored of each, to the bit."""
+    """The stored results of each, to the bit."""
     rows = Future.objects.in_bulk(ids)
     assert {row.state for row in rows.values()} == {"ready"}
     return [bytes(rows[request_id].result or b"") for request_id in ids]
@@ -79,7 +79,7 @@ def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
 def alone(
     tenant: Callable[[str], Tenant], work: InProcessWorker
 ) -> tuple[list[bytes], dict[str, Any]]:
-    """What Zelda's script gives when nobody else is there, to be compared."""
+    """The results of Zelda's script without other tenants, for comparison."""
     twin = tenant("twin")
     ids = play(twin, [*ZELDA, ("/fwdbwd", {"model_id": "m", "data": turn("half a step")})])
     work()

@@ -24,7 +24,7 @@ class OpenAIUser:
         _, self.key = api_key_create(user=self.owner, name="laptop")
 
     def __call__(self, ask: Callable[[AsyncOpenAI], Awaitable[Any]]) -> Any:
-        """What the client answers; errors as it raises them, and nothing is sent twice."""
+        """The client's answers; it raises its own errors, and sends nothing twice."""
 
         async def run() -> Any:
             transport = httpx2.ASGITransport(app=application)

@@ -1,4 +1,4 @@
-"""Whatever a body holds, the answer is a 4xx in OpenAI's shape that names the field."""
+"""For every bad body, the answer is a 4xx in OpenAI's shape that names the field."""
 
 from __future__ import annotations
 

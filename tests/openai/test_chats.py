@@ -1,4 +1,4 @@
-"""What a conversation may hold besides texts reaches the model's template as it was sent."""
+"""All parts of a conversation reach the model's template unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RICH: list[Any] = [
 
 
 def asked() -> Conversation:
-    """What the newest request stored of its conversation."""
+    """The newest request's stored conversation."""
     stored = decode(bytes(Future.objects.latest("created_at").payload))["prompts"][0]
     prompt = prompt_from_payload(stored)
     assert isinstance(prompt, Conversation)

@@ -267,7 +267,7 @@ def test_stop_tokens_end_a_choice_and_end_tokens_may_be_ignored(user, served_api
 
 
 def test_what_decides_a_token_reaches_the_sampler(user):
-    """What it does there, the engine's tests say."""
+    """Its effect is tested in the engine's tests."""
     penalties = {
         "presence_penalty": 0.5,
         "frequency_penalty": -1,

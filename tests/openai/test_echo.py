@@ -14,7 +14,8 @@ UNIFORM = -math.log(257)  # what the fake engine says of every token
 
 
 def lm_eval_score(choice: Any, context_tokens: int) -> tuple[float, bool]:
-    """What lm-eval's local-completions reads of an answer to echo with max_tokens 1."""
+    """The values that lm-eval's local-completions reads from an answer to echo with max_tokens
+    1."""
     values = choice.logprobs.token_logprobs[context_tokens:-1]
     tops = choice.logprobs.top_logprobs[context_tokens:-1]
     is_greedy = all(value == max(top.values()) for value, top in zip(values, tops, strict=True))

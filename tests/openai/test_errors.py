@@ -120,7 +120,7 @@ def test_an_answer_has_its_futures_id(user):
 
 
 def test_the_application_is_there_before_django_is_set_up():
-    """As a server starts: the views, and with them the rows, come only after that."""
+    """As when a server starts: views and models are loaded only after that."""
     code = "from tinkerapi.asgi import application; print(callable(application))"
     environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"}
     done = subprocess.run(

@@ -30,7 +30,7 @@ NOTE = tuple[str, str]
 
 @pytest.fixture(autouse=True)
 def _a_note_per_token_to_a_hub_that_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake engine is faster than the waiters, whose first listening takes some milliseconds."""
+    """Slows the fake engine down, because the waiters' first LISTEN takes some milliseconds."""
     monkeypatch.setattr(loop, "SAMPLING_SLICE_SECONDS", 0.0)
     notify, wake = samples.notify_progress, Waiters._wake
     listening, followed = set[Waiters](), set[str]()
@@ -145,7 +145,7 @@ def test_a_request_that_fails_before_it_says_anything_has_its_status(user):
 
 
 def test_a_text_that_turns_out_otherwise_ends_in_an_error(user, monkeypatch):
-    """As after a crash on a machine whose numbers depend on what shares a batch."""
+    """As after a crash on a machine whose results depend on batch-mates."""
     notify = samples.notify_progress
 
     def before_the_crash(notes: Iterable[NOTE]) -> None:

@@ -1,4 +1,4 @@
-"""API keys: what opens the door, and what the database knows of it."""
+"""API keys: which ones are valid, and their rows."""
 
 from __future__ import annotations
 

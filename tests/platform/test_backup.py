@@ -1,4 +1,4 @@
-"""A backup holds exactly the folders that its dump names, whatever comes and goes meanwhile."""
+"""A backup has exactly the folders in its dump, whatever appears or disappears meanwhile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data_dir(settings: Any, tmp_path: Path) -> Path:
 
 
 def elsewhere(act: Callable[[], None]) -> None:
-    """What another process does and commits meanwhile."""
+    """The commits of another process meanwhile."""
 
     def run() -> None:
         try:

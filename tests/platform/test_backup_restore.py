@@ -24,7 +24,7 @@ pytestmark = pytest.mark.acceptance
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Of both servers: the same small model, and a snapshot whenever one is worth it."""
+    """Settings of both servers: the same small model, and frequent snapshots."""
     return {
         "TINKERAPI_BASE_MODEL": str(make_tiny_model(tmp_path / "tiny")),
         "TINKERAPI_DTYPE": "float32",
@@ -35,7 +35,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def servers(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[Server, Server]]:
-    """Two places for a server; what is still running is stopped."""
+    """Two places for a server; running ones are stopped at the end."""
     made = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()

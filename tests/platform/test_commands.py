@@ -1,4 +1,4 @@
-"""What the commands say, on the terminal and as an exit code."""
+"""The commands' output and exit codes."""
 
 from __future__ import annotations
 

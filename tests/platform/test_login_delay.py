@@ -29,13 +29,13 @@ def attempts(count: int, username: str = "ada", address: str = "192.0.2.7") -> l
 
 
 def later(**time: float) -> None:
-    """As if so much time had passed."""
+    """Simulate that this much time has passed."""
     by = timedelta(**time)
     FailedLogins.objects.update(last_at=F("last_at") - by, closed_until=F("closed_until") - by)
 
 
 def longest_wait() -> float:
-    """What the last attempt closed the login for, in seconds."""
+    """The delay of the login after the last attempt, in seconds."""
     waits = [row.closed_until - row.last_at for row in FailedLogins.objects.all()]
     return max(waits).total_seconds()
 
@@ -132,7 +132,7 @@ def test_an_address_is_what_one_customer_has(address: str, counted: str) -> None
 
 @pytest.fixture
 def log_in(client: Client) -> Callable[..., str]:
-    """``log_in("ada", "secret")``: what the page says against it, nothing when it lets one in."""
+    """``log_in("ada", "secret")``: the page's error, or nothing after a successful login."""
 
     def post(username: str, password: str) -> str:
         answer = client.post(reverse("admin:login"), {"username": username, "password": password})

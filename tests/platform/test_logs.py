@@ -1,4 +1,4 @@
-"""What clients send cannot pass for a log line of ours, nor fill the disk."""
+"""Clients' data can neither forge a log record nor fill the disk."""
 
 from __future__ import annotations
 

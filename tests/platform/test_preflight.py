@@ -1,4 +1,4 @@
-"""What ``up`` makes sure of first: the folder is ours, the port free, the models readable."""
+"""The checks of ``up``: the folder is ours, the port free, the models readable."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_clean_end_leaves_no_trace_and_a_killed_server_does(tmp_path: Path) ->
         as_it_was_killed = (tmp_path / "up.lock").read_bytes()
     (tmp_path / "up.lock").write_bytes(as_it_was_killed)
 
-    # The kernel has given its lock back; what the file says no longer keeps anybody out.
+    # The kernel has released its lock; the file's contents block nobody any more.
     assert running_server(tmp_path) is None
     with lock_data_folder(tmp_path, RunningServer(pid=1, host="::1", port=1)) as killed:
         assert killed == SERVER

@@ -1,4 +1,4 @@
-"""What other users of the machine may read of the data folder: nothing."""
+"""Other users of the machine can read nothing in the data folder."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def older_states() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def newest_again() -> Iterator[None]:
-    """Whatever the test did, the next one finds this version's tables."""
+    """After the test, restore this version's tables for the next one."""
     yield
     connection.close()
     schema_migrate()

@@ -1,4 +1,4 @@
-"""What every operation shares: three addresses, one meaning; waiting; repeats."""
+"""Behaviour of all operations: three addresses, one meaning; waiting; repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's own endpoints: what it is, whether it is well, what it can do."""
+"""The server's own endpoints: description, health, capabilities."""
 
 from __future__ import annotations
 

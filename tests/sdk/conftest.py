@@ -17,7 +17,7 @@ from training.base_models import base_model_get
 
 
 class SdkClient:
-    """What the SDK does on the wire, call by call."""
+    """The SDK's HTTP requests, call by call."""
 
     def __init__(self, api: ApiClient, key: str) -> None:
         self.api = api

@@ -14,7 +14,7 @@ from training.errors import TrainingError
 
 
 def refusal(parse: Callable[..., object], *args: object) -> str | None:
-    """What the client would read; None if nothing was wrong."""
+    """The client's error message; None without an error."""
     try:
         parse(*args)
     except TrainingError as error:

@@ -1,4 +1,4 @@
-"""The audit log, usage and storage: what the SDK's AdminClient reads."""
+"""The endpoints of the SDK's AdminClient: audit log, usage and storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the worker makes of a request that names an uploaded loss."""
+"""The worker's results for requests with an uploaded loss."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from training.base_models import base_model_get
 
 FATES = documented_fates()
 PLACE = {"model_id", "seq_id"}
-"""What the views of numbered requests read before their fields."""
+"""The fields that the views of numbered requests read first."""
 VIEWS: Mapping[str, Mapping[str, Field]] = {
     "CopyWeightsRequest": weights.CopyWeightsView.fields,
     "CreateModelRequest": models.CreateModelView.fields,

@@ -1,4 +1,4 @@
-"""What the SDK encodes, we read to the same numbers; what is wrong is refused by name."""
+"""The SDK's encoded requests give the same numbers; wrong ones are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever bytes arrive, a forward_backward body is read or refused: nothing else happens."""
+"""Every forward_backward body, of any bytes, is either read or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we encode, the SDK decodes to the same numbers; its old JSON too."""
+"""The SDK decodes our results to the same numbers, in protobuf and in its old JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""retrieve_futures: what one client of a sampling session is told, and what it is told twice."""
+"""retrieve_futures: the answers to one client of a sampling session, including repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling over HTTP: sampling sessions, who may use them, samples and what is refused."""
+"""Sampling over HTTP: sampling sessions, their permissions, samples and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def new_sampler(sdk: SdkClient, **more: object) -> str:
 
 
 def sample(sdk: SdkClient, sampler: str, seq_id: int = 0, **more: object) -> Any:
-    """As SDK 0.38 sends it, with every default."""
+    """The form that SDK 0.38 sends, with every default."""
     fields = {
         "num_samples": 1,
         "prompt": PROMPT,

@@ -1,4 +1,4 @@
-"""stable_reinforce: what is recorded when sampling, who may train on it, and with which numbers."""
+"""stable_reinforce: recorded samples, permission to train on them, and the numbers used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training.models import RecordedSample, Run
 from training.services.recorded_samples import samples_forget
 
 PROMPT = [5, 6, 7, 8]
-"""What ``test_sampling`` samples from."""
+"""The model that ``test_sampling`` samples from."""
 
 
 class Recorded:
@@ -56,7 +56,7 @@ class Recorded:
         )
 
     def datum(self, **changes: Any) -> types.Datum:
-        """As the cookbook makes it: targets of the prompt are filled with 0."""
+        """As in the cookbook: targets of the prompt are filled with 0."""
         count = len(self.tokens)
         fields = {
             "tokens": [*PROMPT, *self.tokens[:-1]],

@@ -23,7 +23,7 @@ JSON_DATUM = {
 
 
 def payload_of(answer: Any) -> dict[str, Any]:
-    """What the worker is asked for."""
+    """The request that the worker gets."""
     future = Future.objects.get(pk=answer.json()["request_id"])
     payload: dict[str, Any] = decode(bytes(future.payload))
     return payload

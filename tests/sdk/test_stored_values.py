@@ -1,4 +1,4 @@
-"""What is kept as it came can be shown as long as it is kept, whatever it is."""
+"""Every value that is stored unchanged can be shown as long as it is stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""``manage.py sweepfiles``: what no row names is found, and deleted only if told to."""
+"""``manage.py sweepfiles``: folders that no row refers to are found, and deleted only on
+request."""
 
 from __future__ import annotations
 

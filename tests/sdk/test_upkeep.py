@@ -1,4 +1,4 @@
-"""What a clock starts: the worker looks after numbers and sessions."""
+"""Timed maintenance: the worker handles missing numbers and silent sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a client sends about weights and sessions is answered by name, never by a traceback."""
+"""Every request about weights and sessions gets an error by name, never a traceback."""
 
 from __future__ import annotations
 

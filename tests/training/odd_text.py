@@ -45,7 +45,7 @@ class OddText:
 
 
 class SlowText(FakeRenderer):
-    """As the fake engine's text, but what contains "forever" never ends."""
+    """Like the fake engine's renderer, but a text with "forever" never ends."""
 
     def encode(self, text: str) -> list[int]:
         while "forever" in text:

@@ -1,4 +1,4 @@
-"""A path means one checkpoint, whatever models have had its name in turn."""
+"""A path means one checkpoint, even if several models have had its name in turn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def remove(owner: User) -> services.Submission:
 
 
 def folders() -> set[Path]:
-    """What lies below the folder of checkpoints."""
+    """The contents of the checkpoints' folder."""
     return set((settings.DATA_DIR / "checkpoints").glob("*"))
 
 
@@ -193,7 +193,7 @@ def test_of_many_saves_at_once_that_overwrite_the_last_one_stays(runs: list[Run]
 
 
 def test_no_list_shows_a_path_twice(api: ApiClient, work: InProcessWorker) -> None:
-    """As a newcomer did it: save, remove, make again, save again, delete."""
+    """A typical sequence: save, remove, make again, save again, delete."""
 
     def steps(*paths: str) -> None:
         for path in paths:

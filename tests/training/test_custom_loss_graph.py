@@ -1,4 +1,4 @@
-"""The checker of uploaded losses: what it lets through, and that it raises nothing but refusals."""
+"""The checker of uploaded losses: accepted graphs, and no exceptions except refusals."""
 
 from __future__ import annotations
 

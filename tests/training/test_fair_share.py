@@ -22,7 +22,7 @@ BATCH_TOKENS = 128
 
 
 def backlog(of: Future, count: int, *, cost: int) -> None:
-    """As many more of the same request behind it, as if the client had sent them."""
+    """This many more equal requests after it, as if the client had sent them."""
     begin = of.seq_id or 0
     Future.objects.bulk_create(
         Future(

@@ -8,7 +8,7 @@ from training.worker.idle import AGAIN_SECONDS, IDLE_SECONDS, IdleTime
 
 
 class Worker:
-    """What an idle worker did, and the clock that it looks at."""
+    """The actions of an idle worker, and its clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -28,7 +28,7 @@ class Worker:
         return True
 
     def look_for(self, seconds: float) -> list[str]:
-        """Look four times a second; what that did."""
+        """Check four times a second; return the actions."""
         self.did.clear()
         for _ in range(int(4 * seconds)):
             self.now += 0.25

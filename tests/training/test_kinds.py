@@ -1,4 +1,4 @@
-"""One definition per kind of request: what it stores, how it is ordered, and one ``apply``."""
+"""One definition per kind of request: stored form, order, and one ``apply``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a future stores of a request: all of it, and the same for the same request as ever."""
+"""A future stores the complete request, and equal requests have equal payloads in all versions."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_a_replay_is_told_from_a_first_time(
 
 @contextmanager
 def replays_noted(trainer: Trainer) -> Iterator[list[bool]]:
-    """What the jobs of passes say of themselves."""
+    """The jobs of passes."""
     noted: list[bool] = []
     run = trainer.forward_backward
 

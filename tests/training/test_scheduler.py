@@ -1,4 +1,4 @@
-"""What may share a batch, what must wait, and that nothing is lost or overtaken."""
+"""Which futures may share a batch, which must wait; none is lost or overtaken."""
 
 from collections.abc import Sequence
 
@@ -140,7 +140,7 @@ def test_every_future_runs_once_in_order_and_never_across_a_barrier(
 
 
 def test_a_batch_has_one_custom_loss_of_an_owner() -> None:
-    """What a client's own loss takes, tokens do not say: others wait for one of them at most."""
+    """Tokens do not measure a client's own loss, so others wait for at most one of them."""
     scheduler = Scheduler(batch_cost=100, batch_bytes=9)
     for name, owner_id in (("a", 1), ("b", 1), ("c", 2)):
         futures = lane_of(name, ["forward_backward", "forward_backward", "optim_step"])

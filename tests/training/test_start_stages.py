@@ -1,4 +1,4 @@
-"""What the log says of how long a start took."""
+"""The log's line about the duration of a start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the system says is left, with and without a container around us."""
+"""The free memory that the system reports, with and without a container."""
 
 from __future__ import annotations
 

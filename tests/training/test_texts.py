@@ -108,7 +108,7 @@ def test_requests_claimed_together_share_a_pass_when_their_texts_are_short(
 
 
 def test_text_that_waits_holds_up_no_claim(work: InProcessWorker, owner: User) -> None:
-    """However much it is: what is counted as held is what can run."""
+    """Independently of size: only futures that can run count as held."""
     eve = User.objects.create_user("eve")
     long = [sample(eve, "forever " * 20_000) for _ in range(2)]
     work.loop._claim()

@@ -1,4 +1,4 @@
-"""What a run's requests do, end to end through the real loop on the fake engine."""
+"""A run's requests, end to end through the real loop on the fake engine."""
 
 from __future__ import annotations
 

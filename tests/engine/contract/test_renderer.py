@@ -1,4 +1,4 @@
-"""What every renderer promises, whatever its tokenizer."""
+"""The contract of every renderer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every sampler promises, whatever is behind it."""
+"""The contract of every sampler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every trainer promises, whatever it computes with."""
+"""The contract of every trainer."""
 
 from __future__ import annotations
 
