@@ -125,7 +125,7 @@ class InProcessWorker:
         self.loop.run_until_idle()
 
     def die(self) -> None:
-        """Leave as after SIGKILL: nothing is given back, only the lock is gone."""
+        """End as after SIGKILL: nothing is released, only the lock is lost."""
         if self.worker.queue_lock is not None:
             self.worker.queue_lock.release()
 

@@ -11,7 +11,7 @@ import tempfile
 
 from tests.environment import TEST_DATABASE_URL, is_of_the_shell
 
-if "TINKERAPI_TEST_DATA_DIR" not in os.environ:  # no process of a test: those are told what to do
+if "TINKERAPI_TEST_DATA_DIR" not in os.environ:  # not a process of a test: those get the variable
     for name in [name for name in os.environ if is_of_the_shell(name)]:
         del os.environ[name]
     if url := os.environ.get(TEST_DATABASE_URL):

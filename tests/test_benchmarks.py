@@ -1,4 +1,4 @@
-"""The page of figures shows what is stored, and every stored result is on it."""
+"""The page of figures equals the stored results, and has all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The README is true: it names every endpoint, setting and command, and nothing that is gone."""
+"""The README is true: it names every endpoint, setting and command, and nothing that was
+removed."""
 
 from __future__ import annotations
 

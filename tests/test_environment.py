@@ -1,4 +1,4 @@
-"""The suite and a server that somebody runs from the same shell do not touch each other."""
+"""The suite and a server started from the same shell do not affect each other."""
 
 from __future__ import annotations
 

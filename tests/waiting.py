@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 LONG_SECONDS = 120.0
-"""A limit that only what is broken reaches, however slow or busy the machine is."""
+"""A time limit that only a broken test reaches, even on a slow or busy machine."""
 
 
 def wait_for(look: Callable[[], T | None], seconds: float = LONG_SECONDS) -> T:

@@ -1,4 +1,4 @@
-"""The official tinker SDK in a process of its own, as a user's script has it.
+"""Runs the official tinker SDK in a separate process, like a user's script.
 
 Warnings are errors in our own process and the SDK's code is not ours; and a script that ends is
 the only way to see that the SDK lets its process end.

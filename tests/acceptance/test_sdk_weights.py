@@ -168,7 +168,7 @@ def test_a_checkpoint_is_published_given_a_time_and_deleted(
         return cli(sdk_server, "checkpoint", "info", path)
 
     assert described()["public"] is True
-    cli(sdk_server, "checkpoint", "publish", path)  # once more is no error
+    cli(sdk_server, "checkpoint", "publish", path)  # a repeat is no error
     cli(sdk_server, "checkpoint", "unpublish", path)
     assert described()["public"] is False
     cli(sdk_server, "checkpoint", "set-ttl", path, "--ttl", "7200")

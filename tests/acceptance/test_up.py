@@ -1,4 +1,4 @@
-"""``manage.py up`` as a whole: it answers, it heals, and it leaves nobody behind."""
+"""``manage.py up`` as a whole: it answers, it recovers, and it leaves no process behind."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.acceptance
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    shutil.rmtree(ROOT / "build", ignore_errors=True)  # else files that are gone would be in it
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # otherwise it would contain deleted files
     subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True)
     shutil.rmtree(ROOT / "build")
     return next(folder.glob("*.whl"))
@@ -45,7 +45,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
 
 
 def test_the_installed_wheel_serves_everything(wheel: Path, tmp_path: Path) -> None:
-    """In an environment of its own, which borrows only what the project depends on."""
+    """In a separate environment, which shares only the project's dependencies."""
     subprocess.run(
         [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True
     )

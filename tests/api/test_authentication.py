@@ -121,7 +121,7 @@ def test_a_request_through_a_proxy_needs_a_key(api, header):
 
 @pytest.mark.parametrize("version", ["1", "1.0"])
 def test_http_1_0_is_a_proxys(transactional_db, key, version):
-    """nginx speaks it to what is behind it, unless told otherwise; programs do not."""
+    """nginx uses it by default for its upstream servers; programs do not."""
 
     def status(http_version: str, **headers: str) -> int:
         headers |= {"host": "localhost"}

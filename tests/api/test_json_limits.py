@@ -59,7 +59,7 @@ def test_depth_and_containers_are_those_of_the_decoded_value(
     for limit, name in ((depth(value), "MAX_DEPTH"), (containers(value), "MAX_CONTAINERS")):
         with pytest.MonkeyPatch.context() as patch:
             most = {"MAX_DEPTH": 10**6, "MAX_CONTAINERS": 10**6, "_PIECE_BYTES": piece_bytes}
-            # A limit of values below the body's length has it scanned whatever it holds.
+            # With a limit of values below the body's length, every body is scanned.
             assert scanned(body, patch, **{**most, "MAX_VALUES": 1000, name: max(limit, 0)})
             if limit:
                 small = {**most, "MAX_VALUES": len(body) - 1, name: limit - 1}

@@ -1,4 +1,5 @@
-"""Bodies on a real connection: those that do not come, that do not end, and that are no HTTP."""
+"""Bodies on a real connection: those that do not arrive, that do not end, and that are not valid
+HTTP."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tinkerapi.api.threads import BULK_THREADS, in_bulk_thread, in_database_thre
 
 
 class Jobs:
-    """Work that goes on until it is let go, and the order in which it began."""
+    """Work that continues until it is released, and the order in which it began."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -81,7 +81,7 @@ def test_a_client_that_leaves_keeps_its_turn_until_its_work_is_over(jobs: Jobs) 
         assert await second == "a2"
 
     asyncio.run(asyncio.wait_for(run(), LONG_SECONDS))
-    # Its thread lets go of the finished work a moment after it has told us.
+    # Its thread drops the finished work a moment after it has reported it.
     wait_for(lambda: gc.collect() >= 0 and not threads._turns)
 
 

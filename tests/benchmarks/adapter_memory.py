@@ -49,7 +49,7 @@ class SdkClient:
         return f"{self.session_id}:train:0"
 
     def use_a_model(self, base_model: str) -> None:
-        """Make one, train it, sample from it and from what was saved of it."""
+        """Make one, train it, sample from it and from its saved weights."""
         made = self.server.post(
             "/api/v1/create_session", tags=[], user_metadata={}, sdk_version="0.20.0"
         )
@@ -115,7 +115,7 @@ def worker_bytes(server: Server) -> int:
 
 
 def idle_bytes(server: Server) -> int:
-    """The least that it takes while nobody asks for anything."""
+    """The smallest memory while there are no requests."""
     least, deadline = worker_bytes(server), time.monotonic() + IDLE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)

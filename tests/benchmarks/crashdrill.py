@@ -35,7 +35,7 @@ def drill(*arguments: object) -> dict[str, Any]:
 
 
 def side_by_side(drills: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """One table of all drills, a column each, and what they were made with."""
+    """One table of all drills, a column each, and their settings."""
     values = {
         name: {row["figure"]: row["value"] for row in content["rows"]}
         for name, content in drills.items()

@@ -1,4 +1,4 @@
-"""Many clients of one server at once, and what the server's database and processes say.
+"""Many clients of one server at once, and the state of the server's database and processes.
 
 Knows nothing of Django: the database is read beside the server, as an operator would.
 """
@@ -45,7 +45,7 @@ class Answer:
 
 
 class Crowd:
-    """Clients of one server, each request on a connection of its own."""
+    """Clients of one server, each request on its own connection."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -100,12 +100,12 @@ class Ledger:
         return self._number("SELECT count(*) FROM futures_future WHERE kind <> 'create_run'")
 
     def wrong_number(self, asked: int) -> int:
-        """By how many the requests since this ledger was opened differ from what was asked."""
+        """The difference between the requests since this ledger was opened and the number sent."""
         return abs(self.requests() - self._begin - asked)
 
     def wrong(self, request_ids: Sequence[str], *, answered: int = 0) -> int:
-        """Accepted requests that are not there, not ready, or there twice; and what nobody asked
-        for since this ledger was opened.
+        """Accepted requests that are missing, not ready, or present twice; and those that nobody
+        sent for since this ledger was opened.
 
         Args:
             answered: Requests beside these whose clients have their result already.
@@ -118,7 +118,7 @@ class Ledger:
         return len(request_ids) - ready + repeated + self.wrong_number(len(request_ids) + answered)
 
     def wrong_steps(self, prefix: str, models: int, steps: int) -> int:
-        """Models of this prefix that did not make so many optimizer steps, or are missing."""
+        """Models of this prefix that did not make this many optimizer steps, or are missing."""
         right = self._number(
             "SELECT count(*) FROM training_run WHERE name LIKE %s AND step = %s",
             f"{prefix}%",

@@ -125,7 +125,7 @@ def large_body(number: int, size_bytes: int) -> bytes:
 
 
 def bodies(server: Server, report: Report, *, clients: int, size_bytes: int) -> None:
-    """Everybody sends a large body at once; all are worked off afterwards."""
+    """All clients send a large body at once; the worker then computes all of them."""
     prepared = [large_body(number, size_bytes) for number in range(clients)]
     crowd, answers = Crowd(server.port), list[Answer]()
 
@@ -192,7 +192,8 @@ def queue(server: Server, report: Report, *, requests: int, models: int) -> None
 
 
 def polls(server: Server, report: Report, *, clients: int, parked_seconds: float) -> None:
-    """Everybody polls as the SDK does: held, told 408, asking again at once, until the result.
+    """All clients poll as the SDK does: held, answered 408, polling again at once, until the
+    result.
 
     Args:
         parked_seconds: How long nobody works; more than ``POLL_SECONDS`` for a 408.

@@ -236,7 +236,7 @@ def main() -> None:
 
 
 def store(rows: Sequence[dict[str, Any]], runs: int) -> None:
-    """Write what is measured so far; a run that is broken off keeps its rows."""
+    """Write the results so far; an interrupted run keeps its rows."""
     RESULTS.parent.mkdir(exist_ok=True)
     content = {
         "what": "median CPU seconds of one forward_backward, one thread, interleaved runs",

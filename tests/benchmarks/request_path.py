@@ -53,7 +53,7 @@ MAX_ITEMS = 64
 
 
 def carries(value: Any, depth: int = 0) -> bool:
-    """Whether the datum's numbers are in this value, or in what it holds."""
+    """Whether the datum's numbers are in this value, or inside it."""
     if value is None or isinstance(value, bool | int | float | type) or depth > MAX_DEPTH:
         return False
     if isinstance(value, str | bytes | bytearray | memoryview):

@@ -1,4 +1,5 @@
-"""Small training steps: what the tinker SDK's round trip costs, and what the control plane can do.
+"""Small training steps: the cost of the tinker SDK's round trip, and the speed of the control
+plane.
 
 A step is a forward_backward and an optim_step submitted together. Two figures: such a step
 through the official SDK and a whole server against the same two calls of the bare engine; and
@@ -114,7 +115,7 @@ def control_plane(report: Report, steps: int, repetitions: int) -> None:
     from training.engine.fake.engine import fake_engine
     from training.worker.loop import WorkLoop
 
-    # A queue of its own, which the server's worker does not serve.
+    # A separate queue, which the server's worker does not serve.
     settings.BASE_MODELS = base_model_configs("fake")
     owner = get_user_model().objects.create_user("benchmark")
     queue = base_model_get(None).queue

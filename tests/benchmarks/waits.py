@@ -55,7 +55,7 @@ class Parked:
 
 
 async def park(port: int, request_id: str, gate: asyncio.Semaphore) -> Parked:
-    """Ask for a future on a connection of its own."""
+    """Wait for a future on a separate connection."""
     body = json.dumps({"request_id": request_id, "wait": WAIT_SECONDS}).encode()
     head = (
         f"POST /retrieve_future HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
@@ -93,7 +93,7 @@ async def one_round(server: Server, request_ids: list[str], finisher: Finisher) 
 
 
 def look_when_parked(server: Server) -> tuple[int, int]:
-    """The web's memory and the Postgres connections, once the web has worked off what it
+    """The web's memory and the Postgres connections, once the web has handled all requests that it
     accepted: its processor time stands still."""
     before, still = -1.0, 0
     while still < 3:
@@ -152,7 +152,7 @@ def submit(count: int) -> list[str]:
 
 
 class Finisher:
-    """The hand-made worker, in a process of its own."""
+    """The hand-made worker, in a separate process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -171,7 +171,7 @@ class Finisher:
 
 @contextmanager
 def finisher_process(server: Server, per_second: float) -> Iterator[Finisher]:
-    """Start the hand-made worker; it claims whatever is on its queue when it is told to begin."""
+    """Start the hand-made worker; on command it claims everything on its queue."""
     command = [
         *(sys.executable, __file__, "--finish", str(server.data_dir)),
         *("--port", str(server.port), "--per-second", str(per_second)),

@@ -21,7 +21,7 @@ TOKENS = [[5, 6, 7, 8, 9], [30, 31, 32], [40, 41, 42, 43], [50, 51, 52], [60, 61
 
 
 class Failed(Exception):
-    """A step did not do what it should; the message says what it did."""
+    """A step failed; the message says how."""
 
 
 def value(answer: Any) -> Any:
@@ -43,7 +43,7 @@ def datum(tokens: list[int]) -> types.Datum:
 
 
 class Flow:
-    """The steps, in order; each may use what the ones before it have made."""
+    """The steps, in order; each may use the results of earlier ones."""
 
     def create(self) -> None:
         self.base_model = os.environ["BASE_MODEL"]
@@ -117,7 +117,7 @@ class Flow:
         value(made.optim_step(types.AdamParams(learning_rate=1e-3)))
 
     def resume(self) -> None:
-        """A model that goes on where the saved one was, its optimizer's state too."""
+        """A model that continues from the saved one, including its optimizer's state."""
         make = getattr(self.service, "create_training_client_from_state_with_optimizer", None)
         if make is None:
             raise NotImplementedError

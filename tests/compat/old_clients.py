@@ -75,7 +75,7 @@ def run_flow(server: Server, python: Path) -> Outcomes:
 
 
 def commit() -> str:
-    """The checkout that was tested, and whether it had changes of its own."""
+    """The checkout that was tested, and whether it had uncommitted changes."""
     shown = subprocess.run(
         ["/usr/bin/env", "git", "describe", "--always", "--dirty"],
         cwd=ROOT,

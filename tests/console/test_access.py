@@ -1,4 +1,4 @@
-"""A staff user who is no superuser sees and touches what is theirs, and nothing else."""
+"""Staff users who are not superusers see and change their own rows, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs of the admin do what they say, once, and say what was refused."""
+"""The admin's actions work, once, and report refusals."""
 
 from __future__ import annotations
 

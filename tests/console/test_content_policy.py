@@ -1,4 +1,4 @@
-"""Every page says what a browser may load for it: nothing from elsewhere, no script in its text."""
+"""Every page's policy forbids content from elsewhere and scripts in its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front page counts what is there, in a fixed number of queries."""
+"""The front page's figures are correct, with a fixed number of queries."""
 
 from __future__ import annotations
 

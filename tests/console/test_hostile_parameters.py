@@ -36,7 +36,7 @@ VALUES = (
     "nan",
     str(2**64),
     "9" * 5000,
-    "\u0663",  # a digit that is no ASCII
+    "\u0663",  # a digit that is not ASCII
     "\ud800",
     "%",
     "0001-01-01",

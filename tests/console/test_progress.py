@@ -1,4 +1,4 @@
-"""The curve of a run is made of its finished passes and steps, weighted by tokens."""
+"""The curve of a run consists of its finished passes and steps, weighted by tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs by the names that people give them, and in the words that people use for what they do."""
+"""Names that people give to runs, and the words for runs' activities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""People in the admin: made by a form, without a password unless somebody gives one."""
+"""Users in the admin: created by a form, without a password unless one is given."""
 
 from __future__ import annotations
 

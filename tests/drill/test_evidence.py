@@ -62,7 +62,7 @@ def history(*results: tuple[float, float]) -> History:
 
 
 def test_a_recovery_ends_with_the_first_result_of_a_later_worker() -> None:
-    # What the dead worker had committed comes to light after its end, and does not count.
+    # A result that the dead worker had committed appears after its end, and does not count.
     assert history((0, 4.9), (0, 5.1), (7, 9), (7, 10)).recovery_seconds(at(5), None) == 4
 
 

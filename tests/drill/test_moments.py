@@ -29,7 +29,7 @@ def aim(progress: Progress, tmp_path: Path) -> Aim:
 
 
 def once_waiting(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Do something between two looks at the folder."""
+    """Act between two checks of the folder."""
     monkeypatch.setattr(moments.time, "sleep", lambda seconds: act())
 
 

@@ -1,4 +1,4 @@
-"""A client sends a request again until somebody has answered it."""
+"""A client repeats a request until it is answered."""
 
 from __future__ import annotations
 

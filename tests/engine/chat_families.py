@@ -21,7 +21,7 @@ WORDS = ("hello", "world", "assistant", "user", "system", "what", "is", "it", "y
 
 @dataclass(frozen=True)
 class Family:
-    """One template, and what its tokenizer must know."""
+    """One template, and its tokenizer's special tokens."""
 
     template: str
     special_tokens: tuple[str, ...]

@@ -43,7 +43,7 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def untied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with an output head of its own."""
+    """A tiny model with a separate output head."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
 
 

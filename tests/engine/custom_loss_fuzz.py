@@ -122,7 +122,7 @@ class RandomGraph:
         return self._node(op, target, args, **kwargs)
 
     def _finish(self, last: dict[str, str]) -> None:
-        """Most losses depend on what was made, so that the gradient passes through it."""
+        """Most losses depend on the graph's values, so that the gradient passes through them."""
         total = self._node("call_function", "torch.sum", [ref("logprobs")])
         if self._rng.random() < 0.7:
             piece = self._node("call_method", "sum", [last])
@@ -134,7 +134,7 @@ class RandomGraph:
         return self._rng.choice(self._floats if self._rng.random() < 0.9 else self._integers)
 
     def _argument(self, kind: str) -> Any:
-        """A value of a kind, or once in a while of any."""
+        """A value of this kind, or sometimes of any kind."""
         if self._rng.random() < 0.05:
             kind = self._rng.choice(list(MAKERS))
         return MAKERS[kind](self)
@@ -192,7 +192,7 @@ class Tally:
     """The outcomes of some graphs."""
 
     patience_seconds: float = WALL_SECONDS + 1
-    """Longer than what a graph may take, by what a busy machine adds."""
+    """Longer than a graph's time limit, with a margin for a busy machine."""
     outcomes: Counter[str] = field(default_factory=Counter)
     computed: set[str] = field(default_factory=set)
     """Operations in graphs that gave a loss."""

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and a judge of what the engine makes of them.
+"""Tiny random models of every family, and a judge of the engine's results for them.
 
 The judge knows nothing of the engine's own proof: it trains and samples as clients do, and compares
 with stock transformers and peft in float32, one sequence at a time.

@@ -1,5 +1,5 @@
-"""Sequences of a packed stream see themselves only, and each is to the bit what it is alone; those
-that share a beginning are what they would be with one of their own."""
+"""Sequences of a packed stream see only themselves, and each has the same bits as alone; those
+with a shared prefix have the same results as with separate ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Numbers = tuple[torch.Tensor, ...]
 
 
 def random_stream(lengths: Sequence[int], shape: str, dtype: torch.dtype) -> Numbers:
-    """Queries, keys, values and the gradient of what attention makes of them."""
+    """Queries, keys, values and the gradient of attention's output."""
     num_heads, num_key_heads, head_size = SHAPES[shape]
     generator = torch.Generator().manual_seed(len(lengths))
     return tuple(
@@ -47,7 +47,7 @@ BRANCHES: list[tuple[int, tuple[int, ...]]] = [
     (32, ()), (5, (0,)), (16, (0,)), (48, (0,)), (3, (0, 3)), (17, (0, 3)), (6, (0,)), (20, ()),
     (LONG, ()), (7, (8,)), (7, (8,)), (16, (8,)), (19, (8, 11)), (7, (0, 3, 5)), (LONG, (0,)),
 ]  # fmt: skip
-"""Beginnings that many share, at several depths, short and long; and a sequence of its own."""
+"""Prefixes that many share, at several depths, short and long; and a separate sequence."""
 
 TREE = make_tree(*BRANCHES)
 
@@ -177,7 +177,7 @@ def test_a_row_that_many_read_gets_the_whole_sum_of_their_gradients_in_bfloat16(
     """512 equal parts: a bfloat16 sum would stop growing half way."""
     row_ranges = make_tree((length, ()), *((1, (0,)),) * 512)
     q, k, v, grad_output = random_stream(lengths_of(row_ranges), "one head", torch.float32)
-    q[:] = 0  # everybody looks everywhere
+    q[:] = 0  # every query attends to all keys equally
     grad_output[:length] = 0
     grad_output[length:] = 1
     stream = tuple(x.to(torch.bfloat16) for x in (q, k, v, grad_output))

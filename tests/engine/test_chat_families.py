@@ -30,7 +30,7 @@ from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 
 TWO_BREAKS = ("byte-level", "llama-3")
-"""GPT-2's words are others where a header's two line breaks end a text than where it goes on."""
+"""GPT-2's words differ if a header's two line breaks end a text and if the text continues."""
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
@@ -129,7 +129,7 @@ def test_what_is_prompted_and_trained_is_what_the_template_gives(kind: str, name
 
 
 plain = st.characters(exclude_categories=["Cs", "Co"])
-"""Any text, but for what markers are made of."""
+"""Any text without the characters of markers."""
 contents = st.text(
     alphabet=st.one_of(plain, st.sampled_from(" \n\t:)▁<|"), st.sampled_from("hello world")),
     max_size=10,
@@ -238,7 +238,7 @@ def test_where_the_next_role_ends_an_answer_it_is_trained_and_stops_sampling() -
 
 
 def test_what_ends_only_an_earlier_answer_is_not_trained() -> None:
-    """Sampling goes on after it: there a thought ends with the same token."""
+    """Sampling continues after it: there a thought ends with the same token."""
     harmony = FAMILIES["harmony"]
     messages = chat("user: what", "assistant: no", "user: hello")
     last: Message = {"role": "assistant", "content": "yes", "reasoning_content": "it is"}
@@ -250,7 +250,7 @@ def test_what_ends_only_an_earlier_answer_is_not_trained() -> None:
     )
 
 
-# -- everybody's words -----------------------------------------------------------------------------
+# -- all messages ----------------------------------------------------------------------------------
 
 
 @every_family
@@ -268,7 +268,7 @@ def test_all_trains_what_every_message_says_and_no_header(kind: str, name: str) 
         assert token not in text
 
 
-# -- what a template is told -----------------------------------------------------------------------
+# -- inputs of templates ---------------------------------------------------------------------------
 
 TOOL_USE = Family(
     "{% if tools %}{{ '<|im_start|>tools\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"

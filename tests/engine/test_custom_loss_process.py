@@ -306,7 +306,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def unused(clock: Clock) -> Iterator[CustomLossProcess]:
-    """One that nobody has asked for anything."""
+    """A process without any request."""
     process = CustomLossProcess(clock=clock)
     yield process
     process.close()

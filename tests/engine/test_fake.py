@@ -1,4 +1,4 @@
-"""The fake engine obeys the contract where arithmetic allows, and shows what it should show."""
+"""The fake engine obeys the contract where its arithmetic allows, and reveals mistakes."""
 
 from __future__ import annotations
 

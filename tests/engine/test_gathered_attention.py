@@ -1,4 +1,5 @@
-"""The newest tokens of many sequences are attended together, and each is what it is alone."""
+"""The newest tokens of many sequences are computed together, and each has the same result as
+alone."""
 
 from __future__ import annotations
 

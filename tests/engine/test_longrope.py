@@ -1,4 +1,4 @@
-"""Models whose rotary factors depend on a sequence's length: each sequence has those of its own.
+"""Models whose rotary factors depend on a sequence's length: each sequence has its own factors.
 
 The factors are others from 33 tokens on, and the tests' models tell them apart by nats.
 """

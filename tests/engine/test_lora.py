@@ -67,7 +67,7 @@ def test_a_segments_bits_are_those_it_has_alone(
 ) -> None:
     torch.manual_seed(0)
     base = nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=dtype)
-    # Of nothing: whoever makes a stream pads it so that few rows are like many to the base layer.
+    # Padding: streams are padded so that few rows use the base layer's kernels for many.
     base.requires_grad_(False).weight.zero_()
     weights = random_weights(rank, shape)
     x = torch.randn(sum(LENGTHS), shape.in_features).to(dtype)

@@ -21,7 +21,7 @@ from training.loss_fns import LOSS_FNS
 from training.types import MAX_FLOAT32, Datum, LoraConfig
 
 FURTHEST = Decimal(10**6)
-"""exp of it, and of anything beyond, is outside float32 whatever it is multiplied with."""
+"""exp of this, and of anything beyond, is outside float32 after any multiplication."""
 
 FILLER = -99999.0
 """The SDK's value for a missing log-probability."""
@@ -152,7 +152,7 @@ def test_whatever_a_datum_brings_gspos_loss_is_the_formula(datum):
         ]
         mean_gap = sum(gaps, Decimal(0)) / max(len(gaps), 1)
         losses, slopes = ours("gspo", datum)
-        # What is left of large gaps that cancel is rounding, and so is what lp adds to L.
+        # Large gaps that cancel leave only rounding, and so does lp's part of L.
         rounding = Decimal("1e-6") * max(map(abs, [*gaps, *(Decimal(t["lp"]) for t in datum)]))
         if rounding > Decimal("1e-5") and abs(mean_gap) < 2 * rounding + 200:
             return

@@ -131,7 +131,7 @@ def test_dro_without_a_penalty_is_advantage_weighted_cross_entropy():
 
 
 def test_on_policy_stable_reinforce_is_reinforce():
-    """Where nothing has moved, neither the ratio's bound nor the penalty says anything."""
+    """If nothing has moved, the ratio's bound and the penalty have no effect."""
     values = draw()
     values["logprobs"] = values["lp"]
     _, grad = evaluate("stable_reinforce", values, kl_coeff=0.1)
@@ -139,7 +139,7 @@ def test_on_policy_stable_reinforce_is_reinforce():
 
 
 def test_the_penalty_of_stable_reinforce_is_the_gradient_of_the_kl_divergence():
-    """Summed over what the sampling policy q draws, while no ratio is bounded, in float64."""
+    """In expectation over samples of the policy q, while no ratio is bounded, in float64."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, generator=generator, dtype=torch.float64).requires_grad_()
     q = (logits.detach() + 0.3 * torch.randn(6, generator=generator)).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The test vectors of ``tinkerapi/docs/losses.md`` are what the loss functions compute.
+"""The test vectors of ``tinkerapi/docs/losses.md`` equal the loss functions' results.
 
 They were made from the formulas with numpy, not with these functions.
 """

@@ -37,7 +37,7 @@ def resident_bytes() -> int:
 def test_an_idle_worker_gives_back_what_was_freed_in_the_middle_too() -> None:
     keep_freed_memory()
     tensors = [torch.ones(FLOATS) for _ in range(6)]
-    del tensors[:-1]  # what is left lies behind what is freed
+    del tensors[:-1]  # the remaining one lies behind the freed ones
     before = resident_bytes()
     give_back_freed_memory()
     assert before - resident_bytes() > 4 * FLOATS * tensors[0].itemsize

@@ -1,4 +1,4 @@
-"""The optimizer step against torch's own AdamW and clipping, and what it must not do."""
+"""The optimizer step against torch's own AdamW and clipping, and its forbidden effects."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def the_same_twice(make_datum: MakeDatum) -> list[Datum]:
 
 
 def long_samples(make_datum: MakeDatum) -> list[Datum]:
-    """Some longer than what attention takes together, and one shorter."""
+    """Some longer than the limit for joint attention, and one shorter."""
     prompt = np.arange(SHORT_TOKENS - 30) % VOCAB_SIZE
     lengths = (SHORT_TOKENS + 40, SHORT_TOKENS - 20, SHORT_TOKENS + 9)
     return [beginning_with(prompt, make_datum(n, seed=n)) for n in lengths]
@@ -220,7 +220,7 @@ def test_jobs_share_with_each_other_only_where_bits_do_not_count(
 def test_a_bad_sample_of_a_prompt_leaves_the_others_as_without_it(
     make_engine: MakeEngine, make_datum: MakeDatum
 ) -> None:
-    """Where jobs share rows: the infinite gradient of one must reach nothing of another's."""
+    """If jobs share rows, the infinite gradient of one must not affect another."""
     data = samples_of_a_prompt(make_datum)
     data[2].loss_fn_inputs["weights"][:] = 3e37
     clean, mixed = make_engine(), make_engine()
@@ -300,7 +300,7 @@ def test_stretches_put_together_are_the_sequences_and_no_row_is_there_twice(
                 position += 1
         assert position == len(sequences[i])
     assert sorted(stream) == list(range(7, 7 + len(stream)))
-    # Independently: different beginnings of whole shared blocks, and everybody's rest.
+    # Independently: the different prefixes of whole shared blocks, and all remainders.
     shared = {
         sequences[i][: n * SHARED_BLOCK].tobytes()
         for i in some

@@ -25,19 +25,19 @@ def load(folder):
 
 @pytest.fixture(scope="module")
 def longrope_folder(tmp_path_factory):
-    """Rotary factors are others from 32 tokens on, for every sequence of the pass."""
+    """Rotary factors change from 32 tokens on, for every sequence of the pass."""
     config = small_config("phi3", **LONGROPE, original_max_position_embeddings=32)
     return save_random(config, tmp_path_factory.mktemp("longrope"))
 
 
 def test_factors_that_follow_the_longest_sequence_bound_the_context(longrope_folder, monkeypatch):
-    """Where each sequence cannot be given its own."""
+    """If sequences cannot have their own factors."""
     monkeypatch.setattr(loading, "rotary_switch_of", lambda model: None)
     assert load(longrope_folder).info.max_context_tokens == 32
 
 
 def test_a_sequence_that_changes_with_those_beside_it_is_seen(longrope_folder, monkeypatch):
-    """As if the configuration named the switch in a way that nobody knows."""
+    """As if the configuration named the switch in an unknown way."""
     monkeypatch.setattr(loading, "rotary_switch_of", lambda model: None)
     monkeypatch.setattr(loading, "usable_context_tokens", lambda config, **_: CONTEXT_TOKENS)
     with pytest.raises(BaseModelNotFound, match="sequences packed beside each other differ"):

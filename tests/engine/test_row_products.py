@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 FEW, MOST = 2, 40  # rows
 ROUNDS = 1000  # plain products of these shapes differ in a few of them
 
-SHAPES = [(64, 16), (64, 32), (128, 16)]  # of so many elements that two rows are few
+SHAPES = [(64, 16), (64, 32), (128, 16)]  # large enough that two rows count as few
 
 
 def rows_and_matrix(inner: int, outer: int) -> list[tuple[Tensor, Tensor]]:

@@ -265,7 +265,7 @@ def test_a_stop_string_is_found_across_tokens_and_left_out_of_the_text(
 
 
 def test_the_text_of_a_special_token_stops_where_its_id_does(make_sampler: MakeSampler) -> None:
-    """Token 1 begins a turn, ends nothing by itself, and is no part of the text."""
+    """Token 1 begins a turn, does not end a sequence by itself, and is not part of the text."""
     free = run(make_sampler(), job(num_samples=8, max_tokens=120)).sequences
     assert any(1 in sequence.tokens for sequence in free)
     by_id = run(make_sampler(), job(num_samples=8, max_tokens=120, stop=(1, END_TOKEN))).sequences

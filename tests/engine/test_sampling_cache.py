@@ -1,4 +1,4 @@
-"""Regions of the cache never overlap and always come back; its views are what was stored."""
+"""Regions of the cache never overlap and are always freed; its views equal the stored values."""
 
 from __future__ import annotations
 

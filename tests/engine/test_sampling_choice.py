@@ -217,7 +217,7 @@ def test_uniform_numbers_depend_on_seed_and_sequence_only() -> None:
 
 
 def test_uniform_numbers_are_pinned() -> None:
-    """A replayed request must draw what it drew before, also after an upgrade of a library."""
+    """A replayed request must draw the same tokens, even after an upgrade of a library."""
     raw = np.random.Philox(np.random.SeedSequence((7, 0, 3))).random_raw(2)
     numbers = UniformNumbers(7, 3)
     assert [numbers.next(), numbers.next()] == [(int(value) >> 11) / 2**53 for value in raw]

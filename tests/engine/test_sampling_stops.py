@@ -134,7 +134,7 @@ def test_a_stop_string_may_name_special_tokens(parts: list[str | int], stop: str
     assert (stopped is not None) == (stop in written)
     if stopped is not None:
         at, kept = 0, ""
-        for part in parts:  # what is not special, up to where the stop string begins
+        for part in parts:  # the text without special tokens, up to the stop string
             whole = SPECIAL[part] if isinstance(part, int) else part
             if not isinstance(part, int):
                 kept += part[: max(0, written.index(stop) - at)]

@@ -224,7 +224,7 @@ def test_a_template_that_trims_contents_trains_what_it_leaves() -> None:
     text = text_with_template(LLAMA_2_LIKE)
     messages = chat("user:  hi \n", "assistant: \tyes ")
     assert trained_text(text.render_conversation(messages, "assistant")) == f" yes {END}"
-    # What the user says has no end of turn in this template.
+    # The user's text has no end of turn in this template.
     assert trained_text(text.render_conversation(messages, "all")) == f"hi yes {END}"
 
 

@@ -57,7 +57,7 @@ def test_bytes_of_a_vocabulary_with_byte_fallback_add_up(text: str) -> None:
     tokens = tokenizer.encode(text, add_special_tokens=False)
     _, placed = texts_of(tokenizer).of_prompt(tokens, text)
 
-    # Such a vocabulary begins every text with a space of its own.
+    # Such a vocabulary adds a space at the beginning of every text.
     assert b"".join(token.utf8 or b"?" for token in placed) == f" {text}".encode()
     assert all(text[token.offset :].startswith("b") for token in placed if token.text == " b"[1:])
 

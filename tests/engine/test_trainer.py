@@ -208,7 +208,7 @@ def test_a_gradient_that_overflows_is_found_in_the_job_it_comes_from(engine_with
 def test_huge_gradients_are_dropped_with_the_step_that_they_spoil(
     size, engine_with_two, make_datum
 ):
-    """One batch of them, or a sum: the next good batch goes on from weights and moments."""
+    """One bad batch, or a sum: the next good batch continues from weights and moments."""
     engine, clean = engine_with_two(), engine_with_two()
     for one in (engine, clean):
         one.train_one("a", [make_datum(5)])

@@ -52,7 +52,7 @@ def test_a_checkpoint_to_sample_from_takes_memory_for_its_weights_and_nothing_el
         sampler.publish("v", tmp_path / "c")
     taken = [event.self_cpu_memory_usage for event in allocations.events()]
     assert sum(taken) == weights.nbytes
-    # What was read and, for a moment beside it, its copy at an aligned address.
+    # The data read and, for a moment, its copy at an aligned address.
     assert sum(size for size in taken if size > 0) < 3 * weights.nbytes
 
 

@@ -1,4 +1,4 @@
-"""While Postgres is down one request waits for it, and the others are told at once."""
+"""While Postgres is down one request waits for it, and the others fail at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinkerapi.api import async_view
 
 
 class Clock:
-    """Time that passes while somebody sleeps."""
+    """Time that passes only during sleeps."""
 
     now = 10.0
 

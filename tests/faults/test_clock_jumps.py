@@ -1,4 +1,4 @@
-"""The wall clock jumps: nobody's time is up for that, and no work is left lying."""
+"""The wall clock jumps: nothing expires because of that, and no work is left waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Postgres goes away under a working server and comes back: nobody loses anything."""
+"""Postgres goes down under a working server and comes back: nothing is lost."""
 
 from __future__ import annotations
 

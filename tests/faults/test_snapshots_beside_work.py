@@ -1,4 +1,5 @@
-"""Snapshots are written beside the work: nobody waits for one, and none can hurt."""
+"""Snapshots are written beside the work: no request waits for one, and no failure affects
+requests."""
 
 from __future__ import annotations
 

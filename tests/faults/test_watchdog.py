@@ -1,4 +1,4 @@
-"""The sign of life: given while a pass moves, cheap, and of no consequence if nobody listens."""
+"""The progress signal: sent while a pass runs, cheap, and harmless without a supervisor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker that starts while Postgres is away waits for it, but not for ever."""
+"""A worker that starts while Postgres is down waits for it, but not forever."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.django_db
 
 
 class Postgres:
-    """Away for so many seconds, each of which passes in no time."""
+    """Down for this many simulated seconds."""
 
     def __init__(self, away_seconds: float, error: Exception) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""Factories for owners, lanes, futures and workers; a test names only what it is about."""
+"""Factories for owners, lanes, futures and workers; a test sets only the relevant values."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def submit(owner: Any) -> SubmitFactory:
 
 @pytest.fixture
 def worker_factory(db: None) -> Iterator[Callable[..., Worker]]:
-    """Workers that have begun; their locks are let go after the test, as by their death."""
+    """Started workers; their locks are released after the test, as by their death."""
     started: list[Worker] = []
 
     def make(queue: str = QUEUE) -> Worker:
@@ -120,7 +120,7 @@ def finish(worker: Worker, *futures: Future, **outcome: Any) -> None:
 
 
 def race(*calls: Callable[[], Result]) -> list[Result | Exception]:
-    """Run the calls at once, each in a thread with a connection of its own."""
+    """Run the calls at once, each in a thread with its own connection."""
     barrier = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Result]) -> Result | Exception:

@@ -1,4 +1,5 @@
-"""Cancelling what a worker holds: the owner's word is final, and no worker trips over it."""
+"""Cancelling futures that a worker holds: the cancellation is final, and no worker fails because of
+it."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_a_claim_says_whether_it_left_something_behind(
     lane_kind: str, submit: SubmitFactory, lane_factory: Callable[..., Lane], worker: Worker
 ) -> None:
     lane = None if lane_kind == "none" else lane_factory(ordered=lane_kind == "ordered")
-    for _ in range(MIN_WINDOW + 1):  # one more than the claim looks at
+    for _ in range(MIN_WINDOW + 1):  # one more than the claim reads
         submit(lane)
 
     said = [(len(claim(worker, MIN_WINDOW)), worker.more_waits) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Any queue: each claim takes what the rules in plain words say, until nothing may run."""
+"""Random queues: each claim follows the rules, until no future may run."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ class LifeCycle(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule()
     def hear(self) -> None:
-        """The worker lets go of what was cancelled."""
+        """The worker drops cancelled futures."""
         held = [future.pk for future in self.held]
         cancelled = futures_cancelled(worker=self.worker, request_ids=held)
         assert cancelled == {pk for pk in held if self.state[pk] == "cancelled"}
@@ -164,7 +164,7 @@ class LifeCycle(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(count=st.integers(1, 5), fails=st.booleans())
     def finish(self, count: int, fails: bool) -> None:
-        """The engine runs the first of what it holds, then commits."""
+        """The engine runs the first of its futures, then commits."""
         batch, self.held = self.held[:count], self.held[count:]
         outcomes = []
         for future in batch:
@@ -207,7 +207,7 @@ class LifeCycle(RuleBasedStateMachine):
     def crash(self) -> None:
         kill(self.worker)
         for future in (running := self.running(self.held)):
-            # Of several, nobody knows which one it was.
+            # With several, the cause is unknown.
             alone = len(running) == 1
             self.attempts[future.pk] += 1
             spent = alone and self.attempts[future.pk] >= MAX_ATTEMPTS

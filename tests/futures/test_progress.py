@@ -1,4 +1,4 @@
-"""Notes about a future reach those who follow it, and nobody else."""
+"""Notes about a future reach its followers only."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_positions_are_the_order_of_claims(
 ) -> None:
     owners = [owner_factory().pk for _ in range(3)]
     futures = [submit(owner_id=owners[turn]) for turn in (0, 0, 0, 0, 1, 1, 2)]
-    # Whoever submits last is told exactly; those before may be overtaken by a later owner's first.
+    # The last future's position is exact; earlier ones may be overtaken by a later owner's first.
     last = futures[-1]
     told = queue_position(last)
 

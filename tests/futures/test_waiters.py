@@ -43,7 +43,7 @@ def run(main: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def in_thread(call: Callable[[], Any]) -> None:
-    """Call in another thread, with a connection of its own that is closed after."""
+    """Call in another thread, with a separate connection that is closed after."""
     [outcome] = await asyncio.get_running_loop().run_in_executor(None, race, call)
     assert not isinstance(outcome, Exception), outcome
 

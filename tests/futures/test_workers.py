@@ -1,4 +1,4 @@
-"""The life of a worker, and what the next one does with what it left."""
+"""The life of a worker, and the recovery by the next one."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def lock_holders() -> list[int]:
 
 
 def terminate(pid: int) -> None:
-    """End a backend, and wait until it is gone."""
+    """End a backend, and wait until it has ended."""
     with psycopg.connect(**dedicated_parameters()) as connection:
         connection.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
 

@@ -1,4 +1,4 @@
-"""A tenant who sends what nobody should, and what must be true of them afterwards."""
+"""A hostile tenant, and the properties that must hold afterwards."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Attacker:
                 self.send("POST", path, body, sdk=sdk)
 
     def check(self) -> None:
-        """No fault, and the model goes on at its next number."""
+        """No fault, and the model continues at its next number."""
         last = self.step(self.seq_id + 1)
         self.settle("the end")
         metrics = self.tenant.sdk.result(last).get("metrics")
@@ -159,7 +159,7 @@ class Attacker:
 
 
 def is_told(answer: Any) -> bool:
-    """Whether a 5xx is what the address promises for a job that failed, or is not done in time."""
+    """Whether a 5xx is the documented answer of the address for a failed or late future."""
     try:
         body = answer.json()
     except ValueError:

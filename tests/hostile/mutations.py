@@ -15,7 +15,7 @@ HERE = "\ue000"
 
 @dataclass(frozen=True)
 class Mutation:
-    """A body as JSON text, and what was done to it."""
+    """A body as JSON text, and its mutation."""
 
     where: str
     what: str

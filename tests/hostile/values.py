@@ -1,4 +1,4 @@
-"""The values that nobody should send, as JSON text: some of them no JSON writer would write."""
+"""Hostile values as JSON text; some of them no JSON writer would produce."""
 
 from __future__ import annotations
 

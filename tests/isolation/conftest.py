@@ -47,7 +47,7 @@ OWNED: Mapping[type[Model], str] = {
     RecordedSample: "session__owner",
     ApiKey: "user",
 }
-"""Every model whose rows belong to somebody, and where it says to whom."""
+"""Every model whose rows have an owner, and the field of the owner."""
 
 Ids = dict[str, str]
 
@@ -84,7 +84,7 @@ class Tenant:
         )
 
     def rows(self) -> dict[str, Any]:
-        """Everything in the database that is theirs, to be compared."""
+        """All of a tenant's rows in the database, for comparison."""
         return {
             model.__name__: list(
                 model._default_manager.filter(**{owner: self.user_id}).order_by("pk").values()

@@ -1,4 +1,4 @@
-"""Every address of the API, and how somebody could try to reach another's things through it.
+"""Every address of the API, and the ways to try to reach another tenant's objects through it.
 
 A placeholder such as ``{sdk_model}`` becomes another tenant's id or one that names nothing;
 ``{own_...}`` is always the asker's own. A route that is not here fails ``test_routes``: say what
@@ -39,12 +39,12 @@ class Probe:
     method: str = "POST"
     sdk: bool = False
     makes_own: bool = False
-    """An unknown name makes a thing of the asker's own, so the owner's answer is no other."""
+    """An unknown name creates an object of the caller, so the owner's answer does not differ."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A request that names nothing and answers with what is the asker's."""
+    """A request without ids that returns the caller's objects."""
 
     path: str
     body: Any = None
@@ -72,7 +72,8 @@ def at(method: str, path: str, body: Any = None) -> list[Probe]:
 
 
 def sdk_pass(name: str) -> list[Probe]:
-    """A training step of the SDK: of another's model, and of one's own with another's loss."""
+    """A training step of the SDK: on another's model, and on the caller's own with another's
+    loss."""
     part = "forward_input" if name == "forward" else "forward_backward_input"
     return sdk(
         name,

@@ -19,7 +19,7 @@ from training.models import Checkpoint
 
 @pytest.fixture
 def fetch(db: None) -> Callable[[str], tuple[int, bytes]]:
-    """``fetch(url)``: status and body for somebody without any key."""
+    """``fetch(url)``: status and body for a client without a key."""
 
     async def send(url: str) -> tuple[int, bytes]:
         response: Any = await AsyncClient().get(urlsplit(url).path)

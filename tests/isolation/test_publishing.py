@@ -1,4 +1,4 @@
-"""A quick-reference model's checkpoint reaches others by a path that its owner is told."""
+"""A quick-reference model's checkpoint can be reached by others at a path that its owner gets."""
 
 from __future__ import annotations
 

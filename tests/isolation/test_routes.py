@@ -60,7 +60,7 @@ def filled(template: Any, ids: Ids) -> Any:
 def made(
     tenant: Callable[[str], Tenant], work: InProcessWorker, base_model: str, nobody_waits: None
 ) -> Made:
-    """Zelda and Bob, with the ids of Zelda's things and those of nobody's."""
+    """Zelda and Bob, with the ids of Zelda's objects and ids that do not exist."""
     zelda, bob = tenant("zelda"), tenant("bob")
     theirs, own = furnished(zelda, work), furnished(bob, work)
     theirs["pending"], own["pending"] = waiting(zelda), waiting(bob)
@@ -76,7 +76,7 @@ def made(
 def outcome(
     tenant: Tenant, probe: Probe, ids: Ids, *, untouched: Tenant | None = None
 ) -> tuple[int, str]:
-    """Status and text of what is answered, ids by their names; nothing of it stays.
+    """Status and text of an answer, with ids replaced by names; its effects are rolled back.
 
     A submission's answer is followed to what its future says already.
 
@@ -100,7 +100,7 @@ def outcome(
         transaction.set_rollback(True)
     for name in sorted(ids, key=lambda name: -len(ids[name])):
         text = text.replace(ids[name], f"<{name}>")
-    # What is new with every answer: ids, times, signatures.
+    # Values that differ in every answer: ids, times, signatures.
     text = re.sub(r"future_[0-9a-f]{32}|log id \w+|\d{4}-\d\d-\d\dT[\d:.+Z-]+", "<new>", text)
     return answer.status_code, text
 
@@ -121,7 +121,7 @@ def test_anothers_things_answer_as_things_that_do_not_exist(
         missing = outcome(bob, probe, nobodys)
         if asked != missing:
             wrong.append((probe, "another's", asked, "nobody's", missing))
-        # A probe that everybody is refused for another reason would prove nothing.
+        # A probe that is refused for another reason would prove nothing.
         if asked == outcome(zelda, probe, of_owner(theirs)) and not probe.makes_own:
             wrong.append((probe, "no different for the owner", asked))
     assert not wrong, "\n".join(map(str, wrong))

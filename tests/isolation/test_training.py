@@ -23,7 +23,7 @@ def turn(text: str) -> list[list[dict[str, str]]]:
 
 
 def script(name: str, words: Sequence[str], rate: float) -> list[Request]:
-    """A training run of its own, in the quick reference's words, with samples in it."""
+    """A separate training run, in the quick reference's dialect, with samples."""
     model = {"model_id": name}
     requests: list[Request] = []
     for number, word in enumerate(words):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.openai.test_completions import complete
 
-UNIFORM = -math.log(257)  # what the fake engine says of every token
+UNIFORM = -math.log(257)  # the fake engine's log-probability of every token
 
 
 def lm_eval_score(choice: Any, context_tokens: int) -> tuple[float, bool]:

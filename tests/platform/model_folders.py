@@ -1,4 +1,4 @@
-"""A folder that looks like a base model's to whoever loads none of it."""
+"""A folder that looks like a base model's as long as it is not loaded."""
 
 from __future__ import annotations
 

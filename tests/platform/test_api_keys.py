@@ -102,7 +102,7 @@ def test_the_last_use_is_written_once_a_minute(
 ) -> None:
     row, key = api_key_create(user=user, name="laptop")
 
-    with django_assert_num_queries(1):  # the write; what reads is not the ORM
+    with django_assert_num_queries(1):  # the write; reads do not use the ORM
         api_key_verify(key)
     with django_assert_num_queries(0):
         api_key_verify(key)
@@ -121,7 +121,7 @@ def test_a_slower_request_does_not_move_the_last_use_back(
     row, key = api_key_create(user=user, name="laptop")
     newer = timezone.now()
     ApiKey.objects.filter(pk=row.pk).update(last_used_at=newer)
-    # What a request read before the other one wrote.
+    # The state that a request read before the other one wrote.
     monkeypatch.setattr("tinkerapi.services.api_key_get", lambda key: row)
 
     api_key_verify(key)

@@ -1,4 +1,4 @@
-"""A backup of a server at work, restored somewhere else: its runs go on as if nothing had been."""
+"""A backup of a server at work, restored somewhere else: its runs continue with the same bits."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_backup_of_a_server_at_work_goes_on_elsewhere_to_the_bit(
     assert states["pending"] >= 20
     there.start()
 
-    # What the backup did not have yet, its client sends again.
+    # The client repeats requests that the backup did not have yet.
     assert there.post("/retrieve_future", request_id=after[0]).status_code == 404
     assert results(there, before + submit(there, range(25, 30))) == unbroken
     assert saved(there, "end") == weights

@@ -1,4 +1,4 @@
-"""The first command of a checkout installs what is missing, once, and goes on.
+"""The first command of a checkout installs missing packages, once, and continues.
 
 A toy checkout stands for the real one: our own manage.py and bootstrap, a project that needs two
 small packages, and wheels of both in a folder in place of an index.

@@ -160,7 +160,7 @@ def test_up_refuses_a_wrong_state_in_one_sentence(
     tmp_path: Path, arguments: list[str], environment: dict[str, str], sentence: str
 ) -> None:
     model = make_model_folder(tmp_path / "model")
-    # The default port may be taken by a server that somebody has started as the README says.
+    # The default port may be taken by a server that a developer has started.
     port = ("--port", str(free_port()))
 
     answer = manage(

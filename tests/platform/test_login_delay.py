@@ -1,4 +1,4 @@
-"""Guessing passwords is slow, and shuts nobody out for long."""
+"""Guessing passwords is slow, and locks nobody out for long."""
 
 from __future__ import annotations
 

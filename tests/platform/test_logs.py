@@ -24,7 +24,7 @@ Log = Callable[..., str]
 
 
 class Handler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Keeps what the configured handler would write."""
+    """Keeps the output of the configured handler."""
 
     def __init__(self) -> None:
         super().__init__()

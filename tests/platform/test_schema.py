@@ -1,4 +1,4 @@
-"""The database's tables: this version's, an older one's, or somebody else's."""
+"""The database's tables: this version's, an older one's, or a foreign one's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The supervisor: restarts with back-off, stops in order, leaves nobody behind."""
+"""The supervisor: restarts with back-off, stops in order, leaves no process behind."""
 
 from __future__ import annotations
 

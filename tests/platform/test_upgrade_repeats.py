@@ -1,4 +1,4 @@
-"""A client repeats after an upgrade what it sent before: it is the same request.
+"""A client repeats a request after an upgrade: it is the same request.
 
 Whether it is, a digest of what is stored tells. Those here were printed by the first version, whose
 futures may still be repeated.

@@ -126,7 +126,7 @@ def test_the_context_length_is_the_one_that_the_worker_enforces(api, settings, t
 
     worker = worker_start(queue=base_model_get(None).queue, figures={"max_context_tokens": 24})
     worker_stop(worker)
-    assert told() == 24  # what transformers made of the folder
+    assert told() == 24  # the limit that transformers found in the folder
     worker = worker_start(queue=base_model_get(None).queue, figures={})
     assert told() == 24  # the next one is still reading it
     worker_stop(worker)

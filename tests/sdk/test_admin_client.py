@@ -44,7 +44,7 @@ def test_what_is_done_to_a_checkpoint_is_logged_for_its_owner(
     url = f"/api/v1/training_runs/{model_id}/checkpoints/weights/a"
     send = {"content_type": "application/json", "headers": sdk.headers}
     api.client.post(f"{url}/publish", **send)
-    api.client.post(f"{url}/publish", **send)  # changes nothing, so it is no event
+    api.client.post(f"{url}/publish", **send)  # changes nothing, so it is not recorded
     api.client.put(f"{url}/ttl", {"ttl_seconds": 4000}, **send)
     other = colleague(api)
     path = f"tinker://{model_id}/weights/a"

@@ -1,4 +1,4 @@
-"""Links to files: they need no key, expire, and send what is on disk, whole or in part."""
+"""Links to files: they need no key, expire, and send the file, whole or in part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A refused request uses up its number whatever it was refused for, or its model would wait."""
+"""A refused request uses its number, for every reason of refusal, or its model would wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our .proto file says on the wire what the SDK's says."""
+"""Our .proto file has the same wire format as the SDK's."""
 
 from __future__ import annotations
 

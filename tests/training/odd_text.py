@@ -21,7 +21,7 @@ class OddText:
         word, _, rest = text.partition(" ")
         if word == "forever":
             while True:
-                with suppress(Exception):  # nothing of its own ends it
+                with suppress(Exception):  # it never ends by itself
                     time.sleep(60)
         if word == "crash" or (word == "crash-once" and not os.path.exists(rest)):
             if rest:

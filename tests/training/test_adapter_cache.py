@@ -1,4 +1,5 @@
-"""Adapters in memory keep to a budget in bytes, and leave in an order that serves who is there."""
+"""Adapters in memory stay within a budget in bytes, and are evicted first if their client has
+left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cancelling a sample while it is sampled: the worker lets go, and everything else goes on."""
+"""Cancelling a running sample: the worker drops it, and everything else continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The longest sequence that is computed as the model means it, by what its configuration says."""
+"""The longest sequence that is computed correctly, by the model's configuration."""
 
 from __future__ import annotations
 

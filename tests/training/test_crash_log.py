@@ -1,4 +1,4 @@
-"""A worker's end is blamed on what it ran only if it speaks against it, or nobody can tell."""
+"""A worker's end is blamed on its futures only if the crash log says so, or is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ faulthandler._sigsegv()
 
 @pytest.fixture
 def worker(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    """A dead one, of which nothing is left but what the test says; no file stays open."""
+    """A dead worker with only the remains that the test gives; no file stays open."""
     settings.DATA_DIR = tmp_path
     opened: list[CrashLog] = []
     begin = CrashLog.__init__

@@ -1,4 +1,4 @@
-"""Base models on several GPUs: each gets one of its own while there are enough."""
+"""Base models on several GPUs: each gets its own while there are enough."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_a_request_comes_back_from_what_its_future_stores(request_: Request) -> 
 
 
 def test_every_field_of_every_kind_is_stored() -> None:
-    """An example above sets each field to what it is not by default, and it comes back so."""
+    """The examples above set each field to a value other than its default, and it is restored."""
     for kind, of_kind in REQUESTS.items():
         examples = [example for example in EXAMPLES if example.kind == kind]
         assert examples, kind

@@ -111,7 +111,7 @@ def test_sampling_params_come_back_as_they_were(params: SamplingParams) -> None:
 
 
 def test_options_that_came_later_do_not_change_what_older_requests_store() -> None:
-    """A repetition after an upgrade is told by its digest; the row before has these six."""
+    """A repeat after an upgrade is recognized by its digest; the earlier row has these six."""
     before = '{"max_tokens": 5, "seed": 1, "stop": ["x"], "temperature": 1.0, "top_k": -1, '
     before += '"top_p": 0.9}'
     params = SamplingParams(max_tokens=5, seed=1, stop=("x",), top_p=0.9)

@@ -1,4 +1,4 @@
-"""``prunefutures`` drops what is old, and nothing that rebuilding a run may need."""
+"""``prunefutures`` deletes old payloads, except those that rebuilding a run may need."""
 
 from __future__ import annotations
 

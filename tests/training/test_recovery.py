@@ -1,4 +1,4 @@
-"""A worker dies; the next one goes on as if nothing had happened, or says by name why not."""
+"""A worker dies; the next one continues as if nothing had happened, or reports why not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Start = Callable[..., InProcessWorker]
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """The process has ended."""
 
 
 def state_of(worker: InProcessWorker, name: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_a_new_worker_rebuilds_a_run_from_its_log(
 def test_what_the_first_version_trained_is_rebuilt_by_its_rules(
     start_worker: Start, forward_backward: Submit, optim_step: Submit
 ) -> None:
-    """Among it what is refused now: special tokens that are written out in a content."""
+    """Including requests that are refused now: special tokens written out in a content."""
 
     class Newer(FakeRenderer):
         def render_conversation(self, messages: Any, **more: Any) -> Datum:

@@ -126,7 +126,7 @@ def test_every_future_runs_once_in_order_and_never_across_a_barrier(
             assert not [f for f in sampling + batch.samples if f.lane_id == barrier.lane_id]
         taken = everything(batch)
         if len(taken) > len(batch.barriers) + 1:
-            # The budget bounds what neighbours share; barriers cost next to nothing.
+            # The budget bounds the requests of one pass; barriers cost almost nothing.
             assert sum(f.cost for f in batch.passes + batch.samples) <= batch_cost
         for item in sorted(taken, key=lambda f: (f.lane_id or "", f.seq_id or 0)):
             ran.setdefault(item.lane_id or "", []).append(item)

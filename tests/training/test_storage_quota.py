@@ -1,4 +1,4 @@
-"""One user's share of the disk and the database, and what is said when it is used up."""
+"""One user's share of the disk and the database, and the errors when it is used up."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def counted_anew() -> Iterator[None]:
 
 @pytest.fixture
 def allow(settings: Settings) -> Callable[[int], None]:
-    """``allow(100)``: so many bytes more than are used now."""
+    """``allow(100)``: this many bytes more than are used now."""
 
     def limit(more_bytes: int) -> None:
         settings.USER_STORAGE_BYTES = storage_use(local().pk).total + more_bytes

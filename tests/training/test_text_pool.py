@@ -1,4 +1,4 @@
-"""Text becomes tokens in processes of its own: a slow one is ended and holds up nobody."""
+"""Text is tokenized in separate processes: a slow one is ended and delays nobody."""
 
 from __future__ import annotations
 

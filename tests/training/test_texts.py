@@ -1,4 +1,4 @@
-"""The worker's loop while text becomes tokens elsewhere: nobody waits for another's."""
+"""The worker's loop while text is tokenized elsewhere: nobody waits for another user's."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_text_that_waits_holds_up_no_claim(work: InProcessWorker, owner: User) -
 def test_much_text_of_one_user_keeps_nobody_else_from_being_claimed(
     work: InProcessWorker, owner: User, monkeypatch: pytest.MonkeyPatch, full: str
 ) -> None:
-    """Neither an owner's limit nor everybody's; and what waits behind the text is not forgotten."""
+    """Within an owner's limit and the common one; futures behind the text are not forgotten."""
     monkeypatch.setattr(texts, full, 10)
     eve = User.objects.create_user("eve")
     slow = sample(eve, "forever " * 1000)

@@ -1,4 +1,5 @@
-"""A base model that the server served yesterday and does not serve today: nobody waits in vain."""
+"""A base model that the server served yesterday and does not serve today: no request waits in
+vain."""
 
 from __future__ import annotations
 

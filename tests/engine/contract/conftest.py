@@ -19,7 +19,7 @@ PROMPT = [5, 77, 130, 9, 200]
 
 
 def step(trainer: Trainer, adapter_name: str) -> None:
-    """Train an adapter on one datum, with a step that changes what it samples."""
+    """Train an adapter on one datum, with a step that changes its samples."""
     datum = Datum(
         model_input=np.array(PROMPT[:-1], np.int32),
         loss_fn_inputs={
