@@ -77,7 +77,7 @@ BAD_BODIES = [
         "data[0].model_input[1]: expected a token id (a whole number from 0 to 2147483647); got 21",
     ),
     (STEPS, datum(model_input=[1, 2, 3]), "data[0].loss_fn_inputs.target_tokens: 2 values for 3"),
-    (STEPS, datum(loss_fn_inputs={}), "data[0].loss_fn_inputs: is empty; send what"),
+    (STEPS, datum(loss_fn_inputs={}), "data[0].loss_fn_inputs: is empty; send the"),
     (STEPS, datum(model_input={"chunks": []}), "data[0].model_input.chunks: is empty; send a chu"),
     (STEPS, inputs(weights=[]), "data[0].loss_fn_inputs.weights: is empty; send a number for"),
     (STEPS, inputs(weights=[1]), "data[0].loss_fn_inputs.weights: 1 values for 2 tokens"),

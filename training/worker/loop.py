@@ -2,7 +2,7 @@
 
 Memory is never ahead of the database for longer than one batch: results, states and run
 rows are committed together, fenced by the worker's epoch, and only then is the next batch
-begun. If that commit cannot be made, or the engine fails in a way it does not explain, the
+begun. If the commit is impossible, or the engine fails with an unexpected error, the
 loop raises and the process must end: the next one rebuilds from snapshot and log.
 """
 
@@ -39,13 +39,13 @@ from training.worker.texts import Texts
 from training.worker.throughput import Throughput
 
 CLAIM_FUTURES = 512  # at most, in one claim
-CLAIM_BATCHES = 2  # claim ahead by so many batches' tokens
+CLAIM_BATCHES = 2  # claim ahead by this many batches' tokens
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
-TEXT_SLICE_SECONDS = 0.02  # waiting for text to become tokens between two looks at the bell
-START_SLICE_SECONDS = 0.02  # waiting for the process of custom losses between two such looks
-COMPANY_SECONDS = 0.02  # a batch waits so long for text that was claimed with it
+TEXT_SLICE_SECONDS = 0.02  # longest wait for tokenizing between two checks for notifications
+START_SLICE_SECONDS = 0.02  # longest wait for the process of custom losses between two such checks
+COMPANY_SECONDS = 0.02  # longest wait of a batch for text that was claimed with it
 
-# Fenced as the outcomes are, for a batch that only begins samples has none.
+# Fenced like the outcomes, because a batch that only begins samples has none.
 _ADVANCE = """
 UPDATE training_run AS r
 SET step = o.step, applied_seq_id = o.applied, tokens = o.tokens,
@@ -75,15 +75,15 @@ class WorkLoop:
         on_turn: Callable[[], None] = lambda: None,
         text_pool: TextPool | None = None,
     ) -> None:
-        """Begin with nothing held.
+        """Start without futures.
 
         Args:
-            stopping: Asked between batches; True makes ``run_until_idle`` return.
-            bell_rang: What was heard of the queue's bell since it was last asked, waiting for it
-                up to so many seconds; 0 is a cheap look.
-            figures: Where the loop writes what it has to say of itself.
-            on_turn: Called whenever the loop has got on; see ``training.worker.watchdog``.
-            text_pool: Where text becomes tokens; None does it in this thread.
+            stopping: Called between batches; True makes ``run_until_idle`` return.
+            bell_rang: The queue's notifications since the last call, waiting for one
+                up to this many seconds; 0 is a cheap check.
+            figures: A dictionary for the loop's own figures.
+            on_turn: Called whenever the loop makes progress; see ``training.worker.watchdog``.
+            text_pool: Processes that tokenize text; None does it in this thread.
         """
         self._sampler = engine.sampler
         self._worker = worker
@@ -113,7 +113,7 @@ class WorkLoop:
         )
         self._prepare_custom_losses = engine.trainer.prepare_custom_losses
         self._custom_losses_start = False
-        """Whether something is held back until what computes clients' own losses has started."""
+        """Whether a future waits until the process for clients' own losses has started."""
         self._idle = IdleTime(
             let_go=self._let_go_of_one,
             release_memory=lambda: _release_memory(engine),
@@ -121,25 +121,25 @@ class WorkLoop:
         self._operations = Operations(engine.trainer, self.adapter_cache, self._texts)
         self._samples = Samples(engine.sampler, engine.renderer, self._texts)
         self._company_until = 0.0
-        """Until when a batch waits for text that was claimed with it."""
+        """The time until which a batch waits for text that was claimed with it."""
         self._figures = figures if figures is not None else {}
         self._figures |= self.adapter_cache.figures()
         self._batch = 0
         self._unclaimed = True
-        """Whether something may run that has no new bell: it was left behind by a claim."""
+        """Whether a claim has left futures that may run, for which there is no new notification."""
         self._passed_over: set[int] = set()
-        """Owners of whom the last claim took nothing, for their text waits to become tokens."""
+        """Owners of whom the last claim took nothing, because too much of their text waits."""
         self._throughput = Throughput()
         self._runs: dict[str, Run] = {}
         self._some_cancelled = False
-        """Whether the bell has said so since the last look."""
+        """Whether a cancellation was notified since the last check."""
 
     def run_until_idle(self) -> None:
-        """Work until nothing may run; what the doorbell task calls.
+        """Work until no future may run; called by the doorbell task.
 
         Raises:
             Fenced: Another worker took over.
-            Exception: Memory is suspect or the commit is impossible; leave the process.
+            Exception: Memory may be corrupt or the commit is impossible; leave the process.
         """
         self._unclaimed = True
         self._throughput.work_begins()
@@ -158,7 +158,7 @@ class WorkLoop:
             if batch:
                 self._run(batch)
             if self._sampler.active:
-                # Samples get as much time as clients' own losses, however slow those are.
+                # Samples get as much time as clients' own losses, even if those are slow.
                 is_custom = any(map(has_custom_loss, batch.passes))
                 took = time.monotonic() - begin if is_custom else 0.0
                 self._sample(max(SAMPLING_SLICE_SECONDS, took))
@@ -171,7 +171,8 @@ class WorkLoop:
         self._idle.worked()
 
     def _is_ready(self, future: Future) -> bool:
-        """Whether a request may run: its text is tokens, and what computes its loss is there."""
+        """Whether a request may run: its text is tokenized, and the process for its loss is
+        ready."""
         if not self._texts.is_ready(future):
             return False
         if not has_custom_loss(future) or self._prepare_custom_losses():
@@ -180,33 +181,33 @@ class WorkLoop:
         return False
 
     def turn(self) -> None:
-        """What is done beside the work, between batches or while there is none."""
+        """Work between batches and while idle."""
         self._on_turn()
         self.adapter_cache.keep_up()
 
     def idle_turn(self) -> None:
-        """What is done while there is no work."""
+        """Work while idle."""
         self.turn()
         self._idle.look()
 
     def _let_go_of_one(self) -> bool:
-        """Have an adapter leave that nobody needs any more; say whether one did."""
+        """Evict an adapter that nobody needs any more; return whether there was one."""
         has_left = self.adapter_cache.let_go()
         self._figures |= self.adapter_cache.figures()
         return has_left
 
     def _listen(self, timeout_seconds: float) -> Bell:
-        """What is heard of the queue's bell, noting for later that something was cancelled."""
+        """The queue's notifications; records cancellations for later."""
         heard = self._bell_rang(timeout_seconds)
         self._some_cancelled |= bool(heard & Bell.CANCELLED)
         return heard
 
     def _may_claim_more(self) -> bool:
-        """Whether something was left that may be claimed by now, without a new bell."""
+        """Whether remaining futures may be claimed now, without a new notification."""
         return self._unclaimed or not self._passed_over <= self._texts.full_owners()
 
     def _claim(self) -> None:
-        """Take what may run, unless enough is held already."""
+        """Claim futures that may run, unless enough are held already."""
         if self._scheduler.held_cost > settings.BATCH_TOKENS:
             self._unclaimed = True
             return
@@ -223,10 +224,10 @@ class WorkLoop:
         self._unclaimed = self._worker.more_waits
 
     def _look_at_texts(self) -> None:
-        """See whose text is tokens by now.
+        """Collect tokenized text.
 
-        Short texts take a moment, and what was claimed together should share a pass: so what was
-        just claimed is waited for a little, unless that would hold up who is being sampled for.
+        Short texts take a moment, and futures that were claimed together should share a pass, so
+        this waits a little for newly claimed ones, unless that would delay running samples.
         """
         self._texts.look()
         while self._texts.are_pending and not self._sampler.active:
@@ -236,7 +237,7 @@ class WorkLoop:
             self._texts.look(wait_seconds=left)
 
     def _may_wait(self) -> bool:
-        """Whether nobody minds if what is held waits for batch-mates."""
+        """Whether the held futures may wait for batch-mates."""
         return self._scheduler.is_delayable and not self._sampler.active
 
     def _run(self, batch: Batch) -> None:
@@ -260,7 +261,7 @@ class WorkLoop:
         self.adapter_cache.pin(self._runs)
 
     def _begin_sample(self, future: Future, effects: Effects) -> None:
-        """Hand a sample's prompts to the sampler, or fail it by name."""
+        """Submit a sample's prompts to the sampler, or fail it by name."""
         request = cast(Sample, self._texts.request(future))
         run = self._runs.get(future.lane_id or "")
         try:
@@ -280,7 +281,7 @@ class WorkLoop:
             effects.outcomes.append(outcomes.failed(future, error))
 
     def _sample(self, seconds: float) -> None:
-        """Give the sampler a slice of time, or less if something finished."""
+        """Give the sampler a slice of time, or less if a sample finishes."""
         finished = self._samples.poll(seconds)
         if finished:
             for sampled in finished:
@@ -291,9 +292,10 @@ class WorkLoop:
             self._commit(Effects(outcomes=done, writes=records))
 
     def _let_go_of_cancelled(self) -> None:
-        """Drop the samples that their owners have cancelled; costs nothing while nobody does.
+        """Drop cancelled samples; costs nothing without cancellations.
 
-        Their rows are final already. What was sampled for them is noted, for it was used.
+        Their rows are final already. The tokens sampled for them are recorded, because they count
+        as used.
         """
         if not self._some_cancelled:
             return
@@ -341,8 +343,8 @@ class WorkLoop:
         }
 
     def give_back(self) -> None:
-        """The end: what has not begun or is being sampled waits for the next worker, and what
-        is not on disk is written, so that it need not be repeated."""
+        """The end: futures that have not begun or are being sampled wait for the next worker, and
+        unsaved state is written to disk, so that it need not be repeated."""
         futures = self._scheduler.held()
         futures += [
             future for future, _ in self._samples.withdraw(self._samples.request_ids).values()
@@ -353,7 +355,7 @@ class WorkLoop:
 
 
 def _release_memory(engine: Engine) -> None:
-    """Give back what neither role uses now; the trainer last, for it also gives back what the
-    sampler has freed."""
+    """Free memory that neither role uses now; the trainer last, because it also frees the memory
+    that the sampler has released."""
     engine.sampler.release_memory()
     engine.trainer.release_memory()

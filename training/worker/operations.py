@@ -1,4 +1,4 @@
-"""Runs batches: each future by its kind, and what became of it noted for the commit."""
+"""Runs batches: each future by its kind, with its outcome recorded for the commit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.worker.texts import Texts
 
 
 class Operations:
-    """What one trainer does for futures. Nothing is committed here."""
+    """Runs futures on one trainer. Nothing is committed here."""
 
     def __init__(self, trainer: Trainer, adapter_cache: AdapterCache, texts: Texts) -> None:
         self._trainer = trainer
@@ -64,12 +64,12 @@ class Operations:
         Raises:
             RunNotCreated: Its creation failed or was cancelled. (failed future)
             RunLost: It cannot be rebuilt. (failed future)
-            OutOfMemory: There is no room to rebuild it now. (failed future)
+            OutOfMemory: There is not enough memory to rebuild it now. (failed future)
         """
         return self._adapter_cache.bring_run(self._run_of(future, runs))
 
     def publish(self, future: Future, runs: dict[str, Run]) -> str:
-        """Have the sampler know the weights of the future's run; return their version.
+        """Publish the weights of the future's run to the sampler; return their version.
 
         Raises:
             TrainingError: As ``bring`` does. (failed future)

@@ -1,6 +1,6 @@
-"""A run's adapter made again by its log: the same requests in the same order.
+"""Rebuilds a run's adapter from its log: the same requests in the same order.
 
-What each request does to the adapter is said once, in its kind's ``apply``.
+The effect of each request on the adapter is defined once, in its kind's ``apply``.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Replay:
         """
         Args:
             render: The tokens that a request had when it was first computed.
-            on_turn: Called whenever the replay has got on.
+            on_turn: Called whenever the replay makes progress.
         """
         self._trainer = trainer
         self._render = render
         self._on_turn = on_turn
 
     def __call__(self, run: Run, log: Sequence[Future]) -> None:
-        """Bring the run's adapter, as its snapshot left it or not in memory yet, to the log's end.
+        """Bring the run's adapter, from its snapshot or not in memory yet, to the log's end.
 
-        Neighbours that shared a batch share it again.
+        Consecutive requests that shared a batch share it again.
 
         Raises:
             RunLost: The adapter is not in memory and the log does not begin with its creation.
@@ -46,7 +46,7 @@ class Replay:
         if run.id not in self._trainer.adapter_names() and (
             not log or log[0].kind != CreateRun.kind
         ):
-            raise RunLost("its snapshots are gone and the beginning of its log was pruned")
+            raise RunLost("its snapshots are missing and the beginning of its log was pruned")
         for (_, _, kind), group in groupby(log, key=lambda f: (f.worker_id, f.batch, f.kind)):
             self._on_turn()
             if REQUESTS[kind].order is Order.PASS:

@@ -1,6 +1,6 @@
 """The sample futures that are inside the sampler: from a request to prompts, and back.
 
-A request may hold several prompts; each is a job of the sampler under a key of its own, and the
+A request may hold several prompts; each is a separate job of the sampler, and the
 future is finished when the last of them is.
 """
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 MAX_ECHOED = 1_000_000
-"""Tokens and likely tokens that an answer may repeat of its prompts; each is some bytes of JSON."""
+"""Most tokens and likely tokens of prompts in one answer; each is some bytes of JSON."""
 
 
 @dataclass
@@ -44,15 +44,15 @@ class _Sampling:
     request: Sample
     model_id: str | None
     prompt: TokenIds
-    """The last one; a request to be kept has no other."""
+    """The last prompt; a request to be recorded has only one."""
     outputs: list[SampleOutput | None] = field(default_factory=list)
     """One per prompt, None until it is finished."""
     prompt_tokens: int = 0
-    """Of all prompts together."""
+    """Tokens of all prompts."""
     told: Told | None = None
-    """How much of the texts was noted for those who follow; None if nobody is to follow."""
+    """The part of the texts that was sent to followers; None if it is not streamed."""
     echoed: list[tuple[TokenIds, str | None]] = field(default_factory=list)
-    """The prompts' tokens, and their texts where they were text, if the result is to have them."""
+    """The prompts' tokens, and their texts if they were text, if the result has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Sampled:
 
 
 class Samples:
-    """What one engine samples for futures."""
+    """The samples of futures in one sampler."""
 
     def __init__(self, sampler: Sampler, renderer: Renderer, texts: Texts) -> None:
         self._sampler = sampler
@@ -89,12 +89,12 @@ class Samples:
         model_id: str | None,
         version: str | None,
     ) -> None:
-        """Hand a request's prompts to the sampler.
+        """Submit a request's prompts to the sampler.
 
         Args:
             request: The future's.
-            model_id: For the answer; None where the request concerns no run.
-            version: Of the weights that the sampler is to use; None for the base model's.
+            model_id: For the answer; None if the request has no run.
+            version: The version of weights to use; None for the base model.
 
         Raises:
             TrainingError: One of the prompts cannot be sampled; none of them is.
@@ -119,7 +119,7 @@ class Samples:
                 try:
                     self._sampler.submit(key, job)
                 except TrainingError as error:
-                    if not str(error).startswith("prompt: "):  # what all prompts have in common
+                    if not str(error).startswith("prompt: "):  # an error of all prompts
                         raise
                     raise of_prompt(error, index, len(tokens)) from error
                 keys.append(key)
@@ -144,7 +144,8 @@ class Samples:
         )
 
     def poll(self, wait_seconds: float) -> list[Sampled]:
-        """The futures that have finished, waiting so long for one; and tell those who follow."""
+        """The finished futures, waiting up to ``wait_seconds`` for one; also sends progress
+        notes."""
         finished: list[Sampled] = []
         deadline = time.monotonic() + wait_seconds
         while self._sampler.active and not finished:
@@ -157,10 +158,10 @@ class Samples:
         return finished
 
     def _take(self, key: str, output: SampleOutput | TrainingError) -> list[Sampled]:
-        """Keep one prompt's output; its future, if that was the last of it."""
+        """Store one prompt's output; return its future, if that was the last prompt."""
         request_id, _, index = key.rpartition(":")
         sampling = self._held.get(request_id)
-        if sampling is None:  # a prompt beside it failed, and with it the future
+        if sampling is None:  # another prompt failed, and with it the future
             return []
         if isinstance(output, TrainingError):
             self._cancel(sampling)
@@ -190,14 +191,14 @@ class Samples:
         """Take requests out of the sampler.
 
         Returns:
-            Those that were in it, by request id: the future, and how many tokens were used on it,
-            which is nothing before its first token.
+            The removed ones, by request id: the future, and the number of tokens used for it,
+            which is 0 before its first token.
         """
         withdrawn: dict[str, tuple[Future, dict[str, int]]] = {}
         for request_id in self._held.keys() & set(request_ids):
             sampling = self._held.pop(request_id)
             tokens = self._cancel(sampling)
-            # A prompt is read before anything of it is sampled.
+            # A prompt is read before its first token is sampled.
             used = {"tokens": tokens, "prompt_tokens": sampling.prompt_tokens} if tokens else {}
             withdrawn[request_id] = (sampling.future, used)
         return withdrawn
@@ -212,7 +213,7 @@ class Samples:
         return num_sampled
 
     def _tell_progress(self) -> None:
-        """Note the new text of samples that are followed."""
+        """Send the new text of streamed samples."""
         notes: list[tuple[str, str]] = []
         for request_id, sampling in self._held.items():
             if sampling.told is None:
@@ -227,15 +228,15 @@ class Samples:
         if notes:
             try:
                 notify_progress(notes)
-            except DatabaseError as error:  # only a hint; the result will say it all
-                logger.warning("progress could not be noted: %s", error)
+            except DatabaseError as error:  # only a hint; the result has the whole text
+                logger.warning("progress could not be sent: %s", error)
 
 
 def _check_echo(num_entries: int) -> None:
     """Refuse an answer that would repeat too much.
 
     Raises:
-        LimitExceeded: It says what to do.
+        LimitExceeded: The message says what to do.
     """
     if num_entries > MAX_ECHOED:
         raise LimitExceeded(
@@ -245,7 +246,7 @@ def _check_echo(num_entries: int) -> None:
 
 
 def _record(sampling: _Sampling) -> None:
-    """Keep what was sampled, for the loss that names it."""
+    """Record the sample for the loss that names it."""
     samples_record(
         request_id=sampling.future.id,
         session_id=sampling.request.record_for or "",

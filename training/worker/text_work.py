@@ -1,6 +1,6 @@
-"""A request's text as tokens: what is done beside the engine's thread, or on it in a replay.
+"""Tokenizes a request's text, beside the engine's thread, or in it for a replay.
 
-The work is plain values in and out, so that another process can do it.
+Input and output are plain values, so that another process can do it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Item = Datum | TokenIds
 
 
 class Text(Protocol):
-    """What makes tokens of text; see ``training.engine.interface.Renderer``."""
+    """The interface for tokenizing text; see ``training.engine.interface.Renderer``."""
 
     def render_conversation(
         self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
@@ -33,7 +33,7 @@ class Text(Protocol):
 
 
 def has_text(request: ForwardBackward | Sample) -> bool:
-    """Whether a request holds text that has to become tokens."""
+    """Whether a request has text to tokenize."""
     if isinstance(request, ForwardBackward):
         return any(isinstance(datum, Conversation) for datum in request.data)
     return any(isinstance(prompt, Conversation | str) for prompt in request.prompts)
@@ -46,13 +46,13 @@ def tokens_of(
     max_context_tokens: int,
     on_item: Callable[[], None] = lambda: None,
 ) -> list[Item]:
-    """Every datum or prompt of a request in tokens; those that were tokens are as they were.
+    """Every datum or prompt of a request in tokens; those that were tokens are unchanged.
 
     Args:
         on_item: Called before each item.
 
     Raises:
-        TrainingError: One of them cannot be; the message names it.
+        TrainingError: One of them cannot be tokenized; the message names it.
     """
     items: list[Item] = []
     if isinstance(request, ForwardBackward):
@@ -85,7 +85,7 @@ def _datum(text: Text, datum: Conversation | Datum, train_on: str, where: str, m
 
 
 def of_prompt(error: TrainingError, index: int, num_prompts: int) -> TrainingError:
-    """The error with the place of its prompt, where the request has several."""
+    """The error with the index of its prompt, if the request has several."""
     if num_prompts == 1:
         return error
     return type(error)(f"prompt[{index}]: {str(error).removeprefix('prompt: ')}")
@@ -107,7 +107,8 @@ def _prompt_tokens(text: Text, prompt: Prompt, most: int) -> TokenIds:
 
 
 def _check_length(rendered: Datum, where: str, most: int) -> None:
-    """Refuse a conversation that is too long in words of its own: it named no ``model_input``."""
+    """Refuse a conversation that is too long, with a message that does not speak of
+    ``model_input``."""
     num_tokens = len(rendered.model_input)
     if num_tokens > most:
         raise InvalidDatum(

@@ -1,4 +1,4 @@
-"""Which claimed requests' text is on its way into tokens, and what became of it."""
+"""The text of claimed requests that is being tokenized, and its results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from training.worker.text_process import Answer, TextTask
 from training.worker.text_work import Item, Text, has_text, tokens_of
 
 TEXT_RULES = 2
-"""By which conversations become tokens; each worker's row names its own among its figures. Those of
-the first version, in ``training.engine.renderer.first_rules``, name none."""
+"""The version of the rendering rules, which each worker's row has among its figures. Rows of
+the first version (``training.engine.renderer.first_rules``) have none."""
 
 OWNER_TEXT_BYTES = 64 * 1024**2
-"""Of one owner's text that is not tokens yet; beyond it nothing of theirs is claimed."""
+"""Limit of one owner's waiting text; beyond it their futures are not claimed."""
 PENDING_TEXT_BYTES = 1024**3
-"""Of everybody's; beyond it only who has none waiting is claimed for."""
+"""Limit of all waiting text; beyond it only futures of owners without waiting text are claimed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class _Begun:
 
 
 class Texts:
-    """Tokens of requests: made beforehand by a pool of processes, or on the spot without one."""
+    """Tokens of requests: made beforehand by a pool of processes, or directly without one."""
 
     def __init__(
         self,
@@ -46,20 +46,20 @@ class Texts:
     ) -> None:
         """
         Args:
-            pool: None has everything done on the spot, in the worker's thread.
-            seconds: What one conversation or prompt may take in a process.
+            pool: With None everything is done directly, in the worker's thread.
+            seconds: Time limit of one conversation or prompt in a process.
         """
         self._renderer = renderer
         self._max_context_tokens = max_context_tokens
         self._pool = pool
         self._seconds = seconds
         self._requests: dict[str, ForwardBackward | Sample] = {}
-        """Of what was claimed and has no text: decoded once, to find that out."""
+        """Claimed requests without text, decoded once to find that out."""
         self._begun: dict[str, _Begun] = {}
         self._answers: dict[str, Answer] = {}
 
     def begin(self, futures: Iterable[Future]) -> bool:
-        """Have the text of what was claimed made into tokens; returns whether there is any."""
+        """Start to tokenize the text of claimed futures; return whether there is any."""
         begun = len(self._begun)
         if self._pool is None:
             return False
@@ -79,18 +79,18 @@ class Texts:
         return len(self._begun) > begun
 
     def is_ready(self, future: Future) -> bool:
-        """Whether a request may run: its text is tokens, or was refused, or it has none."""
+        """Whether a request may run: its text is tokenized or refused, or it has none."""
         return future.id not in self._begun or future.id in self._answers
 
     @property
     def are_pending(self) -> bool:
-        """Whether some text is not tokens yet."""
+        """Whether some text is not tokenized yet."""
         return bool(self._begun.keys() - self._answers.keys())
 
     def full_owners(self) -> set[int]:
-        """Who has so much text waiting that no more of theirs is to be claimed.
+        """Owners with so much waiting text that no more of their futures are to be claimed.
 
-        Somebody who has none waiting is never among them, however much others have.
+        An owner without waiting text is never among them, however much others have.
         """
         pending: Counter[int] = Counter()
         for key in self._begun.keys() - self._answers.keys():
@@ -99,13 +99,13 @@ class Texts:
         return {owner_id for owner_id, size in pending.items() if size > share}
 
     def look(self, *, wait_seconds: float = 0.0) -> None:
-        """See what has become tokens, waiting so long for some of it."""
+        """Collect tokenized text, waiting up to ``wait_seconds`` for some."""
         if self._pool is not None:
             answers = self._pool.answers(wait_seconds=wait_seconds)
             self._answers |= {key: a for key, a in answers.items() if key in self._begun}
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Let go of requests that were cancelled; others may be named too."""
+        """Drop cancelled requests; other ids are ignored."""
         for request_id in request_ids:
             if request_id in self._begun and self._pool is not None:
                 self._pool.forget(request_id)
@@ -114,14 +114,14 @@ class Texts:
             self._requests.pop(request_id, None)
 
     def request(self, future: Future) -> Request:
-        """What a future asks for whose turn has come."""
+        """The request of a future that runs now."""
         return self._requests.pop(future.id, None) or request_of(future)
 
     def take(self, future: Future, request: ForwardBackward | Sample) -> list[Item]:
         """The request's datums or prompts in tokens.
 
         Raises:
-            TrainingError: They cannot be.
+            TrainingError: They cannot be tokenized.
         """
         self._begun.pop(future.id, None)
         answer = self._answers.pop(future.id, None)
@@ -132,12 +132,12 @@ class Texts:
         return answer
 
     def render(self, future: Future, request: ForwardBackward | Sample) -> list[Item]:
-        """The tokens that an answered request had, made here and now for a replay.
+        """The tokens of an answered request, made directly for a replay.
 
-        There is no limit of time: it was accepted before.
+        There is no time limit, because it was accepted before.
 
         Raises:
-            TrainingError: The model's folder is not what it was.
+            TrainingError: The model's folder has changed.
         """
         if _has_first_rules(future):
             return self._render(_FirstRules(self._renderer), request)
@@ -153,7 +153,7 @@ class Texts:
 
 
 class _FirstRules:
-    """A renderer's verbs as the first version's were."""
+    """A renderer with the first version's rules."""
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
@@ -163,7 +163,7 @@ class _FirstRules:
     def render_conversation(
         self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
     ) -> Datum:
-        # That version took nothing but roles and texts.
+        # That version accepted only roles and texts.
         is_plain = all(
             m.keys() == {"role", "content"} and m["content"] is not None for m in messages
         )
@@ -173,5 +173,5 @@ class _FirstRules:
 
 
 def _has_first_rules(future: Future) -> bool:
-    """Whether the worker that computed a future made tokens of its text by the first rules."""
+    """Whether the worker that computed a future tokenized its text by the first rules."""
     return future.worker is None or int(future.worker.figures.get("text_rules", 1)) < TEXT_RULES

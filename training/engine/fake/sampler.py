@@ -1,4 +1,4 @@
-"""The fake sampler: text drawn from a hash, so that it depends on what it should.
+"""The fake sampler: text drawn from a hash of its inputs.
 
 A sequence's tokens depend on its version's weights, the prompt, the seed and the sequence's number,
 and on nothing else. Imports numpy and no torch.
@@ -28,7 +28,7 @@ VOCAB_SIZE = 257
 class _FakeSampling:
     job: SampleJob
     digest: bytes
-    """Of everything that the text depends on: weights, prompt and seed."""
+    """Hash of all inputs of the text: weights, prompt and seed."""
     tokens: list[list[int]]
     stop_reasons: list[str | None]
 
@@ -110,7 +110,7 @@ class FakeSampler(Sampler):
         return sum(map(len, sampling.tokens))
 
     def release_memory(self) -> None:
-        """Nothing is kept here."""
+        """Holds nothing to release."""
 
     @property
     def active(self) -> int:
@@ -198,7 +198,7 @@ def _text(tokens: Sequence[int]) -> str:
 
 
 def _said(tokens: Sequence[int], job: SampleJob) -> str:
-    """The text, without what stopped it."""
+    """The text without its stop string or end token."""
     params = job.sampling_params
     hides_last = bool(tokens) and tokens[-1] in params.stop_token_ids
     text = _text(tokens[:-1] if hides_last else tokens)

@@ -1,8 +1,8 @@
 """The sampler: prompts in, sequences out, many at a time, under versions of weights that do not
 change.
 
-It may compute in this process, beside the trainer and on the same base model, or have a server
-do it. A caller cannot tell: it publishes versions, submits jobs that name them, and polls.
+It may compute in this process, beside the trainer and on the same base model, or use a separate
+server. Callers see no difference: they publish versions, submit jobs that name them, and poll.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class SampleJob:
     prompt: TokenIds
     """(T,)"""
     sampling_params: SamplingParams
-    """``seed`` is set: whoever builds the job has chosen one."""
+    """``seed`` must be set by the caller."""
     num_samples: int = 1
     """S."""
     version: str | None = None
     """A published version of an adapter's weights, or None for the base model."""
     prompt_logprobs: bool = False
     scoring: ScoringParams = field(default_factory=ScoringParams)
-    """The log-probabilities that few ask for."""
+    """Further log-probabilities, which are rarely requested."""
     group: str = ""
-    """Whom it is for: where not all jobs fit at once, groups share what there is."""
+    """The job's user: if not all jobs fit at once, groups share the room."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +51,7 @@ class SampleOutput:
     prompt_logprobs: list[float] | None
     """One per prompt token when asked for; the first is NaN, since nothing precedes it."""
     scores: PromptScores = field(default_factory=PromptScores)
-    """What else was asked of the prompt."""
+    """The other requested scores of the prompt."""
     prompt_end: Sequence[int] = ()
     """The prompt's last tokens, after which ``Renderer.token_texts`` reads the sequences."""
 
@@ -60,47 +60,47 @@ class Sampler(ABC):
     """Continues prompts under published versions of an adapter's weights.
 
     **Versions.** A version is a name and weights that never change. The caller gives a name to one
-    content only, for ever: a server may outlive this process and still hold it. Training goes on
-    beside it without touching it.
+    content only, permanently: a server may outlive this process and still have it. Training
+    continues without affecting it.
 
     **Jobs.** A job is active from ``submit`` until ``poll`` has returned its result or ``cancel``
-    was called. What it samples depends on its prompt, its version and (seed, number of the
-    sequence), not on what is sampled beside it: to the bit on a CPU, up to rounding elsewhere.
+    was called. Its tokens depend on its prompt, its version and (seed, number of the
+    sequence), not on its batch-mates: to the bit on a CPU, up to rounding elsewhere.
 
-    **Threads.** One thread calls all verbs, that of the trainer. No verb but ``publish`` and
-    ``poll`` takes long.
+    **Threads.** The trainer's thread makes all calls. Only ``publish`` and
+    ``poll`` may take long.
 
-    **Failures.** A domain error (``TrainingError``) concerns one version or one job, and all else
-    is as before. Any other exception means that this process's memory is suspect, and its worker
-    ends. A server that is lost is neither: the sampler starts it again or waits for it, publishes
-    to it what is published, and submits again the jobs that it had not finished. If it gives that
-    up, ``poll`` returns an error for each of them.
+    **Failures.** A domain error (``TrainingError``) concerns one version or one job; everything
+    else is unchanged. Any other exception means that this process's memory may be corrupt, and the
+    worker ends. A lost server is neither: the sampler restarts it or waits for it, publishes the
+    versions to it again, and submits its unfinished jobs again. If it gives up, ``poll`` returns an
+    error for each of them.
     """
 
     @abstractmethod
     def report_progress(self, to: Callable[[], None]) -> None:
-        """Have ``to`` called now and then while ``publish`` and ``poll`` compute or wait: the
-        caller's sign of life, which no thread beside it could give."""
+        """Call ``to`` regularly while ``publish`` and ``poll`` compute or wait. It reports
+        the caller's progress, which another thread could not know."""
 
     @abstractmethod
     def publish(self, version: str, weights: CapturedAdapter | Path) -> None:
         """Make weights available to jobs under a name.
 
-        Publishing a version that is published, or retired but still in use, changes no weights, for
-        by its name they are the same; it only is not retired any more. A sampler that works
-        elsewhere may return before the version has arrived, and jobs of it wait for that.
+        Publishing a version that is published, or retired but still in use, loads nothing, because
+        the name stands for the same weights; it only stops being retired. A sampler that runs
+        elsewhere may return before the version has arrived; its jobs then wait for that.
 
         Args:
             version: See above.
-            weights: What ``Trainer.capture_adapter`` returned, of which nothing is copied where the
-                sampler shares the trainer's memory; or the directory of a checkpoint, of which only
-                the weights are read, and memory is taken for nothing else.
+            weights: The result of ``Trainer.capture_adapter``, which is not copied if the
+                sampler shares the trainer's memory; or the directory of a checkpoint, from which
+                only the weights are read into memory.
 
         Raises:
             CheckpointNotFound: No such directory, or a checksum in it does not match.
             InvalidRequest: It was made for a base model of another shape.
-            OutOfMemory: There is no room for it.
-                After each of them the version is not published. A sampler that finds it out after
+            OutOfMemory: There is not enough memory for it.
+                After each of these the version is not published. A sampler that fails only after
                 it has returned answers the jobs of the version with that error.
         """
 
@@ -108,7 +108,7 @@ class Sampler(ABC):
     def retire(self, version: str) -> None:
         """Free a version as soon as no active job uses it; an unknown version does nothing.
 
-        Jobs that were submitted before finish under its weights. New ones are refused.
+        Jobs that were submitted before finish with its weights. New ones are refused.
         """
 
     @property
@@ -119,18 +119,18 @@ class Sampler(ABC):
 
     @abstractmethod
     def submit(self, key: str, job: SampleJob) -> None:
-        """Begin a job, or queue it where not all fit at once.
+        """Start a job, or queue it if not all fit at once.
 
         Args:
-            key: The caller's name for it, not that of an active job.
+            key: The caller's name for it, different from those of active jobs.
             job: See ``SampleJob``.
 
         Raises:
             InvalidRequest: The prompt is empty or out of vocabulary, a parameter has no meaning, or
                 the version is not published.
             ContextLengthExceeded: The prompt leaves no room in the context.
-            LimitExceeded: It asks for more than could ever run at one time.
-                After each of them there is no such job.
+            LimitExceeded: It needs more than can ever run at one time.
+                After each of these the job does not exist.
         """
 
     @abstractmethod
@@ -138,7 +138,7 @@ class Sampler(ABC):
         """The jobs that have finished since the last call, by key; each is returned once.
 
         Returns as soon as there is one, at once if no job is active, and otherwise when the time is
-        up: with nothing, or with what has finished just then.
+        up: with nothing, or with the jobs that finished just then.
 
         A sampler that shares the trainer's base model samples only in here: at least one step (a
         token of each sequence, or a piece of a prompt), and further ones while there is time, so
@@ -148,9 +148,9 @@ class Sampler(ABC):
     @abstractmethod
     def progress(self, key: str) -> list[str]:
         """The text of each of an active job's S sequences, as far as it will not change any more
-        and as far as it is known here.
+        and is known here.
 
-        Held back are bytes that are no character yet and whatever may still turn out to be the
+        Incomplete characters are held back, and so is text that may still become the
         beginning of a stop string: each text is a beginning of the finished one.
         """
 
@@ -159,16 +159,16 @@ class Sampler(ABC):
         """Forget a job: ``poll`` will not return it, and its sequences leave the batch.
 
         Returns:
-            How many tokens had been sampled for it, as far as it is known here; 0 for a key that is
+            The number of tokens sampled for it, as far as known here; 0 for a key that is
             not active.
         """
 
     @abstractmethod
     def release_memory(self) -> None:
-        """Give back what no version and no active job uses. For a worker that is idle: what comes
-        next may be slower once."""
+        """Free memory that no version and no active job uses. For an idle worker: the next job
+        may be slower once."""
 
     @property
     @abstractmethod
     def active(self) -> int:
-        """How many jobs are active."""
+        """The number of active jobs."""

@@ -2,11 +2,11 @@
 
 A step is one pass over the base model, of one of two kinds. A prefill pass reads the next chunk
 of some new prompts; a decode pass reads the newest token of every active sequence and samples
-the next one. With both kinds of work at hand they take turns, so that a long prompt holds up
-nobody and a busy sampler still lets new jobs in.
+the next one. If there is work of both kinds they alternate, so that a long prompt delays
+nobody and a busy sampler still starts new jobs.
 
-A job's tokens depend on its prompt, its weights and (seed, sequence number), and on nothing that
-shares its steps (``model_step``): random numbers belong to a sequence.
+A job's tokens depend on its prompt, its weights and (seed, sequence number), and not on its
+batch-mates (``model_step``): each sequence has its own random numbers.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ContinuousSampler(Sampler):
         Args:
             cache_tokens: Prompt and sampled tokens, of all sequences, that the cache holds.
             max_sequences: Sequences decoded at one time.
-            max_tokens_limit: What a job that names no ``max_tokens`` may sample at most.
+            max_tokens_limit: Most tokens of a job without ``max_tokens``.
             prefill_chunk_tokens: Most prompt tokens in one step.
             clock: Seconds, for ``poll``.
         """
@@ -69,7 +69,7 @@ class ContinuousSampler(Sampler):
         self._prefill = Prefill(self._model_step, chunk_tokens=prefill_chunk_tokens)
         self._versions: Versions[AdapterTensors] = Versions()
         self._active: dict[str, ActiveRequest] = {}
-        """Each is in one of the following."""
+        """Each request is in one of the following."""
         self._admission = Admission(
             base_model.info,
             self._cache,
@@ -150,7 +150,7 @@ class ContinuousSampler(Sampler):
         return len(self._active)
 
     def _end(self, request: ActiveRequest) -> None:
-        """Give back all that a request holds, wherever it is."""
+        """Free all resources of a request, in every state."""
         del self._active[request.key]
         self._versions.end_job(request.job.version)
         if request.region is None:
@@ -172,7 +172,7 @@ class ContinuousSampler(Sampler):
         return self._sample(*decode(self._model_step, self._decoding)) if self._decoding else {}
 
     def _reread_long(self) -> None:
-        """Have sequences read again whose rotary factors are others from the newest token on."""
+        """Read sequences again whose rotary factors change with the newest token."""
         switch = self._base_model.rotary_switch
         if switch is None:
             return
@@ -182,7 +182,7 @@ class ContinuousSampler(Sampler):
             self._prefilling.append(request)
 
     def _read_prompts(self) -> Results:
-        """Read the next chunk of some prompts; where it was the last, sample the first tokens."""
+        """Read the next chunk of some prompts; after the last one, sample the first tokens."""
         read = self._prefill.run(self._prefilling)
         for request in [r for r in self._prefilling if r.is_past_switch and not r.rereads]:
             self._prefilling.remove(request)

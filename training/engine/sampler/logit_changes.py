@@ -1,6 +1,6 @@
-"""What a request changes about the logits from which its tokens are drawn: biases and penalties.
+"""A request's changes to the logits from which its tokens are drawn: biases and penalties.
 
-They decide which token is drawn, and nothing else: the log-probabilities in an answer stay those
+They only affect which token is drawn: the log-probabilities in an answer stay those
 of the model, as a learner computes them.
 """
 
@@ -18,7 +18,7 @@ from training.types import SamplingParams, TokenIds
 
 
 def changes_logits(params: SamplingParams) -> bool:
-    """Whether ``changed_logits`` would give anything but the logits."""
+    """Whether ``changed_logits`` would change the logits."""
     return bool(
         params.logit_bias
         or params.presence_penalty
@@ -30,12 +30,12 @@ def changes_logits(params: SamplingParams) -> bool:
 def changed_logits(
     logits: Tensor, params: SamplingParams, prompt: TokenIds, sampled: Sequence[int]
 ) -> Tensor:
-    """A copy of one row of logits (V,), biased and penalized in the order in which vLLM does it.
+    """A copy of one row of logits (V,), biased and penalized in vLLM's order.
 
     1. ``logit_bias``: logit + bias.
-    2. ``repetition_penalty`` r, of tokens in the prompt or sampled: logit / r above 0, else
+    2. ``repetition_penalty`` r, for tokens in the prompt or sampled: logit / r above 0, else
        logit * r.
-    3. ``frequency_penalty`` f and ``presence_penalty`` p, of tokens sampled c times:
+    3. ``frequency_penalty`` f and ``presence_penalty`` p, for tokens sampled c times:
        logit - f * c - p.
     """
     logits, device = logits.clone(), logits.device
@@ -53,10 +53,10 @@ def changed_logits(
 
 
 def check_logit_changes(params: SamplingParams, vocab_size: int) -> None:
-    """Refuse numbers under which logits would not stay finite, and tokens that there are not.
+    """Refuse numbers that would make logits infinite, and tokens that do not exist.
 
     Raises:
-        InvalidRequest: Naming the parameter.
+        InvalidRequest: The message names the parameter.
     """
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(params, name)

@@ -1,7 +1,7 @@
 """Reading prompts into the cache, a chunk at a time.
 
-And reading again what sequences have sampled, where they became so long that the rotary factors of
-all their tokens are others (``rotary``).
+It also reads the sampled tokens of a sequence again when its length makes the rotary factors of
+all its tokens change (``rotary``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOGITS_ROWS = 64
 
 
 class Prefill:
-    """Passes that read prompts; where a prompt is cut into chunks depends on the prompt only."""
+    """Passes that read prompts; the cuts into chunks depend on the prompt only."""
 
     def __init__(self, step: ModelStep, *, chunk_tokens: int) -> None:
         """``chunk_tokens``: most prompt tokens in one pass."""
@@ -69,7 +69,8 @@ class Prefill:
         return last_hidden
 
     def first_logits(self, last_hidden: Mapping[ActiveRequest, Tensor]) -> Tensor:
-        """(n, V) of what follows n prompts, whose last rows (H,) are given; padding rows behind.
+        """(n, V) for the token after each of n prompts, whose last rows (H,) are given; then
+        padding rows.
 
         Their sequences may be decoded from then on: each finds the prompt in its own rows.
         """
@@ -86,7 +87,7 @@ class Prefill:
         return logits
 
     def _next_chunk(self, request: ActiveRequest, *, first_row: int) -> PrefillChunk:
-        """Cut at multiples of the chunk size, whatever shares the pass."""
+        """Cut at multiples of the chunk size, independently of batch-mates."""
         assert request.region is not None  # noqa: S101 - reserved before prefilling
         start = request.num_read
         end = min(start + self._chunk_tokens, len(request.unread_tokens))
@@ -99,8 +100,8 @@ class Prefill:
         )
 
     def _score(self, request: ActiveRequest, chunk: PrefillChunk, hidden: Tensor) -> None:
-        """Tell the request's scorer what its chunk's rows of ``hidden`` (T, H) say of the prompt;
-        the row of position i speaks of the token at i + 1."""
+        """Score the request's prompt with its chunk's rows of ``hidden`` (T, H);
+        the row of position i predicts the token at i + 1."""
         end = min(chunk.end, len(request.job.prompt) - 1)
         for start in range(max(chunk.start, request.scorer.first_position - 1), end, LOGITS_ROWS):
             first = chunk.first_row + start - chunk.start

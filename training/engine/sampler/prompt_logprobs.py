@@ -1,8 +1,8 @@
-"""What a pass over a prompt says of it: log-probabilities of its tokens and of other tokens.
+"""Scores of a prompt: log-probabilities of its tokens and of other tokens.
 
-Filled from one stretch of logits after another, so that no more of them exist than a stretch.
+It is filled from one block of logits after another, so only one block exists at a time.
 Everything is of the model's own distribution; only alternative tokens are drawn at the job's
-temperature. Position 0 follows nothing and is never scored.
+temperature. Position 0 has no prediction and is never scored.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class PromptScorer:
             values, tokens = logprobs[skipped:].topk(self._k)
             self._top.token_ids[tail, : self._k] = tokens.cpu().numpy()
             self._top.logprobs[tail, : self._k] = _numpy(values)
-        before = slice(position - 1, position - 1 + num_rows)  # row i speaks of position i + 1
+        before = slice(position - 1, position - 1 + num_rows)  # row i predicts position i + 1
         if self._targets is not None and self._target_logprobs is not None:
             targets = self._targets[before]
             chosen = torch.from_numpy(np.maximum(targets, 0)).to(logits.device)
@@ -94,7 +94,7 @@ class PromptScorer:
             self._alternative_logprobs[before] = _numpy(logprobs.gather(1, drawn))
 
     def scores(self) -> PromptScores:
-        """All that was asked for."""
+        """All requested scores."""
         return PromptScores(
             logprobs=self._logprobs,
             top=self._top,
@@ -108,7 +108,7 @@ class PromptScorer:
 
 
 def top_logprobs(rows: Sequence[tuple[list[int], list[float]]], k: int) -> TopLogprobs | None:
-    """The likeliest tokens of each sampled position, padded where the vocabulary has fewer."""
+    """The likeliest tokens of each sampled position, padded if the vocabulary has fewer."""
     top = _no_data(len(rows), k)
     if top is not None:
         for i, (tokens, logprobs) in enumerate(rows):

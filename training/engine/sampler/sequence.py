@@ -1,6 +1,6 @@
-"""One sampling job from submission to answer: what it asks, how far it is, when it ends.
+"""One sampling job from submission to answer: its parameters, progress and end.
 
-Knows nothing of passes, batches or the cache; ``continuous_batching`` moves it on.
+It does not depend on passes, batches or the cache; ``continuous_batching`` advances it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ActiveSequence:
     """One sample of a job."""
 
     number: int
-    """Which of the job's samples this is, from 0."""
+    """Its number among the job's samples, from 0."""
     uniforms: UniformNumbers
     stop_watch: StopWatch | None
     """None if the job has no stop strings."""
@@ -40,14 +40,14 @@ class ActiveSequence:
     logprobs: list[float] = field(default_factory=list)
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
     stop_reason: str | None = None
-    """None while the sequence goes on."""
+    """None while the sequence continues."""
     hides_last: bool = False
-    """Whether its last token is no part of its text: one of ``stop_token_ids``."""
+    """Whether its last token, one of ``stop_token_ids``, is not part of its text."""
     text_so_far: TextSoFar | None = None
-    """Made when somebody asks how far a sequence without stop strings is."""
+    """Made when the progress of a sequence without stop strings is requested."""
 
     def progress(self, text: ChatRenderer, prompt_end: Sequence[int]) -> str:
-        """Its text as far as it is certain."""
+        """The certain part of its text."""
         if self.stop_watch is not None:
             return self.stop_watch.certain_text
         if self.text_so_far is None:
@@ -56,7 +56,7 @@ class ActiveSequence:
 
     @property
     def spoken(self) -> list[int]:
-        """The tokens that its text is of."""
+        """The tokens of its text."""
         return self.tokens[:-1] if self.hides_last else self.tokens
 
 
@@ -72,28 +72,28 @@ class ActiveRequest:
     sequences: list[ActiveSequence]
     scorer: PromptScorer
     prompt_end: list[int]
-    """The prompt's last tokens, after which the text of what is sampled is read."""
+    """The prompt's last tokens, before the sampled ones when they are decoded."""
     weights: AdapterTensors | None = None
-    """Those of the job's version; None for the base model's own."""
+    """The weights of the job's version; None for the base model."""
     region: Region | None = None
     """Its rows in the cache, once it has started."""
     num_read: int = 0
-    """Tokens that are in the cache, of those that are being read."""
+    """The number of ``unread_tokens`` that are in the cache."""
     is_prefilled: bool = False
-    """Whether the prompt was read to its end."""
+    """Whether the whole prompt was read."""
     rereads: list[ActiveSequence] = field(default_factory=list)
-    """Whose tokens must be read once more before they go on, the next one first."""
+    """Sequences whose tokens must be read again before they continue, the next one first."""
     is_past_switch: bool = False
     """Whether its sequences have been, or are being, read again."""
 
     @property
     def rows_each(self) -> int:
-        """Tokens that a sequence keeps in the cache: its last one is never read."""
+        """Cache rows of a sequence: its last token is never read."""
         return len(self.job.prompt) + max(self.max_tokens, 1) - 1
 
     @property
     def unread_tokens(self) -> TokenIds:
-        """(n,) what is being read: the prompt, or a sequence without its newest token."""
+        """(n,) the tokens to read: the prompt, or a sequence without its newest token."""
         if not self.rereads:
             return self.job.prompt
         sampled = np.array(self.rereads[0].tokens[:-1], self.job.prompt.dtype)
@@ -101,11 +101,11 @@ class ActiveRequest:
 
     @property
     def read_as_length(self) -> int:
-        """Tokens of the sequence in whose name they are read."""
+        """The length of the sequence to which they belong."""
         return len(self.unread_tokens) + bool(self.rereads)
 
     def note_read(self, num_tokens: int) -> None:
-        """So many of ``unread_tokens`` are in the cache now."""
+        """Record that this many of ``unread_tokens`` are in the cache."""
         self.num_read = num_tokens
         if num_tokens < len(self.unread_tokens):
             return
@@ -115,15 +115,15 @@ class ActiveRequest:
         self.num_read = 0
 
     def passes(self, switch: int) -> bool:
-        """Whether its sequences became longer than ``switch`` with their newest tokens, and what
-        came before must be read again."""
+        """Whether its sequences became longer than ``switch`` with their newest tokens, so that
+        earlier tokens must be read again."""
         if self.is_past_switch or len(self.job.prompt) > switch:
             return False
         newest = next(self.unfinished(), None)
         return newest is not None and len(self.job.prompt) + len(newest.tokens) > switch
 
     def read_again(self) -> None:
-        """Begin to do so."""
+        """Begin to read the sequences again."""
         self.rereads = list(self.unfinished())
         self.is_past_switch = True
 
@@ -144,7 +144,7 @@ class ActiveRequest:
             sequence.stop_reason = "length"
 
     def output(self, text: ChatRenderer) -> SampleOutput | TrainingError:
-        """What the client is told once all sequences have ended."""
+        """The result, once all sequences have ended."""
         if not self.scorer.is_finite:
             return NonFiniteResult()
         scores = self.scorer.scores()
@@ -181,7 +181,7 @@ def new_request(
     text: ChatRenderer,
     info: BaseModelInfo,
 ) -> ActiveRequest:
-    """A job that has sampled nothing yet, and has no weights yet.
+    """A job without sampled tokens and without weights.
 
     Raises:
         InvalidRequest: A sampling parameter has no meaning; the message names it.
@@ -196,14 +196,14 @@ def new_request(
     if stop_strings and stop_ids:
         raise InvalidRequest("stop: either strings or token ids, not both")
     if "" in stop_strings:
-        raise InvalidRequest("stop: an empty string is said before anything is")
+        raise InvalidRequest("stop: an empty string would stop at once")
     for name, ids in (("stop", stop_ids), ("stop_token_ids", params.stop_token_ids)):
         for token in ids:
             if not 0 <= token < info.vocab_size:
                 raise InvalidRequest(
                     f"{name}: token {token} is not in the vocabulary of {info.vocab_size}"
                 )
-    # Who stops at a text of their own does not mean that the end of the turn is none.
+    # A client's stop strings do not replace the end of the turn.
     natural_end = (params.stop is None or bool(stop_strings)) and not params.ignore_eos
     end_token_ids = set(text.end_token_ids) if natural_end else set[int]()
     prompt_end = job.prompt[-BEFORE_TOKENS:].tolist()
@@ -233,10 +233,10 @@ def new_request(
 
 
 def check_prompt(job: SampleJob, info: BaseModelInfo) -> None:
-    """Refuse a prompt that cannot be continued, or, where no token is asked for, not read.
+    """Refuse a prompt that cannot be continued or, if no token is requested, not read.
 
     Raises:
-        InvalidRequest: It is empty, or holds a token out of vocabulary.
+        InvalidRequest: It is empty, or has a token out of vocabulary.
         ContextLengthExceeded: It leaves no room in the context.
     """
     prompt = job.prompt

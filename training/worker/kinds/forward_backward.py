@@ -1,6 +1,6 @@
-"""forward and forward_backward: losses of some data, with their gradients or without.
+"""forward and forward_backward: losses of some data, with or without their gradients.
 
-Requests of many runs share a pass over the base model, so these kinds are carried out together.
+Requests of many runs share a pass over the base model, so these kinds run together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from training.worker.text_work import Item
 
 @dataclass(frozen=True, kw_only=True)
 class PassAnswer:
-    """What the trainer said of one future."""
+    """The trainer's result for one future."""
 
     future: Future
     loss_fn: str
@@ -55,7 +55,7 @@ def apply(
     """Run requests of these adapters together; one bad future fails alone.
 
     Args:
-        is_replay: They were answered before, and are computed again to rebuild a run.
+        is_replay: The requests were answered before, and are computed again to rebuild a run.
 
     Returns:
         One answer per request, in order.
@@ -102,7 +102,7 @@ def run(
     take_tokens: TakeTokens,
     effects: Effects,
 ) -> None:
-    """Carry out requests of runs whose adapters are in memory, and note what became of each."""
+    """Run requests of runs whose adapters are in memory, and record their outcomes."""
     begin = time.monotonic()
     asked = [(run.id, future, request) for run, future, request in requests]
     answers = apply(trainer, asked, take_tokens)
@@ -120,12 +120,12 @@ def run(
 
 
 def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:
-    """The uploaded loss that a request names; that it may, was checked when it was submitted.
+    """The uploaded loss that a request names; permission was checked at the submission.
 
-    Its session is part of its id: a replay asks for it from a run of no session.
+    Its id contains its session, because a replay's run may have no session.
 
     Raises:
-        InvalidRequest: It is gone.
+        InvalidRequest: It was deleted.
     """
     if loss_id is None:
         return None
@@ -134,12 +134,12 @@ def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:
 
 
 def _ready(run: Run, backend: str, answer: PassAnswer, output: ForwardBackwardOutput) -> Outcome:
-    """``loss`` is a mean per trained token, in nats; ``loss:sum`` is what the gradient is of.
+    """``loss`` is a mean per trained token, in nats; the gradient is that of ``loss:sum``.
 
     A trained token is one whose weight (cross_entropy) or advantage (the others) is not zero.
-    The mean of cross_entropy is weighted: sum(-w * lp) / sum(w), or per trained token where
-    the weights do not sum to something positive. An input that the loss does not read is told by
-    the metric ``not_read/<name>:sum``, the number of datums that brought it.
+    The mean of cross_entropy is weighted: sum(-w * lp) / sum(w), or per trained token if
+    the sum of the weights is not positive. An input that the loss does not read is reported by
+    the metric ``not_read/<name>:sum``, the number of datums that had it.
     """
     data, loss_fn = answer.data, answer.loss_fn
     num_tokens = sum(len(datum.model_input) for datum in data)
@@ -159,10 +159,10 @@ def _ready(run: Run, backend: str, answer: PassAnswer, output: ForwardBackwardOu
         not_read = inputs_not_read(spec, data).items()
         metrics |= {f"not_read/{name}:sum": count for name, count in not_read}
     if loss_fn == STABLE_REINFORCE:
-        # Two names: of a call's metrics the SDK shows only those whose reduction it knows.
+        # Two names, because the SDK only shows metrics whose reduction it knows.
         metrics |= {"stable_reinforce:ours": 1, "stable_reinforce/ours:min": 1}
     if loss_fn == "cross_entropy":
-        metrics["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) is no float
+        metrics["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) overflows
     result = {
         "loss": loss,
         "num_samples": len(data),
@@ -176,7 +176,7 @@ def _ready(run: Run, backend: str, answer: PassAnswer, output: ForwardBackwardOu
 
 
 def _factor(datum: Datum, spec: LossSpec | None) -> NDArray[Any]:
-    """What each target counts, 1 where the datum does not say; of a custom loss each token."""
+    """Each target's factor, 1 if the datum has none; with a custom loss 1 for each token."""
     name = spec.factor if spec else ADVANTAGES
     inputs = datum.loss_fn_inputs
     if name in inputs:
