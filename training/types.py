@@ -69,7 +69,7 @@ class Provenance:
 
     model_input: tuple[ProvenanceSpan, ...]
     loss_fn_inputs: tuple[ProvenanceSpan, ...]
-    """Of ``target_tokens``."""
+    """The spans of ``target_tokens``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

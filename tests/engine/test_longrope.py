@@ -47,7 +47,7 @@ def trainer(base_model: BaseModel) -> TinyTrainer:
 
 
 def make_data(*lengths: int) -> list[Datum]:
-    """Datums that all begin alike."""
+    """Datums with a shared prefix."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, VOCAB_SIZE, max(lengths) + 1)
     return [
@@ -70,7 +70,7 @@ def test_the_context_goes_beyond_the_switch(base_model: BaseModel) -> None:
 def test_datums_beside_each_other_are_what_stock_peft_makes_of_each(
     folder: Path, trainer: TinyTrainer
 ) -> None:
-    """Those within the switch share their beginning, and so do those beyond it."""
+    """Datums within the switch share their prefix, and so do those beyond it."""
     data = make_data(20, SWITCH, SWITCH + 1, 48, 30, 64)
     stock = PeftReference(folder, trainer, "a")
     result = trainer.train_one("a", data)

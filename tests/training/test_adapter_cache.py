@@ -64,7 +64,7 @@ def checkpoints(
 
 
 def most_bytes(work: InProcessWorker) -> Callable[[], int]:
-    """Says the most bytes that versions took whenever the sampler was polled."""
+    """Returns the most bytes that versions took at any poll of the sampler."""
     seen = [0]
     poll = work.engine.sampler.poll
 
@@ -132,7 +132,7 @@ def test_an_idle_worker_lets_go_of_what_only_clients_used_who_have_left(
     assert work.engine.sampler.versions == {}
     assert cache.figures()["adapter_bytes"] == ADAPTER_BYTES
 
-    # What left is where it was when it comes back.
+    # An evicted run has the same state when it is loaded again.
     again = forward_backward("left", "hi", seq_id=next_seq_id("left"))
     work()
     result(again)

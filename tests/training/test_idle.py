@@ -1,4 +1,4 @@
-"""When a worker that has nothing to do gives memory back."""
+"""When an idle worker returns memory to the system."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_datums_arrays_come_back_bit_by_bit() -> None:
 
 
 def test_token_ids_that_an_older_version_stored_are_read_and_named_alike() -> None:
-    """Versions before stored a prompt's token ids as a list of whole numbers."""
+    """Earlier versions stored a prompt's token ids as a list of integers."""
     tokens = [5, 0, 2**31 - 1]
     request = Sample(
         prompts=[np.array(tokens, np.int32), "hi"],
@@ -181,5 +181,5 @@ def test_a_replay_asks_the_trainer_for_what_the_first_time_asked(
     rebuilt.loop.adapter_cache.bring_run(run)
     for name, values in rebuilt.engine.trainer.adapter_state(run.id).items():
         np.testing.assert_array_equal(values, state[name])
-    # The step that failed is not tried again: its gradient is dropped.
+    # The failed step is not repeated: its gradient is dropped.
     assert again == [verb for n, verb in enumerate(first) if n != 4]

@@ -1,6 +1,6 @@
 """``up`` in its own process, for programs that start servers: the crash drill, tests, benchmarks.
 
-It loads neither settings nor Django: what it starts may be another checkout, with its own.
+It loads neither settings nor Django, because the started server may be another checkout.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ READY_SECONDS = 300.0
 
 STOP_SECONDS = 300.0
 LOOK_SECONDS = 0.05
-"""Between two looks whether it answers."""
+"""Seconds between two checks whether it answers."""
 
 ANSWER_SECONDS = 5.0
 LOG_CHARACTERS = 8000
-"""Of the log's end, in an error."""
+"""Characters of the log's end in an error."""
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +48,7 @@ class Process:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A free port."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         return int(listener.getsockname()[1])
@@ -71,10 +71,10 @@ class UpProcess:
     options: ClassVar[tuple[str, ...]] = ()
     """The options of ``up`` beside its port."""
     own_group: ClassVar[bool] = False
-    """Whether Ctrl+C goes to the process that started it alone, which then stops it."""
+    """Whether Ctrl+C goes only to the process that started it, which then stops it."""
 
     def full_environment(self) -> dict[str, str]:
-        """Of ``up``, and of any other command on this data folder."""
+        """The environment of ``up`` and of other commands on this data folder."""
         raise NotImplementedError
 
     def start(self) -> None:
@@ -174,5 +174,5 @@ class UpProcess:
         return done.stdout.strip()
 
     def command_line(self, *arguments: str) -> list[str]:
-        """How one of our commands is started."""
+        """The command line of one of our commands."""
         return [sys.executable, "-m", "tinkerapi", *arguments]

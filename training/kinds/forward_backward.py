@@ -26,7 +26,7 @@ class ForwardBackward(Request):
     train_on: str = "auto"
     """The roles in a conversation whose turns are trained; see ``Renderer.render_conversation``."""
     loss_id: str | None = None
-    """The uploaded loss that ``loss_fn="custom"`` means."""
+    """The uploaded loss of ``loss_fn="custom"``."""
 
     def to_payload(self) -> Payload:
         payload: Payload = {

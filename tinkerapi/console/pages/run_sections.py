@@ -17,7 +17,7 @@ from training.overview import checkpoints_newest, snapshots_newest
 from training.progress import MAX_REQUESTS, Progress
 
 NEWEST_ROWS = 10
-"""Of each table on a run's page."""
+"""Rows in each table on a run's page."""
 
 
 def progress_charts(progress: Progress) -> list[dict[str, Any]]:
