@@ -5,7 +5,7 @@ import sys
 
 
 def main():
-    if sys.version_info < (3, 11):  # noqa: UP036 (an older Python is told so)
+    if sys.version_info < (3, 11):  # noqa: UP036 (for an older Python)
         sys.exit("Python 3.11 or later is needed; this is " + sys.version.split()[0])
     from tinkerapi.server.bootstrap import ensure_installed
 
