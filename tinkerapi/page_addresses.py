@@ -1,6 +1,6 @@
 """Distinguishes pages for a browser from the API's addresses."""
 
-PREFIXES = ("/admin", "/docs", "/api/docs")
+PREFIXES = ("/admin", "/docs", "/api/docs", "/favicon.ico")
 
 
 def is_page(path: str) -> bool:

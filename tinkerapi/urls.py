@@ -16,14 +16,15 @@ from django.views.generic import RedirectView
 from tinkerapi.console import manual
 
 
-def redirect_to(name: str) -> Callable[..., HttpResponseBase]:
-    """A view that sends a browser to the page of this name."""
-    return csrf_exempt(RedirectView.as_view(pattern_name=name, http_method_names=["get", "head"]))
+def redirect_to(name: str | None = None, url: str | None = None) -> Callable[..., HttpResponseBase]:
+    """A view that sends a browser to the page of this name, or to this address."""
+    methods = ["get", "head"]
+    return csrf_exempt(RedirectView.as_view(pattern_name=name, url=url, http_method_names=methods))
 
 
 # The manual's views change nothing, so a POST gets 405 instead of a CSRF error.
 urlpatterns = [
-    path("favicon.ico", csrf_exempt(RedirectView.as_view(url=static("tinkerapi/favicon.svg")))),
+    path("favicon.ico", redirect_to(url=static("tinkerapi/favicon.svg"))),
     path("admin", redirect_to("admin:index")),
     path("admin/", admin.site.urls),
     path("", include("tinkerapi.api.urls")),

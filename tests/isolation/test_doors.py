@@ -22,7 +22,16 @@ from tinkerapi.services import api_key_create
 METHODS = ("POST", "PUT", "DELETE")
 SDK = {"x-stainless-package-version": "0.38.0"}
 OPEN = {"healthz", "readyz", "", "api/schema", "api/v1/healthz"}
-PAGES = {"admin", "docs", "docs/", "docs/<slug:name>", "docs/<slug:name>/", "api/docs", "api/docs/"}
+PAGES = {
+    "favicon.ico",
+    "admin",
+    "docs",
+    "docs/",
+    "docs/<slug:name>",
+    "docs/<slug:name>/",
+    "api/docs",
+    "api/docs/",
+}
 BODY_NOT_DECODED = {
     "api/v1/client/config",
     "api/v1/client/dynamic_config",
