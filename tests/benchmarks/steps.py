@@ -28,11 +28,22 @@ from tests.benchmarks.report import Report, at_least, at_most, results_option
 from tests.benchmarks.served_model import bare_engine, served, use_database_of
 from tests.server import Server
 from training.engine.interface import ForwardBackwardJob, Trainer
-from training.types import AdamParams, Conversation, Datum, LoraConfig, Message
+from training.types import AdamParams, Datum, LoraConfig
 
 TOKENS = list(range(8, 17))  # eight positions: next to nothing to compute
 RANK = 8
 RUNS = 4
+
+
+def small_datum() -> Datum:
+    """A datum of tokens: nothing has to be rendered."""
+    return Datum(
+        model_input=np.array(TOKENS[:-1], np.int32),
+        loss_fn_inputs={
+            "target_tokens": np.array(TOKENS[1:], np.int64),
+            "weights": np.ones(len(TOKENS) - 1, np.float32),
+        },
+    )
 
 
 class Bare:
@@ -41,14 +52,9 @@ class Bare:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         trainer.create_adapter("bare", LoraConfig(rank=RANK))
-        datum = Datum(
-            model_input=np.array(TOKENS[:-1], np.int32),
-            loss_fn_inputs={
-                "target_tokens": np.array(TOKENS[1:], np.int64),
-                "weights": np.ones(len(TOKENS) - 1, np.float32),
-            },
+        self._job = ForwardBackwardJob(
+            adapter_name="bare", data=[small_datum()], loss_fn="cross_entropy"
         )
-        self._job = ForwardBackwardJob(adapter_name="bare", data=[datum], loss_fn="cross_entropy")
 
     def step(self) -> None:
         self._trainer.forward_backward([self._job])
@@ -127,7 +133,7 @@ def control_plane(report: Report, steps: int, repetitions: int) -> None:
                 services.forward_backward_submit(
                     owner_id=owner.pk,
                     model_id=name,
-                    data=[Conversation((Message("user", "hi"),))],
+                    data=[small_datum()],
                     loss_fn="cross_entropy",
                     loss_fn_config={},
                 )
