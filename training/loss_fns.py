@@ -24,6 +24,7 @@ STABLE_REINFORCE = "stable_reinforce"
 TARGET_TOKENS = "target_tokens"
 WEIGHTS = "weights"
 ADVANTAGES = "advantages"
+THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
 MASK = "mask"
 """An array that client libraries keep beside a loss's inputs; no loss reads it."""
 
@@ -66,10 +67,20 @@ class LossSpec:
     """Whether a datum must name the recorded samples of its tokens. ``logprobs`` are
     then the recorded ones, inserted when the request is accepted (``training.provenance``)."""
 
+    def __post_init__(self) -> None:
+        for name in self.optional_inputs:
+            if name != WEIGHTS and name not in self.config:
+                raise ValueError(f"{name}: an optional input must be a setting too, or weights")
+
     @property
     def float_inputs(self) -> tuple[str, ...]:
         """Every input but ``target_tokens``, the optional ones last."""
         return (*(n for n in self.inputs if n != TARGET_TOKENS), *self.optional_inputs)
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether it clips between two thresholds, given as settings or per token."""
+        return all(name in self.config for name in THRESHOLDS)
 
     def takes(self, name: str) -> bool:
         """Whether the loss reads an input of this name."""
@@ -77,11 +88,10 @@ class LossSpec:
 
 
 _POLICY_INPUTS = (TARGET_TOKENS, "logprobs", ADVANTAGES)
-_THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
 
 
 def _thresholds(low: float | None, high: float | None) -> Mapping[str, Setting]:
-    return dict(zip(_THRESHOLDS, (Setting(default=low), Setting(default=high)), strict=True))
+    return dict(zip(THRESHOLDS, (Setting(default=low), Setting(default=high)), strict=True))
 
 
 LOSS_FNS: Mapping[str, LossSpec] = {
@@ -96,13 +106,13 @@ LOSS_FNS: Mapping[str, LossSpec] = {
     "importance_sampling": LossSpec(inputs=_POLICY_INPUTS, factor=ADVANTAGES),
     "ppo": LossSpec(
         inputs=_POLICY_INPUTS,
-        optional_inputs=_THRESHOLDS,
+        optional_inputs=THRESHOLDS,
         factor=ADVANTAGES,
         config=_thresholds(0.8, 1.2),
     ),
     "cispo": LossSpec(
         inputs=_POLICY_INPUTS,
-        optional_inputs=_THRESHOLDS,
+        optional_inputs=THRESHOLDS,
         factor=ADVANTAGES,
         config=_thresholds(0.0, 4.0),
     ),
@@ -111,7 +121,7 @@ LOSS_FNS: Mapping[str, LossSpec] = {
     ),
     "gspo": LossSpec(
         inputs=(*_POLICY_INPUTS, "sequence_ratio_mask"),
-        optional_inputs=_THRESHOLDS,
+        optional_inputs=THRESHOLDS,
         factor=ADVANTAGES,
         # Useful thresholds of a sequence's ratio are much closer to 1 than a token's, and none
         # are documented, so they are required.

@@ -33,6 +33,21 @@ def with_value(array, index, value):
     return array
 
 
+def test_a_setting_per_token_that_is_no_threshold_is_accepted(make_datum, tiny_info, monkeypatch):
+    per_token = replace(LOSS_FNS["dro"], optional_inputs=("beta",))
+    monkeypatch.setattr("training.loss_fns.LOSS_FNS", {**LOSS_FNS, "dro": per_token})
+    datum = changed(make_datum(3, loss_fn="dro"), beta=np.full(3, 0.5, np.float32))
+
+    config = check_job(job_of(datum, loss_fn="dro", loss_fn_config={"beta": 1.0}), tiny_info)
+
+    assert config == {"beta": 1.0}
+
+
+def test_an_optional_input_without_a_meaning_is_no_loss():
+    with pytest.raises(ValueError, match="scale: an optional input must be a setting too"):
+        replace(LOSS_FNS["dro"], optional_inputs=("scale",))
+
+
 def test_a_good_job_gets_its_losss_defaults(make_datum, tiny_info):
     job = job_of(
         make_datum(3, loss_fn="ppo"), loss_fn="ppo", loss_fn_config={"clip_high_threshold": 2}

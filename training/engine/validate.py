@@ -18,7 +18,13 @@ from training.custom_loss_limits import MAX_OPERATIONS
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob
 from training.errors import InvalidDatum, InvalidRequest, LimitExceeded
 from training.loss_checks import check_inputs, complete_config
-from training.loss_fns import CUSTOM, LOSS_FNS, TARGET_TOKENS, find_loss_fn
+from training.loss_fns import (
+    CUSTOM,
+    LOSS_FNS,
+    TARGET_TOKENS,
+    THRESHOLDS,
+    find_loss_fn,
+)
 from training.types import MAX_FLOAT32, AdamParams, Datum, LoraConfig, wrong_length
 
 
@@ -69,7 +75,7 @@ def _check_datum(
     for name in spec.float_inputs:
         if name in inputs:  # an optional one may be absent
             _check_values(f"{where}.{name}", inputs[name], targets.shape)
-    if any(name in inputs for name in spec.optional_inputs if name in config):
+    if spec.has_thresholds and any(name in inputs for name in THRESHOLDS):
         _check_thresholds(where, inputs, config)
 
 
@@ -118,10 +124,7 @@ def _check_thresholds(
     where: str, inputs: Mapping[str, NDArray[Any]], config: Mapping[str, float]
 ) -> None:
     """Check thresholds per token, if given, against each other or the settings."""
-    low, high = (
-        np.asarray(inputs.get(name, config[name]))
-        for name in ("clip_low_threshold", "clip_high_threshold")
-    )
+    low, high = (np.asarray(inputs.get(name, config[name])) for name in THRESHOLDS)
     is_wrong = low > high
     if is_wrong.any():
         raise InvalidDatum(

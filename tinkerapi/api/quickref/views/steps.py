@@ -29,7 +29,7 @@ PASS_ANSWER: Schema = {
         "loss": {
             "type": "number",
             "nullable": True,
-            "description": "Weighted mean negative log-likelihood per trained token, in nats.",
+            "description": "Mean per trained token; of cross_entropy the weighted one, in nats.",
         },
         "num_samples": {"type": "integer"},
         "num_tokens": {"type": "integer"},
