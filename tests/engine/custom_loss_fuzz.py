@@ -1,6 +1,6 @@
 """Random graphs of every operation that custom losses may use, with hostile sizes and arguments.
 
-The long form of ``tests/training/test_custom_loss_fuzz.py``, in the process that a worker uses:
+The long form of ``tests/engine/test_custom_loss_fuzz.py``, in the process that a worker uses:
 
     python -m tests.engine.custom_loss_fuzz [GRAPHS] [SEED]
 """

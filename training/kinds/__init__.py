@@ -1,7 +1,7 @@
 """The kinds of requests: stored form and order of each.
 
 The execution of a kind is in the module of its name in ``training.worker.kinds``. A
-new kind is a module here, one there, and a line in each of the two tables.
+new kind is a member of ``Kind``, a module here, one there, and a line in each of the two tables.
 """
 
 from __future__ import annotations

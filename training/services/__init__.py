@@ -1,8 +1,8 @@
 """Writes: they turn clients' requests into futures, together with the rows that these need.
 
-None of these functions waits, and none touches the engine: ``training.worker.operations``
-executes futures. Each opens its own transaction. If it writes several
-rows, a client without an answer may repeat its request, and finds the rows of the first one.
+None of these functions waits, and none touches the engine: ``training.worker`` executes futures.
+Each opens its own transaction. If it writes several rows, a client without an answer may repeat its
+request, and finds the rows of the first one.
 """
 
 from training.services.checkpoints import load_weights_submit, save_weights_submit

@@ -1,7 +1,7 @@
 """Attention while sampling: some keys are in this pass, the others in the cache.
 
-There are two strategies behind ``packed.Attention``. A prefill pass reads a chunk of each of some
-prompts; a decode pass reads one new token of many sequences. Batch-mates do not affect the
+There are two strategies behind ``packing.stream.Attention``. A prefill pass reads a chunk of each
+of some prompts; a decode pass reads one new token of many sequences. Batch-mates do not affect the
 arithmetic of a sequence: every kernel call sees whole sequences, of one job or, if they are short,
 of many (``gathered_attention``), and gives each the same numbers alone and with others.
 """

@@ -65,6 +65,8 @@ class Variant:
     def shares(self, scores: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         """The weight of each key: the softmax over the last dimension, with caps and sinks.
 
+        Its derivative is written by hand, in ``blocks``.
+
         Args:
             scores: (..., K) float32, scaled; overwritten.
             mask: Added after the cap: minus infinity where a key is not seen.
