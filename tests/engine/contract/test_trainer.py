@@ -305,6 +305,14 @@ def test_save_then_load_then_step_is_step(
     same_state(trainer.adapter_state("again"), trainer.adapter_state("a"))
 
 
+def test_loading_returns_the_step_of_the_adapter(trainer: Trainer, tmp_path: Path) -> None:
+    stepped = [trainer.optim_step("a", MODERATE).step for _ in range(3)]
+    trainer.save_adapter("a", tmp_path / "c")
+
+    assert trainer.load_adapter("again", tmp_path / "c") == stepped[-1] >= 3
+    assert trainer.adapter_state("again")["step"] == stepped[-1]
+
+
 def test_loading_over_an_adapter_replaces_it(
     trainer: Trainer, same_state: Same, tmp_path: Path
 ) -> None:
@@ -321,7 +329,7 @@ def test_weights_alone_begin_a_new_optimizer(
     trainer: Trainer, tmp_path: Path, saved_with_optimizer: bool
 ) -> None:
     trainer.save_adapter("a", tmp_path / "c", with_optimizer=saved_with_optimizer)
-    trainer.load_adapter("again", tmp_path / "c", with_optimizer=False)
+    assert trainer.load_adapter("again", tmp_path / "c", with_optimizer=False) == 0
     loaded, original = trainer.adapter_state("again"), trainer.adapter_state("a")
     np.testing.assert_array_equal(loaded["weights"], original["weights"])
     assert loaded["step"] == 0

@@ -193,12 +193,12 @@ class FakeTrainer(Trainer):
 
     def load_adapter(
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
-    ) -> None:
+    ) -> int:
         self._before_verb("load_adapter", (adapter_name,))
         arrays, step, config = read_checkpoint(directory, with_optimizer=with_optimizer)
-        self._adapters[adapter_name] = _FakeAdapter(
-            config, step=step if with_optimizer else 0, **arrays
-        )
+        adapter = _FakeAdapter(config, step=step if with_optimizer else 0, **arrays)
+        self._adapters[adapter_name] = adapter
+        return adapter.step
 
     def save_peft(self, adapter_name: str, directory: Path) -> int:
         self._before_verb("save_peft", (adapter_name,))

@@ -150,11 +150,14 @@ class Trainer(ABC):
     @abstractmethod
     def load_adapter(
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
-    ) -> None:
+    ) -> int:
         """Load the directory into ``adapter_name``, which need not be resident before.
 
         Args:
             with_optimizer: False loads only the weights: moments, gradient and step are zero.
+
+        Returns:
+            The optimizer steps that the adapter has taken.
 
         Raises:
             CheckpointNotFound: No such directory, or a checksum in it does not match.

@@ -200,7 +200,7 @@ class TorchTrainer(Trainer):
 
     def load_adapter(
         self, adapter_name: str, directory: Path, *, with_optimizer: bool = True
-    ) -> None:
+    ) -> int:
         with out_of_memory_by_name():
             adapter = checkpoint_io.load_adapter(
                 directory,
@@ -210,6 +210,7 @@ class TorchTrainer(Trainer):
             )
         self._adapters.pop(adapter_name, None)
         self._adapters[adapter_name] = adapter
+        return adapter.step
 
     def save_peft(self, adapter_name: str, directory: Path) -> int:
         return checkpoint_io.save_peft(

@@ -11,19 +11,19 @@ from training.worker.kinds.barrier import LoggedBarrier, Turn
 from training.worker.kinds.load_weights import load_checkpoint, note_loaded
 
 
-class CreateRunKind(LoggedBarrier[CreateRun, None]):
+class CreateRunKind(LoggedBarrier[CreateRun, int]):
     """The first request of every run's log."""
 
-    def apply(self, trainer: Trainer, run: Run, request: CreateRun) -> None:
-        if request.source is None:
-            trainer.create_adapter(run.id, request.lora_config)
-        else:
-            load_checkpoint(trainer, run, request.source)
+    def apply(self, trainer: Trainer, run: Run, request: CreateRun) -> int:
+        if request.source is not None:
+            return load_checkpoint(trainer, run, request.source)
+        trainer.create_adapter(run.id, request.lora_config)
+        return 0
 
     def prepare(self, turn: Turn) -> None:
         turn.adapter_cache.make_room(turn.run)
 
-    def outcome(self, turn: Turn, request: CreateRun, applied: None) -> Outcome:
+    def outcome(self, turn: Turn, request: CreateRun, applied: int) -> Outcome:
         run = turn.run
         turn.adapter_cache.created(run)
         turn.effects.writes.append((turn.future, lambda: _leave_creating(run)))
@@ -34,7 +34,7 @@ class CreateRunKind(LoggedBarrier[CreateRun, None]):
             "alpha": run.alpha,
         }
         if request.source is not None:
-            note_loaded(turn)
+            note_loaded(turn, step=applied)
             result["path"] = request.source.path
         return outcomes.ready(turn.future, result, rank=run.rank)
 

@@ -13,20 +13,21 @@ from training.worker import outcomes
 from training.worker.kinds.barrier import LoggedBarrier, Turn
 
 
-class LoadWeightsKind(LoggedBarrier[LoadWeights, None]):
+class LoadWeightsKind(LoggedBarrier[LoadWeights, int]):
     """Changes everything of an adapter except its shape."""
 
-    def apply(self, trainer: Trainer, run: Run, request: LoadWeights) -> None:
-        load_checkpoint(trainer, run, request)
+    def apply(self, trainer: Trainer, run: Run, request: LoadWeights) -> int:
+        return load_checkpoint(trainer, run, request)
 
-    def outcome(self, turn: Turn, request: LoadWeights, applied: None) -> Outcome:
-        note_loaded(turn)
+    def outcome(self, turn: Turn, request: LoadWeights, applied: int) -> Outcome:
+        note_loaded(turn, step=applied)
         result = {"path": request.path, "model_id": turn.run.name}
         return outcomes.ready(turn.future, result, path=request.path)
 
 
-def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> None:
-    """Load the checkpoint into the run's adapter, which need not be in memory before.
+def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> int:
+    """Load the checkpoint into the run's adapter, which need not be in memory before; return its
+    step.
 
     Raises:
         CheckpointNotFound: The checkpoint was deleted or damaged since. (failed future)
@@ -36,13 +37,13 @@ def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> None:
     checkpoint = Checkpoint.objects.filter(pk=request.checkpoint).first()
     if checkpoint is None:
         raise CheckpointNotFound(f"{request.path} was deleted or overwritten before its turn came")
-    trainer.load_adapter(
+    return trainer.load_adapter(
         run.id, settings.DATA_DIR / checkpoint.directory, with_optimizer=request.optimizer
     )
 
 
-def note_loaded(turn: Turn) -> None:
+def note_loaded(turn: Turn, *, step: int) -> None:
     """Ensure that the checkpoint need not be read again: it may be deleted later, and then the log
     could not be replayed past it."""
-    turn.run.step = int(turn.trainer.adapter_state(turn.run.id)["step"])
+    turn.run.step = step
     turn.effects.seconds[turn.run.id] = float("inf")
