@@ -15,7 +15,6 @@ Data passes a function that is given it: the numbers of the datum are found in o
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import sys
@@ -126,41 +125,15 @@ class Trace:
         }
 
 
-def post(application: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
+def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """One request of a program on this machine; its 200 answer."""
-    content, said = json.dumps(body).encode(), []
-    headers = {"host": "localhost", "content-type": "application/json"}
-    headers["content-length"] = str(len(content))
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-    }
+    from tests.api.test_asgi import call
 
-    async def send(message: dict[str, Any]) -> None:
-        said.append(message)
-
-    async def ask() -> None:
-        pieces = iter([{"type": "http.request", "body": content, "more_body": False}])
-
-        async def receive() -> Any:
-            return next(pieces, None) or await asyncio.Event().wait()  # the client stays
-
-        await application(scope, receive, send)
-
-    asyncio.get_event_loop().run_until_complete(ask())
-    answer = b"".join(message.get("body", b"") for message in said)
-    if said[0]["status"] != 200:
-        raise RuntimeError(f"{path}: {said[0]['status']}: {answer.decode()}")
+    content = json.dumps(body).encode()
+    length = {"content-length": str(len(content))}
+    status, _, answer = call(path, headers=length, body=[content, b""])
+    if status != 200:
+        raise RuntimeError(f"{path}: {status}: {answer.decode()}")
     return dict(json.loads(answer))
 
 
@@ -197,11 +170,7 @@ def stages(data_dir: Path, trace: Trace) -> dict[str, dict[str, bool]]:
     folder = make_tiny_model(data_dir / "tiny")
     os.environ["TINKERAPI_BASE_MODEL"] = str(folder)
     django.setup()
-    from tinkerapi.handlers import build_application
-
     call_command("migrate", verbosity=0)
-    application = build_application()
-    asyncio.set_event_loop(asyncio.new_event_loop())
     datum = {
         "model_input": TOKENS,
         "loss_fn_inputs": {"target_tokens": TOKENS, "weights": [1.0] * 7},
@@ -210,11 +179,11 @@ def stages(data_dir: Path, trace: Trace) -> dict[str, dict[str, bool]]:
     answer: dict[str, Any] = {}
 
     def submit() -> None:
-        answer.update(post(application, "/api/v1/forward_backward_async", body))
+        answer.update(post("/api/v1/forward_backward_async", body))
 
     def retrieve() -> None:
         wanted = {"request_id": answer["request_id"]}
-        post(application, "/api/v1/retrieve_future", wanted)
+        post("/api/v1/retrieve_future", wanted)
 
     with work_loop(folder) as work:
         parts = {"submit": submit, "work": work, "retrieve": retrieve}
