@@ -16,10 +16,10 @@ from training.engine.torch.attention.cached import (
     PrefillAttention,
     PrefillChunk,
 )
-from training.engine.torch.attention.gathered import SHORT_TOKENS
+from training.engine.torch.attention.gathered import SHORT_CACHE_TOKENS
 from training.engine.torch.attention.variants import PLAIN, Variant
 
-LENGTHS = [3, 32, 33, 1, 60, SHORT_TOKENS, SHORT_TOKENS + 1, 31, 2, 100, 64]
+LENGTHS = [3, 32, 33, 1, 60, SHORT_CACHE_TOKENS, SHORT_CACHE_TOKENS + 1, 31, 2, 100, 64]
 SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}
 """Query heads, key heads, head size."""
 
@@ -114,7 +114,7 @@ def test_windows_chunks_caps_and_sinks_are_the_formula_too(variant: str) -> None
 
 
 @pytest.mark.parametrize("variant", [PLAIN, *VARIANTS.values()], ids=["plain", *VARIANTS])
-@pytest.mark.parametrize("length", [20, SHORT_TOKENS + 9], ids=["short", "long"])
+@pytest.mark.parametrize("length", [20, SHORT_CACHE_TOKENS + 9], ids=["short", "long"])
 def test_samples_of_one_job_are_each_what_they_are_in_a_job_of_their_own(
     variant: Variant, length: int
 ) -> None:

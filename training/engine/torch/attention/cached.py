@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from training.engine.sampler.kv_cache import KvCache, Region
 from training.engine.torch.attention.gathered import (
-    SHORT_TOKENS,
+    SHORT_CACHE_TOKENS,
     GatheredAttention,
     Newest,
     gather_by_length,
@@ -222,7 +222,7 @@ class DecodeAttention(Attention):
         if reach.covers(self._longest):
             reach = EVERYTHING
         if reach not in self._plans:
-            short_tokens = SHORT_TOKENS if self._cache.device.type == "cpu" else 0
+            short_tokens = SHORT_CACHE_TOKENS if self._cache.device.type == "cpu" else 0
             self._plans[reach] = _DecodePlan.of(self._runs, reach, short_tokens)
         return self._plans[reach]
 

@@ -21,7 +21,7 @@ from training.engine.sampler.kv_cache import KvCache
 from training.engine.torch.attention.variants import Variant
 from training.engine.torch.packing.stream import round_up
 
-SHORT_TOKENS = 256
+SHORT_CACHE_TOKENS = 256
 """Longer sequences take longer to copy than a separate call takes."""
 
 BUCKET_TOKENS = 32
