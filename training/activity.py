@@ -19,8 +19,6 @@ RECENT = timedelta(seconds=30)
 SILENCE = timedelta(minutes=1)
 """The SDK's clients send a heartbeat every ten seconds."""
 
-CLIENT_GONE = "client gone"
-
 
 def with_activity(runs: QuerySet[Any]) -> QuerySet[Any]:
     """The runs with ``is_training`` and ``is_sampling``: whether they have such open requests.
@@ -53,5 +51,5 @@ def activity(run: Any) -> str:
         return "sampling"
     now = timezone.now()
     if run.session is not None and now - run.session.heartbeat_at > SILENCE:
-        return CLIENT_GONE
+        return "client gone"
     return "training" if run.step and now - run.newest_request_at < RECENT else "idle"

@@ -40,8 +40,8 @@ from training.overview import run_find_one
 from training.progress import run_progress, with_progress
 from training.services import run_describe, run_remove_submit
 
-NEWEST_ROWS = 10
-"""Rows in each table on a run's page."""
+WORDS = ("title", "tags", "notes")
+"""The fields of a run that people write."""
 
 
 class DescribeForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information
@@ -60,7 +60,7 @@ class DescribeForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type 
         me = self.request.user
         owner_id = None if me.is_superuser else me.pk
         run = run_find_one(unquote(str(self.object_id)), owner_id=owner_id)
-        for name in ("title", "tags", "notes"):
+        for name in WORDS:
             self.fields[name].initial = getattr(run, name, "")
 
 
@@ -226,7 +226,7 @@ class RunAdmin(ConsoleAdmin):
     )
     def describe(self, request: HttpRequest, form: DescribeForm, object_id: str) -> HttpResponse:
         run = self.row(request, object_id)
-        words = {name: form.cleaned_data[name] for name in ("title", "tags", "notes")}
+        words = {name: form.cleaned_data[name] for name in WORDS}
         actor_id = request.user.pk
         self.attempt(
             request, run, "described", lambda: run_describe(run, actor_id=actor_id, **words)

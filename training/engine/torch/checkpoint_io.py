@@ -110,7 +110,7 @@ def load_adapter(
 
     Raises:
         CheckpointNotFound: No such directory, it is damaged, or it has only weights and the
-            the optimizer was requested.
+            optimizer was requested.
         InvalidRequest: It was made for a base model of another shape.
     """
     meta, weights = _read_weights(directory, shapes, device, with_optimizer=with_optimizer)

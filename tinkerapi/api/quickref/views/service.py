@@ -28,12 +28,17 @@ ENDPOINTS_SCHEMA: Schema = {
 }
 
 
-class IndexView(ApiView):
-    """Describe this server and list its endpoints by group."""
+class OpenView(ApiView):
+    """A view of the server that answers without a key."""
 
     group = GROUP
     authentication_classes = ()
     permission_classes = ()
+
+
+class IndexView(OpenView):
+    """Describe this server and list its endpoints by group."""
+
     answer: ClassVar[Schema] = {
         "type": "object",
         "properties": {
@@ -60,12 +65,9 @@ class IndexView(ApiView):
         )
 
 
-class HealthView(ApiView):
+class HealthView(OpenView):
     """Report that the web process answers; checks nothing else."""
 
-    group = GROUP
-    authentication_classes = ()
-    permission_classes = ()
     answer: ClassVar[Schema] = {
         "type": "object",
         "properties": {"status": {"type": "string", "enum": ["ok"]}},
@@ -77,12 +79,9 @@ class HealthView(ApiView):
         return JSONResponse({"status": "ok"})
 
 
-class ReadyView(ApiView):
+class ReadyView(OpenView):
     """Report whether requests can run: the database and a live worker for each base model."""
 
-    group = GROUP
-    authentication_classes = ()
-    permission_classes = ()
     answer: ClassVar[Schema] = {
         "type": "object",
         "properties": {
