@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +28,6 @@ _ALIGNMENT = 16  # bytes; an array's data begins at a multiple of it
 _WORTH_A_STREAM = 64 * 1024  # bytes; less is copied together and compressed in one call
 _KINDS = "biuf"  # numpy's letters for booleans, integers and floats
 
-Pieces = Sequence[bytes | memoryview]
-"""A packed value: packed bytes alternating with the memory of arrays."""
-
 
 @dataclass(frozen=True, slots=True)
 class EncodedPayload:
@@ -50,7 +46,7 @@ def encode(value: Any) -> bytes:
         PayloadTooLarge: It has more than ``MAX_BYTES`` before compression.
         TypeError: It contains a value of another type.
     """
-    return _compress(_pack(value))
+    return _Packed(value).compressed()
 
 
 def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
@@ -75,7 +71,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
 
 def digest(kind: str, value: Any) -> bytes:
     """SHA-256 of a kind and a value; equal values have equal digests, whatever their key order."""
-    return _digest(kind, _pack(value))
+    return _Packed(value).digest(kind)
 
 
 def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayload:
@@ -85,75 +81,70 @@ def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayloa
         named: The value to digest, if an earlier version stored the same request in another
             form; None, or the same object, means ``value``.
     """
-    pieces = _pack(value)
-    is_named_so = named is None or named is value
-    return EncodedPayload(_compress(pieces), _digest(kind, pieces if is_named_so else _pack(named)))
+    packed = _Packed(value)
+    to_digest = packed if named is None or named is value else _Packed(named)
+    return EncodedPayload(packed.compressed(), to_digest.digest(kind))
 
 
-def _digest(kind: str, pieces: Pieces) -> bytes:
-    digest = hashlib.sha256(kind.encode() + b"\0")
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
+class _Packed:
+    """A value in msgpack, with sorted mappings and with arrays as msgpack extensions."""
 
+    def __init__(self, value: Any) -> None:
+        self._pieces: list[bytes | memoryview] = []
+        """Packed bytes alternating with the memory of arrays."""
+        self._packer = msgpack.Packer(autoreset=False, strict_types=True)
+        self._add(value)
+        self._pieces.append(self._packer.bytes())
+        self._size = sum(map(len, self._pieces))
+        if self._size > MAX_BYTES:
+            raise PayloadTooLarge
 
-def _compress(pieces: Pieces) -> bytes:
-    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
-    size = sum(map(len, pieces))
-    if size < _WORTH_A_STREAM:
-        return compressor.compress(b"".join(pieces))
-    stream = compressor.compressobj(size=size)
-    return b"".join([*map(stream.compress, pieces), stream.flush()])
+    def digest(self, kind: str) -> bytes:
+        digest = hashlib.sha256(kind.encode() + b"\0")
+        for piece in self._pieces:
+            digest.update(piece)
+        return digest.digest()
 
+    def compressed(self) -> bytes:
+        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+        if self._size < _WORTH_A_STREAM:
+            return compressor.compress(b"".join(self._pieces))
+        stream = compressor.compressobj(size=self._size)
+        return b"".join([*map(stream.compress, self._pieces), stream.flush()])
 
-def _pack(value: Any) -> Pieces:
-    """The value in msgpack, in pieces that follow each other."""
-    pieces: list[bytes | memoryview] = []
-    packer = msgpack.Packer(autoreset=False, strict_types=True)
-    _pack_into(value, packer, pieces)
-    pieces.append(packer.bytes())
-    if sum(map(len, pieces)) > MAX_BYTES:
-        raise PayloadTooLarge
-    return pieces
+    def _add(self, value: Any) -> None:
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                raise TypeError("the keys of a payload's mappings must be strings")
+            self._packer.pack_map_header(len(value))
+            for key in sorted(value):
+                self._packer.pack(key)
+                self._add(value[key])
+        elif isinstance(value, list | tuple):
+            # Long lists of plain numbers are common, and walking them is expensive.
+            if all(type(item) in (int, float, str) for item in value):
+                self._packer.pack(list(value))
+                return
+            self._packer.pack_array_header(len(value))
+            for item in value:
+                self._add(item)
+        elif isinstance(value, np.ndarray):
+            self._add_array(value)
+        else:
+            self._packer.pack(value.item() if isinstance(value, np.generic) else value)
 
-
-def _pack_into(value: Any, packer: Any, pieces: list[bytes | memoryview]) -> None:
-    """Append ``value`` to the packer, with sorted mappings and with arrays as msgpack extensions.
-    An array becomes a separate piece in place, and the bytes packed before it another.
-    """
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise TypeError("the keys of a payload's mappings must be strings")
-        packer.pack_map_header(len(value))
-        for key in sorted(value):
-            packer.pack(key)
-            _pack_into(value[key], packer, pieces)
-    elif isinstance(value, list | tuple):
-        # Long lists of plain numbers are common, and walking them is expensive.
-        if all(type(item) in (int, float, str) for item in value):
-            packer.pack(list(value))
-            return
-        packer.pack_array_header(len(value))
-        for item in value:
-            _pack_into(item, packer, pieces)
-    elif isinstance(value, np.ndarray):
-        header, numbers = _pack_array(value)
-        pieces += [packer.bytes(), header, numbers]
-        packer.reset()
-    else:
-        packer.pack(value.item() if isinstance(value, np.generic) else value)
-
-
-def _pack_array(array: np.ndarray[Any, Any]) -> tuple[bytes, memoryview]:
-    """The beginning of an extension with dtype and shape, padded, and the bytes in C order."""
-    if array.dtype.kind not in _KINDS:
-        raise TypeError(f"arrays of {array.dtype} cannot be stored")
-    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    header: bytes = msgpack.packb([little.dtype.str, list(array.shape)])
-    begin = -(-(1 + len(header)) // _ALIGNMENT) * _ALIGNMENT
-    prefix = (bytes([len(header)]) + header).ljust(begin, b"\0")
-    numbers = little.reshape(-1).view(np.uint8).data
-    return _extension_header(begin + len(numbers)) + prefix, numbers
+    def _add_array(self, array: np.ndarray[Any, Any]) -> None:
+        """An extension: dtype and shape, padded, and the bytes in C order, uncopied if possible."""
+        if array.dtype.kind not in _KINDS:
+            raise TypeError(f"arrays of {array.dtype} cannot be stored")
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        header: bytes = msgpack.packb([little.dtype.str, list(array.shape)])
+        begin = -(-(1 + len(header)) // _ALIGNMENT) * _ALIGNMENT
+        prefix = (bytes([len(header)]) + header).ljust(begin, b"\0")
+        numbers = little.reshape(-1).view(np.uint8).data
+        extension = _extension_header(begin + len(numbers)) + prefix
+        self._pieces += [self._packer.bytes(), extension, numbers]
+        self._packer.reset()
 
 
 def _extension_header(length: int) -> bytes:

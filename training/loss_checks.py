@@ -11,7 +11,7 @@ have only one meaning. Any other input is refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -109,16 +109,6 @@ def _check_idle_factor(
             f"{where}.{name}{place}: {given[index]:g}, and {loss_fn} does not read it; only 1 is "
             f"taken where {spec.factor} are not 0, so multiply {spec.factor} by it instead"
         )
-
-
-def inputs_not_read(spec: LossSpec, data: Iterable[Datum]) -> dict[str, int]:
-    """For each input that the loss does not read, the number of datums that have it."""
-    counts: dict[str, int] = {}
-    for datum in data:
-        for name in sorted(datum.loss_fn_inputs):
-            if not spec.takes(name):
-                counts[name] = counts.get(name, 0) + 1
-    return counts
 
 
 def check_loss(

@@ -36,16 +36,6 @@ _FIRST_SAMPLING_PARAMS = frozenset({"max_tokens", "seed", "stop", "temperature",
 """Parameters that every stored sample has."""
 
 
-def data_to_payload(data: Sequence[Conversation | Datum]) -> list[Payload]:
-    """Training examples as plain values."""
-    return [
-        _conversation_to_payload(item)
-        if isinstance(item, Conversation)
-        else {"model_input": item.model_input, "loss_fn_inputs": dict(item.loss_fn_inputs)}
-        for item in data
-    ]
-
-
 def with_weights_of_one(data: Sequence[Datum]) -> list[Datum]:
     """The datums, with cross_entropy's weights set to 1 if absent, as in the engine.
 
@@ -60,20 +50,10 @@ def with_weights_of_one(data: Sequence[Datum]) -> list[Datum]:
     ]
 
 
-def data_from_payload(items: Sequence[Mapping[str, Any]]) -> list[Conversation | Datum]:
-    """The inverse of ``data_to_payload``."""
-    return [
-        _conversation_from_payload(item)
-        if "messages" in item
-        else Datum(model_input=item["model_input"], loss_fn_inputs=item["loss_fn_inputs"])
-        for item in items
-    ]
-
-
 def prompt_to_payload(prompt: Prompt) -> Payload:
     """A prompt as plain values, its form as the key."""
     if isinstance(prompt, Conversation):
-        return _conversation_to_payload(prompt)
+        return conversation_to_payload(prompt)
     if isinstance(prompt, str):
         return {"text": prompt}
     return {"tokens": np.asarray(prompt, np.int32)}
@@ -82,7 +62,7 @@ def prompt_to_payload(prompt: Prompt) -> Payload:
 def prompt_from_payload(item: Mapping[str, Any]) -> Prompt:
     """The inverse of ``prompt_to_payload``, also for versions that stored token ids as a list."""
     if "messages" in item:
-        return _conversation_from_payload(item)
+        return conversation_from_payload(item)
     return item["text"] if "text" in item else np.asarray(item["tokens"], np.int32)
 
 
@@ -142,22 +122,15 @@ def scoring_params_from_payload(item: Mapping[str, Any]) -> ScoringParams:
     return ScoringParams(**item)
 
 
-def data_cost(data: Sequence[Conversation | Datum]) -> int:
-    """Tokens to train on, estimated for text."""
-    return sum(
-        _conversation_cost(item) if isinstance(item, Conversation) else len(item.model_input)
-        for item in data
-    )
-
-
 def prompt_cost(prompt: Prompt) -> int:
     """Tokens to read, estimated for text."""
     if isinstance(prompt, Conversation):
-        return _conversation_cost(prompt)
+        return conversation_cost(prompt)
     return len(prompt) // CHARACTERS_PER_TOKEN + 1 if isinstance(prompt, str) else len(prompt)
 
 
-def _conversation_cost(conversation: Conversation) -> int:
+def conversation_cost(conversation: Conversation) -> int:
+    """Tokens of a conversation, estimated."""
     # Five tokens frame each message in ChatML.
     return sum(
         count_characters(message) // CHARACTERS_PER_TOKEN + 5 for message in conversation.messages
@@ -180,7 +153,7 @@ def count_characters(value: Any) -> int:
     return len(str(value))
 
 
-def _conversation_to_payload(conversation: Conversation) -> Payload:
+def conversation_to_payload(conversation: Conversation) -> Payload:
     """A plain conversation is stored as in the first version, so that its digest stays the same."""
     options = conversation.options
     chosen = {
@@ -205,7 +178,8 @@ def _message_to_payload(message: Message) -> list[str] | Payload:
     return given
 
 
-def _conversation_from_payload(item: Mapping[str, Any]) -> Conversation:
+def conversation_from_payload(item: Mapping[str, Any]) -> Conversation:
+    """The inverse of ``conversation_to_payload``."""
     messages = tuple(_message_from_payload(message) for message in item["messages"])
     return Conversation(messages, _options_from_payload(item.get("options", {})))
 

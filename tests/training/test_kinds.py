@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from futures.models import Future
-from futures.payload import decode, digest, encode, encode_payload
+from futures.payload import decode, digest, encode
 from tests.conftest import InProcessWorker
 from training.engine.fake.engine import fake_engine
 from training.kinds import (
@@ -27,7 +27,7 @@ from training.kinds import (
     Request,
     Sample,
     SaveWeights,
-    request_from_payload,
+    stored_request,
 )
 from training.models import Run
 from training.types import (
@@ -82,8 +82,7 @@ EXAMPLES: Sequence[Request] = [
 
 @pytest.mark.parametrize("request_", EXAMPLES, ids=lambda request: request.kind)
 def test_a_request_comes_back_from_what_its_future_stores(request_: Request) -> None:
-    stored = decode(encode(request_.to_payload()))
-    again = request_from_payload(request_.kind, stored)
+    again = stored_request(request_.kind, request_.encoded().data)
     assert type(again) is type(request_)
     assert encode(again.to_payload()) == encode(request_.to_payload())
     assert (again.cost, again.summary) == (request_.cost, request_.summary)
@@ -97,8 +96,8 @@ def test_every_field_of_every_kind_is_stored() -> None:
         for name in getattr(of_kind, "__dataclass_fields__", {}):
             values = [repr(getattr(example, name)) for example in examples]
             back = [
-                repr(getattr(request_from_payload(kind, decode(encode(e.to_payload()))), name))
-                for e in examples
+                repr(getattr(stored_request(kind, example.encoded().data), name))
+                for example in examples
             ]
             assert _plain(values) == _plain(back), (kind, name)
 
@@ -129,9 +128,8 @@ def test_token_ids_that_an_older_version_stored_are_read_and_named_alike() -> No
         num_samples=1,
         sampling_params=SamplingParams(seed=1),
     )
-    payload = request.to_payload()
-    old = {**payload, "prompts": [{"tokens": tokens}, {"text": "hi"}]}
-    named = encode_payload(request.kind, payload, named=request.named_payload(payload))
+    old = {**request.to_payload(), "prompts": [{"tokens": tokens}, {"text": "hi"}]}
+    named = request.encoded()
     assert named.digest == digest(request.kind, old)
     for data in (named.data, encode(old)):
         prompt, text = Sample.from_payload(decode(data)).prompts

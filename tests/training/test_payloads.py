@@ -10,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from futures.payload import decode, digest, encode
+from training.kinds import ForwardBackward
 from training.payloads import (
-    data_cost,
-    data_from_payload,
-    data_to_payload,
     prompt_from_payload,
     prompt_to_payload,
     sampling_params_from_payload,
@@ -46,6 +44,10 @@ RICH = Conversation(
 )
 
 
+def training_on(conversation: Conversation) -> ForwardBackward:
+    return ForwardBackward(data=[conversation], loss_fn="cross_entropy", loss_fn_config={})
+
+
 def stored(value: Any) -> Any:
     return decode(encode(value))
 
@@ -54,14 +56,15 @@ def test_a_plain_conversation_is_stored_as_in_every_version_before() -> None:
     """Its digest tells a repeated request, also one that an older version took."""
     shape = {"messages": [["user", "hi"], ["assistant", "yes"]]}
     assert prompt_to_payload(PLAIN) == shape
-    assert data_to_payload([PLAIN]) == [shape]
+    assert training_on(PLAIN).to_payload()["data"] == [shape]
     assert digest("sample", prompt_to_payload(PLAIN)) == digest("sample", shape)
 
 
 @pytest.mark.parametrize("conversation", [PLAIN, RICH], ids=["plain", "rich"])
 def test_a_conversation_comes_back_as_it_was(conversation: Conversation) -> None:
     assert prompt_from_payload(stored(prompt_to_payload(conversation))) == conversation
-    assert data_from_payload(stored(data_to_payload([conversation]))) == [conversation]
+    payload = stored(training_on(conversation).to_payload())
+    assert ForwardBackward.from_payload(payload).data == [conversation]
 
 
 def test_a_template_is_told_what_is_set_and_nothing_else() -> None:
@@ -83,7 +86,7 @@ def test_what_a_template_writes_beside_the_contents_counts_as_work() -> None:
         Conversation((Message("assistant", None, tool_calls=({"function": {"name": long}},)),)),
         Conversation((Message("user", ""),), ChatOptions(tools=described)),
     ):
-        assert data_cost([conversation]) > 1_000
+        assert training_on(conversation).cost > 1_000
 
 
 tokens = st.integers(0, 2**31 - 1)

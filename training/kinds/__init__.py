@@ -7,8 +7,8 @@ new kind is a member of ``Kind``, a module here, one there, and a line in each o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from futures.payload import decode
 from training.kinds.compare_runs import CompareRuns
 from training.kinds.create_run import CreateRun
 from training.kinds.forward_backward import Forward, ForwardBackward
@@ -34,7 +34,7 @@ __all__ = [
     "Request",
     "Sample",
     "SaveWeights",
-    "request_from_payload",
+    "stored_request",
 ]
 
 REQUESTS: Mapping[str, type[Request]] = {
@@ -57,6 +57,6 @@ LOGGED = frozenset(kind for kind, request in REQUESTS.items() if request.is_logg
 """Kinds that change a run's state, so that replaying them in order rebuilds it."""
 
 
-def request_from_payload(kind: str, payload: Mapping[str, Any]) -> Request:
+def stored_request(kind: str, payload: bytes) -> Request:
     """The request that a future of this kind stores."""
-    return REQUESTS[kind].from_payload(payload)
+    return REQUESTS[kind].from_payload(decode(payload))

@@ -30,7 +30,12 @@ class ForwardBackward(Request):
 
     def to_payload(self) -> Payload:
         payload: Payload = {
-            "data": payloads.data_to_payload(self.data),
+            "data": [
+                payloads.conversation_to_payload(item)
+                if isinstance(item, Conversation)
+                else {"model_input": item.model_input, "loss_fn_inputs": dict(item.loss_fn_inputs)}
+                for item in self.data
+            ],
             "loss_fn": self.loss_fn,
             "loss_fn_config": dict(self.loss_fn_config),
             "train_on": self.train_on,
@@ -40,7 +45,12 @@ class ForwardBackward(Request):
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
         return cls(
-            data=payloads.data_from_payload(payload["data"]),
+            data=[
+                payloads.conversation_from_payload(item)
+                if "messages" in item
+                else Datum(model_input=item["model_input"], loss_fn_inputs=item["loss_fn_inputs"])
+                for item in payload["data"]
+            ],
             loss_fn=payload["loss_fn"],
             loss_fn_config=payload["loss_fn_config"],
             train_on=payload["train_on"],
@@ -49,7 +59,16 @@ class ForwardBackward(Request):
 
     @property
     def cost(self) -> int:
-        return payloads.data_cost(self.data)
+        return sum(
+            payloads.conversation_cost(item)
+            if isinstance(item, Conversation)
+            else len(item.model_input)
+            for item in self.data
+        )
+
+    @property
+    def has_text(self) -> bool:
+        return any(isinstance(item, Conversation) for item in self.data)
 
     @property
     def summary(self) -> dict[str, Any]:

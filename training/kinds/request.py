@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from enum import Enum, StrEnum, auto
 from typing import Any, ClassVar, Self
 
+from futures.payload import EncodedPayload, encode_payload
 from training.errors import TrainingError
 from training.payloads import Payload
 
@@ -62,10 +63,9 @@ class Request(ABC):
         used.
         """
 
-    def named_payload(self, payload: Payload) -> Payload:
-        """The payload for the digest: ``to_payload()``, in the form of the first version that
-        accepted such a request."""
-        return payload
+    def encoded(self) -> EncodedPayload:
+        """``to_payload()`` as bytes, with its digest."""
+        return encode_payload(self.kind, self.to_payload())
 
     @classmethod
     @abstractmethod
@@ -76,6 +76,11 @@ class Request(ABC):
     def cost(self) -> int:
         """Tokens to compute, estimated for text; the unit of a batch's size."""
         return 1
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the worker must make tokens of text before the request can run."""
+        return False
 
     @property
     def summary(self) -> dict[str, Any]:

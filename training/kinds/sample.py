@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from futures.payload import EncodedPayload, encode_payload
 from training import payloads
 from training.kinds.request import Kind, Order, Request
 from training.payloads import Payload
-from training.types import Prompt, SamplingParams, ScoringParams
+from training.types import Conversation, Prompt, SamplingParams, ScoringParams
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,11 +56,14 @@ class Sample(Request):
             **{name: value for name, value in asked.items() if value},
         }
 
-    def named_payload(self, payload: Payload) -> Payload:
-        if not any("tokens" in item for item in payload["prompts"]):
-            return payload
-        prompts = [payloads.prompt_payload_named(item) for item in payload["prompts"]]
-        return {**payload, "prompts": prompts}
+    def encoded(self) -> EncodedPayload:
+        """The digest is that of the first version, which stored token ids as a list."""
+        payload = self.to_payload()
+        named = None
+        if any("tokens" in item for item in payload["prompts"]):
+            prompts = [payloads.prompt_payload_named(item) for item in payload["prompts"]]
+            named = {**payload, "prompts": prompts}
+        return encode_payload(self.kind, payload, named=named)
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
@@ -79,6 +83,10 @@ class Sample(Request):
     @property
     def cost(self) -> int:
         return sum(payloads.prompt_cost(prompt) for prompt in self.prompts)
+
+    @property
+    def has_text(self) -> bool:
+        return any(isinstance(prompt, Conversation | str) for prompt in self.prompts)
 
     @property
     def summary(self) -> dict[str, Any]:

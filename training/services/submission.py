@@ -12,7 +12,6 @@ from django.db import transaction
 
 from futures.cancelling import lane_refuse
 from futures.models import Future, Lane
-from futures.payload import EncodedPayload, encode_payload
 from futures.services import Refusal, future_repeated, future_submit
 from training.base_models import base_model_get, queue_is_served
 from training.errors import BaseModelNotFound, InvalidRequest, SessionFinished
@@ -85,7 +84,7 @@ def submit_in_lane(
         owner_id=run.owner_id,
         queue=queue,
         kind=request.kind,
-        payload=_encoded(request),
+        payload=request.encoded(),
         lane_id=run.id,
         seq_id=seq_id,
         idempotency_key=idempotency_key,
@@ -116,7 +115,7 @@ def submit(
         StorageQuotaExceeded: The owner's storage limit is reached. (413)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
-    encoded = _encoded(request)
+    encoded = request.encoded()
     try:
         queue = base_model_get(base_model).queue
     except BaseModelNotFound:
@@ -151,11 +150,6 @@ def submit(
         idempotency_key=idempotency_key,
         max_pending=settings.MAX_PENDING,
     )
-
-
-def _encoded(request: Request) -> EncodedPayload:
-    payload = request.to_payload()
-    return encode_payload(request.kind, payload, named=request.named_payload(payload))
 
 
 def _abandon(run: Run) -> None:

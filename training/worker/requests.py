@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from futures.models import Future
-from futures.payload import decode
-from training.kinds import Request, request_from_payload
+from training.kinds import Request, stored_request
 
 
 def request_of(future: Future) -> Request:
     """The future's request: an instance of its kind's class."""
-    return request_from_payload(future.kind, decode(bytes(future.payload or b"")))
+    return stored_request(future.kind, bytes(future.payload or b""))

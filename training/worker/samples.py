@@ -23,7 +23,7 @@ from training.errors import LimitExceeded, TrainingError
 from training.kinds import Sample
 from training.services.recorded_samples import samples_record
 from training.text_pieces import Told
-from training.types import Datum, TokenIds
+from training.types import TokenIds
 from training.worker import outcomes
 from training.worker.kinds import sample
 from training.worker.text_work import of_prompt
@@ -103,8 +103,8 @@ class Samples:
         echoed: list[tuple[TokenIds, str | None]] = []
         prompt_tokens = 0
         try:
-            items = self._texts.take(future, request)
-            tokens = [item for item in items if not isinstance(item, Datum)]
+            items = self._texts.take(future, request) if request.has_text else request.prompts
+            tokens = [item for item in items if isinstance(item, np.ndarray)]
             for index, (prompt, prompt_ids) in enumerate(zip(request.prompts, tokens, strict=True)):
                 job = SampleJob(
                     prompt=prompt_ids,

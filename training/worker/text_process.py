@@ -13,9 +13,8 @@ import signal
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from futures.payload import decode
 from training.errors import LimitExceeded, TrainingError
-from training.kinds import ForwardBackward, Sample, request_from_payload
+from training.kinds import ForwardBackward, Sample, stored_request
 from training.worker.text_work import Item, Text, tokens_of
 
 MEMORY_BYTES = 4 * 1024**3
@@ -59,7 +58,7 @@ def _answer(text: Text, task: TextTask) -> Answer:
         signal.setitimer(signal.ITIMER_REAL, task.seconds)
 
     try:
-        request = request_from_payload(task.kind, decode(task.payload))
+        request = stored_request(task.kind, task.payload)
         if not isinstance(request, ForwardBackward | Sample):
             raise TypeError(f"{task.kind} has no text")
         return tokens_of(

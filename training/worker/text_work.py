@@ -32,13 +32,6 @@ class Text(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def has_text(request: ForwardBackward | Sample) -> bool:
-    """Whether a request has text to tokenize."""
-    if isinstance(request, ForwardBackward):
-        return any(isinstance(datum, Conversation) for datum in request.data)
-    return any(isinstance(prompt, Conversation | str) for prompt in request.prompts)
-
-
 def tokens_of(
     text: Text,
     request: ForwardBackward | Sample,

@@ -15,7 +15,7 @@ from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 from training.worker.requests import request_of
 from training.worker.text_pool import TextPool
 from training.worker.text_process import Answer, TextTask
-from training.worker.text_work import Item, Text, has_text, tokens_of
+from training.worker.text_work import Item, Text, tokens_of
 
 TEXT_RULES = 2
 """The version of the rendering rules, which each worker's row has among its figures. Rows of
@@ -69,7 +69,7 @@ class Texts:
             request = request_of(future)
             if not isinstance(request, ForwardBackward | Sample):
                 continue
-            if not has_text(request):
+            if not request.has_text:
                 self._requests[future.id] = request
                 continue
             payload = bytes(future.payload or b"")

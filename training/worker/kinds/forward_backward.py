@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from futures.finishing import Outcome
 from futures.models import Future
@@ -20,8 +19,7 @@ from training.custom_loss_graph import CustomLossGraph, check_graph, graph_as_se
 from training.engine.interface import ForwardBackwardJob, Trainer
 from training.errors import TrainingError
 from training.kinds import ForwardBackward, Kind
-from training.loss_checks import inputs_not_read
-from training.loss_fns import ADVANTAGES, LOSS_FNS, STABLE_REINFORCE, TARGET_TOKENS, LossSpec
+from training.loss_fns import ADVANTAGES, LOSS_FNS, STABLE_REINFORCE, TARGET_TOKENS
 from training.models import Run
 from training.selectors import custom_loss_get
 from training.types import Datum, ForwardBackwardOutput
@@ -64,7 +62,7 @@ def apply(
     jobs: list[ForwardBackwardJob] = []
     for adapter_name, future, request in requests:
         try:
-            items = take_tokens(future, request)
+            items = take_tokens(future, request) if request.has_text else request.data
             data = [item for item in items if isinstance(item, Datum)]
             custom_loss = _custom_loss(request.loss_id)
         except TrainingError as error:
@@ -112,7 +110,8 @@ def run(
         if isinstance(answer.output, TrainingError):
             effects.outcomes.append(outcomes.failed(future, answer.output))
             continue
-        outcome = _ready(run, outcomes.backend(trainer), answer, answer.output)
+        facts = _Facts.of(answer.loss_fn, answer.data)
+        outcome = _ready(run, outcomes.backend(trainer), future, facts, answer.output)
         effects.outcomes.append(outcome)
         if future.kind == Kind.FORWARD_BACKWARD:
             run.tokens += outcome.summary["tokens"]
@@ -133,52 +132,73 @@ def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:
     return check_graph(row.name, row.inputs, graph_as_sent(row.graph))
 
 
-def _ready(run: Run, backend: str, answer: PassAnswer, output: ForwardBackwardOutput) -> Outcome:
+def _ready(
+    run: Run, backend: str, future: Future, facts: _Facts, output: ForwardBackwardOutput
+) -> Outcome:
     """``loss`` is a mean per trained token, in nats; the gradient is that of ``loss:sum``.
 
-    A trained token is one whose weight (cross_entropy) or advantage (the others) is not zero.
-    The mean of cross_entropy is weighted: sum(-w * lp) / sum(w), or per trained token if
-    the sum of the weights is not positive. An input that the loss does not read is reported by
-    the metric ``not_read/<name>:sum``, the number of datums that had it.
+    An input that the loss does not read is reported by the metric ``not_read/<name>:sum``, the
+    number of datums that had it.
     """
-    data, loss_fn = answer.data, answer.loss_fn
-    num_tokens = sum(len(datum.model_input) for datum in data)
-    spec = LOSS_FNS.get(loss_fn)
-    factors = [_factor(datum, spec) for datum in data]
-    num_weighted = sum(int(np.count_nonzero(factor)) for factor in factors)
-    total = sum(float(factor.sum(dtype=np.float64)) for factor in factors)
-    divisor = total if spec and spec.mean_is_weighted and total > 0 else max(num_weighted, 1)
-    loss = output.loss / divisor
+    loss = output.loss / facts.divisor
     metrics = {
         **output.metrics,
         "loss:sum": output.loss,
-        "num_tokens": num_tokens,
-        "num_weighted_tokens": num_weighted,
+        "num_tokens": facts.num_tokens,
+        "num_weighted_tokens": facts.num_weighted_tokens,
+        **{f"not_read/{name}:sum": count for name, count in facts.not_read.items()},
     }
-    if spec:
-        not_read = inputs_not_read(spec, data).items()
-        metrics |= {f"not_read/{name}:sum": count for name, count in not_read}
-    if loss_fn == STABLE_REINFORCE:
+    if facts.loss_fn == STABLE_REINFORCE:
         # Two names, because the SDK only shows metrics whose reduction it knows.
         metrics |= {"stable_reinforce:ours": 1, "stable_reinforce/ours:min": 1}
-    if loss_fn == "cross_entropy":
+    if facts.loss_fn == "cross_entropy":
         metrics["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) overflows
     result = {
         "loss": loss,
-        "num_samples": len(data),
-        "num_tokens": num_tokens,
+        "num_samples": facts.num_datums,
+        "num_tokens": facts.num_tokens,
         "model_id": run.name,
         "backend": backend,
         "metrics": metrics,
         "loss_fn_outputs": [{"logprobs": logprobs} for logprobs in output.logprobs],
     }
-    return outcomes.ready(answer.future, result, tokens=num_tokens, loss=loss)
+    return outcomes.ready(future, result, tokens=facts.num_tokens, loss=loss)
 
 
-def _factor(datum: Datum, spec: LossSpec | None) -> NDArray[Any]:
-    """Each target's factor, 1 if the datum has none; with a custom loss 1 for each token."""
-    name = spec.factor if spec else ADVANTAGES
-    inputs = datum.loss_fn_inputs
-    if name in inputs:
-        return np.asarray(inputs[name])
-    return np.ones(inputs[TARGET_TOKENS].shape if spec else len(datum.model_input), np.float32)
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """Counts over a request's data, for its answer."""
+
+    loss_fn: str
+    num_datums: int
+    num_tokens: int
+    num_weighted_tokens: int
+    """Trained tokens: the weight (cross_entropy) or advantage (the others) is not zero."""
+    divisor: float
+    """The loss's sum by this is its mean. That of cross_entropy is weighted: sum(-w * lp) / sum(w),
+    or per trained token if the sum of the weights is not positive."""
+    not_read: Mapping[str, int]
+    """The datums that have an input which the loss does not read, by its name."""
+
+    @classmethod
+    def of(cls, loss_fn: str, data: Sequence[Datum]) -> _Facts:
+        spec = LOSS_FNS.get(loss_fn)  # None for a client's own
+        factor_name = spec.factor if spec else ADVANTAGES
+        num_weighted, total, not_read = 0, 0.0, Counter[str]()
+        for datum in data:
+            inputs = datum.loss_fn_inputs
+            factor = inputs.get(factor_name)
+            if factor is None:  # 1 for each target; with a custom loss 1 for each token
+                factor = np.ones(inputs[TARGET_TOKENS].shape if spec else len(datum.model_input))
+            num_weighted += int(np.count_nonzero(factor))
+            total += float(factor.sum(dtype=np.float64))
+            not_read.update(name for name in inputs if spec and not spec.takes(name))
+        is_weighted = spec is not None and spec.mean_is_weighted and total > 0
+        return cls(
+            loss_fn=loss_fn,
+            num_datums=len(data),
+            num_tokens=sum(len(datum.model_input) for datum in data),
+            num_weighted_tokens=num_weighted,
+            divisor=total if is_weighted else max(num_weighted, 1),
+            not_read=dict(sorted(not_read.items())),
+        )
