@@ -17,7 +17,7 @@ from rest_framework.exceptions import ParseError
 
 from tinkerapi.api.bodies.limit import BODY_BYTES, HOLDS_SEQ_ID, SMALL_BODY_BYTES
 from tinkerapi.api.bodies.parsers import parse_json
-from tinkerapi.api.dialect import SEQ_ID_WORD, is_sdk_dialect
+from tinkerapi.api.dialect import SEQ_ID, SEQ_ID_WORD, is_sdk_dialect
 from tinkerapi.api.threads import in_bulk_thread
 from training.errors import LimitExceeded
 
@@ -71,4 +71,4 @@ def _is_numbered(request: HttpRequest) -> bool:
         value = parse_json(body)
     except (RequestDataTooBig, OSError, LimitExceeded, ParseError):
         return False
-    return isinstance(value, dict) and is_sdk_dialect(request, value)
+    return isinstance(value, dict) and SEQ_ID in value

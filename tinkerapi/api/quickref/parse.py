@@ -47,7 +47,12 @@ def check_data(value: Any, where: str) -> list[Conversation | Datum]:
         raise LimitExceeded(
             f"{where}: {len(value)} datums; this server takes {settings.MAX_DATUMS} in one request"
         )
-    return [_check_item(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    return [
+        _check_datum(item, f"{where}[{index}]")
+        if isinstance(item, dict) and "messages" not in item
+        else check_conversation(item, f"{where}[{index}]")
+        for index, item in enumerate(value)
+    ]
 
 
 def check_prompt(value: Any, where: str) -> Prompt:
@@ -95,16 +100,6 @@ def check_tokens(value: Any, where: str) -> NDArray[np.int32]:
     return check_token_list(value, where)
 
 
-def _check_item(value: Any, where: str) -> Conversation | Datum:
-    if isinstance(value, dict) and "messages" not in value:
-        if "role" in value:
-            raise InvalidDatum(
-                f"{where}: is a message; data is a list of conversations, each a list of messages"
-            )
-        return _check_datum(value, where)
-    return check_conversation(value, where)
-
-
 def _check_message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise refuse_datum(where, 'a message such as {"role": "user", "content": "hi"}', value)
@@ -121,6 +116,10 @@ def _check_message(value: Any, where: str) -> Message:
 
 
 def _check_datum(value: Mapping[str, Any], where: str) -> Datum:
+    if "role" in value:
+        raise InvalidDatum(
+            f"{where}: is a message; data is a list of conversations, each a list of messages"
+        )
     _only(value, ("model_input", "loss_fn_inputs"), where)
     for name in ("model_input", "loss_fn_inputs"):
         if name not in value:

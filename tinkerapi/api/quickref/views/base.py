@@ -18,7 +18,7 @@ from rest_framework.request import Request
 from tinkerapi.api.async_view import AsyncAPIView
 from tinkerapi.api.bodies.parsers import json_object
 from tinkerapi.api.caller import idempotency_key_of, owner_of
-from tinkerapi.api.dialect import is_sdk_dialect
+from tinkerapi.api.dialect import SEQ_ID, is_sdk_dialect
 from tinkerapi.api.errors import SdkDialectNotSpoken
 from tinkerapi.api.fields.field import MAX_FLOAT, Field, Number, Schema, check_object
 from tinkerapi.api.quickref.render import waited_answer
@@ -62,7 +62,7 @@ class ApiView(AsyncAPIView):
         if is_sdk_dialect(django_request):
             raise SdkDialectNotSpoken
         body = json_object(django_request, max_bytes=self.max_body_bytes())
-        if is_sdk_dialect(django_request, body):
+        if SEQ_ID in body:
             raise SdkDialectNotSpoken
         return check_object(self.body_fields(), body)
 
@@ -89,21 +89,28 @@ class OperationView(ApiView):
         """Call the service of this operation."""
 
     def post(self, request: Request) -> HttpResponse | Awaitable[HttpResponse]:
-        return self.accept(request, self.checked_body(request))
-
-    def accept(
-        self, request: Request, body: dict[str, Any]
-    ) -> HttpResponse | Awaitable[HttpResponse]:
-        """Submit a checked body and answer in the route's form."""
-        owner_id = owner_of(request)
+        body = self.checked_body(request)
         submission = self.submit(
-            body, owner_id=owner_id, idempotency_key=idempotency_key_of(request)
+            body, owner_id=owner_of(request), idempotency_key=idempotency_key_of(request)
         )
+        return self.respond(request, submission, wait=body.get("wait"))
+
+    def respond(
+        self, request: Request, submission: Submission, *, wait: float | None = None
+    ) -> HttpResponse | Awaitable[HttpResponse]:
+        """The answer to an accepted request, in the route's form.
+
+        Args:
+            wait: The client's limit in seconds; None means the server's.
+        """
         future, model_id = submission.future, submission.model_id
         if not self.waits:
             return JSONResponse({"request_id": future.id, "model_id": model_id})
         limit = settings.SYNC_TIMEOUT_SECONDS
-        wait = limit if body["wait"] is None else min(body["wait"], limit)
         return waited_answer(
-            future.id, owner_id=owner_id, timeout_seconds=wait, is_known=True, model_id=model_id
+            future.id,
+            owner_id=owner_of(request),
+            timeout_seconds=limit if wait is None else min(wait, limit),
+            is_known=True,
+            model_id=model_id,
         )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from django.http import HttpResponse
 from rest_framework.request import Request
 
-from tinkerapi.api.caller import owner_of
+from tinkerapi.api.caller import idempotency_key_of, owner_of
 from tinkerapi.api.fields.adapters import ADAPTER_FIELDS, check_adapts_something
 from tinkerapi.api.fields.field import (
     Custom,
@@ -235,16 +235,15 @@ class AdapterListView(ApiView):
         return JSONResponse({"adapters": [render_run(run) for run in runs]})
 
 
-class AdapterView(OperationView):
+class AdapterView(RemoveLoraView):
     """Remove a model and wait until it is gone."""
 
-    group = RemoveLoraView.group
-    fields = RemoveLoraView.fields
-    answer = RemoveLoraView.answer
-    answer_example: ClassVar[Any] = RemoveLoraView.answer_example
-    errors = RemoveLoraView.errors
-    submit = RemoveLoraView.submit
     http_method_names = ["delete", "options"]  # noqa: RUF012 - Django declares it so
 
     def delete(self, request: Request, model_id: str) -> Any:
-        return self.accept(request, check_object(self.body_fields(), {"model_id": model_id}))
+        submission = self.submit(
+            check_object(self.fields, {"model_id": model_id}),
+            owner_id=owner_of(request),
+            idempotency_key=idempotency_key_of(request),
+        )
+        return self.respond(request, submission)
