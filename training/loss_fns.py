@@ -24,6 +24,8 @@ STABLE_REINFORCE = "stable_reinforce"
 TARGET_TOKENS = "target_tokens"
 WEIGHTS = "weights"
 ADVANTAGES = "advantages"
+LOGPROBS = "logprobs"
+"""The sampler's log-probabilities of the targets."""
 THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
 MASK = "mask"
 """An array that client libraries keep beside a loss's inputs; no loss reads it."""
@@ -87,7 +89,7 @@ class LossSpec:
         return name in self.inputs or name in self.optional_inputs
 
 
-_POLICY_INPUTS = (TARGET_TOKENS, "logprobs", ADVANTAGES)
+_POLICY_INPUTS = (TARGET_TOKENS, LOGPROBS, ADVANTAGES)
 
 
 def _thresholds(low: float | None, high: float | None) -> Mapping[str, Setting]:

@@ -17,11 +17,18 @@ from futures.models import Worker
 from tests.console.conftest import list_page
 from tests.isolation.conftest import OWNED
 from tinkerapi.services import api_key_create
-from training.models import AuditEvent, CustomLoss, RecordedSample
+from training.models import (
+    AuditEvent,
+    ClientMetrics,
+    CustomLoss,
+    RecordedSample,
+    Rollout,
+    SampledStep,
+)
 
 SHARED = {Worker}
 """Staff may see them: test_access says what of them they see."""
-UNLISTED = {CustomLoss, RecordedSample}
+UNLISTED = {ClientMetrics, CustomLoss, RecordedSample, Rollout, SampledStep}
 """Have no pages."""
 SUPERUSERS = {User, OrmQ, Schedule, Success, Failure, AuditEvent}
 

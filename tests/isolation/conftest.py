@@ -25,9 +25,12 @@ from tinkerapi.services import api_key_create
 from training.base_models import base_model_get
 from training.models import (
     Checkpoint,
+    ClientMetrics,
     CustomLoss,
     RecordedSample,
+    Rollout,
     Run,
+    SampledStep,
     SamplingSession,
     Session,
     Snapshot,
@@ -45,6 +48,9 @@ OWNED: Mapping[type[Model], str] = {
     SamplingSession: "session__owner",
     CustomLoss: "session__owner",
     RecordedSample: "session__owner",
+    ClientMetrics: "run__owner",
+    SampledStep: "run__owner",
+    Rollout: "run__owner",
     ApiKey: "user",
 }
 """Every model whose rows have an owner, and the field of the owner."""

@@ -151,6 +151,10 @@ _QUICK: dict[str, Sequence[Probe]] = {
         Probe(f"/api/v1/adapters/{{{name}}}", method="DELETE")
         for name in ("plain_model", "sdk_model")
     ],
+    "api/v1/runs/<str:run_id>/metrics": [
+        Probe(f"/api/v1/runs/{{{name}}}/metrics", {"step": 1, "metrics": {"reward": 0.5}})
+        for name in ("plain_model", "sdk_model")
+    ],
     "retrieve_future": quick(
         "/retrieve_future",
         {"request_id": "{done}"},

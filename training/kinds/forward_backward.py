@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from training import payloads
 from training.kinds.request import Kind, Order, Request
+from training.loss_fns import DEFAULT_LOSS_FN
 from training.payloads import Payload
 from training.types import Conversation, Datum
 
@@ -72,8 +73,8 @@ class ForwardBackward(Request):
 
     @property
     def summary(self) -> dict[str, Any]:
-        custom = {} if self.loss_id is None else {"loss_fn": self.loss_fn}
-        return {"datums": len(self.data), **custom}
+        named = {} if self.loss_fn == DEFAULT_LOSS_FN else {"loss_fn": self.loss_fn}
+        return {"datums": len(self.data), **named}
 
 
 class Forward(ForwardBackward):

@@ -5,6 +5,7 @@ from django.urls import URLPattern, path
 from tinkerapi.api.quickref.views import (
     description,
     futures,
+    metrics,
     runs,
     sampling,
     service,
@@ -39,6 +40,7 @@ urlpatterns: list[URLPattern] = [
     path("get_info", runs.GetInfoView.as_view()),
     path("api/v1/adapters", runs.AdapterListView.as_view()),
     path("api/v1/adapters/<str:model_id>", runs.AdapterView.as_view()),
+    path("api/v1/runs/<str:run_id>/metrics", metrics.MetricsView.as_view()),
     # Sampling
     path("api/v1/sample", sampling.SampleView.as_view()),
     path("api/v1/asample", sampling.SampleView.as_view(waits=False)),

@@ -21,6 +21,7 @@ from training.errors import TrainingError
 from training.kinds import ForwardBackward, Kind
 from training.loss_fns import ADVANTAGES, LOSS_FNS, STABLE_REINFORCE, TARGET_TOKENS
 from training.models import Run
+from training.pass_figures import pass_figures
 from training.selectors import custom_loss_get
 from training.types import Datum, ForwardBackwardOutput
 from training.worker import outcomes
@@ -34,6 +35,7 @@ class PassAnswer:
 
     future: Future
     loss_fn: str
+    loss_fn_config: Mapping[str, float]
     data: list[Datum]
     """The future's data as tokens, in order; empty if it could not be rendered."""
     output: ForwardBackwardOutput | TrainingError
@@ -67,7 +69,13 @@ def apply(
             custom_loss = _custom_loss(request.loss_id)
         except TrainingError as error:
             answers.append(
-                PassAnswer(future=future, loss_fn=request.loss_fn, data=[], output=error)
+                PassAnswer(
+                    future=future,
+                    loss_fn=request.loss_fn,
+                    loss_fn_config=request.loss_fn_config,
+                    data=[],
+                    output=error,
+                )
             )
             continue
         answers.append(None)
@@ -88,7 +96,11 @@ def apply(
         if answer is None:
             job, output = next(outputs)
             answer = PassAnswer(
-                future=future, loss_fn=job.loss_fn, data=list(job.data), output=output
+                future=future,
+                loss_fn=job.loss_fn,
+                loss_fn_config=job.loss_fn_config,
+                data=list(job.data),
+                output=output,
             )
         complete.append(answer)
     return complete
@@ -111,7 +123,13 @@ def run(
             effects.outcomes.append(outcomes.failed(future, answer.output))
             continue
         facts = _Facts.of(answer.loss_fn, answer.data)
-        outcome = _ready(run, outcomes.backend(trainer), future, facts, answer.output)
+        figures = pass_figures(
+            answer.data,
+            answer.output.logprobs,
+            loss_fn=answer.loss_fn,
+            loss_fn_config=answer.loss_fn_config,
+        )
+        outcome = _ready(run, outcomes.backend(trainer), future, facts, answer.output, figures)
         effects.outcomes.append(outcome)
         if future.kind == Kind.FORWARD_BACKWARD:
             run.tokens += outcome.summary["tokens"]
@@ -133,7 +151,12 @@ def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:
 
 
 def _ready(
-    run: Run, backend: str, future: Future, facts: _Facts, output: ForwardBackwardOutput
+    run: Run,
+    backend: str,
+    future: Future,
+    facts: _Facts,
+    output: ForwardBackwardOutput,
+    figures: Mapping[str, float],
 ) -> Outcome:
     """``loss`` is a mean per trained token, in nats; the gradient is that of ``loss:sum``.
 
@@ -162,7 +185,14 @@ def _ready(
         "metrics": metrics,
         "loss_fn_outputs": [{"logprobs": logprobs} for logprobs in output.logprobs],
     }
-    return outcomes.ready(future, result, tokens=facts.num_tokens, loss=loss)
+    return outcomes.ready(
+        future,
+        result,
+        tokens=facts.num_tokens,
+        trained_tokens=facts.num_weighted_tokens,
+        loss=loss,
+        **figures,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ class OptimStepKind(LoggedBarrier[OptimStep, OptimStepOutput]):
         trainer.drop_gradient(run.id)
 
     def outcome(self, turn: Turn, request: OptimStep, applied: OptimStepOutput) -> Outcome:
-        """The step's result, with its learning rate."""
+        """The step's result, with its learning rate; the summary also has the run's tokens so
+        far."""
         turn.run.step = applied.step
         metrics = {
             "learning_rate": request.adam_params.learning_rate,
@@ -33,4 +34,10 @@ class OptimStepKind(LoggedBarrier[OptimStep, OptimStepOutput]):
             "model_id": turn.run.name,
             "backend": outcomes.backend(turn.trainer),
         }
-        return outcomes.ready(turn.future, result, step=applied.step, grad_norm=applied.grad_norm)
+        return outcomes.ready(
+            turn.future,
+            result,
+            step=applied.step,
+            grad_norm=applied.grad_norm,
+            run_tokens=turn.run.tokens,
+        )
