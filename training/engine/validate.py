@@ -58,19 +58,16 @@ def _check_datum(
     config: Mapping[str, float],
     info: BaseModelInfo,
 ) -> None:
-    _check_model_input(where, datum.model_input, info)
     spec, inputs = find_loss_fn(job.loss_fn), datum.loss_fn_inputs
     check_inputs(job.loss_fn, inputs, where, trains=not job.forward_only)
+    _check_tokens(where, datum, info)
     where = f"{where}.loss_fn_inputs"
     targets = inputs[TARGET_TOKENS]
-    _check_tokens(f"{where}.target_tokens", targets, info.vocab_size)
-    num_tokens = len(datum.model_input)
-    _check_targets_shape(f"{where}.target_tokens", targets, num_tokens)
     if targets.ndim == 2 and not spec.allows_many_targets:
         many = ", ".join(name for name, known in LOSS_FNS.items() if known.allows_many_targets)
         raise InvalidDatum(
             f"{where}.target_tokens: shape {list(targets.shape)}, and {job.loss_fn} takes one "
-            f"target per token, shape [{num_tokens}]; several per token are for {many}"
+            f"target per token, shape [{len(targets)}]; several per token are for {many}"
         )
     for name in spec.float_inputs:
         if name in inputs:  # an optional one may be absent
@@ -92,7 +89,6 @@ def _check_custom_job(job: ForwardBackwardJob, graph: CustomLossGraph, info: Bas
     ranks = {item.name: item.rank for item in graph.inputs[1:]}
     ranks[TARGET_TOKENS] = graph.inputs[0].rank  # logprobs have the targets' shape
     for i, datum in enumerate(job.data):
-        _check_model_input(f"data[{i}]", datum.model_input, info)
         where = f"data[{i}].loss_fn_inputs"
         for name, rank in ranks.items():
             if name not in datum.loss_fn_inputs:
@@ -102,22 +98,36 @@ def _check_custom_job(job: ForwardBackwardJob, graph: CustomLossGraph, info: Bas
                 raise InvalidDatum(f"{where}.{name}: {array.ndim} dimensions instead of {rank}")
             if name != TARGET_TOKENS:
                 _check_values(f"{where}.{name}", array, array.shape)
-        targets = datum.loss_fn_inputs[TARGET_TOKENS]
-        _check_tokens(f"{where}.target_tokens", targets, info.vocab_size)
-        _check_targets_shape(f"{where}.target_tokens", targets, len(datum.model_input))
+        _check_tokens(f"data[{i}]", datum, info)
 
 
-def _check_model_input(where: str, tokens: NDArray[Any], info: BaseModelInfo) -> None:
-    _check_tokens(f"{where}.model_input", tokens, info.vocab_size)
+def _check_tokens(where: str, datum: Datum, info: BaseModelInfo) -> None:
+    """Check shapes and vocabulary of a datum's tokens and targets."""
+    tokens, targets = datum.model_input, datum.loss_fn_inputs[TARGET_TOKENS]
+    place, targets_place = f"{where}.model_input", f"{where}.loss_fn_inputs.{TARGET_TOKENS}"
+    for name, ids in ((place, tokens), (targets_place, targets)):
+        if ids.size and (
+            ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= info.vocab_size
+        ):
+            raise _wrong_ids(name, ids, info.vocab_size)
     if tokens.ndim != 1:
-        raise InvalidDatum(f"{where}.model_input: {tokens.ndim} dimensions instead of 1")
-    if len(tokens) == 0:
-        raise InvalidDatum(f"{where}.model_input: empty")
-    if len(tokens) > info.max_context_tokens:
+        raise InvalidDatum(f"{place}: {tokens.ndim} dimensions instead of 1")
+    num_tokens = len(tokens)
+    if num_tokens == 0:
+        raise InvalidDatum(f"{place}: empty")
+    if num_tokens > info.max_context_tokens:
         raise InvalidDatum(
-            f"{where}.model_input: {len(tokens)} tokens, and the model reads at most"
-            f" {info.max_context_tokens}"
+            f"{place}: {num_tokens} tokens, and the model reads at most {info.max_context_tokens}"
         )
+    if targets.ndim not in (1, 2):
+        raise InvalidDatum(
+            f"{targets_place}: {targets.ndim} dimensions instead of 1 or 2; got shape "
+            f"{list(targets.shape)} for {num_tokens} tokens"
+        )
+    if len(targets) != num_tokens:
+        raise InvalidDatum(f"{targets_place}: {wrong_length(targets, num_tokens)}")
+    if targets.size == 0:
+        raise InvalidDatum(f"{targets_place}: no targets")
 
 
 def _check_thresholds(
@@ -132,28 +142,14 @@ def _check_thresholds(
         )
 
 
-def _check_tokens(where: str, tokens: NDArray[Any], vocab_size: int) -> None:
-    if tokens.dtype.kind not in "iu" and tokens.size:
-        raise InvalidDatum(f"{where}: {tokens.dtype} values instead of token ids")
-    is_wrong = (tokens < 0) | (tokens >= vocab_size)
-    if is_wrong.any():
-        index = _first(is_wrong)
-        raise InvalidDatum(
-            f"{where}{_subscript(index)}: token {tokens[index]} is not in the vocabulary of"
-            f" {vocab_size}"
-        )
-
-
-def _check_targets_shape(where: str, targets: NDArray[Any], num_tokens: int) -> None:
-    if targets.ndim not in (1, 2):
-        raise InvalidDatum(
-            f"{where}: {targets.ndim} dimensions instead of 1 or 2; got shape "
-            f"{list(targets.shape)} for {num_tokens} tokens"
-        )
-    if len(targets) != num_tokens:
-        raise InvalidDatum(f"{where}: {wrong_length(targets, num_tokens)}")
-    if targets.size == 0:
-        raise InvalidDatum(f"{where}: no targets")
+def _wrong_ids(where: str, ids: NDArray[Any], vocab_size: int) -> InvalidDatum:
+    """The error for an array with something else than ids of the vocabulary."""
+    if ids.dtype.kind not in "iu":
+        return InvalidDatum(f"{where}: {ids.dtype} values instead of token ids")
+    index = _first((ids < 0) | (ids >= vocab_size))
+    return InvalidDatum(
+        f"{where}{_subscript(index)}: token {ids[index]} is not in the vocabulary of {vocab_size}"
+    )
 
 
 def _check_values(where: str, values: NDArray[Any], shape: tuple[int, ...]) -> None:
