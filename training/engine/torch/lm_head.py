@@ -58,21 +58,21 @@ class HeadInputs:
         places = self.places[span.start : span.end]
         is_here = (places >= rows.start) & (places < rows.stop)
         tokens = np.flatnonzero(is_here) + span.start
-        return torch.from_numpy(tokens).to(self.targets.device)
+        return torch.as_tensor(tokens, device=self.targets.device)
 
 
 class HeadOutput:
     """The head's results, filled row by row."""
 
-    def __init__(self, hidden: Tensor, inputs: HeadInputs) -> None:
-        self._places = torch.from_numpy(inputs.places).to(hidden.device)
-        self.row_logprobs = hidden.new_zeros(inputs.targets.shape, dtype=torch.float32)
+    def __init__(self, hidden: Tensor, places: NDArray[np.int64], num_targets: int) -> None:
+        self._places = torch.as_tensor(places, device=hidden.device)
+        self.row_logprobs = hidden.new_zeros((len(hidden), num_targets), dtype=torch.float32)
         """(S, K), in nats"""
         self.grad_logprobs = torch.zeros_like(self.row_logprobs)
         """(S, K), d loss / d log-probability; zero at padded targets."""
         self.grad_hidden = torch.zeros_like(hidden)
         """(S, C), d loss / d hidden; zero where no row trains."""
-        self.loss = hidden.new_zeros(len(inputs.places), dtype=torch.float32)
+        self.loss = hidden.new_zeros(len(places), dtype=torch.float32)
         """(N,), summed over K"""
         self.custom: dict[PackedDatum, Outcome] = {}
         """Results of custom losses for their datums. After an error, the datum's tokens have no
@@ -101,67 +101,82 @@ def score_targets(
         hidden: (S, C); not read by autograd.
         segments: Cover 0..S.
     """
-    output = HeadOutput(hidden, inputs)
-    chunk_rows = max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))
-    chunks = list(_chunks(segments, chunk_rows))
+    output = HeadOutput(hidden, inputs.places, inputs.targets.shape[1])
+    chunks = list(_chunks(segments, max(1, CHUNK_BYTES // (4 * base_model.info.vocab_size))))
+
+    def chunk_of(rows: slice) -> _Chunk:
+        return _Chunk(base_model, hidden[rows], _cut(segments, rows), inputs.targets[rows])
+
     whole = [span for span in inputs.loss_spans if span.whole is not None]
-    for rows in chunks:
-        if any(len(inputs.tokens(span, rows)) for span in whole):
-            output.row_logprobs[rows] = _Chunk.of(base_model, hidden, segments, rows).scored(
-                inputs.targets[rows]
-            )
-    _run_custom(whole, inputs, output)
-    for span in whole:
-        if span.whole is not None and span.whole in output.custom:
-            _take_custom(span.whole, output)
-        else:
-            _differentiate(span, inputs.tokens(span, slice(0, len(hidden))), inputs, output)
+    if whole:
+        for rows in chunks:
+            if any(len(inputs.tokens(span, rows)) for span in whole):
+                output.row_logprobs[rows] = chunk_of(rows).logprobs()
+        _differentiate_whole(whole, inputs, output)
     elementwise = [span for span in inputs.loss_spans if span.whole is None]
     for rows in chunks:
-        chunk = _Chunk.of(base_model, hidden, segments, rows)
-        output.row_logprobs[rows] = chunk.scored(inputs.targets[rows])
+        chunk = chunk_of(rows)
+        output.row_logprobs[rows] = chunk.logprobs()
         for span in elementwise:
             _differentiate(span, inputs.tokens(span, rows), inputs, output)
         if any(segment.grad is not None for segment in chunk.segments):
-            slope = base_model.logit_shape.slope(chunk.logits)
-            grad_chunk = _backward_chunk(
-                base_model,
-                chunk.hidden,
-                chunk.segments,
-                logits=chunk.logits.sub_(chunk.log_norm),
-                slope=slope,
-                targets=_padded(inputs.targets[rows]),
-                grad_logprobs=_padded(output.grad_logprobs[rows]),
-            )
-            output.grad_hidden[rows] = grad_chunk[: rows.stop - rows.start]
+            output.grad_hidden[rows] = chunk.backward(output.grad_logprobs[rows])
     return output
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class _Chunk:
-    """Some rows and their logits, n rows: at least ``MIN_ROWS``, zeros after the real ones."""
+    """Some rows and their logits, n rows: at least ``MIN_ROWS``, zeros after the n' real ones."""
 
-    hidden: Tensor
-    """(n, C)"""
-    segments: Sequence[Segment]
-    logits: Tensor
-    """(n, V)"""
-    log_norm: Tensor
-    """(n, 1)"""
+    def __init__(
+        self, base_model: BaseModel, hidden: Tensor, segments: Sequence[Segment], targets: Tensor
+    ) -> None:
+        """
+        Args:
+            hidden: (n', C)
+            segments: Cover 0..n'.
+            targets: (n', K)
+        """
+        self._base_model = base_model
+        self.segments = segments
+        self._num_rows = len(hidden)
+        self._padding = (0, 0, 0, max(0, MIN_ROWS - len(hidden)))
+        self._hidden = pad(hidden, self._padding)  # (n, C)
+        self._targets = pad(targets, self._padding)  # (n, K)
+        self._logits = base_model.logits(self._hidden, segments)  # (n, V)
+        self._log_norm = self._logits.logsumexp(-1, keepdim=True)  # (n, 1)
 
-    @classmethod
-    def of(
-        cls, base_model: BaseModel, hidden: Tensor, segments: Sequence[Segment], rows: slice
-    ) -> _Chunk:
-        segments = _cut(segments, rows)
-        hidden = _padded(hidden[rows])
-        logits = base_model.logits(hidden, segments)
-        log_norm = logits.logsumexp(-1, keepdim=True)
-        return cls(hidden=hidden, segments=segments, logits=logits, log_norm=log_norm)
+    def logprobs(self) -> Tensor:
+        """(n', K) the log-probabilities of the targets."""
+        return (self._logits.gather(1, self._targets) - self._log_norm)[: self._num_rows]
 
-    def scored(self, targets: Tensor) -> Tensor:
-        """(n', K) the log-probabilities of the targets (n', K) of the real rows."""
-        return (self.logits.gather(1, _padded(targets)) - self.log_norm)[: len(targets)]
+    def backward(self, grad_logprobs: Tensor) -> Tensor:
+        """Propagate the gradient of the log-probabilities (n', K); the logits are overwritten.
+
+        Returns:
+            (n', C), d loss / d hidden.
+        """
+        base_model, hidden, targets = self._base_model, self._hidden, self._targets
+        segments, slope = self.segments, base_model.logit_shape.slope(self._logits)
+        logits = self._logits.sub_(self._log_norm)  # normalised
+        grad_logprobs = pad(grad_logprobs, self._padding)
+        grad_hidden = torch.zeros_like(hidden)
+        active = grad_logprobs.any(-1).nonzero()[:, 0]  # (m,)
+        if len(active) == 0:
+            return grad_hidden[: self._num_rows]
+        if len(active) < len(grad_logprobs):
+            segments = _pick(segments, active)
+            hidden, logits, targets, grad_logprobs = (
+                t[active] for t in (hidden, logits, targets, grad_logprobs)
+            )
+            slope = slope[active] if isinstance(slope, Tensor) else slope
+        grad_logits = logits.exp_().mul_(-grad_logprobs.sum(-1, keepdim=True))  # (m, V)
+        grad_logits.scatter_add_(1, targets, grad_logprobs)
+        if isinstance(slope, Tensor) or slope != 1.0:
+            grad_logits.mul_(slope)
+        grad_hidden[active] = _backward_logits(
+            base_model, hidden, segments, grad_logits.to(hidden.dtype)
+        )
+        return grad_hidden[: self._num_rows]
 
 
 def _differentiate(span: LossSpan, tokens: Tensor, inputs: HeadInputs, output: HeadOutput) -> None:
@@ -181,6 +196,17 @@ def _differentiate(span: LossSpan, tokens: Tensor, inputs: HeadInputs, output: H
     output.add_grad_logprobs(tokens, grad_logprobs)
     # A token whose derivative is infinite is marked by its loss.
     output.loss[tokens] = loss.where(grad_logprobs.isfinite(), grad_logprobs).sum(-1)
+
+
+def _differentiate_whole(spans: Sequence[LossSpan], inputs: HeadInputs, output: HeadOutput) -> None:
+    """The same for losses that are not elementwise, whose datums' log-probabilities are there."""
+    _run_custom(spans, inputs, output)
+    for span in spans:
+        if span.whole is not None and span.whole in output.custom:
+            _take_custom(span.whole, output)
+        else:
+            all_rows = slice(0, len(inputs.targets))
+            _differentiate(span, inputs.tokens(span, all_rows), inputs, output)
 
 
 def _run_custom(spans: Sequence[LossSpan], inputs: HeadInputs, output: HeadOutput) -> None:
@@ -225,40 +251,16 @@ def _take_custom(packed: PackedDatum, output: HeadOutput) -> None:
     output.add_grad_logprobs(slice(packed.start, packed.end), grad.to(output.grad_logprobs.device))
 
 
-def _backward_chunk(
-    base_model: BaseModel,
-    hidden: Tensor,
-    segments: Sequence[Segment],
-    *,
-    logits: Tensor,
-    slope: Tensor | float,
-    targets: Tensor,
-    grad_logprobs: Tensor,
+def _backward_logits(
+    base_model: BaseModel, hidden: Tensor, segments: Sequence[Segment], grad_logits: Tensor
 ) -> Tensor:
-    """Propagate one chunk's gradient; ``logits`` (n, V) are normalised and get overwritten.
+    """(m, C) d loss / d hidden, from hidden (m, C) and d loss / d head output (m, V).
 
-    Args:
-        slope: (n, V), or one number for all: their derivative with respect to the head's output.
-
-    Returns:
-        (n, C), d loss / d hidden.
+    The gradient of the head's own adapter is added to each segment's gradient buffer.
     """
-    grad_hidden = torch.zeros_like(hidden)
-    active = grad_logprobs.any(-1).nonzero()[:, 0]  # (m,)
-    if len(active) == 0:
-        return grad_hidden
-    if len(active) < len(grad_logprobs):
-        segments = _pick(segments, active)
-        hidden, logits, targets, grad_logprobs = (
-            t[active] for t in (hidden, logits, targets, grad_logprobs)
-        )
-        slope = slope[active] if isinstance(slope, Tensor) else slope
-    grad_logits = logits.exp_().mul_(-grad_logprobs.sum(-1, keepdim=True))  # (m, V)
-    grad_logits.scatter_add_(1, targets, grad_logprobs)
-    if isinstance(slope, Tensor) or slope != 1.0:
-        grad_logits.mul_(slope)
-    grad_logits = grad_logits.to(hidden.dtype)
-    grad_rows = (_padded(grad_logits) @ base_model.head_weight)[: len(active)]  # (m, C)
+    num_rows = len(hidden)
+    padded = pad(grad_logits, (0, 0, 0, max(0, MIN_ROWS - num_rows)))
+    grad_rows = (padded @ base_model.head_weight)[:num_rows]
     for segment in segments:
         pair = base_model.head_pair(segment.weights)
         if segment.weights is None or segment.grad is None or pair is None:
@@ -271,13 +273,7 @@ def _backward_chunk(
         grad_rows[segment.rows].addmm_(gb, a)
         add_product(grad_a, gb.T, x)
         add_product(grad_b, g.T, x @ a.T, scale)
-    grad_hidden[active] = grad_rows
-    return grad_hidden
-
-
-def _padded(rows: Tensor) -> Tensor:
-    """At least ``MIN_ROWS`` rows, zeros after the given ones."""
-    return pad(rows, (0, 0, 0, max(0, MIN_ROWS - len(rows))))
+    return grad_rows
 
 
 def _chunks(segments: Iterable[Segment], chunk_rows: int) -> Iterator[slice]:

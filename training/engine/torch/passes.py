@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from training.engine.custom_loss.run import CustomLossRunner, Outcome, Work
 from training.engine.torch.adapters import Adapter, AdapterTensors
@@ -137,23 +136,23 @@ def _run_micro_batch(
     device = base_model.device
     is_long = batch.rows_longer_than(base_model.rotary_switch)
     hidden = base_model.hidden_states(
-        _to_device(batch.tokens, device),
-        _to_device(batch.position_ids, device),
+        torch.as_tensor(batch.tokens, device=device),
+        torch.as_tensor(batch.position_ids, device=device),
         PackedContext(
             segments=segments(lambda span: span.rows),
             attention=SequenceAttention(batch.row_ranges),
-            is_long=None if is_long is None else _to_device(is_long, device),
+            is_long=None if is_long is None else torch.as_tensor(is_long, device=device),
         ),
     )  # (T, C)
-    scored = take_rows(hidden, _to_device(batch.scored_rows, device))  # (S, C)
+    scored = take_rows(hidden, torch.as_tensor(batch.scored_rows, device=device))  # (S, C)
     head = score_targets(
         base_model,
         scored.detach(),
         segments(lambda span: span.scored),
         HeadInputs(
-            targets=_to_device(batch.targets, device),
+            targets=torch.as_tensor(batch.targets, device=device),
             places=batch.places,
-            inputs={n: _to_device(v, device) for n, v in batch.inputs.items()},
+            inputs={n: torch.as_tensor(v, device=device) for n, v in batch.inputs.items()},
             loss_spans=batch.loss_spans,
             work=work,
             custom_losses=custom_losses,
@@ -169,19 +168,20 @@ def _scatter_scores(
 ) -> None:
     logprobs = head.target_logprobs().cpu().numpy()  # (N, K)
     losses = head.loss.double().cpu().numpy()  # (N,)
+    is_finite = np.isfinite(logprobs).all(axis=1) & np.isfinite(losses)  # padded targets included
     for packed in batch.datums:
         tokens = slice(packed.start, packed.end)
+        own_logprobs = logprobs[tokens, : packed.num_targets]
         shape = packed.datum.loss_fn_inputs["target_tokens"].shape
         job_scores = scores[packed.planned]
-        job_scores.logprobs[packed.index] = (
-            logprobs[tokens, : packed.num_targets].reshape(shape).copy()
-        )
+        job_scores.logprobs[packed.index] = own_logprobs.reshape(shape).copy()
         job_scores.losses[packed.index] = float(losses[tokens].sum())
         if packed in head.custom:
             job_scores.add_custom(packed.index, head.custom[packed])
-        fault = _fault(packed, losses[tokens], logprobs[tokens, : packed.num_targets])
-        if fault is not None:
-            job_scores.errors.setdefault(packed.index, fault)
+        if not is_finite[tokens].all():
+            fault = _fault(packed, losses[tokens], own_logprobs)
+            if fault is not None:
+                job_scores.errors.setdefault(packed.index, fault)
 
 
 def _fault(
@@ -218,7 +218,3 @@ def _shown(values: NDArray[Any] | np.generic) -> str:
     numbers = np.atleast_1d(values)
     shown = " ".join(f"{number:g}" for number in numbers[:3].tolist())
     return f"[{shown} ...]" if len(numbers) > 3 else shown
-
-
-def _to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)

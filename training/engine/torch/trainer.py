@@ -146,21 +146,27 @@ class TorchTrainer(Trainer):
                 break
         else:
             return outcome
-        return outcome | self._keep_grads(jobs, result.grads)
+        if overflowing := self._keep_grads(result.grads):
+            outcome |= self._find_overflow(jobs, overflowing)
+        return outcome
 
-    def _keep_grads(
-        self, jobs: Sequence[PlannedJob], grads: Mapping[str, AdapterTensors]
+    def _keep_grads(self, grads: Mapping[str, AdapterTensors]) -> list[str]:
+        """Give a pass's gradients to their adapters, except gradients that are not finite; return
+        the names of those adapters."""
+        finite = {name: grad for name, grad in grads.items() if all_finite(grad.flat)}
+        for name, grad in finite.items():
+            self._adapters[name].grad = grad
+        return [name for name in grads if name not in finite]
+
+    def _find_overflow(
+        self, jobs: Sequence[PlannedJob], adapter_names: Sequence[str]
     ) -> dict[PlannedJob, JobResult]:
-        """Give a pass's gradients to their adapters; return the jobs whose outcome changed.
+        """The results of jobs whose losses are finite, but the sum of whose gradients is not.
 
-        A finite loss can still have an infinite gradient. If several jobs share it, each runs
-        again alone to find the cause.
+        If several jobs of an adapter share it, each runs again alone to find the cause.
         """
         changed: dict[PlannedJob, JobResult] = {}
-        for name, grad in grads.items():
-            if all_finite(grad.flat):
-                self._adapters[name].grad = grad
-                continue
+        for name in adapter_names:
             sharing = [planned for planned in jobs if planned.job.adapter_name == name]
             if len(sharing) == 1:
                 changed[sharing[0]] = NonFiniteResult(_GRADIENT_OVERFLOWS)

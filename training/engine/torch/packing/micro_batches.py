@@ -8,7 +8,7 @@ with the targets of its tokens. If datums share nothing, the three are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.engine.torch.packing.plan import Piece, PlannedJob, plan_pieces
-from training.engine.torch.packing.prefix_tree import lay_out
+from training.engine.torch.packing.plan import Item, Piece, PlannedJob, plan_pieces
+from training.engine.torch.packing.prefix_tree import lay_out, shared_paths
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import MIN_ROWS
 from training.types import Datum
@@ -49,6 +49,12 @@ class PackedDatum:
         targets = self.datum.loss_fn_inputs["target_tokens"]
         return 1 if targets.ndim == 1 else targets.shape[1]
 
+    @property
+    def span_key(self) -> tuple[Any, ...]:
+        """Adjacent datums with the same key share a loss span."""
+        alone = None if self.planned.is_elementwise else self.start
+        return (self.planned.loss_key, self.num_targets, alone)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PartSpan:
@@ -63,13 +69,31 @@ class PartSpan:
 class LossSpan:
     """Tokens of one loss function with one config."""
 
-    loss_fn: str
-    config: Mapping[str, float]
-    num_targets: int
-    start: int
+    first: PackedDatum
+    """Its first datum; the others have the same ``span_key``."""
     end: int
-    whole: PackedDatum | None
-    """The one datum of a loss that is not elementwise; None if the tokens may be cut anywhere."""
+
+    @property
+    def start(self) -> int:
+        return self.first.start
+
+    @property
+    def num_targets(self) -> int:
+        return self.first.num_targets
+
+    @property
+    def loss_fn(self) -> str:
+        return self.first.planned.job.loss_fn
+
+    @property
+    def config(self) -> Mapping[str, float]:
+        return self.first.planned.config
+
+    @property
+    def whole(self) -> PackedDatum | None:
+        """The one datum of a loss that is not elementwise; None if the tokens may be cut
+        anywhere."""
+        return None if self.first.planned.is_elementwise else self.first
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,18 +145,43 @@ def plan_micro_batches(
         token_budget: Most rows in a micro-batch, unless a single datum is longer.
         rotary_switch: Longer datums share nothing with others; see ``BaseModel``.
     """
-    planned = plan_pieces(jobs, token_budget, rotary_switch=rotary_switch)
-    return [_make_batch(pieces) for pieces in planned]
+    by_part: dict[tuple[str, int], list[PlannedJob]] = {}
+    for planned in jobs:
+        by_part.setdefault(planned.part, []).append(planned)
+    origins: list[tuple[PlannedJob, int]] = []
+    parts: dict[tuple[str, int], list[Item]] = {}
+    for part, its_jobs in by_part.items():
+        first = len(origins)
+        origins += [(own, index) for own in its_jobs for index in range(len(own.job.data))]
+        sequences = [planned.job.data[index].model_input for planned, index in origins[first:]]
+        paths = shared_paths(sequences, rotary_switch=rotary_switch)
+        parts[part] = [
+            Item(
+                number=number,
+                num_tokens=len(tokens),
+                loss_key=origins[number][0].loss_key,
+                path=path,
+            )
+            for number, (tokens, path) in enumerate(zip(sequences, paths, strict=True), first)
+        ]
+    return [_make_batch(origins, pieces) for pieces in plan_pieces(parts, token_budget)]
 
 
-def _make_batch(pieces: Sequence[Piece]) -> MicroBatch:
-    datums, part_rows = _packed(pieces)
+def _make_batch(origins: Sequence[tuple[PlannedJob, int]], pieces: Sequence[Piece]) -> MicroBatch:
+    """
+    Args:
+        origins: By an item's number, the job of its datum and the datum's index there.
+    """
+    item_ranges, part_rows = _rows(pieces)
+    datums: list[PackedDatum] = []
+    for item, its_ranges in item_ranges:
+        planned, index = origins[item.number]
+        start = datums[-1].end if datums else 0
+        datums.append(PackedDatum(planned=planned, index=index, start=start, row_ranges=its_ranges))
     rows = np.concatenate([np.arange(s.start, s.end) for p in datums for s in p.row_ranges])  # (N,)
     targets, inputs = _loss_inputs(datums)
     scored, places = _scored_tokens(rows, targets)
-    row_ranges = list(
-        dict.fromkeys(row_range for packed in datums for row_range in packed.row_ranges)
-    )
+    row_ranges = list(dict.fromkeys(one for packed in datums for one in packed.row_ranges))
     num_rows = row_ranges[-1].end
     if num_rows < MIN_ROWS:
         row_ranges.append(RowRange(start=num_rows, length=MIN_ROWS - num_rows))
@@ -141,13 +190,14 @@ def _make_batch(pieces: Sequence[Piece]) -> MicroBatch:
         for row_range in packed.row_ranges:
             own = slice(row_range.num_before, row_range.num_keys)
             tokens[row_range.start : row_range.end] = packed.datum.model_input[own]
+    spans = [list(span) for _, span in groupby(datums, lambda packed: packed.span_key)]
     return MicroBatch(
         datums=datums,
         part_spans=[
             PartSpan(part=piece.part, rows=bounds, scored=_between(rows[scored], *bounds))
             for piece, bounds in zip(pieces, part_rows, strict=True)
         ],
-        loss_spans=_loss_spans(datums),
+        loss_spans=[LossSpan(first=span[0], end=span[-1].end) for span in spans],
         row_ranges=row_ranges,
         tokens=tokens,
         position_ids=np.concatenate([np.arange(s.num_before, s.num_keys) for s in row_ranges]),
@@ -158,24 +208,20 @@ def _make_batch(pieces: Sequence[Piece]) -> MicroBatch:
     )
 
 
-def _packed(pieces: Sequence[Piece]) -> tuple[list[PackedDatum], list[tuple[int, int]]]:
-    """Every datum with its rows and tokens, and the range of rows of each piece."""
-    datums: list[PackedDatum] = []
+def _rows(
+    pieces: Sequence[Piece],
+) -> tuple[list[tuple[Item, list[RowRange]]], list[tuple[int, int]]]:
+    """Every item with its rows in the stream, and the range of rows of each piece."""
+    item_ranges: list[tuple[Item, list[RowRange]]] = []
     part_rows: list[tuple[int, int]] = []
-    first_row = first_token = 0
+    first_row = 0
     for piece in pieces:
         lengths = [item.num_tokens for item in piece.items]
         laid_out = lay_out(lengths, [item.path for item in piece.items], first_row)
-        for item, row_ranges in zip(piece.items, laid_out, strict=True):
-            datums.append(
-                PackedDatum(
-                    planned=item.planned, index=item.index, start=first_token, row_ranges=row_ranges
-                )
-            )
-            first_token += item.num_tokens
+        item_ranges += zip(piece.items, laid_out, strict=True)
         part_rows.append((first_row, first_row + piece.num_rows))
         first_row += piece.num_rows
-    return datums, part_rows
+    return item_ranges, part_rows
 
 
 def _scored_tokens(
@@ -227,30 +273,3 @@ def _loss_inputs(
             else:  # a setting for every token; without one it is the weights, which are 1
                 inputs[name][own, :k] = packed.planned.config.get(name, 1.0)
     return targets, inputs
-
-
-def _loss_spans(datums: Sequence[PackedDatum]) -> list[LossSpan]:
-    return [
-        LossSpan(
-            loss_fn=run[0].planned.job.loss_fn,
-            config=run[0].planned.config,
-            num_targets=run[0].num_targets,
-            start=run[0].start,
-            end=run[-1].end,
-            whole=None if run[0].planned.is_elementwise else run[0],
-        )
-        for run in _runs(datums, _span_key)
-    ]
-
-
-def _span_key(packed: PackedDatum) -> tuple[Any, ...]:
-    """Adjacent datums with the same key share a loss span."""
-    alone = None if packed.planned.is_elementwise else packed.start
-    return (packed.planned.loss_key, packed.num_targets, alone)
-
-
-def _runs(
-    datums: Sequence[PackedDatum], key: Callable[[PackedDatum], Any]
-) -> list[list[PackedDatum]]:
-    """Group adjacent datums with the same key."""
-    return [list(run) for _, run in groupby(datums, key)]

@@ -9,15 +9,12 @@ their sharing do not depend on the other parts of a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from training.engine.interface import ForwardBackwardJob
-from training.engine.torch.packing.prefix_tree import SHARED_BLOCK, Path, shared_paths
+from training.engine.torch.packing.prefix_tree import SHARED_BLOCK, Path
 from training.loss_fns import CUSTOM, LOSS_FNS
 
 KEYS_PER_ROW = 8
@@ -55,31 +52,25 @@ class PlannedJob:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Item:
-    """One datum that has no rows yet."""
+    """One datum that has no rows yet: what planning needs to know of it."""
 
-    planned: PlannedJob
-    index: int
-    """Its index among the job's datums."""
+    number: int
+    """Its index among the datums of all jobs of the call."""
+    num_tokens: int
+    loss_key: tuple[Any, ...]
     path: Path
     """The blocks at its beginning that other datums of its part share."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.planned.job.data[self.index].model_input)
 
 
 class Piece:
     """Datums of one part that go through the model together and share their prefixes."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: tuple[str, int]) -> None:
+        self.part = part
         self.items: list[Item] = []
         self.num_rows = 0
         self._num_keys = 0
         self._blocks: set[int] = set()
-
-    @property
-    def part(self) -> tuple[str, int]:
-        return self.items[0].planned.part
 
     @property
     def size(self) -> int:
@@ -102,21 +93,17 @@ class Piece:
 
 
 def plan_pieces(
-    jobs: Sequence[PlannedJob], token_budget: int, *, rotary_switch: int | None = None
+    parts: Mapping[tuple[str, int], Sequence[Item]], token_budget: int
 ) -> list[list[Piece]]:
-    """The pieces of each micro-batch; every datum of every job is in one piece.
+    """The pieces of each micro-batch; every datum of every part is in one piece.
 
     Args:
         token_budget: Largest sum of sizes, unless a single datum is larger.
-        rotary_switch: See ``BaseModel``.
     """
-    by_part: dict[tuple[str, int], list[PlannedJob]] = {}
-    for planned in jobs:
-        by_part.setdefault(planned.part, []).append(planned)
     batches: list[list[Piece]] = []
     total = 0
-    for part in by_part.values():
-        for piece in _cut_part(part, token_budget, rotary_switch):
+    for part, items in parts.items():
+        for piece in _cut_part(part, items, token_budget):
             if not batches or total + piece.size > token_budget:
                 batches.append([])
                 total = 0
@@ -125,39 +112,16 @@ def plan_pieces(
     return batches
 
 
-def _cut_part(
-    jobs: Sequence[PlannedJob], token_budget: int, rotary_switch: int | None
-) -> list[Piece]:
+def _cut_part(part: tuple[str, int], items: Sequence[Item], token_budget: int) -> list[Piece]:
     """Cut a part into pieces: datums ordered by prefix, then by loss, the longest first."""
-    loss_order = _first_seen(planned.loss_key for planned in jobs)
+    loss_order: dict[tuple[Any, ...], int] = {}
+    for item in items:
+        loss_order.setdefault(item.loss_key, len(loss_order))
     pieces: list[Piece] = []
-    for item in sorted(
-        _items(jobs, rotary_switch),
-        key=lambda i: (i.path, loss_order[i.planned.loss_key], -i.num_tokens),
-    ):
+    for item in sorted(items, key=lambda i: (i.path, loss_order[i.loss_key], -i.num_tokens)):
         if not pieces or pieces[-1].size_with(item) > token_budget:
-            pieces.append(Piece())
+            pieces.append(Piece(part))
         pieces[-1].add(item)
     for piece in pieces:
-        piece.items.sort(key=lambda i: loss_order[i.planned.loss_key])
+        piece.items.sort(key=lambda i: loss_order[i.loss_key])
     return pieces
-
-
-def _items(jobs: Sequence[PlannedJob], rotary_switch: int | None) -> list[Item]:
-    data: list[tuple[PlannedJob, int, NDArray[np.int32]]] = [
-        (planned, index, datum.model_input)
-        for planned in jobs
-        for index, datum in enumerate(planned.job.data)
-    ]
-    paths = shared_paths([tokens for _, _, tokens in data], rotary_switch=rotary_switch)
-    return [
-        Item(planned=planned, index=index, path=path)
-        for (planned, index, _), path in zip(data, paths, strict=True)
-    ]
-
-
-def _first_seen(values: Iterable[Any]) -> dict[Any, int]:
-    order: dict[Any, int] = {}
-    for value in values:
-        order.setdefault(value, len(order))
-    return order
