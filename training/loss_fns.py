@@ -162,3 +162,9 @@ def find_loss_fn(loss_fn: str) -> LossSpec:
     if loss_fn in _NOT_SERVED:
         raise InvalidRequest(f"loss_fn: {loss_fn}: {_NOT_SERVED[loss_fn]}; known are {known}")
     raise InvalidRequest(f"loss_fn: expected one of {known}; got {loss_fn[:60]!r}")
+
+
+def takes_advantages(loss_fn: str) -> bool:
+    """Whether the loss may be a policy gradient: it has advantages, or is a client's own."""
+    spec = LOSS_FNS.get(loss_fn)
+    return spec is None or spec.factor == ADVANTAGES

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.loss_fns import ADVANTAGES, LOGPROBS, LOSS_FNS, MASK, THRESHOLDS
+from training.loss_fns import ADVANTAGES, LOGPROBS, LOSS_FNS, MASK, THRESHOLDS, takes_advantages
 from training.types import Datum
 
 Floats = NDArray[np.float64]
@@ -54,8 +54,7 @@ def sampled_tokens(datum: Datum) -> Flags:
 def is_policy_data(data: Sequence[Datum], loss_fn: str) -> bool:
     """Whether the loss takes advantages, and all datums have one of them and one sampling
     log-probability for each target. An uploaded loss may give these names to other shapes."""
-    spec = LOSS_FNS.get(loss_fn)
-    if not data or (spec is not None and spec.factor != ADVANTAGES):
+    if not data or not takes_advantages(loss_fn):
         return False
     return all(_has_rows(datum, (ADVANTAGES, LOGPROBS)) for datum in data)
 

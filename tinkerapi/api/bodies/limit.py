@@ -108,8 +108,27 @@ class Body:
 
     async def receive(self) -> Message:
         """The next message of the client, for the application."""
-        if self._is_whole or self.refusal is not None:
-            return await self._receive() if self._is_whole else _GONE
+        if self._is_whole:
+            return await self._receive()
+        message = await self._arriving()
+        if self.refusal is not None:
+            return _GONE
+        piece = message.get("body", b"")
+        self._scope[BODY_BYTES] += len(piece)
+        if self._scope[BODY_BYTES] > self._limit:
+            self.refusal = too_large(self._limit)
+            return _GONE
+        word = len(SEQ_ID_WORD)
+        if SEQ_ID_WORD in piece or SEQ_ID_WORD in self._end + piece[:word]:
+            self._scope[HOLDS_SEQ_ID] = True
+        self._end = (self._end + piece[-word:])[-word:]
+        self._is_whole = not message.get("more_body", False)
+        return message
+
+    async def _arriving(self) -> Message:
+        """The next part of the body, if it arrives in time; otherwise the body is refused."""
+        if self.refusal is not None:
+            return _GONE
         idle_end = self._loop.time() + settings.BODY_IDLE_SECONDS
         try:
             async with asyncio.timeout_at(min(idle_end, self._deadline)):
@@ -119,19 +138,7 @@ class Body:
             return _GONE
         if message["type"] != "http.request":  # the client has gone, or has not sent valid HTTP
             self.refusal = _cut_off()
-            return _GONE
-        self._pass(message.get("body", b""))
-        self._is_whole = not message.get("more_body", False)
-        return message if self.refusal is None else _GONE
-
-    def _pass(self, piece: bytes) -> None:
-        self._scope[BODY_BYTES] += len(piece)
-        if self._scope[BODY_BYTES] > self._limit:
-            self.refusal = too_large(self._limit)
-        word = len(SEQ_ID_WORD)
-        if SEQ_ID_WORD in piece or SEQ_ID_WORD in self._end + piece[:word]:
-            self._scope[HOLDS_SEQ_ID] = True
-        self._end = (self._end + piece[-word:])[-word:]
+        return message
 
 
 def _declared_length(scope: Scope) -> int | None:

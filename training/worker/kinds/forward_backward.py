@@ -19,7 +19,13 @@ from training.custom_loss_graph import CustomLossGraph, check_graph, graph_as_se
 from training.engine.interface import ForwardBackwardJob, Trainer
 from training.errors import TrainingError
 from training.kinds import ForwardBackward, Kind
-from training.loss_fns import ADVANTAGES, LOSS_FNS, STABLE_REINFORCE, TARGET_TOKENS
+from training.loss_fns import (
+    ADVANTAGES,
+    LOSS_FNS,
+    STABLE_REINFORCE,
+    TARGET_TOKENS,
+    takes_advantages,
+)
 from training.models import Run
 from training.pass_figures import pass_figures
 from training.selectors import custom_loss_get
@@ -31,13 +37,10 @@ from training.worker.text_work import Item
 
 @dataclass(frozen=True, kw_only=True)
 class PassAnswer:
-    """The trainer's result for one future."""
+    """The trainer's result for one request."""
 
-    future: Future
-    loss_fn: str
-    loss_fn_config: Mapping[str, float]
-    data: list[Datum]
-    """The future's data as tokens, in order; empty if it could not be rendered."""
+    data: Sequence[Datum]
+    """The request's data as tokens, in order; empty if it could not be rendered."""
     output: ForwardBackwardOutput | TrainingError
 
 
@@ -60,50 +63,27 @@ def apply(
     Returns:
         One answer per request, in order.
     """
-    answers: list[PassAnswer | None] = []
-    jobs: list[ForwardBackwardJob] = []
-    for adapter_name, future, request in requests:
+    errors: dict[int, TrainingError] = {}
+    jobs: dict[int, ForwardBackwardJob] = {}
+    for number, (adapter_name, future, request) in enumerate(requests):
         try:
             items = take_tokens(future, request) if request.has_text else request.data
-            data = [item for item in items if isinstance(item, Datum)]
-            custom_loss = _custom_loss(request.loss_id)
-        except TrainingError as error:
-            answers.append(
-                PassAnswer(
-                    future=future,
-                    loss_fn=request.loss_fn,
-                    loss_fn_config=request.loss_fn_config,
-                    data=[],
-                    output=error,
-                )
-            )
-            continue
-        answers.append(None)
-        jobs.append(
-            ForwardBackwardJob(
+            jobs[number] = ForwardBackwardJob(
                 adapter_name=adapter_name,
-                data=data,
+                data=[item for item in items if isinstance(item, Datum)],
                 loss_fn=request.loss_fn,
                 loss_fn_config=request.loss_fn_config,
                 forward_only=request.kind == Kind.FORWARD,
-                custom_loss=custom_loss,
+                custom_loss=_custom_loss(request.loss_id),
                 is_replay=is_replay,
             )
-        )
-    outputs = iter(zip(jobs, trainer.forward_backward(jobs) if jobs else [], strict=True))
-    complete = []
-    for (_, future, _), answer in zip(requests, answers, strict=True):
-        if answer is None:
-            job, output = next(outputs)
-            answer = PassAnswer(
-                future=future,
-                loss_fn=job.loss_fn,
-                loss_fn_config=job.loss_fn_config,
-                data=list(job.data),
-                output=output,
-            )
-        complete.append(answer)
-    return complete
+        except TrainingError as error:
+            errors[number] = error
+    outputs = trainer.forward_backward(list(jobs.values())) if jobs else []
+    answers = {number: PassAnswer(data=[], output=error) for number, error in errors.items()}
+    for (number, job), output in zip(jobs.items(), outputs, strict=True):
+        answers[number] = PassAnswer(data=job.data, output=output)
+    return [answers[number] for number in range(len(requests))]
 
 
 def run(
@@ -118,17 +98,19 @@ def run(
     answers = apply(trainer, asked, take_tokens)
     seconds = time.monotonic() - begin
     total = sum(future.cost for _, future, _ in requests)
-    for (run, future, _), answer in zip(requests, answers, strict=True):
+    for (run, future, request), answer in zip(requests, answers, strict=True):
         if isinstance(answer.output, TrainingError):
             effects.outcomes.append(outcomes.failed(future, answer.output))
             continue
-        facts = _Facts.of(answer.loss_fn, answer.data)
-        figures = pass_figures(
-            answer.data,
-            answer.output.logprobs,
-            loss_fn=answer.loss_fn,
-            loss_fn_config=answer.loss_fn_config,
-        )
+        figures = {}
+        if takes_advantages(request.loss_fn):
+            figures = pass_figures(
+                answer.data,
+                answer.output.logprobs,
+                loss_fn=request.loss_fn,
+                loss_fn_config=request.loss_fn_config,
+            )
+        facts = _Facts.of(request.loss_fn, answer.data)
         outcome = _ready(run, outcomes.backend(trainer), future, facts, answer.output, figures)
         effects.outcomes.append(outcome)
         if future.kind == Kind.FORWARD_BACKWARD:
