@@ -27,6 +27,7 @@ from tinkerapi.server.postgres import EmbeddedPostgres
 from training.base_models import base_model_get
 from training.engine.fake.engine import fake_engine
 from training.engine.interface import Engine
+from training.vocabulary import TokenTable
 from training.worker.loop import WorkLoop
 from training.worker.text_pool import TextPool
 from training.worker.texts import TEXT_RULES
@@ -118,6 +119,7 @@ class InProcessWorker:
             bell_rang=lambda seconds: False,
             figures=dict(figures),
             text_pool=text_pool,
+            token_table=TokenTable("", self.engine.renderer.token_bytes()),
         )
 
     def __call__(self) -> None:

@@ -327,7 +327,11 @@ WORKER_HOUR_CENTS = env_int("TINKERAPI_WORKER_HOUR_CENTS", 0, minimum=0)
 """Price of an hour of one worker (its GPU) in US cents; 0: usage has no price."""
 
 KEEP_RESULTS_DAYS = env_int("TINKERAPI_KEEP_RESULTS_DAYS", 30, maximum=36500)
-"""How long ``prunefutures`` keeps payloads and results of finished futures."""
+"""How long ``prunefutures`` keeps payloads and results of finished futures, and the worker keeps
+the texts of rollouts."""
+
+ROLLOUTS_PER_RUN = env_int("TINKERAPI_ROLLOUTS_PER_RUN", 20_000, minimum=0, maximum=10_000_000)
+"""Sampled sequences of a run that are kept as text for the console, the newest; 0: none."""
 
 DATA_UPLOAD_MAX_MEMORY_SIZE = MAX_BODY_BYTES
 

@@ -453,7 +453,7 @@ class Vocabulary(models.Model):
     queue = models.CharField(primary_key=True, max_length=100)
     """The base model's engine queue."""
     fingerprint = models.CharField(max_length=64)
-    """Of the tokens' bytes: a cache of them is valid while it stays."""
+    """Changes if the tokens do."""
     data = models.BinaryField()
     """A list of each token's bytes, by id (``futures.payload``)."""
 

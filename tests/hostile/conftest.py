@@ -106,8 +106,11 @@ class Attacker:
         self.check_number(ids_read(data), data, answer)
 
     def check_number(self, ids: tuple[Any, Any] | None, body: bytes, answer: Any) -> None:
-        """A number that could be read is used up; one that could not is sent again, and well."""
-        model, number = ids or (None, None)
+        """A number that could be read is used up; one that could not is sent again, and well.
+
+        A body that is too large for its address is not read at all.
+        """
+        model, number = (ids if answer.status_code != 413 else None) or (None, None)
         is_ours = model == self.ids["sdk_model"] and type(number) is int
         is_used_up = answer.status_code == 200 or b'"SeqIdReused"' in answer.content
         if is_ours and 0 < number < 2**31 and not is_used_up:

@@ -25,6 +25,7 @@ from training.engine.interface import Engine
 from training.errors import TrainingError
 from training.kinds import Sample
 from training.models import Run
+from training.vocabulary import TokenTable
 from training.worker import outcomes
 from training.worker.adapter_cache import AdapterCache, NoRoomYet
 from training.worker.batching_delay import collect_batch_mates
@@ -32,6 +33,7 @@ from training.worker.effects import Effects
 from training.worker.idle import IdleTime
 from training.worker.operations import Operations
 from training.worker.replay import Replay
+from training.worker.rollouts import Rollouts
 from training.worker.samples import Samples
 from training.worker.scheduler import Batch, Scheduler, has_custom_loss
 from training.worker.text_pool import TextPool
@@ -74,6 +76,7 @@ class WorkLoop:
         figures: dict[str, Any] | None = None,
         on_turn: Callable[[], None] = lambda: None,
         text_pool: TextPool | None = None,
+        token_table: TokenTable | None = None,
     ) -> None:
         """Start without futures.
 
@@ -84,6 +87,8 @@ class WorkLoop:
             figures: A dictionary for the loop's own figures.
             on_turn: Called whenever the loop makes progress; see ``training.worker.watchdog``.
             text_pool: Processes that tokenize text; None does it in this thread.
+            token_table: For the texts of prompts that are shown to people; without it they are
+                empty.
         """
         self._sampler = engine.sampler
         self._worker = worker
@@ -119,7 +124,8 @@ class WorkLoop:
             release_memory=lambda: _release_memory(engine),
         )
         self._operations = Operations(engine.trainer, self.adapter_cache, self._texts)
-        self._samples = Samples(engine.sampler, engine.renderer, self._texts)
+        rollouts = Rollouts(token_table)
+        self._samples = Samples(engine.sampler, engine.renderer, self._texts, rollouts)
         self._company_until = 0.0
         """The time until which a batch waits for text that was claimed with it."""
         self._figures = figures if figures is not None else {}
@@ -271,7 +277,11 @@ class WorkLoop:
             elif request.checkpoint is not None:
                 version = self.adapter_cache.publish_checkpoint(request.checkpoint, future)
             self._samples.submit(
-                future, request, model_id=run.name if run else None, version=version
+                future,
+                request,
+                model_id=run.name if run else None,
+                version=version,
+                origin=self._samples.rollouts.origin(future, request, run),
             )
         except NoRoomYet:
             self._scheduler.put_back(future)
@@ -287,7 +297,7 @@ class WorkLoop:
             for sampled in finished:
                 self._scheduler.sample_finished(sampled.future)
             self._batch += 1
-            records = [(item.future, item.record) for item in finished if item.record is not None]
+            records = [(item.future, record) for item in finished for record in item.records]
             done = [sampled.outcome for sampled in finished]
             self._commit(Effects(outcomes=done, writes=records))
 

@@ -20,6 +20,7 @@ from futures.database import execute
 from futures.lane_gaps import SETTLE_SECONDS, gaps_refuse
 from training.services import checkpoints_expire
 from training.services.recorded_samples import samples_forget
+from training.services.rollouts import rollouts_forget
 from training.services.sessions import sessions_expire
 
 JUMP_SECONDS = 10.0
@@ -66,13 +67,14 @@ class Maintenance:
 
     def do(self) -> None:
         """Unlock doorbells hidden by a clock that was set back. Then, once the clocks are steady,
-        delete expired checkpoints and recorded samples, finish sessions whose client is
-        gone, and fail requests that wait for a number that does not arrive."""
+        delete expired checkpoints, recorded samples and old rollouts, finish sessions whose
+        client is gone, and fail requests that wait for a number that does not arrive."""
         doorbells_unlock(self._queue)
         patience = settings.GAP_SECONDS
         if self._steady.steady_seconds(*self._wall_clocks()) >= max(SETTLE_SECONDS, patience):
             checkpoints_expire()
             samples_forget()
+            rollouts_forget()
             sessions_expire()
             gaps_refuse(queue=self._queue, patience_seconds=patience)
 

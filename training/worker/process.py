@@ -27,6 +27,7 @@ from training import tasks
 from training.base_models import BaseModel
 from training.engine import factory
 from training.engine.interface import Engine
+from training.vocabulary import vocabulary_store
 from training.worker import text_pool
 from training.worker.adapter_memory import GIBIBYTE
 from training.worker.crash_log import CrashLog, crashed, oom_kills
@@ -114,6 +115,10 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
     try:
         with _signalling(watchdog):
             engine = build(base_model)
+            renderer = engine.renderer
+            token_table = vocabulary_store(
+                base_model.queue, renderer.vocabulary_key, renderer.token_bytes
+            )
         engine.trainer.report_progress(watchdog)
         info, conversation_fault = engine.trainer.info, engine.renderer.conversation_fault
         figures |= {
@@ -136,6 +141,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
             figures=figures,
             on_turn=watchdog,
             text_pool=text_pool.TextPool(engine.renderer),
+            token_table=token_table,
         )
         consumer.on_turn = loop.idle_turn
         tasks.serve(base_model.queue, crash_log.noted()(loop.run_until_idle))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,6 +26,7 @@ from training.text_pieces import Told
 from training.types import TokenIds
 from training.worker import outcomes
 from training.worker.kinds import sample
+from training.worker.rollouts import Origin, Rollouts
 from training.worker.text_work import of_prompt
 from training.worker.texts import Texts
 
@@ -43,8 +44,9 @@ class _Sampling:
     future: Future
     request: Sample
     model_id: str | None
-    prompt: TokenIds
-    """The last prompt; a request to be recorded has only one."""
+    prompts: list[TokenIds]
+    origin: Origin | None = None
+    """The run that is sampled, if its sequences are to be shown to people."""
     outputs: list[SampleOutput | None] = field(default_factory=list)
     """One per prompt, None until it is finished."""
     prompt_tokens: int = 0
@@ -61,14 +63,17 @@ class Sampled:
 
     future: Future
     outcome: Outcome
-    record: Callable[[], None] | None = None
+    records: Sequence[Callable[[], None]] = ()
     """To be called in the transaction in which the outcome is committed."""
 
 
 class Samples:
     """The samples of futures in one sampler."""
 
-    def __init__(self, sampler: Sampler, renderer: Renderer, texts: Texts) -> None:
+    def __init__(
+        self, sampler: Sampler, renderer: Renderer, texts: Texts, rollouts: Rollouts
+    ) -> None:
+        self.rollouts = rollouts
         self._sampler = sampler
         self._renderer = renderer
         self._texts = texts
@@ -88,6 +93,7 @@ class Samples:
         *,
         model_id: str | None,
         version: str | None,
+        origin: Origin | None = None,
     ) -> None:
         """Submit a request's prompts to the sampler.
 
@@ -95,11 +101,13 @@ class Samples:
             request: The future's.
             model_id: For the answer; None if the request has no run.
             version: The version of weights to use; None for the base model.
+            origin: The run of these weights, if what is sampled from it is to be recorded.
 
         Raises:
             TrainingError: One of the prompts cannot be sampled; none of them is.
         """
         keys: list[str] = []
+        prompts: list[TokenIds] = []
         echoed: list[tuple[TokenIds, str | None]] = []
         prompt_tokens = 0
         try:
@@ -123,6 +131,7 @@ class Samples:
                         raise
                     raise of_prompt(error, index, len(tokens)) from error
                 keys.append(key)
+                prompts.append(job.prompt)
                 prompt_tokens += len(job.prompt)
                 if request.echo:
                     echoed.append((job.prompt, prompt if isinstance(prompt, str) else None))
@@ -140,7 +149,8 @@ class Samples:
             prompt_tokens=prompt_tokens,
             told=Told() if request.stream else None,
             echoed=echoed,
-            prompt=job.prompt,
+            prompts=prompts,
+            origin=origin,
         )
 
     def poll(self, wait_seconds: float) -> list[Sampled]:
@@ -184,8 +194,20 @@ class Samples:
                 scoring=sampling.request.scoring,
             )
         del self._held[request_id]
-        is_kept = sampling.request.record_for is not None and not isinstance(output, TrainingError)
-        return [Sampled(sampling.future, outcome, partial(_record, sampling) if is_kept else None)]
+        records = [] if isinstance(output, TrainingError) else self._records(sampling)
+        return [Sampled(sampling.future, outcome, records)]
+
+    def _records(self, sampling: _Sampling) -> list[Callable[[], None]]:
+        """The writings that belong to a finished sample."""
+        records: list[Callable[[], None]] = []
+        if sampling.request.record_for is not None:
+            records.append(partial(_record, sampling))
+        if sampling.origin is not None:
+            outputs = [output for output in sampling.outputs if output is not None]
+            records.append(
+                self.rollouts.recorder(sampling.future, sampling.origin, sampling.prompts, outputs)
+            )
+        return records
 
     def withdraw(self, request_ids: Collection[str]) -> dict[str, tuple[Future, dict[str, int]]]:
         """Take requests out of the sampler.
@@ -250,7 +272,7 @@ def _record(sampling: _Sampling) -> None:
     samples_record(
         request_id=sampling.future.id,
         session_id=sampling.request.record_for or "",
-        prompt=sampling.prompt,
+        prompt=sampling.prompts[0],
         sequences=[
             {
                 "tokens": np.asarray(sequence.tokens, np.int32),

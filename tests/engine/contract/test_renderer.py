@@ -155,3 +155,11 @@ def test_what_the_first_version_trained_is_still_rendered(renderer: Renderer) ->
     then = renderer.render_by_first_rules([QUESTION, ANSWER], train_on="assistant")
     assert sequence(ours)[: len(sequence(then))] == sequence(then)
     assert trained(then) == trained(ours)
+
+
+def test_the_bytes_of_its_tokens_make_the_text(renderer: Renderer) -> None:
+    table = renderer.token_bytes()
+    for text in ("Where is Zürich?", "東京 and \N{GRINNING FACE}\n"):
+        ids = renderer.encode(text)
+        assert b"".join(table[id_] for id_ in ids).decode().endswith(text)
+    assert renderer.vocabulary_key == renderer.vocabulary_key

@@ -77,3 +77,13 @@ class Renderer(ABC):
         Args:
             text: The tokens' original text, if it was text; it is returned unchanged.
         """
+
+    @property
+    @abstractmethod
+    def vocabulary_key(self) -> str:
+        """Equal for two renderers only if their tokens are the same; quick to compute."""
+
+    @abstractmethod
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token of the base model, by id, special tokens written out; takes
+        seconds for a large vocabulary. Bytes that are unknown are those of U+FFFD."""

@@ -9,6 +9,7 @@ refused with the reason; a mask is never guessed.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
@@ -115,6 +116,16 @@ class ChatRenderer(Renderer):
     ) -> tuple[str, list[TokenText]]:
         """A prompt's text and each of its tokens; see ``TokenTexts.of_prompt``."""
         return self._token_texts.of_prompt(tokens, text)
+
+    @property
+    def vocabulary_key(self) -> str:
+        """See ``Renderer``: a hash of all tokens, as the vocabulary writes them."""
+        pieces = [self._tokenizer.convert_ids_to_tokens(id_) for id_ in range(self._vocab_size)]
+        return hashlib.sha256(repr(pieces).encode()).hexdigest()
+
+    def token_bytes(self) -> list[bytes]:
+        """See ``Renderer``."""
+        return self._token_texts.bytes_of(range(self._vocab_size))
 
     # -- conversations ---------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ bytes. Byte-level vocabularies write a byte as one printable character, others a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from training.engine.renderer.tokenizer import Tokenizer
 from training.engine.sampler.stop_strings import UNFINISHED, StreamedText
@@ -30,6 +30,11 @@ class TokenTexts:
         """Each token, with its offset in the text that they add to those before, without special
         tokens."""
         return self._placed(tokens, before, with_special=False)
+
+    def bytes_of(self, tokens: Iterable[int]) -> list[bytes]:
+        """Each token's bytes by itself, special tokens written out."""
+        texts = (self._token(token, 0) for token in tokens)
+        return [item.text.encode() if item.utf8 is None else item.utf8 for item in texts]
 
     def of_prompt(
         self, tokens: Sequence[int], text: str | None = None

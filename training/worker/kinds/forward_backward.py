@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -29,9 +30,11 @@ from training.loss_fns import (
 from training.models import Run
 from training.pass_figures import pass_figures
 from training.selectors import custom_loss_get
+from training.services.rollouts import rollouts_join
 from training.types import Datum, ForwardBackwardOutput
 from training.worker import outcomes
 from training.worker.effects import Effects
+from training.worker.rollouts import sequence_advantages
 from training.worker.text_work import Item
 
 
@@ -113,6 +116,14 @@ def run(
         facts = _Facts.of(request.loss_fn, answer.data)
         outcome = _ready(run, outcomes.backend(trainer), future, facts, answer.output, figures)
         effects.outcomes.append(outcome)
+        if figures and future.kind == Kind.FORWARD_BACKWARD:
+            join = partial(
+                rollouts_join,
+                run_id=run.id,
+                request_id=future.id,
+                advantages=sequence_advantages(answer.data),
+            )
+            effects.writes.append((future, join))
         if future.kind == Kind.FORWARD_BACKWARD:
             run.tokens += outcome.summary["tokens"]
             effects.changed(run, future, seconds * future.cost / total)
