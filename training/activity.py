@@ -10,14 +10,12 @@ from django.utils import timezone
 
 from futures.models import Future
 from futures.transitions import State
+from training.client_silence import SHOWN_AS_GONE
 from training.kinds import Kind
 from training.models import Run, SamplingSession
 
 RECENT = timedelta(seconds=30)
 """A training loop may pause this long between requests without being idle."""
-
-SILENCE = timedelta(minutes=1)
-"""The SDK's clients send a heartbeat every ten seconds."""
 
 
 def with_activity(runs: QuerySet[Any]) -> QuerySet[Any]:
@@ -50,6 +48,6 @@ def activity(run: Any) -> str:
     if run.is_sampling:
         return "sampling"
     now = timezone.now()
-    if run.session is not None and now - run.session.heartbeat_at > SILENCE:
+    if run.session is not None and now - run.session.heartbeat_at > SHOWN_AS_GONE:
         return "client gone"
     return "training" if run.step and now - run.newest_request_at < RECENT else "idle"

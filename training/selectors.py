@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import timedelta
 from functools import reduce
 from operator import or_
 
@@ -14,6 +13,7 @@ from django.utils import timezone
 from futures.database import row_get
 from futures.models import Future
 from futures.transitions import State
+from training.client_silence import FREES_MEMORY
 from training.errors import (
     CheckpointNotFound,
     InvalidRequest,
@@ -55,14 +55,10 @@ def sampling_session_get(*, owner_id: int, sampling_session_id: str) -> Sampling
     )
 
 
-CLIENT_GONE = timedelta(minutes=10)
-"""A live client sends a heartbeat every ten seconds."""
-
-
 def lanes_without_client(lane_ids: Collection[str]) -> set[str]:
     """The given lanes, of runs and of sampling sessions, whose session is finished or has not
     sent heartbeats for a while. Lanes without a session are not included."""
-    silent = timezone.now() - CLIENT_GONE
+    silent = timezone.now() - FREES_MEMORY
     gone = Q(session__finished_at__isnull=False) | Q(session__heartbeat_at__lt=silent)
     return {
         lane_id

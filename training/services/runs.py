@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from datetime import timedelta
 
 from django.conf import settings
 from django.contrib.auth import get_user_model
@@ -16,6 +15,7 @@ from futures.payload import EncodedPayload
 from futures.services import future_submit, lane_create
 from training.audit import audit_record
 from training.base_models import base_model_get
+from training.client_silence import FREES_QUOTA
 from training.errors import LimitExceeded, RunExists, RunNotFound
 from training.kinds import CompareRuns, CreateRun, RemoveRun
 from training.models import Run
@@ -23,9 +23,6 @@ from training.paths import check_name, check_run_name
 from training.selectors import run_get, run_live
 from training.services.submission import Submission, run_repeated, submit_in_lane
 from training.types import LoraConfig
-
-SILENCE = timedelta(minutes=5)
-"""The SDK's clients send a heartbeat every ten seconds."""
 
 
 @transaction.atomic
@@ -163,7 +160,7 @@ def adapter_limit_check(owner_id: int) -> None:
     # One creation at a time per owner, so that the count below stays valid.
     get_user_model().objects.select_for_update(no_key=True).get(pk=owner_id)
     heard_of = Q(session__isnull=True) | Q(
-        session__finished_at__isnull=True, session__heartbeat_at__gt=timezone.now() - SILENCE
+        session__finished_at__isnull=True, session__heartbeat_at__gt=timezone.now() - FREES_QUOTA
     )
     if Run.objects.owned_by(owner_id).live().filter(heard_of).count() >= settings.MAX_ADAPTERS:
         raise LimitExceeded(

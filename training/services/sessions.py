@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 from django.db import IntegrityError, transaction
@@ -19,6 +18,7 @@ from django.utils import timezone
 from futures.models import Future, Lane
 from futures.services import Refusal, future_submit, lane_create
 from training.base_models import base_model_get
+from training.client_silence import ENDS_SESSION
 from training.errors import SessionFinished
 from training.kinds import CreateRun, RemoveRun
 from training.models import Run, Session
@@ -29,9 +29,6 @@ from training.types import LoraConfig
 
 CREATION_SEQ_ID = 0
 """The number of a model's creation, by ``create_model`` or by loading a checkpoint."""
-
-SILENCE = timedelta(days=7)
-"""A client sends a heartbeat every ten seconds; a computer may sleep for days and continue."""
 
 
 def session_create(
@@ -93,14 +90,14 @@ def sessions_expire() -> int:
     The worker calls it regularly. A client that comes back later gets an error.
     """
     silent = Session.objects.filter(
-        finished_at__isnull=True, heartbeat_at__lt=timezone.now() - SILENCE
+        finished_at__isnull=True, heartbeat_at__lt=timezone.now() - ENDS_SESSION
     )
     for session in silent:
         session_finish(
             owner_id=session.owner_id,
             session_id=session.pk,
             reason=Session.FinishReason.INTERRUPTED,
-            detail=f"Its client sent no heartbeat for {SILENCE.days} days.",
+            detail=f"Its client sent no heartbeat for {ENDS_SESSION.days} days.",
         )
     return len(silent)
 

@@ -18,6 +18,7 @@ from django.utils import timezone
 from futures.models import Future
 from futures.transitions import State
 from training.audit import audit_checkpoint
+from training.client_silence import ENDS_CHECKPOINTS
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.models import Checkpoint, Snapshot
 from training.paths import TinkerPath
@@ -25,9 +26,6 @@ from training.selectors import checkpoint_own
 
 MIN_TTL_SECONDS = 3600
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
-
-SILENCE = timedelta(hours=1)
-"""A session without a heartbeat for this long has ended, and so have its private checkpoints."""
 
 UNUSED = timedelta(hours=1)
 """A training loop makes a sampling session at every step and leaves the last one behind: superseded
@@ -123,7 +121,7 @@ def checkpoints_expire() -> int:
     )
     left_behind = Q(created_at__lte=now - UNUSED) & Exists(newer) & ~Exists(used)
     session_over = Q(run__session__finished_at__lte=now - AFTER_FINISH) | Q(
-        run__session__heartbeat_at__lte=now - SILENCE
+        run__session__heartbeat_at__lte=now - ENDS_CHECKPOINTS
     )
     expired = list(
         Checkpoint.objects.filter(
