@@ -15,7 +15,7 @@ from training.worker import outcomes
 from training.worker.adapter_cache import AdapterCache
 from training.worker.effects import Effects
 from training.worker.kinds import BARRIERS, forward_backward
-from training.worker.kinds.barrier import Turn
+from training.worker.kinds.barrier import BarrierContext
 from training.worker.requests import request_of
 from training.worker.texts import Texts
 
@@ -48,8 +48,8 @@ class Operations:
         request = request_of(future)
         try:
             run = self._run_of(future, runs)
-            turn = Turn(future, run, self._trainer, self._adapter_cache, effects)
-            outcome = BARRIERS[future.kind].run(turn, request)
+            context = BarrierContext(future, run, self._trainer, self._adapter_cache, effects)
+            outcome = BARRIERS[future.kind].run(context, request)
             has_changed = request.is_logged
         except TrainingError as error:
             outcome = outcomes.failed(future, error)

@@ -19,7 +19,7 @@ AppliedT = TypeVar("AppliedT")
 
 
 @dataclass(frozen=True)
-class Turn:
+class BarrierContext:
     """One future that runs now, and the objects that its kind may use."""
 
     future: Future
@@ -34,7 +34,7 @@ class Barrier(ABC, Generic[RequestT]):
     """A kind that changes nothing that a replay would have to repeat."""
 
     @abstractmethod
-    def run(self, turn: Turn, request: RequestT) -> Outcome:
+    def run(self, context: BarrierContext, request: RequestT) -> Outcome:
         """Run the request.
 
         Raises:
@@ -61,17 +61,17 @@ class LoggedBarrier(Barrier[RequestT], Generic[RequestT, AppliedT]):
         """Repeat the effect of a failure that is one of the request's ``logged_errors``."""
         raise NotImplementedError
 
-    def prepare(self, turn: Turn) -> None:
+    def prepare(self, context: BarrierContext) -> None:
         """Bring the adapter into memory before it is changed."""
-        turn.adapter_cache.bring_run(turn.run)
+        context.adapter_cache.bring_run(context.run)
 
     @abstractmethod
-    def outcome(self, turn: Turn, request: RequestT, applied: AppliedT) -> Outcome:
+    def outcome(self, context: BarrierContext, request: RequestT, applied: AppliedT) -> Outcome:
         """The outcome of ``apply``; also records its further effects."""
 
-    def run(self, turn: Turn, request: RequestT) -> Outcome:
-        self.prepare(turn)
-        return self.outcome(turn, request, self.apply(turn.trainer, turn.run, request))
+    def run(self, context: BarrierContext, request: RequestT) -> Outcome:
+        self.prepare(context)
+        return self.outcome(context, request, self.apply(context.trainer, context.run, request))
 
 
 AnyBarrier = Barrier[Any]

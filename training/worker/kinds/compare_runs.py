@@ -11,19 +11,19 @@ from training.errors import RunNotFound
 from training.kinds import CompareRuns
 from training.models import Run
 from training.worker import outcomes
-from training.worker.kinds.barrier import Barrier, Turn
+from training.worker.kinds.barrier import Barrier, BarrierContext
 
 
 class CompareRunsKind(Barrier[CompareRuns]):
     """Reads both, and changes neither."""
 
-    def run(self, turn: Turn, request: CompareRuns) -> Outcome:
-        other = Run.objects.filter(id=request.other, owner_id=turn.run.owner_id).first()
+    def run(self, context: BarrierContext, request: CompareRuns) -> Outcome:
+        other = Run.objects.filter(id=request.other, owner_id=context.run.owner_id).first()
         if other is None:
             raise RunNotFound("the run to compare with does not exist")
         ours, theirs = (
-            turn.trainer.adapter_state(turn.adapter_cache.bring_run(run))
-            for run in (turn.run, other)
+            context.trainer.adapter_state(context.adapter_cache.bring_run(run))
+            for run in (context.run, other)
         )
         difference = {
             key: float(np.max(np.abs(ours[key] - theirs[key]), initial=0.0))
@@ -34,4 +34,4 @@ class CompareRunsKind(Barrier[CompareRuns]):
             "largest_difference": difference,
             "identical": ours["step"] == theirs["step"] and not any(difference.values()),
         }
-        return outcomes.ready(turn.future, result, identical=result["identical"])
+        return outcomes.ready(context.future, result, identical=result["identical"])

@@ -7,7 +7,7 @@ from training.engine.interface import Trainer
 from training.kinds import CreateRun
 from training.models import Run
 from training.worker import outcomes
-from training.worker.kinds.barrier import LoggedBarrier, Turn
+from training.worker.kinds.barrier import BarrierContext, LoggedBarrier
 from training.worker.kinds.load_weights import load_checkpoint, note_loaded
 
 
@@ -20,13 +20,13 @@ class CreateRunKind(LoggedBarrier[CreateRun, int]):
         trainer.create_adapter(run.id, request.lora_config)
         return 0
 
-    def prepare(self, turn: Turn) -> None:
-        turn.adapter_cache.make_room(turn.run)
+    def prepare(self, context: BarrierContext) -> None:
+        context.adapter_cache.make_room(context.run)
 
-    def outcome(self, turn: Turn, request: CreateRun, applied: int) -> Outcome:
-        run = turn.run
-        turn.adapter_cache.created(run)
-        turn.effects.writes.append((turn.future, lambda: _leave_creating(run)))
+    def outcome(self, context: BarrierContext, request: CreateRun, applied: int) -> Outcome:
+        run = context.run
+        context.adapter_cache.created(run)
+        context.effects.writes.append((context.future, lambda: _leave_creating(run)))
         result = {
             "model_id": run.name,
             "base_model": run.base_model,
@@ -34,9 +34,9 @@ class CreateRunKind(LoggedBarrier[CreateRun, int]):
             "alpha": run.alpha,
         }
         if request.source is not None:
-            note_loaded(turn, step=applied)
+            note_loaded(context, step=applied)
             result["path"] = request.source.path
-        return outcomes.ready(turn.future, result, rank=run.rank)
+        return outcomes.ready(context.future, result, rank=run.rank)
 
 
 def _leave_creating(run: Run) -> None:

@@ -10,7 +10,7 @@ from training.errors import CheckpointNotFound
 from training.kinds import LoadWeights
 from training.models import Checkpoint, Run
 from training.worker import outcomes
-from training.worker.kinds.barrier import LoggedBarrier, Turn
+from training.worker.kinds.barrier import BarrierContext, LoggedBarrier
 
 
 class LoadWeightsKind(LoggedBarrier[LoadWeights, int]):
@@ -19,10 +19,10 @@ class LoadWeightsKind(LoggedBarrier[LoadWeights, int]):
     def apply(self, trainer: Trainer, run: Run, request: LoadWeights) -> int:
         return load_checkpoint(trainer, run, request)
 
-    def outcome(self, turn: Turn, request: LoadWeights, applied: int) -> Outcome:
-        note_loaded(turn, step=applied)
-        result = {"path": request.path, "model_id": turn.run.name}
-        return outcomes.ready(turn.future, result, path=request.path)
+    def outcome(self, context: BarrierContext, request: LoadWeights, applied: int) -> Outcome:
+        note_loaded(context, step=applied)
+        result = {"path": request.path, "model_id": context.run.name}
+        return outcomes.ready(context.future, result, path=request.path)
 
 
 def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> int:
@@ -42,8 +42,8 @@ def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> int:
     )
 
 
-def note_loaded(turn: Turn, *, step: int) -> None:
+def note_loaded(context: BarrierContext, *, step: int) -> None:
     """Ensure that the checkpoint need not be read again: it may be deleted later, and then the log
     could not be replayed past it."""
-    turn.run.step = step
-    turn.effects.seconds[turn.run.id] = float("inf")
+    context.run.step = step
+    context.effects.seconds[context.run.id] = float("inf")

@@ -8,7 +8,7 @@ from training.kinds import OptimStep
 from training.models import Run
 from training.types import OptimStepOutput
 from training.worker import outcomes
-from training.worker.kinds.barrier import LoggedBarrier, Turn
+from training.worker.kinds.barrier import BarrierContext, LoggedBarrier
 
 
 class OptimStepKind(LoggedBarrier[OptimStep, OptimStepOutput]):
@@ -20,10 +20,12 @@ class OptimStepKind(LoggedBarrier[OptimStep, OptimStepOutput]):
     def apply_failed(self, trainer: Trainer, run: Run, request: OptimStep) -> None:
         trainer.drop_gradient(run.id)
 
-    def outcome(self, turn: Turn, request: OptimStep, applied: OptimStepOutput) -> Outcome:
+    def outcome(
+        self, context: BarrierContext, request: OptimStep, applied: OptimStepOutput
+    ) -> Outcome:
         """The step's result, with its learning rate; the summary also has the run's tokens so
         far."""
-        turn.run.step = applied.step
+        context.run.step = applied.step
         metrics = {
             "learning_rate": request.adam_params.learning_rate,
             "grad_norm": applied.grad_norm,
@@ -31,13 +33,13 @@ class OptimStepKind(LoggedBarrier[OptimStep, OptimStepOutput]):
         }
         result = {
             "metrics": metrics,
-            "model_id": turn.run.name,
-            "backend": outcomes.backend(turn.trainer),
+            "model_id": context.run.name,
+            "backend": outcomes.backend(context.trainer),
         }
         return outcomes.ready(
-            turn.future,
+            context.future,
             result,
             step=applied.step,
             grad_norm=applied.grad_norm,
-            run_tokens=turn.run.tokens,
+            run_tokens=context.run.tokens,
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from futures.finishing import Outcome
 from training.kinds import RemoveRun
 from training.worker import outcomes
-from training.worker.kinds.barrier import Barrier, Turn
+from training.worker.kinds.barrier import Barrier, BarrierContext
 
 
 class RemoveRunKind(Barrier[RemoveRun]):
     """Its row is marked removed already."""
 
-    def run(self, turn: Turn, request: RemoveRun) -> Outcome:
-        turn.effects.after_commit.append(lambda: turn.adapter_cache.remove_run(turn.run))
-        return outcomes.ready(turn.future, {"status": "deleted", "model_id": turn.run.name})
+    def run(self, context: BarrierContext, request: RemoveRun) -> Outcome:
+        context.effects.after_commit.append(lambda: context.adapter_cache.remove_run(context.run))
+        return outcomes.ready(context.future, {"status": "deleted", "model_id": context.run.name})

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from training.paths import TinkerPath
 from training.services.checkpoints import checkpoint_check_free, checkpoint_place
 from training.storage_quota import storage_check
 from training.worker import outcomes
-from training.worker.kinds.barrier import Barrier, Turn
+from training.worker.kinds.barrier import Barrier, BarrierContext
 
 FOLDER = Path("checkpoints")
 """Below the data folder."""
@@ -37,42 +38,39 @@ FOLDER = Path("checkpoints")
 class SaveWeightsKind(Barrier[SaveWeights]):
     """Reads the run without changing it."""
 
-    def run(self, turn: Turn, request: SaveWeights) -> Outcome:
+    def run(self, context: BarrierContext, request: SaveWeights) -> Outcome:
         if request.sampling_session_seq_id is not None:
-            return _save_for_sampling_session(turn, request.sampling_session_seq_id)
-        return _save(turn, request, request.name or "")
+            return _save_for_sampling_session(context, request.sampling_session_seq_id)
+        return _save(context, request, request.name or "")
 
 
-def _save(turn: Turn, request: SaveWeights, name: str) -> Outcome:
+def _save(context: BarrierContext, request: SaveWeights, name: str) -> Outcome:
     """Save the run under a name."""
-    run, overwrite = turn.run, request.overwrite
+    run, overwrite = context.run, request.overwrite
     path = TinkerPath(run.name, request.checkpoint_kind, name)
     checkpoint_check_free(owner_id=run.owner_id, path=path, overwrite=overwrite)
-    row = _written(turn, request.checkpoint_kind, name, request.recipients)
+    row = _written(context, request.checkpoint_kind, name, request.recipients)
     row.user_metadata = dict(request.user_metadata)
     if request.ttl_seconds is not None:
         row.expires_at = row.created_at + timedelta(seconds=request.ttl_seconds)
 
     def place() -> None:
-        try:
+        with _files_removed_if_refused(row):  # because of another save meanwhile
             checkpoint_place(row, overwrite=overwrite)
-        except (CheckpointExists, StorageQuotaExceeded):  # because of another save meanwhile
-            shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
-            raise
 
-    turn.effects.writes.append((turn.future, place))
+    context.effects.writes.append((context.future, place))
     result = {"path": str(path), "model_id": run.name, "size_bytes": row.size_bytes}
-    return outcomes.ready(turn.future, result, path=str(path), bytes=row.size_bytes)
+    return outcomes.ready(context.future, result, path=str(path), bytes=row.size_bytes)
 
 
-def _save_for_sampling_session(turn: Turn, number: int) -> Outcome:
+def _save_for_sampling_session(context: BarrierContext, number: int) -> Outcome:
     """A frozen sampling session of the current weights.
 
     Its rows are committed here, before the future's result: another request may take the
     session's number until then, and only the database can decide which was first. After a crash
     in between, the repeat finds the first one's rows.
     """
-    future, run = turn.future, turn.run
+    future, run = context.future, context.run
     session_id = f"{run.session_id}:sample:{number}"
     made = SamplingSession.objects.filter(
         id=session_id, checkpoint__run=run, checkpoint__seq_id=future.seq_id or 0
@@ -81,10 +79,10 @@ def _save_for_sampling_session(turn: Turn, number: int) -> Outcome:
     if made.exists():
         return outcomes.ready(future, result, sampling_session=session_id)
     # No client can request this name: a path may not contain it.
-    row = _written(turn, Checkpoint.Kind.SAMPLER, f"~{future.seq_id}", ())
+    row = _written(context, Checkpoint.Kind.SAMPLER, f"~{future.seq_id}", ())
     row.ephemeral = True
     try:
-        with transaction.atomic():
+        with _files_removed_if_refused(row), transaction.atomic():
             storage_check(owner_id=run.owner_id, more_bytes=row.size_bytes)
             row.save(force_insert=True)
             SamplingSession.objects.create(
@@ -98,23 +96,31 @@ def _save_for_sampling_session(turn: Turn, number: int) -> Outcome:
             lane_create(
                 lane_id=session_id, owner_id=run.owner_id, queue=future.queue, ordered=False
             )
-    except StorageQuotaExceeded:
-        shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
-        raise
     except IntegrityError:
-        shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
         raise InvalidRequest(
             f"sampling_session_seq_id: this session has a sampling session {number} already"
         ) from None
     return outcomes.ready(future, result, sampling_session=session_id, bytes=row.size_bytes)
 
 
-def _written(turn: Turn, kind: str, name: str, recipients: Sequence[str]) -> Checkpoint:
+@contextmanager
+def _files_removed_if_refused(row: Checkpoint) -> Iterator[None]:
+    """Remove the files that were written for a row that cannot be stored."""
+    try:
+        yield
+    except (CheckpointExists, StorageQuotaExceeded, IntegrityError):
+        shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
+        raise
+
+
+def _written(
+    context: BarrierContext, kind: str, name: str, recipients: Sequence[str]
+) -> Checkpoint:
     """Write the run's files; return the row that will refer to them."""
-    run, trainer = turn.run, turn.trainer
+    run, trainer = context.run, context.trainer
     directory = FOLDER / uuid.uuid4().hex
     target = settings.DATA_DIR / directory
-    adapter_name = turn.adapter_cache.bring_run(run)
+    adapter_name = context.adapter_cache.bring_run(run)
     if kind != Checkpoint.Kind.EXTERNAL:
         size = trainer.save_adapter(
             adapter_name, target, with_optimizer=kind == Checkpoint.Kind.TRAINING
@@ -129,7 +135,7 @@ def _written(turn: Turn, kind: str, name: str, recipients: Sequence[str]) -> Che
         path_run=run.name,
         kind=kind,
         name=name,
-        seq_id=turn.future.seq_id or 0,
+        seq_id=context.future.seq_id or 0,
         step=run.step,
         directory=str(directory),
         size_bytes=size,
