@@ -25,7 +25,7 @@ from tests.engine.chat_families import (
 )
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.renderer.chat_template import Message
-from training.engine.sampler.stop_strings import BEFORE_TOKENS, TextSoFar
+from training.engine.renderer.streamed_text import BEFORE_TOKENS, TextSoFar
 from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 

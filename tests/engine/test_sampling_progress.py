@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.tiny_model import VOCAB_SIZE
 from training.engine.renderer.chat_renderer import ChatRenderer
-from training.engine.sampler.stop_strings import StopWatch, TextSoFar
+from training.engine.renderer.streamed_text import TextSoFar
+from training.engine.sampler.stop_strings import StopWatch
 from training.engine.torch.base_model import BaseModel
 
 

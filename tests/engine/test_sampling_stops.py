@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from training.engine.sampler.stop_strings import UNFINISHED, StopScanner, StopWatch, StreamedText
+from training.engine.renderer.streamed_text import UNFINISHED, StreamedText
+from training.engine.sampler.stop_strings import StopScanner, StopWatch
 
 letters = st.text(alphabet="ab", max_size=30)
 stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=6), min_size=1, max_size=4)

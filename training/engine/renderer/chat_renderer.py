@@ -20,11 +20,11 @@ from training.engine.renderer.chat_template import ChatTemplate, Message
 from training.engine.renderer.edges import EdgedTokens, TextTokens, tokenize_with_edges
 from training.engine.renderer.first_rules import first_datum
 from training.engine.renderer.rendered import RenderedConversation, answers, prompt_length
+from training.engine.renderer.streamed_text import text_after
 from training.engine.renderer.template_check import find_fault
 from training.engine.renderer.token_texts import TokenTexts
 from training.engine.renderer.tokenizer import Tokenizer
 from training.engine.renderer.turn_ends import find_turn_ends
-from training.engine.sampler.stop_strings import text_after
 from training.engine.time_limit import time_limit
 from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText

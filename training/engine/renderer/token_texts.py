@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from training.engine.renderer.streamed_text import UNFINISHED, StreamedText
 from training.engine.renderer.tokenizer import Tokenizer
-from training.engine.sampler.stop_strings import UNFINISHED, StreamedText
 from training.types import TokenText
 
 

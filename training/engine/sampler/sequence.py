@@ -12,11 +12,12 @@ import numpy as np
 
 from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
 from training.engine.renderer.chat_renderer import ChatRenderer
+from training.engine.renderer.streamed_text import BEFORE_TOKENS, TextSoFar
 from training.engine.sampler.kv_cache import Region
 from training.engine.sampler.logit_changes import check_logit_changes
 from training.engine.sampler.logits import Choice, UniformNumbers, check_choice_params
 from training.engine.sampler.prompt_logprobs import PromptScorer, top_logprobs
-from training.engine.sampler.stop_strings import BEFORE_TOKENS, StopWatch, TextSoFar
+from training.engine.sampler.stop_strings import StopWatch
 from training.engine.torch.adapters import AdapterTensors
 from training.errors import (
     ContextLengthExceeded,
