@@ -163,11 +163,14 @@ class WorkLoop:
             begin = time.monotonic()
             if batch:
                 self._run(batch)
-            if self._sampler.active:
+            if self._samples_need_turn:
                 # Samples get as much time as clients' own losses, even if those are slow.
                 is_custom = any(map(has_custom_loss, batch.passes))
                 took = time.monotonic() - begin if is_custom else 0.0
                 self._sample(max(SAMPLING_SLICE_SECONDS, took))
+            elif self._sampler.active:
+                has_work = batch or self._texts.are_pending or self._may_claim_more()
+                self._sample(0.0 if has_work else SAMPLING_SLICE_SECONDS)
             elif not batch and self._texts.are_pending:
                 self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
             elif not batch and self._custom_losses_start:
@@ -236,7 +239,7 @@ class WorkLoop:
         this waits a little for newly claimed ones, unless that would delay running samples.
         """
         self._texts.look()
-        while self._texts.are_pending and not self._sampler.active:
+        while self._texts.are_pending and not self._samples_need_turn:
             left = self._company_until - time.monotonic()
             if left <= 0:
                 return
@@ -244,7 +247,12 @@ class WorkLoop:
 
     def _may_wait(self) -> bool:
         """Whether the held futures may wait for batch-mates."""
-        return self._scheduler.is_delayable and not self._sampler.active
+        return self._scheduler.is_delayable and not self._samples_need_turn
+
+    @property
+    def _samples_need_turn(self) -> bool:
+        """Whether sequences would stop while this thread does something else."""
+        return self._sampler.needs_turns and self._sampler.active > 0
 
     def _run(self, batch: Batch) -> None:
         self._batch += 1

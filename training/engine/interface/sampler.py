@@ -169,6 +169,12 @@ class Sampler(ABC):
         may be slower once."""
 
     @property
+    def needs_turns(self) -> bool:
+        """Whether it samples only in ``poll``, so that the caller must give it time beside its own
+        work. One that works elsewhere answers False."""
+        return True
+
+    @property
     @abstractmethod
     def active(self) -> int:
         """The number of active jobs."""
