@@ -10,6 +10,7 @@ import pytest
 from django.conf import settings
 from django.core.management import get_commands
 
+from tinkerapi.api.quickref.render import loss_fns_description
 from tinkerapi.api.quickref.urls import urlpatterns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,13 @@ def test_every_command_is_in_the_readme(name: str) -> None:
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_endpoint_is_in_the_readme(route: str) -> None:
     assert f"`{route}`" in README or f" {route}`" in README
+
+
+def test_the_readme_lists_the_loss_functions_that_the_server_lists() -> None:
+    (listed,) = re.findall(
+        r"^\| `GET /list_loss_functions` \| (.+) \|$", README, flags=re.MULTILINE
+    )
+    assert listed.split(", ") == list(loss_fns_description())
 
 
 def test_the_readme_names_no_file_that_is_gone() -> None:

@@ -6,12 +6,14 @@ than these models take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from tests.engine.reference import TinyTrainer
 from tests.engine.sampling_jobs import MakeSampler, job
@@ -21,6 +23,7 @@ from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
+from training.loss_fns import LOSS_FNS
 from training.types import Datum, LoraConfig
 
 torch.set_num_threads(1)
@@ -88,6 +91,14 @@ def tiny_info() -> BaseModelInfo:
     )
 
 
+POLICY_INPUTS: Mapping[str, Callable[[np.random.Generator, tuple[int, ...]], NDArray[Any]]] = {
+    "logprobs": lambda rng, shape: rng.normal(size=shape) - 5.5,
+    "advantages": lambda rng, shape: rng.normal(size=shape),
+    "sequence_ratio_mask": lambda rng, shape: rng.random(shape) < 0.7,
+}
+"""Random values of the inputs that losses need beside targets."""
+
+
 @pytest.fixture
 def make_datum() -> Callable[..., Datum]:
     """A factory of random datums; equal seeds and arguments give equal datums."""
@@ -101,11 +112,9 @@ def make_datum() -> Callable[..., Datum]:
         if loss_fn == "cross_entropy":
             inputs["weights"] = rng.normal(size=shape).astype(np.float32)
             inputs["weights"][rng.random(shape) < 0.3] = 0.0
-        else:
-            inputs["logprobs"] = (rng.normal(size=shape) - 5.5).astype(np.float32)
-            inputs["advantages"] = rng.normal(size=shape).astype(np.float32)
-            if loss_fn == "gspo":
-                inputs["sequence_ratio_mask"] = (rng.random(shape) < 0.7).astype(np.float32)
+        for name in LOSS_FNS[loss_fn].inputs:
+            if name != "target_tokens":
+                inputs[name] = POLICY_INPUTS[name](rng, shape).astype(np.float32)
         tokens = rng.integers(0, VOCAB_SIZE, num_tokens).astype(np.int32)
         return Datum(model_input=tokens, loss_fn_inputs=inputs)
 
