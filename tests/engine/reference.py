@@ -104,4 +104,5 @@ def peft_warnings_ignored() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # it finds out by itself
+        warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")  # likewise
         yield

@@ -368,3 +368,27 @@ def test_an_export_has_the_names_that_peft_reads(trainer: Trainer, tmp_path: Pat
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "c").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= sizes.keys()
     assert num_bytes == sum(sizes.values())
+
+
+def test_an_export_that_is_imported_is_the_adapter_without_its_past(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    trainer.save_peft("a", tmp_path / "files")
+    config = trainer.import_adapter("imported", tmp_path / "files")
+    assert config == LoraConfig(rank=2)
+    state = trainer.adapter_state("imported")
+    np.testing.assert_array_equal(state["weights"], trainer.adapter_state("a")["weights"])
+    assert state["step"] == 0
+    assert not any(state[name].any() for name in BUFFERS[1:])
+
+
+def test_an_import_that_cannot_be_made_leaves_nothing(trainer: Trainer, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound):
+        trainer.import_adapter("imported", tmp_path / "nowhere")
+    trainer.save_peft("a", tmp_path / "files")
+    with pytest.raises(InvalidRequest, match="resident already"):
+        trainer.import_adapter("b", tmp_path / "files")
+    (tmp_path / "files" / "adapter_config.json").unlink()
+    with pytest.raises(InvalidRequest, match=r"adapter_config\.json: is missing"):
+        trainer.import_adapter("imported", tmp_path / "files")
+    assert "imported" not in trainer.adapter_names()

@@ -10,7 +10,6 @@ Imports numpy and no torch.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.atomic_directory import new_directory
-from training.engine.fake.checkpoint import OPTIMIZER, FakeCapture, FloatArray, read_checkpoint
+from training.engine.fake.checkpoint import (
+    CLASSES,
+    OPTIMIZER,
+    FakeCapture,
+    FloatArray,
+    export_peft,
+    import_peft,
+    read_checkpoint,
+)
 from training.engine.fake.sampler import VOCAB_SIZE
 from training.engine.interface import BaseModelInfo, ForwardBackwardJob, Trainer
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import (
+    CheckpointNotFound,
     GradientDropped,
     InvalidRequest,
     NonFiniteResult,
@@ -40,8 +47,6 @@ from training.types import (
     OptimStepOutput,
 )
 
-CLASSES = 8
-"""A token's class is token % 8; the model predicts the next token's class."""
 SPREAD = math.log(VOCAB_SIZE / CLASSES)
 QUANTUM = 2.0**-10
 ADAPTER_BYTES = 4 * CLASSES * CLASSES * 4
@@ -200,14 +205,20 @@ class FakeTrainer(Trainer):
         self._adapters[adapter_name] = adapter
         return adapter.step
 
+    def import_adapter(self, adapter_name: str, directory: Path) -> LoraConfig:
+        self._before_verb("import_adapter", (adapter_name,))
+        if adapter_name in self._adapters:
+            raise InvalidRequest(f"An adapter named {adapter_name} is resident already.")
+        if not directory.is_dir():
+            raise CheckpointNotFound(f"No adapter at {directory.name}.")
+        config, weights = import_peft(directory)
+        self._adapters[adapter_name] = _FakeAdapter(config, weights)
+        return config
+
     def save_peft(self, adapter_name: str, directory: Path) -> int:
         self._before_verb("save_peft", (adapter_name,))
         adapter = self.find(adapter_name)
-        with new_directory(directory) as temporary:
-            (temporary / "adapter_model.safetensors").write_bytes(adapter.weights.tobytes())
-            config = json.dumps({"peft_type": "LORA", "r": adapter.config.rank})
-            (temporary / "adapter_config.json").write_text(config)
-            return sum(path.stat().st_size for path in temporary.iterdir())
+        return export_peft(directory, adapter.weights, adapter.config)
 
     def adapter_state(self, adapter_name: str) -> dict[str, Any]:
         adapter = self.find(adapter_name)

@@ -166,6 +166,20 @@ class Trainer(ABC):
         """
 
     @abstractmethod
+    def import_adapter(self, adapter_name: str, directory: Path) -> LoraConfig:
+        """Make a resident adapter of files in peft's format: its function, step 0, no moments.
+
+        Returns:
+            Its shape, with the train_ flags if they select the same modules. The seed is 0.
+
+        Raises:
+            CheckpointNotFound: No such directory.
+            InvalidRequest: The name is taken, or it is no LoRA adapter of this base model; the
+                message names the file and the field or tensor.
+            OutOfMemory: Not enough memory for it; resident adapters are unchanged.
+        """
+
+    @abstractmethod
     def save_peft(self, adapter_name: str, directory: Path) -> int:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors`` in peft's format."""
 

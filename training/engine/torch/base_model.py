@@ -97,6 +97,15 @@ class BaseModel:
                 logits[rows].add_(times(xa, b.T), alpha=weights.layout.scale)
         return self.logit_shape.shape(logits)
 
+    def own_weights(self, module: str) -> Tensor | None:
+        """The frozen weights of the output head or of an embedding; None for other modules."""
+        if module == self.head_name:
+            return self.head_weight
+        for name, found in self._decoder.named_modules():
+            if isinstance(found, nn.Embedding) and f".{module}".endswith(f".{name}"):
+                return found.weight
+        return None
+
     def head_pair(self, weights: AdapterTensors | None) -> tuple[Tensor, Tensor] | None:
         """The head's A (R, C) and B (V, R) in the model's dtype, if the adapter has one."""
         return None if weights is None else weights.pair(self.head_name, self.dtype)

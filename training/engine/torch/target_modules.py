@@ -8,7 +8,9 @@ a dot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
 
 from training.engine.torch.adapters import LoraShape
 from training.errors import InvalidRequest
@@ -28,13 +30,18 @@ def select_modules(
     if config.target_modules is None:
         names = [name for name in shapes if _is_flagged(name, config, head_name)]
     else:
+        targets, matched = set(config.target_modules), set[str]()
+        names = []
+        for name in shapes:
+            if hits := targets.intersection(_endings(name)):
+                matched |= hits
+                names.append(name)
         for target in config.target_modules:
-            if not any(_matches(name, target) for name in shapes):
+            if target not in matched:
                 known = sorted({name.rpartition(".")[2] for name in shapes})
                 raise InvalidRequest(
                     f"target_modules: {target!r} matches nothing; known: {', '.join(known)}"
                 )
-        names = [n for n in shapes if any(_matches(n, t) for t in config.target_modules)]
     if not names:
         raise InvalidRequest("target_modules: the adapter would have no module to train")
     return {name: shapes[name] for name in names}
@@ -47,5 +54,25 @@ def _is_flagged(name: str, config: LoraConfig, head_name: str) -> bool:
     return config.train_attn if is_attention else config.train_mlp
 
 
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _endings(name: str) -> Iterator[str]:
+    """The name, and what stands after each of its dots."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def simplest_config(
+    config: LoraConfig, shapes: Mapping[str, LoraShape], head_name: str
+) -> LoraConfig:
+    """The config that selects the same modules by flags alone, if one does; else ``config``.
+
+    A model made with the flags can then load it.
+    """
+    modules = select_modules(config, shapes, head_name)
+    for attn, mlp, unembed in product((True, False), repeat=3):
+        flagged = replace(
+            config, train_attn=attn, train_mlp=mlp, train_unembed=unembed, target_modules=None
+        )
+        if {name for name in shapes if _is_flagged(name, flagged, head_name)} == set(modules):
+            return flagged
+    return config

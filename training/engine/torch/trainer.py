@@ -22,6 +22,7 @@ from training.engine.torch.base_model import BaseModel
 from training.engine.torch.out_of_memory import out_of_memory_by_name
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.passes import run_pass
+from training.engine.torch.peft_import import import_adapter
 from training.engine.torch.target_modules import select_modules
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import InvalidRequest, NonFiniteResult, OutOfMemory, TrainingError
@@ -217,6 +218,14 @@ class TorchTrainer(Trainer):
         self._adapters.pop(adapter_name, None)
         self._adapters[adapter_name] = adapter
         return adapter.step
+
+    def import_adapter(self, adapter_name: str, directory: Path) -> LoraConfig:
+        if adapter_name in self._adapters:
+            raise InvalidRequest(f"An adapter named {adapter_name} is resident already.")
+        with out_of_memory_by_name():
+            adapter = import_adapter(directory, self._base_model)
+        self._adapters[adapter_name] = adapter
+        return adapter.layout.config
 
     def save_peft(self, adapter_name: str, directory: Path) -> int:
         return checkpoint_io.save_peft(
