@@ -22,6 +22,7 @@ GROUPS = {
         "crashdrill": "kill a server's parts, and compare with an undisturbed run",
     },
     "Data": {
+        "importpeft": "make a checkpoint of an adapter that peft has trained",
         "backup": "write database and files to a new folder",
         "restore": "fill a new data folder from a backup",
         "prunefutures": "delete old payloads and results",

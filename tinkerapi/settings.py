@@ -287,6 +287,8 @@ REQUIRE_API_KEY = env_bool("TINKERAPI_REQUIRE_API_KEY", False) or HAS_PUBLIC_NAM
 """``up`` turns it on whenever it binds to an address that is not loopback."""
 
 MAX_BODY_BYTES = env_int("TINKERAPI_MAX_BODY_BYTES", 32 * 1024 * 1024, maximum=2**40)
+MAX_IMPORT_BYTES = env_int("TINKERAPI_MAX_IMPORT_BYTES", 2**30, maximum=2**40)
+"""The largest upload of an adapter, packed and unpacked."""
 BODY_IDLE_SECONDS = env_int("TINKERAPI_BODY_IDLE_SECONDS", 20)
 """How long a request's body may pause while it arrives."""
 BODY_SECONDS = env_int("TINKERAPI_BODY_SECONDS", 300)

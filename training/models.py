@@ -246,7 +246,8 @@ class Checkpoint(models.Model):
     keeps its path, even if another run takes the name."""
     kind = models.CharField(max_length=10, choices=Kind.choices)
     ephemeral = models.BooleanField(default=False)
-    """Made for one sampling session; not listed."""
+    """Made for one sampling session, or holds the files of an import until it is finished; not
+    listed."""
     name = models.CharField(max_length=200)
     seq_id = models.BigIntegerField()
     """The save request that made it."""

@@ -346,6 +346,8 @@ ROUTES: dict[str, list[Probe | Listing] | Open] = {
     "api/v1/client/config": _SERVER,
     "api/v1/client/dynamic_config": _SERVER,
     "api/v1/telemetry": Open("forgets what it is sent"),
+    "api/v1/import_adapter": _MAKES,
+    "api/v1/import_adapter_async": _MAKES,
     "api/v1/auth/token": Open("a token for the asker's own key"),
     "api/v1/create_session": _MAKES,
     "api/v1/adapters": [Listing("/api/v1/adapters", sdk=False)],

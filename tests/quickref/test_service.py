@@ -186,6 +186,8 @@ def test_the_examples_of_the_schema_work_as_they_stand(openapi, api, work):
         body = methods.get("post", {}).get("requestBody")
         if body is None or "async" not in path or "remove" in path or "save_weights_async" in path:
             continue
+        if "multipart/form-data" in body["content"]:
+            continue  # a file is no example in JSON
         example = body["content"]["application/json"]["example"]
         if "add_lora" in path:
             example = {**example, "model_id": "another"}

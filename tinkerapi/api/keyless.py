@@ -11,7 +11,7 @@ must show that it is none of them:
 * A web page open in a browser on this machine can send requests here. Browsers name the
   page in ``Origin``, which must be this server, or say in ``Sec-Fetch-Site`` that it is another
   site; and they ask for permission before they send JSON to another origin, which this server never
-  grants. So a body must be ``application/json``.
+  grants. So a body must be ``application/json``, or an archive.
 * Such a page can reach this server under its own name, by pointing its DNS entry at
   127.0.0.1 after it was loaded. Hence ``Host`` must be a name of this machine.
 """
@@ -29,6 +29,7 @@ from rest_framework.exceptions import (
     UnsupportedMediaType,
 )
 
+from tinkerapi.api.bodies.archives import ARCHIVE_TYPES
 from tinkerapi.api.bodies.parsers import JSON
 
 FORWARDING_HEADERS = frozenset(
@@ -69,6 +70,9 @@ FORWARDING_PREFIXES = (
 OLD_HTTP = ("1", "1.0", "0.9")
 """HTTP versions as ASGI servers write them; granian leaves out the zero."""
 
+ASKED_ABOUT = (JSON, *ARCHIVE_TYPES)
+"""Content types that a browser sends to another origin only if that origin permits it."""
+
 SAME_SITE = ("same-origin", "none")
 """Values of ``Sec-Fetch-Site`` for a page of this server, or a person who typed the address."""
 
@@ -96,9 +100,11 @@ def check_keyless(request: HttpRequest) -> None:
         raise AuthenticationFailed(f"{reason}; send an X-API-Key header.")
     _check_origin(request)
     content_type = request.content_type or ""
-    if request.method == "POST" and content_type not in ("", JSON):
+    if request.method == "POST" and content_type not in ("", *ASKED_ABOUT):
+        is_form = content_type == "multipart/form-data"
+        why = "; a web page can send forms, so they need an X-API-Key header" if is_form else ""
         raise UnsupportedMediaType(
-            content_type, detail=f"Content-Type: expected {JSON}; got {content_type[:100]!r}"
+            content_type, detail=f"Content-Type: expected {JSON}; got {content_type[:100]!r}{why}"
         )
 
 

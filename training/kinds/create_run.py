@@ -1,4 +1,4 @@
-"""A new adapter, fresh or from a checkpoint."""
+"""A new adapter: fresh, from a checkpoint, or from files in peft's format."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class CreateRun(Request):
     """The base model in an SDK client's request; stored for the digest."""
     source: LoadWeights | None = None
     """The checkpoint that it starts from; None for a new adapter."""
+    upload: int | None = None
+    """The checkpoint that holds the files in peft's format from which it is made."""
 
     def to_payload(self) -> Payload:
         payload: Payload = {
@@ -35,6 +37,8 @@ class CreateRun(Request):
         }
         if self.base_model is not None:
             payload["base_model"] = self.base_model
+        if self.upload is not None:
+            payload["upload"] = self.upload
         return payload | (self.source.to_payload() if self.source is not None else {})
 
     @classmethod
@@ -43,6 +47,7 @@ class CreateRun(Request):
             model_id=payload["model_id"],
             lora_config=payloads.lora_config_from_payload(payload["lora_config"]),
             base_model=payload.get("base_model"),
+            upload=payload.get("upload"),
             source=LoadWeights.from_payload(payload) if "checkpoint" in payload else None,
         )
 

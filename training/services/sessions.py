@@ -172,6 +172,7 @@ def session_run_create(
                 train_mlp=lora_config.train_mlp,
                 train_attn=lora_config.train_attn,
                 train_unembed=lora_config.train_unembed,
+                target_modules=lora_config.target_modules,
                 user_metadata=dict(user_metadata or {}),
             )
     except IntegrityError:  # the same request, at the same time

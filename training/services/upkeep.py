@@ -109,7 +109,8 @@ def checkpoints_expire() -> int:
     """Delete expired checkpoints; return their number. The worker calls it when idle.
 
     An ephemeral one is deleted with its session, some time after that was finished or fell silent;
-    or earlier, if a newer one of the same run exists and nobody samples from it any more.
+    or earlier, if a newer one of the same run exists and nobody samples from it any more. The files
+    of an import are deleted when its requests are finished.
     """
     now = timezone.now()
     newer = Checkpoint.objects.filter(
@@ -123,9 +124,13 @@ def checkpoints_expire() -> int:
     session_over = Q(run__session__finished_at__lte=now - AFTER_FINISH) | Q(
         run__session__heartbeat_at__lte=now - ENDS_CHECKPOINTS
     )
+    importing = Future.objects.filter(
+        lane_id=OuterRef("run_id"), state__in=[State.PENDING, State.RUNNING]
+    )
+    imported = Q(kind=Checkpoint.Kind.EXTERNAL) & ~Exists(importing)
     expired = list(
         Checkpoint.objects.filter(
-            Q(expires_at__lte=now) | (Q(ephemeral=True) & (session_over | left_behind))
+            Q(expires_at__lte=now) | (Q(ephemeral=True) & (session_over | left_behind | imported))
         ).values_list("pk", flat=True)
     )
     for checkpoint_id in expired:

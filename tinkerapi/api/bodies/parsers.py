@@ -121,6 +121,11 @@ def declared_length(request: HttpRequest) -> int:
 def too_large_sentence(max_bytes: int, *, when: str = "") -> str:
     """The reason for refusing a body over the limit of its address; ``when`` is added after the
     size."""
+    if max_bytes > settings.MAX_BODY_BYTES:
+        return (
+            f"The body is larger than {max_bytes} bytes{when}, the limit of an upload; raise "
+            "TINKERAPI_MAX_IMPORT_BYTES."
+        )
     if max_bytes < settings.MAX_BODY_BYTES:
         return (
             f"The body is larger than {max_bytes} bytes{when}, the limit of addresses that take no "

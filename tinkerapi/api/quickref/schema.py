@@ -95,6 +95,7 @@ class Described(Protocol):
     """The declarations of a view beyond those of DRF's views (``views.base.ApiView``)."""
 
     group: str
+    files: Mapping[str, str]
     answer: Schema
     answer_example: Any
     errors: Mapping[int, str]
@@ -155,7 +156,9 @@ class ApiSchema(AutoSchema):
         return parameters
 
     def _body(self) -> Schema:
-        fields = self.api_view.body_fields()
+        fields, files = self.api_view.body_fields(), self.api_view.files
+        if files:
+            return {"required": True, "content": _form_content(fields, files)}
         required = any(field.required for field in fields.values())
         example = {
             name: field.example
@@ -181,7 +184,7 @@ class ApiSchema(AutoSchema):
             errors |= {
                 400: "The request is wrong; `detail` names the field.",
                 413: "The body is too large.",
-                415: "The body is not JSON.",
+                415: f"The body is not {'a form' if view.files else 'JSON'}.",
             }
         if is_operation:
             errors |= {409: errors.get(409, "The Idempotency-Key names another request.")}
@@ -238,6 +241,15 @@ def _content(schema: Schema, example: Any) -> Schema:
     if example is not None:
         media["example"] = example
     return {"application/json": media}
+
+
+def _form_content(fields: Mapping[str, Field], files: Mapping[str, str]) -> Schema:
+    schema = object_schema(fields)
+    schema["properties"] |= {
+        name: {"type": "string", "format": "binary", "description": description}
+        for name, description in files.items()
+    }
+    return {"multipart/form-data": {"schema": schema}}
 
 
 def _answer(description: str, schema: Schema, example: Any) -> Schema:

@@ -5,6 +5,7 @@ from django.urls import URLPattern, path
 from tinkerapi.api.quickref.views import (
     description,
     futures,
+    imports,
     metrics,
     runs,
     sampling,
@@ -65,6 +66,8 @@ urlpatterns: list[URLPattern] = [
     path("api/v1/load_weights", weights.LoadWeightsView.as_view()),
     path("api/v1/load_weights_async", weights.LoadWeightsView.as_view(waits=False)),
     path("load_weights", weights.LoadWeightsView.as_view(waits=False, legacy=True)),
+    path("api/v1/import_adapter", imports.ImportAdapterView.as_view()),
+    path("api/v1/import_adapter_async", imports.ImportAdapterView.as_view(waits=False)),
     # Futures
     path("retrieve_future", futures.RetrieveFutureView.as_view()),
     path("cancel_future", futures.CancelFutureView.as_view()),

@@ -1,11 +1,14 @@
-"""create_run: a new adapter, fresh or from a checkpoint."""
+"""create_run: a new adapter: fresh, from a checkpoint, or from files in peft's format."""
 
 from __future__ import annotations
 
+from django.conf import settings
+
 from futures.finishing import Outcome
 from training.engine.interface import Trainer
+from training.errors import CheckpointNotFound
 from training.kinds import CreateRun
-from training.models import Run
+from training.models import Checkpoint, Run
 from training.worker import outcomes
 from training.worker.kinds.barrier import BarrierContext, LoggedBarrier
 from training.worker.kinds.load_weights import load_checkpoint, note_loaded
@@ -17,6 +20,9 @@ class CreateRunKind(LoggedBarrier[CreateRun, int]):
     def apply(self, trainer: Trainer, run: Run, request: CreateRun) -> int:
         if request.source is not None:
             return load_checkpoint(trainer, run, request.source)
+        if request.upload is not None:
+            _import(trainer, run, request.upload)
+            return 0
         trainer.create_adapter(run.id, request.lora_config)
         return 0
 
@@ -33,10 +39,33 @@ class CreateRunKind(LoggedBarrier[CreateRun, int]):
             "rank": run.rank,
             "alpha": run.alpha,
         }
+        if request.upload is not None:
+            context.effects.writes.append((context.future, lambda: _keep_shape(run)))
         if request.source is not None:
             note_loaded(context, step=applied)
             result["path"] = request.source.path
         return outcomes.ready(context.future, result, rank=run.rank)
+
+
+def _import(trainer: Trainer, run: Run, upload_id: int) -> None:
+    """Make the adapter from uploaded files, and give the run its shape in the simplest words.
+
+    Raises:
+        CheckpointNotFound: The files are gone. (failed future)
+        InvalidRequest: They do not fit the base model. (failed future)
+    """
+    upload = Checkpoint.objects.filter(pk=upload_id).first()
+    if upload is None:
+        raise CheckpointNotFound("the imported files were deleted before their turn came")
+    config = trainer.import_adapter(run.id, settings.DATA_DIR / upload.directory)
+    run.train_mlp, run.train_attn = config.train_mlp, config.train_attn
+    run.train_unembed = config.train_unembed
+    run.target_modules = None if config.target_modules is None else [*config.target_modules]
+
+
+def _keep_shape(run: Run) -> None:
+    fields = ("train_mlp", "train_attn", "train_unembed", "target_modules")
+    Run.objects.filter(id=run.id).update(**{name: getattr(run, name) for name in fields})
 
 
 def _leave_creating(run: Run) -> None:

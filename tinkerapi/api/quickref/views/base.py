@@ -36,6 +36,8 @@ class ApiView(AsyncAPIView):
     """The heading under which the manual and ``GET /`` list it."""
     fields: ClassVar[Mapping[str, Field]] = {}
     """The request body's fields."""
+    files: ClassVar[Mapping[str, str]] = {}
+    """The files that it takes beside the fields, with descriptions. The body is then a form."""
     answer: ClassVar[Schema]
     """JSON schema of the 200 answer."""
     answer_example: ClassVar[Any] = None
