@@ -6,6 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from django.conf import settings
@@ -14,8 +15,9 @@ from training.errors import InvalidRequest
 from training.kinds import Sample
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
+from training.services.images import images_check
 from training.services.submission import Submission, run_asked, submit, submit_in_lane
-from training.types import Prompt, SamplingParams, ScoringParams
+from training.types import Prompt, SamplingParams, ScoringParams, images_of
 
 _SEED_BITS = 31  # valid for every client and every generator
 
@@ -95,7 +97,11 @@ def sample_submit(
 
 
 def sample_request(
-    *, sampling_params: SamplingParams, request_name: str | None, **fields: Any
+    *,
+    prompts: Sequence[Prompt],
+    sampling_params: SamplingParams,
+    request_name: str | None,
+    **fields: Any,
 ) -> Sample:
     """A sample with a seed and a length, chosen here if the client sent none.
 
@@ -104,6 +110,9 @@ def sample_request(
             none:
             a repeat must be the same request.
         fields: The other fields of ``Sample``.
+
+    Raises:
+        LimitExceeded: The prompts have more images than one request may. (400)
     """
     sampling_params = replace(
         sampling_params,
@@ -114,7 +123,8 @@ def sample_request(
             else sampling_params.max_tokens
         ),
     )
-    return Sample(sampling_params=sampling_params, **fields)
+    images_check(chain.from_iterable(map(images_of, prompts)), "prompt")
+    return Sample(sampling_params=sampling_params, prompts=prompts, **fields)
 
 
 def _new_seed(request_name: str | None) -> int:

@@ -19,6 +19,7 @@ from training.errors import (
     InvalidRequest,
     SessionFinished,
 )
+from training.images import Chunks
 from training.models import SamplingSession
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get, checkpoints_kept, sampling_session_get
@@ -101,7 +102,7 @@ def session_sample_submit(
     owner_id: int,
     sampling_session_id: str,
     seq_id: int,
-    prompt: TokenIds,
+    prompt: TokenIds | Chunks,
     num_samples: int,
     sampling_params: SamplingParams,
     prompt_logprobs: bool,
@@ -133,6 +134,10 @@ def session_sample_submit(
         raise CheckpointNotFound(f"the checkpoint {sampling_session.model_path} was deleted")
     if record:
         stable_reinforce_check()
+        if isinstance(prompt, Chunks):
+            raise InvalidRequest(
+                "prompt: has an image; sequences are recorded after prompts of tokens only"
+            )
     request = sample_request(
         prompts=[prompt],
         num_samples=num_samples,

@@ -13,26 +13,39 @@ import numpy as np
 from django.conf import settings
 from numpy.typing import NDArray
 
+from tinkerapi.api.fields.chunks import datum_of, join_chunks, num_tokens_of
+from tinkerapi.api.fields.content import check_parts
+from tinkerapi.api.fields.images import POINTERS, check_base64_image
 from tinkerapi.api.fields.loss_inputs import NO_INPUTS
 from tinkerapi.api.fields.prompts import check_num_prompts, check_plain_prompt, check_text_length
 from tinkerapi.api.fields.refusals import FLOAT32, shown
 from tinkerapi.api.fields.tokens import (
-    check_num_tokens,
     check_token_list,
     refuse_datum,
     refuse_first,
     token_array,
 )
 from training.errors import InvalidDatum, LimitExceeded
+from training.images import Chunks, Image
 from training.loss_fns import TARGET_TOKENS
-from training.types import MAX_FLOAT32, Conversation, Datum, Message, Prompt, wrong_length
+from training.types import (
+    MAX_FLOAT32,
+    Conversation,
+    Datum,
+    Example,
+    ImageDatum,
+    Message,
+    Prompt,
+    TokenIds,
+    wrong_length,
+)
 
 ROLES = ("system", "user", "assistant")
 
 Array = NDArray[Any]
 
 
-def check_data(value: Any, where: str) -> list[Conversation | Datum]:
+def check_data(value: Any, where: str) -> list[Example]:
     """Training examples, each a conversation or a token-level datum.
 
     Raises:
@@ -56,7 +69,8 @@ def check_data(value: Any, where: str) -> list[Conversation | Datum]:
 
 
 def check_prompt(value: Any, where: str) -> Prompt:
-    """Text, token ids (a list, or ``{"chunks": [...]}``), or a conversation."""
+    """Text, token ids (a list, or ``{"chunks": [...]}``, which may have images), or a
+    conversation."""
     if isinstance(value, str):
         return check_plain_prompt(value, where)
     if isinstance(value, dict) and "messages" in value:
@@ -64,7 +78,7 @@ def check_prompt(value: Any, where: str) -> Prompt:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return check_conversation(value, where)
     if isinstance(value, list | dict):
-        return check_tokens(value, where)
+        return check_model_input(value, where)
     raise refuse_datum(where, "text, a list of token ids, or a list of messages", value)
 
 
@@ -92,8 +106,9 @@ def check_conversation(value: Any, where: str) -> Conversation:
     return Conversation(messages)
 
 
-def check_tokens(value: Any, where: str) -> NDArray[np.int32]:
-    """(N,) token ids, N at least 1, from a list or ``{"chunks": [{"tokens": [...]}]}``."""
+def check_model_input(value: Any, where: str) -> TokenIds | Chunks:
+    """(N,) token ids, N at least 1, from a list or ``{"chunks": [{"tokens": [...]}]}``; the chunks,
+    if one is an image."""
     if isinstance(value, dict):
         _only(value, ("chunks",), where)
         return _check_chunks(value.get("chunks"), f"{where}.chunks")
@@ -110,12 +125,14 @@ def _check_message(value: Any, where: str) -> Message:
     role, content = value["role"], value["content"]
     if not isinstance(role, str) or role not in ROLES:
         raise refuse_datum(f"{where}.role", f"one of {', '.join(ROLES)}", role)
+    if isinstance(content, list):
+        return Message(role, check_parts(content, f"{where}.content", role=role))
     if not isinstance(content, str):
-        raise refuse_datum(f"{where}.content", "text", content)
+        raise refuse_datum(f"{where}.content", "text, or a list of parts", content)
     return Message(role, content)
 
 
-def _check_datum(value: Mapping[str, Any], where: str) -> Datum:
+def _check_datum(value: Mapping[str, Any], where: str) -> Datum | ImageDatum:
     if "role" in value:
         raise InvalidDatum(
             f"{where}: is a message; data is a list of conversations, each a list of messages"
@@ -124,7 +141,7 @@ def _check_datum(value: Mapping[str, Any], where: str) -> Datum:
     for name in ("model_input", "loss_fn_inputs"):
         if name not in value:
             raise InvalidDatum(f"{where}.{name}: this field is required")
-    model_input = check_tokens(value["model_input"], f"{where}.model_input")
+    model_input = check_model_input(value["model_input"], f"{where}.model_input")
     inputs = value["loss_fn_inputs"]
     if not isinstance(inputs, dict):
         raise refuse_datum(f"{where}.loss_fn_inputs", "an object of arrays by name", inputs)
@@ -134,12 +151,13 @@ def _check_datum(value: Mapping[str, Any], where: str) -> Datum:
         name: _check_array(name, item, f"{where}.loss_fn_inputs.{name[:60]}")
         for name, item in inputs.items()
     }
+    num_tokens = num_tokens_of(model_input)
     for name, array in arrays.items():
-        if len(array) != len(model_input):
+        if num_tokens is not None and len(array) != num_tokens:
             raise InvalidDatum(
-                f"{where}.loss_fn_inputs.{name[:60]}: {wrong_length(array, len(model_input))}"
+                f"{where}.loss_fn_inputs.{name[:60]}: {wrong_length(array, num_tokens)}"
             )
-    return Datum(model_input=model_input, loss_fn_inputs=arrays)
+    return datum_of(model_input, arrays)
 
 
 def _check_array(name: str, value: Any, where: str) -> Array:
@@ -213,24 +231,35 @@ def _floats(values: list[Any], where: str, width: int | None = None) -> NDArray[
     return array.astype(np.float32)
 
 
-def _check_chunks(value: Any, where: str) -> NDArray[np.int32]:
+def _check_chunks(value: Any, where: str) -> TokenIds | Chunks:
     if not isinstance(value, list):
         raise refuse_datum(where, "a list of chunks", value)
     if not value:
         raise InvalidDatum(f'{where}: is empty; send a chunk such as {{"tokens": [1, 2]}}')
-    arrays = []
+    chunks: list[TokenIds | Image] = []
     for index, chunk in enumerate(value):
         place = f"{where}[{index}]"
         if not isinstance(chunk, dict):
             raise refuse_datum(place, 'a chunk such as {"tokens": [1, 2]}', chunk)
-        kind = chunk.get("type", "encoded_text")
-        if kind != "encoded_text":
-            raise InvalidDatum(f"{place}.type: {shown(kind)} is not supported; only encoded_text")
-        _only(chunk, ("type", "tokens"), place)
-        arrays.append(check_tokens(chunk.get("tokens"), f"{place}.tokens"))
-    tokens = np.concatenate(arrays)
-    check_num_tokens(len(tokens), where)
-    return tokens
+        chunks.append(_check_chunk(chunk, place))
+    return join_chunks(chunks, where)
+
+
+def _check_chunk(chunk: Mapping[str, Any], where: str) -> TokenIds | Image:
+    kind = chunk.get("type", "encoded_text")
+    if kind == "image":
+        _only(chunk, ("type", "data", "format", "expected_tokens"), where)
+        return check_base64_image(
+            chunk.get("data"), chunk.get("format"), chunk.get("expected_tokens"), where
+        )
+    if kind == "image_asset_pointer":
+        raise InvalidDatum(f"{where}: {POINTERS}")
+    if kind != "encoded_text":
+        raise InvalidDatum(
+            f"{where}.type: {shown(kind)} is not supported; only encoded_text and image"
+        )
+    _only(chunk, ("type", "tokens"), where)
+    return check_token_list(chunk.get("tokens"), f"{where}.tokens")
 
 
 def _only(value: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
