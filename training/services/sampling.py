@@ -16,7 +16,7 @@ from training.kinds import Sample
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
 from training.services.images import images_check
-from training.services.submission import Submission, run_asked, submit, submit_in_lane
+from training.services.submission import Submission, Target, run_asked, run_target, submit
 from training.types import Prompt, SamplingParams, ScoringParams, images_of
 
 _SEED_BITS = 31  # valid for every client and every generator
@@ -76,7 +76,7 @@ def sample_submit(
     )
     if model_id is not None:
         run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
-        return submit_in_lane(run, request, idempotency_key=idempotency_key)
+        return submit(request, run_target(run), idempotency_key=idempotency_key)
     summary = {}
     if model_path is not None:
         path = TinkerPath.parse(model_path, field="model_path")
@@ -84,16 +84,8 @@ def sample_submit(
         request = replace(request, checkpoint=checkpoint.pk)
         base_model = checkpoint.run.base_model
         summary["path"] = str(path)
-    future = submit(
-        request,
-        owner_id=owner_id,
-        base_model=base_model,
-        lane_id=None,
-        seq_id=None,
-        summary=summary,
-        idempotency_key=idempotency_key,
-    )
-    return Submission(future=future, model_id=None)
+    target = Target(owner_id=owner_id, base_model=base_model)
+    return submit(request, target, summary=summary, idempotency_key=idempotency_key)
 
 
 def sample_request(

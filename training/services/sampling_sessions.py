@@ -26,7 +26,7 @@ from training.selectors import checkpoint_get, checkpoints_kept, sampling_sessio
 from training.services.recorded_samples import stable_reinforce_check
 from training.services.sampling import sample_request
 from training.services.sessions import session_open
-from training.services.submission import submit
+from training.services.submission import Target, submit
 from training.types import SamplingParams, ScoringParams, TokenIds
 
 
@@ -149,12 +149,10 @@ def session_sample_submit(
         record_for=sampling_session.session_id if record else None,
     )
     path = sampling_session.model_path
-    return submit(
-        request,
+    target = Target(
         owner_id=owner_id,
         base_model=sampling_session.base_model,
         lane_id=sampling_session_id,
         seq_id=seq_id,
-        summary={"path": path} if path else {},
-        idempotency_key=None,
     )
+    return submit(request, target, summary={"path": path} if path else {}).future

@@ -15,7 +15,7 @@ from training.services.custom_losses import custom_loss_check
 from training.services.images import images_check
 from training.services.recorded_samples import logprobs_resolve
 from training.services.runs import run_get_or_create
-from training.services.submission import Submission, run_asked, submit_in_lane
+from training.services.submission import Submission, run_asked, run_target, submit
 from training.types import AdamParams, Datum, Example, Provenance, images_of
 
 
@@ -80,8 +80,7 @@ def forward_backward_submit(
         run = run_get(owner_id=owner_id, model_id=model_id)
     if loss_fn == STABLE_REINFORCE and not forward_only and not run.own_objective:
         Run.objects.filter(pk=run.pk).update(own_objective=True)
-    return submit_in_lane(
-        run,
+    return submit(
         (Forward if forward_only else ForwardBackward)(
             data=data,
             loss_fn=loss_fn,
@@ -89,8 +88,8 @@ def forward_backward_submit(
             train_on=train_on,
             loss_id=loss_id,
         ),
+        run_target(run, seq_id=seq_id),
         delayable=delayable,
-        seq_id=seq_id,
         idempotency_key=idempotency_key,
     )
 
@@ -117,9 +116,9 @@ def optim_step_submit(
     Raises:
         RunNotFound: (404)
     """
-    return submit_in_lane(
-        run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key),
+    run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
+    return submit(
         OptimStep(adam_params=adam_params),
-        seq_id=seq_id,
+        run_target(run, seq_id=seq_id),
         idempotency_key=idempotency_key,
     )
