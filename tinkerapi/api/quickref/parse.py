@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from django.conf import settings
 from numpy.typing import NDArray
 
 from tinkerapi.api.fields.chunks import datum_of, join_chunks, num_tokens_of
@@ -25,14 +24,13 @@ from tinkerapi.api.fields.tokens import (
     refuse_first,
     token_array,
 )
-from training.errors import InvalidDatum, LimitExceeded
+from training.errors import InvalidDatum
 from training.images import Chunks, Image
 from training.loss_fns import TARGET_TOKENS
 from training.types import (
     MAX_FLOAT32,
     Conversation,
     Datum,
-    Example,
     ImageDatum,
     Message,
     Prompt,
@@ -43,29 +41,6 @@ from training.types import (
 ROLES = ("system", "user", "assistant")
 
 Array = NDArray[Any]
-
-
-def check_data(value: Any, where: str) -> list[Example]:
-    """Training examples, each a conversation or a token-level datum.
-
-    Raises:
-        InvalidDatum: An example is invalid. (400)
-        LimitExceeded: Too many datums, or too many tokens in one. (400)
-    """
-    if not isinstance(value, list):
-        raise refuse_datum(where, "a list of conversations or datums", value)
-    if not value:
-        raise InvalidDatum(f"{where}: is empty; send at least one conversation or datum")
-    if len(value) > settings.MAX_DATUMS:
-        raise LimitExceeded(
-            f"{where}: {len(value)} datums; this server takes {settings.MAX_DATUMS} in one request"
-        )
-    return [
-        _check_datum(item, f"{where}[{index}]")
-        if isinstance(item, dict) and "messages" not in item
-        else check_conversation(item, f"{where}[{index}]")
-        for index, item in enumerate(value)
-    ]
 
 
 def check_prompt(value: Any, where: str) -> Prompt:
@@ -132,7 +107,8 @@ def _check_message(value: Any, where: str) -> Message:
     return Message(role, content)
 
 
-def _check_datum(value: Mapping[str, Any], where: str) -> Datum | ImageDatum:
+def check_datum(value: Mapping[str, Any], where: str) -> Datum | ImageDatum:
+    """A token-level datum."""
     if "role" in value:
         raise InvalidDatum(
             f"{where}: is a message; data is a list of conversations, each a list of messages"
