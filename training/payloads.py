@@ -20,13 +20,13 @@ from training.types import (
     ChatOptions,
     Conversation,
     Datum,
-    Example,
     ImageDatum,
     LoraConfig,
     Message,
     Prompt,
     SamplingParams,
     ScoringParams,
+    Unrendered,
 )
 
 Payload = dict[str, Any]
@@ -39,14 +39,12 @@ _FIRST_SAMPLING_PARAMS = frozenset({"max_tokens", "seed", "stop", "temperature",
 """Parameters that every stored sample has."""
 
 
-def example_to_payload(item: Example) -> Payload:
-    """A training example as plain values."""
+def unrendered_to_payload(item: Unrendered) -> Payload:
+    """An example with text or images, which only the worker can render."""
     if isinstance(item, Conversation):
         return conversation_to_payload(item)
-    inputs = {"loss_fn_inputs": dict(item.loss_fn_inputs)}
-    if isinstance(item, ImageDatum):
-        return {"chunks": _chunks_to_payload(item.model_input), **inputs}
-    return {"model_input": item.model_input, **inputs}
+    chunks = _chunks_to_payload(item.model_input)
+    return {"chunks": chunks, "loss_fn_inputs": dict(item.loss_fn_inputs)}
 
 
 def with_weights_of_one(data: Sequence[Datum | ImageDatum]) -> list[Datum | ImageDatum]:
@@ -63,15 +61,12 @@ def with_weights_of_one(data: Sequence[Datum | ImageDatum]) -> list[Datum | Imag
     ]
 
 
-def example_from_payload(item: Mapping[str, Any]) -> Example:
-    """The inverse of ``example_to_payload``."""
+def unrendered_from_payload(item: Mapping[str, Any]) -> Unrendered:
+    """The inverse of ``unrendered_to_payload``."""
     if "messages" in item:
         return conversation_from_payload(item)
-    inputs = item["loss_fn_inputs"]
-    if "chunks" in item:
-        chunks = _chunks_from_payload(item["chunks"])
-        return ImageDatum(model_input=chunks, loss_fn_inputs=inputs)
-    return Datum(model_input=item["model_input"], loss_fn_inputs=inputs)
+    chunks = _chunks_from_payload(item["chunks"])
+    return ImageDatum(model_input=chunks, loss_fn_inputs=item["loss_fn_inputs"])
 
 
 def prompt_to_payload(prompt: Prompt) -> Payload:
@@ -150,8 +145,8 @@ def scoring_params_from_payload(item: Mapping[str, Any]) -> ScoringParams:
     return ScoringParams(**item)
 
 
-def example_cost(item: Example) -> int:
-    """Tokens to train on, estimated for text and images."""
+def unrendered_cost(item: Unrendered) -> int:
+    """Tokens to train on, estimated."""
     return prompt_cost(item if isinstance(item, Conversation) else item.model_input)
 
 

@@ -49,6 +49,11 @@ class Datum:
     images: tuple[PlacedImage, ...] = ()
     """The images among the tokens, in order."""
 
+    @property
+    def num_tokens(self) -> int:
+        """N"""
+        return len(self.model_input)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageDatum:
@@ -56,6 +61,11 @@ class ImageDatum:
 
     model_input: Chunks
     loss_fn_inputs: LossFnInputs
+
+    @property
+    def num_tokens(self) -> int | None:
+        """None if only the model's processor knows how many stand for an image."""
+        return self.model_input.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,7 +211,10 @@ class Conversation:
         return [image for message in self.messages for image in message.images]
 
 
-Example = Conversation | Datum | ImageDatum
+Unrendered = Conversation | ImageDatum
+"""A training example with text or images, of which the worker makes tokens."""
+
+Example = Unrendered | Datum
 """A training example as it is submitted."""
 
 Prompt = Conversation | str | TokenIds | Chunks

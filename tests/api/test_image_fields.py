@@ -15,7 +15,8 @@ from tests.openai.test_completions import MODEL
 from tests.pictures import address, bomb, picture
 from tests.sdk.official_sdk import sdk_body
 from tinkerapi.api.fields.content import check_parts
-from tinkerapi.api.quickref.parse import check_data, check_prompt
+from tinkerapi.api.quickref.parse import check_prompt
+from tinkerapi.api.quickref.training_data import TrainingData
 from tinkerapi.api.sdk.parse.json_bodies import parse_model_input
 from tinkerapi.api.sdk.parse.protobuf import parse_forward_backward
 from tinkerapi.api.sdk.parse.scoring import check_scoring
@@ -200,13 +201,13 @@ def test_the_quick_reference_takes_images_in_messages_and_in_chunks() -> None:
         "model_input": {"chunks": [{"tokens": [1]}, image_chunk(expected_tokens=2)]},
         "loss_fn_inputs": {"target_tokens": [1, 2, 3], "weights": [1, 1, 1]},
     }
-    conversation, datum = check_data([said, tokens], "data")
+    conversation, datum = TrainingData(description="").check([said, tokens], "data")
     assert isinstance(conversation, Conversation)
     assert [image.data for image in conversation.images] == [PNG]
     assert isinstance(datum, ImageDatum)
     tokens["loss_fn_inputs"] = {"target_tokens": [1]}
     with pytest.raises(InvalidDatum, match=r"^data\[0\].loss_fn_inputs.target_tokens: 1 values"):
-        check_data([tokens], "data")
+        TrainingData(description="").check([tokens], "data")
 
 
 @bad_images

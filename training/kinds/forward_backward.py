@@ -31,7 +31,12 @@ class ForwardBackward(Request):
 
     def to_payload(self) -> Payload:
         payload: Payload = {
-            "data": [payloads.example_to_payload(item) for item in self.data],
+            "data": [
+                {"model_input": item.model_input, "loss_fn_inputs": dict(item.loss_fn_inputs)}
+                if isinstance(item, Datum)
+                else payloads.unrendered_to_payload(item)
+                for item in self.data
+            ],
             "loss_fn": self.loss_fn,
             "loss_fn_config": dict(self.loss_fn_config),
             "train_on": self.train_on,
@@ -41,7 +46,12 @@ class ForwardBackward(Request):
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
         return cls(
-            data=[payloads.example_from_payload(item) for item in payload["data"]],
+            data=[
+                Datum(model_input=item["model_input"], loss_fn_inputs=item["loss_fn_inputs"])
+                if "model_input" in item
+                else payloads.unrendered_from_payload(item)
+                for item in payload["data"]
+            ],
             loss_fn=payload["loss_fn"],
             loss_fn_config=payload["loss_fn_config"],
             train_on=payload["train_on"],
@@ -50,7 +60,10 @@ class ForwardBackward(Request):
 
     @property
     def cost(self) -> int:
-        return sum(map(payloads.example_cost, self.data))
+        return sum(
+            len(item.model_input) if isinstance(item, Datum) else payloads.unrendered_cost(item)
+            for item in self.data
+        )
 
     @property
     def has_text(self) -> bool:

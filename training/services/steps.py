@@ -55,7 +55,8 @@ def forward_backward_submit(
         LimitExceeded: The owner has reached the limit of adapters. (400)
         QueueFull: The owner has reached the limit of waiting futures. (429)
     """
-    images_check(chain.from_iterable(map(images_of, data)), "data")
+    unrendered = (item for item in data if not isinstance(item, Datum))
+    images_check(chain.from_iterable(map(images_of, unrendered)), "data")
     if provenance:
         _refuse_images(data)
         data = logprobs_resolve(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinkerapi.api.fields.chunks import datum_of, join_chunks, num_tokens_of
+from tinkerapi.api.fields.chunks import datum_of, join_chunks
 from tinkerapi.api.fields.content import check_parts
 from tinkerapi.api.fields.images import POINTERS, check_base64_image
 from tinkerapi.api.fields.loss_inputs import NO_INPUTS
@@ -39,6 +39,12 @@ from training.types import (
 )
 
 ROLES = ("system", "user", "assistant")
+
+DATUM_FIELDS = ("model_input", "loss_fn_inputs")
+MESSAGE_FIELDS = ("role", "content")
+ARRAY_FIELDS = ("data", "dtype", "shape")
+TOKENS_FIELDS = ("type", "tokens")
+IMAGE_FIELDS = ("type", "data", "format", "expected_tokens")
 
 Array = NDArray[Any]
 
@@ -70,7 +76,8 @@ def check_prompts(value: Any, where: str) -> list[Prompt]:
 def check_conversation(value: Any, where: str) -> Conversation:
     """A list of messages, or ``{"messages": [...]}``."""
     if isinstance(value, dict):
-        _only(value, ("messages",), where)
+        if unknown := value.keys() - ("messages",):
+            raise _unknown_field(unknown, ("messages",), where)
         where, value = f"{where}.messages", value.get("messages")
     if not isinstance(value, list):
         raise refuse_datum(where, "a list of messages", value)
@@ -85,7 +92,8 @@ def check_model_input(value: Any, where: str) -> TokenIds | Chunks:
     """(N,) token ids, N at least 1, from a list or ``{"chunks": [{"tokens": [...]}]}``; the chunks,
     if one is an image."""
     if isinstance(value, dict):
-        _only(value, ("chunks",), where)
+        if unknown := value.keys() - ("chunks",):
+            raise _unknown_field(unknown, ("chunks",), where)
         return _check_chunks(value.get("chunks"), f"{where}.chunks")
     return check_token_list(value, where)
 
@@ -93,8 +101,9 @@ def check_model_input(value: Any, where: str) -> TokenIds | Chunks:
 def _check_message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise refuse_datum(where, 'a message such as {"role": "user", "content": "hi"}', value)
-    _only(value, ("role", "content"), where)
-    for name in ("role", "content"):
+    if unknown := value.keys() - MESSAGE_FIELDS:
+        raise _unknown_field(unknown, MESSAGE_FIELDS, where)
+    for name in MESSAGE_FIELDS:
         if name not in value:
             raise InvalidDatum(f"{where}.{name}: this field is required")
     role, content = value["role"], value["content"]
@@ -113,8 +122,9 @@ def check_datum(value: Mapping[str, Any], where: str) -> Datum | ImageDatum:
         raise InvalidDatum(
             f"{where}: is a message; data is a list of conversations, each a list of messages"
         )
-    _only(value, ("model_input", "loss_fn_inputs"), where)
-    for name in ("model_input", "loss_fn_inputs"):
+    if unknown := value.keys() - DATUM_FIELDS:
+        raise _unknown_field(unknown, DATUM_FIELDS, where)
+    for name in DATUM_FIELDS:
         if name not in value:
             raise InvalidDatum(f"{where}.{name}: this field is required")
     model_input = check_model_input(value["model_input"], f"{where}.model_input")
@@ -127,20 +137,22 @@ def check_datum(value: Mapping[str, Any], where: str) -> Datum | ImageDatum:
         name: _check_array(name, item, f"{where}.loss_fn_inputs.{name[:60]}")
         for name, item in inputs.items()
     }
-    num_tokens = num_tokens_of(model_input)
+    datum = datum_of(model_input, arrays)
+    num_tokens = datum.num_tokens
     for name, array in arrays.items():
         if num_tokens is not None and len(array) != num_tokens:
             raise InvalidDatum(
                 f"{where}.loss_fn_inputs.{name[:60]}: {wrong_length(array, num_tokens)}"
             )
-    return datum_of(model_input, arrays)
+    return datum
 
 
 def _check_array(name: str, value: Any, where: str) -> Array:
     """(N,) or (N, K): int64 for ``target_tokens``, float32 otherwise."""
     shape = None
     if isinstance(value, dict):
-        _only(value, ("data", "dtype", "shape"), where)
+        if unknown := value.keys() - ARRAY_FIELDS:
+            raise _unknown_field(unknown, ARRAY_FIELDS, where)
         dtype, shape = value.get("dtype"), value.get("shape")
         expected = "int64" if name == TARGET_TOKENS else "float32"
         if dtype is not None and dtype != expected:
@@ -224,7 +236,8 @@ def _check_chunks(value: Any, where: str) -> TokenIds | Chunks:
 def _check_chunk(chunk: Mapping[str, Any], where: str) -> TokenIds | Image:
     kind = chunk.get("type", "encoded_text")
     if kind == "image":
-        _only(chunk, ("type", "data", "format", "expected_tokens"), where)
+        if unknown := chunk.keys() - IMAGE_FIELDS:
+            raise _unknown_field(unknown, IMAGE_FIELDS, where)
         return check_base64_image(
             chunk.get("data"), chunk.get("format"), chunk.get("expected_tokens"), where
         )
@@ -234,11 +247,11 @@ def _check_chunk(chunk: Mapping[str, Any], where: str) -> TokenIds | Image:
         raise InvalidDatum(
             f"{where}.type: {shown(kind)} is not supported; only encoded_text and image"
         )
-    _only(chunk, ("type", "tokens"), where)
+    if unknown := chunk.keys() - TOKENS_FIELDS:
+        raise _unknown_field(unknown, TOKENS_FIELDS, where)
     return check_token_list(chunk.get("tokens"), f"{where}.tokens")
 
 
-def _only(value: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
-    for name in value:
-        if name not in allowed:
-            raise InvalidDatum(f"{where}.{name[:60]}: unknown field; expected {', '.join(allowed)}")
+def _unknown_field(names: set[str], known: tuple[str, ...], where: str) -> InvalidDatum:
+    """The error for fields that are not known."""
+    return InvalidDatum(f"{where}.{min(names)[:60]}: unknown field; expected {', '.join(known)}")
