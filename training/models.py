@@ -114,6 +114,8 @@ class Run(models.Model):
     train_unembed = models.BooleanField(default=True)
     target_modules = models.JSONField(null=True, blank=True)
     """A list of module names, or None for the modules of the train_ flags."""
+    share_across_experts = models.BooleanField(default=True, db_default=True)
+    """Whether experts share the matrices at the side of the hidden states; see ``LoraConfig``."""
 
     state = models.CharField(max_length=10, choices=RunState.choices, default=RunState.CREATING)
     error = models.TextField(blank=True, default="")

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from training.images import Chunks, Image, PlacedImage
-
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 """The engine computes in float32: a larger number would be infinity there."""
 
@@ -26,9 +24,6 @@ def wrong_length(values: NDArray[Any], num_tokens: int) -> str:
     shape = list(values.shape)
     return f"shape {shape} for {num_tokens} tokens; expected [{num_tokens}, {shape[-1]}]"
 
-
-TokenIds = NDArray[np.int32]
-"""(T,) token ids of one text; nobody writes into it."""
 
 LossFnInputs = Mapping[str, NDArray[Any]]
 """Per-token inputs of a loss function by name; ``target_tokens`` int64, the rest float32."""
@@ -42,40 +37,10 @@ class Datum:
     made after reading ``model_input[: i + 1]``, so ``target_tokens[i]`` is token i + 1.
     """
 
-    model_input: TokenIds
-    """(N,) token ids, those that stand for an image included."""
+    model_input: NDArray[np.int32]
+    """(N,) token ids."""
     loss_fn_inputs: LossFnInputs
     """Arrays of shape (N,); for cross_entropy ``target_tokens`` and ``weights`` may be (N, K)."""
-    images: tuple[PlacedImage, ...] = ()
-    """The images among the tokens, in order."""
-
-    @property
-    def num_tokens(self) -> int:
-        """N"""
-        return len(self.model_input)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ImageDatum:
-    """A ``Datum`` with images whose tokens are not placed yet."""
-
-    model_input: Chunks
-    loss_fn_inputs: LossFnInputs
-
-    @property
-    def num_tokens(self) -> int | None:
-        """None if only the model's processor knows how many stand for an image."""
-        return self.model_input.num_tokens
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenPrompt:
-    """A prompt in tokens, for sampling."""
-
-    tokens: TokenIds
-    """(T,), those that stand for an image included."""
-    images: tuple[PlacedImage, ...] = ()
-    """The images among the tokens, in order."""
 
 
 JsonObject = Mapping[str, Any]
@@ -125,10 +90,9 @@ class Message:
 
     role: str
     """One of ``ROLES``."""
-    content: str | tuple[str | Image, ...] | None
-    """Text, or texts and at least one image in order. None for a message with nothing but
-    ``tool_calls``; the template then sees no content, as in transformers, since many templates
-    would write the word None."""
+    content: str | None
+    """None for a message with nothing but ``tool_calls``. The template then sees no content, as in
+    transformers, since many templates would write the word None."""
     _: KW_ONLY
     name: str | None = None
     """The speaker among several, or the tool that answers."""
@@ -140,18 +104,8 @@ class Message:
     reasoning_content: str | None = None
     """The assistant's reasoning before its answer, for templates of thinking models."""
 
-    @property
-    def images(self) -> list[Image]:
-        """The images in its content."""
-        parts = self.content if isinstance(self.content, tuple) else ()
-        return [part for part in parts if isinstance(part, Image)]
-
     def to_dict(self) -> dict[str, Any]:
-        """The message as a dictionary: role, content, and the other fields that are set.
-
-        A content with images is a list of parts, as templates take it, with the image itself in
-        each part of an image.
-        """
+        """The message as a dictionary: role, content, and the other fields that are set."""
         extras = {
             "name": self.name,
             "tool_calls": None if self.tool_calls is None else list(self.tool_calls),
@@ -159,16 +113,7 @@ class Message:
             "reasoning_content": self.reasoning_content,
         }
         given = {name: value for name, value in extras.items() if value is not None}
-        content = self.content
-        if isinstance(content, tuple):
-            return {"role": self.role, "content": [_to_part(part) for part in content], **given}
-        return {"role": self.role, "content": content, **given}
-
-
-def _to_part(part: str | Image) -> dict[str, Any]:
-    if isinstance(part, Image):
-        return {"type": "image", "image": part}
-    return {"type": "text", "text": part}
+        return {"role": self.role, "content": self.content, **given}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,27 +150,12 @@ class Conversation:
         """``[{"role", "content", ...}, ...]``, as chat templates take them."""
         return [message.to_dict() for message in self.messages]
 
-    @property
-    def images(self) -> list[Image]:
-        """The images in its messages."""
-        return [image for message in self.messages for image in message.images]
 
+TokenIds = NDArray[np.int32]
+"""(T,) token ids of one text; nobody writes into it."""
 
-Unrendered = Conversation | ImageDatum
-"""A training example with text or images, of which the worker makes tokens."""
-
-Example = Unrendered | Datum
-"""A training example as it is submitted."""
-
-Prompt = Conversation | str | TokenIds | Chunks
-"""The beginning for sampling: a conversation, plain text, token ids, or token ids and images."""
-
-
-def images_of(item: Example | Prompt) -> list[Image]:
-    """The images of a submitted example or prompt."""
-    if isinstance(item, Conversation | Chunks):
-        return item.images
-    return item.model_input.images if isinstance(item, ImageDatum) else []
+Prompt = Conversation | str | TokenIds
+"""The beginning for sampling: a conversation, plain text, or token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +174,9 @@ class LoraConfig:
     """Whether the output head gets an adapter too."""
     target_modules: tuple[str, ...] | None = None
     """Module names to adapt, such as ``q_proj``; None means all modules of the train_ flags."""
+    share_across_experts: bool = True
+    """In a mixture of experts: whether the experts of a layer share, of each pair, the matrix at
+    the side of the hidden states (A of gate and up, B of down). False gives each its own two."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests.engine.peft_stacks import PeftStacks
 from tests.engine.reference import TinyTrainer, peft_warnings_ignored
 from tests.tiny_model import VOCAB_SIZE, make_tokenizer
 from training.engine.interface import ForwardBackwardJob, SampleJob, SampleOutput
@@ -89,8 +91,11 @@ def save_random(config: PretrainedConfig, folder: Path) -> str:
     return str(folder)
 
 
-def judge(folder: str) -> tuple[str, str, dict[str, float]]:
+def judge(folder: str, **lora: Any) -> tuple[str, str, dict[str, float]]:
     """Judge the engine's results for a folder.
+
+    Args:
+        lora: Of the adapter's config, if not its defaults.
 
     Returns:
         ``refused`` and the sentence, ``right``, or ``wrong``, what is; and by name the largest
@@ -101,7 +106,7 @@ def judge(folder: str) -> tuple[str, str, dict[str, float]]:
     except BaseModelNotFound as error:
         return "refused", str(error), {}
     trainer = TinyTrainer(base_model)
-    trainer.create_adapter("a", LoraConfig(rank=4, alpha=8.0))
+    trainer.create_adapter("a", LoraConfig(**{"rank": 4, "alpha": 8.0, **lora}))
     flat = trainer.adapter_state("a")["weights"]
     values = np.random.default_rng(0).normal(size=flat.shape).astype(np.float32)
     trainer.set_weights("a", 0.05 * values)
@@ -116,6 +121,7 @@ def judge(folder: str) -> tuple[str, str, dict[str, float]]:
     found = {
         **_training(trainer, stock, [min(9, longest), longest, min(5, longest)]),
         **_sampling(sampler, stock, longest),
+        **_export(trainer, folder, stock, longest),
     }
     wrong = [name for name, difference in found.items() if not difference <= RIGHT]
     return ("wrong", ", ".join(wrong), found) if wrong else ("right", "", found)
@@ -127,21 +133,34 @@ class _PeftModel:
     def __init__(self, folder: str, trainer: TinyTrainer, adapter_name: str) -> None:
         layout = trainer.layout_of(adapter_name)
         base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        dense = [name for name, place in layout.places.items() if not place.shape.num_experts]
+        self._stacks = PeftStacks(base, layout)
         config = peft.LoraConfig(
-            r=layout.rank, lora_alpha=layout.config.alpha, target_modules=list(layout.places)
+            r=layout.rank,
+            lora_alpha=layout.config.alpha,
+            target_modules=[name for name in dense if not self._stacks.are_named(name)],
+            **self._stacks.peft_arguments(n for n in dense if self._stacks.are_named(n)),
         )
         with peft_warnings_ignored():
             self._model = peft.get_peft_model(base, config).eval()
         self._layout = layout
+        self._dense = dense
         self._depends_on_length = "longrope" in str(base.config.to_dict())
         flat = torch.from_numpy(trainer.adapter_state(adapter_name)["weights"])
-        for name in layout.places:
+        for name in dense:
             for parameter, value in zip(self._pair(name), layout.pair(flat, name), strict=True):
                 parameter.data.copy_(value)
+        self._stacks.set_weights(self._model, flat)
 
     def _pair(self, name: str) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
         module = self._model.base_model.model.get_submodule(name)
         return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """(1, n, V)"""
+        logits: torch.Tensor = self._model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        return logits
 
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """(n - 1,) of each token but the first."""
@@ -160,11 +179,12 @@ class _PeftModel:
 
     def grad(self) -> NDArray[np.float32]:
         flat = torch.zeros(self._layout.num_parameters)
-        for name in self._layout.places:
+        for name in self._dense:
             pairs = zip(self._layout.pair(flat, name), self._pair(name), strict=True)
             for ours, parameter in pairs:
                 if parameter.grad is not None:
                     ours.copy_(parameter.grad)
+        self._stacks.read_grads(self._model, flat)
         return flat.numpy()
 
 
@@ -218,3 +238,21 @@ def _sampling(sampler: ContinuousSampler, stock: _PeftModel, longest: int) -> Ma
         scored = max(scored, float(np.abs(output.prompt_logprobs[1:] - of_prompt).max()))
         sampled = max(sampled, float(np.abs(sequence.logprobs - of_sampled).max()))
     return {"scoring": scored, "sampling": sampled}
+
+
+def _export(
+    trainer: TinyTrainer, folder: str, stock: _PeftModel, longest: int
+) -> Mapping[str, float]:
+    """The adapter's export in stock peft: loaded, and merged into the model."""
+    tokens = np.random.default_rng(3).integers(3, VOCAB_SIZE, longest).tolist()
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with TemporaryDirectory() as directory, peft_warnings_ignored(), torch.no_grad():
+        trainer.save_peft("a", Path(directory) / "export")
+        loaded = peft.PeftModel.from_pretrained(base, str(Path(directory) / "export"))
+        inputs = torch.tensor([tokens])
+        answers = {"export": loaded(input_ids=inputs, use_cache=False).logits}
+        if not base.config.get_text_config().tie_word_embeddings:
+            merged = loaded.merge_and_unload()
+            answers["merged export"] = merged(input_ids=inputs, use_cache=False).logits
+    expected = stock.logits(tokens)
+    return {name: float((ours - expected).abs().max()) for name, ours in answers.items()}

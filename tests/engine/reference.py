@@ -99,10 +99,12 @@ class PeftReference:
 @contextmanager
 def peft_warnings_ignored() -> Iterator[None]:
     """peft asks transformers by a name that is going away, and notes that an adapter on a tied
-    head leaves the embedding alone, which is what we want."""
+    head leaves the embedding alone, which is what we want. It looks for the patterns of parameters
+    among the modules only, and says that it ignores them, which it does not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match any.*")
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # it finds out by itself
         warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")  # likewise
         yield

@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
-    MixtralConfig,
+    JetMoeConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -132,6 +132,6 @@ def test_an_encoder_is_refused_as_incomplete(tmp_path):
 
 
 def test_layers_that_no_adapter_could_reach_are_refused_by_name(tmp_path):
-    experts = MixtralConfig(**SHAPE, num_local_experts=2)
+    experts = JetMoeConfig(**SHAPE, num_local_experts=2)
     with pytest.raises(BaseModelNotFound, match="adapters are for linear layers"):
         load_base_model(save(experts, tmp_path / "experts"), dtype="float32", device="cpu")

@@ -120,7 +120,7 @@ def fuller(model: str, plain: str, session: str, sampler: str, base: str) -> lis
         post("/optim_step", {"model_id": plain, "adam_params": adam}),
         post("/api/v1/add_lora", {
             "model_id": "another", "base_model": base, "rank": 4, "alpha": 8.0, "seed": 1,
-            "target_modules": ["q_proj"], "train_mlp": True,
+            "target_modules": ["q_proj"], "train_mlp": True, "share_across_experts": False,
         }),
         post("/save_weights", {
             "model_id": plain, "name": "kept", "overwrite": True, "ttl_seconds": 1000,

@@ -47,7 +47,7 @@ BAD_BODIES = [
     (
         STEPS,
         {"model_id": "m", "data": [{"messages": [{"role": "user", "content": None}]}]},
-        "data[0].messages[0].content: expected text, or a list of parts; got null",
+        "data[0].messages[0].content: expected text; got null",
     ),
     (
         STEPS,
@@ -119,7 +119,7 @@ BAD_BODIES = [
     (
         STEPS,
         datum(model_input={"chunks": [{"type": "image", "data": ""}]}),
-        "data[0].model_input.chunks[0].format: expected one of png, jpeg, webp; got null",
+        "data[0].model_input.chunks[0].type: 'image' is not supported",
     ),
     (OPTIM, {"model_id": "m", "adam_params": {"lr": 1}}, "adam_params.lr: unknown field; expected"),
     (
@@ -147,6 +147,7 @@ BAD_BODIES = [
     (ADD, {"rank": 16.0}, "rank: expected a whole number of at least 1; got 16.0"),
     (ADD, {"alpha": 0}, "alpha: expected a number above 0 and at most 1000000; got 0"),
     (ADD, {"seed": -1}, "seed: expected a whole number of at least 0; got -1"),
+    (ADD, {"share_across_experts": "no"}, "share_across_experts: expected true or false"),
     (ADD, {"target_modules": "q_proj"}, "target_modules: expected a list of 1 to 100 module nam"),
     (ADD, {"target_modules": []}, "target_modules: is empty; send at least one module name"),
     (ADD, {"target_modules": ["q"] * 101}, "target_modules: 101 names; this server takes at most"),

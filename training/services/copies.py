@@ -130,6 +130,7 @@ def _rows(
         train_attn=of.train_attn,
         train_unembed=of.train_unembed,
         target_modules=of.target_modules,
+        share_across_experts=of.share_across_experts,
         state=Run.RunState.DELETED,
         deleted_at=now,
         step=original.step,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tinkerapi.api.fields.content import CONTENT_SCHEMA
 from tinkerapi.api.fields.field import Schema
 from tinkerapi.api.fields.tokens import MAX_TOKEN_ID
 from tinkerapi.api.quickref.parse import ROLES
@@ -11,7 +10,7 @@ MESSAGE_SCHEMA: Schema = {
     "type": "object",
     "properties": {
         "role": {"type": "string", "enum": list(ROLES)},
-        "content": CONTENT_SCHEMA,
+        "content": {"type": "string"},
     },
     "required": ["role", "content"],
     "additionalProperties": False,

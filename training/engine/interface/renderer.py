@@ -6,9 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.errors import InvalidRequest
-from training.images import Chunks
-from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenPrompt, TokenText
+from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText
 
 
 class Renderer(ABC):
@@ -20,8 +18,6 @@ class Renderer(ABC):
 
     conversation_fault: str | None = None
     """Why conversations cannot be trained on; None if they can."""
-    image_fault: str | None = "this base model reads text only; send the request without images"
-    """Why images are refused; None if they are read."""
 
     @abstractmethod
     def render_conversation(
@@ -56,25 +52,7 @@ class Renderer(ABC):
     def render_prompt(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
     ) -> list[int]:
-        """A conversation without images as a prompt that ends where the assistant begins to
-        speak."""
-
-    def render_image_prompt(
-        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
-    ) -> TokenPrompt:
-        """``render_prompt`` of a conversation with images."""
-        raise InvalidRequest(f"messages: {self.image_fault}")
-
-    def place_images(self, chunks: Chunks) -> TokenPrompt:
-        """Token ids and images as one sequence of tokens.
-
-        Each image is decoded, to find out whether it can be, and how many tokens it is.
-
-        Raises:
-            InvalidRequest: One of the images cannot be read, or is another number of tokens than
-                expected; the message begins with its number: ``chunks[1]``.
-        """
-        raise InvalidRequest(f"chunks: {self.image_fault}")
+        """A conversation as a prompt that ends where the assistant begins to speak."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

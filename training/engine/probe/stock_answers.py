@@ -1,36 +1,28 @@
 """Stock transformers' results for a few passages: the reference of the check at the start.
 
 Each passage is computed alone, in one pass, without a cache, with transformers' own attention, and
-with a LoRA update that is a plain autograd term on one linear layer of each name.
+with a LoRA update by plain autograd on one linear layer of each name (``plain_update``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.engine.probe.few_layers import FewLayers
 from training.engine.probe.near_switches import near_switches
-from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape
+from training.engine.probe.plain_update import draw_update
+from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.logit_shape import PLAIN_LOGITS, LogitShape, find_logit_shape
-from training.types import LoraConfig
 
 LENGTHS = (4, 20, 6)
 """Tokens of the passages: a short one, a longer one, and one at the end of the context."""
 
 FEWEST_TOKENS = 8
 """A model must accept sequences of this length; every model worth training does."""
-
-LORA = LoraConfig(rank=8, alpha=8.0)
-LORA_WEIGHT = 0.02
-"""Standard deviation of the update's A and B: large enough to be seen, small enough to change
-little."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,16 +83,11 @@ def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -
         Exception: Any exception of the model's own code.
     """
     passages = _make_passages(vocab_size, context_tokens, model.device)
-    modules = _one_of_each_name(model)
-    weights = _draw_update(modules, model.device)
+    update = draw_update(model)
     few_layers = FewLayers(model)
-    flat = weights.flat.clone().requires_grad_()
+    flat = update.weights.flat.clone().requires_grad_()
     logprobs = []
-    with ExitStack() as stack:
-        stack.enter_context(few_layers.alone())
-        for name, module in modules.items():
-            hook = _lora_term(weights.layout, flat, name)
-            stack.callback(module.register_forward_hook(hook).remove)
+    with few_layers.alone(), update.applied(flat):
         with near_switches(model) as has_far_windows:
             for passage in passages:
                 answer = _answer(model, passage)
@@ -110,7 +97,7 @@ def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -
     answers = StockAnswers(
         passages=passages,
         logprobs=logprobs,
-        weights=weights,
+        weights=update.weights,
         grad=torch.zeros_like(flat) if flat.grad is None else flat.grad,
         few_layers=few_layers,
         crosses_windows=crosses_windows,
@@ -173,34 +160,3 @@ def _make_passages(vocab_size: int, context_tokens: int, device: torch.device) -
         )
         for length, first in zip(lengths, (0, 0, context_tokens - lengths[-1]), strict=True)
     ]
-
-
-def _one_of_each_name(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The first linear layer of each name, numbers aside: ``layers.0.mlp.up_proj`` and so on."""
-    head = model.get_output_embeddings()
-    first: dict[str, tuple[str, nn.Linear]] = {}
-    for name, module in model.get_decoder().named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            general = ".".join("#" if part.isdigit() else part for part in name.split("."))
-            first.setdefault(general, (name, module))
-    full_names = {id(module): name for name, module in model.named_modules()}
-    return {full_names[id(module)]: module for _, module in first.values()}
-
-
-def _draw_update(modules: dict[str, nn.Linear], device: torch.device) -> AdapterTensors:
-    shapes = {n: LoraShape(m.in_features, m.out_features) for n, m in modules.items()}
-    layout = AdapterLayout(LORA, shapes)
-    flat = torch.randn(layout.num_parameters, generator=torch.Generator().manual_seed(1))
-    return AdapterTensors(layout, (flat * LORA_WEIGHT).to(device))
-
-
-def _lora_term(
-    layout: AdapterLayout, flat: Tensor, name: str
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds the update as a plain term, in the layer's dtype."""
-
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        a, b = (matrix.to(output.dtype) for matrix in layout.pair(flat, name))
-        return output + layout.scale * linear(linear(args[0], a), b)
-
-    return add

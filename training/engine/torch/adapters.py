@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,15 +25,39 @@ NUM_BUFFERS = 4
 
 @dataclass(frozen=True)
 class LoraShape:
-    """The linear layer that one pair of LoRA matrices is attached to."""
+    """The linear layer that one pair of LoRA matrices is attached to, or that layer of every
+    expert of a stack."""
 
     in_features: int
     out_features: int
+    num_experts: int = 0
+    """The experts of a stack, each with matrices of its own; 0 is one layer alone."""
+    shared: Literal["", "A", "B"] = ""
+    """Which of the two matrices all experts share."""
+
+    @property
+    def a_size(self) -> tuple[int, ...]:
+        """The shape of A without its rank: (E, in) or (in,)."""
+        experts = self.num_experts and self.shared != "A"
+        return (self.num_experts, self.in_features) if experts else (self.in_features,)
+
+    @property
+    def b_size(self) -> tuple[int, ...]:
+        """The shape of B without its rank: (E, out) or (out,)."""
+        experts = self.num_experts and self.shared != "B"
+        return (self.num_experts, self.out_features) if experts else (self.out_features,)
+
+    def without_sharing(self) -> LoraShape:
+        """Each expert with its own two matrices."""
+        return replace(self, shared="")
 
 
 @dataclass(frozen=True)
 class LoraPlace:
-    """The place of a module's pair in the flat buffer: A (R, in), then B (out, R)."""
+    """The place of a module's pair in the flat buffer: A (R, in), then B (out, R).
+
+    In a stack A is (E, R, in) and B (E, out, R), but for the one that is shared.
+    """
 
     offset: int
     shape: LoraShape
@@ -50,8 +75,9 @@ class AdapterLayout:
         offset = 0
         for name, shape in shapes.items():
             self.places[name] = LoraPlace(offset, shape)
-            offset += self.rank * (shape.in_features + shape.out_features)
+            offset += self.rank * (math.prod(shape.a_size) + math.prod(shape.b_size))
         self.num_parameters = offset
+        self.has_experts = any(shape.num_experts for shape in shapes.values())
 
     def num_bytes(self, dtype: torch.dtype, *, with_optimizer: bool = True) -> int:
         """Memory of an adapter of this layout on a base model of this dtype.
@@ -63,12 +89,14 @@ class AdapterLayout:
         return self.num_parameters * (buffers * torch.float32.itemsize + converted)
 
     def pair(self, flat: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Views of ``flat`` (P,): A (R, in) and B (out, R) of one module."""
+        """Views of ``flat`` (P,): A (R, in) and B (out, R) of one module; of a stack A
+        (E, R, in) and B (E, out, R), but for the one that is shared."""
         place = self.places[name]
-        split = place.offset + self.rank * place.shape.in_features
-        end = split + self.rank * place.shape.out_features
-        a = flat[place.offset : split].view(self.rank, place.shape.in_features)  # (R, in)
-        b = flat[split:end].view(place.shape.out_features, self.rank)  # (out, R)
+        a_size, b_size = place.shape.a_size, place.shape.b_size
+        split = place.offset + self.rank * math.prod(a_size)
+        end = split + self.rank * math.prod(b_size)
+        a = flat[place.offset : split].view(*a_size[:-1], self.rank, a_size[-1])
+        b = flat[split:end].view(*b_size, self.rank)
         return a, b
 
 

@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from training.engine.interface import BaseModelInfo
 from training.engine.torch.adapters import AdapterTensors, LoraShape
+from training.engine.torch.experts.stacks import ExpertStack
 from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import times
 from training.engine.torch.packing.stream import (
@@ -33,6 +34,8 @@ class BaseModel:
     dtype: torch.dtype
     end_token_ids: tuple[int, ...]
     """The end tokens of the model's generation configuration."""
+    model_type: str
+    """transformers' name of its family."""
     head_name: str
     """The output head's module name, which keys adapter layouts like any other module's."""
     head_weight: Tensor
@@ -43,7 +46,10 @@ class BaseModel:
     """Longer sequences have other rotary factors (``rotary``), and ``PackedContext`` must mark
     their rows; None: all have the same."""
     linear_shapes: dict[str, LoraShape]
-    """Every module that can have an adapter, the head last."""
+    """Every module that can have an adapter, the head last; of a stack of experts each linear
+    layer of an expert, for all of them together."""
+    expert_stacks: dict[str, ExpertStack]
+    """By name; their layers are among ``linear_shapes``."""
     _decoder: nn.Module
     _holder: ContextHolder
 

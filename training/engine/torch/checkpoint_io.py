@@ -7,7 +7,7 @@ the step, the versions that made it, and a SHA-256 of every file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -28,6 +28,8 @@ from training.engine.torch.adapters import (
     AdapterTensors,
     LoraShape,
 )
+from training.engine.torch.experts.peft_form import PeftExperts, peft_experts, split_targets
+from training.engine.torch.experts.stacks import ExpertStack
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.types import LoraConfig
 
@@ -61,8 +63,8 @@ class CapturedTensors(CapturedAdapter):
             "format": FORMAT,
             "base_model": self.base_model_name,
             "step": self.step,
-            "config": asdict(layout.config),
-            "modules": {n: [p.shape.in_features, p.shape.out_features] for n, p in places},
+            "config": _config_values(layout),
+            "modules": {name: _shape_values(place.shape) for name, place in places},
             "versions": _library_versions(),
         }
         with new_directory(directory) as temporary:
@@ -155,7 +157,8 @@ def _read_weights(
         raise CheckpointNotFound(f"{directory.name} has only weights, no optimizer state.")
     modules = {name: LoraShape(*shape) for name, shape in meta["modules"].items()}
     for name, shape in modules.items():
-        if shapes.get(name) != shape:
+        known = shapes.get(name)
+        if known is None or known.without_sharing() != shape.without_sharing():
             raise InvalidRequest(
                 f"{directory.name} was made for {meta['base_model']}, whose {name} this base"
                 " model does not have in that shape."
@@ -164,23 +167,35 @@ def _read_weights(
     return meta, AdapterTensors(layout, _read(directory, "weights", device))
 
 
-def save_peft(adapter: Adapter, directory: Path, *, base_model_name: str, head_name: str) -> int:
+def save_peft(
+    adapter: Adapter,
+    directory: Path,
+    *,
+    base_model_name: str,
+    head_name: str,
+    model_type: str,
+    stacks: Mapping[str, ExpertStack],
+) -> int:
     """Write files for ``peft.PeftModel.from_pretrained``; see ``Trainer.save_peft``.
 
     Beside them it writes a README.md for people: how to load the adapter and, if it has the output
     head, how to merge it.
     """
     layout = adapter.layout
+    experts = peft_experts(layout, adapter.weights.flat, stacks)
+    modules = [name for name, place in layout.places.items() if not place.shape.num_experts]
+    as_modules, as_parameters = split_targets(modules, model_type)
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         base_model_name_or_path=base_model_name,
         inference_mode=True,
         r=layout.rank,
         lora_alpha=layout.config.alpha,  # type: ignore[arg-type]  # peft divides it as any number
-        target_modules=list(layout.places),
+        target_modules=as_modules,
+        **_parameter_arguments(experts, as_parameters),
     )
-    tensors = {}
-    for name in layout.places:
+    tensors = experts.tensors
+    for name in modules:
         a, b = layout.pair(adapter.weights.flat, name)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
@@ -194,6 +209,17 @@ def save_peft(adapter: Adapter, directory: Path, *, base_model_name: str, head_n
         return sum(path.stat().st_size for path in temporary.iterdir())
 
 
+def _parameter_arguments(experts: PeftExperts, others: Sequence[str]) -> dict[str, Any]:
+    """peft's arguments for what it adapts as parameters; none without any."""
+    if not experts.target_parameters and not others:
+        return {}
+    return {
+        "target_parameters": [*experts.target_parameters, *others],
+        "rank_pattern": experts.ranks,
+        "alpha_pattern": experts.alphas,
+    }
+
+
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Our own write call: safetensors' own reports a full disk as an error without errno.
     content = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"format": "pt"})
@@ -204,6 +230,20 @@ def _read(directory: Path, name: str, device: torch.device) -> Tensor:
     # A copy: the file's bytes are mapped at odd addresses, and float32 kernels sum in an order that
     # depends on alignment, so a loaded run would differ from an undisturbed one in the last bits.
     return load_file(directory / f"{name}.safetensors", device=str(device))[name].clone()
+
+
+def _config_values(layout: AdapterLayout) -> dict[str, Any]:
+    """The config, without what only concerns experts where there are none."""
+    values = asdict(layout.config)
+    if not layout.has_experts:
+        del values["share_across_experts"]
+    return values
+
+
+def _shape_values(shape: LoraShape) -> list[int | str]:
+    """The arguments of ``LoraShape``: two for one layer, four for one of every expert."""
+    values: list[int | str] = [shape.in_features, shape.out_features]
+    return [*values, shape.num_experts, shape.shared] if shape.num_experts else values
 
 
 def _read_config(values: Mapping[str, Any]) -> LoraConfig:

@@ -26,6 +26,9 @@ from training.engine.probe.proof import prove, stock_answers
 from training.engine.torch.adapters import LoraShape
 from training.engine.torch.attention.backend import ATTENTION_NAME, prepare_layers
 from training.engine.torch.base_model import BaseModel
+from training.engine.torch.experts.llama4 import ask_chosen_experts
+from training.engine.torch.experts.lora_experts import LoraExperts
+from training.engine.torch.experts.stacks import ExpertStack, find_routers, find_stacks
 from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.memory import keep_freed_memory
@@ -160,8 +163,10 @@ def _use_linear_layers(model: PreTrainedModel) -> None:
 
 def _require_known_layers(model: PreTrainedModel, name: str) -> None:
     """Refuse matrices that no adapter could reach: training would silently ignore them."""
+    stacks = find_stacks(model)
+    frozen = {*stacks, *find_routers(model, stacks)}
     for module_name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) or module_name in frozen:
             continue
         if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
             raise BaseModelNotFound(
@@ -221,13 +226,19 @@ def _wrap(
     prepare_layers(model, model.config.get_text_config(), holder)
     if rotary_switch is not None:
         follow_lengths(model, holder, rotary_switch)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    stacks = find_stacks(model)
+    routers = find_routers(model, stacks)
+    linears = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in routers
+    }
     head_name = next(n for n, module in linears.items() if module is head)
+    shapes = _shapes_of(model, linears, stacks, head_name)
     del linears[head_name]
     for module_name, module in linears.items():
-        parent, _, child = module_name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(module, module_name, holder))
-    linears[head_name] = head
+        model.set_submodule(module_name, LoraLinear(module, module_name, holder))
+    for stack in stacks.values():
+        model.set_submodule(stack.name, LoraExperts(stack, holder))
+    ask_chosen_experts(model)
     return BaseModel(
         info=BaseModelInfo(
             name=name,
@@ -241,15 +252,34 @@ def _wrap(
         device=head.weight.device,
         dtype=head.weight.dtype,
         end_token_ids=_end_token_ids(model),
+        model_type=model.config.model_type,
         head_name=head_name,
         head_weight=head.weight,
         head_bias=head.bias,
         logit_shape=logit_shape,
         rotary_switch=rotary_switch,
-        linear_shapes={n: LoraShape(m.in_features, m.out_features) for n, m in linears.items()},
+        linear_shapes=shapes,
+        expert_stacks=stacks,
         _decoder=_decoder_of(model),
         _holder=holder,
     )
+
+
+def _shapes_of(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    stacks: Mapping[str, ExpertStack],
+    head_name: str,
+) -> dict[str, LoraShape]:
+    """Every linear layer, those of experts too, in the model's order, the head last."""
+    shapes: dict[str, LoraShape] = {}
+    for name, _ in model.named_modules():
+        if name in linears and name != head_name:
+            shapes[name] = LoraShape(linears[name].in_features, linears[name].out_features)
+        if name in stacks:
+            shapes |= {layer.name: layer.shape for layer in stacks[name].layers}
+    head = linears[head_name]
+    return {**shapes, head_name: LoraShape(head.in_features, head.out_features)}
 
 
 def _decoder_of(model: PreTrainedModel) -> nn.Module:

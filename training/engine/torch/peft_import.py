@@ -78,7 +78,8 @@ def _check_modules(
                 f"{module[:200]!r} is no linear layer of this base model, which has for example "
                 f"{next(iter(shapes))!r}"
             )
-    selected = {n for n in shapes if patterns.selects(n, is_head=n == head_name)}
+    linears = [name for name, shape in shapes.items() if not shape.num_experts]
+    selected = {n for n in linears if patterns.selects(n, is_head=n == head_name)}
     for module in shapes:
         if module in selected and module not in files.ranks:
             raise _refusal(f"lacks the matrices of {module!r}, which target_modules selects")

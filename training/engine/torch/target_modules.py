@@ -2,8 +2,8 @@
 
 The flags go by a layer's place, not by a table per architecture: a layer below a module
 named for attention belongs to attention, the output head is the unembedding, and any other linear
-layer belongs to the MLP. The list matches as peft's does: a name, or the end of one after
-a dot.
+layer belongs to the MLP, those of experts too; routers are not among the layers. The list matches
+as peft's does: a name, or the end of one after a dot.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def select_modules(
                 )
     if not names:
         raise InvalidRequest("target_modules: the adapter would have no module to train")
-    return {name: shapes[name] for name in names}
+    shares = config.share_across_experts
+    return {n: shapes[n] if shares else shapes[n].without_sharing() for n in names}
 
 
 def _is_flagged(name: str, config: LoraConfig, head_name: str) -> bool:

@@ -233,6 +233,8 @@ class TorchTrainer(Trainer):
             directory,
             base_model_name=self.info.name,
             head_name=self._base_model.head_name,
+            model_type=self._base_model.model_type,
+            stacks=self._base_model.expert_stacks,
         )
 
     def adapter_state(self, adapter_name: str) -> dict[str, Any]:

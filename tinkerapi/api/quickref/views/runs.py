@@ -14,6 +14,7 @@ from tinkerapi.api.fields.adapters import ADAPTER_FIELDS, check_adapts_something
 from tinkerapi.api.fields.field import (
     Custom,
     Field,
+    Flag,
     Integer,
     Number,
     Schema,
@@ -55,6 +56,7 @@ RUN_SCHEMA: Schema = {
         "alpha": {"type": "number"},
         "seed": {"type": "integer"},
         "target_modules": {"type": "array", "items": {"type": "string"}, "nullable": True},
+        "share_across_experts": {"type": "boolean"},
         "step": {"type": "integer", "description": "Optimizer steps taken."},
         "tokens": {"type": "integer", "description": "Tokens trained on."},
         "created_at": {"type": "string", "format": "date-time"},
@@ -95,6 +97,7 @@ def render_run(run: Run) -> dict[str, Any]:
         "alpha": run.alpha,
         "seed": run.seed,
         "target_modules": run.target_modules,
+        "share_across_experts": run.share_across_experts,
         "step": run.step,
         "tokens": run.tokens,
         "created_at": timestamp(run.created_at),
@@ -141,6 +144,11 @@ class AddLoraView(OperationView):
             description="Names of the modules to adapt instead, such as `q_proj`.",
             checker=check_target_modules,
             json={"type": "array", "items": {"type": "string"}, "minItems": 1},
+        ),
+        "share_across_experts": Flag(
+            description="In a mixture of experts: whether the experts of a layer share A of gate "
+            "and up, and B of down. `false` gives each expert its own.",
+            default=_LORA.share_across_experts,
         ),
     }
     answer: ClassVar[Schema] = {

@@ -74,9 +74,8 @@ class LossSpan:
     end: int
 
     @property
-    def tokens(self) -> slice:
-        """Its tokens among the N."""
-        return slice(self.first.start, self.end)
+    def start(self) -> int:
+        return self.first.start
 
     @property
     def num_targets(self) -> int:
