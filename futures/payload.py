@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import msgpack
 import numpy as np
@@ -46,7 +46,7 @@ def encode(value: Any) -> bytes:
         PayloadTooLarge: It has more than ``MAX_BYTES`` before compression.
         TypeError: It contains a value of another type.
     """
-    return _Packed(value).compressed()
+    return _Packer().pack(value).compressed()
 
 
 def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
@@ -71,7 +71,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
 
 def digest(kind: str, value: Any) -> bytes:
     """SHA-256 of a kind and a value; equal values have equal digests, whatever their key order."""
-    return _Packed(value).digest(kind)
+    return _Packer().pack(value).digest(kind)
 
 
 def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayload:
@@ -81,59 +81,42 @@ def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayloa
         named: The value to digest, if an earlier version stored the same request in another
             form; None, or the same object, means ``value``.
     """
-    packed = _Packed(value)
-    to_digest = packed if named is None or named is value else _Packed(named)
+    packed = _Packer().pack(value)
+    to_digest = packed if named is None or named is value else _Packer().pack(named)
     return EncodedPayload(packed.compressed(), to_digest.digest(kind))
 
 
-class _Packed:
-    """A value in msgpack, with sorted mappings and with arrays as msgpack extensions."""
+class _Packer:
+    """Writes a value in msgpack, with sorted mappings and with arrays as msgpack extensions."""
 
-    def __init__(self, value: Any) -> None:
-        self._pieces: list[bytes | memoryview] = []
+    def __init__(self) -> None:
+        self._complete: list[bytes | memoryview] = []
         """Packed bytes alternating with the memory of arrays."""
         self._packer = msgpack.Packer(autoreset=False, strict_types=True)
-        self._add(value)
-        self._pieces.append(self._packer.bytes())
-        self._size = sum(map(len, self._pieces))
-        if self._size > MAX_BYTES:
-            raise PayloadTooLarge
 
-    def digest(self, kind: str) -> bytes:
-        digest = hashlib.sha256(kind.encode() + b"\0")
-        for piece in self._pieces:
-            digest.update(piece)
-        return digest.digest()
-
-    def compressed(self) -> bytes:
-        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
-        if self._size < _WORTH_A_STREAM:
-            return compressor.compress(b"".join(self._pieces))
-        stream = compressor.compressobj(size=self._size)
-        return b"".join([*map(stream.compress, self._pieces), stream.flush()])
-
-    def _add(self, value: Any) -> None:
+    def pack(self, value: Any) -> Self:
+        """Write ``value`` after what was written before."""
         if isinstance(value, dict):
             if not all(isinstance(key, str) for key in value):
                 raise TypeError("the keys of a payload's mappings must be strings")
             self._packer.pack_map_header(len(value))
             for key in sorted(value):
                 self._packer.pack(key)
-                self._add(value[key])
-        elif isinstance(value, list | tuple):
-            # Long lists of plain numbers are common, and walking them is expensive.
-            if all(type(item) in (int, float, str) for item in value):
-                self._packer.pack(list(value))
-                return
+                self.pack(value[key])
+        elif isinstance(value, np.ndarray):
+            self._pack_array(value)
+        elif not isinstance(value, list | tuple):
+            self._packer.pack(value.item() if isinstance(value, np.generic) else value)
+        # Long lists of plain numbers are common, and walking them is expensive.
+        elif all(type(item) in (int, float, str) for item in value):
+            self._packer.pack(list(value))
+        else:
             self._packer.pack_array_header(len(value))
             for item in value:
-                self._add(item)
-        elif isinstance(value, np.ndarray):
-            self._add_array(value)
-        else:
-            self._packer.pack(value.item() if isinstance(value, np.generic) else value)
+                self.pack(item)
+        return self
 
-    def _add_array(self, array: np.ndarray[Any, Any]) -> None:
+    def _pack_array(self, array: np.ndarray[Any, Any]) -> None:
         """An extension: dtype and shape, padded, and the bytes in C order, uncopied if possible."""
         if array.dtype.kind not in _KINDS:
             raise TypeError(f"arrays of {array.dtype} cannot be stored")
@@ -143,8 +126,31 @@ class _Packed:
         prefix = (bytes([len(header)]) + header).ljust(begin, b"\0")
         numbers = little.reshape(-1).view(np.uint8).data
         extension = _extension_header(begin + len(numbers)) + prefix
-        self._pieces += [self._packer.bytes(), extension, numbers]
+        self._complete += [self._packer.bytes(), extension, numbers]
         self._packer.reset()
+
+    def digest(self, kind: str) -> bytes:
+        """SHA-256 of a kind and of what was written."""
+        digest = hashlib.sha256(kind.encode() + b"\0")
+        for piece in self._pieces():
+            digest.update(piece)
+        return digest.digest()
+
+    def compressed(self) -> bytes:
+        """What was written, as one zstd frame that states its size."""
+        pieces = self._pieces()
+        size = sum(map(len, pieces))
+        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+        if size < _WORTH_A_STREAM:
+            return compressor.compress(b"".join(pieces))
+        stream = compressor.compressobj(size=size)
+        return b"".join([*map(stream.compress, pieces), stream.flush()])
+
+    def _pieces(self) -> list[bytes | memoryview]:
+        pieces = [*self._complete, self._packer.bytes()]
+        if sum(map(len, pieces)) > MAX_BYTES:
+            raise PayloadTooLarge
+        return pieces
 
 
 def _extension_header(length: int) -> bytes:

@@ -296,6 +296,13 @@ BODY_SECONDS = env_int("TINKERAPI_BODY_SECONDS", 300)
 MAX_DATUMS = env_int("TINKERAPI_MAX_DATUMS", 1024)
 TEXT_SECONDS = env_int("TINKERAPI_TEXT_SECONDS", 20)
 MAX_DATUM_TOKENS = env_int("TINKERAPI_MAX_DATUM_TOKENS", 32768)
+MAX_IMAGE_BYTES = env_int("TINKERAPI_MAX_IMAGE_BYTES", 16 * 1024 * 1024, maximum=2**31)
+MAX_IMAGE_PIXELS = env_int("TINKERAPI_MAX_IMAGE_PIXELS", 4096 * 4096, maximum=2**28)
+"""Width times height; decoded, a pixel takes some 30 bytes for a moment."""
+MAX_IMAGES = env_int("TINKERAPI_MAX_IMAGES", 1024)
+"""Images in one request."""
+MAX_REQUEST_PIXELS = env_int("TINKERAPI_MAX_REQUEST_PIXELS", 16 * 4096 * 4096, maximum=2**40)
+"""Pixels of all images of one request: the worker takes about a second for 50 million."""
 MAX_SAMPLES = env_int("TINKERAPI_MAX_SAMPLES", 256)
 DEFAULT_MAX_TOKENS = env_int("TINKERAPI_DEFAULT_MAX_TOKENS", 512)
 """Length of a sample if the request does not set one."""

@@ -8,14 +8,17 @@ and each window becomes one point.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
+
+import orjson
 
 from futures.database import execute
 from training.kinds import Kind
-from training.models import Run
+from training.models import ClientMetrics, Run
 from training.pass_figures import FIGURES
 
 MAX_REQUESTS = 6_000
@@ -34,7 +37,7 @@ OF_SEQUENCES = ("advantage_mean", "advantage_zero_share", "sampled_length")
 COLUMNS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", *FIGURES)
 
 _WINDOWS = """
-SELECT f.seq_id, f.kind, f.summary, extract(epoch FROM f.finished_at)::float8, w.first
+SELECT f.seq_id, f.kind, f.summary::text, extract(epoch FROM f.finished_at)::float8, w.first
 FROM generate_series(%(first)s::bigint, %(last)s::bigint, %(stride)s::bigint) AS w (first)
 CROSS JOIN LATERAL (
     SELECT seq_id, kind, summary, finished_at FROM futures_future
@@ -46,7 +49,7 @@ ORDER BY f.seq_id
 """
 
 _METRICS = """
-SELECT step, extract(epoch FROM created_at)::float8, metrics FROM (
+SELECT step, extract(epoch FROM created_at)::float8, metrics::text FROM (
     SELECT *, row_number() OVER (ORDER BY step DESC) - 1 AS place, count(*) OVER () AS number
     FROM training_clientmetrics WHERE run_id = %(run_id)s AND step >= %(from_step)s
 ) AS m
@@ -108,22 +111,12 @@ def run_curves(run: Run, *, after: int = 0, until: int | None = None) -> Curves:
         return Curves()
     is_thinned = span > MAX_REQUESTS
     width, stride = _windows(span, run) if is_thinned else (span, span)
-    rows = execute(
-        _WINDOWS,
-        {
-            "run_id": run.pk,
-            "first": first,
-            "last": last,
-            "stride": stride,
-            "width": width,
-            "kinds": [str(Kind.FORWARD_BACKWARD), str(Kind.OPTIM_STEP)],
-        },
-    )
-    windows: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
-    for *row, begin in rows:
-        windows[begin].append(tuple(row))
+    rows = _read(run, first=first, last=last, stride=stride, width=width)
     loss_fns = {row[2].get("loss_fn"): None for row in rows if row[1] == Kind.FORWARD_BACKWARD}
-    points = [point for window in windows.values() for point in _window_points(window, is_thinned)]
+    points: list[_Point] = []
+    for _, window in groupby(rows, key=itemgetter(-1)):
+        of_window = _points(list(window))
+        points += [_mean(of_window)] if is_thinned and of_window else of_window
     points = [point for point in points if point.seq_id > after]
     if not is_thinned:
         size = math.ceil(len(points) / MAX_POINTS) if points else 1
@@ -138,7 +131,8 @@ def client_curves(run: Run, *, from_step: int = 0) -> dict[str, Any]:
         from_step: The first step. Metrics may be added to steps that were read before.
     """
     asked = {"run_id": run.pk, "from_step": from_step, "points": MAX_POINTS}
-    rows = execute(_METRICS, asked)
+    found = execute(_METRICS, asked)
+    rows = [(step, time, orjson.loads(text)) for step, time, text in found]
     names = sorted({name for _, _, metrics in rows for name in metrics})
     return {
         "steps": [step for step, _, _ in rows],
@@ -169,12 +163,20 @@ def _windows(span: int, run: Run) -> tuple[int, int]:
     return width, math.ceil(span / number)
 
 
-def _window_points(rows: Sequence[tuple[Any, ...]], is_thinned: bool) -> list[_Point]:
-    """One point for each optim_step; of a thinned curve, one for the whole window."""
+def _read(run: Run, *, first: int, last: int, stride: int, width: int) -> list[tuple[Any, ...]]:
+    """Passes and steps of a run in windows of their numbers; the last column says which window."""
+    asked = {"first": first, "last": last, "stride": stride, "width": width}
+    kinds = [str(Kind.FORWARD_BACKWARD), str(Kind.OPTIM_STEP)]
+    rows = execute(_WINDOWS, {**asked, "run_id": run.pk, "kinds": kinds})
+    return [(number, kind, orjson.loads(text), *more) for number, kind, text, *more in rows]
+
+
+def _points(rows: Sequence[tuple[Any, ...]]) -> list[_Point]:
+    """One point for each optim_step of consecutive requests."""
     points: list[_Point] = []
     passes: list[Mapping[str, Any]] = []
     last: _Point | None = None
-    for seq_id, kind, summary, time in rows:
+    for seq_id, kind, summary, time, _ in rows:
         if kind == Kind.FORWARD_BACKWARD:
             passes.append(summary)
             continue
@@ -188,7 +190,7 @@ def _window_points(rows: Sequence[tuple[Any, ...]], is_thinned: bool) -> list[_P
         last = _Point(step=step, seq_id=seq_id, time=time, tokens=tokens, values=values)
         points.append(last)
         passes = []
-    return [_mean(points)] if is_thinned and points else points
+    return points
 
 
 def _throughput(last: _Point | None, tokens: float | None, time: float) -> float | None:
@@ -258,7 +260,7 @@ def _mean(points: Sequence[_Point]) -> _Point:
 
 
 def _curves(points: Sequence[_Point], loss_fns: Sequence[str], *, is_thinned: bool) -> Curves:
-    columns = {name: [point.values.get(name) for point in points] for name in COLUMNS}
+    columns = {name: [_number(point.values.get(name)) for point in points] for name in COLUMNS}
     return Curves(
         steps=[point.step for point in points],
         seq_ids=[point.seq_id for point in points],
@@ -278,3 +280,42 @@ def _number(value: Any) -> float | None:
     """A finite number, or None for any other value."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
+
+
+def run_steps(run: Run) -> Iterator[dict[str, Any]]:
+    """All steps of a run, none left out: ``step``, ``time``, ``tokens`` and ``COLUMNS``, as a
+    download; some thousand requests are read at a time."""
+    after, reach = 0, MAX_REQUESTS
+    while after < run.applied_seq_id:
+        until = min(after + reach, run.applied_seq_id)
+        rows = _read(run, first=max(after, 1), last=until, stride=reach + 1, width=reach + 1)
+        points = [point for point in _points(rows) if point.seq_id > after]
+        if not points:  # a step of very many passes
+            if until == run.applied_seq_id:
+                return
+            reach *= 2
+            continue
+        for point in points:
+            yield {
+                "step": point.step,
+                "time": point.time,
+                "tokens": point.tokens,
+                **{name: _number(point.values.get(name)) for name in COLUMNS},
+            }
+        after, reach = points[-1].seq_id, MAX_REQUESTS
+
+
+def client_metric_steps(run: Run) -> Iterator[tuple[int, float, dict[str, Any]]]:
+    """All steps with client metrics: step, time, name to number; in the order of the steps."""
+    rows = ClientMetrics.objects.filter(run=run).order_by("step")
+    for step, created_at, metrics in rows.values_list("step", "created_at", "metrics").iterator():
+        yield step, created_at.timestamp(), metrics
+
+
+def client_metric_names(run: Run) -> list[str]:
+    """The names of a run's client metrics, in alphabetical order."""
+    sql = """
+        SELECT DISTINCT jsonb_object_keys(metrics) AS name FROM training_clientmetrics
+        WHERE run_id = %(run_id)s ORDER BY name LIMIT 1000
+    """
+    return [name for (name,) in execute(sql, {"run_id": run.pk})]

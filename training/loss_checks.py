@@ -25,7 +25,7 @@ from training.loss_fns import (
     LossSpec,
     find_loss_fn,
 )
-from training.types import Conversation, Datum, LossFnInputs
+from training.types import Conversation, Example, LossFnInputs
 
 
 def complete_config(loss_fn: str, config: Mapping[str, float]) -> dict[str, float]:
@@ -114,7 +114,7 @@ def _check_idle_factor(
 def check_loss(
     loss_fn: str,
     config: Mapping[str, float],
-    data: Sequence[Conversation | Datum],
+    data: Sequence[Example],
     *,
     forward_only: bool,
     has_provenance: bool = False,
@@ -136,7 +136,7 @@ def check_loss(
             "SDK's forward_backward sends"
         )
     for index, item in enumerate(data):
-        if isinstance(item, Datum):
+        if not isinstance(item, Conversation):
             check_inputs(loss_fn, item.loss_fn_inputs, f"data[{index}]", trains=not forward_only)
         elif not spec.takes_text:
             takers = " and ".join(name for name, known in LOSS_FNS.items() if known.takes_text)

@@ -41,6 +41,11 @@ def checkpoints_newest(run: Run, *, limit: int) -> list[Checkpoint]:
     return list(run.checkpoints.order_by("-created_at")[:limit])
 
 
+def checkpoints_listed(run: Run, *, limit: int) -> list[Checkpoint]:
+    """A run's last checkpoints without those of sampling sessions, the last one first."""
+    return list(run.checkpoints.filter(ephemeral=False).order_by("-created_at")[:limit])
+
+
 def snapshots_newest(run: Run, *, limit: int) -> list[Snapshot]:
     """A run's last snapshots, the last one first."""
     return list(run.snapshots.order_by("-seq_id")[:limit])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from training.images import Chunks, Image
 from training.loss_fns import WEIGHTS
 from training.types import (
     NO_CHAT_OPTIONS,
@@ -19,11 +20,13 @@ from training.types import (
     ChatOptions,
     Conversation,
     Datum,
+    ImageDatum,
     LoraConfig,
     Message,
     Prompt,
     SamplingParams,
     ScoringParams,
+    Unrendered,
 )
 
 Payload = dict[str, Any]
@@ -36,7 +39,15 @@ _FIRST_SAMPLING_PARAMS = frozenset({"max_tokens", "seed", "stop", "temperature",
 """Parameters that every stored sample has."""
 
 
-def with_weights_of_one(data: Sequence[Datum]) -> list[Datum]:
+def unrendered_to_payload(item: Unrendered) -> Payload:
+    """An example with text or images, which only the worker can render."""
+    if isinstance(item, Conversation):
+        return conversation_to_payload(item)
+    chunks = _chunks_to_payload(item.model_input)
+    return {"chunks": chunks, "loss_fn_inputs": dict(item.loss_fn_inputs)}
+
+
+def with_weights_of_one(data: Sequence[Datum | ImageDatum]) -> list[Datum | ImageDatum]:
     """The datums, with cross_entropy's weights set to 1 if absent, as in the engine.
 
     Payloads have had this form since the first version; see ``sampling_params_to_payload``.
@@ -50,12 +61,22 @@ def with_weights_of_one(data: Sequence[Datum]) -> list[Datum]:
     ]
 
 
+def unrendered_from_payload(item: Mapping[str, Any]) -> Unrendered:
+    """The inverse of ``unrendered_to_payload``."""
+    if "messages" in item:
+        return conversation_from_payload(item)
+    chunks = _chunks_from_payload(item["chunks"])
+    return ImageDatum(model_input=chunks, loss_fn_inputs=item["loss_fn_inputs"])
+
+
 def prompt_to_payload(prompt: Prompt) -> Payload:
     """A prompt as plain values, its form as the key."""
     if isinstance(prompt, Conversation):
         return conversation_to_payload(prompt)
     if isinstance(prompt, str):
         return {"text": prompt}
+    if isinstance(prompt, Chunks):
+        return {"chunks": _chunks_to_payload(prompt)}
     return {"tokens": np.asarray(prompt, np.int32)}
 
 
@@ -63,6 +84,8 @@ def prompt_from_payload(item: Mapping[str, Any]) -> Prompt:
     """The inverse of ``prompt_to_payload``, also for versions that stored token ids as a list."""
     if "messages" in item:
         return conversation_from_payload(item)
+    if "chunks" in item:
+        return _chunks_from_payload(item["chunks"])
     return item["text"] if "text" in item else np.asarray(item["tokens"], np.int32)
 
 
@@ -127,24 +150,32 @@ def scoring_params_from_payload(item: Mapping[str, Any]) -> ScoringParams:
     return ScoringParams(**item)
 
 
+def unrendered_cost(item: Unrendered) -> int:
+    """Tokens to train on, estimated."""
+    return prompt_cost(item if isinstance(item, Conversation) else item.model_input)
+
+
 def prompt_cost(prompt: Prompt) -> int:
-    """Tokens to read, estimated for text."""
+    """Tokens to read, estimated for text and images."""
     if isinstance(prompt, Conversation):
         return conversation_cost(prompt)
+    if isinstance(prompt, Chunks):
+        return prompt.num_text_tokens + sum(image.cost for image in prompt.images)
     return len(prompt) // CHARACTERS_PER_TOKEN + 1 if isinstance(prompt, str) else len(prompt)
 
 
 def conversation_cost(conversation: Conversation) -> int:
     """Tokens of a conversation, estimated."""
     # Five tokens frame each message in ChatML.
-    return sum(
+    text = sum(
         count_characters(message) // CHARACTERS_PER_TOKEN + 5 for message in conversation.messages
     ) + (count_characters(conversation.options.tools) // CHARACTERS_PER_TOKEN)
+    return text + sum(image.cost for image in conversation.images)
 
 
 def count_characters(value: Any) -> int:
-    """The approximate length of a value in a template's output, without JSON syntax."""
-    if value is None:
+    """The approximate length of a value in a template's output, without JSON syntax and images."""
+    if value is None or isinstance(value, Image):
         return 0
     if isinstance(value, str):
         return len(value)
@@ -176,11 +207,41 @@ def conversation_to_payload(conversation: Conversation) -> Payload:
 
 
 def _message_to_payload(message: Message) -> list[str] | Payload:
-    """``[role, content]``, or an object if more fields are set."""
+    """``[role, content]``, or an object if more fields are set or the content has images."""
     given = message.to_dict()
+    if isinstance(message.content, tuple):
+        parts = [
+            part if isinstance(part, str) else _image_to_payload(part) for part in message.content
+        ]
+        return {**given, "content": parts}
     if len(given) == 2 and message.content is not None:
         return [message.role, message.content]
     return given
+
+
+def _chunks_to_payload(chunks: Chunks) -> list[Any]:
+    """Arrays of token ids, and images."""
+    return [
+        _image_to_payload(chunk) if isinstance(chunk, Image) else chunk for chunk in chunks.chunks
+    ]
+
+
+def _chunks_from_payload(items: Sequence[Any]) -> Chunks:
+    return Chunks(
+        chunks=tuple(
+            _image_from_payload(item) if isinstance(item, Mapping) else item for item in items
+        )
+    )
+
+
+def _image_to_payload(image: Image) -> Payload:
+    """Its bytes as they are."""
+    given = {} if image.expected_tokens is None else {"expected_tokens": image.expected_tokens}
+    return {"data": image.data, "format": image.format, **given}
+
+
+def _image_from_payload(item: Mapping[str, Any]) -> Image:
+    return Image(**item)
 
 
 def conversation_from_payload(item: Mapping[str, Any]) -> Conversation:
@@ -194,7 +255,11 @@ def _message_from_payload(item: Sequence[str] | Mapping[str, Any]) -> Message:
         role, content = item
         return Message(role, content)
     calls = item.get("tool_calls")
-    extras = {"tool_calls": None if calls is None else tuple(calls)}
+    extras: Payload = {"tool_calls": None if calls is None else tuple(calls)}
+    if isinstance(item["content"], list):
+        extras["content"] = tuple(
+            part if isinstance(part, str) else _image_from_payload(part) for part in item["content"]
+        )
     return Message(**{**item, **extras})
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from training.images import Chunks, Image, PlacedImage
+
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 """The engine computes in float32: a larger number would be infinity there."""
 
@@ -24,6 +26,9 @@ def wrong_length(values: NDArray[Any], num_tokens: int) -> str:
     shape = list(values.shape)
     return f"shape {shape} for {num_tokens} tokens; expected [{num_tokens}, {shape[-1]}]"
 
+
+TokenIds = NDArray[np.int32]
+"""(T,) token ids of one text; nobody writes into it."""
 
 LossFnInputs = Mapping[str, NDArray[Any]]
 """Per-token inputs of a loss function by name; ``target_tokens`` int64, the rest float32."""
@@ -37,10 +42,40 @@ class Datum:
     made after reading ``model_input[: i + 1]``, so ``target_tokens[i]`` is token i + 1.
     """
 
-    model_input: NDArray[np.int32]
-    """(N,) token ids."""
+    model_input: TokenIds
+    """(N,) token ids, those that stand for an image included."""
     loss_fn_inputs: LossFnInputs
     """Arrays of shape (N,); for cross_entropy ``target_tokens`` and ``weights`` may be (N, K)."""
+    images: tuple[PlacedImage, ...] = ()
+    """The images among the tokens, in order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N"""
+        return len(self.model_input)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageDatum:
+    """A ``Datum`` with images whose tokens are not placed yet."""
+
+    model_input: Chunks
+    loss_fn_inputs: LossFnInputs
+
+    @property
+    def num_tokens(self) -> int | None:
+        """None if only the model's processor knows how many stand for an image."""
+        return self.model_input.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenPrompt:
+    """A prompt in tokens, for sampling."""
+
+    tokens: TokenIds
+    """(T,), those that stand for an image included."""
+    images: tuple[PlacedImage, ...] = ()
+    """The images among the tokens, in order."""
 
 
 JsonObject = Mapping[str, Any]
@@ -90,9 +125,10 @@ class Message:
 
     role: str
     """One of ``ROLES``."""
-    content: str | None
-    """None for a message with nothing but ``tool_calls``. The template then sees no content, as in
-    transformers, since many templates would write the word None."""
+    content: str | tuple[str | Image, ...] | None
+    """Text, or texts and at least one image in order. None for a message with nothing but
+    ``tool_calls``; the template then sees no content, as in transformers, since many templates
+    would write the word None."""
     _: KW_ONLY
     name: str | None = None
     """The speaker among several, or the tool that answers."""
@@ -104,8 +140,18 @@ class Message:
     reasoning_content: str | None = None
     """The assistant's reasoning before its answer, for templates of thinking models."""
 
+    @property
+    def images(self) -> list[Image]:
+        """The images in its content."""
+        parts = self.content if isinstance(self.content, tuple) else ()
+        return [part for part in parts if isinstance(part, Image)]
+
     def to_dict(self) -> dict[str, Any]:
-        """The message as a dictionary: role, content, and the other fields that are set."""
+        """The message as a dictionary: role, content, and the other fields that are set.
+
+        A content with images is a list of parts, as templates take it, with the image itself in
+        each part of an image.
+        """
         extras = {
             "name": self.name,
             "tool_calls": None if self.tool_calls is None else list(self.tool_calls),
@@ -113,7 +159,16 @@ class Message:
             "reasoning_content": self.reasoning_content,
         }
         given = {name: value for name, value in extras.items() if value is not None}
-        return {"role": self.role, "content": self.content, **given}
+        content = self.content
+        if isinstance(content, tuple):
+            return {"role": self.role, "content": [_to_part(part) for part in content], **given}
+        return {"role": self.role, "content": content, **given}
+
+
+def _to_part(part: str | Image) -> dict[str, Any]:
+    if isinstance(part, Image):
+        return {"type": "image", "image": part}
+    return {"type": "text", "text": part}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +205,27 @@ class Conversation:
         """``[{"role", "content", ...}, ...]``, as chat templates take them."""
         return [message.to_dict() for message in self.messages]
 
+    @property
+    def images(self) -> list[Image]:
+        """The images in its messages."""
+        return [image for message in self.messages for image in message.images]
 
-TokenIds = NDArray[np.int32]
-"""(T,) token ids of one text; nobody writes into it."""
 
-Prompt = Conversation | str | TokenIds
-"""The beginning for sampling: a conversation, plain text, or token ids."""
+Unrendered = Conversation | ImageDatum
+"""A training example with text or images, of which the worker makes tokens."""
+
+Example = Unrendered | Datum
+"""A training example as it is submitted."""
+
+Prompt = Conversation | str | TokenIds | Chunks
+"""The beginning for sampling: a conversation, plain text, token ids, or token ids and images."""
+
+
+def images_of(item: Example | Prompt) -> list[Image]:
+    """The images of a submitted example or prompt."""
+    if isinstance(item, Conversation | Chunks):
+        return item.images
+    return item.model_input.images if isinstance(item, ImageDatum) else []
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,9 @@ from tests.waiting import LONG_SECONDS
 from training import services
 from training.engine.fake.engine import fake_engine
 from training.engine.fake.trainer import ADAPTER_BYTES
-from training.kinds import RemoveRun
 from training.models import Run, Snapshot
 from training.paths import TinkerPath
-from training.services.submission import submit_in_lane
+from training.services.removal import submit_removal
 from training.services.upkeep import checkpoint_remove
 from training.worker import adapter_cache
 
@@ -155,7 +154,7 @@ def test_so_is_that_of_a_run_whose_session_ended_and_which_stays_in_lists(
     train("m", 1)
     work()
     work.loop.turn()
-    submit_in_lane(Run.objects.get(), RemoveRun())
+    submit_removal(Run.objects.get())
     work()
     slow.go.set()
     let_it_finish(work)

@@ -47,7 +47,7 @@ BAD_BODIES = [
     (
         STEPS,
         {"model_id": "m", "data": [{"messages": [{"role": "user", "content": None}]}]},
-        "data[0].messages[0].content: expected text; got null",
+        "data[0].messages[0].content: expected text, or a list of parts; got null",
     ),
     (
         STEPS,
@@ -119,7 +119,7 @@ BAD_BODIES = [
     (
         STEPS,
         datum(model_input={"chunks": [{"type": "image", "data": ""}]}),
-        "data[0].model_input.chunks[0].type: 'image' is not supported",
+        "data[0].model_input.chunks[0].format: expected one of png, jpeg, webp; got null",
     ),
     (OPTIM, {"model_id": "m", "adam_params": {"lr": 1}}, "adam_params.lr: unknown field; expected"),
     (

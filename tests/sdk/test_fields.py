@@ -81,7 +81,6 @@ def sample(**more: Any) -> dict[str, Any]:
     [
         ("SampleRequest", "base_model", sample(base_model="tiny")),
         ("SampleRequest", "model_path", sample(model_path="tinker://r/weights/a")),
-        ("ImageChunk", "data", sample(prompt={"chunks": [{"type": "image", "data": "AA=="}]})),
         ("DmelChunk", "dmel", sample(prompt={"chunks": [{"type": "dmel", "dmel": "AA=="}]})),
         (
             "ImageAssetPointerChunk",

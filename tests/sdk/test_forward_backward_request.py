@@ -245,23 +245,23 @@ REFUSALS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "odd tokens": (
         _set("tokens", b"12345", lambda m: _chunk(m).encoded_text),
-        "data[0].model_input[0].tokens: 5 bytes are not a whole number of int32 values",
+        "data[0].model_input.chunks[0].tokens: 5 bytes are not a whole number of int32 values",
     ),
     "negative token": (
         _set("tokens", np.array([1, -2], "<i4").tobytes(), lambda m: _chunk(m).encoded_text),
-        "data[0].model_input[1]: -2 is not a token id",
+        "data[0].model_input.chunks[0].tokens[1]: -2 is not a token id",
     ),
     "image": (
         _set("data", b"png", lambda m: _chunk(m).image),
-        "data[0].model_input[0].image: is not supported; only encoded_text",
+        "data[0].model_input.chunks[0].format: expected one of png, jpeg, webp; got ''",
     ),
     "audio": (
         _set("dmel", b"x", lambda m: _chunk(m).dmel),
-        "data[0].model_input[0].dmel: is not supported; only encoded_text",
+        "data[0].model_input.chunks[0]: dmel (audio) is not supported",
     ),
     "empty chunk": (
         lambda m: _chunk(m).ClearField("chunk"),
-        "data[0].model_input[0]: holds no tokens",
+        "data[0].model_input.chunks[0]: holds no tokens",
     ),
     "no inputs": (
         lambda m: m.data[0].ClearField("loss_fn_inputs"),

@@ -17,6 +17,8 @@ from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 class OddText:
     """Text whose first word says what becomes of its process."""
 
+    image_fault = "it reads text only"
+
     def encode(self, text: str) -> list[int]:
         word, _, rest = text.partition(" ")
         if word == "forever":

@@ -51,7 +51,7 @@ def answers(pool: TextPool) -> Run:
 def _plain(answer: Answer) -> Any:
     if isinstance(answer, TrainingError):
         return answer
-    return [item.tolist() for item in answer if not isinstance(item, Datum)]
+    return [item.tokens.tolist() for item in answer if not isinstance(item, Datum)]
 
 
 def test_prompts_become_tokens_in_order(pool: TextPool, answers: Run) -> None:

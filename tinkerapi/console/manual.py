@@ -14,7 +14,16 @@ from markdown import Markdown  # type: ignore[import-untyped]  # it ships no ann
 
 DOCS_DIR = Path(__file__).parents[1] / "docs"
 
-READ_FIRST = ("quick-reference", "tinker-sdk", "openai", "losses", "text", "checkpoints", "sdk")
+READ_FIRST = (
+    "quick-reference",
+    "tinker-sdk",
+    "openai",
+    "losses",
+    "curves",
+    "text",
+    "checkpoints",
+    "sdk",
+)
 """Pages for clients, in reading order; those for operators follow."""
 
 _LINK = re.compile(r'href="([\w-]+)\.md(#[^"]*)?"')

@@ -10,7 +10,7 @@ from training import payloads
 from training.kinds.request import Kind, Order, Request
 from training.loss_fns import DEFAULT_LOSS_FN
 from training.payloads import Payload
-from training.types import Conversation, Datum
+from training.types import Datum, Example
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +21,7 @@ class ForwardBackward(Request):
     order: ClassVar = Order.PASS
     is_logged: ClassVar = True
 
-    data: Sequence[Conversation | Datum]
+    data: Sequence[Example]
     loss_fn: str
     loss_fn_config: Mapping[str, float]
     train_on: str = "auto"
@@ -32,9 +32,9 @@ class ForwardBackward(Request):
     def to_payload(self) -> Payload:
         payload: Payload = {
             "data": [
-                payloads.conversation_to_payload(item)
-                if isinstance(item, Conversation)
-                else {"model_input": item.model_input, "loss_fn_inputs": dict(item.loss_fn_inputs)}
+                {"model_input": item.model_input, "loss_fn_inputs": dict(item.loss_fn_inputs)}
+                if isinstance(item, Datum)
+                else payloads.unrendered_to_payload(item)
                 for item in self.data
             ],
             "loss_fn": self.loss_fn,
@@ -47,9 +47,9 @@ class ForwardBackward(Request):
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
         return cls(
             data=[
-                payloads.conversation_from_payload(item)
-                if "messages" in item
-                else Datum(model_input=item["model_input"], loss_fn_inputs=item["loss_fn_inputs"])
+                Datum(model_input=item["model_input"], loss_fn_inputs=item["loss_fn_inputs"])
+                if "model_input" in item
+                else payloads.unrendered_from_payload(item)
                 for item in payload["data"]
             ],
             loss_fn=payload["loss_fn"],
@@ -61,15 +61,13 @@ class ForwardBackward(Request):
     @property
     def cost(self) -> int:
         return sum(
-            payloads.conversation_cost(item)
-            if isinstance(item, Conversation)
-            else len(item.model_input)
+            len(item.model_input) if isinstance(item, Datum) else payloads.unrendered_cost(item)
             for item in self.data
         )
 
     @property
     def has_text(self) -> bool:
-        return any(isinstance(item, Conversation) for item in self.data)
+        return any(not isinstance(item, Datum) for item in self.data)
 
     @property
     def summary(self) -> dict[str, Any]:

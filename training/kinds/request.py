@@ -79,7 +79,7 @@ class Request(ABC):
 
     @property
     def has_text(self) -> bool:
-        """Whether the worker must make tokens of text before the request can run."""
+        """Whether the worker must make tokens of text or images before the request can run."""
         return False
 
     @property

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from futures.payload import EncodedPayload, encode_payload
 from training import payloads
 from training.kinds.request import Kind, Order, Request
 from training.payloads import Payload
-from training.types import Conversation, Prompt, SamplingParams, ScoringParams
+from training.types import Prompt, SamplingParams, ScoringParams
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +88,7 @@ class Sample(Request):
 
     @property
     def has_text(self) -> bool:
-        return any(isinstance(prompt, Conversation | str) for prompt in self.prompts)
+        return any(not isinstance(prompt, np.ndarray) for prompt in self.prompts)
 
     @property
     def summary(self) -> dict[str, Any]:

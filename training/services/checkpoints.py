@@ -20,7 +20,7 @@ from training.paths import TinkerPath, check_name
 from training.selectors import checkpoint_at, checkpoint_get, run_get
 from training.services.runs import run_lora_config
 from training.services.sessions import CREATION_SEQ_ID, session_run_create
-from training.services.submission import Submission, run_asked, submit_in_lane
+from training.services.submission import Submission, run_asked, run_target, submit
 from training.storage_quota import storage_check
 
 ONE_OF_A_PATH = ("checkpoint_path_means_one", "checkpoint_run_kind_name")
@@ -53,8 +53,7 @@ def save_weights_submit(
     """
     run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
     check_recipients(recipients)
-    return submit_in_lane(
-        run,
+    return submit(
         SaveWeights(
             checkpoint_kind=kind,
             name=check_name(name, field="name"),
@@ -63,8 +62,8 @@ def save_weights_submit(
             user_metadata=user_metadata or {},
             recipients=recipients,
         ),
+        run_target(run, seq_id=seq_id),
         summary={"path": str(TinkerPath(run.name, kind, name))},
-        seq_id=seq_id,
         idempotency_key=idempotency_key,
     )
 
@@ -85,11 +84,10 @@ def save_for_sampling_session_submit(
     run = run_get(owner_id=owner_id, model_id=model_id)
     if run.session_id is None:
         raise InvalidRequest(f"model_id: {model_id!r} was not made in a session of the SDK")
-    return submit_in_lane(
-        run,
+    return submit(
         SaveWeights(checkpoint_kind="sampler", sampling_session_seq_id=sampling_session_seq_id),
+        run_target(run, seq_id=seq_id),
         summary={"sampling_session": f"{run.session_id}:sample:{sampling_session_seq_id}"},
-        seq_id=seq_id,
     )
 
 
@@ -170,10 +168,9 @@ def load_weights_submit(
         )
     _check_optimizer(checkpoint, parsed, optimizer)
     checkpoint_audit_read(checkpoint, reader_id=owner_id, purpose="load")
-    return submit_in_lane(
-        run,
+    return submit(
         LoadWeights(checkpoint=checkpoint.pk, path=str(parsed), optimizer=optimizer),
-        seq_id=seq_id,
+        run_target(run, seq_id=seq_id),
         idempotency_key=idempotency_key,
     )
 
@@ -228,7 +225,7 @@ def model_load_submit(
         lora_config=config,
         source=LoadWeights(checkpoint=checkpoint.pk, path=str(parsed), optimizer=optimizer),
     )
-    return submit_in_lane(run, creation, seq_id=CREATION_SEQ_ID)
+    return submit(creation, run_target(run, seq_id=CREATION_SEQ_ID))
 
 
 def checkpoint_audit_read(checkpoint: Checkpoint, *, reader_id: int, purpose: str) -> None:

@@ -20,7 +20,7 @@ from training.models import CustomLoss, Session
 from training.selectors import custom_loss_get, run_get
 from training.services.sessions import session_open
 from training.storage_quota import storage_admit
-from training.types import Conversation, Datum
+from training.types import Conversation, Example
 
 
 @transaction.atomic
@@ -93,7 +93,7 @@ def custom_loss_refuse(
 
 
 def custom_loss_check(
-    *, owner_id: int, model_id: str, loss_id: str, data: Sequence[Conversation | Datum]
+    *, owner_id: int, model_id: str, loss_id: str, data: Sequence[Example]
 ) -> None:
     """Check that the model's session has this loss, and every datum the loss's inputs.
 
@@ -108,7 +108,7 @@ def custom_loss_check(
     ranks = {item["name"]: item["rank"] for item in loss.inputs[1:]}
     ranks["target_tokens"] = loss.inputs[0]["rank"]
     for index, datum in enumerate(data):
-        if not isinstance(datum, Datum):
+        if isinstance(datum, Conversation):
             raise InvalidDatum(f"data[{index}]: a custom loss needs token-level datums")
         for name, rank in ranks.items():
             place = f"data[{index}].loss_fn_inputs.{name}"

@@ -24,12 +24,13 @@ from training.atomic_directory import new_directory
 from training.audit import audit_record
 from training.base_models import BaseModel, base_model_get
 from training.errors import LimitExceeded
-from training.kinds import CreateRun, RemoveRun, SaveWeights
+from training.kinds import CreateRun, SaveWeights
 from training.models import Checkpoint, Run
 from training.paths import TinkerPath, check_name, check_run_name
 from training.peft_import.config import CONFIG_NAME
 from training.peft_import.files import WEIGHTS_NAME, PeftFiles, read_peft_files
-from training.services.submission import Submission, run_repeated, submit_in_lane
+from training.services.removal import submit_removal
+from training.services.submission import Submission, run_repeated, run_target, submit
 from training.storage_quota import storage_check
 
 IMPORTED = "imported"
@@ -99,7 +100,7 @@ def adapter_import_submit(
             if first := run_repeated(owner_id, idempotency_key):
                 if model_id not in (None, first.name) or first.base_model != served.name:
                     raise IdempotencyKeyReused
-                return submit_in_lane(first, save, idempotency_key=idempotency_key)
+                return submit(save, run_target(first), idempotency_key=idempotency_key)
             storage_check(owner_id=owner_id, more_bytes=size_bytes)
             run = _run_create(owner_id, served, model_id, files)
             upload = _upload_create(run, directory, size_bytes)
@@ -156,8 +157,10 @@ def _submit(
     run: Run, files: PeftFiles, upload: Checkpoint, save: SaveWeights, idempotency_key: str | None
 ) -> Submission:
     creation = CreateRun(model_id=run.name, lora_config=files.lora_config, upload=upload.pk)
-    submit_in_lane(run, creation)
+    submit(creation, run_target(run))
     path = TinkerPath(run.name, save.checkpoint_kind, save.name or "")
-    saving = submit_in_lane(run, save, summary={"path": str(path)}, idempotency_key=idempotency_key)
-    submit_in_lane(run, RemoveRun())
+    saving = submit(
+        save, run_target(run), summary={"path": str(path)}, idempotency_key=idempotency_key
+    )
+    submit_removal(run)
     return saving

@@ -17,11 +17,12 @@ from training.audit import audit_record
 from training.base_models import base_model_get
 from training.client_silence import FREES_QUOTA
 from training.errors import LimitExceeded, RunExists, RunNotFound
-from training.kinds import CompareRuns, CreateRun, RemoveRun
+from training.kinds import CompareRuns, CreateRun
 from training.models import Run
 from training.paths import check_name, check_run_name
 from training.selectors import run_get, run_live
-from training.services.submission import Submission, run_repeated, submit_in_lane
+from training.services.removal import submit_removal
+from training.services.submission import Submission, run_repeated, run_target, submit
 from training.types import LoraConfig
 
 
@@ -67,7 +68,7 @@ def run_remove_submit(
         RunNotFound: (404)
     """
     if first := run_repeated(owner_id, idempotency_key):
-        return submit_in_lane(first, RemoveRun(), idempotency_key=idempotency_key)
+        return submit_removal(first, idempotency_key=idempotency_key)
     run = run_get(owner_id=owner_id, model_id=model_id)
     # First, so that a creation that fails below finds the run removed already.
     deleted = (
@@ -77,7 +78,7 @@ def run_remove_submit(
     )
     if not deleted:  # another request removed it between our read and our write
         raise RunNotFound(f"model_id: no model named {model_id!r}")
-    return submit_in_lane(run, RemoveRun(), idempotency_key=idempotency_key)
+    return submit_removal(run, idempotency_key=idempotency_key)
 
 
 @transaction.atomic
@@ -144,7 +145,7 @@ def run_replay_submit(*, run: Run, original: Future) -> Future:
 
 def run_compare_submit(*, run: Run, other: Run) -> Future:
     """Submit a comparison of two runs' weights and moments."""
-    return submit_in_lane(run, CompareRuns(other=other.id)).future
+    return submit(CompareRuns(other=other.id), run_target(run)).future
 
 
 def adapter_limit_check(owner_id: int) -> None:
@@ -219,4 +220,4 @@ def _submit_creation(
     run: Run, name: str, config: LoraConfig, idempotency_key: str | None
 ) -> Submission:
     creation = CreateRun(model_id=name, lora_config=config)
-    return submit_in_lane(run, creation, idempotency_key=idempotency_key)
+    return submit(creation, run_target(run), idempotency_key=idempotency_key)

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from django.conf import settings
@@ -14,8 +15,9 @@ from training.errors import InvalidRequest
 from training.kinds import Sample
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
-from training.services.submission import Submission, run_asked, submit, submit_in_lane
-from training.types import Prompt, SamplingParams, ScoringParams
+from training.services.images import images_check
+from training.services.submission import Submission, Target, run_asked, run_target, submit
+from training.types import Prompt, SamplingParams, ScoringParams, images_of
 
 _SEED_BITS = 31  # valid for every client and every generator
 
@@ -74,7 +76,7 @@ def sample_submit(
     )
     if model_id is not None:
         run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
-        return submit_in_lane(run, request, idempotency_key=idempotency_key)
+        return submit(request, run_target(run), idempotency_key=idempotency_key)
     summary = {}
     if model_path is not None:
         path = TinkerPath.parse(model_path, field="model_path")
@@ -82,20 +84,16 @@ def sample_submit(
         request = replace(request, checkpoint=checkpoint.pk)
         base_model = checkpoint.run.base_model
         summary["path"] = str(path)
-    future = submit(
-        request,
-        owner_id=owner_id,
-        base_model=base_model,
-        lane_id=None,
-        seq_id=None,
-        summary=summary,
-        idempotency_key=idempotency_key,
-    )
-    return Submission(future=future, model_id=None)
+    target = Target(owner_id=owner_id, base_model=base_model)
+    return submit(request, target, summary=summary, idempotency_key=idempotency_key)
 
 
 def sample_request(
-    *, sampling_params: SamplingParams, request_name: str | None, **fields: Any
+    *,
+    prompts: Sequence[Prompt],
+    sampling_params: SamplingParams,
+    request_name: str | None,
+    **fields: Any,
 ) -> Sample:
     """A sample with a seed and a length, chosen here if the client sent none.
 
@@ -104,6 +102,9 @@ def sample_request(
             none:
             a repeat must be the same request.
         fields: The other fields of ``Sample``.
+
+    Raises:
+        LimitExceeded: The prompts have more images than one request may. (400)
     """
     sampling_params = replace(
         sampling_params,
@@ -114,7 +115,8 @@ def sample_request(
             else sampling_params.max_tokens
         ),
     )
-    return Sample(sampling_params=sampling_params, **fields)
+    images_check(chain.from_iterable(map(images_of, prompts)), "prompt")
+    return Sample(sampling_params=sampling_params, prompts=prompts, **fields)
 
 
 def _new_seed(request_name: str | None) -> int:

@@ -19,13 +19,14 @@ from training.errors import (
     InvalidRequest,
     SessionFinished,
 )
+from training.images import Chunks
 from training.models import SamplingSession
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get, checkpoints_kept, sampling_session_get
 from training.services.recorded_samples import stable_reinforce_check
 from training.services.sampling import sample_request
 from training.services.sessions import session_open
-from training.services.submission import submit
+from training.services.submission import Target, submit
 from training.types import SamplingParams, ScoringParams, TokenIds
 
 
@@ -101,7 +102,7 @@ def session_sample_submit(
     owner_id: int,
     sampling_session_id: str,
     seq_id: int,
-    prompt: TokenIds,
+    prompt: TokenIds | Chunks,
     num_samples: int,
     sampling_params: SamplingParams,
     prompt_logprobs: bool,
@@ -133,6 +134,10 @@ def session_sample_submit(
         raise CheckpointNotFound(f"the checkpoint {sampling_session.model_path} was deleted")
     if record:
         stable_reinforce_check()
+        if isinstance(prompt, Chunks):
+            raise InvalidRequest(
+                "prompt: has an image; sequences are recorded after prompts of tokens only"
+            )
     request = sample_request(
         prompts=[prompt],
         num_samples=num_samples,
@@ -144,12 +149,10 @@ def session_sample_submit(
         record_for=sampling_session.session_id if record else None,
     )
     path = sampling_session.model_path
-    return submit(
-        request,
+    target = Target(
         owner_id=owner_id,
         base_model=sampling_session.base_model,
         lane_id=sampling_session_id,
         seq_id=seq_id,
-        summary={"path": path} if path else {},
-        idempotency_key=None,
     )
+    return submit(request, target, summary={"path": path} if path else {}).future

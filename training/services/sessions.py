@@ -20,11 +20,12 @@ from futures.services import Refusal, future_submit, lane_create
 from training.base_models import base_model_get
 from training.client_silence import ENDS_SESSION
 from training.errors import SessionFinished
-from training.kinds import CreateRun, RemoveRun
+from training.kinds import CreateRun
 from training.models import Run, Session
 from training.selectors import run_get, session_get
+from training.services.removal import submit_removal
 from training.services.runs import adapter_limit_check
-from training.services.submission import Submission, submit_in_lane
+from training.services.submission import Submission, run_target, submit
 from training.types import LoraConfig
 
 CREATION_SEQ_ID = 0
@@ -79,7 +80,7 @@ def session_finish(*, owner_id: int, session_id: str, reason: str, detail: str =
     )
     if finished:
         for run in session.runs.live():
-            submit_in_lane(run, RemoveRun())
+            submit_removal(run)
     session.refresh_from_db()
     return session
 
@@ -209,7 +210,7 @@ def model_create_submit(
         user_metadata=user_metadata,
     )
     creation = CreateRun(model_id=run.name, base_model=base_model, lora_config=lora_config)
-    return submit_in_lane(run, creation, seq_id=CREATION_SEQ_ID)
+    return submit(creation, run_target(run, seq_id=CREATION_SEQ_ID))
 
 
 def seeded(

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
+from training.errors import InvalidDatum
 from training.kinds import Forward, ForwardBackward, OptimStep
 from training.loss_checks import check_loss
 from training.loss_fns import STABLE_REINFORCE
 from training.models import Run
 from training.selectors import run_get
 from training.services.custom_losses import custom_loss_check
+from training.services.images import images_check
 from training.services.recorded_samples import logprobs_resolve
 from training.services.runs import run_get_or_create
-from training.services.submission import Submission, run_asked, submit_in_lane
-from training.types import AdamParams, Conversation, Datum, Provenance
+from training.services.submission import Submission, run_asked, run_target, submit
+from training.types import AdamParams, Datum, Example, Provenance, images_of
 
 
 def forward_backward_submit(
     *,
     owner_id: int,
     model_id: str,
-    data: Sequence[Conversation | Datum],
+    data: Sequence[Example],
     loss_fn: str,
     loss_fn_config: Mapping[str, float],
     train_on: str = "auto",
@@ -52,7 +55,10 @@ def forward_backward_submit(
         LimitExceeded: The owner has reached the limit of adapters. (400)
         QueueFull: The owner has reached the limit of waiting futures. (429)
     """
+    unrendered = (item for item in data if not isinstance(item, Datum))
+    images_check(chain.from_iterable(map(images_of, unrendered)), "data")
     if provenance:
+        _refuse_images(data)
         data = logprobs_resolve(
             owner_id=owner_id,
             model_id=model_id,
@@ -75,8 +81,7 @@ def forward_backward_submit(
         run = run_get(owner_id=owner_id, model_id=model_id)
     if loss_fn == STABLE_REINFORCE and not forward_only and not run.own_objective:
         Run.objects.filter(pk=run.pk).update(own_objective=True)
-    return submit_in_lane(
-        run,
+    return submit(
         (Forward if forward_only else ForwardBackward)(
             data=data,
             loss_fn=loss_fn,
@@ -84,10 +89,19 @@ def forward_backward_submit(
             train_on=train_on,
             loss_id=loss_id,
         ),
+        run_target(run, seq_id=seq_id),
         delayable=delayable,
-        seq_id=seq_id,
         idempotency_key=idempotency_key,
     )
+
+
+def _refuse_images(data: Sequence[Example]) -> None:
+    """Refuse images beside provenance: a recorded sample has tokens only."""
+    for index, item in enumerate(data):
+        if images_of(item):
+            raise InvalidDatum(
+                f"data[{index}].model_input: has an image; {STABLE_REINFORCE} takes tokens only"
+            )
 
 
 def optim_step_submit(
@@ -103,9 +117,9 @@ def optim_step_submit(
     Raises:
         RunNotFound: (404)
     """
-    return submit_in_lane(
-        run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key),
+    run = run_asked(owner_id=owner_id, model_id=model_id, idempotency_key=idempotency_key)
+    return submit(
         OptimStep(adam_params=adam_params),
-        seq_id=seq_id,
+        run_target(run, seq_id=seq_id),
         idempotency_key=idempotency_key,
     )

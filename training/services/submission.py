@@ -1,21 +1,18 @@
-"""Turns every request of a client into a future in its run's lane, or refuses it by name."""
+"""Turns every request of a client into a future of its worker's queue, or refuses it by name."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from django.conf import settings
-from django.db import transaction
 
-from futures.cancelling import lane_refuse
-from futures.models import Future, Lane
-from futures.services import Refusal, future_repeated, future_submit
-from training.base_models import base_model_get, queue_is_served
+from futures.models import Future
+from futures.services import future_repeated, future_submit
+from training.base_models import base_model_get
 from training.errors import BaseModelNotFound, InvalidRequest, SessionFinished
-from training.kinds import Kind, Request
+from training.kinds import Request
 from training.models import Run
 from training.selectors import run_get
 from training.storage_quota import storage_admit
@@ -30,31 +27,30 @@ class Submission:
     """The run's name, None for requests without a run."""
 
 
-def submit_in_lane(
-    run: Run,
-    request: Request,
-    *,
-    delayable: bool = False,
-    summary: Mapping[str, Any] | None = None,
-    seq_id: int | None = None,
-    idempotency_key: str | None = None,
-) -> Submission:
-    """Submit a request of a run, under the client's seq id or the server's next one.
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a request goes."""
 
-    Args:
-        summary: Facts for lists and charts, beside the request's own.
+    owner_id: int
+    base_model: str | None
+    """The worker that runs it; None means that of the default."""
+    lane_id: str | None = None
+    """The run's or the sampling session's; None for requests without an order."""
+    seq_id: int | None = None
+    """The client's number in the lane; with None the server assigns the next."""
+    model_id: str | None = None
+    """The run's name."""
+
+
+def run_target(run: Run, *, seq_id: int | None = None) -> Target:
+    """The lane of a run, under the client's seq id or the server's next one.
 
     Raises:
         InvalidRequest: The run's requests are numbered by its SDK client, and this one has no
-            number;
-            only its removal needs none. (400)
-        SessionFinished: The run's session has ended; only its removal is accepted. (400)
-        BaseModelNotFound: Its base model is not served any more, and this is no repeat. (404)
-        StorageQuotaExceeded: Its owner's storage limit is reached. (413)
-        QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
+            number. (400)
+        SessionFinished: The run's session has ended. (400)
     """
-    is_removal = request.kind == Kind.REMOVE_RUN
-    if run.session is not None and not is_removal:
+    if run.session is not None:
         if run.session.finished_at:
             raise SessionFinished
         if seq_id is None:
@@ -62,52 +58,26 @@ def submit_in_lane(
                 f"model_id: {run.name!r} was made by the tinker SDK, whose client numbers its "
                 "requests; send the request through that client"
             )
-    if not is_removal:
-        future = submit(
-            request,
-            owner_id=run.owner_id,
-            base_model=run.base_model,
-            lane_id=run.id,
-            seq_id=seq_id,
-            delayable=delayable,
-            summary=summary,
-            idempotency_key=idempotency_key,
-        )
-        return Submission(future=future, model_id=run.name)
-    # A removal is accepted despite all limits, and even if its base model is no longer served.
-    queue = Lane.objects.get(pk=run.id).queue
-    result = None
-    if not queue_is_served(queue):
-        _abandon(run)
-        result = {"status": "deleted", "model_id": run.name}
-    future = future_submit(
+    return Target(
         owner_id=run.owner_id,
-        queue=queue,
-        kind=request.kind,
-        payload=request.encoded(),
+        base_model=run.base_model,
         lane_id=run.id,
         seq_id=seq_id,
-        idempotency_key=idempotency_key,
-        result=result,
+        model_id=run.name,
     )
-    return Submission(future=future, model_id=run.name)
 
 
 def submit(
     request: Request,
+    target: Target,
     *,
-    owner_id: int,
-    base_model: str | None,
-    lane_id: str | None,
-    seq_id: int | None,
     delayable: bool = False,
     summary: Mapping[str, Any] | None = None,
-    idempotency_key: str | None,
-) -> Future:
+    idempotency_key: str | None = None,
+) -> Submission:
     """Store a request for the worker of a base model; a repeat returns the first one's future.
 
     Args:
-        base_model: None means the default.
         summary: Facts for lists and charts, beside the request's own.
 
     Raises:
@@ -117,32 +87,32 @@ def submit(
     """
     encoded = request.encoded()
     try:
-        queue = base_model_get(base_model).queue
+        queue = base_model_get(target.base_model).queue
     except BaseModelNotFound:
         first = future_repeated(
             payload=encoded,
-            owner_id=owner_id,
-            lane_id=lane_id,
-            seq_id=seq_id,
+            owner_id=target.owner_id,
+            lane_id=target.lane_id,
+            seq_id=target.seq_id,
             idempotency_key=idempotency_key,
         )
         if first is None:
             raise
-        return first
+        return Submission(future=first, model_id=target.model_id)
     storage_admit(
         encoded,
-        owner_id=owner_id,
-        lane_id=lane_id,
-        seq_id=seq_id,
+        owner_id=target.owner_id,
+        lane_id=target.lane_id,
+        seq_id=target.seq_id,
         idempotency_key=idempotency_key,
     )
-    return future_submit(
-        owner_id=owner_id,
+    future = future_submit(
+        owner_id=target.owner_id,
         queue=queue,
         kind=request.kind,
         payload=encoded,
-        lane_id=lane_id,
-        seq_id=seq_id,
+        lane_id=target.lane_id,
+        seq_id=target.seq_id,
         cost=request.cost,
         delayable=delayable,
         interruptible=request.is_interruptible,
@@ -150,30 +120,7 @@ def submit(
         idempotency_key=idempotency_key,
         max_pending=settings.MAX_PENDING,
     )
-
-
-def _abandon(run: Run) -> None:
-    """Remove a run without a worker: its snapshots are deleted, and its waiting requests fail.
-
-    For a run whose base model is no longer served. Its memory was freed with the last worker.
-    """
-    lane_refuse(
-        lane_id=run.id,
-        but=Kind.REMOVE_RUN,  # an earlier removal, whose client repeats it
-        refusal=Refusal(
-            error=f"Model {run.name!r} was removed while this server does not serve its base "
-            f"model {run.base_model}.",
-            error_code=BaseModelNotFound.__name__,
-        ),
-    )
-    snapshots = list(run.snapshots.all())
-    run.snapshots.all().delete()
-
-    def delete_files() -> None:
-        for snapshot in snapshots:
-            shutil.rmtree(settings.DATA_DIR / snapshot.directory, ignore_errors=True)
-
-    transaction.on_commit(delete_files)
+    return Submission(future=future, model_id=target.model_id)
 
 
 def run_repeated(owner_id: int, idempotency_key: str | None) -> Run | None:

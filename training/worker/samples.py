@@ -23,7 +23,7 @@ from training.errors import LimitExceeded, TrainingError
 from training.kinds import Sample
 from training.services.recorded_samples import samples_record
 from training.text_pieces import Told
-from training.types import TokenIds
+from training.types import TokenIds, TokenPrompt
 from training.worker import outcomes
 from training.worker.kinds import sample
 from training.worker.rollouts import Origin, Rollouts
@@ -111,11 +111,16 @@ class Samples:
         echoed: list[tuple[TokenIds, str | None]] = []
         prompt_tokens = 0
         try:
-            items = self._texts.take(future, request) if request.has_text else request.prompts
-            tokens = [item for item in items if isinstance(item, np.ndarray)]
-            for index, (prompt, prompt_ids) in enumerate(zip(request.prompts, tokens, strict=True)):
+            if request.has_text:
+                items = self._texts.take(future, request)
+                rendered = [item for item in items if isinstance(item, TokenPrompt)]
+            else:
+                arrays = [prompt for prompt in request.prompts if isinstance(prompt, np.ndarray)]
+                rendered = [TokenPrompt(tokens=tokens) for tokens in arrays]
+            for index, (prompt, tokens) in enumerate(zip(request.prompts, rendered, strict=True)):
                 job = SampleJob(
-                    prompt=prompt_ids,
+                    prompt=tokens.tokens,
+                    images=tokens.images,
                     sampling_params=request.sampling_params,
                     num_samples=request.num_samples,
                     version=version,
@@ -129,7 +134,7 @@ class Samples:
                 except TrainingError as error:
                     if not str(error).startswith("prompt: "):  # an error of all prompts
                         raise
-                    raise of_prompt(error, index, len(tokens)) from error
+                    raise of_prompt(error, index, len(rendered)) from error
                 keys.append(key)
                 prompts.append(job.prompt)
                 prompt_tokens += len(job.prompt)

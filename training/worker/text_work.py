@@ -10,16 +10,29 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from training.errors import ContextLengthExceeded, InvalidDatum, TrainingError
+from training.errors import ContextLengthExceeded, InvalidDatum, InvalidRequest, TrainingError
+from training.images import Chunks, Image
 from training.kinds import ForwardBackward, Sample
-from training.types import ChatOptions, Conversation, Datum, Prompt, TokenIds
+from training.types import (
+    ChatOptions,
+    Conversation,
+    Datum,
+    Example,
+    ImageDatum,
+    Prompt,
+    TokenPrompt,
+    images_of,
+)
 
-Item = Datum | TokenIds
-"""A conversation to train on, or a prompt, in tokens."""
+Item = Datum | TokenPrompt
+"""An example to train on, or a prompt, in tokens."""
 
 
 class Text(Protocol):
     """The interface for tokenizing text; see ``training.engine.interface.Renderer``."""
+
+    @property
+    def image_fault(self) -> str | None: ...
 
     def render_conversation(
         self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
@@ -28,6 +41,12 @@ class Text(Protocol):
     def render_prompt(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
     ) -> list[int]: ...
+
+    def render_image_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions
+    ) -> TokenPrompt: ...
+
+    def place_images(self, chunks: Chunks) -> TokenPrompt: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -64,9 +83,13 @@ def tokens_of(
     return items
 
 
-def _datum(text: Text, datum: Conversation | Datum, train_on: str, where: str, most: int) -> Datum:
+def _datum(text: Text, datum: Example, train_on: str, where: str, most: int) -> Datum:
     if isinstance(datum, Datum):
         return datum
+    if images_of(datum) and text.image_fault is not None:
+        raise InvalidDatum(f"{where}{_first_image(datum)}: {text.image_fault}")
+    if isinstance(datum, ImageDatum):
+        return _image_datum(text, datum, where)
     try:
         rendered = text.render_conversation(
             datum.to_dicts(), train_on=train_on, options=datum.options
@@ -77,26 +100,61 @@ def _datum(text: Text, datum: Conversation | Datum, train_on: str, where: str, m
     return rendered
 
 
+def _image_datum(text: Text, datum: ImageDatum, where: str) -> Datum:
+    try:
+        placed = text.place_images(datum.model_input)
+    except TrainingError as error:
+        raise type(error)(f"{where}.model_input.{error}") from error
+    return Datum(
+        model_input=placed.tokens, loss_fn_inputs=datum.loss_fn_inputs, images=placed.images
+    )
+
+
+def _first_image(item: Example | Prompt) -> str:
+    """The place of an item's first image in it, such as ``.model_input.chunks[1]``."""
+    if isinstance(item, ImageDatum):
+        return f".model_input{_first_image(item.model_input)}"
+    if isinstance(item, Chunks):
+        first = next(n for n, chunk in enumerate(item.chunks) if isinstance(chunk, Image))
+        return f".chunks[{first}]"
+    if isinstance(item, Conversation):
+        first = next(n for n, message in enumerate(item.messages) if message.images)
+        return f".messages[{first}].content"
+    return ""
+
+
 def of_prompt(error: TrainingError, index: int, num_prompts: int) -> TrainingError:
     """The error with the index of its prompt, if the request has several."""
     if num_prompts == 1:
         return error
+    if str(error).startswith("prompt."):  # a place in it
+        return type(error)(f"prompt[{index}]{str(error).removeprefix('prompt')}")
     return type(error)(f"prompt[{index}]: {str(error).removeprefix('prompt: ')}")
 
 
-def _prompt_tokens(text: Text, prompt: Prompt, most: int) -> TokenIds:
-    if not isinstance(prompt, Conversation | str):
-        return prompt
+def _prompt_tokens(text: Text, prompt: Prompt, most: int) -> TokenPrompt:
+    if isinstance(prompt, np.ndarray):
+        return TokenPrompt(tokens=prompt)
+    if images_of(prompt) and text.image_fault is not None:
+        raise InvalidRequest(f"prompt{_first_image(prompt)}: {text.image_fault}")
     if isinstance(prompt, str):
-        tokens = text.encode(prompt)
+        rendered = TokenPrompt(tokens=np.array(text.encode(prompt), np.int32))
+    elif isinstance(prompt, Chunks):
+        try:
+            rendered = text.place_images(prompt)
+        except TrainingError as error:
+            raise type(error)(f"prompt.{error}") from error
+    elif prompt.images:
+        rendered = text.render_image_prompt(prompt.to_dicts(), prompt.options)
     else:
         tokens = text.render_prompt(prompt.to_dicts(), prompt.options)
-    if len(tokens) > most:
+        rendered = TokenPrompt(tokens=np.array(tokens, np.int32))
+    if len(rendered.tokens) > most:
         raise ContextLengthExceeded(
-            f"prompt: {len(tokens)} tokens leave no room in the context: this model's maximum "
-            f"context length is {most} tokens"
+            f"prompt: {len(rendered.tokens)} tokens leave no room in the context: this model's "
+            f"maximum context length is {most} tokens"
         )
-    return np.array(tokens, np.int32)
+    return rendered
 
 
 def _check_length(rendered: Datum, where: str, most: int) -> None:

@@ -159,13 +159,16 @@ class _FirstRules:
         self._renderer = renderer
         self.render_prompt = renderer.render_prompt
         self.encode = renderer.encode
+        self.image_fault = renderer.image_fault
+        self.place_images = renderer.place_images
+        self.render_image_prompt = renderer.render_image_prompt
 
     def render_conversation(
         self, messages: Sequence[Mapping[str, Any]], *, train_on: str, options: ChatOptions
     ) -> Datum:
         # That version accepted only roles and texts.
         is_plain = all(
-            m.keys() == {"role", "content"} and m["content"] is not None for m in messages
+            m.keys() == {"role", "content"} and isinstance(m["content"], str) for m in messages
         )
         if is_plain and options == NO_CHAT_OPTIONS:
             return self._renderer.render_by_first_rules(messages, train_on=train_on)

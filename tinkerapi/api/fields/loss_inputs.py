@@ -17,12 +17,15 @@ Array = NDArray[Any]
 NO_INPUTS = "is empty; send the loss's inputs, such as target_tokens and weights"
 
 
-def check_input(name: str, array: Array, where: str, *, num_tokens: int) -> Array:
+def check_input(name: str, array: Array, where: str, *, num_tokens: int | None) -> Array:
     """A loss fn input in the dtype that ``training.types`` requires.
 
     Inputs that losses read as float32 may be sent as integers. Inputs that no built-in loss reads
     are
     unchanged: a custom loss may read them, or the engine refuses them.
+
+    Args:
+        num_tokens: The datum's tokens; None if the engine has to compare the lengths.
 
     Raises:
         InvalidDatum: Wrong dtype or length, invalid token ids, or not finite. (400)
@@ -38,7 +41,8 @@ def check_input(name: str, array: Array, where: str, *, num_tokens: int) -> Arra
         if not finite.all():
             index = _first(~finite)
             raise InvalidDatum(f"{where}{_subscript(index)}: {array[index]} is not finite")
-    if (name == TARGET_TOKENS or name in FLOAT_INPUTS) and len(array) != num_tokens:
+    is_per_token = name == TARGET_TOKENS or name in FLOAT_INPUTS
+    if is_per_token and num_tokens is not None and len(array) != num_tokens:
         raise InvalidDatum(f"{where}: {wrong_length(array, num_tokens)}")
     return array
 

@@ -27,7 +27,7 @@ def check_token_list(value: Any, where: str) -> NDArray[np.int32]:
     if not value:
         raise InvalidDatum(f"{where}: is empty")
     check_num_tokens(len(value), where)
-    return token_array(value, where).astype(np.int32)
+    return token_array(value, where, dtype=np.int32)
 
 
 def check_num_tokens(number: int, where: str) -> None:
@@ -39,7 +39,13 @@ def check_num_tokens(number: int, where: str) -> None:
         )
 
 
-def token_array(values: list[Any], where: str, width: int | None = None) -> NDArray[np.int64]:
+def token_array(
+    values: list[Any],
+    where: str,
+    width: int | None = None,
+    *,
+    dtype: type[np.signedinteger[Any]] = np.int64,
+) -> NDArray[Any]:
     """(N,) token ids; booleans do not count as numbers here.
 
     Args:
@@ -53,7 +59,7 @@ def token_array(values: list[Any], where: str, width: int | None = None) -> NDAr
             where,
             width,
         )
-    return np.array(values, np.int64)
+    return np.array(values, dtype)
 
 
 def refuse_first(

@@ -8,9 +8,11 @@ from typing import Any
 import orjson
 
 from tinkerapi.api.bodies.json_limits import check_json_size
+from tinkerapi.api.fields.content import check_parts
 from tinkerapi.api.fields.prompts import check_text_length
 from tinkerapi.api.fields.refusals import refuse, refuse_size
 from training.errors import InvalidRequest
+from training.images import Image
 from training.types import ROLES, Message
 
 MAX_MESSAGES = 10_000
@@ -38,7 +40,7 @@ NOT_TAKEN: Mapping[str, str] = {
 
 
 def check_messages(value: Any, where: str) -> tuple[Message, ...]:
-    """A conversation. A content may be a list of text parts; null counts as absent."""
+    """A conversation. A content may be a list of parts; null counts as absent."""
     if not isinstance(value, list):
         raise refuse(where, "a list of messages", value)
     if not value:
@@ -72,7 +74,7 @@ def _message(value: Any, where: str) -> Message:
     calls = _tool_calls(given.get("tool_calls"), f"{where}.tool_calls")
     return Message(
         role,
-        _content(given.get("content"), f"{where}.content", may_be_null=bool(calls)),
+        _content(given.get("content"), f"{where}.content", role=role, may_be_null=bool(calls)),
         name=_short_text(given.get("name"), f"{where}.name"),
         tool_calls=calls,
         tool_call_id=_short_text(given.get("tool_call_id"), f"{where}.tool_call_id"),
@@ -80,23 +82,16 @@ def _message(value: Any, where: str) -> Message:
     )
 
 
-def _content(value: Any, where: str, *, may_be_null: bool) -> str | None:
-    """Text; the parts of a list are joined without a separator."""
+def _content(
+    value: Any, where: str, *, role: str, may_be_null: bool
+) -> str | tuple[str | Image, ...] | None:
     if value is None:
         if may_be_null:
             return None
         raise InvalidRequest(f"{where}: this field is required, except beside tool_calls")
-    if not isinstance(value, list):
-        return _text(value, where)
-    for index, part in enumerate(value):
-        if not (
-            isinstance(part, dict)
-            and set(part) == {"type", "text"}
-            and part["type"] == "text"
-            and type(part["text"]) is str
-        ):
-            raise refuse(f"{where}[{index}]", 'a part like {"type": "text", "text": "hi"}', part)
-    return "".join(part["text"] for part in value)
+    if isinstance(value, list):
+        return check_parts(value, where, role=role) if value else ""
+    return _text(value, where)
 
 
 def _text(value: Any, where: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tinkerapi.api.fields.content import CONTENT_SCHEMA
 from tinkerapi.api.fields.field import Schema
 from tinkerapi.api.fields.tokens import MAX_TOKEN_ID
 from tinkerapi.api.quickref.parse import ROLES
@@ -10,7 +11,7 @@ MESSAGE_SCHEMA: Schema = {
     "type": "object",
     "properties": {
         "role": {"type": "string", "enum": list(ROLES)},
-        "content": {"type": "string"},
+        "content": CONTENT_SCHEMA,
     },
     "required": ["role", "content"],
     "additionalProperties": False,

@@ -10,53 +10,48 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from django.conf import settings
 from numpy.typing import NDArray
 
+from tinkerapi.api.fields.chunks import datum_of, join_chunks
+from tinkerapi.api.fields.content import check_parts
+from tinkerapi.api.fields.images import POINTERS, check_base64_image
 from tinkerapi.api.fields.loss_inputs import NO_INPUTS
 from tinkerapi.api.fields.prompts import check_num_prompts, check_plain_prompt, check_text_length
 from tinkerapi.api.fields.refusals import FLOAT32, shown
 from tinkerapi.api.fields.tokens import (
-    check_num_tokens,
     check_token_list,
     refuse_datum,
     refuse_first,
     token_array,
 )
-from training.errors import InvalidDatum, LimitExceeded
+from training.errors import InvalidDatum
+from training.images import Chunks, Image
 from training.loss_fns import TARGET_TOKENS
-from training.types import MAX_FLOAT32, Conversation, Datum, Message, Prompt, wrong_length
+from training.types import (
+    MAX_FLOAT32,
+    Conversation,
+    Datum,
+    ImageDatum,
+    Message,
+    Prompt,
+    TokenIds,
+    wrong_length,
+)
 
 ROLES = ("system", "user", "assistant")
+
+DATUM_FIELDS = ("model_input", "loss_fn_inputs")
+MESSAGE_FIELDS = ("role", "content")
+ARRAY_FIELDS = ("data", "dtype", "shape")
+TOKENS_FIELDS = ("type", "tokens")
+IMAGE_FIELDS = ("type", "data", "format", "expected_tokens")
 
 Array = NDArray[Any]
 
 
-def check_data(value: Any, where: str) -> list[Conversation | Datum]:
-    """Training examples, each a conversation or a token-level datum.
-
-    Raises:
-        InvalidDatum: An example is invalid. (400)
-        LimitExceeded: Too many datums, or too many tokens in one. (400)
-    """
-    if not isinstance(value, list):
-        raise refuse_datum(where, "a list of conversations or datums", value)
-    if not value:
-        raise InvalidDatum(f"{where}: is empty; send at least one conversation or datum")
-    if len(value) > settings.MAX_DATUMS:
-        raise LimitExceeded(
-            f"{where}: {len(value)} datums; this server takes {settings.MAX_DATUMS} in one request"
-        )
-    return [
-        _check_datum(item, f"{where}[{index}]")
-        if isinstance(item, dict) and "messages" not in item
-        else check_conversation(item, f"{where}[{index}]")
-        for index, item in enumerate(value)
-    ]
-
-
 def check_prompt(value: Any, where: str) -> Prompt:
-    """Text, token ids (a list, or ``{"chunks": [...]}``), or a conversation."""
+    """Text, token ids (a list, or ``{"chunks": [...]}``, which may have images), or a
+    conversation."""
     if isinstance(value, str):
         return check_plain_prompt(value, where)
     if isinstance(value, dict) and "messages" in value:
@@ -64,7 +59,7 @@ def check_prompt(value: Any, where: str) -> Prompt:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return check_conversation(value, where)
     if isinstance(value, list | dict):
-        return check_tokens(value, where)
+        return check_model_input(value, where)
     raise refuse_datum(where, "text, a list of token ids, or a list of messages", value)
 
 
@@ -81,7 +76,8 @@ def check_prompts(value: Any, where: str) -> list[Prompt]:
 def check_conversation(value: Any, where: str) -> Conversation:
     """A list of messages, or ``{"messages": [...]}``."""
     if isinstance(value, dict):
-        _only(value, ("messages",), where)
+        if unknown := value.keys() - ("messages",):
+            raise _unknown_field(unknown, ("messages",), where)
         where, value = f"{where}.messages", value.get("messages")
     if not isinstance(value, list):
         raise refuse_datum(where, "a list of messages", value)
@@ -92,10 +88,12 @@ def check_conversation(value: Any, where: str) -> Conversation:
     return Conversation(messages)
 
 
-def check_tokens(value: Any, where: str) -> NDArray[np.int32]:
-    """(N,) token ids, N at least 1, from a list or ``{"chunks": [{"tokens": [...]}]}``."""
+def check_model_input(value: Any, where: str) -> TokenIds | Chunks:
+    """(N,) token ids, N at least 1, from a list or ``{"chunks": [{"tokens": [...]}]}``; the chunks,
+    if one is an image."""
     if isinstance(value, dict):
-        _only(value, ("chunks",), where)
+        if unknown := value.keys() - ("chunks",):
+            raise _unknown_field(unknown, ("chunks",), where)
         return _check_chunks(value.get("chunks"), f"{where}.chunks")
     return check_token_list(value, where)
 
@@ -103,28 +101,33 @@ def check_tokens(value: Any, where: str) -> NDArray[np.int32]:
 def _check_message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise refuse_datum(where, 'a message such as {"role": "user", "content": "hi"}', value)
-    _only(value, ("role", "content"), where)
-    for name in ("role", "content"):
+    if unknown := value.keys() - MESSAGE_FIELDS:
+        raise _unknown_field(unknown, MESSAGE_FIELDS, where)
+    for name in MESSAGE_FIELDS:
         if name not in value:
             raise InvalidDatum(f"{where}.{name}: this field is required")
     role, content = value["role"], value["content"]
     if not isinstance(role, str) or role not in ROLES:
         raise refuse_datum(f"{where}.role", f"one of {', '.join(ROLES)}", role)
+    if isinstance(content, list):
+        return Message(role, check_parts(content, f"{where}.content", role=role))
     if not isinstance(content, str):
-        raise refuse_datum(f"{where}.content", "text", content)
+        raise refuse_datum(f"{where}.content", "text, or a list of parts", content)
     return Message(role, content)
 
 
-def _check_datum(value: Mapping[str, Any], where: str) -> Datum:
+def check_datum(value: Mapping[str, Any], where: str) -> Datum | ImageDatum:
+    """A token-level datum."""
     if "role" in value:
         raise InvalidDatum(
             f"{where}: is a message; data is a list of conversations, each a list of messages"
         )
-    _only(value, ("model_input", "loss_fn_inputs"), where)
-    for name in ("model_input", "loss_fn_inputs"):
+    if unknown := value.keys() - DATUM_FIELDS:
+        raise _unknown_field(unknown, DATUM_FIELDS, where)
+    for name in DATUM_FIELDS:
         if name not in value:
             raise InvalidDatum(f"{where}.{name}: this field is required")
-    model_input = check_tokens(value["model_input"], f"{where}.model_input")
+    model_input = check_model_input(value["model_input"], f"{where}.model_input")
     inputs = value["loss_fn_inputs"]
     if not isinstance(inputs, dict):
         raise refuse_datum(f"{where}.loss_fn_inputs", "an object of arrays by name", inputs)
@@ -134,19 +137,22 @@ def _check_datum(value: Mapping[str, Any], where: str) -> Datum:
         name: _check_array(name, item, f"{where}.loss_fn_inputs.{name[:60]}")
         for name, item in inputs.items()
     }
+    datum = datum_of(model_input, arrays)
+    num_tokens = datum.num_tokens
     for name, array in arrays.items():
-        if len(array) != len(model_input):
+        if num_tokens is not None and len(array) != num_tokens:
             raise InvalidDatum(
-                f"{where}.loss_fn_inputs.{name[:60]}: {wrong_length(array, len(model_input))}"
+                f"{where}.loss_fn_inputs.{name[:60]}: {wrong_length(array, num_tokens)}"
             )
-    return Datum(model_input=model_input, loss_fn_inputs=arrays)
+    return datum
 
 
 def _check_array(name: str, value: Any, where: str) -> Array:
     """(N,) or (N, K): int64 for ``target_tokens``, float32 otherwise."""
     shape = None
     if isinstance(value, dict):
-        _only(value, ("data", "dtype", "shape"), where)
+        if unknown := value.keys() - ARRAY_FIELDS:
+            raise _unknown_field(unknown, ARRAY_FIELDS, where)
         dtype, shape = value.get("dtype"), value.get("shape")
         expected = "int64" if name == TARGET_TOKENS else "float32"
         if dtype is not None and dtype != expected:
@@ -213,27 +219,39 @@ def _floats(values: list[Any], where: str, width: int | None = None) -> NDArray[
     return array.astype(np.float32)
 
 
-def _check_chunks(value: Any, where: str) -> NDArray[np.int32]:
+def _check_chunks(value: Any, where: str) -> TokenIds | Chunks:
     if not isinstance(value, list):
         raise refuse_datum(where, "a list of chunks", value)
     if not value:
         raise InvalidDatum(f'{where}: is empty; send a chunk such as {{"tokens": [1, 2]}}')
-    arrays = []
+    chunks: list[TokenIds | Image] = []
     for index, chunk in enumerate(value):
         place = f"{where}[{index}]"
         if not isinstance(chunk, dict):
             raise refuse_datum(place, 'a chunk such as {"tokens": [1, 2]}', chunk)
-        kind = chunk.get("type", "encoded_text")
-        if kind != "encoded_text":
-            raise InvalidDatum(f"{place}.type: {shown(kind)} is not supported; only encoded_text")
-        _only(chunk, ("type", "tokens"), place)
-        arrays.append(check_tokens(chunk.get("tokens"), f"{place}.tokens"))
-    tokens = np.concatenate(arrays)
-    check_num_tokens(len(tokens), where)
-    return tokens
+        chunks.append(_check_chunk(chunk, place))
+    return join_chunks(chunks, where)
 
 
-def _only(value: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
-    for name in value:
-        if name not in allowed:
-            raise InvalidDatum(f"{where}.{name[:60]}: unknown field; expected {', '.join(allowed)}")
+def _check_chunk(chunk: Mapping[str, Any], where: str) -> TokenIds | Image:
+    kind = chunk.get("type", "encoded_text")
+    if kind == "image":
+        if unknown := chunk.keys() - IMAGE_FIELDS:
+            raise _unknown_field(unknown, IMAGE_FIELDS, where)
+        return check_base64_image(
+            chunk.get("data"), chunk.get("format"), chunk.get("expected_tokens"), where
+        )
+    if kind == "image_asset_pointer":
+        raise InvalidDatum(f"{where}: {POINTERS}")
+    if kind != "encoded_text":
+        raise InvalidDatum(
+            f"{where}.type: {shown(kind)} is not supported; only encoded_text and image"
+        )
+    if unknown := chunk.keys() - TOKENS_FIELDS:
+        raise _unknown_field(unknown, TOKENS_FIELDS, where)
+    return check_token_list(chunk.get("tokens"), f"{where}.tokens")
+
+
+def _unknown_field(names: set[str], known: tuple[str, ...], where: str) -> InvalidDatum:
+    """The error for fields that are not known."""
+    return InvalidDatum(f"{where}.{min(names)[:60]}: unknown field; expected {', '.join(known)}")

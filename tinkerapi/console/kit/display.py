@@ -98,14 +98,19 @@ def moment(value: datetime | None) -> SafeString | None:
     """``6 min ago`` or ``in 29 d``, with the exact time on hover."""
     if value is None:
         return None
-    seconds = round((timezone.now() - value).total_seconds())
-    size, unit = next((size, unit) for size, unit in UNITS if abs(seconds) >= size or size == 1)
-    count = f"{abs(seconds) // size} {unit}"
     return format_html(
         '<time class="whitespace-nowrap" title="{}">{}</time>',
         f"{timezone.localtime(value):%Y-%m-%d %H:%M:%S %Z}",
-        f"{count} ago" if seconds >= 0 else f"in {count}",
+        moment_text(value),
     )
+
+
+def moment_text(value: datetime) -> str:
+    """``6 min ago`` or ``in 29 d``."""
+    seconds = round((timezone.now() - value).total_seconds())
+    size, unit = next((size, unit) for size, unit in UNITS if abs(seconds) >= size or size == 1)
+    count = f"{abs(seconds) // size} {unit}"
+    return f"{count} ago" if seconds >= 0 else f"in {count}"
 
 
 def duration(value: timedelta | None) -> str | None:

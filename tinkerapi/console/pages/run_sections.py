@@ -1,4 +1,4 @@
-"""The parts of a run's page that are read from other rows: curves and tables."""
+"""The tables on a run's page: its requests, its checkpoints, its snapshots, its relatives."""
 
 from __future__ import annotations
 
@@ -9,98 +9,131 @@ from django.template.defaultfilters import filesizeformat
 
 from futures.models import Future
 from futures.overview import lane_newest
-from tinkerapi.console.kit.charts import line_chart
-from tinkerapi.console.kit.display import duration, link, list_link, moment, one_line, state_label
+from tinkerapi.console.kit.display import (
+    copyable,
+    duration,
+    link,
+    list_link,
+    moment,
+    one_line,
+    state_label,
+)
 from tinkerapi.console.pages.futures import summary_text
+from training.lineage import Loaded, run_children, run_loads, run_replays
 from training.models import Checkpoint, Run, Snapshot
-from training.overview import checkpoints_newest, snapshots_newest
-from training.progress import MAX_REQUESTS, Progress
+from training.overview import checkpoints_listed, snapshots_newest
 
-NEWEST_ROWS = 10
-"""Rows in each table on a run's page."""
+NEWEST_ROWS = 50
+"""Rows in each table."""
+HEADERS = ["How", "Run", "Checkpoint", "When"]
+"""Of the tables of relatives."""
 
 
-def progress_charts(progress: Progress) -> list[dict[str, Any]]:
-    """Title, last value and data of the curves that have any value."""
-    steps = [point.step for point in progress.points]
-    curves = {
-        "Loss": ("nats per token", [point.loss for point in progress.points]),
-        "Gradient norm": ("before clipping", [point.grad_norm for point in progress.points]),
+def requests_table(run: Run) -> dict[str, Any]:
+    """The newest requests of a run."""
+    return {
+        "title": "Newest requests",
+        "more": list_link(Future, "all", lane__id__exact=run.pk),
+        "empty": "No request yet.",
+        "table": {
+            "headers": ["Number", "Kind", "State", "Summary", "Submitted"],
+            "rows": [
+                [
+                    link(future, str(future.seq_id)),
+                    future.kind,
+                    state_label(future.state),
+                    one_line(summary_text(future)),
+                    moment(future.created_at),
+                ]
+                for future in lane_newest(run.pk, limit=NEWEST_ROWS)
+            ],
+        },
     }
-    extent = (
-        "each step"
-        if progress.steps_per_point == 1
-        else (f"means of {progress.steps_per_point} steps")
-    )
-    if not progress.is_whole:
-        extent += f", newest {MAX_REQUESTS:,} requests"
+
+
+def checkpoints_table(run: Run) -> dict[str, Any]:
+    """The checkpoints of a run, without those of sampling sessions."""
+    return {
+        "title": "Checkpoints",
+        "more": list_link(Checkpoint, "all", run__id__exact=run.pk),
+        "empty": "None is saved. save_state and save_weights_for_sampler make them.",
+        "table": {
+            "headers": ["Name", "Kind", "Step", "Path", "Size", "Saved", "Expires"],
+            "rows": [
+                [
+                    link(checkpoint, checkpoint.name),
+                    checkpoint.kind,
+                    f"{checkpoint.step:,}",
+                    copyable(str(checkpoint.path)),
+                    filesizeformat(checkpoint.size_bytes),
+                    moment(checkpoint.created_at),
+                    moment(checkpoint.expires_at) or "never",
+                ]
+                for checkpoint in checkpoints_listed(run, limit=NEWEST_ROWS)
+            ],
+        },
+    }
+
+
+def snapshots_table(run: Run) -> dict[str, Any]:
+    """The snapshots from which the server rebuilds the run after a crash."""
+    return {
+        "title": "Snapshots",
+        "more": list_link(Snapshot, "all", run__id__exact=run.pk),
+        "empty": "None yet: the run would be rebuilt from its requests.",
+        "table": {
+            "headers": ["Up to request", "Step", "Size", "Written in", "Taken"],
+            "rows": [
+                [
+                    link(snapshot, str(snapshot.seq_id)),
+                    f"{snapshot.step:,}",
+                    filesizeformat(snapshot.size_bytes),
+                    duration(timedelta(seconds=snapshot.write_seconds)),
+                    moment(snapshot.created_at),
+                ]
+                for snapshot in snapshots_newest(run, limit=NEWEST_ROWS)
+            ],
+        },
+    }
+
+
+def lineage_tables(run: Run) -> list[dict[str, Any]]:
+    """Where the run's weights come from, and which runs took theirs from it."""
     return [
         {
-            "title": title,
-            "note": f"{note}, {extent}",
-            "last": f"{last:.4g}",
-            "data": line_chart(steps, values, name=title),
-        }
-        for title, (note, values) in curves.items()
-        if (last := next((value for value in reversed(values) if value is not None), None))
-        is not None
+            "title": "From",
+            "empty": "It began with new weights.",
+            "table": {
+                "headers": HEADERS,
+                "rows": [
+                    *([["replay of", link(run.replay_of), "", ""]] if run.replay_of else []),
+                    *(_loaded_row(loaded, loaded.source) for loaded in run_loads(run)),
+                ],
+            },
+        },
+        {
+            "title": "Runs that began from this one",
+            "empty": "None.",
+            "table": {
+                "headers": HEADERS,
+                "rows": [
+                    *(_loaded_row(loaded, loaded.run) for loaded in run_children(run)),
+                    *(
+                        ["replay", link(replay, replay.shown_title), "", moment(replay.created_at)]
+                        for replay in run_replays(run)
+                    ),
+                ],
+            },
+        },
     ]
 
 
-def run_tables(run: Run) -> list[dict[str, Any]]:
-    """The newest requests, checkpoints and snapshots of a run, as unfold's tables."""
+def _loaded_row(loaded: Loaded, run: Run | None) -> list[Any]:
     return [
-        {
-            "title": "Newest requests",
-            "more": list_link(Future, "all", lane__id__exact=run.pk),
-            "table": {
-                "headers": ["Number", "Kind", "State", "Summary", "Submitted"],
-                "rows": [
-                    [
-                        link(future, str(future.seq_id)),
-                        future.kind,
-                        state_label(future.state),
-                        one_line(summary_text(future)),
-                        moment(future.created_at),
-                    ]
-                    for future in lane_newest(run.pk, limit=NEWEST_ROWS)
-                ],
-            },
-        },
-        {
-            "title": "Checkpoints",
-            "more": list_link(Checkpoint, "all", run__id__exact=run.pk),
-            "table": {
-                "headers": ["Name", "Kind", "Step", "Size", "Saved"],
-                "rows": [
-                    [
-                        link(checkpoint, checkpoint.name),
-                        checkpoint.kind,
-                        checkpoint.step,
-                        filesizeformat(checkpoint.size_bytes),
-                        moment(checkpoint.created_at),
-                    ]
-                    for checkpoint in checkpoints_newest(run, limit=NEWEST_ROWS)
-                ],
-            },
-        },
-        {
-            "title": "Snapshots",
-            "more": list_link(Snapshot, "all", run__id__exact=run.pk),
-            "table": {
-                "headers": ["Up to request", "Step", "Size", "Written in", "Taken"],
-                "rows": [
-                    [
-                        link(snapshot, str(snapshot.seq_id)),
-                        snapshot.step,
-                        filesizeformat(snapshot.size_bytes),
-                        duration(timedelta(seconds=snapshot.write_seconds)),
-                        moment(snapshot.created_at),
-                    ]
-                    for snapshot in snapshots_newest(run, limit=NEWEST_ROWS)
-                ],
-            },
-        },
+        "loaded",
+        link(run, run.shown_title) if run else "another user's, or removed",
+        copyable(loaded.path),
+        moment(loaded.at),
     ]
 
 

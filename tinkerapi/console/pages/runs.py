@@ -1,7 +1,8 @@
-"""Runs in the admin: names and last losses in the list, curves on the page."""
+"""Runs in the admin: the list, and the frame of a run's page."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from django import forms
@@ -10,6 +11,7 @@ from django.contrib.admin.utils import unquote
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
+from django.urls import URLPattern, path
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import (
@@ -31,13 +33,15 @@ from tinkerapi.console.kit.display import (
     state_label,
 )
 from tinkerapi.console.kit.filters import MomentFilter
-from tinkerapi.console.kit.preview import value_preview
-from tinkerapi.console.pages.run_sections import progress_charts, run_tables, short_loss
+from tinkerapi.console.pages.run_curves import curves_export, curves_json
+from tinkerapi.console.pages.run_sections import short_loss
+from tinkerapi.console.pages.run_status import OWN_OBJECTIVE
+from tinkerapi.console.pages.run_tabs import tab_context
 from training.activity import activity, with_activity
 from training.errors import TrainingError
 from training.models import Run
 from training.overview import run_find_one
-from training.progress import run_progress, with_progress
+from training.progress import with_progress
 from training.services import run_describe, run_remove_submit
 
 WORDS = ("title", "tags", "notes")
@@ -66,7 +70,7 @@ class DescribeForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type 
 
 @admin.register(Run)
 class RunAdmin(ConsoleAdmin):
-    """Runs with their progress: last loss in the list, curves on the page."""
+    """Runs with their progress. What the page's tabs show is in ``run_tabs``."""
 
     refusals = (FutureError, TrainingError)
     list_display = (
@@ -123,21 +127,35 @@ class RunAdmin(ConsoleAdmin):
             },
         ),
     )
-    change_form_outer_before_template = "admin/training/run/charts.html"
-    change_form_outer_after_template = "admin/training/run/tables.html"
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Run]:
         runs = with_activity(with_progress(super().get_queryset(request)))
         return runs.order_by("-newest_request_at")
 
+    def get_urls(self) -> list[URLPattern]:
+        """Also the numbers of the curves, and their downloads."""
+        own = [
+            path("<path:object_id>/curves/", self._view(curves_json), name="training_run_curves"),
+            path("<path:object_id>/export/", self._view(curves_export), name="training_run_export"),
+        ]
+        urls: list[URLPattern] = super().get_urls()
+        return own + urls
+
+    def _view(self, answer: Callable[[HttpRequest, Run], HttpResponse]) -> Callable[..., Any]:
+        """A view of the run of an address, for those who may see its page."""
+
+        def view(request: HttpRequest, object_id: str) -> HttpResponse:
+            return answer(request, self.row(request, object_id))
+
+        checked: Callable[..., Any] = self.admin_site.admin_view(view)
+        return checked
+
     def render_change_form(
         self, request: HttpRequest, context: dict[str, Any], obj: Run | None = None, **kwargs: Any
     ) -> TemplateResponse:
-        """Add the curves, and the newest rows that belong to the run."""
+        """Add the tabs, and what the chosen one shows."""
         if obj is not None:
-            context["charts"] = progress_charts(run_progress(obj))
-            context["metadata"] = value_preview(obj.user_metadata) if obj.user_metadata else ""
-            context["tables"] = run_tables(obj)
+            context |= tab_context(request, obj)
         response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
         return response
 
@@ -204,9 +222,7 @@ class RunAdmin(ConsoleAdmin):
     @admin.display(description="Objective")
     def objective(self, run: Run) -> str | None:
         """Shown if the loss's name could mislead."""
-        if not run.own_objective:
-            return None
-        return "stable_reinforce: this server's own objective, not the hosted service's"
+        return OWN_OBJECTIVE if run.own_objective else None
 
     @admin.display(description="Waiting")
     def waiting(self, run: Run) -> int:

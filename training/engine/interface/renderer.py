@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText
+from training.errors import InvalidRequest
+from training.images import Chunks
+from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenPrompt, TokenText
 
 
 class Renderer(ABC):
@@ -18,6 +20,8 @@ class Renderer(ABC):
 
     conversation_fault: str | None = None
     """Why conversations cannot be trained on; None if they can."""
+    image_fault: str | None = "this base model reads text only; send the request without images"
+    """Why images are refused; None if they are read."""
 
     @abstractmethod
     def render_conversation(
@@ -52,7 +56,25 @@ class Renderer(ABC):
     def render_prompt(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
     ) -> list[int]:
-        """A conversation as a prompt that ends where the assistant begins to speak."""
+        """A conversation without images as a prompt that ends where the assistant begins to
+        speak."""
+
+    def render_image_prompt(
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = NO_CHAT_OPTIONS
+    ) -> TokenPrompt:
+        """``render_prompt`` of a conversation with images."""
+        raise InvalidRequest(f"messages: {self.image_fault}")
+
+    def place_images(self, chunks: Chunks) -> TokenPrompt:
+        """Token ids and images as one sequence of tokens.
+
+        Each image is decoded, to find out whether it can be, and how many tokens it is.
+
+        Raises:
+            InvalidRequest: One of the images cannot be read, or is another number of tokens than
+                expected; the message begins with its number: ``chunks[1]``.
+        """
+        raise InvalidRequest(f"chunks: {self.image_fault}")
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from training.engine.interface.values import CapturedAdapter
 from training.errors import TrainingError
+from training.images import PlacedImage
 from training.types import (
     PromptScores,
     SampledSequence,
@@ -28,7 +29,7 @@ class SampleJob:
     """One sampling request: S sequences that continue one prompt."""
 
     prompt: TokenIds
-    """(T,)"""
+    """(T,), the tokens that stand for an image included."""
     sampling_params: SamplingParams
     """``seed`` must be set by the caller."""
     num_samples: int = 1
@@ -38,6 +39,8 @@ class SampleJob:
     prompt_logprobs: bool = False
     scoring: ScoringParams = field(default_factory=ScoringParams)
     """Further log-probabilities, which are rarely requested."""
+    images: tuple[PlacedImage, ...] = ()
+    """The images among the prompt's tokens, in order."""
     group: str = ""
     """The job's user: if not all jobs fit at once, groups share the room."""
 

@@ -53,11 +53,11 @@ class HeadInputs:
     """The cost of jobs with custom losses so far, including earlier micro-batches."""
     custom_losses: CustomLossRunner
 
-    def tokens(self, span: LossSpan, rows: slice) -> Tensor:
-        """(n,) int64, the tokens of the span whose row is one of these, in order."""
-        places = self.places[span.start : span.end]
+    def tokens(self, within: slice, rows: slice) -> Tensor:
+        """(n,) int64, those of the tokens ``within`` whose row is one of ``rows``, in order."""
+        places = self.places[within]
         is_here = (places >= rows.start) & (places < rows.stop)
-        tokens = np.flatnonzero(is_here) + span.start
+        tokens = np.flatnonzero(is_here) + within.start
         return torch.as_tensor(tokens, device=self.targets.device)
 
 
@@ -110,7 +110,7 @@ def score_targets(
     whole = [span for span in inputs.loss_spans if span.whole is not None]
     if whole:
         for rows in chunks:
-            if any(len(inputs.tokens(span, rows)) for span in whole):
+            if any(len(inputs.tokens(span.tokens, rows)) for span in whole):
                 output.row_logprobs[rows] = chunk_of(rows).logprobs()
         _differentiate_whole(whole, inputs, output)
     elementwise = [span for span in inputs.loss_spans if span.whole is None]
@@ -118,7 +118,7 @@ def score_targets(
         chunk = chunk_of(rows)
         output.row_logprobs[rows] = chunk.logprobs()
         for span in elementwise:
-            _differentiate(span, inputs.tokens(span, rows), inputs, output)
+            _differentiate(span, inputs.tokens(span.tokens, rows), inputs, output)
         if any(segment.grad is not None for segment in chunk.segments):
             output.grad_hidden[rows] = chunk.backward(output.grad_logprobs[rows])
     return output
@@ -206,7 +206,7 @@ def _differentiate_whole(spans: Sequence[LossSpan], inputs: HeadInputs, output: 
             _take_custom(span.whole, output)
         else:
             all_rows = slice(0, len(inputs.targets))
-            _differentiate(span, inputs.tokens(span, all_rows), inputs, output)
+            _differentiate(span, inputs.tokens(span.tokens, all_rows), inputs, output)
 
 
 def _run_custom(spans: Sequence[LossSpan], inputs: HeadInputs, output: HeadOutput) -> None:

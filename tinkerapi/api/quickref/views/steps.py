@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 from tinkerapi.api.fields.field import Choice, Custom, Field, Number, Schema, Text
 from tinkerapi.api.fields.optimizer import ADAM_PARAMS
 from tinkerapi.api.fields.refusals import refuse
-from tinkerapi.api.quickref.data_schema import DATA_SCHEMA
-from tinkerapi.api.quickref.parse import check_data
+from tinkerapi.api.quickref.training_data import TrainingData
 from tinkerapi.api.quickref.views.base import OperationView
 from training.loss_fns import DEFAULT_LOSS_FN
 from training.services import Submission, forward_backward_submit, optim_step_submit
@@ -64,13 +63,11 @@ class ForwardBackwardView(OperationView):
     forward_only: ClassVar[bool] = False
     fields: ClassVar[Mapping[str, Field]] = {
         "model_id": MODEL_ID,
-        "data": Custom(
+        "data": TrainingData(
             description='Conversations (lists of messages, or `{"messages": [...]}`) or '
             'token-level datums `{"model_input": [...], "loss_fn_inputs": {...}}`. Position i '
             "of a datum's inputs belongs to the prediction of token i + 1.",
             required=True,
-            checker=check_data,
-            json=DATA_SCHEMA,
             example=[
                 [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "Hi!"}]
             ],

@@ -12,7 +12,7 @@ from tinkerapi.api.fields.field import Integer, Number, Text
 from training.errors import InvalidDatum, LimitExceeded
 from training.loss_fns import CUSTOM, DEFAULT_LOSS_FN, LOSS_FNS
 from training.payloads import with_weights_of_one
-from training.types import MAX_FLOAT32, Datum, Provenance
+from training.types import MAX_FLOAT32, Datum, ImageDatum, Provenance
 
 _MODEL_ID = Text(description="The run.")
 _SEQ_ID = Integer(description="Its place in the run.", minimum=1, maximum=2**31 - 1)
@@ -28,7 +28,7 @@ class ForwardBackwardCall:
     model_id: str
     seq_id: int
     """Its place in the run's order, from 1."""
-    data: list[Datum]
+    data: list[Datum | ImageDatum]
     loss_fn: str
     """As sent; checked against the table of losses."""
     loss_fn_config: dict[str, float]
@@ -39,7 +39,7 @@ class ForwardBackwardCall:
     provenance: list[Provenance | None] = field(default_factory=list)
     """The provenance of each datum's tokens, for a loss that reads it; else empty."""
 
-    def data_to_store(self) -> list[Datum]:
+    def data_to_store(self) -> list[Datum | ImageDatum]:
         """The data as the first version stored them, so that a request of that time has the same
         digest when it is sent again: a forward without weights has weights of 1."""
         if self.forward_only and self.loss_fn == DEFAULT_LOSS_FN:
@@ -101,15 +101,4 @@ def check_num_datums(num_datums: int) -> None:
     if num_datums > settings.MAX_DATUMS:
         raise LimitExceeded(
             f"data: {num_datums} datums; this server takes {settings.MAX_DATUMS} in one request"
-        )
-
-
-def check_num_tokens(num_tokens: int, where: str) -> None:
-    """Refuse an empty sequence, and one with too many tokens."""
-    if num_tokens == 0:
-        raise InvalidDatum(f"{where}: is empty")
-    if num_tokens > settings.MAX_DATUM_TOKENS:
-        raise LimitExceeded(
-            f"{where}: {num_tokens} tokens; this server takes {settings.MAX_DATUM_TOKENS} in one "
-            "sequence"
         )

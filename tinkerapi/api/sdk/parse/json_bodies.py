@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tinkerapi.api.fields.chunks import datum_of, join_chunks, num_tokens_of
 from tinkerapi.api.fields.field import check_object
+from tinkerapi.api.fields.images import AUDIO, POINTERS, check_base64_image
 from tinkerapi.api.fields.loss_inputs import NO_INPUTS, check_input, check_token_ids
 from tinkerapi.api.fields.refusals import FLOAT32, refuse, shown
 from tinkerapi.api.fields.sampling import TINKER_SAMPLING_FIELDS
@@ -23,14 +25,14 @@ from tinkerapi.api.sdk.parse.calls import (
     check_ids,
     check_loss_fn,
     check_num_datums,
-    check_num_tokens,
     reads_provenance,
 )
 from tinkerapi.api.sdk.parse.provenance import FIELDS as SPANS
 from tinkerapi.api.sdk.parse.provenance import provenance_of_json
 from tinkerapi.api.sdk.parse.tensors import Array, DenseBudget, TensorParts, build_array
 from training.errors import InvalidDatum, InvalidRequest
-from training.types import Datum, SamplingParams
+from training.images import Chunks, Image
+from training.types import Datum, ImageDatum, SamplingParams, TokenIds
 
 _NUMPY: Mapping[str, np.dtype[Any]] = {
     "int64": np.dtype(np.int64),
@@ -74,7 +76,9 @@ def parse_json_forward_backward(body: Any, *, forward_only: bool = False) -> For
     )
 
 
-def parse_json_datum(value: Any, where: str, budget: DenseBudget | None = None) -> Datum:
+def parse_json_datum(
+    value: Any, where: str, budget: DenseBudget | None = None
+) -> Datum | ImageDatum:
     """``{"model_input": {"chunks": [...]}, "loss_fn_inputs": {name: TensorData}}``.
 
     Args:
@@ -85,7 +89,7 @@ def parse_json_datum(value: Any, where: str, budget: DenseBudget | None = None) 
         LimitExceeded: It is larger than this server takes. (400)
     """
     fields = _fields(value, ("model_input", "loss_fn_inputs", *SPANS), where)
-    tokens = parse_model_input(fields.get("model_input"), f"{where}.model_input")
+    model_input = parse_model_input(fields.get("model_input"), f"{where}.model_input")
     inputs = fields.get("loss_fn_inputs")
     if not isinstance(inputs, dict):
         raise _wrong(f"{where}.loss_fn_inputs", "an object of tensors by name", inputs)
@@ -96,24 +100,22 @@ def parse_json_datum(value: Any, where: str, budget: DenseBudget | None = None) 
     for name, item in inputs.items():
         place = f"{where}.loss_fn_inputs.{name[:60]}"
         array = parse_tensor_data(item, place, budget=budget)
-        arrays[name] = check_input(name, array, place, num_tokens=len(tokens))
-    return Datum(model_input=tokens, loss_fn_inputs=arrays)
+        arrays[name] = check_input(name, array, place, num_tokens=num_tokens_of(model_input))
+    return datum_of(model_input, arrays)
 
 
-def parse_model_input(value: Any, where: str) -> NDArray[np.int32]:
-    """(N,) the token ids of ``{"chunks": [...]}``, N at least 1. Text only.
+def parse_model_input(value: Any, where: str) -> TokenIds | Chunks:
+    """(N,) the token ids of ``{"chunks": [...]}``, N at least 1; the chunks, if one is an image.
 
     Raises:
-        InvalidDatum: An image, audio, no tokens, or not of this form. (400)
+        InvalidDatum: Audio, a pointer to an image, no tokens, or not of this form. (400)
         LimitExceeded: More tokens than this server takes. (400)
     """
     chunks = _fields(value, ("chunks",), where).get("chunks")
     if not isinstance(chunks, list):
         raise _wrong(f"{where}.chunks", "a list of chunks", chunks)
-    arrays = [_parse_chunk(chunk, f"{where}.chunks[{i}]") for i, chunk in enumerate(chunks)]
-    tokens = np.concatenate([np.empty(0, np.int64), *arrays])
-    check_num_tokens(len(tokens), where)
-    return tokens.astype(np.int32)
+    parsed = [_parse_chunk(chunk, f"{where}.chunks[{i}]") for i, chunk in enumerate(chunks)]
+    return join_chunks(parsed, where)
 
 
 def parse_tensor_data(
@@ -172,7 +174,7 @@ def parse_sampling_params(value: Any, where: str) -> SamplingParams:
     return SamplingParams(**check_object(TINKER_SAMPLING_FIELDS, value, where))
 
 
-def _parse_chunk(value: Any, where: str) -> Array:
+def _parse_chunk(value: Any, where: str) -> NDArray[np.int32] | Image:
     if not isinstance(value, dict):
         raise _wrong(where, 'a chunk such as {"tokens": [1, 2]}', value)
     kind = value.get("type")
@@ -181,12 +183,21 @@ def _parse_chunk(value: Any, where: str) -> Array:
         kind = next((kind for name, kind in names.items() if value.get(name) is not None), None)
         if kind is None:
             kind = "image" if value.get("data") is not None else "encoded_text"
+    if kind == "image":
+        fields = _fields(value, ("type", "data", "format", "expected_tokens"), where)
+        return check_base64_image(
+            fields.get("data"), fields.get("format"), fields.get("expected_tokens"), where
+        )
+    if kind == "image_asset_pointer":
+        raise InvalidDatum(f"{where}: {POINTERS}")
+    if kind == "dmel":
+        raise InvalidDatum(f"{where}: {AUDIO}")
     if kind != "encoded_text":
-        raise InvalidDatum(f"{where}: {shown(kind)} is not supported; only encoded_text")
+        raise InvalidDatum(f"{where}: {shown(kind)} is not supported; only encoded_text and image")
     fields = _fields(value, ("type", "tokens"), where)
     tokens = _numbers(fields.get("tokens"), _NUMPY["int64"], f"{where}.tokens")
     check_token_ids(tokens, f"{where}.tokens")
-    return tokens
+    return tokens.astype(np.int32)
 
 
 def _numbers(value: Any, dtype: np.dtype[Any], where: str) -> Array:

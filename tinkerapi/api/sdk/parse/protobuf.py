@@ -1,7 +1,7 @@
 """``POST /forward_backward`` as the SDK sends it: protobuf to a ``ForwardBackwardCall``.
 
 Every refusal names the place: ``data[3].loss_fn_inputs.weights: 12 values for shape [11]``. The
-arrays are read-only views of the message's bytes. Text only: image and audio chunks are refused.
+arrays are read-only views of the message's bytes. Audio chunks are refused.
 Provenance spans are read only for the loss stable_reinforce; for others they have no effect.
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 
+from tinkerapi.api.fields.chunks import datum_of, join_chunks, num_tokens_of
+from tinkerapi.api.fields.images import AUDIO, check_image
 from tinkerapi.api.fields.loss_inputs import NO_INPUTS, check_input, check_token_ids
 from tinkerapi.api.sdk import tinker_public_pb2 as pb
 from tinkerapi.api.sdk.parse.broken_bodies import ids_of_broken_protobuf
@@ -23,14 +24,14 @@ from tinkerapi.api.sdk.parse.calls import (
     check_ids,
     check_loss_fn,
     check_num_datums,
-    check_num_tokens,
     reads_provenance,
 )
 from tinkerapi.api.sdk.parse.field_count import check_field_count
 from tinkerapi.api.sdk.parse.provenance import provenance_of_message
 from tinkerapi.api.sdk.parse.tensors import Array, DenseBudget, TensorParts, build_array
 from training.errors import InvalidDatum, InvalidRequest
-from training.types import Datum
+from training.images import Chunks, Image
+from training.types import Datum, ImageDatum, TokenIds
 
 _BFLOAT16 = np.dtype("<u2")  # numpy has no bfloat16: its bits are a float32's upper half
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -104,36 +105,49 @@ def _config(message: pb.ForwardBackwardRequest) -> dict[str, float | str | None]
     }
 
 
-def _parse_datum(message: pb.Datum, where: str, budget: DenseBudget) -> Datum:
-    tokens = _parse_chunks(message.model_input, f"{where}.model_input")
+def _parse_datum(message: pb.Datum, where: str, budget: DenseBudget) -> Datum | ImageDatum:
+    model_input = _parse_chunks(message.model_input, f"{where}.model_input")
     inputs = {}
     for name, tensor in message.loss_fn_inputs.items():
         place = f"{where}.loss_fn_inputs.{name[:60]}"
         array = build_array(_parse_tensor(tensor, place), place, pad=0, budget=budget)
-        inputs[name] = check_input(name, array, place, num_tokens=len(tokens))
+        inputs[name] = check_input(name, array, place, num_tokens=num_tokens_of(model_input))
     if not inputs:
         raise InvalidDatum(f"{where}.loss_fn_inputs: {NO_INPUTS}")
-    return Datum(model_input=tokens, loss_fn_inputs=inputs)
+    return datum_of(model_input, inputs)
 
 
-def _parse_chunks(chunks: Sequence[pb.Chunk], where: str) -> NDArray[np.int32]:
-    """(N,) the tokens of all chunks, N at least 1."""
-    arrays: list[NDArray[np.int32]] = []
+def _parse_chunks(chunks: Sequence[pb.Chunk], where: str) -> TokenIds | Chunks:
+    """(N,) the tokens of all chunks, N at least 1; the chunks, if one is an image."""
+    parsed: list[TokenIds | Image] = []
     for i, chunk in enumerate(chunks):
         kind = chunk.WhichOneof("chunk")
         if kind == "encoded_text":
-            place = f"{where}[{i}].tokens"
-            arrays.append(
-                _array(chunk.encoded_text.tokens, _DTYPES[pb.DTYPE_INT32], place, "int32")
+            tokens = _array(
+                chunk.encoded_text.tokens,
+                _DTYPES[pb.DTYPE_INT32],
+                f"{where}.chunks[{i}].tokens",
+                "int32",
             )
+            check_token_ids(tokens, f"{where}.chunks[{i}].tokens")
+            parsed.append(tokens)
+        elif kind == "image":
+            parsed.append(_parse_image(chunk.image, f"{where}.chunks[{i}]"))
         elif kind is None:
-            raise InvalidDatum(f"{where}[{i}]: holds no tokens")
+            raise InvalidDatum(f"{where}.chunks[{i}]: holds no tokens")
         else:
-            raise InvalidDatum(f"{where}[{i}].{kind}: is not supported; only encoded_text")
-    tokens = arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, np.int32), *arrays])
-    check_num_tokens(len(tokens), where)
-    check_token_ids(tokens, where)
-    return tokens
+            raise InvalidDatum(f"{where}.chunks[{i}]: {AUDIO}")
+    return join_chunks(parsed, where)
+
+
+def _parse_image(message: pb.ImageChunk, where: str) -> Image:
+    if message.HasField("override_dimensions"):
+        raise InvalidDatum(
+            f"{where}.override_dimensions: is not supported; send the image in the size that the "
+            "model is to see"
+        )
+    expected = message.expected_tokens if message.HasField("expected_tokens") else None
+    return check_image(message.data, message.format, expected, where)
 
 
 def _parse_tensor(message: pb.Tensor, where: str) -> TensorParts:

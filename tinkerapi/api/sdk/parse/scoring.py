@@ -46,11 +46,15 @@ SCORING_FIELDS: Mapping[str, Field] = {
 def check_scoring(
     body: Mapping[str, Any],
     *,
-    num_prompt_tokens: int,
+    num_prompt_tokens: int | None,
     prompt_logprobs: bool,
     num_sampled_tokens: int,
 ) -> ScoringParams:
     """The checked options for a prompt of this length.
+
+    Args:
+        num_prompt_tokens: None if the prompt has an image and its client does not say of how many
+            tokens.
 
     Raises:
         InvalidRequest: An option does not fit the prompt. (400)
@@ -58,6 +62,14 @@ def check_scoring(
     """
     targets, indices = body["target_prompt_logprobs"] or (None, None)
     last_n = body["prompt_logprobs_last_n"]
+    if num_prompt_tokens is None:
+        for name in SCORING_FIELDS:
+            if body[name] and name != "topk_sample_logprobs":
+                raise InvalidRequest(
+                    f"{name}: the prompt has an image; say its expected_tokens, so that the "
+                    "prompt's length is known"
+                )
+        num_prompt_tokens = 0
     if last_n is not None and not prompt_logprobs:
         raise InvalidRequest("prompt_logprobs_last_n: needs prompt_logprobs")
     if last_n is not None and last_n >= num_prompt_tokens:

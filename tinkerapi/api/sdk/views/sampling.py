@@ -13,6 +13,7 @@ from futures.selectors import Completion, lane_completions
 from futures.waiters import read_when_woken
 from tinkerapi.api import threads
 from tinkerapi.api.caller import owner_of
+from tinkerapi.api.fields.chunks import num_tokens_of
 from tinkerapi.api.fields.field import (
     MAX_FLOAT,
     Choice,
@@ -109,7 +110,7 @@ class SampleView(SdkView):
         "sampling_session_id": SAMPLING_SESSION_ID,
         "seq_id": Integer(description="The client's number of it.", required=True),
         "prompt": Custom(
-            description="Token ids.", required=True, checker=parse_model_input, json={}
+            description="Token ids and images.", required=True, checker=parse_model_input, json={}
         ),
         "sampling_params": Custom(
             description="How tokens are chosen.",
@@ -132,7 +133,7 @@ class SampleView(SdkView):
         prompt = body.pop("prompt")
         scoring = check_scoring(
             {name: body.pop(name) for name in SCORING_FIELDS},
-            num_prompt_tokens=len(prompt),
+            num_prompt_tokens=num_tokens_of(prompt),
             prompt_logprobs=body["prompt_logprobs"],
             num_sampled_tokens=body["num_samples"]
             * (body["sampling_params"].max_tokens or settings.DEFAULT_MAX_TOKENS),

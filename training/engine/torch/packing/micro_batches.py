@@ -74,8 +74,9 @@ class LossSpan:
     end: int
 
     @property
-    def start(self) -> int:
-        return self.first.start
+    def tokens(self) -> slice:
+        """Its tokens among the N."""
+        return slice(self.first.start, self.end)
 
     @property
     def num_targets(self) -> int:

@@ -1,0 +1,52 @@
+"""The data tab of a run: a training example token by token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from django.http import HttpRequest
+
+from tinkerapi.console.kit.display import page_url
+from tinkerapi.console.kit.parameters import number_of
+from training.inspection import TokenView, pass_inspect, pass_neighbours, passes_listed
+from training.models import Run
+
+NEWEST_PASSES = 40
+"""Passes that can be chosen from the list; others are reached one by one, or by their number."""
+
+
+def data_tab(request: HttpRequest, run: Run) -> dict[str, Any]:
+    """The chosen datum, and links to its neighbours."""
+    shown = pass_inspect(
+        run,
+        request_id=request.GET.get("request") or None,
+        number=number_of(request, "datum") or 0,
+    )
+    if shown is None:
+        return {"shown": None, "passes": passes_listed(run, limit=NEWEST_PASSES)}
+    before, after = pass_neighbours(run, shown.future.seq_id or 0)
+    page, own, last = page_url(run), shown.future.pk, shown.num_datums - 1
+
+    def url(request_id: str | None, datum: int = 0) -> str | None:
+        return request_id and f"{page}?tab=data&request={request_id}&datum={datum}"
+
+    return {
+        "shown": shown,
+        "passes": passes_listed(run, limit=NEWEST_PASSES),
+        "tokens": tokens_json(shown.view),
+        "view": shown.view,
+        "request_url": page_url(shown.future),
+        "steps": {"before": url(before), "after": url(after)},
+        "datums": {
+            "before": url(own, shown.number - 1) if shown.number else None,
+            "after": url(own, shown.number + 1) if shown.number < last else None,
+        },
+    }
+
+
+def tokens_json(view: TokenView) -> dict[str, Any]:
+    """What ``static/tinkerapi/tokens.js`` draws."""
+    names = ("ids", "texts", "columns", "top", "prompt_length")
+    values = asdict(view)
+    return {name: values[name] for name in names}

@@ -1,0 +1,269 @@
+"""Training examples and samples token by token, for people.
+
+Reads one stored request and its result. Tokens become text by the table that the worker stored
+(``training.vocabulary``), so no tokenizer is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from futures.models import Future
+from futures.payload import decode
+from futures.transitions import State
+from training.base_models import base_model_get
+from training.errors import BaseModelNotFound
+from training.kinds import ForwardBackward, Kind, Sample, stored_request
+from training.loss_fns import ADVANTAGES, LOGPROBS, TARGET_TOKENS, WEIGHTS
+from training.models import Run
+from training.types import Conversation, Datum
+from training.vocabulary import TokenTable, vocabulary_find
+
+MAX_TOKENS = 20_000
+"""Tokens that one view shows."""
+
+Numbers = list[float | None]
+
+WEIGHT, ADVANTAGE, SAMPLED, TRAINED, RATIO = "weight", "advantage", "sampled", "trained", "ratio"
+"""Columns: the loss weight, the advantage, the sampler's and the trainer's log-probability, and
+the trainer's probability by the sampler's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """Tokens in order, with numbers for each."""
+
+    ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    columns: Mapping[str, Numbers] = field(default_factory=dict)
+    """Name to a number for each token, or None where there is none."""
+    top: list[list[tuple[str, float]]] = field(default_factory=list)
+    """The likeliest tokens at each position, for a sample that recorded them."""
+    prompt_length: int = 0
+    """Tokens before the first one that was trained or sampled."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know of this view."""
+    messages: list[tuple[str, str]] = field(default_factory=list)
+    """Role and text, if the client sent a conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedPass:
+    """One datum of a forward or forward_backward."""
+
+    future: Future
+    loss_fn: str
+    num_datums: int
+    number: int
+    view: TokenView
+
+
+def passes_listed(run: Run, *, limit: int) -> list[Future]:
+    """The newest passes of a run whose requests are stored, without their bodies."""
+    return list(_passes(run).order_by("-seq_id")[:limit])
+
+
+def pass_neighbours(run: Run, seq_id: int) -> tuple[str | None, str | None]:
+    """The ids of the passes before and after the one of this number."""
+    before = _passes(run).filter(seq_id__lt=seq_id).order_by("-seq_id")
+    after = _passes(run).filter(seq_id__gt=seq_id).order_by("seq_id")
+    return _first_id(before), _first_id(after)
+
+
+def pass_inspect(run: Run, *, request_id: str | None, number: int) -> InspectedPass | None:
+    """One datum of a pass of a run; None if there is no such pass, or its request was pruned.
+
+    Args:
+        request_id: None for the newest pass.
+        number: Of the datum; one beyond the last is the last.
+    """
+    passes = Future.objects.filter(
+        lane_id=run.pk, kind__in=[Kind.FORWARD, Kind.FORWARD_BACKWARD], payload__isnull=False
+    )
+    if request_id is not None:
+        passes = passes.filter(pk=request_id)
+    future = passes.order_by("-seq_id").first()
+    if future is None:
+        return None
+    request = cast(ForwardBackward, stored_request(future.kind, bytes(future.payload or b"")))
+    number = min(number, len(request.data) - 1)
+    logprobs = _trained_logprobs(future)
+    own = logprobs[number] if number < len(logprobs) else None
+    item = request.data[number]
+    return InspectedPass(
+        future=future,
+        loss_fn=request.loss_fn,
+        num_datums=len(request.data),
+        number=number,
+        view=_conversation_view(item, own)
+        if isinstance(item, Conversation)
+        else _datum_view(item, own, token_table_of(run)),
+    )
+
+
+def sample_inspect(run: Run, future: Future, *, number: int) -> TokenView | None:
+    """One sequence of a finished sample, with its prompt; None if its bodies were pruned."""
+    if future.payload is None or future.result is None:
+        return None
+    request = cast(Sample, stored_request(future.kind, bytes(future.payload)))
+    sequences = decode(bytes(future.result))["sequences"]
+    if not 0 <= number < len(sequences):
+        return None
+    sequence, table = sequences[number], token_table_of(run)
+    prompt = request.prompts[min(number // request.num_samples, len(request.prompts) - 1)]
+    notes: list[str] = []
+    messages: list[tuple[str, str]] = []
+    before: list[int] = []
+    if isinstance(prompt, Conversation):
+        messages = _messages(prompt)
+    elif isinstance(prompt, str):
+        messages = [("text", prompt)]
+    else:
+        before = np.asarray(prompt).tolist()
+    ids = [*before, *np.asarray(sequence["tokens"]).tolist()]
+    none: Numbers = [None] * len(before)
+    top: list[list[tuple[str, float]]] = []
+    if "topk_logprobs" in sequence and table is not None:
+        likely = sequence["topk_logprobs"]
+        rows = zip(likely["token_ids"].tolist(), likely["logprobs"].tolist(), strict=True)
+        top = [[] for _ in before] + [
+            [(table.text([id_]), value) for id_, value in zip(*row, strict=True)] for row in rows
+        ]
+    return _cut(
+        TokenView(
+            ids=ids,
+            texts=_texts(ids, table, notes),
+            columns={SAMPLED: none + _numbers(sequence["logprobs"])},
+            top=top,
+            prompt_length=len(before),
+            notes=notes,
+            messages=messages,
+        )
+    )
+
+
+def token_table_of(run: Run) -> TokenTable | None:
+    """The tokens of a run's base model; None until its worker has stored them."""
+    try:
+        return vocabulary_find(base_model_get(run.base_model).queue)
+    except BaseModelNotFound:
+        return None
+
+
+def _datum_view(datum: Datum, trained: NDArray[Any] | None, table: TokenTable | None) -> TokenView:
+    """The first input token, and then the targets, each with the numbers of its prediction."""
+    inputs, notes = dict(datum.loss_fn_inputs), []
+    first, shape = datum.model_input[:1].tolist(), (len(datum.model_input),)
+    targets = np.asarray(inputs.pop(TARGET_TOKENS, datum.model_input))
+    if targets.ndim == 2:
+        best = np.argmax(np.asarray(inputs.get(WEIGHTS, np.ones(targets.shape))), axis=1)[:, None]
+        notes.append(f"{targets.shape[1]} targets at each position; shown is the heaviest.")
+        pick = {name: v for name, v in inputs.items() if np.shape(v) == targets.shape}
+        inputs |= {name: np.take_along_axis(v, best, 1)[:, 0] for name, v in pick.items()}
+        if trained is not None and trained.shape == targets.shape:
+            trained = np.take_along_axis(trained, best, 1)[:, 0]
+        targets = np.take_along_axis(targets, best, 1)[:, 0]
+    differing = int(np.count_nonzero(targets[:-1] != datum.model_input[1:]))
+    if differing:
+        notes.append(f"{differing} targets are not the next input token; shown are the targets.")
+    per_token = {name: v for name, v in inputs.items() if np.shape(v) == shape}
+    columns: dict[str, Numbers] = {}
+    for name, column in ((WEIGHTS, WEIGHT), (ADVANTAGES, ADVANTAGE), (LOGPROBS, SAMPLED)):
+        if name in per_token:
+            columns[column] = [None, *_numbers(per_token.pop(name))]
+    if trained is not None and trained.shape == shape:
+        columns[TRAINED] = [None, *_numbers(trained)]
+        if SAMPLED in columns:
+            with np.errstate(all="ignore"):
+                ratio = np.exp(trained.astype(np.float64) - np.asarray(inputs[LOGPROBS]))
+            columns[RATIO] = [None, *_numbers(ratio)]
+    columns |= {name: [None, *_numbers(values)] for name, values in per_token.items()}
+    ids = [*first, *targets.tolist()]
+    return _cut(
+        TokenView(
+            ids=ids,
+            texts=_texts(ids, table, notes),
+            columns=columns,
+            prompt_length=_prompt_length(columns, len(ids)),
+            notes=notes,
+        )
+    )
+
+
+def _conversation_view(conversation: Conversation, trained: NDArray[Any] | None) -> TokenView:
+    notes = ["The client sent text; the worker made it into tokens with the model's chat template."]
+    if trained is not None:
+        notes.append(
+            f"{trained.size:,} tokens, whose mean log-probability is {trained.mean():.4g}."
+        )
+    return TokenView(messages=_messages(conversation), notes=notes)
+
+
+def _prompt_length(columns: Mapping[str, Numbers], length: int) -> int:
+    """Tokens before the first that was trained, or sampled with advantage 0."""
+    factors = [columns[name] for name in (WEIGHT, ADVANTAGE, SAMPLED) if name in columns]
+    rows = enumerate(zip(*factors, strict=True))
+    return next((index for index, values in rows if any(values)), length if factors else 0)
+
+
+def _cut(view: TokenView) -> TokenView:
+    """At most ``MAX_TOKENS`` tokens, with a note of the others."""
+    left_out = len(view.ids) - MAX_TOKENS
+    if left_out <= 0:
+        return view
+    return TokenView(
+        ids=view.ids[:MAX_TOKENS],
+        texts=view.texts[:MAX_TOKENS],
+        columns={name: values[:MAX_TOKENS] for name, values in view.columns.items()},
+        top=view.top[:MAX_TOKENS],
+        prompt_length=min(view.prompt_length, MAX_TOKENS),
+        notes=[*view.notes, f"The last {left_out:,} tokens are left out."],
+        messages=view.messages,
+    )
+
+
+def _texts(ids: Sequence[int], table: TokenTable | None, notes: list[str]) -> list[str]:
+    if table is not None:
+        return table.pieces(ids)
+    notes.append("The worker has not stored this model's tokens yet: shown are their ids.")
+    return [f"{id_} " for id_ in ids]
+
+
+def _messages(conversation: Conversation) -> list[tuple[str, str]]:
+    return [(message.role, message.content or "") for message in conversation.messages]
+
+
+def _numbers(values: Any) -> Numbers:
+    """Numbers for JSON: four digits, None for those that are not finite."""
+    array = np.asarray(values, np.float64)
+    return [
+        float(f"{value:.4g}") if is_finite else None
+        for value, is_finite in zip(array.tolist(), np.isfinite(array).tolist(), strict=True)
+    ]
+
+
+def _trained_logprobs(future: Future) -> list[NDArray[Any]]:
+    """The trainer's log-probabilities of each datum; none unless the pass is finished."""
+    if future.state != State.READY or future.result is None:
+        return []
+    outputs = decode(bytes(future.result))["loss_fn_outputs"]
+    return [np.asarray(output["logprobs"]) for output in outputs]
+
+
+def _passes(run: Run) -> Any:
+    """The passes of a run that can be shown, without their bodies."""
+    return Future.objects.without_bodies().filter(
+        lane_id=run.pk,
+        kind__in=[Kind.FORWARD, Kind.FORWARD_BACKWARD],
+        pruned_at__isnull=True,
+    )
+
+
+def _first_id(futures: Any) -> str | None:
+    found: str | None = futures.values_list("pk", flat=True).first()
+    return found
