@@ -7,7 +7,7 @@ Reads one stored request and its result. Tokens become text by the table that th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,14 +18,18 @@ from futures.payload import decode
 from futures.transitions import State
 from training.base_models import base_model_get
 from training.errors import BaseModelNotFound
+from training.images import Chunks, Image
 from training.kinds import ForwardBackward, Kind, Sample, stored_request
 from training.loss_fns import ADVANTAGES, LOGPROBS, TARGET_TOKENS, WEIGHTS
 from training.models import Run
-from training.types import Conversation, Datum
+from training.types import Conversation, Datum, Example, Message
 from training.vocabulary import TokenTable, vocabulary_find
 
 MAX_TOKENS = 20_000
 """Tokens that one view shows."""
+
+NO_TOKEN = -1
+"""Stands for a token of an image."""
 
 Numbers = list[float | None]
 
@@ -50,6 +54,8 @@ class TokenView:
     """What a reader should know of this view."""
     messages: list[tuple[str, str]] = field(default_factory=list)
     """Role and text, if the client sent a conversation."""
+    images: Sequence[Image] = ()
+    """The images among the tokens or in the messages, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +106,7 @@ def pass_inspect(run: Run, *, request_id: str | None, number: int) -> InspectedP
         loss_fn=request.loss_fn,
         num_datums=len(request.data),
         number=number,
-        view=_conversation_view(item, own)
-        if isinstance(item, Conversation)
-        else _datum_view(item, own, token_table_of(run)),
+        view=_example_view(item, own, token_table_of(run)),
     )
 
 
@@ -119,10 +123,14 @@ def sample_inspect(run: Run, future: Future, *, number: int) -> TokenView | None
     notes: list[str] = []
     messages: list[tuple[str, str]] = []
     before: list[int] = []
+    images: list[Image] = []
     if isinstance(prompt, Conversation):
-        messages = _messages(prompt)
+        messages, images = _messages(prompt), _images(prompt)
     elif isinstance(prompt, str):
         messages = [("text", prompt)]
+    elif isinstance(prompt, Chunks):
+        images = prompt.images
+        notes.append("The prompt has images; shown are its completion's tokens.")
     else:
         before = np.asarray(prompt).tolist()
     ids = [*before, *np.asarray(sequence["tokens"]).tolist()]
@@ -143,6 +151,7 @@ def sample_inspect(run: Run, future: Future, *, number: int) -> TokenView | None
             prompt_length=len(before),
             notes=notes,
             messages=messages,
+            images=images,
         )
     )
 
@@ -153,6 +162,27 @@ def token_table_of(run: Run) -> TokenTable | None:
         return vocabulary_find(base_model_get(run.base_model).queue)
     except BaseModelNotFound:
         return None
+
+
+def _example_view(
+    item: Example, trained: NDArray[Any] | None, table: TokenTable | None
+) -> TokenView:
+    if isinstance(item, Conversation):
+        return _conversation_view(item, trained)
+    if isinstance(item, Datum):
+        return _datum_view(item, trained, table)
+    images = item.model_input.images
+    if item.model_input.num_tokens is None:
+        note = "The client did not say how many tokens each image is; the worker placed them."
+        return TokenView(notes=[note], images=images)
+    ids = [
+        np.full(chunk.expected_tokens or 0, NO_TOKEN) if isinstance(chunk, Image) else chunk
+        for chunk in item.model_input.chunks
+    ]
+    placed = Datum(
+        model_input=np.concatenate(ids).astype(np.int32), loss_fn_inputs=item.loss_fn_inputs
+    )
+    return replace(_datum_view(placed, trained, table), images=images)
 
 
 def _datum_view(datum: Datum, trained: NDArray[Any] | None, table: TokenTable | None) -> TokenView:
@@ -201,7 +231,7 @@ def _conversation_view(conversation: Conversation, trained: NDArray[Any] | None)
         notes.append(
             f"{trained.size:,} tokens, whose mean log-probability is {trained.mean():.4g}."
         )
-    return TokenView(messages=_messages(conversation), notes=notes)
+    return TokenView(messages=_messages(conversation), notes=notes, images=_images(conversation))
 
 
 def _prompt_length(columns: Mapping[str, Numbers], length: int) -> int:
@@ -216,14 +246,14 @@ def _cut(view: TokenView) -> TokenView:
     left_out = len(view.ids) - MAX_TOKENS
     if left_out <= 0:
         return view
-    return TokenView(
+    return replace(
+        view,
         ids=view.ids[:MAX_TOKENS],
         texts=view.texts[:MAX_TOKENS],
         columns={name: values[:MAX_TOKENS] for name, values in view.columns.items()},
         top=view.top[:MAX_TOKENS],
         prompt_length=min(view.prompt_length, MAX_TOKENS),
         notes=[*view.notes, f"The last {left_out:,} tokens are left out."],
-        messages=view.messages,
     )
 
 
@@ -235,7 +265,18 @@ def _texts(ids: Sequence[int], table: TokenTable | None, notes: list[str]) -> li
 
 
 def _messages(conversation: Conversation) -> list[tuple[str, str]]:
-    return [(message.role, message.content or "") for message in conversation.messages]
+    return [(message.role, _text_of(message)) for message in conversation.messages]
+
+
+def _text_of(message: Message) -> str:
+    """A message's text, with a mark at each image."""
+    if isinstance(message.content, tuple):
+        return "".join("[image]" if isinstance(p, Image) else p for p in message.content)
+    return message.content or ""
+
+
+def _images(conversation: Conversation) -> list[Image]:
+    return [image for message in conversation.messages for image in message.images]
 
 
 def _numbers(values: Any) -> Numbers:

@@ -11,7 +11,7 @@ from django.http import HttpRequest
 
 from tinkerapi.console.kit.display import page_url
 from tinkerapi.console.kit.parameters import number_of
-from tinkerapi.console.pages.run_data import tokens_json
+from tinkerapi.console.pages.run_data import thumbnails, tokens_json
 from training.inspection import sample_inspect
 from training.models import Rollout, Run
 from training.rollout_listing import rollout_find, rollout_group, rollout_page
@@ -71,6 +71,7 @@ def _sequence(run: Run, request_id: str, number: int) -> dict[str, Any]:
         "row": _rows(run, [row])[0],
         "view": view,
         "tokens": None if view is None else tokens_json(view),
+        "thumbnails": [] if view is None else thumbnails(view),
         "request_url": page_url(future),
         "list_url": _url(run),
     }

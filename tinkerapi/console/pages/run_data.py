@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from base64 import b64encode
 from typing import Any
 
 from django.http import HttpRequest
+from django.template.defaultfilters import filesizeformat
 
 from tinkerapi.console.kit.display import page_url
 from tinkerapi.console.kit.parameters import number_of
@@ -14,6 +15,10 @@ from training.models import Run
 
 NEWEST_PASSES = 40
 """Passes that can be chosen from the list; others are reached one by one, or by their number."""
+
+MAX_IMAGES = 16
+MAX_IMAGE_BYTES = 1024**2
+"""Images that are shown on one page, and the largest of them."""
 
 
 def data_tab(request: HttpRequest, run: Run) -> dict[str, Any]:
@@ -36,6 +41,7 @@ def data_tab(request: HttpRequest, run: Run) -> dict[str, Any]:
         "passes": passes_listed(run, limit=NEWEST_PASSES),
         "tokens": tokens_json(shown.view),
         "view": shown.view,
+        "thumbnails": thumbnails(shown.view),
         "request_url": page_url(shown.future),
         "steps": {"before": url(before), "after": url(after)},
         "datums": {
@@ -45,8 +51,21 @@ def data_tab(request: HttpRequest, run: Run) -> dict[str, Any]:
     }
 
 
+def thumbnails(view: TokenView) -> list[dict[str, Any]]:
+    """The first images of a view as data URLs, which the pages' policy allows; None for a large
+    one."""
+    return [
+        {
+            "url": f"data:image/{image.format};base64,{b64encode(image.data).decode()}"
+            if len(image.data) <= MAX_IMAGE_BYTES
+            else None,
+            "size": filesizeformat(len(image.data)),
+        }
+        for image in view.images[:MAX_IMAGES]
+    ]
+
+
 def tokens_json(view: TokenView) -> dict[str, Any]:
     """What ``static/tinkerapi/tokens.js`` draws."""
     names = ("ids", "texts", "columns", "top", "prompt_length")
-    values = asdict(view)
-    return {name: values[name] for name in names}
+    return {name: getattr(view, name) for name in names}
