@@ -161,7 +161,7 @@ def future_record(
     owner_id: int,
     queue: str,
     kind: str,
-    payload: Any,
+    payload: EncodedPayload,
     result: Any,
     idempotency_key: str,
     summary: dict[str, Any] | None = None,
@@ -174,15 +174,14 @@ def future_record(
     Raises:
         IdempotencyKeyReused: The key exists with another lane, kind or payload.
     """
-    encoded = encode_payload(kind, payload)
     now = timezone.now()
     future = Future(
         owner_id=owner_id,
         queue=queue,
         kind=kind,
         state=State.READY,
-        payload=encoded.data,
-        payload_digest=encoded.digest,
+        payload=payload.data,
+        payload_digest=payload.digest,
         result=encode(result),
         idempotency_key=idempotency_key,
         summary=summary or {},

@@ -16,6 +16,7 @@ from training.kinds import (
     LOGGED,
     REQUESTS,
     CompareRuns,
+    CreateCustomLoss,
     CreateRun,
     Forward,
     ForwardBackward,
@@ -88,6 +89,15 @@ def test_a_request_comes_back_from_what_its_future_stores(request_: Request) -> 
     assert (again.cost, again.summary) == (request_.cost, request_.summary)
 
 
+def test_an_uploaded_loss_comes_back_from_what_its_future_stores() -> None:
+    upload = CreateCustomLoss(
+        name="a", inputs=[{"name": "logprobs", "rank": 1}], graph={"nodes": []}
+    )
+    again = CreateCustomLoss.from_payload(decode(upload.encoded().data))
+    assert again == upload
+    assert again.summary == {"name": "a", "nodes": 0}
+
+
 def test_every_field_of_every_kind_is_stored() -> None:
     """The examples above set each field to a value other than its default, and it is restored."""
     for kind, of_kind in REQUESTS.items():
@@ -138,7 +148,7 @@ def test_token_ids_that_an_older_version_stored_are_read_and_named_alike() -> No
 
 
 def test_every_kind_is_run_by_somebody_and_what_is_logged_can_be_applied_again() -> None:
-    assert REQUESTS.keys() | {Kind.CREATE_CUSTOM_LOSS} == set(Kind)
+    assert REQUESTS.keys() | {CreateCustomLoss.kind} == set(Kind)
     barriers = {kind for kind, request in REQUESTS.items() if request.order is Order.BARRIER}
     assert BARRIERS.keys() == barriers
     for kind in LOGGED & barriers:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from futures.payload import decode
 from training.kinds.compare_runs import CompareRuns
+from training.kinds.create_custom_loss import CreateCustomLoss
 from training.kinds.create_run import CreateRun
 from training.kinds.forward_backward import Forward, ForwardBackward
 from training.kinds.load_weights import LoadWeights
@@ -23,6 +24,7 @@ __all__ = [
     "LOGGED",
     "REQUESTS",
     "CompareRuns",
+    "CreateCustomLoss",
     "CreateRun",
     "Forward",
     "ForwardBackward",

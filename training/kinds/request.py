@@ -28,7 +28,6 @@ class Kind(StrEnum):
     LOAD_WEIGHTS = "load_weights"
     COMPARE_RUNS = "compare_runs"
     CREATE_CUSTOM_LOSS = "create_custom_loss"
-    """Complete once stored; no worker runs it."""
 
 
 class Order(Enum):

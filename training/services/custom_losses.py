@@ -11,11 +11,10 @@ from typing import Any
 from django.db import transaction
 
 from futures.models import Future
-from futures.payload import encode_payload
 from futures.services import Refusal, future_record, future_submit
 from training.base_models import base_model_get
 from training.errors import InvalidDatum
-from training.kinds import Kind
+from training.kinds import CreateCustomLoss
 from training.models import CustomLoss, Session
 from training.selectors import custom_loss_get, run_get
 from training.services.sessions import session_open
@@ -44,9 +43,10 @@ def custom_loss_create(
         IdempotencyKeyReused: The session used the number for something else. (422)
     """
     session = session_open(owner_id=owner_id, session_id=session_id)
-    payload = {"name": name, "inputs": list(inputs), "graph": dict(graph)}
+    request = CreateCustomLoss(name=name, inputs=inputs, graph=graph)
+    encoded = request.encoded()
     storage_admit(
-        encode_payload(Kind.CREATE_CUSTOM_LOSS, payload),
+        encoded,
         owner_id=owner_id,
         lane_id=None,
         seq_id=None,
@@ -57,11 +57,11 @@ def custom_loss_create(
     future = future_record(
         owner_id=owner_id,
         queue=base_model_get(None).queue,
-        kind=Kind.CREATE_CUSTOM_LOSS,
-        payload=payload,
+        kind=request.kind,
+        payload=encoded,
         result={"loss_id": custom_loss_id(session_id, seq_id)},
         idempotency_key=custom_loss_id(session_id, seq_id),
-        summary={"name": name, "nodes": len(graph["nodes"])},
+        summary=request.summary,
     )
     CustomLoss.objects.get_or_create(
         session=session,
@@ -85,7 +85,7 @@ def custom_loss_refuse(
     return future_submit(
         owner_id=owner_id,
         queue=base_model_get(None).queue,
-        kind=Kind.CREATE_CUSTOM_LOSS,
+        kind=CreateCustomLoss.kind,
         payload={"body_digest": body_digest},
         idempotency_key=custom_loss_id(session_id, seq_id),
         refusal=refusal,
