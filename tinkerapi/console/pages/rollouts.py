@@ -18,10 +18,11 @@ from training.rollout_listing import rollout_find, rollout_group, rollout_page
 
 PAGE_ROWS = 50
 MAX_WORDS_LENGTH = 200
-PROMPT_END = 160
+PROMPT_END = 110
 """Characters of a prompt in the list."""
 
 _DIGEST = re.compile("[0-9a-f]{32}")
+_MARKS = re.compile(r"<\|[^|<>]{1,40}\|>")
 
 
 def rollouts_tab(request: HttpRequest, run: Run) -> dict[str, Any]:
@@ -96,8 +97,9 @@ def _rows(run: Run, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
 
 
 def _end(text: str) -> str:
-    """The end of a prompt, because many begin with the same words."""
-    return text if len(text) <= PROMPT_END else f"…{text[-PROMPT_END:]}"
+    """The end of a prompt without its template's marks, because many begin with the same words."""
+    plain = " ".join(_MARKS.sub(" ", text).split())
+    return plain if len(plain) <= PROMPT_END else f"…{plain[-PROMPT_END:]}"
 
 
 def _tone(advantage: float | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from django import forms
-from django.contrib import admin
+from django.contrib import admin, messages
 from django.contrib.admin.utils import unquote
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
@@ -33,6 +33,7 @@ from tinkerapi.console.kit.display import (
     state_label,
 )
 from tinkerapi.console.kit.filters import MomentFilter
+from tinkerapi.console.pages.compare import MAX_RUNS, compare_page, compare_url
 from tinkerapi.console.pages.run_curves import curves_export, curves_json
 from tinkerapi.console.pages.run_sections import short_loss
 from tinkerapi.console.pages.run_status import OWN_OBJECTIVE
@@ -105,6 +106,7 @@ class RunAdmin(ConsoleAdmin):
     )
     search_help_text = "Part of a name, a tag, the notes or a base model, or the beginning of an id"
     sortable_by = ("shown_title", "step", "trained_tokens", "last_request", "created")
+    actions = ("compare_selected",)
     actions_detail = ("describe", "remove")
     fieldsets = (
         (
@@ -135,11 +137,24 @@ class RunAdmin(ConsoleAdmin):
     def get_urls(self) -> list[URLPattern]:
         """Also the numbers of the curves, and their downloads."""
         own = [
+            path(
+                "compare/", self.admin_site.admin_view(self._compare), name="training_run_compare"
+            ),
             path("<path:object_id>/curves/", self._view(curves_json), name="training_run_curves"),
             path("<path:object_id>/export/", self._view(curves_export), name="training_run_export"),
         ]
         urls: list[URLPattern] = super().get_urls()
         return own + urls
+
+    def _compare(self, request: HttpRequest) -> HttpResponse:
+        return compare_page(request, self.admin_site, self.get_queryset(request))
+
+    @admin.action(description="Compare selected runs", permissions=["view"])
+    def compare_selected(self, request: HttpRequest, queryset: QuerySet[Run]) -> HttpResponse:
+        run_ids = list(queryset.values_list("pk", flat=True)[: MAX_RUNS + 1])
+        if len(run_ids) > MAX_RUNS:
+            messages.warning(request, f"Only {MAX_RUNS} runs can be compared; these are the first.")
+        return redirect(request, compare_url(run_ids[:MAX_RUNS]))
 
     def _view(self, answer: Callable[[HttpRequest, Run], HttpResponse]) -> Callable[..., Any]:
         """A view of the run of an address, for those who may see its page."""

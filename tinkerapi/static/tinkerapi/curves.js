@@ -5,7 +5,7 @@
   const root = document.getElementById("curves");
   if (!root) return;
 
-  const PALETTE = ["#7c3aed", "#0891b2", "#d97706", "#dc2626", "#16a34a", "#db2777"];
+  const { PALETTE, element, shortNumber, styles, tick } = CurveKit;
   const form = root.querySelector("form");
   const part = (name) => root.querySelector(`[data-part="${name}"]`);
   const MAX_APPENDED = 400; // then everything is read again, thinned by the server
@@ -65,18 +65,7 @@
     return [keep.map((index) => xs[index]), ...columns.map((column) => keep.map((index) => column[index] ?? null))];
   }
 
-  function smoothed(values) {
-    const weight = Number(form.elements.smooth.value);
-    if (!weight) return values;
-    let mean = null;
-    let debt = 1;
-    return values.map((value) => {
-      if (value === null) return null;
-      mean = (mean ?? 0) * weight + value * (1 - weight);
-      debt *= weight;
-      return mean / (1 - debt); // as if the curve had begun at its mean
-    });
-  }
+  const smoothed = (values) => CurveKit.smoothed(values, Number(form.elements.smooth.value));
 
   // --- what is drawn ----------------------------------------------------------------------------
 
@@ -136,23 +125,6 @@
 
   // --- numbers for people -----------------------------------------------------------------------
 
-  function shortNumber(value, chart) {
-    if (value === null || value === undefined) return "–";
-    if (chart && chart.percent) return `${(100 * value).toFixed(value && value < 0.1 ? 1 : 0)} %`;
-    const size = Math.abs(value);
-    if (size >= 1e15 || (size > 0 && size < 1e-4)) return value.toExponential(2);
-    if (size >= 1e4) return Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 }).format(value);
-    return String(Number(value.toPrecision(4)));
-  }
-
-  // A number at an axis, with as many digits as tell it from its neighbours.
-  function tick(value, step, chart, isLog) {
-    if (value === null) return "";
-    if (chart.percent || isLog || Math.abs(value) >= 1e4 || step < 1e-7) return shortNumber(value, chart);
-    const digits = Math.max(0, Math.ceil(-Math.log10(step) - 1e-9));
-    return digits > 4 && Math.abs(value) < 1e-2 ? (value ? value.toExponential(1) : "0") : value.toFixed(digits);
-  }
-
   function shownX(value) {
     if (value === null || value === undefined) return "";
     if (mode() === "time") return new Date(value * 1000).toLocaleTimeString();
@@ -160,11 +132,6 @@
   }
 
   // --- drawing ----------------------------------------------------------------------------------
-
-  const styles = () => {
-    const isDark = document.documentElement.classList.contains("dark");
-    return { text: isDark ? "#a3a3a3" : "#6b7280", grid: isDark ? "#ffffff14" : "#00000010", mark: isDark ? "#ffffff55" : "#00000045" };
-  };
 
   function markCheckpoints(plot) {
     const { text, mark } = styles();
@@ -253,13 +220,6 @@
         setSelect: [zoomed],
       },
     };
-  }
-
-  function element(tag, className, text) {
-    const made = document.createElement(tag);
-    if (className) made.className = className;
-    if (text !== undefined) made.textContent = text;
-    return made;
   }
 
   function cardOf(chart) {
