@@ -129,6 +129,8 @@ def test_the_context_length_is_the_one_that_the_worker_enforces(api, settings, t
     assert told() == 24  # the limit that transformers found in the folder
     worker = worker_start(queue=base_model_get(None).queue, figures={})
     assert told() == 24  # the next one is still reading it
+    settings.MAX_DATUM_TOKENS = 16
+    assert told() == 16  # the server's own limit of one sequence
     worker_stop(worker)
 
 

@@ -22,6 +22,8 @@ from typing import IO
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
+from training.model_folder import model_folder_problem
+
 LOCK_FILE = "up.lock"
 
 
@@ -201,45 +203,14 @@ def _port_problem(host: str, port: int) -> OSError | None:
 def base_model_problem(folder: Path) -> str | None:
     """Why a base model's folder cannot be loaded, as one sentence; None if no problem is found."""
     try:
-        if not folder.is_dir():
-            return f"there is no folder {folder}"
-        config = json.loads((folder / "config.json").read_text())
+        if problem := model_folder_problem(folder):
+            return problem
         names = {path.name for path in folder.iterdir()}
         for name in sorted(names):
             if (folder / name).is_file():
                 (folder / name).open("rb").close()
-    except ValueError as error:
-        return f"{folder / 'config.json'} is not JSON: {error}"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
-    if not isinstance(config, dict):
-        return f"{folder / 'config.json'} is not a JSON object"
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        return f"{folder} has no weights (*.safetensors)"
-    for path in weights:
-        if problem := _weights_problem(path):
-            return problem
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         return f"{folder} has no tokenizer (tokenizer.json)"
-    return None
-
-
-def _weights_problem(path: Path) -> str | None:
-    """The problem of a safetensors file that its header shows; the tensors are not read.
-
-    The file is the header's length (8 bytes), the header (JSON) and the bytes of all tensors.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size if header_size <= size else 0))
-        header.pop("__metadata__", None)
-        ends = [tensor["data_offsets"][1] for tensor in header.values()]
-        whole = 8 + header_size + max(ends, default=0)
-    except (ValueError, TypeError, AttributeError, LookupError):
-        return f"{path} is not a safetensors file, or only its beginning"
-    if size < whole:
-        return f"{path} is cut off: it has {size:,} of {whole:,} bytes"
     return None

@@ -9,7 +9,6 @@ that its configuration requests is not used, since it may name code on a hub.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from training.engine.torch.memory import keep_freed_memory
 from training.engine.torch.packing.stream import ContextHolder
 from training.engine.torch.rotary import follow_lengths, rotary_switch_of
 from training.errors import BaseModelNotFound
+from training.model_folder import model_folder_problem
 
 
 def _nobody(stage: str) -> None:
@@ -85,37 +85,16 @@ def load_base_model(
 
 
 def _require_model_folder(path: str) -> None:
-    """Refuse a wrong local path, which transformers would take for a hub name."""
-    directory = Path(path)
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise BaseModelNotFound(f"{path} is not a model folder: it has no config.json.")
-        _require_plain_weights(directory)
-    elif directory.is_absolute() or path.startswith("."):
-        raise BaseModelNotFound(f"There is no model folder at {path}.")
-
-
-def _require_plain_weights(directory: Path) -> None:
-    """Refuse formats that transformers would read: quantized weights, and pickles, which may
-    contain code."""
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except ValueError as error:
-        raise BaseModelNotFound(f"No model can be read from {directory}: {error}") from error
-    quantized = config.get("quantization_config") if isinstance(config, dict) else None
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-        raise BaseModelNotFound(
-            f"{directory} holds weights quantized by {method or 'an unknown method'}, which this"
-            " server does not train on; give it the model's float32, bfloat16 or float16 weights."
-        )
-    pickles = sorted(path.name for path in directory.glob("pytorch_model*.bin"))
-    if pickles and not any(directory.glob("*.safetensors")):
-        raise BaseModelNotFound(
-            f"{directory} has its weights in {pickles[0]}, a pickle, which may hold code and is not"
-            " read; load it where you trust it and save it with save_pretrained, which writes"
-            " safetensors."
-        )
+    """Refuse a folder that cannot be loaded as it is, and a wrong local path, which transformers
+    would take for a hub name."""
+    folder = Path(path)
+    if folder.exists() or folder.is_absolute() or path.startswith("."):
+        try:
+            problem = model_folder_problem(folder)
+        except OSError as error:
+            problem = f"{error.filename} cannot be read: {error.strerror}"
+        if problem:
+            raise BaseModelNotFound(f"{problem[0].upper()}{problem[1:]}.")
 
 
 def _load(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -17,7 +17,7 @@ from tinkerapi.api.fields.field import Schema
 from tinkerapi.api.quickref.render import loss_fns_description
 from tinkerapi.api.quickref.views.base import ApiView
 from tinkerapi.api.renderers import JSONResponse
-from training.base_models import base_models
+from training.base_models import BaseModel, base_models
 from training.loss_fns import DEFAULT_LOSS_FN
 
 GROUP = "Server"
@@ -142,7 +142,7 @@ class CapabilitiesView(ApiView):
                 "supported_models": [
                     {
                         "model_name": model.name,
-                        "max_context_length": model.max_context_tokens,
+                        "max_context_length": _longest_sequence(model),
                         "trainable": True,
                         "sampleable": True,
                     }
@@ -203,3 +203,10 @@ def _missing() -> Iterator[str]:
     for name, state in states.items():
         if state.state != "active":
             yield f"{name}: {state.reason}"
+
+
+def _longest_sequence(model: BaseModel) -> int | None:
+    """The tokens of a sequence that is accepted, whether to train on or to sample; None if the base
+    model's limit is not known yet."""
+    within = model.max_context_tokens
+    return None if within is None else min(within, settings.MAX_DATUM_TOKENS)
