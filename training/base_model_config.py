@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LAYOUTS = ("auto", "packed")
+PACKED, PADDED = "packed", "padded"
+LAYOUTS = ("auto", PACKED, PADDED)
 DTYPES = ("auto", "bfloat16", "float32")
 
 
@@ -22,8 +23,9 @@ class BaseModelConfig:
     dtype: str = "auto"
     """The frozen weights' dtype: ``auto`` is bfloat16 if the device computes it natively."""
     layout: str = "auto"
-    """The layout of sequences in a pass: ``packed`` is side by side without padding; ``auto``
-    chooses."""
+    """The layout of sequences in a pass: ``packed`` is one stream without padding; ``padded`` is
+    rows of equal length, which more families support; ``auto`` is the first of the two that
+    computes what transformers computes."""
     cache_bytes: int = 0
     """Memory budget of the adapters in its worker; 0: a share of the free memory."""
 

@@ -20,8 +20,15 @@ TRAINED_LENGTHS = (
     "max_seq_length",
     "max_sequence_length",
     "seq_length",
+    "model_max_length",
 )
 """Names of the longest sequence in different families; the first one present counts."""
+
+RECURRENT_TYPES = ("mamba", "mamba2", "falcon_mamba")
+"""Model types without positions, in whose configuration no length is written: they compute every
+length alike, so the limit is ours."""
+
+RECURRENT_TOKENS = 131_072
 
 WINDOW = re.compile(r"(window|chunk)(_size)?s?$")
 """Endings of the names of lengths that bound attention (``sliding_window``,
@@ -60,7 +67,10 @@ def usable_context_tokens(
 
 
 def _trained_length(config: Mapping[str, Any]) -> Iterable[int]:
-    return [config[name] for name in TRAINED_LENGTHS if _is_length(config.get(name))][:1]
+    lengths = [config[name] for name in TRAINED_LENGTHS if _is_length(config.get(name))][:1]
+    if not lengths and config.get("model_type") in RECURRENT_TYPES:
+        return [RECURRENT_TOKENS]
+    return lengths
 
 
 def _windows(config: Mapping[str, Any]) -> Iterator[int]:

@@ -30,6 +30,9 @@ from training.errors import BaseModelNotFound
 from training.types import Datum, ForwardBackwardOutput, LoraConfig, SamplingParams
 
 CONTEXT_TOKENS = 64
+LONGEST_JUDGED = 330
+"""Tokens: recurrent families would take very long sequences."""
+
 RIGHT = 1e-4
 """Largest difference, in nats or as a share of a gradient, that float32 explains: weights are drawn
 wide, so that these models are steep."""
@@ -91,7 +94,7 @@ def save_random(config: PretrainedConfig, folder: Path) -> str:
     return str(folder)
 
 
-def judge(folder: str, **lora: Any) -> tuple[str, str, dict[str, float]]:
+def judge(folder: str, *, layout: str = "auto", **lora: Any) -> tuple[str, str, dict[str, float]]:
     """Judge the engine's results for a folder.
 
     Args:
@@ -102,7 +105,7 @@ def judge(folder: str, **lora: Any) -> tuple[str, str, dict[str, float]]:
         differences from stock transformers and peft.
     """
     try:
-        base_model = load_base_model(folder, dtype="float32", device="cpu")
+        base_model = load_base_model(folder, dtype="float32", device="cpu", layout=layout)
     except BaseModelNotFound as error:
         return "refused", str(error), {}
     trainer = TinyTrainer(base_model)
@@ -117,7 +120,7 @@ def judge(folder: str, **lora: Any) -> tuple[str, str, dict[str, float]]:
     )
     sampler.publish("a", trainer.capture_adapter("a"))
     stock = _PeftModel(folder, trainer, "a")
-    longest = base_model.info.max_context_tokens
+    longest = min(base_model.info.max_context_tokens, LONGEST_JUDGED)
     found = {
         **_training(trainer, stock, [min(9, longest), longest, min(5, longest)]),
         **_sampling(sampler, stock, longest),

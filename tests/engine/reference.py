@@ -107,4 +107,7 @@ def peft_warnings_ignored() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*_pattern keys did not match any.*")
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # it finds out by itself
         warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")  # likewise
+        # In families of experts peft takes layers for experts by their names.
+        warnings.filterwarnings("ignore", message=".*no parameter was matched.*")
+        warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match.*")
         yield

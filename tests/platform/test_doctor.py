@@ -204,6 +204,14 @@ def test_a_model_whose_conversations_cannot_be_trained_on_says_why(
 
 
 @pytest.mark.django_db
+def test_the_layout_of_a_workers_passes_is_named(
+    base_model: BaseModel, start_worker_row: Callable[..., Worker]
+) -> None:
+    start_worker_row(figures={"layout": "padded"})
+    assert "heartbeat 0 s ago, padded layout" in doctor.check_worker(base_model, SERVER).detail
+
+
+@pytest.mark.django_db
 def test_a_worker_that_is_silent_or_absent_has_failed(
     base_model: BaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:

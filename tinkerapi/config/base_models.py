@@ -21,13 +21,14 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 def base_models_from_names(
-    values: Sequence[str], *, device: str, dtype: str, cache_bytes: int = 0
+    values: Sequence[str], *, device: str, dtype: str, layout: str = "auto", cache_bytes: int = 0
 ) -> list[BaseModelConfig]:
     """Parse ``NAME``, ``FOLDER`` or ``NAME=PATH``; a folder's name is its last part.
 
     Args:
         device: The device of all of them.
         dtype: The dtype of all of them.
+        layout: The layout of all of them.
         cache_bytes: That of all of them.
 
     Raises:
@@ -49,6 +50,7 @@ def base_models_from_names(
                 path=path,
                 device=device,
                 dtype=dtype,
+                layout=layout,
                 cache_bytes=cache_bytes,
             )
         )

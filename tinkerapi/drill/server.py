@@ -12,7 +12,7 @@ from tinkerapi.server.postgres import embedded_database
 from tinkerapi.server.up_process import HOST, UpProcess
 from training.parent_death import parent_death_prefix
 
-COMPUTING = ("DEVICE", "DTYPE", "NUM_THREADS", "BATCH_TOKENS", "CACHE_TOKENS")
+COMPUTING = ("DEVICE", "DTYPE", "LAYOUT", "NUM_THREADS", "BATCH_TOKENS", "CACHE_TOKENS")
 """The settings that a drilled server takes from this process: those of the computation. Limits,
 keys and addresses have their defaults, whatever the operator has set."""
 

@@ -234,6 +234,8 @@ def check_worker(base_model: BaseModel, server: RunningServer | None) -> Finding
         detail = f"process {worker.pid} has been silent for {age.total_seconds():.0f} s; see {log}"
         return Finding(part, Verdict.FAILED, detail)
     detail = f"{worker.state}, process {worker.pid}, heartbeat {age.total_seconds():.0f} s ago"
+    if layout := worker.figures.get("layout"):
+        detail += f", {layout} layout"
     fault = worker.figures.get("conversation_fault")
     if fault:
         detail += f"; takes no conversations to train on: {fault}"

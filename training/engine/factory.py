@@ -67,6 +67,7 @@ def build_engine(
             name=config.name,
             device=device,
             dtype=config.dtype,
+            layout=config.layout,
             on_stage=on_stage,
         )
         return engine_over(

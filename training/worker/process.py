@@ -124,6 +124,7 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         figures |= {
             "device": info.device,
             "dtype": info.dtype,
+            "layout": info.layout,
             "num_parameters": info.num_parameters,
             "max_context_tokens": info.max_context_tokens,
             "conversation_fault": conversation_fault,
@@ -147,9 +148,10 @@ def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> N
         tasks.serve(base_model.queue, crash_log.noted()(loop.run_until_idle))
         worker_live(worker, figures)
         logger.info(
-            "%s: ready on %s; its adapters may take %.2f GiB of memory",
+            "%s: ready on %s, %s layout; its adapters may take %.2f GiB of memory",
             base_model.name,
             info.device,
+            info.layout,
             engine.adapter_bytes / GIBIBYTE,
         )
         consumer.run()

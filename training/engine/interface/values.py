@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.base_model_config import PACKED
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
@@ -17,6 +19,8 @@ class BaseModelInfo:
     num_parameters: int
     device: str
     dtype: str
+    layout: str = PACKED
+    """The layout of sequences in its passes: ``packed`` or ``padded``."""
 
 
 class CapturedAdapter(ABC):

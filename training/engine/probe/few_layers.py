@@ -37,7 +37,11 @@ class FewLayers:
         for layer in layers:
             kinds.setdefault(_kind(layer), layer)
         first = list(layers)[:FEWEST_LAYERS]
-        self._chosen = [x for x in layers if x in first or x in kinds.values()]
+        chosen = [i for i, x in enumerate(layers) if x in first or x in kinds.values()]
+        self._types = _types_of(model, layers)
+        if self._types is not None and not _can_set_types(model):
+            chosen = list(range(chosen[-1] + 1))
+        self._chosen = [layers[i] for i in _with_room(chosen, self._types)]
         self.num_layers = len(self._chosen)
         """The number of remaining layers; all of them if the layers cannot be found in the
         model."""
@@ -58,16 +62,52 @@ class FewLayers:
     def _types_of_chosen(self, layers: nn.ModuleList) -> Iterator[None]:
         """Decoders look up a layer's mask and rotary factors by its index in the list."""
         config = self.model.config.get_text_config()
-        types = getattr(config, "layer_types", None)
-        if not types or len(types) != len(layers):
+        types = self._types
+        if types is None:
             yield
             return
         chosen = [kind for kind, x in zip(types, layers, strict=True) if x in self._chosen]
-        config.layer_types = [*chosen, *types[len(chosen) :]]
+        rearranged = [*chosen, *types[len(chosen) :]]
+        if rearranged == types:
+            yield
+            return
+        config.layer_types = rearranged
         try:
             yield
         finally:
             config.layer_types = types
+
+
+def _types_of(model: PreTrainedModel, layers: nn.ModuleList) -> list[str] | None:
+    """The type of each layer by the configuration; None if it does not say."""
+    types = getattr(model.config.get_text_config(), "layer_types", None)
+    return list(types) if types and len(types) == len(layers) else None
+
+
+def _can_set_types(model: PreTrainedModel) -> bool:
+    """Whether the types are stored; some configurations compute them from other settings."""
+    config = type(model.config.get_text_config())
+    stored = getattr(config, config.attribute_map.get("layer_types", "layer_types"), None)
+    return not isinstance(stored, property) or stored.fset is not None
+
+
+def _with_room(chosen: list[int], types: list[str] | None) -> list[int]:
+    """The chosen layers, and more if their places among them would belie their types.
+
+    A layer finds its mask by its place among the remaining layers, and its cache by its own
+    number; both have the type that the configuration says for that index.
+    """
+    if types is None:
+        return chosen
+    wrong = [
+        number
+        for place, number in enumerate(chosen)
+        if place != number and number < len(chosen) and types[chosen[number]] != types[number]
+    ]
+    if not wrong:
+        return chosen
+    missing = min(set(range(wrong[0])) - set(chosen))
+    return _with_room(sorted([*chosen, missing]), types)
 
 
 @contextmanager

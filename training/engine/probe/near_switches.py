@@ -19,6 +19,10 @@ SWITCHES = ("sliding_window", "attention_chunk_size", CHUNK_ATTRIBUTE, "floor_sc
 """Names of such lengths in configurations and layers: from the last one on, queries are
 scaled by their position."""
 
+PARTS = ("chunk_size", "mamba_chunk_size")
+"""Names of lengths into which recurrent layers cut a sequence. The results do not depend on them,
+but states are passed on from part to part."""
+
 NEAR_TOKENS = 8
 
 
@@ -26,7 +30,7 @@ NEAR_TOKENS = 8
 def near_switches(model: PreTrainedModel) -> Iterator[bool]:
     """Inside, these lengths are at most ``NEAR_TOKENS``.
 
-    Yields whether any was larger.
+    Yields whether any of ``SWITCHES`` was larger.
     """
     owners: dict[int, Any] = {id(module): module for module in model.modules()}
     for module in list(owners.values()):
@@ -36,14 +40,14 @@ def near_switches(model: PreTrainedModel) -> Iterator[bool]:
     far = [
         (owner, name, value)
         for owner in owners.values()
-        for name in SWITCHES
+        for name in (*SWITCHES, *PARTS)
         if _is_far(value := vars(owner).get(name))
     ]
     with ExitStack() as stack:
         for owner, name, value in far:
             setattr(owner, name, NEAR_TOKENS)
             stack.callback(setattr, owner, name, value)
-        yield bool(far)
+        yield any(name in SWITCHES for _, name, _ in far)
 
 
 def _is_far(value: Any) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from training.engine.probe.called_layers import general_name
 from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape
 from training.engine.torch.experts.stacks import (
     ExpertStack,
@@ -23,6 +24,7 @@ from training.engine.torch.experts.stacks import (
     find_routers,
     find_stacks,
 )
+from training.engine.torch.target_modules import can_have_adapter
 from training.types import LoraConfig
 
 LORA = LoraConfig(rank=8, alpha=8.0)
@@ -62,10 +64,14 @@ def draw_update(model: PreTrainedModel) -> PlainUpdate:
     routers = find_routers(model, stacks)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     in_decoder = {id(module) for module in decoder.modules() if module is not head}
+    model_type = model.config.get_text_config().model_type
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in routers and id(module) in in_decoder
+        if isinstance(module, nn.Linear)
+        and name not in routers
+        and id(module) in in_decoder
+        and can_have_adapter(name, model_type)
     }
     linears = _first_of_each_name(linears.items())
     stacks = _first_of_each_name(stacks.items())
@@ -81,8 +87,7 @@ def draw_update(model: PreTrainedModel) -> PlainUpdate:
 def _first_of_each_name(parts: Iterable[tuple[str, Part]]) -> dict[str, Part]:
     first: dict[str, tuple[str, Part]] = {}
     for name, part in parts:
-        general = ".".join("#" if word.isdigit() else word for word in name.split("."))
-        first.setdefault(general, (name, part))
+        first.setdefault(general_name(name), (name, part))
     return dict(first.values())
 
 

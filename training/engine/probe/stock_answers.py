@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from training.engine.probe.called_layers import calls_noted
 from training.engine.probe.few_layers import FewLayers
 from training.engine.probe.near_switches import near_switches
 from training.engine.probe.plain_update import draw_update
@@ -66,6 +67,9 @@ class StockAnswers:
     """The function from the output head's output to the logits."""
     whole: Tensor
     """(n, V) float32: the longest passage's, from all layers, without the update."""
+    called: frozenset[str]
+    """``general_name`` of the linear layers that the decoder calls. Of the others it only reads the
+    weight, so an adapter on them would have no effect."""
 
     @property
     def longest(self) -> Passage:
@@ -87,7 +91,8 @@ def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -
     few_layers = FewLayers(model)
     flat = update.weights.flat.clone().requires_grad_()
     logprobs = []
-    with few_layers.alone(), update.applied(flat):
+    called: set[str] = set()
+    with few_layers.alone(), update.applied(flat), calls_noted(model, called):
         with near_switches(model) as has_far_windows:
             for passage in passages:
                 answer = _answer(model, passage)
@@ -103,6 +108,7 @@ def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -
         crosses_windows=crosses_windows,
         logit_shape=_logit_shape(model, passages[0]),
         whole=torch.empty(0),
+        called=frozenset(called),
     )
     with torch.no_grad():
         return replace(answers, whole=_answer(model, answers.longest))

@@ -6,7 +6,7 @@ the next one. If there is work of both kinds they alternate, so that a long prom
 nobody and a busy sampler still starts new jobs.
 
 A job's tokens depend on its prompt, its weights and (seed, sequence number), and not on its
-batch-mates (``model_step``): each sequence has its own random numbers.
+batch-mates (``model_runner``): each sequence has its own random numbers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from training.engine.interface import CapturedAdapter, SampleJob, SampleOutput, Sampler
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.admission import Admission
-from training.engine.sampler.decode import Row, decode
 from training.engine.sampler.kv_cache import KvCache
 from training.engine.sampler.logit_changes import changed_logits, changes_logits
 from training.engine.sampler.logits import choose_tokens
-from training.engine.sampler.model_step import ModelStep
-from training.engine.sampler.prefill import Prefill
+from training.engine.sampler.model_runner import ModelRunner, Row
+from training.engine.sampler.packed_runner import PackedRunner
+from training.engine.sampler.padded.runner import PaddedRunner
 from training.engine.sampler.sequence import ActiveRequest, check_prompt, new_request
 from training.engine.sampler.versions import Versions
 from training.engine.torch.adapters import AdapterTensors
@@ -65,8 +65,11 @@ class ContinuousSampler(Sampler):
         self._clock = clock
         self._on_progress: Callable[[], None] = lambda: None
         self._cache = KvCache(cache_tokens, base_model.device)
-        self._model_step = ModelStep(base_model, self._cache)
-        self._prefill = Prefill(self._model_step, chunk_tokens=prefill_chunk_tokens)
+        self._runner: ModelRunner = (
+            PaddedRunner(base_model, chunk_tokens=prefill_chunk_tokens)
+            if base_model.is_padded
+            else PackedRunner(base_model, self._cache, chunk_tokens=prefill_chunk_tokens)
+        )
         self._versions: Versions[AdapterTensors] = Versions()
         self._active: dict[str, ActiveRequest] = {}
         """Each request is in one of the following."""
@@ -157,6 +160,7 @@ class ContinuousSampler(Sampler):
             self._admission.remove(request.key)
             return
         self._cache.release(request.region)
+        self._runner.forget(request)
         for under_way in (self._prefilling, self._decoding):
             if request in under_way:
                 under_way.remove(request)
@@ -169,7 +173,7 @@ class ContinuousSampler(Sampler):
             self._prefilled_last = True
             return self._read_prompts()
         self._prefilled_last = False
-        return self._sample(*decode(self._model_step, self._decoding)) if self._decoding else {}
+        return self._sample(*self._runner.decode(self._decoding)) if self._decoding else {}
 
     def _reread_long(self) -> None:
         """Read sequences again whose rotary factors change with the newest token."""
@@ -183,7 +187,7 @@ class ContinuousSampler(Sampler):
 
     def _read_prompts(self) -> Results:
         """Read the next chunk of some prompts; after the last one, sample the first tokens."""
-        read = self._prefill.run(self._prefilling)
+        read = self._runner.read_prompts(self._prefilling)
         for request in [r for r in self._prefilling if r.is_past_switch and not r.rereads]:
             self._prefilling.remove(request)
             self._decoding.append(request)
@@ -203,7 +207,7 @@ class ContinuousSampler(Sampler):
         """Begin decoding the requests whose prompt's last row (H,) is given."""
         if not last_hidden:
             return {}
-        logits = self._prefill.first_logits(last_hidden)  # (n, V)
+        logits = self._runner.first_logits(last_hidden)  # (n, V)
         rows: list[Row] = []
         logits_rows: list[int] = []
         for i, request in enumerate(last_hidden):

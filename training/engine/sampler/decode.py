@@ -1,4 +1,4 @@
-"""The decode pass: reads the newest token of every active sequence, one row each."""
+"""The packed decode pass: reads the newest token of every active sequence, one row each."""
 
 from __future__ import annotations
 
@@ -6,25 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from training.engine.sampler.model_runner import Row
 from training.engine.sampler.model_step import ModelStep
-from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
+from training.engine.sampler.row_padding import RowPadding
+from training.engine.sampler.sequence import ActiveRequest
 from training.engine.torch.attention.cached import DecodeAttention, DecodeRun
 from training.engine.torch.packing.stream import Segment
-
-Row = tuple[ActiveRequest, ActiveSequence]
-"""The request and the sequence of a row of a decode pass."""
 
 
 def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row], Tensor]:
     """The unfinished sequences of the requests, and the logits (n, V) of the next token of each."""
-    rows: list[Row | None] = []  # None is padding
-    segments: list[Segment] = []
-    for sharing in _by_weights(requests):
-        start = len(rows)
-        rows += [(request, s) for request in sharing for s in request.unfinished()]
-        rows += [None] * step.padding(len(rows) - start)
-        segments.append(Segment(start=start, end=len(rows), weights=sharing[0].weights))
-    rows += [None] * step.fill(segments)
+    rows, segments = rows_by_weights(step.padding, requests)
     attention = DecodeAttention(step.cache, _decode_runs(rows), len(rows))
     tokens = [0 if row is None else row[1].tokens[-1] for row in rows]
     positions = [
@@ -36,6 +28,22 @@ def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row
     if attention.real_rows is not None:
         logits = logits[attention.real_rows]
     return [row for row in rows if row is not None], logits
+
+
+def rows_by_weights(
+    padding: RowPadding, requests: Sequence[ActiveRequest]
+) -> tuple[list[Row | None], list[Segment]]:
+    """The unfinished sequences as rows of a pass, None for padding, and the adapters of the
+    rows."""
+    rows: list[Row | None] = []
+    segments: list[Segment] = []
+    for sharing in _by_weights(requests):
+        start = len(rows)
+        rows += [(request, s) for request in sharing for s in request.unfinished()]
+        rows += [None] * padding.of_segment(len(rows) - start)
+        segments.append(Segment(start=start, end=len(rows), weights=sharing[0].weights))
+    rows += [None] * padding.fill(segments)
+    return rows, segments
 
 
 def _by_weights(requests: Sequence[ActiveRequest]) -> list[list[ActiveRequest]]:

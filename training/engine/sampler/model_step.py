@@ -1,4 +1,4 @@
-"""One pass over the base model for sampling, shared by prefill and decode.
+"""One packed pass over the base model for sampling, shared by prefill and decode.
 
 A pass computes every row on its own. Where kernels would not do that, its rows are padded until
 they do. On a CPU a job's log-probabilities then have the same bits with any batch-mates
@@ -15,13 +15,9 @@ import torch
 from torch import Tensor
 
 from training.engine.sampler.kv_cache import KvCache
+from training.engine.sampler.row_padding import RowPadding
 from training.engine.torch.base_model import BaseModel
-from training.engine.torch.packing.stream import Attention, PackedContext, Segment, fewest_rows
-
-ROWS_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
-"""The rows of each segment of a pass are padded to a multiple of this. CPU matrix kernels take
-rows in such blocks and sum the remaining rows in another order (measured with MKL and oneDNN, one
-thread and several), so without padding a row's last bits would depend on the number of rows."""
+from training.engine.torch.packing.stream import Attention, PackedContext, Segment
 
 
 class ModelStep:
@@ -30,21 +26,7 @@ class ModelStep:
     def __init__(self, base_model: BaseModel, cache: KvCache) -> None:
         self.base_model = base_model
         self.cache = cache
-        self._rows_multiple = ROWS_MULTIPLE.get(base_model.dtype, 1)
-        smallest = min(s.in_features * s.out_features for s in base_model.linear_shapes.values())
-        self._fewest_rows = fewest_rows(base_model.device, base_model.dtype, smallest)
-
-    def padding(self, num_rows: int) -> int:
-        """The padding rows for a segment of this size."""
-        return -num_rows % self._rows_multiple
-
-    def fill(self, segments: list[Segment]) -> int:
-        """Add a segment of padding rows for the pass; return their number."""
-        start = segments[-1].end
-        missing = max(0, self._fewest_rows - start)
-        if missing:
-            segments.append(Segment(start=start, end=start + missing, weights=None))
-        return missing
+        self.padding = RowPadding(base_model)
 
     def hidden_states(
         self,

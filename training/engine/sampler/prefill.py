@@ -1,4 +1,4 @@
-"""Reading prompts into the cache, a chunk at a time.
+"""Reading prompts into the cache of the packed layout, a chunk at a time.
 
 It also reads the sampled tokens of a sequence again when its length makes the rotary factors of
 all its tokens change (``rotary``).
@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from training.engine.sampler.model_step import ModelStep
+from training.engine.sampler.row_padding import RowPadding
 from training.engine.sampler.sequence import ActiveRequest
 from training.engine.torch.attention.cached import PrefillAttention, PrefillChunk
+from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.stream import Segment, uniform_segments
 
 LOGITS_ROWS = 64
@@ -42,7 +44,7 @@ class Prefill:
         chunks: list[tuple[ActiveRequest, PrefillChunk]] = []
         for request in requests:
             chunk = self._next_chunk(request, first_row=len(tokens))
-            padding = [0] * self._step.padding(chunk.num_tokens)
+            padding = [0] * self._step.padding.of_segment(chunk.num_tokens)
             num_rows = chunk.num_tokens + len(padding)
             if chunks and len(tokens) + num_rows > self._chunk_tokens:
                 break
@@ -53,7 +55,7 @@ class Prefill:
             segments.append(
                 Segment(start=chunk.first_row, end=len(tokens), weights=request.weights)
             )
-        missing = [0] * self._step.fill(segments)
+        missing = [0] * self._step.padding.fill(segments)
         tokens += missing
         positions += missing
         lengths += missing
@@ -62,7 +64,8 @@ class Prefill:
         last_hidden: dict[ActiveRequest, Tensor] = {}
         for request, chunk in chunks:
             if not request.is_prefilled:
-                self._score(request, chunk, hidden)
+                own = hidden[chunk.first_row : chunk.first_row + chunk.num_tokens]
+                score_prompt(self._step.base_model, request, chunk.start, own)
                 if chunk.end == len(request.job.prompt):
                     last_hidden[request] = hidden[chunk.first_row + chunk.num_tokens - 1]
             request.note_read(chunk.end)
@@ -74,13 +77,7 @@ class Prefill:
 
         Their sequences may be decoded from then on: each finds the prompt in its own rows.
         """
-        segments = [
-            Segment(start=i, end=i + 1, weights=request.weights)
-            for i, request in enumerate(last_hidden)
-        ]
-        padding = self._step.padding(len(last_hidden))
-        hidden = pad(torch.stack(list(last_hidden.values())), (0, 0, 0, padding))  # (n, H)
-        logits = self._step.base_model.logits(hidden, segments)  # (n, V)
+        logits = prompt_logits(self._step.base_model, self._step.padding, last_hidden)
         for request in last_hidden:
             assert request.region is not None  # noqa: S101 - reserved before prefilling
             self._step.cache.share_prompt(request.region, len(request.job.prompt))
@@ -99,12 +96,26 @@ class Prefill:
             num_tokens=end - start,
         )
 
-    def _score(self, request: ActiveRequest, chunk: PrefillChunk, hidden: Tensor) -> None:
-        """Score the request's prompt with its chunk's rows of ``hidden`` (T, H);
-        the row of position i predicts the token at i + 1."""
-        end = min(chunk.end, len(request.job.prompt) - 1)
-        for start in range(max(chunk.start, request.scorer.first_position - 1), end, LOGITS_ROWS):
-            first = chunk.first_row + start - chunk.start
-            rows = hidden[first : first + min(LOGITS_ROWS, end - start)]  # (n, H)
-            segments = uniform_segments(len(rows), request.weights)
-            request.scorer.add(start + 1, self._step.base_model.logits(rows, segments))  # (n, V)
+
+def prompt_logits(
+    base_model: BaseModel, padding: RowPadding, last_hidden: Mapping[ActiveRequest, Tensor]
+) -> Tensor:
+    """(n, V) for the token after each of n prompts, whose last rows (H,) are given; then padding
+    rows."""
+    segments = [
+        Segment(start=i, end=i + 1, weights=request.weights)
+        for i, request in enumerate(last_hidden)
+    ]
+    missing = padding.of_segment(len(last_hidden))
+    hidden = pad(torch.stack(list(last_hidden.values())), (0, 0, 0, missing))  # (n, H)
+    return base_model.logits(hidden, segments)
+
+
+def score_prompt(base_model: BaseModel, request: ActiveRequest, start: int, hidden: Tensor) -> None:
+    """Score a request's prompt with the rows ``hidden`` (n, H) of its tokens from ``start`` on;
+    the row of position i predicts the token at i + 1."""
+    end = min(start + len(hidden), len(request.job.prompt) - 1)
+    for row in range(max(start, request.scorer.first_position - 1), end, LOGITS_ROWS):
+        rows = hidden[row - start : min(row + LOGITS_ROWS, end) - start]  # (n, H)
+        segments = uniform_segments(len(rows), request.weights)
+        request.scorer.add(row + 1, base_model.logits(rows, segments))  # (n, V)

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from training.base_model_config import PADDED
 from training.engine.interface import BaseModelInfo
 from training.engine.torch.adapters import AdapterTensors, LoraShape
+from training.engine.torch.attention.backend import SequenceAttention
 from training.engine.torch.experts.stacks import ExpertStack
 from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import times
+from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import (
     ContextHolder,
     PackedContext,
+    PassContext,
     Segment,
+    SingleContext,
     join,
     rows_of,
 )
+from training.engine.torch.padded.grid import Longest, gather_rows, make_grids
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,11 +57,103 @@ class BaseModel:
     layer of an expert, for all of them together."""
     expert_stacks: dict[str, ExpertStack]
     """By name; their layers are among ``linear_shapes``."""
+    stock_attention: str
+    """The name of transformers' own attention for this model."""
+    holder: ContextHolder
+    """The current pass, for the model's layers."""
     _decoder: nn.Module
-    _holder: ContextHolder
+    reads_chunks: bool = True
+    """Whether the padded layout may read a prompt in parts: some families' caches are wrong
+    then."""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether its decoder computes rectangles of sequences and not packed streams."""
+        return self.info.layout == PADDED
+
+    def sequence_states(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        segments: Sequence[Segment],
+        row_ranges: Sequence[RowRange],
+        is_long: Tensor | None = None,
+    ) -> Tensor:
+        """Run whole sequences through all layers, in the layout of the base model.
+
+        Args:
+            tokens: (T,) int64 on the model's device.
+            position_ids: (T,) int64, each token's position in its own sequence.
+            segments: The adapters of the T rows. Rows outside of them are padding.
+            row_ranges: The sequences, in order. Only packed ones may share rows.
+            is_long: See ``PackedContext``.
+
+        Returns:
+            (T, C), the input of the output head.
+        """
+        if self.is_padded:
+            return self._padded_states(tokens, position_ids, segments, row_ranges, is_long)
+        context = PackedContext(
+            segments=segments, attention=SequenceAttention(row_ranges), is_long=is_long
+        )
+        return self.hidden_states(tokens, position_ids, context)
+
+    def _padded_states(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        segments: Sequence[Segment],
+        row_ranges: Sequence[RowRange],
+        is_long: Tensor | None,
+    ) -> Tensor:
+        grids = make_grids(
+            row_ranges,
+            segments,
+            longest=Longest(
+                sequence=self.info.max_context_tokens, with_short_rotary=self.rotary_switch
+            ),
+            is_long=is_long,
+            device=self.device,
+        )
+        outputs = []
+        for grid in grids:
+            context = PassContext(segments=grid.segments)
+            positions = grid.positions(position_ids, longest=self.info.max_context_tokens)
+            outputs.append(self.grid_states(grid.spread(tokens), positions, context)[0])
+        return gather_rows(outputs, grids, len(tokens))  # (T, C)
+
+    def grid_states(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        context: PassContext | SingleContext,
+        *,
+        caches: bool = False,
+        cache: Any = None,
+    ) -> tuple[Tensor, Any]:
+        """Run B sequences, or their next tokens, through all layers, in the padded layout.
+
+        Args:
+            tokens: (B, L) int64 on the model's device.
+            position_ids: (B, L) int64.
+            context: The segments of a ``PassContext`` are of the B * L tokens.
+            caches: Whether to make or continue a cache.
+            cache: The result of the call for the tokens before; None if there are none.
+
+        Returns:
+            (B * L, C), and transformers' cache of the tokens so far, or None.
+        """
+        with self.holder.active(context):
+            output = self._decoder(
+                input_ids=tokens,
+                position_ids=position_ids,
+                use_cache=caches,
+                **({} if cache is None else {"cache": cache}),
+            )
+        return output.last_hidden_state.flatten(0, 1), output.cache if caches else None
 
     def hidden_states(self, tokens: Tensor, position_ids: Tensor, context: PackedContext) -> Tensor:
-        """Run the stream through all layers.
+        """Run the stream through all layers, in the packed layout.
 
         Records a backward pass if gradients are enabled and a segment wants one; the backward
         pass needs no context.
@@ -67,7 +166,7 @@ class BaseModel:
         Returns:
             (T, C), the input of the output head.
         """
-        with self._holder.active(context):
+        with self.holder.active(context):
             output = self._decoder(
                 input_ids=tokens[None],  # (1, T)
                 position_ids=position_ids[None],
@@ -79,7 +178,7 @@ class BaseModel:
 
     def report_progress(self, to: Callable[[], None]) -> None:
         """Call ``to`` at every layer of every pass."""
-        self._holder.on_progress = to
+        self.holder.on_progress = to
 
     def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Next-token logits of some rows.

@@ -10,6 +10,7 @@ that its configuration requests is not used, since it may name code on a hub.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from training.base_model_config import PACKED, PADDED
 from training.context_length import COMPUTED_ROTARY, COMPUTED_WINDOWS, usable_context_tokens
 from training.engine.interface import BaseModelInfo
+from training.engine.probe.called_layers import general_name
+from training.engine.probe.passes import Unproven
 from training.engine.probe.proof import prove, stock_answers
+from training.engine.probe.stock_answers import StockAnswers
 from training.engine.torch.adapters import LoraShape
 from training.engine.torch.attention.backend import ATTENTION_NAME, prepare_layers
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.experts.llama4 import ask_chosen_experts
 from training.engine.torch.experts.lora_experts import LoraExperts
 from training.engine.torch.experts.stacks import ExpertStack, find_routers, find_stacks
-from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.memory import keep_freed_memory
 from training.engine.torch.packing.stream import ContextHolder
-from training.engine.torch.rotary import follow_lengths, rotary_switch_of
+from training.engine.torch.padded.attention import use_separate_attention
+from training.engine.torch.rotary import follow_lengths, follow_the_pass, rotary_switch_of
+from training.engine.torch.target_modules import can_have_adapter
 from training.errors import BaseModelNotFound
 from training.model_folder import model_folder_problem
 
@@ -47,6 +53,7 @@ def load_base_model(
     name: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    layout: str = "auto",
     on_stage: Callable[[str], None] = _nobody,
 ) -> BaseModel:
     """Load a model folder (or hub name) and make it ready for adapters.
@@ -58,6 +65,7 @@ def load_base_model(
         name: The name for clients; None: the path.
         device: ``auto`` takes the first GPU if there is one; else ``cpu`` or ``cuda``.
         dtype: ``auto`` is bfloat16 if the device computes it natively, else float32.
+        layout: ``packed`` or ``padded``; ``auto`` is the first of the two that is proven.
         on_stage: Called with the name of each stage as it begins: ``read``, then ``prove``.
 
     Raises:
@@ -78,7 +86,7 @@ def load_base_model(
     nn.Module.to(model, device=torch_device)  # transformers' override has lost its signature
     model.eval().requires_grad_(False)
     on_stage("prove")
-    base_model = _proven(model, tokenizer, name or path)
+    base_model = _proven(model, tokenizer, name or path, layout)
     if torch_device.type == "cpu":
         keep_freed_memory()
     return base_model
@@ -140,22 +148,34 @@ def _use_linear_layers(model: PreTrainedModel) -> None:
         model.set_submodule(name, linear)
 
 
+DECAY = "A_log"
+"""The name of a state space's decay, which may be a matrix."""
+
+
 def _require_known_layers(model: PreTrainedModel, name: str) -> None:
-    """Refuse matrices that no adapter could reach: training would silently ignore them."""
+    """Refuse matrices that no adapter could reach: training would silently ignore them.
+
+    Convolutions, routers and the decays of state spaces are no such matrices: they stay frozen,
+    as stock peft leaves them.
+    """
     stacks = find_stacks(model)
     frozen = {*stacks, *find_routers(model, stacks)}
+    known = nn.Linear | nn.Embedding | nn.modules.conv._ConvNd
     for module_name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) or module_name in frozen:
+        if isinstance(module, known) or module_name in frozen:
             continue
-        if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+        parameters = module.named_parameters(recurse=False)
+        if any(parameter.ndim > 1 and key != DECAY for key, parameter in parameters):
             raise BaseModelNotFound(
                 f"{name} cannot be served: its layer {module_name} is a {type(module).__name__},"
                 " and adapters are for linear layers."
             )
 
 
-def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> BaseModel:
-    """The model with our layers and attention, which compute the same results.
+def _proven(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, layout: str
+) -> BaseModel:
+    """The model with our layers, in a layout that computes the same results.
 
     Raises:
         BaseModelNotFound: The results differ.
@@ -182,11 +202,48 @@ def _proven(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: st
     if not stock.crosses_windows:
         within = usable_context_tokens(config.to_dict(), computed=computed_rotary)
         context_tokens = context_tokens if within is None else within
-    base_model = _wrap(
-        model, tokenizer, name, head, context_tokens, stock.logit_shape, rotary_switch=switch
+    wrapped = _wrap(model, tokenizer, name, head, context_tokens, stock, rotary_switch=switch)
+    reasons = {}
+    for each in (PACKED, PADDED) if layout == "auto" else (layout,):
+        laid_out = _use_layout(model, wrapped, each)
+        try:
+            return prove(laid_out, stock, num_layers=config.num_hidden_layers)
+        except Unproven as error:
+            reasons[each] = str(error)
+    raise BaseModelNotFound(_refusal(name, reasons, head.weight.dtype))
+
+
+def _refusal(name: str, reasons: Mapping[str, str], dtype: torch.dtype) -> str:
+    """The sentence about a model that no layout of ``reasons`` computes."""
+    what = "; and ".join(f"{layout}, {reason}" for layout, reason in reasons.items())
+    others = ["choose another base model"]
+    if dtype != torch.float32:
+        others.append("TINKERAPI_DTYPE=float32")
+    if len(reasons) == 1:
+        others.append("the layout auto")
+    return (
+        f"{name} cannot be served: {what}. Its family needs something that this server does not"
+        f" compute; {' or '.join(others)}."
     )
-    prove(base_model, stock, num_layers=config.num_hidden_layers)
-    return base_model
+
+
+def _use_layout(model: PreTrainedModel, base_model: BaseModel, layout: str) -> BaseModel:
+    """Prepare the model, which may have been prepared for another layout before, for one."""
+    info = replace(base_model.info, layout=layout)
+    switch = base_model.rotary_switch
+    if layout == PACKED:
+        model.set_attn_implementation(ATTENTION_NAME)
+        prepare_layers(model, model.config.get_text_config(), base_model.holder)
+        if switch is not None:
+            follow_lengths(model, base_model.holder, switch)
+        return replace(base_model, info=info)
+    model.set_attn_implementation(base_model.stock_attention)
+    use_separate_attention(model)
+    follow_the_pass(model)
+    if switch is not None:
+        # Beyond it a sequence that is sampled would have to be read again at one token.
+        info = replace(info, max_context_tokens=min(info.max_context_tokens, switch))
+    return replace(base_model, info=info)
 
 
 def _wrap(
@@ -195,20 +252,24 @@ def _wrap(
     name: str,
     head: nn.Linear,
     context_tokens: int,
-    logit_shape: LogitShape,
+    stock: StockAnswers,
     *,
     rotary_switch: int | None,
 ) -> BaseModel:
     num_parameters = model.num_parameters()
-    model.set_attn_implementation(ATTENTION_NAME)
     holder = ContextHolder()
-    prepare_layers(model, model.config.get_text_config(), holder)
-    if rotary_switch is not None:
-        follow_lengths(model, holder, rotary_switch)
     stacks = find_stacks(model)
     routers = find_routers(model, stacks)
+    model_type = model.config.get_text_config().model_type
+
+    def is_adaptable(name: str) -> bool:
+        is_used = general_name(name) in stock.called
+        return is_used and name not in routers and can_have_adapter(name, model_type)
+
     linears = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in routers
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and (m is head or is_adaptable(n))
     }
     head_name = next(n for n, module in linears.items() if module is head)
     shapes = _shapes_of(model, linears, stacks, head_name)
@@ -235,12 +296,13 @@ def _wrap(
         head_name=head_name,
         head_weight=head.weight,
         head_bias=head.bias,
-        logit_shape=logit_shape,
+        logit_shape=stock.logit_shape,
         rotary_switch=rotary_switch,
         linear_shapes=shapes,
         expert_stacks=stacks,
+        stock_attention=model.config.get_text_config()._attn_implementation,
+        holder=holder,
         _decoder=_decoder_of(model),
-        _holder=holder,
     )
 
 

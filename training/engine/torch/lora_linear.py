@@ -15,8 +15,9 @@ from torch.nn.functional import linear, pad
 
 from training.engine.torch.packing.stream import (
     ContextHolder,
-    PackedContext,
+    PassContext,
     Segment,
+    SingleContext,
     fewest_rows,
     rows_of,
 )
@@ -44,6 +45,8 @@ class LoraLinear(nn.Module):
             output: Tensor = self.base(x)
             return output
         rows = x.flatten(0, -2)  # (T, in)
+        if isinstance(context, SingleContext):
+            return self._of_one_adapter(rows, context).view(*x.shape[:-1], -1)
         anchor = self._anchor if self._is_trained_by(context) else None
         if torch.is_grad_enabled() and (anchor is not None or rows.requires_grad):
             output = _LoraFunction.apply(  # type: ignore[no-untyped-call]  # torch has no types
@@ -53,7 +56,14 @@ class LoraLinear(nn.Module):
             output, _ = _forward(rows, self.base, self.name, context)
         return output.view(*x.shape[:-1], -1)  # (..., T, out)
 
-    def _is_trained_by(self, context: PackedContext) -> bool:
+    def _of_one_adapter(self, rows: Tensor, context: SingleContext) -> Tensor:
+        """(n, out) of few rows (n, in), which are padded meanwhile."""
+        num_rows = context.enough_rows(len(rows))
+        padded = pad(rows, (0, 0, 0, num_rows - len(rows)))
+        output, _ = _forward(padded, self.base, self.name, context.of(num_rows))
+        return output[: len(rows)]
+
+    def _is_trained_by(self, context: PassContext) -> bool:
         return any(
             segment.grad is not None and self.name in segment.grad.layout.places
             for segment in context.segments
@@ -61,7 +71,7 @@ class LoraLinear(nn.Module):
 
 
 def _forward(
-    x: Tensor, base: nn.Linear, name: str, context: PackedContext
+    x: Tensor, base: nn.Linear, name: str, context: PassContext
 ) -> tuple[Tensor, list[tuple[list[Segment], Tensor]]]:
     """(T, out), and x A^T (n, R) of each group of joined segments that has this module."""
     output = linear(x, base.weight, base.bias)  # (T, out)
@@ -87,7 +97,7 @@ class _LoraFunction(torch.autograd.Function):
         x: Tensor,
         anchor: Tensor | None,
         layer: LoraLinear,
-        context: PackedContext,
+        context: PassContext,
     ) -> Tensor:
         output, inner = _forward(x, layer.base, layer.name, context)
         ctx.save_for_backward(x if inner else None, *(xa for _, xa in inner))

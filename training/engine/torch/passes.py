@@ -1,4 +1,4 @@
-"""One packed pass over the base model for a list of checked jobs, and each job's result.
+"""One pass over the base model for a list of checked jobs, and each job's result.
 
 Gradients are added up in copies. The caller gives those to the adapters if everything has
 succeeded, or drops them: a failed pass changes nothing.
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from training.engine.custom_loss.run import CustomLossRunner, Outcome, Work
 from training.engine.torch.adapters import Adapter, AdapterTensors
-from training.engine.torch.attention.backend import SequenceAttention
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.lm_head import HeadInputs, HeadOutput, score_targets
 from training.engine.torch.packing.micro_batches import (
@@ -27,7 +26,7 @@ from training.engine.torch.packing.micro_batches import (
 )
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.packing.ranges import take_rows
-from training.engine.torch.packing.stream import PackedContext, Segment
+from training.engine.torch.packing.stream import Segment
 from training.errors import NonFiniteResult, TrainingError
 from training.types import ForwardBackwardOutput
 
@@ -107,7 +106,13 @@ def run_pass(
             grad = adapters[name].grad
             result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
     work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
-    for batch in plan_micro_batches(jobs, token_budget, rotary_switch=base_model.rotary_switch):
+    batches = plan_micro_batches(
+        jobs,
+        token_budget,
+        rotary_switch=base_model.rotary_switch,
+        shares_prefixes=not base_model.is_padded,
+    )
+    for batch in batches:
         with torch.set_grad_enabled(trains):
             head = _run_micro_batch(base_model, batch, adapters, result.grads, work, custom_losses)
         _scatter_scores(batch, head, result.scores)
@@ -135,14 +140,12 @@ def _run_micro_batch(
 
     device = base_model.device
     is_long = batch.rows_longer_than(base_model.rotary_switch)
-    hidden = base_model.hidden_states(
+    hidden = base_model.sequence_states(
         torch.as_tensor(batch.tokens, device=device),
         torch.as_tensor(batch.position_ids, device=device),
-        PackedContext(
-            segments=segments(lambda span: span.rows),
-            attention=SequenceAttention(batch.row_ranges),
-            is_long=None if is_long is None else torch.as_tensor(is_long, device=device),
-        ),
+        segments(lambda span: span.rows),
+        batch.row_ranges,
+        None if is_long is None else torch.as_tensor(is_long, device=device),
     )  # (T, C)
     scored = take_rows(hidden, torch.as_tensor(batch.scored_rows, device=device))  # (S, C)
     head = score_targets(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.engine.torch.packing.stream import ContextHolder
+from training.engine.torch.packing.stream import ContextHolder, PackedContext
 
 LONGROPE = "longrope"
 
@@ -45,6 +45,12 @@ def follow_lengths(model: nn.Module, holder: ContextHolder, switch: int) -> None
         module.forward = partial(_by_sequence, module.forward, holder, switch)
 
 
+def follow_the_pass(model: nn.Module) -> None:
+    """Undo ``follow_lengths``."""
+    for module in _longrope_modules(model):
+        vars(module).pop("forward", None)
+
+
 def _by_sequence(
     forward: Callable[..., tuple[Tensor, Tensor]],
     holder: ContextHolder,
@@ -55,7 +61,8 @@ def _by_sequence(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """The results of a rotary module: cosines and sines, (1, T, D) each."""
-    is_long = None if holder.current is None else holder.current.is_long
+    context = holder.current
+    is_long = context.is_long if isinstance(context, PackedContext) else None
     if is_long is None:
         return forward(x, position_ids, *args, **kwargs)
     # One position beyond the switch makes a whole call long; without any, the call is short.

@@ -16,6 +16,12 @@ from training.engine.torch.adapters import LoraShape
 from training.errors import InvalidRequest
 from training.types import LoraConfig
 
+PEFT_REFUSES = {
+    "out_proj": frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+}
+"""Linear layers, with the model types in which stock peft refuses an adapter on them, because fused
+kernels of these types read their weight and would ignore it."""
+
 ATTENTION_MARKS = ("attn", "attention")
 
 
@@ -46,6 +52,11 @@ def select_modules(
         raise InvalidRequest("target_modules: the adapter would have no module to train")
     shares = config.share_across_experts
     return {n: shapes[n] if shares else shapes[n].without_sharing() for n in names}
+
+
+def can_have_adapter(name: str, model_type: str) -> bool:
+    """Whether stock peft loads an adapter on the module of this name."""
+    return model_type not in PEFT_REFUSES.get(name.rpartition(".")[2], ())
 
 
 def _is_flagged(name: str, config: LoraConfig, head_name: str) -> bool:

@@ -327,9 +327,10 @@ def prepare_layers(model: nn.Module, config: PreTrainedConfig, holder: ContextHo
 
 def _current_context(module: nn.Module) -> PackedContext:
     holder = getattr(module, HOLDER_ATTRIBUTE, None)
-    if not isinstance(holder, ContextHolder) or holder.current is None:
+    context = holder.current if isinstance(holder, ContextHolder) else None
+    if not isinstance(context, PackedContext):
         raise UnsupportedAttention("The base model's attention does not know its pass.")
-    return holder.current
+    return context
 
 
 def _layer_idx(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training.engine.torch.experts.grouping import Grouping, group, rows_multiple
 from training.engine.torch.experts.projections import DownFunction, UpFunction
 from training.engine.torch.experts.stacks import ExpertStack, Projection
-from training.engine.torch.packing.stream import ContextHolder, PackedContext, Segment
+from training.engine.torch.packing.stream import ContextHolder, PassContext, Segment, SingleContext
 
 
 class LoraExperts(nn.Module):
@@ -45,11 +45,13 @@ class LoraExperts(nn.Module):
         if context is None:
             output: Tensor = self.base(hidden, chosen, weights)
             return output
+        if isinstance(context, SingleContext):
+            context = context.of(len(hidden))
         grouping = self._group(chosen, context, hidden.dtype)
         inner = self.stack.activate(self._up(hidden, grouping))  # (P, I)
         return self._down(inner, weights, grouping)  # (T, H)
 
-    def _group(self, chosen: Tensor, context: PackedContext, dtype: torch.dtype) -> Grouping:
+    def _group(self, chosen: Tensor, context: PassContext, dtype: torch.dtype) -> Grouping:
         """Group the rows of a pass; see ``grouping``."""
         layers = self.stack.layers
         own, widths = [], [self._width]

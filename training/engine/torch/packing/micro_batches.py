@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.engine.torch.packing.plan import Item, Piece, PlannedJob, plan_pieces
-from training.engine.torch.packing.prefix_tree import lay_out, shared_paths
+from training.engine.torch.packing.prefix_tree import Path, lay_out, shared_paths
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import MIN_ROWS
 from training.types import Datum
@@ -137,7 +137,11 @@ class MicroBatch:
 
 
 def plan_micro_batches(
-    jobs: Sequence[PlannedJob], token_budget: int, *, rotary_switch: int | None = None
+    jobs: Sequence[PlannedJob],
+    token_budget: int,
+    *,
+    rotary_switch: int | None = None,
+    shares_prefixes: bool = True,
 ) -> list[MicroBatch]:
     """Pack every datum of every job once.
 
@@ -145,6 +149,7 @@ def plan_micro_batches(
         jobs: Either all of them train, or none.
         token_budget: Most rows in a micro-batch, unless a single datum is longer.
         rotary_switch: Longer datums share nothing with others; see ``BaseModel``.
+        shares_prefixes: Whether datums may share the rows of a prefix.
     """
     by_part: dict[tuple[str, int], list[PlannedJob]] = {}
     for planned in jobs:
@@ -155,7 +160,9 @@ def plan_micro_batches(
         first = len(origins)
         origins += [(own, index) for own in its_jobs for index in range(len(own.job.data))]
         sequences = [planned.job.data[index].model_input for planned, index in origins[first:]]
-        paths = shared_paths(sequences, rotary_switch=rotary_switch)
+        paths: Sequence[Path] = [()] * len(sequences)
+        if shares_prefixes:
+            paths = shared_paths(sequences, rotary_switch=rotary_switch)
         parts[part] = [
             Item(
                 number=number,

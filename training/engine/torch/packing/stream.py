@@ -109,19 +109,42 @@ class Attention(ABC):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PackedContext:
-    """The layers' information about the stream of the current pass."""
+class PassContext:
+    """The LoRA layers' information about the rows of the current pass."""
 
     segments: Sequence[Segment]
-    attention: Attention
-    is_long: Tensor | None = None
-    """(T,) bool, rows of sequences longer than the base model's ``rotary_switch``; None: no row
-    is."""
 
     @cached_property
     def joined(self) -> list[list[Segment]]:
         """The segments, grouped if adjacent ones may share a product with A or B."""
         return join(self.segments)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SingleContext:
+    """The LoRA layers' information about a pass of one adapter without a gradient.
+
+    Layers may have different numbers of rows: some read all cached tokens again.
+    """
+
+    weights: AdapterTensors | None
+    enough_rows: Callable[[int], int]
+    """For a number of rows, the least number, at least that, for which a matrix product gives each
+    row the same bits as for any larger one."""
+
+    def of(self, num_rows: int) -> PassContext:
+        """The context of a layer with this number of rows, padding included."""
+        return PassContext(segments=uniform_segments(num_rows, self.weights))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedContext(PassContext):
+    """All layers' information about the packed stream of the current pass."""
+
+    attention: Attention
+    is_long: Tensor | None = None
+    """(T,) bool, rows of sequences longer than the base model's ``rotary_switch``; None: no row
+    is."""
 
 
 def join(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -158,12 +181,12 @@ class ContextHolder:
     """
 
     def __init__(self) -> None:
-        self.current: PackedContext | None = None
+        self.current: PassContext | SingleContext | None = None
         self.on_progress: Callable[[], None] = _nothing
         """Called by every LoRA layer, in both directions, so that a long pass shows progress."""
 
     @contextmanager
-    def active(self, context: PackedContext) -> Iterator[None]:
+    def active(self, context: PassContext | SingleContext) -> Iterator[None]:
         """Make ``context`` the current one; passes do not nest."""
         self.current = context
         try:

@@ -1,0 +1,89 @@
+"""Sampling in the padded layout: each request has transformers' cache of its own.
+
+The sequences of a request have equal lengths and share its passes, with copies of the prompt's
+cache. Requests do not share passes: their lengths differ, and recurrent states must not read
+padding. So a pass over the base model is made for each request and token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from training.engine.sampler.decode import rows_by_weights
+from training.engine.sampler.model_runner import ModelRunner, Row
+from training.engine.sampler.prefill import prompt_logits, score_prompt
+from training.engine.sampler.row_padding import RowPadding
+from training.engine.sampler.sequence import ActiveRequest
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.padded.model_cache import ModelCache
+
+
+class PaddedRunner(ModelRunner):
+    """A pass for each request, over its own cache."""
+
+    def __init__(self, base_model: BaseModel, *, chunk_tokens: int) -> None:
+        """``chunk_tokens``: most prompt tokens in one pass, if the model's cache allows parts."""
+        self._base_model = base_model
+        self._padding = RowPadding(base_model)
+        self._chunk_tokens = chunk_tokens if base_model.reads_chunks else None
+        self._caches: dict[ActiveRequest, ModelCache] = {}
+
+    def read_prompts(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
+        last_hidden: dict[ActiveRequest, Tensor] = {}
+        num_tokens = 0
+        for request in requests:
+            prompt, start = request.job.prompt, request.num_read
+            end = len(prompt)
+            if self._chunk_tokens is not None:
+                end = min(start + self._chunk_tokens, end)
+                if num_tokens and num_tokens + end - start > self._chunk_tokens:
+                    break
+            elif num_tokens:
+                break
+            num_tokens += end - start
+            hidden = self._cache(request).read([prompt[start:end].tolist()], start)  # (n, C)
+            score_prompt(self._base_model, request, start, hidden)
+            if end == len(prompt):
+                last_hidden[request] = hidden[-1]
+            request.note_read(end)
+        return last_hidden
+
+    def _cache(self, request: ActiveRequest) -> ModelCache:
+        if request not in self._caches:
+            self._caches[request] = ModelCache(
+                self._base_model, request.weights, enough_rows=self._padding.enough
+            )
+        return self._caches[request]
+
+    def first_logits(self, last_hidden: Mapping[ActiveRequest, Tensor]) -> Tensor:
+        for request in last_hidden:
+            self._caches[request].repeat(len(request.sequences))
+        return prompt_logits(self._base_model, self._padding, last_hidden)
+
+    def decode(self, requests: Sequence[ActiveRequest]) -> tuple[list[Row], Tensor]:
+        rows, segments = rows_by_weights(self._padding, requests)
+        hidden = torch.cat([self._read_newest(request) for request in _in_order(rows)])  # (n, C)
+        real = [i for i, row in enumerate(rows) if row is not None]
+        places = torch.tensor(real, device=hidden.device)
+        spread = hidden.new_zeros((len(rows), hidden.shape[1])).index_copy(0, places, hidden)
+        logits = self._base_model.logits(spread, segments)  # (T, V)
+        return [row for row in rows if row is not None], logits[places]
+
+    def _read_newest(self, request: ActiveRequest) -> Tensor:
+        """(n, C) of the newest tokens of the request's unfinished sequences."""
+        unfinished = list(request.unfinished())
+        cache = self._caches[request]
+        cache.keep([sequence.number for sequence in unfinished])
+        position = len(request.job.prompt) + len(unfinished[0].tokens) - 1
+        return cache.read([[sequence.tokens[-1]] for sequence in unfinished], position)
+
+    def forget(self, request: ActiveRequest) -> None:
+        self._caches.pop(request, None)
+
+
+def _in_order(rows: Sequence[Row | None]) -> list[ActiveRequest]:
+    """The requests of the rows, each once."""
+    return list(dict.fromkeys(row[0] for row in rows if row is not None))

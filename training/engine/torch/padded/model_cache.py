@@ -1,0 +1,76 @@
+"""What a model remembers of the sequences of one sampling job, in transformers' own cache.
+
+Keys and values, recurrent states, convolution states: the model's classes keep them. All sequences
+of a cache have the same length, so no padding is in it, which recurrent states would read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.engine.torch.adapters import AdapterTensors
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.packing.stream import SingleContext
+
+
+class ModelCache:
+    """The cache of B sequences of equal length; first of one, a prompt."""
+
+    def __init__(
+        self,
+        base_model: BaseModel,
+        weights: AdapterTensors | None,
+        *,
+        enough_rows: Callable[[int], int],
+    ) -> None:
+        """
+        Args:
+            enough_rows: See ``SingleContext``.
+        """
+        self._base_model = base_model
+        self._context = SingleContext(weights=weights, enough_rows=enough_rows)
+        self._cache: Any = None
+        self.numbers: list[int] = [0]
+        """The caller's number of each of the B sequences."""
+
+    def read(self, tokens: Sequence[Sequence[int]], first_position: int) -> Tensor:
+        """Read the next n tokens of each sequence.
+
+        Args:
+            tokens: B times n.
+            first_position: The number of tokens that were read before.
+
+        Returns:
+            (B * n, C), the input of the output head.
+        """
+        device = self._base_model.device
+        input_ids = torch.tensor(tokens, dtype=torch.int64, device=device)  # (B, n)
+        count, length = input_ids.shape
+        positions = torch.arange(first_position, first_position + length, device=device)
+        hidden, self._cache = self._base_model.grid_states(
+            input_ids,
+            positions.expand(count, -1),
+            self._context,
+            caches=True,
+            cache=self._cache,
+        )
+        return hidden
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Replace the sequences by copies of those with these numbers."""
+        if numbers != self.numbers:
+            self._reorder([self.numbers.index(number) for number in numbers])
+            self.numbers = list(numbers)
+
+    def repeat(self, count: int) -> None:
+        """Make the first sequence ``count`` sequences, numbered from 0."""
+        if count > 1:
+            self._reorder([0] * count)
+            self.numbers = list(range(count))
+
+    def _reorder(self, rows: Sequence[int]) -> None:
+        self._cache.reorder_cache(torch.tensor(rows, device=self._base_model.device))
