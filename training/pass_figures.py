@@ -61,6 +61,8 @@ def is_policy_data(data: Sequence[Datum], loss_fn: str) -> bool:
 
 def _has_rows(datum: Datum, names: Sequence[str]) -> bool:
     inputs, shape = datum.loss_fn_inputs, (len(datum.model_input),)
+    if shape == (0,):
+        return False
     has_names = all(name in inputs and np.shape(inputs[name]) == shape for name in names)
     return has_names and np.shape(inputs.get(MASK, np.empty(shape))) == shape
 
@@ -77,7 +79,10 @@ def pass_figures(
     Args:
         logprobs: The trainer's, of each datum's targets; the shape of ``advantages``.
     """
-    if not is_policy_data(data, loss_fn):
+    if not is_policy_data(data, loss_fn) or any(
+        np.shape(values) != (len(datum.model_input),)  # several targets, with an uploaded loss
+        for datum, values in zip(data, logprobs, strict=True)
+    ):
         return {}
     with np.errstate(all="ignore"):  # a client's infinite input gives a null, not a warning
         return _figures(data, logprobs, loss_fn, loss_fn_config)

@@ -150,6 +150,12 @@ def test_arrays_of_other_shapes_under_these_names_have_no_figures() -> None:
     assert pass_figures(data, trained([datum]), loss_fn="custom", loss_fn_config={}) == {}
 
 
+def test_an_uploaded_loss_with_several_targets_has_no_figures() -> None:
+    datum = rollout(3, 3, 1.0)
+    several = [np.zeros((len(datum.model_input), 2), np.float32)]
+    assert pass_figures([datum], several, loss_fn="custom", loss_fn_config={}) == {}
+
+
 def test_a_huge_ratio_and_infinite_inputs_give_numbers_or_nulls_and_no_error() -> None:
     datum = rollout(2, 3, 1.0)
     far = [datum.loss_fn_inputs["logprobs"] + np.float32(5000)]

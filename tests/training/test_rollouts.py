@@ -22,6 +22,8 @@ from training.services import (
 )
 from training.services.rollouts import rollouts_forget
 from training.types import AdamParams, Datum, SamplingParams
+from training.worker import rollouts
+from training.worker.rollouts import sequence_advantages
 
 
 @pytest.fixture
@@ -158,6 +160,21 @@ def test_a_training_request_gives_each_completion_its_advantage(
     assert [row.trained_by for row in after] == [request_id, request_id, ""]
 
 
+def test_the_same_tokens_sampled_again_keep_their_first_advantage(
+    owner: User, run: Run, work: InProcessWorker
+) -> None:
+    prompt = tokens_of("2+2=")
+    for advantage in (1.5, -0.5):
+        sample(owner, [np.array(prompt, np.int32)], num_samples=1)  # with one seed
+        work()
+        completion = tokens_of(Rollout.objects.latest("pk").completion)
+        train(owner, [datum((prompt, None), (completion, advantage))])
+        work()
+    rows = Rollout.objects.order_by("pk")
+    assert len({bytes(row.sequence_digest) for row in rows}) == 1
+    assert [row.advantage for row in rows] == [1.5, -0.5]
+
+
 def test_each_turn_of_a_longer_datum_gets_its_own_advantage(
     owner: User, run: Run, work: InProcessWorker
 ) -> None:
@@ -175,6 +192,17 @@ def test_each_turn_of_a_longer_datum_gets_its_own_advantage(
     )
     work()
     assert list(Rollout.objects.order_by("pk").values_list("advantage", flat=True)) == [0.5, -2.0]
+
+
+def test_a_request_of_very_many_turns_is_looked_at_in_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rollouts, "MAX_TURNS", 3)
+    turns = [part for n in range(20) for part in (([n], None), ([n], 1.0))]
+    assert len(sequence_advantages([datum(([0], None), *turns)])) == 3
+    odd = datum(([1], None), ([2, 3], 1.0))
+    shapes = {**odd.loss_fn_inputs, "target_tokens": np.ones((2, 2), np.int64)}
+    assert sequence_advantages([Datum(model_input=odd.model_input, loss_fn_inputs=shapes)]) == []
 
 
 def test_texts_that_the_database_cannot_hold_are_written_out(

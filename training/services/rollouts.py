@@ -27,10 +27,11 @@ ON CONFLICT (run_id, step) DO UPDATE SET
     logprob_sum = s.logprob_sum + excluded.logprob_sum
 """
 
+# Only sequences without one: the same tokens may be sampled and trained again at a later step.
 _JOIN = """
 UPDATE training_rollout AS r SET advantage = o.advantage, trained_by = %(request_id)s
 FROM unnest(%(digests)b::bytea[], %(advantages)s::float8[]) AS o (digest, advantage)
-WHERE r.run_id = %(run_id)s AND r.sequence_digest = o.digest
+WHERE r.run_id = %(run_id)s AND r.sequence_digest = o.digest AND r.trained_by = ''
 """
 
 _TRIM = """

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ MAX_PROMPT_TOKENS = 4_000
 """Of a prompt, whose beginning and end are made into text."""
 MAX_SEQUENCES = 256
 """Of a request; further ones are only counted."""
+MAX_TURNS = 16_384
+"""Completions of a training request that are looked for, so that no request delays others."""
 CACHED = 256
 
 
@@ -151,9 +154,13 @@ def sequence_advantages(data: Sequence[Datum]) -> list[tuple[bytes, float]]:
     """Each sampled completion of some datums: the digest of its prompt and itself, and the mean of
     its advantages. A datum of several turns has one for each; one of an uploaded loss may have no
     targets."""
-    return [
-        item for datum in data if TARGET_TOKENS in datum.loss_fn_inputs for item in _turns(datum)
-    ]
+    turns = (item for datum in data if _has_targets(datum) for item in _turns(datum))
+    return list(islice(turns, MAX_TURNS))
+
+
+def _has_targets(datum: Datum) -> bool:
+    targets = datum.loss_fn_inputs.get(TARGET_TOKENS)
+    return targets is not None and np.shape(targets) == (len(datum.model_input),)
 
 
 def _turns(datum: Datum) -> Iterator[tuple[bytes, float]]:
