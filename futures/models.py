@@ -254,6 +254,10 @@ class Future(models.Model):
                 name="future_open",
             ),
             models.Index(fields=["-created_at"], name="future_newest"),
+            # Lists of failures; there are few among many.
+            models.Index(
+                fields=["-created_at"], condition=Q(state=State.FAILED), name="future_failed"
+            ),
         ]
 
     def __str__(self) -> str:

@@ -25,6 +25,8 @@ from training.models import Run
 from training.types import Conversation, Datum, Example, Message
 from training.vocabulary import TokenTable, vocabulary_find
 
+MAX_BYTES = 64 * 1024**2
+"""Larger requests, compressed and with their results, are not shown."""
 MAX_TOKENS = 20_000
 """Tokens that one view shows."""
 
@@ -82,7 +84,8 @@ def pass_neighbours(run: Run, seq_id: int) -> tuple[str | None, str | None]:
 
 
 def pass_inspect(run: Run, *, request_id: str | None, number: int) -> InspectedPass | None:
-    """One datum of a pass of a run; None if there is no such pass, or its request was pruned.
+    """One datum of a pass of a run; None if there is no such pass, or its request was pruned
+    or is very large.
 
     Args:
         request_id: None for the newest pass.
@@ -94,7 +97,7 @@ def pass_inspect(run: Run, *, request_id: str | None, number: int) -> InspectedP
     if request_id is not None:
         passes = passes.filter(pk=request_id)
     future = passes.order_by("-seq_id").first()
-    if future is None:
+    if future is None or _is_large(future):
         return None
     request = cast(ForwardBackward, stored_request(future.kind, bytes(future.payload or b"")))
     number = min(number, len(request.data) - 1)
@@ -112,7 +115,7 @@ def pass_inspect(run: Run, *, request_id: str | None, number: int) -> InspectedP
 
 def sample_inspect(run: Run, future: Future, *, number: int) -> TokenView | None:
     """One sequence of a finished sample, with its prompt; None if its bodies were pruned."""
-    if future.payload is None or future.result is None:
+    if future.payload is None or future.result is None or _is_large(future):
         return None
     request = cast(Sample, stored_request(future.kind, bytes(future.payload)))
     sequences = decode(bytes(future.result))["sequences"]
@@ -286,6 +289,11 @@ def _numbers(values: Any) -> Numbers:
         float(f"{value:.4g}") if is_finite else None
         for value, is_finite in zip(array.tolist(), np.isfinite(array).tolist(), strict=True)
     ]
+
+
+def _is_large(future: Future) -> bool:
+    """Whether its bodies would take too much memory of the web process."""
+    return len(future.payload or b"") + len(future.result or b"") > MAX_BYTES
 
 
 def _trained_logprobs(future: Future) -> list[NDArray[Any]]:

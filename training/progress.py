@@ -15,16 +15,21 @@ from django.db.models.functions import Coalesce
 from futures.models import Future
 from futures.transitions import State
 from training.kinds import Kind
-from training.models import Run
+from training.models import ClientMetrics, Run
 
 
 def with_progress(runs: QuerySet[Run]) -> QuerySet[Any]:
-    """The runs with ``last_loss``, the loss of their newest finished pass, as text or None, and
-    with ``newest_request_at``, when their newest request was submitted."""
+    """The runs with the loss of their newest finished pass (``last_loss``, and ``last_loss_fn`` if
+    it is not cross_entropy), the ``last_reward`` that their client recorded, and
+    ``newest_request_at``, when their newest request was submitted. All but the time are text or
+    None."""
     requests = Future.objects.filter(lane_id=OuterRef("pk")).order_by("-seq_id")
     passes = requests.filter(state=State.READY, kind=Kind.FORWARD_BACKWARD)
+    metrics = ClientMetrics.objects.filter(run_id=OuterRef("pk")).order_by("-step")
     return runs.annotate(
         last_loss=Subquery(passes.values(text=KT("summary__loss"))[:1]),
+        last_loss_fn=Subquery(passes.values(text=KT("summary__loss_fn"))[:1]),
+        last_reward=Subquery(metrics.values(text=KT("metrics__reward"))[:1]),
         newest_request_at=Coalesce(Subquery(requests.values("created_at")[:1]), "created_at"),
     )
 

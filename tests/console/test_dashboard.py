@@ -60,7 +60,7 @@ def test_the_last_loss_and_the_last_failure_are_shown_with_links(
         state="failed", error="no memory left", category="server"
     )
     html = console.get(URL).content.decode()
-    assert f"{traces.forward_backward.summary['loss']:.4f}" in html
+    assert f"{traces.forward_backward.summary['loss']:.4g}" in html
     assert "no memory left" in html
     for row in (traces.run, traces.sample, Worker.objects.get()):
         assert f'href="{page(row)}"' in html

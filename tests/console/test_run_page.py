@@ -163,6 +163,17 @@ def test_a_nonsense_part_of_the_curves_is_no_error(
     run = policy(steps=1)
     for query in ("after=-1", "after=x", "after=99999999999999999999", "until=0", "metrics=%00"):
         assert console.get(f"{page(run, 'curves')}?{query}").status_code == 200
+    for query in (
+        "tab=%00",
+        "tab=data&datum=9999",
+        "tab=data&request=%00",
+        "tab=rollouts&before=0",
+        "tab=rollouts&group=zz&step=1",
+        "tab=rollouts&q=%00%25_",
+        "tab=rollouts&sample=x&number=99999999999",
+        "tab=rollouts&step=99999999999999",
+    ):
+        assert console.get(f"{page(run)}?{query}").status_code == 200, query
 
 
 def test_the_downloads_have_every_step_and_the_clients_metrics(

@@ -22,7 +22,7 @@ from futures.transitions import State
 from tinkerapi.console.kit.charts import bar_chart
 from tinkerapi.console.kit.display import changelist_url, link, moment, one_line, state_label
 from tinkerapi.console.pages.futures import request_link, summary_text
-from tinkerapi.console.pages.run_sections import short_loss
+from tinkerapi.console.pages.run_sections import last_result
 from tinkerapi.console.pages.workers import is_silent, worker_memory
 from training.base_models import base_models
 from training.overview import bytes_saved, runs_newest
@@ -110,7 +110,15 @@ def _workers_table() -> Context:
 
 def _runs_table(owner_id: int | None) -> Context:
     return {
-        "headers": ["Run", "Owner", "Base model", "Steps", "Tokens", "Last loss", "Last request"],
+        "headers": [
+            "Run",
+            "Owner",
+            "Base model",
+            "Steps",
+            "Tokens",
+            "Loss or reward",
+            "Last request",
+        ],
         "rows": [
             [
                 link(run, run.shown_title),
@@ -118,7 +126,7 @@ def _runs_table(owner_id: int | None) -> Context:
                 run.base_model,
                 f"{run.step:,}",
                 f"{run.tokens:,}",
-                short_loss(run) or "-",
+                last_result(run) or "-",
                 moment(getattr(run, "newest_request_at", None)),
             ]
             for run in runs_newest(owner_id, limit=NEWEST_ROWS)

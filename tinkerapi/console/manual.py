@@ -21,6 +21,7 @@ READ_FIRST = (
     "losses",
     "curves",
     "text",
+    "image-inputs",
     "checkpoints",
     "sdk",
 )

@@ -6,8 +6,10 @@ from datetime import timedelta
 from typing import Any
 
 from django.contrib import admin
+from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.defaultfilters import filesizeformat
+from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import (
     AutocompleteSelectFilter,
@@ -16,13 +18,28 @@ from unfold.contrib.filters.admin import (
 
 from futures.errors import FutureError
 from futures.overview import future_in_lane, worker_find
-from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, verb
-from tinkerapi.console.kit.display import changelist_url, duration, link, moment, preformatted
+from tinkerapi.console.kit.console_admin import ConsoleAdmin, ConsoleList, redirect, verb
+from tinkerapi.console.kit.display import (
+    changelist_url,
+    copyable,
+    duration,
+    link,
+    moment,
+    preformatted,
+)
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.kit.preview import value_preview
 from training.errors import TrainingError
 from training.models import Checkpoint, Snapshot
 from training.services import checkpoint_delete
+
+
+class CheckpointList(ConsoleList):
+    """A list without the checkpoints of sampling sessions, which have no path."""
+
+    def get_queryset(self, request: HttpRequest, *args: Any, **kwargs: Any) -> QuerySet[Checkpoint]:
+        rows: QuerySet[Checkpoint] = super().get_queryset(request, *args, **kwargs)
+        return rows.filter(ephemeral=False)
 
 
 @admin.register(Checkpoint)
@@ -32,7 +49,7 @@ class CheckpointAdmin(ConsoleAdmin):
     owner_path = "run__owner"
     refusals = (FutureError, TrainingError)
     list_display = (
-        "path",
+        "shown_name",
         "kind",
         "run_link",
         "owner_link",
@@ -47,7 +64,7 @@ class CheckpointAdmin(ConsoleAdmin):
         ("created_at", MomentFilter),
     )
     list_filter_submit = True
-    list_select_related = ("run__owner",)
+    list_select_related = ("run__owner", "run__session")
     search_fields = ("name__icontains", "run__name__icontains", "run__id__startswith")
     search_help_text = "Part of a checkpoint's or a run's name, or the beginning of a run id"
     ordering = ("-created_at",)
@@ -61,7 +78,7 @@ class CheckpointAdmin(ConsoleAdmin):
                     ("path", "kind"),
                     ("run_link", "owner_link"),
                     ("step", "saved_by"),
-                    ("size", "public"),
+                    ("size", "sharing"),
                     ("created", "expires"),
                     "directory",
                 )
@@ -70,13 +87,25 @@ class CheckpointAdmin(ConsoleAdmin):
         ("Metadata", {"fields": ("metadata",)}),
     )
 
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[CheckpointList]:
+        return CheckpointList
+
+    @admin.display(description="Name", ordering="name")
+    def shown_name(self, checkpoint: Checkpoint) -> SafeString:
+        """Its name, and its path beneath."""
+        return format_html("{}<br>{}", checkpoint.name, copyable(str(checkpoint.path)))
+
     @admin.display(description="Path")
-    def path(self, checkpoint: Checkpoint) -> str:
-        return str(checkpoint.path)
+    def path(self, checkpoint: Checkpoint) -> SafeString:
+        return copyable(str(checkpoint.path))
+
+    @admin.display(description="Who may read it")
+    def sharing(self, checkpoint: Checkpoint) -> str:
+        return "everybody, at its published path" if checkpoint.public else "its owner"
 
     @admin.display(description="Run")
     def run_link(self, checkpoint: Checkpoint) -> SafeString | None:
-        return link(checkpoint.run)
+        return link(checkpoint.run, checkpoint.run.shown_title)
 
     @admin.display(description="Owner")
     def owner_link(self, checkpoint: Checkpoint) -> SafeString | None:

@@ -28,7 +28,7 @@ _MARKS = re.compile(r"<\|[^|<>]{1,40}\|>")
 def rollouts_tab(request: HttpRequest, run: Run) -> dict[str, Any]:
     """A page of rollouts, or the group or the single sequence that the address names."""
     number = number_of(request, "number")
-    if (request_id := request.GET.get("sample")) and number is not None:
+    if (request_id := request.GET.get("sample", "").replace("\0", "")) and number is not None:
         return _sequence(run, request_id, number)
     digest, step = request.GET.get("group", ""), number_of(request, "step")
     if _DIGEST.fullmatch(digest) and step is not None:

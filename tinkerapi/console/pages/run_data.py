@@ -25,7 +25,7 @@ def data_tab(request: HttpRequest, run: Run) -> dict[str, Any]:
     """The chosen datum, and links to its neighbours."""
     shown = pass_inspect(
         run,
-        request_id=request.GET.get("request") or None,
+        request_id=request.GET.get("request", "").replace("\0", "") or None,
         number=number_of(request, "datum") or 0,
     )
     if shown is None:

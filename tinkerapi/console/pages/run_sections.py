@@ -137,9 +137,18 @@ def _loaded_row(loaded: Loaded, run: Run | None) -> list[Any]:
     ]
 
 
-def short_loss(run: Run) -> str | None:
-    """The last loss of a run that was read by ``with_progress``."""
+def last_result(run: Run) -> str | None:
+    """The last reward of a run that was read by ``with_progress``, else its last loss."""
+    reward = _short(getattr(run, "last_reward", None))
+    if reward is not None:
+        return f"reward {reward}"
+    loss, loss_fn = _short(getattr(run, "last_loss", None)), getattr(run, "last_loss_fn", None)
+    return loss if loss is None or not loss_fn else f"{loss} ({loss_fn})"
+
+
+def _short(number: str | None) -> str | None:
+    """A number of the database in four digits; None if there is none."""
     try:
-        return f"{float(getattr(run, 'last_loss', None) or ''):.4f}"
+        return f"{float(number or ''):.4g}"
     except ValueError:
         return None

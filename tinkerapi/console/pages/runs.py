@@ -35,7 +35,7 @@ from tinkerapi.console.kit.display import (
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.pages.compare import MAX_RUNS, compare_page, compare_url
 from tinkerapi.console.pages.run_curves import curves_export, curves_json
-from tinkerapi.console.pages.run_sections import short_loss
+from tinkerapi.console.pages.run_sections import last_result as result_text
 from tinkerapi.console.pages.run_status import OWN_OBJECTIVE
 from tinkerapi.console.pages.run_tabs import tab_context
 from training.activity import activity, with_activity
@@ -82,7 +82,7 @@ class RunAdmin(ConsoleAdmin):
         "rank",
         "step",
         "trained_tokens",
-        "last_loss",
+        "last_result",
         "last_request",
         "created",
     )
@@ -202,9 +202,9 @@ class RunAdmin(ConsoleAdmin):
     def trained_tokens(self, run: Run) -> str:
         return f"{run.tokens:,}"
 
-    @admin.display(description="Last loss")
-    def last_loss(self, run: Run) -> str | None:
-        return short_loss(run)
+    @admin.display(description="Loss or reward")
+    def last_result(self, run: Run) -> str | None:
+        return result_text(run)
 
     @admin.display(description="Last request", ordering="newest_request_at")
     def last_request(self, run: Run) -> SafeString | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from django.contrib import admin
+from django.utils import timezone
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import AutocompleteSelectFilter, ChoicesCheckboxFilter
 
@@ -11,6 +12,7 @@ from tinkerapi.console.kit.console_admin import ConsoleAdmin
 from tinkerapi.console.kit.display import link, list_link, moment, preformatted, state_label
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.kit.preview import value_preview
+from training.client_silence import SHOWN_AS_GONE
 from training.models import Run, SamplingSession, Session
 
 
@@ -57,7 +59,10 @@ class SessionAdmin(ConsoleAdmin):
 
     @admin.display(description="State")
     def state(self, session: Session) -> SafeString:
-        return state_label(session.finish_reason or "active")
+        if session.finish_reason:
+            return state_label(session.finish_reason)
+        is_silent = timezone.now() - session.heartbeat_at > SHOWN_AS_GONE
+        return state_label("client gone" if is_silent else "active")
 
     @admin.display(description="Heartbeat")
     def heartbeat(self, session: Session) -> SafeString | None:

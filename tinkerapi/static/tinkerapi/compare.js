@@ -50,7 +50,7 @@
       for (const chart of run.data.groups.flatMap((group) => group.charts)) {
         const [name] = chart.columns[0];
         const values = chart.source === "own" ? run.data.own.columns[name] : run.data[chart.source][name];
-        add(chart.title, chart, run, chart.source, values);
+        add(`${chart.title}/${chart.note}`, chart, run, chart.source, values); // losses of several kinds apart
       }
     }
     return [...found.values()];
@@ -73,15 +73,15 @@
     target.replaceChildren();
     const grid = element("div", "console-curve-grid");
     target.append(grid);
-    for (const chart of charts()) {
+    const found = charts().map((chart) => ({ chart, card: element("figure", "console-curve") }));
+    grid.append(...found.map(({ card }) => card)); // all of them first: their number decides their width
+    for (const { chart, card } of found) {
       const isLog = form.elements.log.checked && chart.may_be_log;
-      const card = element("figure", "console-curve");
       const head = element("figcaption");
       head.append(element("strong", "", chart.title), element("span", "console-curve-note", chart.note));
       const values = element("div", "console-curve-value is-many");
       const canvas = element("div");
       card.append(head, values, canvas);
-      grid.append(card);
       const { text, grid: lines } = styles();
       const axis = { stroke: text, grid: { stroke: lines, width: 1 }, ticks: { show: false }, font: "11px Inter, sans-serif" };
       const show = (plot) => {

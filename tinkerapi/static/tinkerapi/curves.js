@@ -257,9 +257,10 @@
       target.append(element("h2", "console-curve-group", group.title));
       const grid = element("div", "console-curve-grid");
       target.append(grid);
-      for (const chart of group.charts) {
-        const card = cardOf(chart);
-        grid.append(card);
+      const cards = group.charts.map(cardOf);
+      grid.append(...cards); // all of them first: their number decides their width
+      for (const [index, chart] of group.charts.entries()) {
+        const card = cards[index];
         const drawn = seriesOf(chart);
         const plot = new uPlot(optionsOf(chart, card, drawn), rising(xOf(chart.source), drawn.columns.map((one) => one.values)), card.querySelector("[data-part=canvas]"));
         const show = readout(chart, card);
