@@ -21,7 +21,7 @@ DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseModel:
+class ServedBaseModel:
     """One frozen model and the queue of the worker that holds it."""
 
     name: str
@@ -51,7 +51,7 @@ class BaseModel:
         return usable_context_tokens(config) if isinstance(config, dict) else None
 
 
-def base_model_of(config: BaseModelConfig, data_dir: Path) -> BaseModel:
+def base_model_of(config: BaseModelConfig, data_dir: Path) -> ServedBaseModel:
     """The base model of a configuration, with its folder and its worker's queue."""
     folder = (
         Path(os.path.expanduser(config.path)).resolve()  # Path.expanduser fails for an unknown user
@@ -59,15 +59,17 @@ def base_model_of(config: BaseModelConfig, data_dir: Path) -> BaseModel:
         else data_dir / "models" / config.path.replace("/", "--")
     )
     slug = re.sub(r"[^a-z0-9]+", "-", config.name.lower()).strip("-")
-    return BaseModel(name=config.name, folder=folder, queue=f"engine-{slug}"[:100], config=config)
+    return ServedBaseModel(
+        name=config.name, folder=folder, queue=f"engine-{slug}"[:100], config=config
+    )
 
 
 @cache
-def _served(configs: tuple[BaseModelConfig, ...], data_dir: Path) -> dict[str, BaseModel]:
+def _served(configs: tuple[BaseModelConfig, ...], data_dir: Path) -> dict[str, ServedBaseModel]:
     return {config.name: base_model_of(config, data_dir) for config in configs}
 
 
-def base_models() -> list[BaseModel]:
+def base_models() -> list[ServedBaseModel]:
     """The served base models, the default first."""
     return list(_served(tuple(settings.BASE_MODELS), settings.DATA_DIR).values())
 
@@ -88,7 +90,7 @@ def base_models_problem() -> str | None:
     )
 
 
-def base_model_get(name: str | None) -> BaseModel:
+def base_model_get(name: str | None) -> ServedBaseModel:
     """The base model of this name; None names the default.
 
     Raises:

@@ -22,18 +22,18 @@ from tinkerapi.server import doctor
 from tinkerapi.server.doctor import Finding, Verdict
 from tinkerapi.server.preflight import RunningServer
 from tinkerapi.services import api_key_create
-from training.base_models import BaseModel, base_model_of, base_models
+from training.base_models import ServedBaseModel, base_model_of, base_models
 
 SERVER = RunningServer(pid=1, host="127.0.0.1", port=9)
 
 
 @pytest.fixture
-def base_model() -> BaseModel:
+def base_model() -> ServedBaseModel:
     return base_models()[0]
 
 
 @pytest.fixture
-def start_worker_row(base_model: BaseModel) -> Callable[..., Worker]:
+def start_worker_row(base_model: ServedBaseModel) -> Callable[..., Worker]:
     def start(**fields: object) -> Worker:
         return Worker.objects.create(
             **{"queue": base_model.queue, "state": "live", "hostname": "h", "pid": 7, **fields}
@@ -182,7 +182,7 @@ def test_missing_migrations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.django_db
 def test_a_worker_that_reports_is_ok(
-    base_model: BaseModel, start_worker_row: Callable[..., Worker]
+    base_model: ServedBaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:
     start_worker_row(state="stopped", stopped_at=timezone.now())
     start_worker_row(pid=8)
@@ -195,7 +195,7 @@ def test_a_worker_that_reports_is_ok(
 
 @pytest.mark.django_db
 def test_a_model_whose_conversations_cannot_be_trained_on_says_why(
-    base_model: BaseModel, start_worker_row: Callable[..., Worker]
+    base_model: ServedBaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:
     start_worker_row(figures={"conversation_fault": "no token ends an answer"})
     finding = doctor.check_worker(base_model, SERVER)
@@ -205,7 +205,7 @@ def test_a_model_whose_conversations_cannot_be_trained_on_says_why(
 
 @pytest.mark.django_db
 def test_the_layout_of_a_workers_passes_is_named(
-    base_model: BaseModel, start_worker_row: Callable[..., Worker]
+    base_model: ServedBaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:
     start_worker_row(figures={"layout": "padded"})
     assert "heartbeat 0 s ago, padded layout" in doctor.check_worker(base_model, SERVER).detail
@@ -213,7 +213,7 @@ def test_the_layout_of_a_workers_passes_is_named(
 
 @pytest.mark.django_db
 def test_a_worker_that_is_silent_or_absent_has_failed(
-    base_model: BaseModel, start_worker_row: Callable[..., Worker]
+    base_model: ServedBaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:
     assert doctor.check_worker(base_model, None).verdict is Verdict.OFF
     assert doctor.check_worker(base_model, SERVER).verdict is Verdict.FAILED
@@ -225,7 +225,7 @@ def test_a_worker_that_is_silent_or_absent_has_failed(
 
 
 @pytest.mark.django_db
-def test_work_that_no_worker_will_ever_take_is_a_fault(base_model: BaseModel) -> None:
+def test_work_that_no_worker_will_ever_take_is_a_fault(base_model: ServedBaseModel) -> None:
     assert doctor.check_queue().detail == "nothing waits"
     user = User.objects.create_user("ada")
 

@@ -15,7 +15,7 @@ from pytest_django import Settings
 from futures.errors import QueueTaken
 from tests.base_models import base_model_configs
 from tests.tiny_model import make_tiny_model
-from training.base_models import BaseModel, base_model_get
+from training.base_models import ServedBaseModel, base_model_get
 from training.engine.torch import loading
 from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
 from training.management.commands import engineworker
@@ -25,7 +25,7 @@ Break = Callable[[Path], object]
 
 
 @pytest.fixture
-def base_model(tmp_path: Path, settings: Settings) -> BaseModel:
+def base_model(tmp_path: Path, settings: Settings) -> ServedBaseModel:
     folder = make_tiny_model(tmp_path / "tiny")
     settings.BASE_MODELS = base_model_configs(f"tiny={folder}", device="cpu")
     settings.NUM_THREADS = torch.get_num_threads()
@@ -61,7 +61,7 @@ def halved(name: str) -> Break:
     ids=["weights", "tokenizer", "no number", "other shapes", "zero heads", "no object"],
 )
 def test_whatever_is_wrong_with_a_folder_is_a_refusal(
-    base_model: BaseModel, break_folder: Break
+    base_model: ServedBaseModel, break_folder: Break
 ) -> None:
     break_folder(base_model.folder)
 
@@ -78,7 +78,7 @@ def test_whatever_is_wrong_with_a_folder_is_a_refusal(
     ],
 )
 def test_memory_that_is_taken_now_is_no_fault_of_the_folder(
-    base_model: BaseModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+    base_model: ServedBaseModel, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(*args: object, **options: object) -> None:
         raise error
@@ -90,7 +90,7 @@ def test_memory_that_is_taken_now_is_no_fault_of_the_folder(
 
 
 def test_a_gpu_that_is_asked_for_and_missing_is_a_refusal(
-    base_model: BaseModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    base_model: ServedBaseModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings.BASE_MODELS = base_model_configs(f"tiny={base_model.folder}", device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

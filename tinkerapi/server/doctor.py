@@ -32,7 +32,7 @@ from tinkerapi.models import ApiKey
 from tinkerapi.server.postgres import MINIMUM_FREE_BYTES
 from tinkerapi.server.preflight import RunningServer, base_model_problem, running_server
 from tinkerapi.server.upgrade import SchemaError, database_down_reason, unapplied_migrations
-from training.base_models import DEFAULT_MODEL_NAME, BaseModel, base_models
+from training.base_models import DEFAULT_MODEL_NAME, ServedBaseModel, base_models
 from training.devices import device_of, num_threads
 from training.errors import DeviceNotFound
 
@@ -136,7 +136,7 @@ def check_data_folder() -> Finding:
     return Finding("data folder", Verdict.OK, f"{folder}, {room}{made}")
 
 
-def check_base_model(base_model: BaseModel) -> Finding:
+def check_base_model(base_model: ServedBaseModel) -> Finding:
     """Its folder has configuration, tokenizer and weights that this user can read."""
     part = f"model {base_model.name}"
     problem = base_model_problem(base_model.folder)
@@ -217,7 +217,7 @@ def check_schema() -> Finding:
     return Finding("tables", Verdict.OK, "up to date")
 
 
-def check_worker(base_model: BaseModel, server: RunningServer | None) -> Finding:
+def check_worker(base_model: ServedBaseModel, server: RunningServer | None) -> Finding:
     """A process serves this base model and has sent a heartbeat recently."""
     part = f"worker {base_model.name}"
     worker = (

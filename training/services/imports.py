@@ -22,7 +22,7 @@ from futures.errors import IdempotencyKeyReused
 from futures.services import lane_create
 from training.atomic_directory import new_directory
 from training.audit import audit_record
-from training.base_models import BaseModel, base_model_get
+from training.base_models import ServedBaseModel, base_model_get
 from training.errors import LimitExceeded
 from training.kinds import CreateRun, SaveWeights
 from training.models import Checkpoint, Run
@@ -119,7 +119,9 @@ def adapter_import_submit(
             shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
 
 
-def _run_create(owner_id: int, served: BaseModel, model_id: str | None, files: PeftFiles) -> Run:
+def _run_create(
+    owner_id: int, served: ServedBaseModel, model_id: str | None, files: PeftFiles
+) -> Run:
     """The run that the checkpoint belongs to, removed from the start."""
     config, now = files.lora_config, timezone.now()
     run = Run.objects.create(

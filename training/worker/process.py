@@ -24,7 +24,7 @@ from futures.errors import Fenced
 from futures.models import Worker
 from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
 from training import tasks
-from training.base_models import BaseModel
+from training.base_models import ServedBaseModel
 from training.engine import factory
 from training.engine.interface import Engine
 from training.vocabulary import vocabulary_store
@@ -43,7 +43,7 @@ LOOK_SECONDS = 1.0  # between two tries to reach Postgres at the start
 OUTAGE_SECONDS = 120.0  # after this the failure is reported
 
 
-def build_engine(base_model: BaseModel) -> Engine:
+def build_engine(base_model: ServedBaseModel) -> Engine:
     """The engine of this base model on this machine's device, by the settings.
 
     Raises:
@@ -86,7 +86,7 @@ class Stages:
         return ", ".join(took)
 
 
-def run_worker(base_model: BaseModel, build: Callable[[BaseModel], Engine]) -> None:
+def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], Engine]) -> None:
     """Serve a base model's queue until SIGTERM or SIGINT.
 
     The queue is taken before the model is loaded, so that a second worker is refused at

@@ -50,7 +50,7 @@ from tinkerapi.server.supervisor import (
 )
 from tinkerapi.server.upgrade import SchemaError, schema_migrate
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
-from training.base_models import BaseModel, base_models, base_models_problem
+from training.base_models import ServedBaseModel, base_models, base_models_problem
 from training.parent_death import parent_death_prefix
 
 TICK_SECONDS = 0.1
@@ -241,7 +241,7 @@ class Command(BaseCommand):
             )
         )
 
-    def _start_worker(self, base_model: BaseModel, environment: dict[str, str]) -> None:
+    def _start_worker(self, base_model: ServedBaseModel, environment: dict[str, str]) -> None:
         command = [sys.executable, "-m", "tinkerapi", "engineworker"]
         name = f"worker {base_model.name}"
         self.supervisor.add(
@@ -282,7 +282,7 @@ class Command(BaseCommand):
                     self._say_ready()
             time.sleep(TICK_SECONDS)
 
-    def _is_prepared(self, base_model: BaseModel) -> bool:
+    def _is_prepared(self, base_model: ServedBaseModel) -> bool:
         """Whether its folder exists; if it cannot be made, the process that tried has said why."""
         process = self.preparations.get(base_model.name)
         if process is None:
@@ -323,7 +323,7 @@ def _require(option: str, value: float, minimum: float, maximum: float) -> None:
         raise CommandError(f"{option}: expected {minimum:g} to {maximum:g}, got {value}")
 
 
-def _can_be_prepared(base_model: BaseModel) -> bool:
+def _can_be_prepared(base_model: ServedBaseModel) -> bool:
     """Whether to make the folder: it is in the data folder and does not exist yet."""
     is_ours = base_model.folder.is_relative_to(settings.DATA_DIR / "models")
     return is_ours and not base_model.folder.exists()

@@ -12,7 +12,7 @@ from typing import Any
 from django.core.management import CommandError
 from django.core.management.base import BaseCommand
 
-from training.base_models import DEFAULT_MODEL_NAME, BaseModel, base_model_get
+from training.base_models import DEFAULT_MODEL_NAME, ServedBaseModel, base_model_get
 from training.errors import TrainingError
 from training.model_folder import model_folder_problem, quantized_problem, weights_absent
 
@@ -39,13 +39,13 @@ class Command(BaseCommand):
         except (TrainingError, OSError) as error:
             raise CommandError(f"{name or 'the default model'}: {error}") from error
 
-    def _convert(self, base_model: BaseModel) -> None:
+    def _convert(self, base_model: ServedBaseModel) -> None:
         # Imported late, so that other commands do not import the engine.
         from training.engine.torch.default_model import prepare_default_model
 
         prepare_default_model(base_model.folder, self._say)
 
-    def _download(self, base_model: BaseModel) -> None:
+    def _download(self, base_model: ServedBaseModel) -> None:
         """Fetch config, tokenizer and safetensors from the hub; complete or absent.
 
         What cannot be served is refused before its weights are fetched.

@@ -17,7 +17,7 @@ from tinkerapi.api.fields.field import Schema
 from tinkerapi.api.quickref.render import loss_fns_description
 from tinkerapi.api.quickref.views.base import ApiView
 from tinkerapi.api.renderers import JSONResponse
-from training.base_models import BaseModel, base_models
+from training.base_models import ServedBaseModel, base_models
 from training.loss_fns import DEFAULT_LOSS_FN
 
 GROUP = "Server"
@@ -205,7 +205,7 @@ def _missing() -> Iterator[str]:
             yield f"{name}: {state.reason}"
 
 
-def _longest_sequence(model: BaseModel) -> int | None:
+def _longest_sequence(model: ServedBaseModel) -> int | None:
     """The tokens of a sequence that is accepted, whether to train on or to sample; None if the base
     model's limit is not known yet."""
     within = model.max_context_tokens
