@@ -21,10 +21,11 @@ from training.engine.torch.attention.cached import (
     PrefillAttention,
     PrefillChunk,
 )
+from training.engine.torch.attention.interface import Attention
 from training.engine.torch.attention.variants import PLAIN, Variant
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.ranges import whole_sequences
-from training.engine.torch.packing.stream import Attention, PackedContext, Segment, uniform_segments
+from training.engine.torch.packing.stream import PackedContext, Segment, uniform_segments
 from training.engine.torch.padded.model_cache import ModelCache
 
 

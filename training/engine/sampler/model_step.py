@@ -16,8 +16,9 @@ from torch import Tensor
 
 from training.engine.sampler.kv_cache import KvCache
 from training.engine.sampler.row_padding import RowPadding
+from training.engine.torch.attention.interface import Attention
 from training.engine.torch.base_model import BaseModel
-from training.engine.torch.packing.stream import Attention, PackedContext, Segment
+from training.engine.torch.packing.stream import PackedContext, Segment
 
 
 class ModelStep:

@@ -22,6 +22,7 @@ from training.engine.torch.attention.blocks import (
     block_attention,
     make_block_groups,
 )
+from training.engine.torch.attention.interface import Attention
 from training.engine.torch.attention.short import (
     SHORT_TOKENS,
     Bucket,
@@ -30,7 +31,7 @@ from training.engine.torch.attention.short import (
 )
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, stream_rows, take_rows
-from training.engine.torch.packing.stream import Attention, ContextHolder, PackedContext
+from training.engine.torch.packing.stream import ContextHolder, PackedContext
 
 ATTENTION_NAME = "packed"
 

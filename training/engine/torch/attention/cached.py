@@ -23,8 +23,8 @@ from training.engine.torch.attention.gathered import (
     Newest,
     gather_by_length,
 )
+from training.engine.torch.attention.interface import Attention
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
-from training.engine.torch.packing.stream import Attention
 
 
 @dataclass(frozen=True, kw_only=True)

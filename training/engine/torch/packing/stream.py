@@ -21,7 +21,6 @@ transformers passes on; LoRA layers get only their input, so they read it from t
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from training.engine.torch.adapters import AdapterTensors
-from training.engine.torch.attention.variants import PLAIN, Variant
+from training.engine.torch.attention.interface import Attention
 
 MIN_ROWS = 16
 """Fewest rows that a training pass gives to a matrix product of the base model; padding makes
@@ -75,37 +74,6 @@ class Segment:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.end)
-
-
-class Attention(ABC):
-    """The attention of one pass."""
-
-    @abstractmethod
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        variant: Variant = PLAIN,
-    ) -> Tensor:
-        """Attention of one layer over the whole stream.
-
-        Called once per layer and pass, layers in order from 0.
-
-        Args:
-            layer_idx: The index of the calling layer.
-            query: (T, Hq, D), rotated.
-            key: (T, Hkv, D), rotated; Hq is a multiple of Hkv, and query heads
-                ``h * Hq / Hkv`` onwards share key head h.
-            value: (T, Hkv, D).
-            scaling: Multiplies the scores before the softmax.
-            variant: Which earlier keys a query sees, and how its scores are changed.
-
-        Returns:
-            (T, Hq, D), in the queries' dtype.
-        """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
