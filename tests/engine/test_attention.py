@@ -4,15 +4,21 @@ with a shared prefix have the same results as with separate ones."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.attention.backend import (
+    SequenceAttention,
+    UnsupportedAttention,
+    packed_attention,
+)
 from training.engine.torch.attention.blocks import BLOCK_TOKENS
 from training.engine.torch.attention.short import SHORT_TOKENS
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, whole_sequences
+from training.engine.torch.packing.stream import PackedContext
 
 LENGTHS = [3, 16, 17, 1, 30, SHORT_TOKENS + 5, 16, 31, 2, SHORT_TOKENS + 5, SHORT_TOKENS + 5, 90]
 SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}
@@ -230,3 +236,29 @@ def test_a_sequence_that_is_not_finite_spares_the_others(variant: Variant) -> No
         assert ours[5:14].isnan().any()
         assert torch.equal(ours[:5], before[:5])
         assert torch.equal(ours[14:], before[14:])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"position_bias": torch.zeros(1)}, "uses position_bias"),
+        ({"indices": torch.zeros(1)}, "uses indices"),
+        ({"dropout": 0.1}, "uses dropout"),
+        ({"is_causal": False}, "reads later tokens"),
+        ({"output_attentions": True}, "uses output_attentions"),
+    ],
+)
+def test_an_argument_that_could_change_the_attention_is_refused(
+    argument: dict[str, Any], message: str
+) -> None:
+    heads = torch.randn(1, 2, 3, 4)  # (1, H, T, D)
+    layer = torch.nn.Module()
+    layer.layer_idx = 0
+    context = PackedContext(segments=(), attention=SequenceAttention([RowRange(start=0, length=3)]))
+    harmless = {"position_ids": torch.arange(3), "use_cache": False, "dropout": 0.0, "x": None}
+    packed_attention(layer, heads, heads, heads, None, packed_context=context, **harmless)
+
+    with pytest.raises(UnsupportedAttention, match=message):
+        packed_attention(
+            layer, heads, heads, heads, None, packed_context=context, **{**harmless, **argument}
+        )

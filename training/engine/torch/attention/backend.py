@@ -35,8 +35,8 @@ from training.engine.torch.packing.stream import ContextHolder, PackedContext
 
 ATTENTION_NAME = "packed"
 
-REFUSED_ARGUMENTS = ("position_bias", "head_mask")
-"""Arguments of attention variants that we do not support."""
+WITHOUT_EFFECT = ("position_ids", "use_cache")
+"""Arguments of transformers that do not change a layer's attention."""
 
 CHUNK_ATTRIBUTE = "packed_attention_chunk"
 HOLDER_ATTRIBUTE = "packed_context_holder"
@@ -277,9 +277,6 @@ def packed_attention(
     """
     if packed_context is None:
         packed_context = _current_context(module)
-    for name in REFUSED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise UnsupportedAttention(f"The base model's attention uses {name}.")
     output = packed_context.attention.attend(
         _layer_idx(module),
         query[0].transpose(0, 1),  # (T, Hq, D)
@@ -298,9 +295,22 @@ def _variant(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> Variant:
-    """The variant from transformers' arguments for kernels without a mask, which omit chunks."""
+    """The variant from transformers' arguments for kernels without a mask, which omit chunks.
+
+    Raises:
+        UnsupportedAttention: One of them could change the attention, and is not known here.
+    """
+    if is_causal is False:
+        raise UnsupportedAttention("The base model's attention reads later tokens.")
+    if dropout:
+        raise UnsupportedAttention("The base model's attention uses dropout.")
+    for name, value in others.items():
+        if name not in WITHOUT_EFFECT and value is not None and value is not False:
+            raise UnsupportedAttention(f"The base model's attention uses {name}.")
     if s_aux is None:
         s_aux = sinks
     chunk: int | None = getattr(module, CHUNK_ATTRIBUTE, None)
