@@ -36,7 +36,8 @@ class Family:
     """Added tokens that are not special."""
 
 
-def _for_messages(body: str, prompt: str, before: str = "") -> str:
+def for_messages(body: str, prompt: str, before: str = "") -> str:
+    """A template that writes each message, and then the beginning of an answer."""
     return (
         f"{before}{{% for m in messages %}}{body}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
@@ -49,7 +50,7 @@ _REFUSES_SYSTEM = (
 
 FAMILIES = {
     "chatml": Family(
-        _for_messages(
+        for_messages(
             "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
             "{{ '<|im_start|>assistant\n' }}",
         ),
@@ -72,7 +73,7 @@ FAMILIES = {
         bos="<s>",
     ),
     "llama-3": Family(
-        _for_messages(
+        for_messages(
             "{% set c = '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"
             " + m.content | trim + '<|eot_id|>' %}"
             "{% if loop.first %}{% set c = bos_token + c %}{% endif %}{{ c }}",
@@ -108,7 +109,7 @@ FAMILIES = {
         bos="<s>",
     ),
     "gemma": Family(
-        _for_messages(
+        for_messages(
             "{% set role = 'model' if m.role == 'assistant' else m.role %}"
             "{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}",
             "{{ '<start_of_turn>model\n' }}",
@@ -130,7 +131,7 @@ FAMILIES = {
         stop="<|end|>",
     ),
     "phi-4": Family(
-        _for_messages(
+        for_messages(
             "{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}",
             "{{ '<|im_start|>assistant<|im_sep|>' }}",
         ),
@@ -158,7 +159,7 @@ FAMILIES = {
         think=("<think>", "</think>"),
     ),
     "zephyr": Family(
-        _for_messages(
+        for_messages(
             "{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}",
             "{{ '<|assistant|>\n' }}",
         ),
@@ -167,7 +168,7 @@ FAMILIES = {
         bos="<s>",
     ),
     "command-r": Family(
-        _for_messages(
+        for_messages(
             "{% set who = {'user': 'USER', 'assistant': 'CHATBOT'}[m.role] | default('SYSTEM') %}"
             "{{ '<|START_OF_TURN_TOKEN|><|' + who + '_TOKEN|>' + m.content.strip()"
             " + '<|END_OF_TURN_TOKEN|>' }}",
@@ -186,7 +187,7 @@ FAMILIES = {
         bos="<BOS_TOKEN>",
     ),
     "glm-4": Family(
-        _for_messages(
+        for_messages(
             "{% set role = 'observation' if m.role == 'tool' else m.role %}"
             "{{ '<|' + role + '|>\n' + m.content }}",
             "{{ '<|assistant|>\n' }}",
@@ -233,7 +234,7 @@ DEEPSEEK_R1 = Family(
 """Its prompt begins a thought that no conversation has, so trained answers cannot follow it."""
 
 NO_END = Family(
-    _for_messages("{{ m.role + ': ' + m.content + '\n' }}", "{{ 'assistant: ' }}"),
+    for_messages("{{ m.role + ': ' + m.content + '\n' }}", "{{ 'assistant: ' }}"),
     ("<s>", "</s>"),
     eos="</s>",
     bos="<s>",

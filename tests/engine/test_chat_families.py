@@ -21,6 +21,7 @@ from tests.engine.chat_families import (
     NO_END,
     TOKENIZERS,
     Family,
+    for_messages,
     make_tokenizer,
 )
 from training.engine.renderer.chat_renderer import ChatRenderer
@@ -411,3 +412,84 @@ def test_a_prompt_and_what_follows_are_the_text_of_all_tokens(
     for token, end in zip(placed, ends, strict=True):
         if "\ufffd" not in token.text:
             assert own[token.offset : end] == token.text
+
+
+# -- roles -----------------------------------------------------------------------------------------
+
+FEW_ROLES = Family(
+    for_messages(
+        "{% if m.role in ('user', 'assistant') %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}",
+        "{{ '<|im_start|>assistant\n' }}",
+    ),
+    FAMILIES["chatml"].special_tokens,
+    eos="<|im_end|>",
+)
+"""It writes nothing of other roles, and refuses none."""
+
+STRICT_TOOLS = Family(
+    for_messages(
+        "{% if m.role == 'tool' and not m.content.startswith('{') %}"
+        "{{ raise_exception('expected JSON') }}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
+        "{{ '<|im_start|>assistant\n' }}",
+    ),
+    FAMILIES["chatml"].special_tokens,
+    eos="<|im_end|>",
+)
+"""It reads a tool's answer."""
+
+
+@every_tokenizer
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+@pytest.mark.parametrize("content", ["it is", "hello"])
+def test_a_message_that_the_template_leaves_out_is_refused_and_not_dropped(
+    kind: str, role: str, content: str
+) -> None:
+    """Also where the same text stands elsewhere; other conversations are trained on."""
+    text = chat_renderer(kind, FEW_ROLES)
+    assert text.conversation_fault is None
+    check(kind, FEW_ROLES, chat("user: hello", "assistant: yes"))
+    messages = chat(f"{role}: {content}", "user: hello world", "assistant: yes")
+    complaint = rf"messages\[0\]: .* leaves out this message \(role '{role}'\)"
+    with pytest.raises(InvalidRequest, match=complaint):
+        text.render_prompt(messages[:2])
+    with pytest.raises(InvalidRequest, match=complaint):
+        text.render_conversation(messages, "assistant")
+
+
+def test_a_template_that_reads_a_tools_answer_gets_it() -> None:
+    text = chat_renderer("byte-level", STRICT_TOOLS)
+    good = chat("user: what", 'tool: {"is": 1}')
+    tokenizer = make_tokenizer("byte-level", STRICT_TOOLS)
+    assert text.render_prompt(good) == own_tokens(tokenizer, good, add_generation_prompt=True)
+    with pytest.raises(InvalidRequest, match="expected JSON"):
+        text.render_prompt(chat("user: what", "tool: is"))
+
+
+@every_family
+@every_tokenizer
+@pytest.mark.parametrize("role", ["developer", "tool"])
+@pytest.mark.parametrize("more", [{}, {"name": "it"}, {"tool_call_id": "yes"}], ids=str)
+def test_every_role_is_as_the_template_writes_it_or_refused(
+    kind: str, name: str, role: str, more: dict[str, str]
+) -> None:
+    """A speaker's name, or a call's, goes to the template and changes nothing else."""
+    family = FAMILIES[name]
+    tokenizer, text = make_tokenizer(kind, family), chat_renderer(kind, family)
+    given_by: Message = {"role": role, "content": "is", **more}
+    messages = [*chat("user: what", "assistant: it"), given_by]
+    if name == "llama-2":
+        with pytest.raises(InvalidRequest, match="roles must alternate"):
+            text.render_prompt(messages)
+        return
+    prompt = text.render_prompt(messages)
+    if (kind, name) != TWO_BREAKS:
+        assert prompt == own_tokens(tokenizer, messages, add_generation_prompt=True)
+    whole = [*messages, *chat("assistant: yes")]
+    if (name, role) == ("glm-4", "developer"):
+        with pytest.raises(InvalidRequest, match="no token after this answer on which sampling"):
+            text.render_conversation(whole, "assistant")
+        return
+    datum = text.render_conversation(whole, "assistant")
+    assert all_tokens(datum)[: len(prompt)] == prompt

@@ -19,6 +19,7 @@ from training.engine.interface import Renderer
 from training.engine.renderer.chat_template import ChatTemplate, Message
 from training.engine.renderer.edges import EdgedTokens, TextTokens, tokenize_with_edges
 from training.engine.renderer.first_rules import first_datum
+from training.engine.renderer.message_spans import require_all_written
 from training.engine.renderer.rendered import RenderedConversation, answers, prompt_length
 from training.engine.renderer.streamed_text import text_after
 from training.engine.renderer.template_check import find_fault
@@ -138,7 +139,7 @@ class ChatRenderer(Renderer):
         for the same messages, so sampling continues exactly the prompt that was trained.
 
         Raises:
-            InvalidRequest: The template refuses the messages, or the model has none.
+            InvalidRequest: The template refuses or leaves out a message, or the model has none.
         """
         self._template.check(messages, options)
         if options.continue_final_message and options.add_generation_prompt:
@@ -152,6 +153,7 @@ class ChatRenderer(Renderer):
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
         )
+        require_all_written(self._template, messages, options, text)
         edges = []
         for n in answers(messages):
             with suppress(InvalidRequest):  # not trainable, but usable as a prompt

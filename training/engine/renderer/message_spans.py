@@ -19,6 +19,11 @@ _PADDING = "\t\v\t"
 No template writes this itself."""
 
 
+_WRITTEN_ROLES = ("user", "assistant")
+"""A template may leave out a message of any other role. A content of these that stands in the text
+was not left out; one of the others may stand there by chance."""
+
+
 @dataclass(frozen=True)
 class Span:
     """Characters ``start`` to ``end`` (exclusive) of a rendered conversation."""
@@ -40,7 +45,7 @@ def find_messages(
         InvalidRequest: The template leaves a content out.
     """
     # Private-use characters: no template writes them, no trimming removes them.
-    markers = [f"\ue000{n}\ue001" if _has_content(m) else None for n, m in enumerate(messages)]
+    markers = [_marker(n) if _has_content(m) else None for n, m in enumerate(messages)]
     marked = template.render(
         [
             message if marker is None else {**message, "content": f"{_PADDING}{marker}{_PADDING}"}
@@ -56,10 +61,7 @@ def find_messages(
             continue
         before, found, marked = marked.partition(marker)
         if not found:
-            raise InvalidRequest(
-                f"messages[{n}]: the model's chat template leaves out this message "
-                f"(role {message['role']!r})"
-            )
+            raise _left_out(n, message)
         content = message["content"]
         if before.endswith(_PADDING):
             before = before.removesuffix(_PADDING)
@@ -73,6 +75,49 @@ def find_messages(
         spans.append(Span(len(rebuilt), len(rebuilt) + len(content)))
         rebuilt += content
     return spans if rebuilt + marked == text else None
+
+
+def require_all_written(
+    template: ChatTemplate, messages: Sequence[Message], options: ChatOptions, text: str
+) -> None:
+    """Refuse a prompt of which the template leaves a message out: many know only some roles.
+
+    Args:
+        text: The rendering of the messages, as a prompt or as a conversation.
+
+    Raises:
+        InvalidRequest: It names the message.
+    """
+    doubtful = [
+        n
+        for n, message in enumerate(messages)
+        if (content := (message.get("content") or "").strip())
+        and (message["role"] not in _WRITTEN_ROLES or content not in text)
+    ]
+    if not doubtful:
+        return
+    marked = [
+        {**message, "content": _marker(n)} if n in doubtful else message
+        for n, message in enumerate(messages)
+    ]
+    try:
+        rendered = template.render(marked, options)
+    except InvalidRequest:
+        return  # it reads the content, and expects another
+    for n in doubtful:
+        if _marker(n) not in rendered:
+            raise _left_out(n, messages[n])
+
+
+def _marker(n: int) -> str:
+    return f"\ue000{n}\ue001"
+
+
+def _left_out(n: int, message: Message) -> InvalidRequest:
+    return InvalidRequest(
+        f"messages[{n}]: the model's chat template leaves out this message "
+        f"(role {message['role']!r})"
+    )
 
 
 def _has_content(message: Message) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from training.engine.renderer.chat_template import ChatTemplate, Message
+from training.engine.renderer.message_spans import require_all_written
 from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS
 
@@ -35,12 +36,14 @@ _SHAPES: list[list[Message]] = [
 def find_fault(renderer: ChatRenderer, template: ChatTemplate) -> str | None:
     """Why this model's conversations cannot be trained on, in one sentence; None if they can.
 
-    A conversation that the template refuses (many have no system message) is not a fault.
+    A conversation that the template refuses, or a message that it leaves out (many have no system
+    message), is not a fault.
     """
     for messages in _SHAPES:
         try:
             template.check(messages, NO_CHAT_OPTIONS)
-            template.render(messages, NO_CHAT_OPTIONS)
+            text = template.render(messages, NO_CHAT_OPTIONS)
+            require_all_written(template, messages, NO_CHAT_OPTIONS, text)
         except InvalidRequest as error:
             if messages is _PLAIN:
                 return str(error).rstrip(".")
