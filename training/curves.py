@@ -44,6 +44,7 @@ CROSS JOIN LATERAL (
     WHERE lane_id = %(run_id)s AND seq_id >= w.first
         AND seq_id < w.first + %(width)s AND seq_id <= %(last)s
         AND state = 'ready' AND kind = ANY (%(kinds)s)
+    LIMIT %(width)s  -- all of them; without it, the planner compares each request with each window
 ) AS f
 ORDER BY f.seq_id
 """
