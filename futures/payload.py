@@ -46,7 +46,7 @@ def encode(value: Any) -> bytes:
         PayloadTooLarge: It has more than ``MAX_BYTES`` before compression.
         TypeError: It contains a value of another type.
     """
-    return _Packer().pack(value).compressed()
+    return Packer().pack(value).compressed()
 
 
 def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
@@ -71,7 +71,7 @@ def decode(data: bytes, *, max_bytes: int = MAX_BYTES) -> Any:
 
 def digest(kind: str, value: Any) -> bytes:
     """SHA-256 of a kind and a value; equal values have equal digests, whatever their key order."""
-    return _Packer().pack(value).digest(kind)
+    return Packer().pack(value).digest(kind)
 
 
 def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayload:
@@ -81,12 +81,13 @@ def encode_payload(kind: str, value: Any, *, named: Any = None) -> EncodedPayloa
         named: The value to digest, if an earlier version stored the same request in another
             form; None, or the same object, means ``value``.
     """
-    packed = _Packer().pack(value)
-    to_digest = packed if named is None or named is value else _Packer().pack(named)
-    return EncodedPayload(packed.compressed(), to_digest.digest(kind))
+    packed = Packer().pack(value)
+    if named is None or named is value:
+        return packed.encoded(kind)
+    return EncodedPayload(packed.compressed(), Packer().pack(named).digest(kind))
 
 
-class _Packer:
+class Packer:
     """Writes a value in msgpack, with sorted mappings and with arrays as msgpack extensions."""
 
     def __init__(self) -> None:
@@ -128,6 +129,10 @@ class _Packer:
         extension = _extension_header(begin + len(numbers)) + prefix
         self._complete += [self._packer.bytes(), extension, numbers]
         self._packer.reset()
+
+    def encoded(self, kind: str) -> EncodedPayload:
+        """What was written, as a request of this kind."""
+        return EncodedPayload(self.compressed(), self.digest(kind))
 
     def digest(self, kind: str) -> bytes:
         """SHA-256 of a kind and of what was written."""

@@ -36,11 +36,6 @@ def bytes_saved(owner_id: int | None) -> dict[str, int]:
     }
 
 
-def checkpoints_newest(run: Run, *, limit: int) -> list[Checkpoint]:
-    """A run's last checkpoints, the last one first."""
-    return list(run.checkpoints.order_by("-created_at")[:limit])
-
-
 def checkpoints_listed(run: Run, *, limit: int) -> list[Checkpoint]:
     """A run's last checkpoints without those of sampling sessions, the last one first."""
     return list(run.checkpoints.filter(ephemeral=False).order_by("-created_at")[:limit])

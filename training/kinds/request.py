@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import Enum, StrEnum, auto
 from typing import Any, ClassVar, Self
 
-from futures.payload import EncodedPayload, encode_payload
+from futures.payload import EncodedPayload, Packer
 from training.errors import TrainingError
 from training.payloads import Payload
 
@@ -64,7 +64,7 @@ class Request(ABC):
 
     def encoded(self) -> EncodedPayload:
         """``to_payload()`` as bytes, with its digest."""
-        return encode_payload(self.kind, self.to_payload())
+        return Packer().pack(self.to_payload()).encoded(self.kind)
 
     @classmethod
     @abstractmethod
