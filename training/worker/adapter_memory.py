@@ -69,8 +69,8 @@ class AdapterMemory:
             raise OutOfMemory(
                 f"this adapter takes {num_bytes / GIBIBYTE:.3g} GiB, and the adapters in this "
                 f"worker's memory may take {self.budget_bytes / GIBIBYTE:.3g} GiB together: choose "
-                "a smaller rank or fewer modules, or have the operator raise "
-                "TINKERAPI_ADAPTER_CACHE_BYTES"
+                "a smaller rank or fewer modules (train_mlp=false leaves out MLPs and experts), or "
+                "have the operator raise TINKERAPI_ADAPTER_CACHE_BYTES"
             )
 
     def lanes(self) -> set[str]:

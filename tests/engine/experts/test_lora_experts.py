@@ -48,7 +48,7 @@ def make_weights(
         layer.name: layer.shape if shares else layer.shape.without_sharing()
         for layer in stack.layers
     }
-    layout = AdapterLayout(LoraConfig(rank=rank, alpha=2.0 * rank), shapes)
+    layout = AdapterLayout(LoraConfig(rank=rank, alpha=1.3 * rank), shapes)
     generator = torch.Generator().manual_seed(rank + 100 * seed)
     return AdapterTensors(layout, 0.1 * torch.randn(layout.num_parameters, generator=generator))
 

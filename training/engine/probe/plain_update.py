@@ -18,12 +18,8 @@ from transformers import PreTrainedModel
 
 from training.engine.probe.called_layers import general_name
 from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape
-from training.engine.torch.experts.stacks import (
-    ExpertStack,
-    Projection,
-    find_routers,
-    find_stacks,
-)
+from training.engine.torch.experts.routers import find_routers
+from training.engine.torch.experts.stacks import ExpertStack, Projection, find_stacks
 from training.engine.torch.target_modules import can_have_adapter
 from training.types import LoraConfig
 

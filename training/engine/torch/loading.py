@@ -32,7 +32,8 @@ from training.engine.torch.attention.backend import ATTENTION_NAME, prepare_laye
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.experts.llama4 import ask_chosen_experts
 from training.engine.torch.experts.lora_experts import LoraExperts
-from training.engine.torch.experts.stacks import ExpertStack, find_routers, find_stacks
+from training.engine.torch.experts.routers import find_routers, route_by_segment
+from training.engine.torch.experts.stacks import ExpertStack, find_stacks
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.memory import keep_freed_memory
 from training.engine.torch.packing.stream import ContextHolder
@@ -279,6 +280,7 @@ def _wrap(
     for stack in stacks.values():
         model.set_submodule(stack.name, LoraExperts(stack, holder))
     ask_chosen_experts(model)
+    route_by_segment(model, routers, holder)
     return BaseModel(
         info=BaseModelInfo(
             name=name,

@@ -31,7 +31,8 @@ def select_modules(
     """The modules of ``shapes`` that an adapter of this config has, in the same order.
 
     Raises:
-        InvalidRequest: A name in ``target_modules``, or every flag, matches nothing.
+        InvalidRequest: A name in ``target_modules``, or every flag, matches nothing; or the config
+            is about experts, and there are none.
     """
     if config.target_modules is None:
         names = [name for name in shapes if _is_flagged(name, config, head_name)]
@@ -50,8 +51,13 @@ def select_modules(
                 )
     if not names:
         raise InvalidRequest("target_modules: the adapter would have no module to train")
-    shares = config.share_across_experts
-    return {n: shapes[n] if shares else shapes[n].without_sharing() for n in names}
+    if config.share_across_experts:
+        return {name: shapes[name] for name in names}
+    if not any(shapes[name].num_experts for name in names):
+        raise InvalidRequest(
+            "share_across_experts: false, but the adapter would have no experts; leave it out"
+        )
+    return {name: shapes[name].without_sharing() for name in names}
 
 
 def can_have_adapter(name: str, model_type: str) -> bool:

@@ -48,10 +48,11 @@ class SegmentPairs:
 
     def add_to(self, target: Tensor, values: Tensor, scale: float = 1.0) -> None:
         """target (P, N) += scale * values (n, N), in the segment's rows."""
+        values = values * scale  # first: the two additions would round it differently
         if self.rows is None:
-            target.add_(values, alpha=scale)
+            target.add_(values)
         else:
-            target.index_add_(0, self.rows, values, alpha=scale)
+            target.index_add_(0, self.rows, values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

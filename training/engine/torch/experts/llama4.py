@@ -27,11 +27,14 @@ class Llama4Experts(nn.Module):
         hidden = hidden.reshape(-1, self.hidden_dim)
         scores, logits = self.router(hidden)  # (T, E), 0 for experts that were not chosen
         shares, chosen = scores.topk(self.top_k, dim=-1)  # (T, k)
-        output: Tensor = self.shared_expert(hidden)
-        for j in range(self.top_k):
-            share, expert = shares[:, j : j + 1], chosen[:, j : j + 1]  # (T, 1)
-            output = output + self.experts(hidden * share, expert, torch.ones_like(share))
-        return output, logits
+        shares = shares.flatten()[:, None]  # (T * k, 1)
+        outputs = self.experts(
+            hidden.repeat_interleave(self.top_k, dim=0) * shares,
+            chosen.flatten()[:, None],
+            torch.ones_like(shares),
+            rows_per_token=self.top_k,
+        ).view(len(hidden), self.top_k, -1)  # (T, k, H)
+        return self.shared_expert(hidden) + outputs.sum(1), logits
 
 
 def ask_chosen_experts(model: nn.Module) -> None:

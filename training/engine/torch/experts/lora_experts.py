@@ -7,13 +7,15 @@ back, which also adds up a token's experts (``projections``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from training.engine.torch.experts.grouping import Grouping, group, rows_multiple
 from training.engine.torch.experts.projections import DownFunction, UpFunction
 from training.engine.torch.experts.stacks import ExpertStack, Projection
-from training.engine.torch.packing.stream import ContextHolder, PassContext, Segment, SingleContext
+from training.engine.torch.packing.stream import ContextHolder, Segment, SingleContext
 
 
 class LoraExperts(nn.Module):
@@ -29,13 +31,16 @@ class LoraExperts(nn.Module):
         self._width = min(min(shape.in_features, shape.out_features) for shape in shapes)
         self._anchor = torch.zeros((), requires_grad=True)  # see ``LoraLinear``
 
-    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, chosen: Tensor, weights: Tensor, *, rows_per_token: int = 1
+    ) -> Tensor:
         """The experts' outputs, added up by token.
 
         Args:
             hidden: (T, H)
             chosen: (T, k) int64, the experts of each token.
             weights: (T, k), their shares.
+            rows_per_token: Of the T rows, how many belong to each token of the pass.
 
         Returns:
             (T, H)
@@ -47,15 +52,16 @@ class LoraExperts(nn.Module):
             return output
         if isinstance(context, SingleContext):
             context = context.of(len(hidden))
-        grouping = self._group(chosen, context, hidden.dtype)
+        segments = [segment.repeated(rows_per_token) for segment in context.segments]
+        grouping = self._group(chosen, segments, hidden.dtype)
         inner = self.stack.activate(self._up(hidden, grouping))  # (P, I)
         return self._down(inner, weights, grouping)  # (T, H)
 
-    def _group(self, chosen: Tensor, context: PassContext, dtype: torch.dtype) -> Grouping:
+    def _group(self, chosen: Tensor, segments: Sequence[Segment], dtype: torch.dtype) -> Grouping:
         """Group the rows of a pass; see ``grouping``."""
         layers = self.stack.layers
         own, widths = [], [self._width]
-        for segment in context.segments:
+        for segment in segments:
             places = () if segment.weights is None else segment.weights.layout.places
             if segment.weights is not None and any(layer.name in places for layer in layers):
                 own.append(segment)

@@ -1,4 +1,4 @@
-"""Finds a model's stacks of experts and describes them, and finds the routers that choose experts.
+"""Finds a model's stacks of experts and describes them.
 
 transformers holds the experts of a layer in one module with a three-dimensional parameter for each
 projection, of all experts: ``gate_up_proj`` or ``up_proj``, and ``down_proj``. An expert's MLP is
@@ -9,7 +9,7 @@ share a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,26 +83,6 @@ def find_stacks(model: nn.Module) -> dict[str, ExpertStack]:
     """The stacks that adapters can be attached to, by name."""
     found = {name: _stack(name, module) for name, module in model.named_modules()}
     return {name: stack for name, stack in found.items() if stack is not None}
-
-
-def find_routers(model: nn.Module, stacks: Mapping[str, ExpertStack]) -> dict[str, nn.Module]:
-    """The modules that choose experts or weigh them, by name. They are frozen."""
-    routers = {}
-    for stack_name, stack in stacks.items():
-        block = stack_name.rpartition(".")[0]
-        for name, module in model.get_submodule(block).named_modules(prefix=block):
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim == 2:
-                below = name.removeprefix(f"{block}.")
-                if _routes(below.split("."), len(weight), stack.num_experts):
-                    routers[name] = module
-    return routers
-
-
-def _routes(path: list[str], num_outputs: int, num_experts: int) -> bool:
-    if num_outputs == num_experts and ("gate" in path or any("router" in part for part in path)):
-        return True
-    return num_outputs == 1 and path[-1].endswith("gate")  # it weighs a shared expert
 
 
 def _stack(name: str, module: nn.Module) -> ExpertStack | None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -74,6 +74,12 @@ class Segment:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.end)
+
+    def repeated(self, times: int) -> Segment:
+        """The segment in a stream that has each row so many times, one after the other."""
+        if times == 1:
+            return self
+        return replace(self, start=self.start * times, end=self.end * times)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
