@@ -21,7 +21,7 @@ from training.errors import BaseModelNotFound
 from training.images import Chunks, Image
 from training.kinds import ForwardBackward, Kind, Sample, stored_request
 from training.loss_fns import ADVANTAGES, LOGPROBS, TARGET_TOKENS, WEIGHTS
-from training.models import Run
+from training.models import RenderedData, Run
 from training.types import Conversation, Datum, Example, Message
 from training.vocabulary import TokenTable, vocabulary_find
 
@@ -109,8 +109,15 @@ def pass_inspect(run: Run, *, request_id: str | None, number: int) -> InspectedP
         loss_fn=request.loss_fn,
         num_datums=len(request.data),
         number=number,
-        view=_example_view(item, own, token_table_of(run)),
+        view=_example_view(item, own, token_table_of(run), _rendered(future, number)),
     )
+
+
+def _rendered(future: Future, number: int) -> Datum | None:
+    """The tokens that the worker made of one example; None if it was sent as tokens."""
+    row = RenderedData.objects.filter(pk=future.pk).first()
+    examples = decode(bytes(row.data)) if row is not None else []
+    return Datum(**examples[number]) if number < len(examples) else None
 
 
 def sample_inspect(run: Run, future: Future, *, number: int) -> TokenView | None:
@@ -168,8 +175,18 @@ def token_table_of(run: Run) -> TokenTable | None:
 
 
 def _example_view(
-    item: Example, trained: NDArray[Any] | None, table: TokenTable | None
+    item: Example,
+    trained: NDArray[Any] | None,
+    table: TokenTable | None,
+    rendered: Datum | None = None,
 ) -> TokenView:
+    """
+    Args:
+        rendered: The tokens that the worker made of the example, if it was text or has images.
+    """
+    if rendered is not None and not isinstance(item, Datum):
+        images = _images(item) if isinstance(item, Conversation) else item.model_input.images
+        return replace(_datum_view(rendered, trained, table), images=images)
     if isinstance(item, Conversation):
         return _conversation_view(item, trained)
     if isinstance(item, Datum):

@@ -450,6 +450,20 @@ class Rollout(models.Model):
         return f"{self.request_id}-{self.number}"
 
 
+class RenderedData(models.Model):
+    """The tokens that the worker made of a training request's text and images, for people."""
+
+    run = models.ForeignKey(Run, on_delete=models.CASCADE, related_name="+")
+    request_id = models.CharField(primary_key=True, max_length=39)
+    data = models.BinaryField()
+    """A list of ``model_input`` and ``loss_fn_inputs``, one for each example
+    (``futures.payload``)."""
+    created_at = models.DateTimeField(default=timezone.now, db_index=True)
+
+    def __str__(self) -> str:
+        return f"tokens of {self.request_id}"
+
+
 class Vocabulary(models.Model):
     """The bytes of a base model's tokens, so that pages can show tokens without its tokenizer."""
 

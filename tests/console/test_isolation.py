@@ -22,13 +22,14 @@ from training.models import (
     ClientMetrics,
     CustomLoss,
     RecordedSample,
+    RenderedData,
     Rollout,
     SampledStep,
 )
 
 SHARED = {Worker}
 """Staff may see them: test_access says what of them they see."""
-UNLISTED = {ClientMetrics, CustomLoss, RecordedSample, Rollout, SampledStep}
+UNLISTED = {ClientMetrics, CustomLoss, RecordedSample, RenderedData, Rollout, SampledStep}
 """Have no pages."""
 SUPERUSERS = {User, OrmQ, Schedule, Success, Failure, AuditEvent}
 

@@ -22,7 +22,7 @@ from tests.conftest import InProcessWorker
 from tests.console.conftest import SCRIPT, page
 from tinkerapi.console.pages.run_tabs import TABS
 from training.base_models import base_model_get
-from training.models import ClientMetrics, Rollout, Run
+from training.models import ClientMetrics, RenderedData, Rollout, Run
 from training.services import forward_backward_submit, optim_step_submit, sample_submit
 from training.types import AdamParams, Datum, SamplingParams
 from training.vocabulary import vocabulary_store
@@ -252,10 +252,28 @@ def test_a_datum_is_shown_token_by_token_with_all_its_numbers(
     assert console.get(answer.context["datums"]["before"]).context["shown"].number == 0
 
 
-def test_a_conversation_is_shown_as_messages(
+def test_a_conversation_is_shown_in_the_tokens_that_the_worker_made(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User, work: InProcessWorker
+) -> None:
+    vocabulary_store(base_model_get(None).queue, "bytes", work.engine.renderer.token_bytes)
+    run = trained(superuser, text="what is a lane?").run
+    tokens = console.get(page(run), {"tab": "data"}).context["tokens"]
+    text = "".join(tokens["texts"])
+    assert "what is a lane?" in text
+    trained_text = "".join(
+        piece
+        for piece, weight in zip(tokens["texts"], tokens["columns"]["weight"], strict=True)
+        if weight
+    )
+    assert trained_text.startswith("yes")
+    assert all(value <= 0 for value in tokens["columns"]["trained"][1:])
+
+
+def test_a_conversation_without_tokens_is_shown_as_messages(
     console: Client, trained: Callable[..., SimpleNamespace], superuser: User
 ) -> None:
     run = trained(superuser, text=SCRIPT).run
+    RenderedData.objects.all().delete()
     html = console.get(page(run), {"tab": "data"}).content.decode()
     assert SCRIPT not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html

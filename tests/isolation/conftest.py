@@ -28,6 +28,7 @@ from training.models import (
     ClientMetrics,
     CustomLoss,
     RecordedSample,
+    RenderedData,
     Rollout,
     Run,
     SampledStep,
@@ -51,6 +52,7 @@ OWNED: Mapping[type[Model], str] = {
     ClientMetrics: "run__owner",
     SampledStep: "run__owner",
     Rollout: "run__owner",
+    RenderedData: "run__owner",
     ApiKey: "user",
 }
 """Every model whose rows have an owner, and the field of the owner."""

@@ -12,8 +12,9 @@ from django.conf import settings
 from django.contrib.auth.models import User
 from django.utils import timezone
 
+from futures.payload import decode
 from tests.conftest import InProcessWorker
-from training.models import Checkpoint, Rollout, Run, SampledStep
+from training.models import Checkpoint, RenderedData, Rollout, Run, SampledStep
 from training.services import (
     forward_backward_submit,
     optim_step_submit,
@@ -21,7 +22,7 @@ from training.services import (
     save_weights_submit,
 )
 from training.services.rollouts import rollouts_forget
-from training.types import AdamParams, Datum, SamplingParams
+from training.types import AdamParams, Conversation, Datum, Message, SamplingParams
 from training.worker import rollouts
 from training.worker.rollouts import sequence_advantages
 
@@ -239,3 +240,28 @@ def test_none_is_kept_if_the_operator_says_so(
     work()
     assert not Rollout.objects.exists()
     assert SampledStep.objects.get().sequences == 2
+
+
+def test_tokens_are_kept_of_text_only_and_until_they_are_old(
+    owner: User, run: Run, work: InProcessWorker
+) -> None:
+    assert not RenderedData.objects.exists()  # the run was trained on tokens
+    text = Conversation((Message("user", "hi"), Message("assistant", "yes")))
+    future = forward_backward_submit(
+        owner_id=owner.pk,
+        model_id="policy",
+        data=[text],
+        loss_fn="cross_entropy",
+        loss_fn_config={},
+        train_on="auto",
+        forward_only=False,
+    ).future
+    work()
+    row = RenderedData.objects.get()
+    assert (row.request_id, row.run_id) == (future.pk, run.pk)
+    [example] = decode(bytes(row.data))
+    assert b"yes" in bytes(example["loss_fn_inputs"]["target_tokens"].astype(np.uint8))
+    age = timezone.now() - timedelta(days=settings.KEEP_RESULTS_DAYS, hours=1)
+    RenderedData.objects.update(created_at=age)
+    rollouts_forget()
+    assert not RenderedData.objects.exists()

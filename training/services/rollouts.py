@@ -1,4 +1,5 @@
-"""Records what was sampled from runs, for people to read, and deletes old records."""
+"""Records what was sampled from runs and what text was trained on, for people to read, and deletes
+old records."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from django.conf import settings
 from django.utils import timezone
 
 from futures.database import execute
-from training.models import Rollout
+from futures.payload import encode
+from training.models import RenderedData, Rollout
+from training.types import Datum
 
 _DELETE_AT_ONCE = 5_000
 _RECENT = 50_000
@@ -86,10 +89,23 @@ def rollouts_join(
     )
 
 
+def rendered_record(*, run_id: str, request_id: str, data: Sequence[Datum]) -> None:
+    """Record the tokens of a request that was sent as text, inside the transaction that commits
+    its result."""
+    content = [
+        {"model_input": datum.model_input, "loss_fn_inputs": dict(datum.loss_fn_inputs)}
+        for datum in data
+    ]
+    row = RenderedData(run_id=run_id, request_id=request_id, data=encode(content))
+    RenderedData.objects.bulk_create([row], ignore_conflicts=True)
+
+
 def rollouts_forget() -> None:
-    """Delete some rollouts that are too old, and some of runs that have too many. The worker calls
-    it often."""
+    """Delete some rollouts and rendered tokens that are too old, and some rollouts of runs that
+    have too many. The worker calls it often."""
     limit = timezone.now() - timedelta(days=settings.KEEP_RESULTS_DAYS)
+    rendered = RenderedData.objects.filter(created_at__lt=limit).values("pk")[:_DELETE_AT_ONCE]
+    RenderedData.objects.filter(pk__in=rendered).delete()
     oldest = Rollout.objects.order_by("pk").values_list("pk", "created_at")[:_DELETE_AT_ONCE]
     Rollout.objects.filter(pk__in=[pk for pk, created in oldest if created < limit]).delete()
     kept = {"kept": settings.ROLLOUTS_PER_RUN, "recent": _RECENT, "limit": _DELETE_AT_ONCE}

@@ -30,12 +30,15 @@ from training.loss_fns import (
 from training.models import Run
 from training.pass_figures import pass_figures
 from training.selectors import custom_loss_get
-from training.services.rollouts import rollouts_join
+from training.services.rollouts import rendered_record, rollouts_join
 from training.types import Datum, ForwardBackwardOutput
 from training.worker import outcomes
 from training.worker.effects import Effects
 from training.worker.rollouts import sequence_advantages
 from training.worker.text_work import Item
+
+MAX_SHOWN_TOKENS = 1_000_000
+"""The tokens of a larger request that was sent as text are not kept for people."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,9 @@ def run(
         facts = _Facts.of(request.loss_fn, answer.data)
         outcome = _ready(run, outcomes.backend(trainer), future, facts, answer.output, figures)
         effects.outcomes.append(outcome)
+        if request.has_text and facts.num_tokens <= MAX_SHOWN_TOKENS:
+            record = partial(rendered_record, run_id=run.id, request_id=future.id, data=answer.data)
+            effects.writes.append((future, record))
         if figures and future.kind == Kind.FORWARD_BACKWARD:
             join = partial(
                 rollouts_join,
