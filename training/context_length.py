@@ -34,6 +34,9 @@ WINDOW = re.compile(r"(window|chunk)(_size)?s?$")
 """Endings of the names of lengths that bound attention (``sliding_window``,
 ``attention_chunk_size``), unlike ``max_window_layers`` and ``sliding_window_pattern``."""
 
+PARTS = ("chunk_size", "mamba_chunk_size")
+"""Lengths into which recurrent layers cut a sequence, passing their state on: no limit."""
+
 COMPUTED_WINDOWS = ("sliding_window", "attention_chunk_size")
 """Windows that our attention computes if a layer declares them as transformers' layers do."""
 
@@ -77,7 +80,7 @@ def _windows(config: Mapping[str, Any]) -> Iterator[int]:
     if config.get("use_sliding_window") is False:
         return
     for name, value in config.items():
-        if WINDOW.search(name):
+        if WINDOW.search(name) and name not in PARTS:
             values = value if isinstance(value, list | tuple) else [value]
             yield from (each for each in values if _is_length(each))
 

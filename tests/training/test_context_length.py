@@ -32,6 +32,12 @@ LONGROPE = {
         # What only sounds like it.
         ({**LONG, "max_window_layers": 28, "sliding_window_pattern": 6}, 131_072),
         ({**LONG, "chunk_size_feed_forward": 0}, 131_072),
+        ({**LONG, "chunk_size": 256}, 131_072),
+        ({**LONG, "mamba_chunk_size": 256}, 131_072),
+        # A recurrent model without positions; with them, they count.
+        ({"model_type": "mamba"}, 131_072),
+        ({"model_type": "mamba", "max_position_embeddings": 2048}, 2048),
+        ({"model_max_length": 1_048_576}, 1_048_576),
         # Rotary factors that are others for long sequences.
         (LONGROPE, 131_072),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from training.engine.factory import engine_over
 from training.engine.fake.engine import fake_engine
 from training.engine.interface import Engine, ForwardBackwardJob, Trainer
 from training.engine.torch.base_model import BaseModel
+from training.engine.torch.loading import load_base_model
 from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig
 
 PROMPT = [5, 77, 130, 9, 200]
@@ -33,12 +35,18 @@ def step(trainer: Trainer, adapter_name: str) -> None:
     trainer.optim_step(adapter_name, AdamParams(learning_rate=0.1))
 
 
-@pytest.fixture(params=["fake", "torch"])
+@pytest.fixture(scope="session")
+def padded_base_model(tied_folder: Path) -> BaseModel:
+    return load_base_model(str(tied_folder), dtype="float32", device="cpu", layout="padded")
+
+
+@pytest.fixture(params=["fake", "torch", "padded"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param == "fake":
         engine = fake_engine()
     else:
-        base_model: BaseModel = request.getfixturevalue("tied_base_model")
+        layout = "padded" if request.param == "padded" else "tied"
+        base_model: BaseModel = request.getfixturevalue(f"{layout}_base_model")
         engine = engine_over(base_model)
     for seed, name in enumerate("ab"):
         engine.trainer.create_adapter(name, LoraConfig(rank=2, seed=seed))

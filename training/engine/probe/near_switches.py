@@ -13,15 +13,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from training.context_length import PARTS
 from training.engine.torch.attention.backend import CHUNK_ATTRIBUTE
 
 SWITCHES = ("sliding_window", "attention_chunk_size", CHUNK_ATTRIBUTE, "floor_scale")
 """Names of such lengths in configurations and layers: from the last one on, queries are
 scaled by their position."""
-
-PARTS = ("chunk_size", "mamba_chunk_size")
-"""Names of lengths into which recurrent layers cut a sequence. The results do not depend on them,
-but states are passed on from part to part."""
 
 NEAR_TOKENS = 8
 

@@ -37,7 +37,7 @@ from training.engine.torch.experts.stacks import ExpertStack, find_stacks
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.memory import keep_freed_memory
 from training.engine.torch.packing.stream import ContextHolder
-from training.engine.torch.padded.attention import use_separate_attention
+from training.engine.torch.padded.step_limits import limit_single_steps
 from training.engine.torch.rotary import follow_lengths, follow_the_pass, rotary_switch_of
 from training.engine.torch.target_modules import can_have_adapter
 from training.errors import BaseModelNotFound
@@ -239,8 +239,8 @@ def _use_layout(model: PreTrainedModel, base_model: BaseModel, layout: str) -> B
             follow_lengths(model, base_model.holder, switch)
         return replace(base_model, info=info)
     model.set_attn_implementation(base_model.stock_attention)
-    use_separate_attention(model)
     follow_the_pass(model)
+    limit_single_steps(model)
     if switch is not None:
         # Beyond it a sequence that is sampled would have to be read again at one token.
         info = replace(info, max_context_tokens=min(info.max_context_tokens, switch))

@@ -127,15 +127,17 @@ def _run_micro_batch(
     work: Mapping[PlannedJob, Work],
     custom_losses: CustomLossRunner,
 ) -> HeadOutput:
+    own_grads = _own_grads(base_model, batch, grads)
+
     def segments(bounds: Callable[[PartSpan], tuple[int, int]]) -> list[Segment]:
         return [
             Segment(
                 start=bounds(span)[0],
                 end=bounds(span)[1],
                 weights=adapters[span.part[0]].weights,
-                grad=grads.get(span.part[0]),
+                grad=own,
             )
-            for span in batch.part_spans
+            for span, own in zip(batch.part_spans, own_grads, strict=True)
         ]
 
     device = base_model.device
@@ -163,7 +165,28 @@ def _run_micro_batch(
     )
     if scored.requires_grad:
         scored.backward(head.grad_hidden)
+    for span, own in zip(batch.part_spans, own_grads, strict=True):
+        if own is not None and own is not grads[span.part[0]]:
+            grads[span.part[0]].flat.add_(own.flat)
     return head
+
+
+def _own_grads(
+    base_model: BaseModel, batch: MicroBatch, grads: Mapping[str, AdapterTensors]
+) -> list[AdapterTensors | None]:
+    """The buffer for the gradient of each part of a micro-batch; None if it has none.
+
+    It is the adapter's sum if all layers add to it in the order of the parts. In the padded layout
+    a part has rows in several rectangles, between those of other parts: there it gets a sum of its
+    own, so that the order of additions does not depend on its batch-mates.
+    """
+    sums = [grads.get(span.part[0]) for span in batch.part_spans]
+    if not base_model.is_padded:
+        return sums
+    return [
+        None if each is None else AdapterTensors(each.layout, torch.zeros_like(each.flat))
+        for each in sums
+    ]
 
 
 def _scatter_scores(

@@ -5,8 +5,10 @@ convolutions over the sequence, or with an attention of their own. The decoder g
 and computes its own attention, without a mask: every layer is causal, so padding after a sequence
 changes none of its tokens. The rest of the engine still sees one stream of rows.
 
-L depends on a sequence's own length only, and sequences of equal L share a rectangle. So
-batch-mates do not affect the arithmetic of a sequence. Padding rows get no gradient.
+On a GPU, L depends on a sequence's own length only, and sequences of equal L share a rectangle.
+Padding rows get no gradient. On a CPU each sequence is a rectangle of its own, without padding:
+transformers' convolutions, scans and fused attention sum in an order that depends on B (measured:
+half of the families), and the bits of a sequence must not depend on its batch-mates.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def make_grids(
     is_long: Tensor | None,
     device: torch.device,
 ) -> list[Grid]:
-    """The rectangles of a stream, the shortest sequences first.
+    """The rectangles of a stream, in an order that does not depend on the adapters.
 
     Args:
         row_ranges: The sequences, in the order of the stream; none shares rows with another.
@@ -86,6 +88,8 @@ def make_grids(
         is_long: (T,) bool, rows of sequences with the rotary factors for long ones; None: none.
     """
     owners = _owners(row_ranges, segments)
+    if device.type == "cpu":
+        return [_make_grid(one.length, [one], owners, device) for one in owners]
     members: dict[tuple[int, bool], list[RowRange]] = {}
     for row_range in owners:
         long = is_long is not None and bool(is_long[row_range.start])
