@@ -140,7 +140,8 @@ def test_a_wrong_model_input_is_refused_by_name(model_input, message, make_datum
     ],
 )
 def test_a_wrong_loss_or_config_is_refused_by_name(loss_fn, config, message, make_datum, tiny_info):
-    job = job_of(make_datum(5, loss_fn=loss_fn), loss_fn=loss_fn, loss_fn_config=config)
+    datum = make_datum(5, loss_fn=loss_fn if loss_fn in LOSS_FNS else "cross_entropy")
+    job = job_of(datum, loss_fn=loss_fn, loss_fn_config=config)
     with pytest.raises(InvalidRequest) as refusal:
         check_job(job, tiny_info)
     assert str(refusal.value).startswith(message)
