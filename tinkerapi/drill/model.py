@@ -1,7 +1,8 @@
-"""The drill's base model: a Llama of a few thousand parameters, written without torch.
+"""A Llama of a few thousand parameters, written without torch: the base model of the drill and of
+the test suite.
 
-It is wide enough that a pass uses the same matrix kernels as a real model's, and its weights are
-large enough that its predictions are far from uniform, so that a wrong gradient shows.
+The drill's is wide enough that a pass uses the same matrix kernels as a real model's. Its weights
+are large enough that its predictions are far from uniform, so that a wrong gradient shows.
 """
 
 from __future__ import annotations
@@ -15,11 +16,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KEY_HEADS = 64, 128, 2, 4, 2
+LAYERS, HEADS, KEY_HEADS = 2, 4, 2
 CONTEXT_TOKENS = 512
+TOKENIZER_SETTINGS = {
+    "unk_token": SPECIAL_TOKENS[0],
+    "bos_token": SPECIAL_TOKENS[1],
+    "eos_token": SPECIAL_TOKENS[2],
+    "pad_token": SPECIAL_TOKENS[2],
+    "model_max_length": CONTEXT_TOKENS,
+    "clean_up_tokenization_spaces": False,
+}
 ADAPTER_CACHE_BYTES = 2_000_000
 """Room for the largest of a drill's adapters and some others, not for all: they come and go."""
-SPREAD = 0.2  # standard deviation of the weights
 
 
 def chat_template(before_first: str = "") -> str:
@@ -44,24 +52,41 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_drill_model(directory: Path, *, seed: int) -> Path:
-    """Write config, tokenizer (its tokens are the bytes) and weights; return ``directory``."""
-    directory.mkdir(parents=True)
+def make_tiny_model(
+    directory: Path,
+    *,
+    seed: int,
+    hidden: int = 64,
+    spread: float = 0.2,
+    tied: bool = True,
+    template: str | None = None,
+) -> Path:
+    """Write config, tokenizer (its tokens are the bytes) and weights; return ``directory``.
+
+    Args:
+        directory: Made if missing.
+        seed: Equal seeds give equal files.
+        hidden: Width of the residual stream, a multiple of ``HEADS``.
+        spread: Standard deviation of the weights.
+        tied: Whether the output head is the embedding matrix.
+        template: The chat template; None means ``chat_template()``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCAB_SIZE,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KEY_HEADS,
-        "head_dim": HIDDEN // HEADS,
+        "head_dim": hidden // HEADS,
         "hidden_act": "silu",
         "max_position_embeddings": CONTEXT_TOKENS,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": 1,
@@ -70,48 +95,39 @@ def make_drill_model(directory: Path, *, seed: int) -> Path:
         "dtype": "float32",
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    _write_tokenizer(directory)
-    save_file(_weights(seed), directory / "model.safetensors", metadata={"format": "pt"})
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **TOKENIZER_SETTINGS,
+        "chat_template": template or chat_template(),
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+    weights = _weights(np.random.default_rng(seed), hidden, spread, tied=tied)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
-def _weights(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-
+def _weights(
+    rng: np.random.Generator, hidden: int, spread: float, *, tied: bool
+) -> dict[str, np.ndarray]:
     def draw(rows: int, columns: int) -> np.ndarray:
-        return (SPREAD * rng.standard_normal((rows, columns))).astype(np.float32)
+        return (spread * rng.standard_normal((rows, columns))).astype(np.float32)
 
-    norm = np.ones(HIDDEN, np.float32)
-    keys = KEY_HEADS * HIDDEN // HEADS
-    weights = {"model.embed_tokens.weight": draw(VOCAB_SIZE, HIDDEN), "model.norm.weight": norm}
+    norm = np.ones(hidden, np.float32)
+    keys = KEY_HEADS * hidden // HEADS
+    weights = {"model.embed_tokens.weight": draw(VOCAB_SIZE, hidden), "model.norm.weight": norm}
     for layer in range(LAYERS):
         shapes = {
-            "self_attn.q_proj": (HIDDEN, HIDDEN),
-            "self_attn.k_proj": (keys, HIDDEN),
-            "self_attn.v_proj": (keys, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HIDDEN),
-            "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (2 * hidden, hidden),
+            "mlp.up_proj": (2 * hidden, hidden),
+            "mlp.down_proj": (hidden, 2 * hidden),
         }
         for name, shape in shapes.items():
             weights[f"model.layers.{layer}.{name}.weight"] = draw(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{layer}.{name}.weight"] = norm
-    return weights
-
-
-def _write_tokenizer(directory: Path) -> None:
-    unknown, start, end = SPECIAL_TOKENS
-    byte_tokenizer().save(str(directory / "tokenizer.json"))
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": start,
-        "eos_token": end,
-        "pad_token": end,
-        "unk_token": unknown,
-        "model_max_length": CONTEXT_TOKENS,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": chat_template(),
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+    return weights if tied else {**weights, "lm_head.weight": draw(VOCAB_SIZE, hidden)}

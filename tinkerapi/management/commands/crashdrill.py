@@ -14,7 +14,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from tinkerapi.drill.evidence import differences, incomplete
 from tinkerapi.drill.job import Trainee, make_job, num_failures, num_requests
 from tinkerapi.drill.kills import Killed, plan_kills
-from tinkerapi.drill.model import ADAPTER_CACHE_BYTES, make_drill_model
+from tinkerapi.drill.model import ADAPTER_CACHE_BYTES, make_tiny_model
 from tinkerapi.drill.report import DrillReport
 from tinkerapi.drill.run import DrillFailed, Outcome, run_job
 from tinkerapi.server.up_process import ServerFailed
@@ -85,7 +85,7 @@ class Command(BaseCommand):
         seed = options["seed"]
         folder = options["model_folder"]
         if folder is None:
-            folder = make_drill_model(scratch / "tiny", seed=seed)
+            folder = make_tiny_model(scratch / "tiny", seed=seed)
             self._environment["TINKERAPI_ADAPTER_CACHE_BYTES"] = str(ADAPTER_CACHE_BYTES)
         job = make_job(seed=seed, steps=steps, trainees=options["adapters"])
         plan = plan_kills(seed=seed, kills=options["kills"], requests=num_requests(job))
