@@ -23,6 +23,21 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("granitemoeshared", {}),
     ("qwen2_moe", {}),
     ("dots1", {"n_shared_experts": 1}),
+    (
+        "granitemoehybrid",
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_hidden_layers": 3,
+        },
+    ),
+    (
+        "lfm2_moe",
+        {
+            "layer_types": ["conv", "full_attention", "conv"],
+            "num_hidden_layers": 3,
+            "num_dense_layers": 1,
+        },
+    ),
 ]
 """Experts with biases, stored transposed, gates interleaved, shared experts beside them, layers
 without experts, a share of the input and not of the output."""
