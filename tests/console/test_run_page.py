@@ -20,6 +20,8 @@ from futures.models import Future
 from futures.payload import decode
 from tests.conftest import InProcessWorker
 from tests.console.conftest import SCRIPT, page
+from tests.console.test_content_policy import ELSEWHERE
+from tests.console.test_content_policy import SCRIPT as SCRIPT_WITH_TEXT
 from tinkerapi.console.pages.run_tabs import TABS
 from training.base_models import base_model_get
 from training.models import ClientMetrics, RenderedData, Rollout, Run
@@ -111,6 +113,16 @@ def test_every_tab_renders_with_constant_queries(
         assert 'aria-current="page"' in answer.content.decode()
         statements = [query["sql"] for query in queries]
         assert len(statements) <= PAGE_QUERIES, f"{name}\n" + "\n".join(statements)
+
+
+def test_every_tab_needs_nothing_that_its_policy_forbids(
+    console: Client, policy: Callable[..., Run]
+) -> None:
+    run = policy(steps=1)
+    for name in TABS:
+        html = console.get(page(run), {"tab": name}).content.decode()
+        assert not SCRIPT_WITH_TEXT.search(html), name
+        assert not ELSEWHERE.search(html), name
 
 
 def test_more_rows_cost_no_more_queries(console: Client, policy: Callable[..., Run]) -> None:

@@ -97,7 +97,7 @@
         }));
       };
       plots.push(new uPlot({
-        width: card.clientWidth - 2, height: 220, padding: [8, 8, 0, 0], legend: { show: false },
+        width: card.clientWidth - 2, height: 220, padding: [8, 16, 0, 0], legend: { show: false },
         cursor: { sync: { key: "compare", scales: ["x", null] }, drag: { x: true, y: false } },
         scales: {
           x: { time: false, range: (plot, low, high) => zoom || (low === high ? [low - 1, high + 1] : [low, high]) },

@@ -190,12 +190,12 @@
     const axis = { stroke: text, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "11px Inter, sans-serif" };
     const xLabel = (plot, values) =>
       values.map((value) => (mode() === "time"
-        ? new Date(value * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })
+        ? new Date(value * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false })
         : value % 1 ? "" : shortNumber(value)));
     return {
       width: card.clientWidth - 2,
       height: 190,
-      padding: [8, 8, 0, 0],
+      padding: [8, 16, 0, 0],
       legend: { show: false },
       cursor: { sync: { key: "run", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 } },
       scales: {
