@@ -44,6 +44,28 @@ do not find `{head_name}`. An adapter that was trained with `train_unembed=False
 """
 
 
+_EXPERTS = """
+## Experts
+
+`adapter_model.safetensors` is for peft, which adapts the stacked parameters of all experts
+(`target_parameters`). peft 0.21 warns that it ignores `rank_pattern` and `alpha_pattern` for them;
+it uses both.
+
+`tinker_adapter.safetensors` is the same adapter, with one matrix where all experts share it, for
+tools that merge the hosted service's adapters into a model's files. They want it alone in a folder,
+under peft's name:
+
+```sh
+mkdir tinker
+cp adapter_config.json tinker/
+cp tinker_adapter.safetensors tinker/adapter_model.safetensors
+```
+
+tinker-cookbook's `build_hf_model` then takes `tinker` as `adapter_path`, for the families that it
+knows: its merge was checked with Qwen3-MoE, Qwen3.5 MoE, DeepSeek V3 and gpt-oss.
+"""
+
+
 def export_readme(base_model: str, layout: AdapterLayout, head_name: str | None) -> str:
     """Instructions for loading and merging the adapter.
 
@@ -53,4 +75,6 @@ def export_readme(base_model: str, layout: AdapterLayout, head_name: str | None)
     text = _LOADING.format(base_model=base_model, rank=layout.rank, alpha=layout.config.alpha)
     if head_name is not None:
         text += _MERGING.format(base_model=base_model, head_name=head_name)
+    if layout.has_experts:
+        text += _EXPERTS
     return text

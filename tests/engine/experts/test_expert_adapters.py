@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.engine.families import save_random, small_config
@@ -259,3 +260,35 @@ def test_in_bfloat16_a_model_of_experts_is_served_and_near_float32(
     assert np.abs(ours - exact).mean() < 0.3
     a, b = narrow.grad("a"), trainer.grad("a")
     assert a @ b > 0.9 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("form", SHAPES.values(), ids=SHAPES)
+def test_the_hosted_services_form_merges_into_each_experts_own_weights(
+    form: dict[str, bool], folder: str, base_model: BaseModel, make_datum, tmp_path
+) -> None:
+    """Merged as tinker-cookbook does it: w1, w3 and w2 are gate, up and down; a first dimension of
+    1 stands for all experts."""
+    trainer = TinyTrainer(base_model)
+    trainer.create_adapter("x", LoraConfig(rank=4, alpha=6.0, train_unembed=False, **form))
+    trainer.randomise("x")
+    datum = make_datum(30)
+    expected = trainer.train_one("x", [datum]).logprobs[0]
+    trainer.save_peft("x", tmp_path / "export")
+    tensors = load_file(tmp_path / "export" / "tinker_adapter.safetensors")
+    config = json.loads((tmp_path / "export" / "adapter_config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    places = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0)}
+    for name in [name for name in tensors if ".lora_A." in name]:
+        module, _, leaf = name.removesuffix(".lora_A.weight").rpartition(".")
+        update = tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
+        parameter, half = places.get(leaf, (f"{leaf}.weight", 0))
+        weight = model.get_parameter(f"{module.removeprefix('base_model.model.')}.{parameter}")
+        start = half * update.shape[-2]
+        weight.data[..., start : start + update.shape[-2], :] += (
+            update * config["lora_alpha"] / config["r"]
+        )
+    tokens = torch.from_numpy(datum.model_input.astype(np.int64))[None]
+    targets = torch.from_numpy(datum.loss_fn_inputs["target_tokens"])[:, None]
+    with torch.no_grad():
+        logprobs = model(input_ids=tokens).logits[0].log_softmax(-1).gather(1, targets)
+    np.testing.assert_allclose(expected, logprobs[:, 0], rtol=1e-4, atol=1e-4)

@@ -30,10 +30,14 @@ from training.engine.torch.adapters import (
 )
 from training.engine.torch.experts.peft_form import PeftExperts, peft_experts, split_targets
 from training.engine.torch.experts.stacks import ExpertStack
+from training.engine.torch.experts.tinker_form import tinker_experts
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.types import LoraConfig
 
 FORMAT = 1
+TINKER_NAME = "tinker_adapter.safetensors"
+"""In an export with experts: the same adapter as tools for the hosted service's adapters read it.
+The folder's README says how."""
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 
@@ -194,13 +198,16 @@ def save_peft(
         target_modules=as_modules,
         **_parameter_arguments(experts, as_parameters),
     )
-    tensors = experts.tensors
+    linears = {}
     for name in modules:
         a, b = layout.pair(adapter.weights.flat, name)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+        linears[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        linears[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     with new_directory(directory) as temporary:
-        _write(temporary / "adapter_model.safetensors", tensors)
+        _write(temporary / "adapter_model.safetensors", linears | experts.tensors)
+        if layout.has_experts:
+            own = tinker_experts(layout, adapter.weights.flat, stacks)
+            _write(temporary / TINKER_NAME, linears | own)
         config.save_pretrained(str(temporary))
         readme = export_readme(
             base_model_name, layout, head_name if head_name in layout.places else None
