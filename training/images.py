@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+NO_IMAGES = "this base model reads text only; send the request without images"
+
 FORMATS = ("png", "jpeg", "webp")
 
 PIXELS_PER_TOKEN = 28 * 28

@@ -109,6 +109,8 @@ def engine_over(
         base_model.tokenizer,
         base_model.info.vocab_size,
         end_token_ids=base_model.end_token_ids,
+        images=None if base_model.vision is None else base_model.vision.reader,
+        image_fault=base_model.image_fault,
     )
     sampler = ContinuousSampler(base_model, renderer, cache_tokens=cache_tokens)
     return Engine(

@@ -50,7 +50,7 @@ def build_engine(base_model: ServedBaseModel) -> Engine:
         BaseModelNotFound: Its folder cannot be read.
         DeviceNotFound: It names a GPU that does not exist.
     """
-    text_pool.warm_up()
+    text_pool.warm_up(base_model.folder)
     stages = Stages()
     engine = factory.build_engine(
         base_model.config,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from training.errors import LimitExceeded, TrainingError
 from training.worker.text_process import Answer, TextTask, serve
@@ -27,16 +28,25 @@ _PRELOAD = [
     "transformers.tokenization_utils_base",
 ]
 
+_PRELOAD_FOR_IMAGES = ["training.engine.renderer.images.reader", "transformers.processing_utils"]
+"""Also imported for a model that may read images; the second one imports torch."""
+
 _CONTEXT = get_context("forkserver")
 """A small process that has imported the modules and forks itself: warm in milliseconds, and it
 inherits nothing of the worker's: no connection to Postgres, no thread, no lock."""
 
 
-def warm_up() -> None:
-    """Start to import the processes' modules, in parallel to the caller's next work."""
+def warm_up(folder: Path) -> None:
+    """Start to import the processes' modules, in parallel to the caller's next work.
+
+    Args:
+        folder: The model's.
+    """
     from multiprocessing.forkserver import ensure_running
 
-    _CONTEXT.set_forkserver_preload(_PRELOAD)
+    processors = ("processor_config.json", "preprocessor_config.json")
+    has_processor = any((folder / name).exists() for name in processors)
+    _CONTEXT.set_forkserver_preload(_PRELOAD + (_PRELOAD_FOR_IMAGES if has_processor else []))
     ensure_running()
 
 

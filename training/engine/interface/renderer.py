@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.errors import InvalidRequest
-from training.images import Chunks
+from training.images import NO_IMAGES, Chunks
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenPrompt, TokenText
 
 
@@ -20,7 +20,7 @@ class Renderer(ABC):
 
     conversation_fault: str | None = None
     """Why conversations cannot be trained on; None if they can."""
-    image_fault: str | None = "this base model reads text only; send the request without images"
+    image_fault: str | None = NO_IMAGES
     """Why images are refused; None if they are read."""
 
     @abstractmethod

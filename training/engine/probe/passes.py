@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.ranges import whole_sequences
 from training.engine.torch.packing.stream import PackedContext, Segment, uniform_segments
 from training.engine.torch.padded.model_cache import ModelCache
+from training.engine.torch.vision.placement import ImageRows, SequenceRows, place
+from training.types import TokenPrompt
 
 
 class Unproven(Exception):
@@ -44,12 +47,30 @@ class ProbePasses(ABC):
         """All passages in one pass, as whole sequences under one adapter."""
 
     @abstractmethod
-    def cached(self, passages: Sequence[Passage], weights: AdapterTensors) -> list[Tensor]:
+    def cached(self, passages: Sequence[Passage], weights: AdapterTensors | None) -> list[Tensor]:
         """Each passage's prompt in two parts and its last token separately, over a cache."""
 
     def _logprobs(self, hidden: Tensor, passages: Sequence[Passage]) -> list[Tensor]:
         logits = self.base_model.logits(hidden, uniform_segments(len(hidden), None))  # (T, V)
         return list(logits.log_softmax(-1).split([len(passage.tokens) for passage in passages]))
+
+    def _placed(self, passages: Sequence[Passage]) -> tuple[ImageRows | None, Tensor]:
+        """The images and positions of a stream of passages."""
+        position_ids = torch.cat([passage.position_ids for passage in passages])
+        sequences, row = [], 0
+        for passage in passages:
+            rows = np.arange(row, row + len(passage.tokens))
+            row += len(rows)
+            if passage.whole is not None:
+                sequences.append(
+                    SequenceRows(
+                        tokens=passage.whole,
+                        images=passage.images,
+                        start=passage.first_position,
+                        rows=rows,
+                    )
+                )
+        return place(self.base_model.vision, sequences, position_ids)
 
     def _is_long(self, passages: Sequence[Passage]) -> Tensor | None:
         """(T,) whether a row's passage is longer in all than the rotary switch."""
@@ -67,16 +88,18 @@ class PaddedPasses(ProbePasses):
     """The passes of the padded layout."""
 
     def beside(self, passages: Sequence[Passage], segment: Segment) -> list[Tensor]:
+        images, position_ids = self._placed(passages)
         hidden = self.base_model.sequence_states(
             torch.cat([passage.tokens for passage in passages]),
-            torch.cat([passage.position_ids for passage in passages]),
+            position_ids,
             [segment],
             whole_sequences(len(passage.tokens) for passage in passages),
             self._is_long(passages),
+            images,
         )  # (T, C)
         return self._logprobs(hidden, passages)
 
-    def cached(self, passages: Sequence[Passage], weights: AdapterTensors) -> list[Tensor]:
+    def cached(self, passages: Sequence[Passage], weights: AdapterTensors | None) -> list[Tensor]:
         padding = RowPadding(self.base_model)
         answers = []
         for passage in passages:
@@ -84,13 +107,17 @@ class PaddedPasses(ProbePasses):
             tokens = passage.tokens.tolist()
             end = len(tokens) - 1
             cuts = (0, end // 2, end) if self.base_model.reads_chunks else (0, end)
+            prompt, skipped = None, 0
+            if passage.whole is not None:
+                prompt = TokenPrompt(tokens=passage.whole, images=passage.images)
+                skipped = self.base_model.skipped_positions(prompt.tokens, prompt.images)
             with torch.no_grad():
                 parts = [
-                    cache.read([tokens[start:stop]], passage.first_position + start)
+                    cache.read([tokens[start:stop]], passage.first_position + start, prompt=prompt)
                     for start, stop in pairwise(cuts)
                 ]
                 cache.repeat(2)
-                newest = cache.read([tokens[end:]] * 2, passage.first_position + end)
+                newest = cache.read([tokens[end:]] * 2, passage.first_position + end + skipped)
                 answers += self._logprobs(torch.cat([*parts, newest[1:]]), [passage])
         return answers
 
@@ -107,7 +134,7 @@ class PackedPasses(ProbePasses):
         attention = SequenceAttention(whole_sequences(len(p.tokens) for p in passages))
         return self._run(passages, segment, attention)
 
-    def cached(self, passages: Sequence[Passage], weights: AdapterTensors) -> list[Tensor]:
+    def cached(self, passages: Sequence[Passage], weights: AdapterTensors | None) -> list[Tensor]:
         """All passages side by side."""
         room = max(len(passage.tokens) for passage in passages) + ALIGNMENT_TOKENS
         cache = KvCache(len(passages) * room, self.base_model.device)
@@ -132,7 +159,7 @@ class PackedPasses(ProbePasses):
     def _run_parts(
         self,
         passages: Sequence[Passage],
-        weights: AdapterTensors,
+        weights: AdapterTensors | None,
         cuts: Sequence[slice],
         attention: Attention,
     ) -> list[Tensor]:
@@ -153,10 +180,12 @@ class PackedPasses(ProbePasses):
     ) -> list[Tensor]:
         """The log-probabilities (n, V) of the passages in one stream."""
         calls = _Counted(attention)
+        images, position_ids = self._placed(passages)
         hidden = self.base_model.hidden_states(
             torch.cat([passage.tokens for passage in passages]),
-            torch.cat([passage.position_ids for passage in passages]),
+            position_ids,
             PackedContext(segments=[segment], attention=calls, is_long=self._is_long(passages)),
+            images,
         )  # (T, C)
         if len(calls.layers) != self._num_layers or len(set(calls.layers)) != self._num_layers:
             raise Unproven(

@@ -18,6 +18,8 @@ from training.engine.probe.near_switches import near_switches
 from training.engine.probe.plain_update import draw_update
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.logit_shape import PLAIN_LOGITS, LogitShape, find_logit_shape
+from training.images import PlacedImage
+from training.types import TokenIds
 
 LENGTHS = (4, 20, 6)
 """Tokens of the passages: a short one, a longer one, and one at the end of the context."""
@@ -35,6 +37,9 @@ class Passage:
     first_position: int
     sequence_tokens: int
     """The sequence's length up to the passage's end; for a part of a passage, that of the whole."""
+    whole: TokenIds | None = None
+    """(T,) all tokens of a sequence with images."""
+    images: tuple[PlacedImage, ...] = ()
 
     @property
     def position_ids(self) -> Tensor:

@@ -19,6 +19,14 @@ from training.engine.interface import Renderer
 from training.engine.renderer.chat_template import ChatTemplate, Message
 from training.engine.renderer.edges import EdgedTokens, TextTokens, tokenize_with_edges
 from training.engine.renderer.first_rules import first_datum
+from training.engine.renderer.images.reader import ImageReader, ReadImage
+from training.engine.renderer.images.written import (
+    TemplateWithImages,
+    find_images,
+    images_of_messages,
+    place_chunks,
+    read_images,
+)
 from training.engine.renderer.message_spans import require_all_written
 from training.engine.renderer.rendered import RenderedConversation, answers, prompt_length
 from training.engine.renderer.streamed_text import text_after
@@ -28,7 +36,8 @@ from training.engine.renderer.tokenizer import Tokenizer
 from training.engine.renderer.turn_ends import find_turn_ends
 from training.engine.time_limit import time_limit
 from training.errors import InvalidRequest
-from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenText
+from training.images import NO_IMAGES, Chunks, Image
+from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum, TokenPrompt, TokenText
 
 TRY_SECONDS = 5.0
 """Time limit of a template for a short conversation in the check at the start."""
@@ -45,6 +54,8 @@ class ChatRenderer(Renderer):
         vocab_size: int,
         *,
         end_token_ids: Iterable[int] = (),
+        images: ImageReader | None = None,
+        image_fault: str | None = None,
     ) -> None:
         """
         Args:
@@ -52,10 +63,15 @@ class ChatRenderer(Renderer):
             vocab_size: The base model's number of tokens. A tokenizer may have more.
             end_token_ids: Further end tokens, such as those of the model's
                 generation configuration.
+            images: Reads the model's images; None if it reads none.
+            image_fault: Why it reads none.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._template = ChatTemplate(tokenizer)
+        self._images = images
+        self.image_fault = None if images is not None else image_fault or NO_IMAGES
+        marks = () if images is None else (images.mark,)
+        self._template = ChatTemplate(tokenizer, marks=marks)
         added = tokenizer.added_tokens_decoder
         self._added = {i: t.content for i, t in added.items() if not t.content.isspace()}
         self.special_texts = {i: t.content for i, t in added.items() if t.special}
@@ -141,23 +157,54 @@ class ChatRenderer(Renderer):
         Raises:
             InvalidRequest: The template refuses or leaves out a message, or the model has none.
         """
-        self._template.check(messages, options)
+        return self._prompt_ids(messages, options, self._template)
+
+    def render_image_prompt(
+        self, messages: Sequence[Message], options: ChatOptions = NO_CHAT_OPTIONS
+    ) -> TokenPrompt:
+        images, read, template = self._with_images(messages)
+        ids = self._prompt_ids(messages, options, template)
+        return TokenPrompt(tokens=np.array(ids, np.int32), images=find_images(ids, images, read))
+
+    def place_images(self, chunks: Chunks) -> TokenPrompt:
+        if self._images is None:
+            raise InvalidRequest(f"chunks: {self.image_fault}")
+        return place_chunks(self._images, chunks)
+
+    def _with_images(
+        self, messages: Sequence[Message]
+    ) -> tuple[list[Image], list[ReadImage], ChatTemplate]:
+        """A conversation's images, and the template that writes them."""
+        found = images_of_messages(messages)
+        if not found:
+            return [], [], self._template
+        if self._images is None:
+            raise InvalidRequest(f"{next(iter(found))}: {self.image_fault}")
+        read = read_images(self._images, found)
+        written = [each.written for each in read]
+        template = TemplateWithImages(self._template, self._images.mark, written)
+        return list(found.values()), read, template
+
+    def _prompt_ids(
+        self, messages: Sequence[Message], options: ChatOptions, template: ChatTemplate
+    ) -> list[int]:
+        template.check(messages, options)
         if options.continue_final_message and options.add_generation_prompt:
             raise InvalidRequest(
                 "continue_final_message: needs add_generation_prompt to be false, because the last "
                 "message is continued and no other begins"
             )
-        text = self._template.render(
+        text = template.render(
             messages,
             options,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
         )
-        require_all_written(self._template, messages, options, text)
+        require_all_written(template, messages, options, text)
         edges = []
         for n in answers(messages):
             with suppress(InvalidRequest):  # not trainable, but usable as a prompt
-                edges.append(prompt_length(self._template, messages, n, options, text))
+                edges.append(prompt_length(template, messages, n, options, text))
         tokens = self._tokenize_with_edges(text, edges)
         return self._tokenize(text).ids if tokens is None else tokens.ids
 
@@ -200,15 +247,20 @@ class ChatRenderer(Renderer):
         speaks = any(message["role"] == "assistant" for message in messages)
         if train_on == "assistant" and not speaks:
             raise InvalidRequest("train_on: assistant, but no message has the role assistant")
-        return self.training_datum(messages, options, everyone=train_on == "all" or not speaks)
+        everyone = train_on == "all" or not speaks
+        if everyone and images_of_messages(messages):
+            raise InvalidRequest(
+                "train_on: with images only the assistant's messages are trained; send token "
+                "datums to train others"
+            )
+        return self.training_datum(messages, options, everyone=everyone)
 
     def training_datum(
         self, messages: Sequence[Message], options: ChatOptions, *, everyone: bool
     ) -> Datum:
         """``render_conversation`` of checked messages; ``everyone`` trains all of them."""
-        rendered = RenderedConversation(
-            self._template, messages, options, self._tokenize_with_edges
-        )
+        images, read, template = self._with_images(messages)
+        rendered = RenderedConversation(template, messages, options, self._tokenize_with_edges)
         ids = list(rendered.tokens.ids)
         weights = np.zeros(len(ids) + 1, dtype=np.float32)
         for n, message in enumerate(messages):
@@ -229,6 +281,7 @@ class ChatRenderer(Renderer):
                 "target_tokens": np.asarray(ids[1:], dtype=np.int64),
                 "weights": weights[1 : len(ids)],
             },
+            images=find_images(ids[:-1], images, read),
         )
 
     def render_by_first_rules(self, messages: Sequence[Message], train_on: str) -> Datum:

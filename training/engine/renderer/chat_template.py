@@ -13,7 +13,7 @@ from typing import Any
 
 from training.engine.renderer.tokenizer import Tokenizer
 from training.errors import InvalidRequest
-from training.types import ChatOptions
+from training.types import NO_CHAT_OPTIONS, ChatOptions
 
 Message = Mapping[str, Any]
 """A message in the templates' form; see ``training.types.Message.to_dict``."""
@@ -33,7 +33,11 @@ _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """Renders conversations. Holds no state between calls."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, marks: Sequence[str] = ()) -> None:
+        """
+        Args:
+            marks: Texts that stand for an image, which no text of a message may have.
+        """
         self._tokenizer = tokenizer
         self._plain = _template_of(tokenizer, [])
         self._with_tools = _template_of(tokenizer, [{}])
@@ -42,8 +46,10 @@ class ChatTemplate:
         special = {
             token.content for token in tokenizer.added_tokens_decoder.values() if token.special
         }
+        special |= set(marks)
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first))) if special else None
+        self._needs_parts = bool(marks) and self._leaves_out_plain_text()
 
     def render(
         self,
@@ -60,7 +66,7 @@ class ChatTemplate:
         """
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                [self._as_read(message) for message in messages],
                 tools=None if options.tools is None else [dict(tool) for tool in options.tools],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -76,10 +82,30 @@ class ChatTemplate:
             ) from error
         return str(text)
 
+    def _as_read(self, message: Message) -> dict[str, Any]:
+        """A message in the form that the template reads: an image is a mark only, and a template
+        that reads lists of parts gets one of a text."""
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [{"type": "image"} if "image" in part else part for part in content]
+            return {**message, "content": parts}
+        if isinstance(content, str) and self._needs_parts:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return dict(message)
+
+    def _leaves_out_plain_text(self) -> bool:
+        """Whether a template for images reads the texts of lists of parts only."""
+        self._needs_parts = False
+        try:
+            text = self.render([{"role": "user", "content": "\ue000"}], NO_CHAT_OPTIONS)
+        except InvalidRequest:
+            return True
+        return "\ue000" not in text
+
     def tokenize(self, messages: Sequence[Message]) -> list[int]:
         """The conversation tokenized by transformers in one call, for comparison."""
         tokens: Any = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            [self._as_read(message) for message in messages],
             chat_template=self._plain,
             tokenize=True,
             return_dict=False,
@@ -118,7 +144,7 @@ class ChatTemplate:
         if not isinstance(message.get("role"), str):
             raise InvalidRequest(f"{where}.role: a text is needed")
         content, calls = message.get("content"), message.get("tool_calls")
-        if not isinstance(content, str) and (content is not None or not calls):
+        if not isinstance(content, str | list) and (content is not None or not calls):
             raise InvalidRequest(f"{where}.content: a text is needed")
         template = str(self._plain) + str(self._with_tools)
         if calls:

@@ -44,6 +44,8 @@ def find_messages(
     Raises:
         InvalidRequest: The template leaves a content out.
     """
+    if any(isinstance(message.get("content"), list) for message in messages):
+        return None  # with images: nobody trains their texts
     # Private-use characters: no template writes them, no trimming removes them.
     markers = [_marker(n) if _has_content(m) else None for n, m in enumerate(messages)]
     marked = template.render(
@@ -88,10 +90,16 @@ def require_all_written(
     Raises:
         InvalidRequest: It names the message.
     """
+    for n, message in enumerate(messages):
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        if any(part.get("text", "").strip() not in text for part in parts):
+            raise _left_out(n, message)
     doubtful = [
         n
         for n, message in enumerate(messages)
-        if (content := (message.get("content") or "").strip())
+        if isinstance(message.get("content"), str)
+        and (content := message["content"].strip())
         and (message["role"] not in _WRITTEN_ROLES or content not in text)
     ]
     if not doubtful:

@@ -117,6 +117,8 @@ class ContinuousSampler(Sampler):
             text=self._text,
             info=self._base_model.info,
         )
+        if job.images:
+            request.skipped_positions = self._base_model.skipped_positions(job.prompt, job.images)
         request.weights = self._versions.begin_job(job.version)
         self._active[key] = request
         self._admission.add(request)

@@ -19,10 +19,10 @@ def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row
     rows, segments = rows_by_weights(step.padding, requests)
     attention = DecodeAttention(step.cache, _decode_runs(rows), len(rows))
     tokens = [0 if row is None else row[1].tokens[-1] for row in rows]
-    positions = [
-        0 if row is None else len(row[0].job.prompt) + len(row[1].tokens) - 1 for row in rows
-    ]
-    lengths = [position + 1 for position in positions]
+    newest = [0 if row is None else len(row[0].job.prompt) + len(row[1].tokens) - 1 for row in rows]
+    lengths = [number + 1 for number in newest]
+    skipped = [0 if row is None else row[0].skipped_positions for row in rows]
+    positions = [number + more for number, more in zip(newest, skipped, strict=True)]
     hidden = step.hidden_states(tokens, positions, segments, attention, lengths)  # (T, H)
     logits = step.base_model.logits(hidden, segments)  # (T, V)
     if attention.real_rows is not None:

@@ -19,6 +19,7 @@ from training.engine.sampler.row_padding import RowPadding
 from training.engine.torch.attention.interface import Attention
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.stream import PackedContext, Segment
+from training.engine.torch.vision.placement import SequenceRows, place
 
 
 class ModelStep:
@@ -36,16 +37,25 @@ class ModelStep:
         segments: Sequence[Segment],
         attention: Attention,
         lengths: Sequence[int],
+        images: Sequence[SequenceRows] = (),
     ) -> Tensor:
         """(T, H) of T rows, each a token at its position in its sequence, whose lengths are
-        given."""
+        given.
+
+        Args:
+            images: The sequences with images.
+        """
         device = self.base_model.device
         switch = self.base_model.rotary_switch
         is_long = None
         if switch is not None and max(lengths) > switch:
             is_long = torch.tensor([length > switch for length in lengths], device=device)
+        image_rows, position_ids = place(
+            self.base_model.vision, images, torch.tensor(positions, device=device)
+        )
         return self.base_model.hidden_states(
             torch.tensor(tokens, dtype=torch.int64, device=device),
-            torch.tensor(positions, device=device),
+            position_ids,
             PackedContext(segments=segments, attention=attention, is_long=is_long),
+            image_rows,
         )

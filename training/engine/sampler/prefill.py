@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,6 +19,7 @@ from training.engine.sampler.sequence import ActiveRequest
 from training.engine.torch.attention.cached import PrefillAttention, PrefillChunk
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.stream import Segment, uniform_segments
+from training.engine.torch.vision.placement import SequenceRows
 
 LOGITS_ROWS = 64
 """Rows of a prompt whose logits exist at one time, (64, V) float32."""
@@ -42,6 +44,7 @@ class Prefill:
         positions: list[int] = []
         segments: list[Segment] = []
         chunks: list[tuple[ActiveRequest, PrefillChunk]] = []
+        images: list[SequenceRows] = []
         for request in requests:
             chunk = self._next_chunk(request, first_row=len(tokens))
             padding = [0] * self._step.padding.of_segment(chunk.num_tokens)
@@ -49,6 +52,8 @@ class Prefill:
             if chunks and len(tokens) + num_rows > self._chunk_tokens:
                 break
             chunks.append((request, chunk))
+            if request.job.images:
+                images.append(_rows_of(request, chunk))
             tokens += [*request.unread_tokens[chunk.start : chunk.end].tolist(), *padding]
             positions += [*range(chunk.start, chunk.end), *padding]
             lengths += [request.read_as_length] * num_rows
@@ -60,7 +65,7 @@ class Prefill:
         positions += missing
         lengths += missing
         attention = PrefillAttention(self._step.cache, [chunk for _, chunk in chunks])
-        hidden = self._step.hidden_states(tokens, positions, segments, attention, lengths)
+        hidden = self._step.hidden_states(tokens, positions, segments, attention, lengths, images)
         last_hidden: dict[ActiveRequest, Tensor] = {}
         for request, chunk in chunks:
             if not request.is_prefilled:
@@ -95,6 +100,16 @@ class Prefill:
             start=start,
             num_tokens=end - start,
         )
+
+
+def _rows_of(request: ActiveRequest, chunk: PrefillChunk) -> SequenceRows:
+    """A chunk of a sequence with images."""
+    return SequenceRows(
+        tokens=request.unread_tokens,
+        images=request.job.images,
+        start=chunk.start,
+        rows=np.arange(chunk.first_row, chunk.first_row + chunk.num_tokens),
+    )
 
 
 def prompt_logits(

@@ -84,6 +84,9 @@ class ActiveRequest:
     """Whether the whole prompt was read."""
     rereads: list[ActiveSequence] = field(default_factory=list)
     """Sequences whose tokens must be read again before they continue, the next one first."""
+    skipped_positions: int = 0
+    """Added to a sampled token's number for its rotary position: after images on several axes
+    positions are not the numbers of tokens."""
     is_past_switch: bool = False
     """Whether its sequences have been, or are being, read again."""
 

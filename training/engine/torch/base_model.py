@@ -29,6 +29,11 @@ from training.engine.torch.packing.stream import (
     rows_of,
 )
 from training.engine.torch.padded.grid import Longest, gather_rows, make_grids
+from training.engine.torch.vision.placement import ImageRows
+from training.engine.torch.vision.tower import VisionTower
+from training.errors import InvalidRequest
+from training.images import NO_IMAGES, PlacedImage
+from training.types import TokenIds
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,6 +67,10 @@ class BaseModel:
     holder: ContextHolder
     """The current pass, for the model's layers."""
     _decoder: nn.Module
+    vision: VisionTower | None = None
+    """None for a model that reads no images."""
+    image_fault: str | None = None
+    """Why a model with a vision tower reads none."""
     reads_chunks: bool = True
     """Whether the padded layout may read a prompt in parts: some families' caches are wrong
     then."""
@@ -78,25 +87,28 @@ class BaseModel:
         segments: Sequence[Segment],
         row_ranges: Sequence[RowRange],
         is_long: Tensor | None = None,
+        images: ImageRows | None = None,
     ) -> Tensor:
         """Run whole sequences through all layers, in the layout of the base model.
 
         Args:
             tokens: (T,) int64 on the model's device.
-            position_ids: (T,) int64, each token's position in its own sequence.
+            position_ids: (T,) int64, each token's position in its own sequence; (A, T) if they
+                have A axes.
             segments: The adapters of the T rows. Rows outside of them are padding.
             row_ranges: The sequences, in order. Only packed ones may share rows.
             is_long: See ``PackedContext``.
+            images: The rows that are image features.
 
         Returns:
             (T, C), the input of the output head.
         """
         if self.is_padded:
-            return self._padded_states(tokens, position_ids, segments, row_ranges, is_long)
+            return self._padded_states(tokens, position_ids, segments, row_ranges, is_long, images)
         context = PackedContext(
             segments=segments, attention=SequenceAttention(row_ranges), is_long=is_long
         )
-        return self.hidden_states(tokens, position_ids, context)
+        return self.hidden_states(tokens, position_ids, context, images)
 
     def _padded_states(
         self,
@@ -105,6 +117,7 @@ class BaseModel:
         segments: Sequence[Segment],
         row_ranges: Sequence[RowRange],
         is_long: Tensor | None,
+        images: ImageRows | None,
     ) -> Tensor:
         grids = make_grids(
             row_ranges,
@@ -119,7 +132,9 @@ class BaseModel:
         for grid in grids:
             context = PassContext(segments=grid.segments)
             positions = grid.positions(position_ids, longest=self.info.max_context_tokens)
-            outputs.append(self.grid_states(grid.spread(tokens), positions, context)[0])
+            own_images = None if images is None else images.moved(grid.place_of(len(tokens)))
+            hidden, _ = self.grid_states(grid.spread(tokens), positions, context, images=own_images)
+            outputs.append(hidden)
         return gather_rows(outputs, grids, len(tokens))  # (T, C)
 
     def grid_states(
@@ -128,6 +143,7 @@ class BaseModel:
         position_ids: Tensor,
         context: PassContext | SingleContext,
         *,
+        images: ImageRows | None = None,
         caches: bool = False,
         cache: Any = None,
     ) -> tuple[Tensor, Any]:
@@ -135,7 +151,8 @@ class BaseModel:
 
         Args:
             tokens: (B, L) int64 on the model's device.
-            position_ids: (B, L) int64.
+            position_ids: (B, L) int64; (A, B, L) if they have A axes.
+            images: Those among the B * L tokens.
             context: The segments of a ``PassContext`` are of the B * L tokens.
             caches: Whether to make or continue a cache.
             cache: The result of the call for the tokens before; None if there are none.
@@ -145,14 +162,20 @@ class BaseModel:
         """
         with self.holder.active(context):
             output = self._decoder(
-                input_ids=tokens,
+                **({"input_ids": tokens} if images is None else self._inputs(tokens, images)),
                 position_ids=position_ids,
                 use_cache=caches,
                 **({} if cache is None else {"cache": cache}),
             )
         return output.last_hidden_state.flatten(0, 1), output.cache if caches else None
 
-    def hidden_states(self, tokens: Tensor, position_ids: Tensor, context: PackedContext) -> Tensor:
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        context: PackedContext,
+        images: ImageRows | None = None,
+    ) -> Tensor:
         """Run the stream through all layers, in the packed layout.
 
         Records a backward pass if gradients are enabled and a segment wants one; the backward
@@ -160,25 +183,55 @@ class BaseModel:
 
         Args:
             tokens: (T,) int64 on the model's device.
-            position_ids: (T,) int64, each token's position in its own sequence.
+            position_ids: (T,) int64, each token's position in its own sequence; (A, T) if they
+                have A axes.
             context: Its segments cover the T rows.
+            images: The rows that are image features.
 
         Returns:
             (T, C), the input of the output head.
         """
         with self.holder.active(context):
             output = self._decoder(
-                input_ids=tokens[None],  # (1, T)
-                position_ids=position_ids[None],
+                **(
+                    {"input_ids": tokens[None]}
+                    if images is None
+                    else self._inputs(tokens[None], images)
+                ),
+                position_ids=position_ids[..., None, :],  # (1, T) or (A, 1, T)
                 use_cache=False,
                 packed_context=context,
             )
         hidden: Tensor = output.last_hidden_state[0]  # (T, C)
         return hidden
 
+    def _inputs(self, tokens: Tensor, images: ImageRows) -> dict[str, Any]:
+        """The decoder's inputs for tokens (B, L) with images: embeddings (B, L, C) instead."""
+        embedded: Tensor = self._decoder.get_input_embeddings()(tokens)  # type: ignore[operator]
+        rows = embedded.flatten(0, 1).index_copy(0, images.rows, images.features)
+        inputs: dict[str, Any] = {"inputs_embeds": rows.view_as(embedded)}
+        if images.later:
+            is_image = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
+            is_image[images.rows] = True
+            inputs["visual_pos_masks"] = is_image.view_as(tokens)
+            inputs["deepstack_visual_embeds"] = list(images.later)
+        return inputs
+
+    def skipped_positions(self, tokens: TokenIds, images: Sequence[PlacedImage]) -> int:
+        """The difference between the rotary position of the token after these and their number.
+
+        Raises:
+            InvalidRequest: The base model reads no images.
+        """
+        if self.vision is None:
+            raise InvalidRequest(f"prompt: {self.image_fault or NO_IMAGES}")
+        return int(self.vision.position_ids(tokens, images).max()) + 1 - len(tokens)
+
     def report_progress(self, to: Callable[[], None]) -> None:
         """Call ``to`` at every layer of every pass."""
         self.holder.on_progress = to
+        if self.vision is not None:
+            self.vision.on_image = to
 
     def logits(self, hidden: Tensor, segments: Sequence[Segment]) -> Tensor:
         """Next-token logits of some rows.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -24,9 +24,11 @@ from training.base_model_config import PACKED, PADDED
 from training.context_length import COMPUTED_ROTARY, COMPUTED_WINDOWS, usable_context_tokens
 from training.engine.interface import BaseModelInfo
 from training.engine.probe.called_layers import general_name
+from training.engine.probe.images import StockImage, ask_stock_image, image_fault
 from training.engine.probe.passes import Unproven
 from training.engine.probe.proof import prove, stock_answers
 from training.engine.probe.stock_answers import StockAnswers
+from training.engine.renderer.images.reader import ImageReader
 from training.engine.torch.adapters import LoraShape
 from training.engine.torch.attention.backend import ATTENTION_NAME, prepare_layers
 from training.engine.torch.base_model import BaseModel
@@ -40,6 +42,8 @@ from training.engine.torch.packing.stream import ContextHolder
 from training.engine.torch.padded.step_limits import limit_single_steps
 from training.engine.torch.rotary import follow_lengths, follow_the_pass, rotary_switch_of
 from training.engine.torch.target_modules import can_have_adapter
+from training.engine.torch.vision.loading import image_reader_of, model_class_of
+from training.engine.torch.vision.tower import VisionTower
 from training.errors import BaseModelNotFound
 from training.model_folder import model_folder_problem
 
@@ -79,7 +83,9 @@ def load_base_model(
     torch_dtype = _choose_dtype(dtype, torch_device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, loaded = _load(path, torch_dtype)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        reader, no_reader = image_reader_of(path, config, tokenizer)
+        model, loaded = _load(path, config, model_class_of(config, reader), torch_dtype)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise BaseModelNotFound(f"No model can be read from {path}: {first_line}") from error
@@ -87,7 +93,9 @@ def load_base_model(
     nn.Module.to(model, device=torch_device)  # transformers' override has lost its signature
     model.eval().requires_grad_(False)
     on_stage("prove")
-    base_model = _proven(model, tokenizer, name or path, layout)
+    base_model = _proven(model, tokenizer, name or path, layout, reader)
+    if no_reader is not None:
+        base_model = replace(base_model, image_fault=no_reader)
     if torch_device.type == "cpu":
         keep_freed_memory()
     return base_model
@@ -106,12 +114,13 @@ def _require_model_folder(path: str) -> None:
             raise BaseModelNotFound(f"{problem[0].upper()}{problem[1:]}.")
 
 
-def _load(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(
+    path: str, config: PreTrainedConfig, model_class: Any, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and transformers' report about its weights."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     # transformers' own choice: a configuration may name kernels on a hub, which would be run.
     config._attn_implementation = None
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = model_class.from_pretrained(
         path,
         config=config,
         dtype=dtype,
@@ -162,8 +171,9 @@ def _require_known_layers(model: PreTrainedModel, name: str) -> None:
     stacks = find_stacks(model)
     frozen = {*stacks, *find_routers(model, stacks)}
     known = nn.Linear | nn.Embedding | nn.modules.conv._ConvNd
+    language = set(_language_of(model).modules())
     for module_name, module in model.named_modules():
-        if isinstance(module, known) or module_name in frozen:
+        if module not in language or isinstance(module, known) or module_name in frozen:
             continue
         parameters = module.named_parameters(recurse=False)
         if any(parameter.ndim > 1 and key != DECAY for key, parameter in parameters):
@@ -174,7 +184,11 @@ def _require_known_layers(model: PreTrainedModel, name: str) -> None:
 
 
 def _proven(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, layout: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    layout: str,
+    reader: ImageReader | None,
 ) -> BaseModel:
     """The model with our layers, in a layout that computes the same results.
 
@@ -203,15 +217,37 @@ def _proven(
     if not stock.crosses_windows:
         within = usable_context_tokens(config.to_dict(), computed=computed_rotary)
         context_tokens = context_tokens if within is None else within
+    image = None
+    if reader is not None:
+        image = ask_stock_image(
+            model, reader, vocab_size=head.out_features, context_tokens=context_tokens
+        )
     wrapped = _wrap(model, tokenizer, name, head, context_tokens, stock, rotary_switch=switch)
     reasons = {}
     for each in (PACKED, PADDED) if layout == "auto" else (layout,):
         laid_out = _use_layout(model, wrapped, each)
         try:
-            return prove(laid_out, stock, num_layers=config.num_hidden_layers)
+            proven = prove(laid_out, stock, num_layers=config.num_hidden_layers)
+            return proven if image is None else _with_images(model, proven, stock, reader, image)
         except Unproven as error:
             reasons[each] = str(error)
     raise BaseModelNotFound(_refusal(name, reasons, head.weight.dtype))
+
+
+def _with_images(
+    model: PreTrainedModel,
+    base_model: BaseModel,
+    stock: StockAnswers,
+    reader: ImageReader | None,
+    image: StockImage | str,
+) -> BaseModel:
+    """The base model with its vision tower; or the reason why it reads text only."""
+    if reader is None or isinstance(image, str):
+        return replace(base_model, image_fault=str(image))
+    seeing = replace(base_model, vision=VisionTower(model, reader))
+    num_layers = model.config.get_text_config().num_hidden_layers
+    fault = image_fault(seeing, stock, image, num_layers=num_layers)
+    return seeing if fault is None else replace(base_model, image_fault=fault)
 
 
 def _refusal(name: str, reasons: Mapping[str, str], dtype: torch.dtype) -> str:
@@ -232,13 +268,14 @@ def _use_layout(model: PreTrainedModel, base_model: BaseModel, layout: str) -> B
     """Prepare the model, which may have been prepared for another layout before, for one."""
     info = replace(base_model.info, layout=layout)
     switch = base_model.rotary_switch
+    language = _language_of(model)
     if layout == PACKED:
-        model.set_attn_implementation(ATTENTION_NAME)
-        prepare_layers(model, model.config.get_text_config(), base_model.holder)
+        language.set_attn_implementation(ATTENTION_NAME)
+        prepare_layers(language, model.config.get_text_config(), base_model.holder)
         if switch is not None:
             follow_lengths(model, base_model.holder, switch)
         return replace(base_model, info=info)
-    model.set_attn_implementation(base_model.stock_attention)
+    language.set_attn_implementation(base_model.stock_attention)
     follow_the_pass(model)
     limit_single_steps(model)
     if switch is not None:
@@ -323,6 +360,14 @@ def _shapes_of(
             shapes |= {layer.name: layer.shape for layer in stacks[name].layers}
     head = linears[head_name]
     return {**shapes, head_name: LoraShape(head.in_features, head.out_features)}
+
+
+def _language_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that reads tokens: without a vision tower, the whole model."""
+    if getattr(model.config, "vision_config", None) is None:
+        return model
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
 def _decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -6,7 +6,7 @@ succeeded, or drops them: a failed pass changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from training.engine.torch.packing.micro_batches import (
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.packing.ranges import take_rows
 from training.engine.torch.packing.stream import Segment
+from training.engine.torch.vision.placement import SequenceRows, place
 from training.errors import NonFiniteResult, TrainingError
 from training.types import ForwardBackwardOutput
 
@@ -142,12 +143,15 @@ def _run_micro_batch(
 
     device = base_model.device
     is_long = batch.rows_longer_than(base_model.rotary_switch)
+    position_ids = torch.as_tensor(batch.position_ids, device=device)
+    images, position_ids = place(base_model.vision, _with_images(batch), position_ids)
     hidden = base_model.sequence_states(
         torch.as_tensor(batch.tokens, device=device),
-        torch.as_tensor(batch.position_ids, device=device),
+        position_ids,
         segments(lambda span: span.rows),
         batch.row_ranges,
         None if is_long is None else torch.as_tensor(is_long, device=device),
+        images,
     )  # (T, C)
     scored = take_rows(hidden, torch.as_tensor(batch.scored_rows, device=device))  # (S, C)
     head = score_targets(
@@ -187,6 +191,18 @@ def _own_grads(
         None if each is None else AdapterTensors(each.layout, torch.zeros_like(each.flat))
         for each in sums
     ]
+
+
+def _with_images(batch: MicroBatch) -> Iterator[SequenceRows]:
+    """The datums with images."""
+    for packed in batch.datums:
+        if packed.datum.images:
+            yield SequenceRows(
+                tokens=packed.datum.model_input,
+                images=packed.datum.images,
+                start=0,
+                rows=np.concatenate([np.arange(r.start, r.end) for r in packed.row_ranges]),
+            )
 
 
 def _scatter_scores(

@@ -19,6 +19,7 @@ from training.engine.sampler.row_padding import RowPadding
 from training.engine.sampler.sequence import ActiveRequest
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.padded.model_cache import ModelCache
+from training.types import TokenPrompt
 
 
 class PaddedRunner(ModelRunner):
@@ -44,7 +45,11 @@ class PaddedRunner(ModelRunner):
             elif num_tokens:
                 break
             num_tokens += end - start
-            hidden = self._cache(request).read([prompt[start:end].tolist()], start)  # (n, C)
+            hidden = self._cache(request).read(
+                [prompt[start:end].tolist()],
+                start,
+                prompt=TokenPrompt(tokens=prompt, images=request.job.images),
+            )  # (n, C)
             score_prompt(self._base_model, request, start, hidden)
             if end == len(prompt):
                 last_hidden[request] = hidden[-1]
@@ -78,6 +83,7 @@ class PaddedRunner(ModelRunner):
         cache = self._caches[request]
         cache.keep([sequence.number for sequence in unfinished])
         position = len(request.job.prompt) + len(unfinished[0].tokens) - 1
+        position += request.skipped_positions
         return cache.read([[sequence.tokens[-1]] for sequence in unfinished], position)
 
     def forget(self, request: ActiveRequest) -> None:

@@ -162,7 +162,8 @@ def plan_micro_batches(
         sequences = [planned.job.data[index].model_input for planned, index in origins[first:]]
         paths: Sequence[Path] = [()] * len(sequences)
         if shares_prefixes:
-            paths = shared_paths(sequences, rotary_switch=rotary_switch)
+            named = [_named_tokens(planned.job.data[index]) for planned, index in origins[first:]]
+            paths = shared_paths(named, rotary_switch=rotary_switch)
         parts[part] = [
             Item(
                 number=number,
@@ -173,6 +174,18 @@ def plan_micro_batches(
             for number, (tokens, path) in enumerate(zip(sequences, paths, strict=True), first)
         ]
     return [_make_batch(origins, pieces) for pieces in plan_pieces(parts, token_budget)]
+
+
+def _named_tokens(datum: Datum) -> NDArray[Any]:
+    """(N,) the datum's tokens, with numbers of their own for those of an image: they are equal in
+    equal images only."""
+    if not datum.images:
+        return datum.model_input
+    named = datum.model_input.astype(np.int64)
+    for placed in datum.images:
+        first = -1 - int.from_bytes(placed.image.digest[:7], "big")
+        named[placed.start : placed.end] = first - np.arange(placed.num_tokens)
+    return named
 
 
 def _make_batch(origins: Sequence[tuple[PlannedJob, int]], pieces: Sequence[Piece]) -> MicroBatch:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby, takewhile
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from training.engine.torch.packing.ranges import RowRange
@@ -33,7 +33,7 @@ after equal prefixes."""
 
 
 def shared_paths(
-    sequences: Sequence[NDArray[np.int32]], *, rotary_switch: int | None = None
+    sequences: Sequence[NDArray[Any]], *, rotary_switch: int | None = None
 ) -> list[Path]:
     """For each sequence, the blocks at its beginning that another one shares.
 

@@ -52,10 +52,18 @@ class Grid:
         return spread.index_copy(0, self.places, values[self.rows]).view(self.count, self.length)
 
     def positions(self, position_ids: Tensor, *, longest: int) -> Tensor:
-        """(B, L) positions that continue after the end of each sequence, but end at ``longest``."""
+        """(B, L) positions that continue after the end of each sequence, but end at ``longest``; of
+        positions (A, T) on several axes (A, B, L), zero after the end."""
+        if position_ids.ndim > 1:
+            return torch.stack([self.spread(axis) for axis in position_ids])
         first = self.spread(position_ids)[:, :1]  # (B, 1)
         numbers = torch.arange(self.length, device=first.device)
         return (first + numbers).clamp_(max=longest - 1)
+
+    def place_of(self, num_rows: int) -> Tensor:
+        """(T,) int64, the place of each row of a stream of T rows; -1 for others."""
+        place = torch.full((num_rows,), -1, device=self.places.device)
+        return place.index_copy(0, self.rows, self.places)
 
 
 @dataclass(frozen=True, kw_only=True)

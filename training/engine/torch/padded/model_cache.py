@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.stream import SingleContext
+from training.engine.torch.vision.placement import SequenceRows, place
+from training.types import TokenPrompt
 
 
 class ModelCache:
@@ -37,12 +40,20 @@ class ModelCache:
         self.numbers: list[int] = [0]
         """The caller's number of each of the B sequences."""
 
-    def read(self, tokens: Sequence[Sequence[int]], first_position: int) -> Tensor:
+    def read(
+        self,
+        tokens: Sequence[Sequence[int]],
+        first_position: int,
+        *,
+        prompt: TokenPrompt | None = None,
+    ) -> Tensor:
         """Read the next n tokens of each sequence.
 
         Args:
             tokens: B times n.
-            first_position: The number of tokens that were read before.
+            first_position: The number of tokens that were read before, or the rotary position of
+                sampled ones.
+            prompt: The whole prompt to which they belong, if it has images.
 
         Returns:
             (B * n, C), the input of the output head.
@@ -51,10 +62,14 @@ class ModelCache:
         input_ids = torch.tensor(tokens, dtype=torch.int64, device=device)  # (B, n)
         count, length = input_ids.shape
         positions = torch.arange(first_position, first_position + length, device=device)
+        images, positions = place(
+            self._base_model.vision, _rows_of(prompt, first_position, length), positions
+        )
         hidden, self._cache = self._base_model.grid_states(
             input_ids,
-            positions.expand(count, -1),
+            positions[..., None, :].expand(*positions.shape[:-1], count, -1),
             self._context,
+            images=images,
             caches=True,
             cache=self._cache,
         )
@@ -74,3 +89,11 @@ class ModelCache:
 
     def _reorder(self, rows: Sequence[int]) -> None:
         self._cache.reorder_cache(torch.tensor(rows, device=self._base_model.device))
+
+
+def _rows_of(prompt: TokenPrompt | None, start: int, length: int) -> list[SequenceRows]:
+    """A part of a prompt with images, as rows from 0 on."""
+    if prompt is None or not prompt.images:
+        return []
+    rows = np.arange(length)
+    return [SequenceRows(tokens=prompt.tokens, images=prompt.images, start=start, rows=rows)]
