@@ -5,10 +5,10 @@ convolutions over the sequence, or with an attention of their own. The decoder g
 and computes its own attention, without a mask: every layer is causal, so padding after a sequence
 changes none of its tokens. The rest of the engine still sees one stream of rows.
 
-On a GPU, L depends on a sequence's own length only, and sequences of equal L share a rectangle.
-Padding rows get no gradient. On a CPU each sequence is a rectangle of its own, without padding:
-transformers' convolutions, scans and fused attention sum in an order that depends on B (measured:
-half of the families), and the bits of a sequence must not depend on its batch-mates.
+L depends on a sequence's own length only, and sequences of equal L share a rectangle: on a GPU all
+of a pass, on a CPU those of one segment. There transformers' convolutions, scans and fused
+attention sum in an order that depends on B (measured: half of the families), and the bits of a
+request must not depend on its batch-mates. Padding rows get no gradient.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def make_grids(
     is_long: Tensor | None,
     device: torch.device,
 ) -> list[Grid]:
-    """The rectangles of a stream, in an order that does not depend on the adapters.
+    """The rectangles of a stream, on a CPU each of one segment, in order.
 
     Args:
         row_ranges: The sequences, in the order of the stream; none shares rows with another.
@@ -96,14 +96,14 @@ def make_grids(
         is_long: (T,) bool, rows of sequences with the rotary factors for long ones; None: none.
     """
     owners = _owners(row_ranges, segments)
-    if device.type == "cpu":
-        return [_make_grid(one.length, [one], owners, device) for one in owners]
-    members: dict[tuple[int, bool], list[RowRange]] = {}
-    for row_range in owners:
+    number = {segment: i for i, segment in enumerate(segments)}
+    members: dict[tuple[int, int, bool], list[RowRange]] = {}
+    for row_range, owner in owners.items():
         long = is_long is not None and bool(is_long[row_range.start])
         length = padded_length(row_range.length, longest=longest.of(is_long=long))
-        members.setdefault((length, long), []).append(row_range)
-    return [_make_grid(key[0], members[key], owners, device) for key in sorted(members)]
+        group = number[owner] if device.type == "cpu" else 0
+        members.setdefault((group, length, long), []).append(row_range)
+    return [_make_grid(key[1], members[key], owners, device) for key in sorted(members)]
 
 
 def _owners(
