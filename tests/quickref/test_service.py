@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -160,7 +161,7 @@ def test_the_schema_describes_every_endpoint(openapi):
         if group not in undescribed
         for entry in entries
     }
-    assert described == {path.replace("<str:model_id>", "{model_id}") for path in listed}
+    assert described == {re.sub(r"<str:(\w+)>", r"{\1}", path) for path in listed}
 
 
 def test_every_operation_has_an_id_of_its_own_answers_and_an_error_shape(openapi):
