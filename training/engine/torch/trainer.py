@@ -97,6 +97,8 @@ class TorchTrainer(Trainer):
 
     def release_memory(self) -> None:
         self._custom_losses.release()
+        if self._base_model.vision is not None:
+            self._base_model.vision.forget()
         memory.give_back_freed_memory()
 
     def forward_backward(self, jobs: Sequence[ForwardBackwardJob]) -> list[JobResult]:
