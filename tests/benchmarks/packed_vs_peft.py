@@ -235,9 +235,9 @@ def main() -> None:
             store(rows, options.runs)
 
 
-def store(rows: Sequence[dict[str, Any]], runs: int) -> None:
+def store(rows: Sequence[dict[str, Any]], runs: int, results: Path = RESULTS) -> None:
     """Write the results so far; an interrupted run keeps its rows."""
-    RESULTS.parent.mkdir(exist_ok=True)
+    results.parent.mkdir(exist_ok=True)
     content = {
         "what": "median CPU seconds of one forward_backward, one thread, interleaved runs",
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
@@ -246,7 +246,7 @@ def store(rows: Sequence[dict[str, Any]], runs: int) -> None:
         "runs": runs,
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(content, indent=2) + "\n")
+    results.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
