@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.acceptance.official_sdk import api_key, run_cli, run_script
 from tests.server import Server
+from tests.waiting import LONG_SECONDS
 
 pytestmark = pytest.mark.acceptance
 
@@ -131,6 +133,44 @@ def test_downloaded_files_load_in_stock_peft_and_compute_the_same(
         assert peft_logprobs(sdk_server, folder) == pytest.approx(kept["logprobs"], rel=1e-4)
         files = {path.name for path in folder.iterdir()}
         assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_an_adapter_is_imported_and_the_sdk_trains_on_and_samples_from_it(
+    sdk_server: Server, kept: dict[str, Any], tmp_path: Path
+) -> None:
+    """An export is what an adapter that was trained elsewhere looks like."""
+    cli(sdk_server, "checkpoint", "download", kept["external"], "--output", str(tmp_path))
+    [folder] = tmp_path.iterdir()
+    with (
+        (folder / "adapter_config.json").open("rb") as config,
+        (folder / "adapter_model.safetensors").open("rb") as weights,
+    ):
+        answer = requests.post(
+            f"{sdk_server.url}/api/v1/import_adapter",
+            headers={"X-API-Key": api_key(sdk_server)},
+            data={"model_id": "elsewhere"},
+            files={"adapter_config": config, "adapter_model": weights},
+            timeout=LONG_SECONDS,
+        )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["path"] == "tinker://elsewhere/weights/imported"
+    facts = run_script(
+        sdk_server,
+        _TRAIN
+        + """
+    path = "tinker://elsewhere/weights/imported"
+    model = service.create_training_client_from_state_with_optimizer(path).result()
+    report(logprobs=logprobs(model), losses=train(model, 3))
+    sampler = service.create_sampling_client(model_path=path)
+    prompt = types.ModelInput.from_ints(TOKENS[:3])
+    params = types.SamplingParams(max_tokens=2, temperature=0.0)
+    report(sampled=sampler.sample(prompt, 1, params).result().sequences[0].tokens)
+        """,
+    )
+    assert facts["logprobs"] == kept["logprobs"]
+    assert facts["losses"][0] == pytest.approx(-sum(kept["logprobs"]))
+    assert len(set(facts["losses"])) == 3
+    assert len(facts["sampled"]) == 2
 
 
 def test_runs_and_checkpoints_are_listed_and_described(

@@ -106,16 +106,21 @@ class ImportAdapterView(OperationView):
     def submit(
         self, body: dict[str, Any], *, owner_id: int, idempotency_key: str | None
     ) -> Submission:
-        return adapter_import_submit(
-            owner_id=owner_id,
-            actor_id=owner_id,
-            write_files=partial(_write_files, body["files"]),
-            base_model=body["base_model"],
-            model_id=body["model_id"],
-            name=body["name"],
-            overwrite=body["overwrite"],
-            idempotency_key=idempotency_key,
-        )
+        files: dict[str, IO[bytes]] = body["files"]
+        try:
+            return adapter_import_submit(
+                owner_id=owner_id,
+                actor_id=owner_id,
+                write_files=partial(_write_files, files),
+                base_model=body["base_model"],
+                model_id=body["model_id"],
+                name=body["name"],
+                overwrite=body["overwrite"],
+                idempotency_key=idempotency_key,
+            )
+        finally:
+            for file in files.values():  # their temporary files; the wait for the result is long
+                file.close()
 
 
 def _form_values(
