@@ -7,7 +7,7 @@ with stock transformers and peft in float32, one sequence at a time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +25,7 @@ from tests.tiny_model import VOCAB_SIZE, make_tokenizer
 from training.engine.interface import ForwardBackwardJob, SampleJob, SampleOutput
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
+from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
 from training.errors import BaseModelNotFound
 from training.types import Datum, ForwardBackwardOutput, LoraConfig, SamplingParams
@@ -94,10 +95,17 @@ def save_random(config: PretrainedConfig, folder: Path) -> str:
     return str(folder)
 
 
-def judge(folder: str, *, layout: str = "auto", **lora: Any) -> tuple[str, str, dict[str, float]]:
+def judge(
+    folder: str,
+    *,
+    layout: str = "auto",
+    note: Callable[[BaseModel], None] = lambda base_model: None,
+    **lora: Any,
+) -> tuple[str, str, dict[str, float]]:
     """Judge the engine's results for a folder.
 
     Args:
+        note: Called with the base model, unless it is refused.
         lora: Of the adapter's config, if not its defaults.
 
     Returns:
@@ -108,6 +116,7 @@ def judge(folder: str, *, layout: str = "auto", **lora: Any) -> tuple[str, str, 
         base_model = load_base_model(folder, dtype="float32", device="cpu", layout=layout)
     except BaseModelNotFound as error:
         return "refused", str(error), {}
+    note(base_model)
     trainer = TinyTrainer(base_model)
     trainer.create_adapter("a", LoraConfig(**{"rank": 4, "alpha": 8.0, **lora}))
     flat = trainer.adapter_state("a")["weights"]
@@ -254,8 +263,9 @@ def _export(
         loaded = peft.PeftModel.from_pretrained(base, str(Path(directory) / "export"))
         inputs = torch.tensor([tokens])
         answers = {"export": loaded(input_ids=inputs, use_cache=False).logits}
-        if not base.config.get_text_config().tie_word_embeddings:
+        if base.get_output_embeddings().weight is not base.get_input_embeddings().weight:
             merged = loaded.merge_and_unload()
             answers["merged export"] = merged(input_ids=inputs, use_cache=False).logits
     expected = stock.logits(tokens)
-    return {name: float((ours - expected).abs().max()) for name, ours in answers.items()}
+    size = max(1.0, float(expected.abs().max()))  # merging rounds in proportion to it
+    return {name: float((ours - expected).abs().max()) / size for name, ours in answers.items()}

@@ -23,6 +23,7 @@ READ_FIRST = (
     "text",
     "image-inputs",
     "checkpoints",
+    "models",
     "sdk",
 )
 """Pages for clients, in reading order; those for operators follow."""
