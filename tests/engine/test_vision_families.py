@@ -42,6 +42,21 @@ FIRST = Image(data=picture(24, 16), format="png")
 SECOND = Image(data=picture(17, 30, format="jpeg", seed=1), format="jpeg")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_that_see_themselves_in_both_directions_are_refused_and_text_is_served(
+    tmp_path: Path, dtype: str
+) -> None:
+    """In bfloat16 too, where the difference of a tiny model could pass for rounding."""
+    folder = save_vision_model("gemma3", tmp_path)
+    base_model = load_base_model(folder, dtype=dtype, device="cpu")
+    renderer = engine_over(base_model).renderer
+
+    assert base_model.vision is None
+    assert renderer.image_fault is not None
+    assert "see each other in both directions" in renderer.image_fault
+    assert len(renderer.render_prompt([{"role": "user", "content": "hi"}])) > 2
+
+
 @pytest.fixture(scope="module", params=READ)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_vision_model(request.param, tmp_path_factory.mktemp(request.param))
