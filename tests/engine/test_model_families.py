@@ -111,6 +111,7 @@ def test_a_family_that_is_served_is_computed_as_transformers_does(
     [
         ("bert", {"is_decoder": False}, r"log-probabilities of sequences packed .* differ"),
         ("jetmoe", {}, "adapters are for linear layers"),
+        ("laguna", {}, "stock peft loads adapters on its shared experts under other names"),
         ("bloom", {}, "does not say how long a sequence may be"),
         ("rwkv", {}, "does not say how long a sequence may be"),
     ],

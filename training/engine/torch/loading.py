@@ -34,6 +34,7 @@ from training.engine.torch.attention.backend import ATTENTION_NAME, prepare_laye
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.experts.llama4 import ask_chosen_experts
 from training.engine.torch.experts.lora_experts import LoraExperts
+from training.engine.torch.experts.peft_form import RENAMED_BY_PEFT
 from training.engine.torch.experts.routers import find_routers, route_by_segment
 from training.engine.torch.experts.stacks import ExpertStack, find_stacks
 from training.engine.torch.lora_linear import LoraLinear
@@ -168,6 +169,11 @@ def _require_known_layers(model: PreTrainedModel, name: str) -> None:
     Convolutions, routers and the decays of state spaces are no such matrices: they stay frozen,
     as stock peft leaves them.
     """
+    if model.config.model_type in RENAMED_BY_PEFT:
+        raise BaseModelNotFound(
+            f"{name} cannot be served: stock peft loads adapters on its shared experts under other"
+            " names, so an export would lack them; choose another base model."
+        )
     stacks = find_stacks(model)
     frozen = {*stacks, *find_routers(model, stacks)}
     known = nn.Linear | nn.Embedding | nn.modules.conv._ConvNd

@@ -52,6 +52,11 @@ def _is_taken_for_experts(leaf: str, model_type: str) -> bool:
     return leaf not in (config.target_modules or ())
 
 
+RENAMED_BY_PEFT = ("laguna",)
+"""Families whose adapters on shared experts stock peft loads under names that do not exist, so that
+they would be missing from an export without an error."""
+
+
 @dataclass(kw_only=True, eq=False)
 class PeftExperts:
     """What the experts add to an export."""

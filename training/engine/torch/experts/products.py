@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 ALIGNMENT_BYTES = 16
-"""Condition of torch's grouped product for every stride of its arguments."""
+"""Condition of torch's grouped product for the address of its arguments and every stride."""
 
 
 def grouped_times(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -46,8 +46,9 @@ def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 def _is_aligned(tensor: Tensor) -> bool:
     size = tensor.element_size()
-    strides = [stride for stride in tensor.stride() if stride != 1]
-    return len(strides) == tensor.ndim - 1 and not any(s * size % ALIGNMENT_BYTES for s in strides)
+    strides = [stride * size for stride in tensor.stride() if stride != 1]
+    bytes_apart = [tensor.data_ptr(), *strides]
+    return len(strides) == tensor.ndim - 1 and not any(n % ALIGNMENT_BYTES for n in bytes_apart)
 
 
 def _is_aligned_width(width: int, like: Tensor) -> bool:

@@ -75,6 +75,13 @@ class SegmentRouter(nn.Module):
         joined = parts[0]
         return joined.view(*hidden.shape[:-1], -1) if type(self.base) is nn.Linear else joined
 
+    def __getattr__(self, name: str) -> Any:
+        """The router's own attributes: some blocks read its weight or bias."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
     def _route(self, rows: Tensor) -> list[Tensor]:
         """The router's results for some rows, computed as for a multiple of ``MIN_ROWS``."""
         missing = -len(rows) % MIN_ROWS
