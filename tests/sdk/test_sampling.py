@@ -263,7 +263,10 @@ def test_a_number_means_one_sampling_session(sdk: SdkClient, work: InProcessWork
     ("fields", "named"),
     [
         ({"prompt": {"chunks": []}}, "prompt"),
-        ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "image"),
+        (
+            {"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}},
+            "prompt.chunks[0].data: labelled png",
+        ),
         ({"num_samples": 0}, "num_samples"),
         ({"num_samples": 10**6}, "num_samples"),
         ({"seq_id": 2**63}, "seq_id"),
