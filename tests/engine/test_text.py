@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -192,14 +192,28 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @given(messages_of_any_roles, contents)
+@example([{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}], "\n")
 @settings(deadline=None)
 def test_no_token_melts_a_header_into_what_follows_it(messages: list[Message], reply: str) -> None:
+    assume(messages[0]["role"] != "assistant")  # it follows no prompt: see the next test
     text = ChatRenderer(merging_tokenizer(), VOCAB_SIZE + 2)
     conversation = [*messages, {"role": "assistant", "content": reply}]
     datum = text.render_conversation(conversation, "assistant")
     assert merging_tokenizer().decode(trained_tokens(datum)) == said(conversation, ["assistant"])
     prompt = text.render_prompt(messages)
     assert all_tokens(datum)[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("content", [" ", "\n", " x"])
+def test_an_answer_without_a_prompt_has_the_tokens_of_the_whole_text(content: str) -> None:
+    tokenizer = merging_tokenizer()
+    text = ChatRenderer(tokenizer, VOCAB_SIZE + 2)
+    conversation = chat(f"assistant: {content}", "user: u")
+    datum = text.render_conversation(conversation, "assistant")
+    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert all_tokens(datum) == tokenizer(whole, add_special_tokens=False).input_ids
+    # The first trained token has the header's last newline too.
+    assert tokenizer.decode(trained_tokens(datum)) == f"\n{content}{END}"
 
 
 def test_where_nothing_melts_the_tokens_are_those_of_the_whole_text() -> None:
