@@ -24,7 +24,7 @@ from django.urls import set_script_prefix
 from tinkerapi.api.bodies.limit import Application, Receive, Scope, Send, limit_body
 from tinkerapi.api.leaving import client_left
 from tinkerapi.api.openai.shape import openai_shape
-from tinkerapi.page_addresses import is_page
+from tinkerapi.page_addresses import is_front_page, is_page
 
 
 class ApiHandler(ASGIHandler):
@@ -78,7 +78,9 @@ def build_application() -> Application:
     from tinkerapi.api.keyless import is_local_host
 
     async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        handler = pages if is_page(scope.get("path", "")) else api
+        path = scope.get("path", "")
+        is_for_people = is_page(path) or is_front_page(path, _header(scope, b"accept"))
+        handler = pages if is_for_people else api
         await handler(cast(Any, scope), cast(Any, receive), cast(Any, send))
 
     limited = openai_shape(limit_body(route, admit))
@@ -87,13 +89,13 @@ def build_application() -> Application:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})  # before it is accepted: 403
         elif scope["type"] == "http":
-            if settings.TLS and not is_local_host(_host(scope)):
+            if settings.TLS and not is_local_host(_header(scope, b"host")):
                 scope["scheme"] = "https"  # the scheme that the client used with the proxy
             await limited(scope, receive, send)
 
     return application
 
 
-def _host(scope: Scope) -> str:
-    hosts = [value.decode("latin1") for name, value in scope["headers"] if name == b"host"]
-    return hosts[0] if hosts else ""
+def _header(scope: Scope, name: bytes) -> str:
+    values = [value.decode("latin1") for key, value in scope["headers"] if key == name]
+    return values[0] if values else ""

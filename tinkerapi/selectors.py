@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from django.contrib.auth.models import User
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
+from django.utils import timezone
 
 from futures.database import row_get
 from tinkerapi.models import ApiKey
@@ -26,6 +27,13 @@ def api_key_get(key: str) -> ApiKey | None:
 def api_key_by_id(api_key_id: int) -> ApiKey | None:
     """The key of this id, if it is valid, with its user loaded."""
     return _valid("id = %(id)s", {"id": api_key_id})
+
+
+def api_key_newest(user_id: int) -> ApiKey | None:
+    """The valid key that was made for this user last."""
+    is_current = Q(expires_at__isnull=True) | Q(expires_at__gt=timezone.now())
+    keys = ApiKey.objects.filter(is_current, user_id=user_id, revoked_at__isnull=True)
+    return keys.order_by("-created_at").first()
 
 
 def user_by_name(username: str) -> User | None:

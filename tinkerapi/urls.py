@@ -13,7 +13,9 @@ from django.urls import include, path
 from django.views.decorators.csrf import csrf_exempt
 from django.views.generic import RedirectView
 
+from tinkerapi.api.quickref.views.service import IndexView
 from tinkerapi.console import manual
+from tinkerapi.console.front_page import front_page
 
 
 def redirect_to(name: str | None = None, url: str | None = None) -> Callable[..., HttpResponseBase]:
@@ -25,12 +27,17 @@ def redirect_to(name: str | None = None, url: str | None = None) -> Callable[...
 # The manual's views change nothing, so a POST gets 405 instead of a CSRF error.
 urlpatterns = [
     path("favicon.ico", redirect_to(url=static("tinkerapi/favicon.svg"))),
+    # Before the API's, which describes it.
+    path("", front_page(IndexView.as_view())),
     path("admin", redirect_to("admin:index")),
     path("admin/", admin.site.urls),
     path("", include("tinkerapi.api.urls")),
     path("api/docs/", redirect_to("api-docs")),
     path("docs", redirect_to("docs")),
     path("docs/", csrf_exempt(manual.IndexView.as_view()), name="docs"),
+    path(
+        "docs/examples/<str:name>", csrf_exempt(manual.ExampleView.as_view()), name="docs-example"
+    ),
     path("docs/<slug:name>", csrf_exempt(manual.PageView.as_view()), name="docs-page"),
     path("docs/<slug:name>/", redirect_to("docs-page")),
 ]

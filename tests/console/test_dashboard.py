@@ -18,6 +18,7 @@ from django.utils import timezone
 
 from futures.models import Future, Worker
 from tests.console.conftest import page
+from tinkerapi.services import api_key_create, api_key_revoke
 
 URL = reverse("admin:index")
 
@@ -96,6 +97,21 @@ def test_an_empty_server_has_a_front_page(console: Client) -> None:
     answer = console.get(URL)
     assert answer.status_code == 200
     assert {tile["number"] for tile in answer.context["tiles"]} == {"0"}
+
+
+def test_an_empty_dashboard_says_how_to_begin(
+    console: Client, superuser: User, trained: Callable[..., SimpleNamespace]
+) -> None:
+    html = console.get(URL, headers={"Host": "localhost:8123"}).content.decode()
+    assert "curl http://localhost:8123/api/v1/forward_backward" in html
+    assert "Programs on this machine need no key" in html
+    api_key_create(user=superuser, name="laptop <b>")
+    revoked, _ = api_key_create(user=superuser, name="stolen")
+    api_key_revoke(api_key_id=revoked.pk)
+    html = console.get(URL).content.decode()
+    assert "Your key is “laptop &lt;b&gt;”" in html
+    trained(superuser)
+    assert "curl" not in console.get(URL).content.decode()
 
 
 def test_the_number_of_queries_does_not_grow_with_what_is_there(

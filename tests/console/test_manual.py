@@ -44,6 +44,17 @@ def test_other_names_are_a_404(docs, client, name):
     assert client.get(f"/docs/{name}").status_code == 404
 
 
+def test_an_example_is_handed_out_as_a_text(client):
+    page = client.get("/docs/examples").content.decode()
+
+    assert 'href="examples/rl.py"' in page
+    example = client.get("/docs/examples/rl.py")
+    assert example["Content-Type"] == "text/plain; charset=utf-8"
+    assert example.content == (manual.EXAMPLES_DIR / "rl.py").read_bytes()
+    for name in ("nothing.py", "..", "../quick-reference.md", "..%2f..%2fsettings.py"):
+        assert client.get(f"/docs/examples/{name}").status_code == 404
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [

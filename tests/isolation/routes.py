@@ -332,6 +332,7 @@ ROUTES: dict[str, list[Probe | Listing] | Open] = {
     "favicon.ico": _SERVER,
     "docs": _SERVER,
     "docs/": _SERVER,
+    "docs/examples/<str:name>": _SERVER,
     "docs/<slug:name>": _SERVER,
     "docs/<slug:name>/": _SERVER,
     "healthz": _SERVER,

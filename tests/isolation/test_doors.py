@@ -27,6 +27,7 @@ PAGES = {
     "admin",
     "docs",
     "docs/",
+    "docs/examples/<str:name>",
     "docs/<slug:name>",
     "docs/<slug:name>/",
     "api/docs",

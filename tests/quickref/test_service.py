@@ -48,14 +48,34 @@ def test_every_endpoint_has_a_summary_and_a_method(api):
             assert len(entry["summary"]) > 10
 
 
-def test_a_browser_is_sent_to_a_page_and_a_program_is_not(api):
+def test_a_browser_gets_a_page_and_a_program_json(api):
     browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-    answer = api.get("/", **browser)
-    assert (answer.status_code, answer["Location"], answer["Vary"]) == (302, "/docs/", "Accept")
-    assert api.get("/docs/", **browser).status_code == 200
-    assert api.get("/", Accept="*/*").status_code == 200
+    page = api.get("/", **browser)
+    assert (page.status_code, page["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert page["Vary"] == "Accept"
+    for shown in ("curl http://localhost/api/v1/forward_backward", base_model_get(None).name):
+        assert shown in page.content.decode()
+    for accept in ("*/*", "application/json", ""):
+        answer = api.get("/", Accept=accept)
+        assert (answer["Content-Type"], answer["Vary"]) == ("application/json", "Accept")
     icon = api.get("/favicon.ico")
     assert (icon.status_code, icon["Location"]) == (302, "/static/tinkerapi/favicon.svg")
+
+
+def test_the_page_shows_a_key_only_where_one_is_needed(api, settings):
+    assert "X-API-Key" not in api.get("/", Accept="text/html").content.decode()
+    settings.REQUIRE_API_KEY, settings.PUBLIC_URL = True, "https://train.example.com"
+    page = api.get("/", Accept="text/html").content.decode()
+    assert "X-API-Key: tml-..." in page.replace("&#x27;", "'")
+    assert "curl https://train.example.com/api/v1/forward_backward" in page
+
+
+def test_the_front_page_needs_no_database(api, monkeypatch):
+    def is_down(*args):
+        raise OperationalError("down")
+
+    monkeypatch.setattr("training.base_models.worker_figure", is_down)
+    assert api.get("/", Accept="text/html").status_code == 200
 
 
 def test_the_index_says_every_method_that_an_address_takes(api):

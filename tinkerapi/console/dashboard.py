@@ -7,7 +7,7 @@ see the figures of their own objects. Everybody sees workers, because everybody 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -24,6 +24,8 @@ from tinkerapi.console.kit.display import changelist_url, link, moment, one_line
 from tinkerapi.console.pages.futures import request_link, summary_text
 from tinkerapi.console.pages.run_sections import last_result
 from tinkerapi.console.pages.workers import is_silent, worker_memory
+from tinkerapi.console.quickstart import quickstart
+from tinkerapi.selectors import api_key_newest
 from training.base_models import base_models
 from training.overview import bytes_saved, runs_newest
 
@@ -45,12 +47,17 @@ def dashboard(request: HttpRequest, context: Context) -> Context:
     """Unfold's DASHBOARD_CALLBACK: the context of ``templates/admin/index.html``."""
     owner_id = None if request.user.is_superuser else request.user.pk
     hourly = futures_by_hour(owner_id, since=_first_hour())
+    still_open = futures_open(owner_id)
+    runs = runs_newest(owner_id, limit=NEWEST_ROWS)
+    is_empty = not (runs or still_open or hourly)
     context.update(
         title="Dashboard",
-        tiles=_tiles(futures_open(owner_id), hourly),
+        quickstart=quickstart(request) if is_empty else None,
+        api_key=api_key_newest(request.user.pk or 0) if is_empty else None,
+        tiles=_tiles(still_open, hourly),
         futures_chart=_futures_chart(hourly),
         workers=_workers_table(),
-        runs=_runs_table(owner_id),
+        runs=_runs_table(runs),
         failures=_failures_table(owner_id),
         storage=_storage(owner_id),
     )
@@ -108,7 +115,7 @@ def _workers_table() -> Context:
     }
 
 
-def _runs_table(owner_id: int | None) -> Context:
+def _runs_table(runs: Sequence[Any]) -> Context:
     return {
         "headers": [
             "Run",
@@ -129,7 +136,7 @@ def _runs_table(owner_id: int | None) -> Context:
                 last_result(run) or "-",
                 moment(getattr(run, "newest_request_at", None)),
             ]
-            for run in runs_newest(owner_id, limit=NEWEST_ROWS)
+            for run in runs
         ],
     }
 

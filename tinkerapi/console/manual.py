@@ -14,8 +14,11 @@ from markdown import Markdown  # type: ignore[import-untyped]  # it ships no ann
 
 DOCS_DIR = Path(__file__).parents[1] / "docs"
 
+EXAMPLES_DIR = DOCS_DIR / "examples"
+
 READ_FIRST = (
     "quick-reference",
+    "examples",
     "tinker-sdk",
     "openai",
     "losses",
@@ -74,6 +77,20 @@ class PageView(View):
                 "contents": contents,
             },
         )
+
+
+class ExampleView(View):
+    """Hand out one example as the file that it is."""
+
+    group = "Documents"
+
+    def get(self, request: HttpRequest, name: str) -> HttpResponse:
+        # Looked up among the files, so a name from an address never becomes a path.
+        files = {path.name: path for path in EXAMPLES_DIR.iterdir() if path.is_file()}
+        if name not in files:
+            raise Http404
+        text = files[name].read_text(encoding="utf-8")
+        return HttpResponse(text, content_type="text/plain; charset=utf-8")
 
 
 def _title(path: Path) -> str:

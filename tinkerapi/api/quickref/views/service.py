@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from django.conf import settings
 from django.db import Error as DatabaseError
 from django.db import connection
-from django.http import HttpResponse, HttpResponseRedirect
+from django.http import HttpResponse
 from rest_framework.request import Request
 
 from futures.selectors import queue_state
@@ -51,8 +51,6 @@ class IndexView(OpenView):
     }
 
     def get(self, request: Request) -> HttpResponse:
-        if "text/html" in request.headers.get("Accept", ""):
-            return HttpResponseRedirect("/docs/", headers={"Vary": "Accept"})  # a browser's
         return JSONResponse(
             {
                 "name": settings.SPECTACULAR_SETTINGS["TITLE"],
