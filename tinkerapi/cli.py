@@ -17,6 +17,7 @@ GROUPS = {
     },
     "People": {"createapikey": "make a key for a user, and print it once"},
     "Requests and runs": {
+        "watch": "show runs, or one run's curves, until it ends",
         "replayfuture": "submit requests again, as new futures",
         "replayrun": "rebuild a run from its log, and compare",
         "crashdrill": "kill a server's parts, and compare with an undisturbed run",
