@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.db import connection
 
 from futures.waiters import waiters
@@ -59,7 +60,7 @@ def call(
 
         await application(scope, receive, send)
 
-    asyncio.run(run())
+    async_to_sync(run)()
     answer = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], answer, b"".join(message.get("body", b"") for message in sent[1:])
 

@@ -39,4 +39,6 @@ async def admit(scope: MutableMapping[str, Any]) -> HttpResponseBase | Admitted:
     refusal = await view.admit(request, *match.args, **match.kwargs)
     if refusal is not None:
         return refusal
-    return Admitted(view.max_body_bytes(), view.request.user.pk)
+    return Admitted(
+        view.max_body_bytes(), view.request.user.pk, view.refuse_too_large, view.is_numbered
+    )

@@ -75,6 +75,10 @@ class AsyncAPIView(APIView):
     takes_data: ClassVar[bool] = False
     """Whether a body may contain training data or prompts, up to the limit of the settings."""
 
+    is_numbered: ClassVar[bool] = False
+    """Whether the beginning of a refused body is read, because it may contain the request's number
+    in a lane."""
+
     def max_body_bytes(self) -> int:
         """The largest body that this view accepts, decompressed."""
         limit: int = settings.MAX_BODY_BYTES
@@ -85,23 +89,39 @@ class AsyncAPIView(APIView):
     ) -> HttpResponseBase | None:
         """The answer that refuses this request by its headers alone; None if it is accepted.
 
-        Called before a body of any size is read. It checks the sender, the method,
-        and the size that the headers declare.
+        Called before a body of any size is read. It checks the sender and the method.
         """
         self._prepare(request, *args, **kwargs)
         try:
             request.get_host()
             await in_database_thread(self._begin, self.request)
             self._handler(self.request)
-            limit = self.max_body_bytes()
-            if declared_length(request) > limit:
-                raise BodyTooLarge(too_large_sentence(limit))
         except Exception as exc:
             response = self.handle_exception(exc)
             return self.finalize_response(self.request, response, *args, **kwargs)
         asker = _Caller(list(self.authentication_classes), self.request.user, self.request.auth)
         getattr(request, "scope", {})[_CALLER] = asker
         return None
+
+    async def refuse_too_large(self, head: bytes) -> HttpResponseBase:
+        """The answer to an admitted request whose body is larger than ``max_body_bytes``.
+
+        Args:
+            head: The body's beginning, as sent; empty unless ``is_numbered``.
+        """
+        try:
+            response: Any = await in_database_thread(self.too_large_body, self.request, head)
+        except Exception as exc:
+            response = self.handle_exception(exc)
+        return self.finalize_response(self.request, response, *self.args, **self.kwargs)
+
+    def too_large_body(self, request: Request, head: bytes) -> HttpResponseBase:
+        """What ``refuse_too_large`` answers.
+
+        Raises:
+            BodyTooLarge: (413)
+        """
+        raise BodyTooLarge(too_large_sentence(self.max_body_bytes()))
 
     # DRF's own is synchronous; Django awaits this one because view_is_async says so.
     async def dispatch(  # type: ignore[override]

@@ -17,6 +17,9 @@ HEADER_BYTES = 18
 
 _PIECE_BYTES = 256 * 1024
 
+_LEAST_WINDOW = 8 * 1024 * 1024
+"""Bytes that every decoder of zstd must allow for its window."""
+
 
 def decompress_body(body: bytes, encoding: str | None, *, max_bytes: int) -> bytes:
     """The body without its ``Content-Encoding``; None and identity change nothing.
@@ -34,8 +37,8 @@ def decompress_body(body: bytes, encoding: str | None, *, max_bytes: int) -> byt
         raise InvalidRequest(
             f"Content-Encoding: {encoding[:40]!r} is not supported; send zstd or nothing"
         )
-    # A window is memory too; a decoder must allow 8 MB, and never needs more than the limit.
-    window = max(8 * 1024 * 1024, 1 << max_bytes.bit_length())
+    # A window is memory too, and never needs to be larger than the limit.
+    window = max(_LEAST_WINDOW, 1 << max_bytes.bit_length())
     decompressor = zstandard.ZstdDecompressor(max_window_size=window)
     try:
         size = zstandard.get_frame_parameters(body).content_size
@@ -70,6 +73,20 @@ def _decompress_unsized(
 
 def _too_large(max_bytes: int) -> PayloadTooLarge:
     return PayloadTooLarge(too_large_sentence(max_bytes, when=" once decompressed"))
+
+
+def decompressed_head(head: bytes, encoding: str | None, *, max_bytes: int) -> bytes:
+    """The first bytes of a body of which only the beginning is known, without its
+    ``Content-Encoding``, as far as they can be decompressed."""
+    encoding = (encoding or "identity").strip().lower()
+    if encoding == "identity":
+        return head[:max_bytes]
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_LEAST_WINDOW)
+    try:
+        with decompressor.stream_reader(head) as reader:
+            return reader.read(max_bytes)
+    except (zstandard.ZstdError, MemoryError):
+        return b""
 
 
 def claimed_size(beginning: bytes) -> int | None:

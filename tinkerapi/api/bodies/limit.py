@@ -34,6 +34,10 @@ BODY_BYTES = "tinkerapi.body_bytes"
 SMALL_BODY_BYTES = 64 * 1024
 """A body up to this size is read from any sender: a check first would cost more."""
 
+HEAD_BYTES = 256 * 1024
+"""The bytes that are kept of a body that is too large, to read its number there. A block of zstd
+takes half of it."""
+
 PAST_ANSWER_SECONDS = 5.0
 """How long the rest of a refused body is discarded. A client that is still sending it when the
 connection closes loses the answer, and most would send everything again."""
@@ -45,12 +49,20 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
+Refuse = Callable[[bytes], Awaitable[HttpResponseBase]]
+"""The answer to a body that is too large, of which this is the beginning."""
+
+
 class Admitted(NamedTuple):
     """A request whose body may be sent."""
 
     max_bytes: int
     owner: object = None
     """The user that it belongs to; None only for small ones."""
+    refuse: Refuse | None = None
+    """The answer if the body is too large; None: ``too_large``."""
+    reads_head: bool = False
+    """Whether that answer depends on the beginning of the body, up to ``HEAD_BYTES``."""
 
 
 Admit = Callable[[Scope], Awaitable[HttpResponseBase | Admitted]]
@@ -65,26 +77,27 @@ def limit_body(application: Application, admit: Admit) -> Application:
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         length = _declared_length(scope)
         if length is not None and length <= SMALL_BODY_BYTES:
-            await _pass_on(application, scope, receive, send, max_bytes=SMALL_BODY_BYTES)
+            await _pass_on(application, scope, receive, send, Admitted(SMALL_BODY_BYTES))
             return
         admitted = await admit(scope)
         if isinstance(admitted, HttpResponseBase):
             await _refuse(admitted, receive, send)
         elif (length or 0) > admitted.max_bytes:
-            await _refuse(too_large(admitted.max_bytes), receive, send)
+            head = await _head(receive) if admitted.reads_head else b""
+            await _refuse(await _too_large(admitted, head), receive, send)
         elif admitted.owner is None:
-            await _pass_on(application, scope, receive, send, max_bytes=admitted.max_bytes)
+            await _pass_on(application, scope, receive, send, admitted)
         else:
             with held_turn(scope, await body_turn(admitted.owner)):
-                await _pass_on(application, scope, receive, send, max_bytes=admitted.max_bytes)
+                await _pass_on(application, scope, receive, send, admitted)
 
     return limited
 
 
 async def _pass_on(
-    application: Application, scope: Scope, receive: Receive, send: Send, *, max_bytes: int
+    application: Application, scope: Scope, receive: Receive, send: Send, admitted: Admitted
 ) -> None:
-    body = Body(scope, receive, max_bytes)
+    body = Body(scope, receive, admitted)
     await application(scope, body.receive, send)
     if body.refusal is not None:
         await _answer(body.refusal, send)
@@ -93,10 +106,11 @@ async def _pass_on(
 class Body:
     """A body on its way to the application."""
 
-    def __init__(self, scope: Scope, receive: Receive, limit: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, admitted: Admitted) -> None:
         self._scope = scope
         self._receive = receive
-        self._limit = limit
+        self._admitted = admitted
+        self._head = b""
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + settings.BODY_SECONDS
         self._is_whole = False
@@ -115,8 +129,10 @@ class Body:
             return _GONE
         piece = message.get("body", b"")
         self._scope[BODY_BYTES] += len(piece)
-        if self._scope[BODY_BYTES] > self._limit:
-            self.refusal = too_large(self._limit)
+        if self._admitted.reads_head and len(self._head) < HEAD_BYTES:
+            self._head += piece[: HEAD_BYTES - len(self._head)]
+        if self._scope[BODY_BYTES] > self._admitted.max_bytes:
+            self.refusal = await _too_large(self._admitted, self._head)
             return _GONE
         word = len(SEQ_ID_WORD)
         if SEQ_ID_WORD in piece or SEQ_ID_WORD in self._end + piece[:word]:
@@ -150,6 +166,27 @@ def _declared_length(scope: Scope) -> int | None:
         if name == b"content-length":
             length = int(value) if value.isdigit() else 0
     return length
+
+
+async def _head(receive: Receive) -> bytes:
+    """The beginning of a body, as far as it arrives in time."""
+    head = b""
+    try:
+        async with asyncio.timeout(settings.BODY_IDLE_SECONDS):
+            while len(head) < HEAD_BYTES:
+                message = await receive()
+                head += message.get("body", b"")
+                if not message.get("more_body", False):
+                    break
+    except TimeoutError:
+        pass
+    return head[:HEAD_BYTES]
+
+
+async def _too_large(admitted: Admitted, head: bytes) -> HttpResponseBase:
+    if admitted.refuse is None:
+        return too_large(admitted.max_bytes)
+    return await admitted.refuse(head)
 
 
 async def _refuse(response: HttpResponseBase, receive: Receive, send: Send) -> None:

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 
 from django.core.exceptions import RequestDataTooBig
-from django.http import HttpResponse
+from django.http import HttpResponse, HttpResponseBase
 from rest_framework.exceptions import APIException, ParseError
 from rest_framework.request import Request
 
@@ -24,14 +24,15 @@ from futures.models import Future
 from futures.services import Refusal
 from futures.transitions import Category
 from tinkerapi.api.async_view import AsyncAPIView
-from tinkerapi.api.bodies.compression import decompress_body
+from tinkerapi.api.bodies.compression import decompress_body, decompressed_head
+from tinkerapi.api.bodies.limit import HEAD_BYTES
 from tinkerapi.api.bodies.parsers import parse_json, too_large_sentence
 from tinkerapi.api.caller import owner_of
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.errors import UNSTORABLE, BodyTooLarge, refusal_of
 from tinkerapi.api.fields.field import Field, check_object
 from tinkerapi.api.renderers import JSONResponse
-from tinkerapi.api.sdk.parse.broken_bodies import ids_of_broken_json
+from tinkerapi.api.sdk.parse.broken_bodies import ids_of_broken_json, ids_of_broken_protobuf
 from tinkerapi.api.sdk.parse.calls import check_ids
 from tinkerapi.api.sdk.parse.protobuf import parse_ids
 from training.errors import InvalidRequest, RunNotFound, SessionFinished, TrainingError
@@ -90,10 +91,14 @@ class SdkView(AsyncAPIView):
 class NumberedView(SdkView):
     """A request with a place in a model's order. Its JSON is decoded once."""
 
+    is_numbered = True
     takes_protobuf: ClassVar[bool] = False
 
     def post(self, request: Request) -> HttpResponse:
-        body = self.raw_body(request)
+        try:
+            body = self.raw_body(request)
+        except (BodyTooLarge, PayloadTooLarge) as error:
+            return self.refused_by_head(request, head_of(request), error)
         owner_id = owner_of(request)
         is_protobuf = request.content_type == PROTOBUF
         fields: dict[str, Any] | APIException | TrainingError | None = None
@@ -114,18 +119,53 @@ class NumberedView(SdkView):
         except (RunNotFound, SessionFinished):
             raise  # no later number waits for this one
         except (TrainingError, PayloadTooLarge, APIException, *UNSTORABLE) as unsafe:
-            error = refusal_of(unsafe)
-            future = refused_submit(
-                owner_id=owner_id,
-                model_id=model_id,
-                seq_id=seq_id,
-                body_digest=hashlib.sha256(body).hexdigest(),
-                refusal=Refusal(
-                    error=str(error),
-                    category=Category(getattr(error, "category", Category.USER)),
-                    error_code=type(error).__name__,
-                ),
-            )
+            future = self.refuse(request, body, model_id, seq_id, refusal_of(unsafe))
+        return JSONResponse({"request_id": future.id, "model_id": model_id})
+
+    def refuse(
+        self, request: Request, body: bytes, model_id: str, seq_id: int, error: Exception
+    ) -> Future:
+        """The failed future that uses the number of a request that will never run."""
+        return refused_submit(
+            owner_id=owner_of(request),
+            model_id=model_id,
+            seq_id=seq_id,
+            body_digest=hashlib.sha256(body).hexdigest(),
+            refusal=Refusal(
+                error=str(error),
+                category=Category(getattr(error, "category", Category.USER)),
+                error_code=type(error).__name__,
+            ),
+        )
+
+    def too_large_body(self, request: Request, head: bytes) -> HttpResponseBase:
+        error = BodyTooLarge(too_large_sentence(self.max_body_bytes()))
+        return self.refused_by_head(request, head, error)
+
+    def refused_by_head(
+        self, request: Request, head: bytes, error: BodyTooLarge | PayloadTooLarge
+    ) -> HttpResponse:
+        """The answer to a body that is too large: its number is used if its beginning has it.
+
+        Args:
+            head: The body's beginning, as sent.
+
+        Raises:
+            BodyTooLarge, PayloadTooLarge: ``error``; the number cannot be read there. (413)
+            SeqIdReused: (422)
+        """
+        encoding = request.headers.get("Content-Encoding")
+        text = decompressed_head(head, encoding, max_bytes=HEAD_BYTES)
+        is_message = request.content_type == PROTOBUF and self.takes_protobuf
+        if is_message:
+            ids = ids_of_broken_protobuf(text)
+        else:
+            ids = ids_of_broken_json(text.rstrip(b"0123456789"))  # a number may be cut in two
+        try:
+            model_id, seq_id = check_ids(ids.get("model_id"), ids.get("seq_id"))
+            future = self.refuse(request, head, model_id, seq_id, error)
+        except (InvalidRequest, RunNotFound):
+            raise error from None
         return JSONResponse({"request_id": future.id, "model_id": model_id})
 
     def ids(
@@ -172,6 +212,14 @@ class NumberedJSONView(NumberedView):
         self, body: dict[str, Any], *, owner_id: int, model_id: str, seq_id: int
     ) -> Future:
         """Call the service of this operation with the checked body and the ids."""
+
+
+def head_of(request: Request) -> bytes:
+    """The beginning of a body that has arrived and is too large."""
+    try:
+        return request._request.body[:HEAD_BYTES]
+    except RequestDataTooBig:
+        return request._request.read(HEAD_BYTES)
 
 
 def read_json_fields(body: bytes) -> dict[str, Any] | APIException | TrainingError:

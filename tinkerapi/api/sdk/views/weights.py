@@ -9,6 +9,7 @@ from django.http import HttpResponse
 from rest_framework.exceptions import APIException
 from rest_framework.request import Request
 
+from futures.errors import PayloadTooLarge
 from futures.models import Future
 from tinkerapi.api.caller import owner_of
 from tinkerapi.api.fields.checkpoints import TTL_SECONDS, USER_METADATA
@@ -170,7 +171,7 @@ class LoadWeightsView(NumberedJSONView):
     def post(self, request: Request) -> HttpResponse:
         try:
             body = self.json_body(request)
-        except (APIException, TrainingError):
+        except (APIException, PayloadTooLarge, TrainingError):
             return super().post(request)  # which uses its number if it had one
         if "model_id" in body or "session_id" not in body:
             return super().post(request)
