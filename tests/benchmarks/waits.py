@@ -1,9 +1,13 @@
 """A thousand parked waits on one web process: from the commit to the answer.
 
 Clients ask ``/retrieve_future`` with ``wait`` for futures that nothing works on yet. A worker
-made by hand, on a queue of its own and in its own process, then finishes them through the same
-functions as the real one, four in a commit, and notes when it began each commit. A latency is
-the time from there to the last byte of the answer, so it holds the commit's own flush.
+made by hand, in its own process, then finishes them through the same functions as the real one,
+four in a commit, and notes when it began each commit. A latency is the time from there to the
+last byte of the answer, so it holds the commit's own flush.
+
+The hand-made worker takes the place of the server's own, since only one may serve a queue, and a
+wait on a queue without a base model is answered at once: ``up`` is paused, so that it starts no
+other, and its worker is killed.
 
     python tests/benchmarks/waits.py
 """
@@ -13,6 +17,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +35,6 @@ from tests.benchmarks.report import Report, at_most, results_option
 from tests.benchmarks.served_model import served, use_database_of
 from tests.server import Server
 
-QUEUE = "benchmark-waits"
 WAIT_SECONDS = 60
 CONNECTING = 32  # clients that connect at one time
 FUTURES_PER_COMMIT = 4
@@ -44,6 +49,8 @@ class Waits:
     """Request id to monotonic seconds."""
     web_bytes_parked: int
     connections_parked: int
+    web_cpu_seconds: float = 0.0
+    """Processor time of the whole round, from the connections to the last answer."""
 
 
 @dataclass
@@ -97,7 +104,7 @@ def look_when_parked(server: Server) -> tuple[int, int]:
     accepted: its processor time stands still."""
     before, still = -1.0, 0
     while still < 3:
-        now = sum(cpu_seconds(pid) for pid, _ in web_processes(server))
+        now = web_cpu_seconds(server)
         still = still + 1 if now - before < 0.03 else 0
         before = now
         time.sleep(0.2)
@@ -105,9 +112,13 @@ def look_when_parked(server: Server) -> tuple[int, int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has used."""
-    command = ["/usr/bin/env", "ps", "-o", "cputimes=", "-p", str(pid)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    """Processor time that a process has used, in hundredths of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def web_cpu_seconds(server: Server) -> float:
+    return sum(cpu_seconds(pid) for pid, _ in web_processes(server))
 
 
 def web_processes(server: Server) -> list[tuple[int, int]]:
@@ -137,16 +148,37 @@ def postgres_connections() -> int:
     return number
 
 
+def served_queue() -> str:
+    """The queue of the server's base model."""
+    from training.base_models import base_model_get
+
+    return base_model_get(None).queue
+
+
+@contextmanager
+def paused(server: Server) -> Iterator[None]:
+    """The server without a worker: ``up`` is stopped, and the worker that it started is killed."""
+    assert server.process is not None
+    worker = server.worker_pid()
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        os.kill(worker, signal.SIGKILL)
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
 def submit(count: int) -> list[str]:
-    """Futures of the local user on the queue that only the hand-made worker serves."""
+    """Futures of the local user on the queue that the hand-made worker serves."""
     from django.contrib.auth import get_user_model
 
     from futures.services import future_submit
     from tinkerapi.services import LOCAL_USERNAME
 
     owner = get_user_model().objects.get(username=LOCAL_USERNAME)
+    queue = served_queue()
     return [
-        future_submit(owner_id=owner.pk, queue=QUEUE, kind="wait", payload={"number": number}).id
+        future_submit(owner_id=owner.pk, queue=queue, kind="wait", payload={"number": number}).id
         for number in range(count)
     ]
 
@@ -175,6 +207,7 @@ def finisher_process(server: Server, per_second: float) -> Iterator[Finisher]:
     command = [
         *(sys.executable, __file__, "--finish", str(server.data_dir)),
         *("--port", str(server.port), "--per-second", str(per_second)),
+        *("--queue", served_queue()),
     ]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -186,10 +219,11 @@ def finisher_process(server: Server, per_second: float) -> Iterator[Finisher]:
         process.stdin.close()
 
 
-def finish(per_second: float) -> None:
+def finish(queue: str, per_second: float) -> None:
     """The other process: at each line on its input, finish all that waits on the queue.
 
     Args:
+        queue: It waits here for the killed worker's lock to be free.
         per_second: Futures finished in a second; 0 finishes all in one commit.
     """
     from django.db import transaction
@@ -199,7 +233,7 @@ def finish(per_second: float) -> None:
     from futures.payload import encode
     from futures.workers import worker_live, worker_start, worker_stop
 
-    worker = worker_start(queue=QUEUE, figures={})
+    worker = worker_start(queue=queue, figures={})
     worker_live(worker, {})
     result = encode({"loss": 1.0})
     print("ready", flush=True)
@@ -237,7 +271,9 @@ def measure(
     with finisher_process(server, per_second) as finisher:
         for _ in range(repetitions):
             request_ids = submit(waits)
+            before = web_cpu_seconds(server)
             seen = asyncio.run(one_round(server, request_ids, finisher))
+            seen.web_cpu_seconds = web_cpu_seconds(server) - before
             committed = finisher.committed_at()
             cuts.append(
                 percentiles([1000 * (seen.answered_at[i] - committed[i]) for i in request_ids])
@@ -253,11 +289,12 @@ def main() -> None:
     parser.add_argument("--per-second", type=float, default=100.0, help="futures finished")
     parser.add_argument("--finish", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--queue", help=argparse.SUPPRESS)
     results_option(parser)
     options = parser.parse_args()
     if options.finish:
         use_database_of(Server(options.finish, options.port))
-        finish(options.per_second)
+        finish(options.queue, options.per_second)
         return
     names = ("waits", "repetitions", "per_second")
     report = Report(benchmark="waits", settings={name: getattr(options, name) for name in names})
@@ -268,9 +305,10 @@ def main() -> None:
         use_database_of(server)
         memory_before, connections_before = web_memory_bytes(server), postgres_connections()
         shape = {"waits": options.waits, "repetitions": options.repetitions}
-        steady, rounds = measure(server, per_second=options.per_second, **shape)
-        burst, _ = measure(server, per_second=0.0, **shape)
-        memory_after = web_memory_bytes(server)
+        with paused(server):
+            steady, rounds = measure(server, per_second=options.per_second, **shape)
+            burst, bursts = measure(server, per_second=0.0, **shape)
+            memory_after = web_memory_bytes(server)
     for index, (percentile, goal) in enumerate([("50", None), ("95", None), ("99", at_most(100))]):
         report.add(
             f"commit to answer, {percentile} %", [c[index] for c in steady], unit="ms", goal=goal
@@ -279,6 +317,12 @@ def main() -> None:
         report.add(
             f"all finished by one commit: commit to answer, {percentile} %",
             [c[index] for c in burst],
+            unit="ms",
+        )
+    for name, done in (("", rounds), ("all finished by one commit: ", bursts)):
+        report.add(
+            f"{name}web's processor time for a wait",
+            [1000 * item.web_cpu_seconds / options.waits for item in done],
             unit="ms",
         )
     report.add("web memory before", [memory_before / MEBIBYTE], unit="MiB")
