@@ -20,7 +20,7 @@ from futures.errors import (
 )
 from futures.insertion import Inserted, insert
 from futures.models import Future, Lane
-from futures.payload import EncodedPayload, encode, encode_payload
+from futures.payload import EncodedPayload, encode_payload
 from futures.plain import plain_text
 from futures.transitions import Category, State
 
@@ -60,7 +60,7 @@ def future_submit(
     replay_of: Future | None = None,
     max_pending: int | None = None,
     refusal: Refusal | None = None,
-    result: Any = None,
+    result: bytes | None = None,
 ) -> Future:
     """Record a request and return its future; asking twice returns the same one.
 
@@ -117,7 +117,7 @@ def future_submit(
         future.error_code = refusal.error_code
         future.finished_at = now
     elif result is not None:
-        future.state, future.result, future.finished_at = State.READY, encode(result), now
+        future.state, future.result, future.finished_at = State.READY, result, now
     while True:
         inserted = insert(future, max_pending)
         if inserted == Inserted.YES:
@@ -162,7 +162,7 @@ def future_record(
     queue: str,
     kind: str,
     payload: EncodedPayload,
-    result: Any,
+    result: bytes,
     idempotency_key: str,
     summary: dict[str, Any] | None = None,
 ) -> Future:
@@ -182,7 +182,7 @@ def future_record(
         state=State.READY,
         payload=payload.data,
         payload_digest=payload.digest,
-        result=encode(result),
+        result=result,
         idempotency_key=idempotency_key,
         summary=summary or {},
         created_at=now,

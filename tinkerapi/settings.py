@@ -204,6 +204,9 @@ Q_CLUSTER = {
 FUTURES_TASK = "training.tasks.work"
 """The function that a doorbell task calls with the queue's name: look at the futures."""
 
+FUTURES_RESULT_VALUE = "training.kinds.result_value"
+"""Names the function that makes a kind's stored result comparable, for ``replayfuture``."""
+
 FUTURES_PRUNABLE = "training.selectors.futures_prunable"
 """Names the function that excludes payloads that a recovery may need from ``prunefutures``."""
 

@@ -19,7 +19,15 @@ from futures.transitions import State
 from training.base_models import base_model_get
 from training.errors import BaseModelNotFound
 from training.images import Chunks, Image
-from training.kinds import ForwardBackward, Kind, Sample, stored_request
+from training.kinds import (
+    ForwardBackward,
+    ForwardBackwardResult,
+    Kind,
+    Sample,
+    SampleResult,
+    stored_request,
+    stored_result,
+)
 from training.loss_fns import ADVANTAGES, LOGPROBS, TARGET_TOKENS, WEIGHTS
 from training.models import RenderedData, Run
 from training.types import Conversation, Datum, Example, Message
@@ -125,10 +133,10 @@ def sample_inspect(run: Run, future: Future, *, number: int) -> TokenView | None
     if future.payload is None or future.result is None or _is_large(future):
         return None
     request = cast(Sample, stored_request(future.kind, bytes(future.payload)))
-    sequences = decode(bytes(future.result))["sequences"]
-    if not 0 <= number < len(sequences):
+    result = cast(SampleResult, stored_result(future.kind, bytes(future.result)))
+    if not 0 <= number < len(result.sequences):
         return None
-    sequence, table = sequences[number], token_table_of(run)
+    sequence, table = result.sequences[number], token_table_of(run)
     prompt = request.prompts[min(number // request.num_samples, len(request.prompts) - 1)]
     notes: list[str] = []
     messages: list[tuple[str, str]] = []
@@ -143,12 +151,11 @@ def sample_inspect(run: Run, future: Future, *, number: int) -> TokenView | None
         notes.append("The prompt has images; shown are its completion's tokens.")
     else:
         before = np.asarray(prompt).tolist()
-    ids = [*before, *np.asarray(sequence["tokens"]).tolist()]
+    ids = [*before, *sequence.tokens.tolist()]
     none: Numbers = [None] * len(before)
     top: list[list[tuple[str, float]]] = []
-    if "topk_logprobs" in sequence and table is not None:
-        likely = sequence["topk_logprobs"]
-        rows = zip(likely["token_ids"].tolist(), likely["logprobs"].tolist(), strict=True)
+    if sequence.top is not None and table is not None:
+        rows = zip(sequence.top.token_ids.tolist(), sequence.top.logprobs.tolist(), strict=True)
         top = [[] for _ in before] + [
             [(table.text([id_]), value) for id_, value in zip(*row, strict=True)] for row in rows
         ]
@@ -156,7 +163,7 @@ def sample_inspect(run: Run, future: Future, *, number: int) -> TokenView | None
         TokenView(
             ids=ids,
             texts=_texts(ids, table, notes),
-            columns={SAMPLED: none + _numbers(sequence["logprobs"])},
+            columns={SAMPLED: none + _numbers(sequence.logprobs)},
             top=top,
             prompt_length=len(before),
             notes=notes,
@@ -317,8 +324,8 @@ def _trained_logprobs(future: Future) -> list[NDArray[Any]]:
     """The trainer's log-probabilities of each datum; none unless the pass is finished."""
     if future.state != State.READY or future.result is None:
         return []
-    outputs = decode(bytes(future.result))["loss_fn_outputs"]
-    return [np.asarray(output["logprobs"]) for output in outputs]
+    result = cast(ForwardBackwardResult, stored_result(future.kind, bytes(future.result)))
+    return list(result.logprobs)
 
 
 def _passes(run: Run) -> Any:

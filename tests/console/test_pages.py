@@ -213,7 +213,7 @@ def test_a_request_page_shows_its_parts_and_its_links(
     traces = trained(superuser, text="what is a lane?")
     html = console.get(page(traces.forward_backward)).content.decode()
     assert "what is a lane?" in html  # the payload, decoded
-    assert "loss_fn_outputs" in html  # the result, decoded
+    assert "num_weighted_tokens" in html  # the result, decoded
     worker = Worker.objects.get()
     for row in (traces.run, worker, superuser):
         assert f'href="{page(row)}"' in html

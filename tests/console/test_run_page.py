@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 
 from futures.models import Future
-from futures.payload import decode
 from tests.conftest import InProcessWorker
 from tests.console.conftest import SCRIPT, page
 from tests.console.test_content_policy import ELSEWHERE
 from tests.console.test_content_policy import SCRIPT as SCRIPT_WITH_TEXT
 from tinkerapi.console.pages.run_tabs import TABS
 from training.base_models import base_model_get
+from training.kinds import SampleResult, stored_result
 from training.models import ClientMetrics, RenderedData, Rollout, Run
 from training.services import forward_backward_submit, optim_step_submit, sample_submit
 from training.types import AdamParams, Datum, SamplingParams
@@ -60,7 +60,8 @@ def policy(superuser: User, work: InProcessWorker) -> Callable[..., Run]:
             ).future
             work()
             result = Future.objects.get(pk=sample.pk).result or b""
-            completions = [item["tokens"].tolist() for item in decode(bytes(result))["sequences"]]
+            sequences = cast(SampleResult, stored_result("sample", bytes(result))).sequences
+            completions = [sequence.tokens.tolist() for sequence in sequences]
             submit_pass(
                 owner,
                 [datum(prompt, tokens, 1.0 - 2 * n) for n, tokens in enumerate(completions)],

@@ -8,10 +8,11 @@ import pytest
 
 from futures.errors import Fenced
 from futures.models import Future
-from futures.payload import decode
 from tests.conftest import InProcessWorker
 from tests.faults.conftest import assert_all_ready, assert_same, state_of
+from tinkerapi.api.quickref.render_results import result_body
 from training.engine.fake.engine import fake_engine
+from training.kinds import stored_result
 from training.models import Run
 
 Start = Callable[..., InProcessWorker]
@@ -43,8 +44,11 @@ def test_what_was_computed_twice_counts_once(start_worker: Start, train: Train, 
         future.refresh_from_db()
         assert future.worker_id == new.worker.pk
         twin.refresh_from_db()
-        ours, theirs = (decode(bytes(row.result or b"")) for row in (future, twin))
-        assert ours["metrics"] == theirs["metrics"]
+        ours, theirs = (
+            result_body(stored_result(row.kind, bytes(row.result or b"")))["metrics"]
+            for row in (future, twin)
+        )
+        assert ours == theirs
 
     more = train("m", 1, first=3)
     with pytest.raises(Fenced):

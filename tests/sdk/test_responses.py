@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,45 +16,45 @@ from tinker.proto.response_conv import (
     deserialize_sample_response,
 )
 
-from futures.payload import decode, encode
 from tinkerapi.api.sdk.render.json_results import forward_backward_output_json, sample_response_json
 from tinkerapi.api.sdk.render.protobuf import encode_forward_backward_output, encode_sample_response
 from training.errors import InvalidRequest
+from training.kinds import ForwardBackwardResult, SampleResult, stored_result
+from training.kinds.sample_result import SequenceResult
+from training.types import TopLogprobs
 
 LOGPROBS = st.floats(width=32, allow_infinity=False)
 NAN = float("nan")
 
 
-def passed(logprobs: list[Any], **metrics: float) -> dict[str, Any]:
-    """A forward_backward's result as a future stores it, and as it comes back."""
-    result = {
-        "loss": 0.5,
-        "num_samples": len(logprobs),
-        "num_tokens": 9,
-        "model_id": "m",
-        "backend": "fake",
-        "metrics": metrics or {"loss:sum": 2.5, "num_tokens": 9, "perplexity": 1.6},
-        "loss_fn_outputs": [{"logprobs": array} for array in logprobs],
-    }
-    return dict(decode(encode(result)))
+def passed(logprobs: list[Any], **metrics: float) -> ForwardBackwardResult:
+    """A forward_backward's result as it comes back from its future."""
+    result = ForwardBackwardResult(
+        model_id="m",
+        backend="fake",
+        loss=0.5,
+        num_tokens=9,
+        num_weighted_tokens=9,
+        metrics=metrics or {"loss:sum": 2.5, "perplexity": 1.6},
+        logprobs=logprobs,
+    )
+    return cast(ForwardBackwardResult, stored_result("forward_backward", result.encoded()))
 
 
-def sampled(**more: Any) -> dict[str, Any]:
-    sequence = {
+def sequence(**more: Any) -> SequenceResult:
+    fields = {
         "stop_reason": "length",
+        "text": "hi",
         "tokens": np.array([5, 6], np.int32),
         "logprobs": np.array([-0.5, -0.25], np.float32),
-        "text": "hi",
     }
-    result = {
-        "generated_text": "hi",
-        "completions": ["hi"],
-        "sequences": [sequence],
-        "prompt_logprobs": None,
-        "model_id": None,
-        **more,
-    }
-    return dict(decode(encode(result)))
+    return SequenceResult(**{**fields, **more})
+
+
+def sampled(**more: Any) -> SampleResult:
+    fields = {"model_id": None, "sequences": [sequence()], "prompt_logprobs": [None]}
+    result = SampleResult(**{**fields, **more})
+    return cast(SampleResult, stored_result("sample", result.encoded()))
 
 
 @settings(max_examples=50)
@@ -73,30 +73,8 @@ def test_outputs_of_any_shape_arrive(data: st.DataObject, shapes: list[tuple[int
         np.testing.assert_array_equal(output["logprobs"].to_numpy(), array)
 
 
-def test_several_fields_and_dtypes_arrive() -> None:
-    result = passed([])
-    result["loss_fn_outputs"] = [
-        {"a": np.array([1, 2], np.int64), "b": np.array([[0.5]], np.float64)},
-        {"b": np.array([[1.5], [2.5]], np.float64), "a": np.array([3], np.int32)},
-    ]
-
-    got = deserialize_forward_backward_output(encode_forward_backward_output(result))
-
-    assert [output["a"].tolist() for output in got.loss_fn_outputs] == [[1, 2], [3]]
-    assert [output["a"].dtype for output in got.loss_fn_outputs] == ["int64", "int64"]
-    assert [output["b"].tolist() for output in got.loss_fn_outputs] == [[[0.5]], [[1.5], [2.5]]]
-
-
-def test_outputs_of_different_fields_are_the_servers_mistake() -> None:
-    result = passed([])
-    result["loss_fn_outputs"] = [{"a": np.ones(1)}, {"b": np.ones(1)}]
-
-    with pytest.raises(ValueError, match="different fields"):
-        encode_forward_backward_output(result)
-
-
 def test_the_sdk_can_combine_what_several_chunks_answer() -> None:
-    first = passed([np.ones(2, np.float32)], **{"loss:sum": 1.0, "x:mean": 1.0, "num_tokens": 2})
+    first = passed([np.ones(2, np.float32)], **{"loss:sum": 1.0, "x:mean": 1.0, "perplexity": 2})
     second = passed([np.ones(3, np.float32)] * 3, **{"loss:sum": 2.0, "x:mean": 5.0, "a:b:c": 1})
     chunks = [
         deserialize_forward_backward_output(encode_forward_backward_output(result))
@@ -113,13 +91,13 @@ def test_a_sample_arrives() -> None:
     prompt_logprobs = np.array([np.nan, -1.5, -0.125], np.float32)
 
     got = deserialize_sample_response(
-        encode_sample_response(sampled(prompt_logprobs=prompt_logprobs))
+        encode_sample_response(sampled(prompt_logprobs=[prompt_logprobs]))
     )
 
-    (sequence,) = got.sequences
-    assert (sequence.stop_reason, sequence.tokens) == ("length", [5, 6])
-    assert sequence.logprobs == [-0.5, -0.25]
-    assert sequence.topk_logprobs is None
+    (only,) = got.sequences
+    assert (only.stop_reason, only.tokens) == ("length", [5, 6])
+    assert only.logprobs == [-0.5, -0.25]
+    assert only.topk_logprobs is None
     assert got.prompt_logprobs == [None, -1.5, -0.125]
     assert (got.topk_prompt_logprobs, got.target_prompt_logprobs) == (None, None)
     assert (got.prompt_alt_tokens, got.prompt_cache_hit_tokens) == (None, 0)
@@ -136,55 +114,47 @@ def test_a_sample_arrives() -> None:
 )
 def test_any_sequences_arrive(sequences: list[tuple[str, list[tuple[int, float]]]]) -> None:
     sent = [
-        {
-            "stop_reason": stop_reason,
-            "tokens": np.array([token for token, _ in pairs], np.int32),
-            "logprobs": np.array([logprob for _, logprob in pairs], np.float32),
-        }
+        sequence(
+            stop_reason=stop_reason,
+            tokens=np.array([token for token, _ in pairs], np.int32),
+            logprobs=np.array([logprob for _, logprob in pairs], np.float32),
+        )
         for stop_reason, pairs in sequences
     ]
 
     got = deserialize_sample_response(encode_sample_response(sampled(sequences=sent)))
 
-    for sequence, (stop_reason, pairs) in zip(got.sequences, sequences, strict=True):
-        assert sequence.stop_reason == stop_reason
-        assert sequence.tokens == [token for token, _ in pairs]
-        np.testing.assert_array_equal(sequence.logprobs_np, np.float32([lp for _, lp in pairs]))
+    for one, (stop_reason, pairs) in zip(got.sequences, sequences, strict=True):
+        assert one.stop_reason == stop_reason
+        assert one.tokens == [token for token, _ in pairs]
+        np.testing.assert_array_equal(one.logprobs_np, np.float32([lp for _, lp in pairs]))
 
 
-def test_a_sequence_may_be_empty_or_without_logprobs() -> None:
-    sequences = [
-        {"stop_reason": "stop", "tokens": np.array([], np.int32), "logprobs": np.array([])},
-        {"stop_reason": "stop", "tokens": np.array([1], np.int32)},
-    ]
+def test_a_sequence_may_be_empty() -> None:
+    empty = sequence(tokens=np.array([], np.int32), logprobs=np.array([], np.float32))
 
-    got = deserialize_sample_response(encode_sample_response(sampled(sequences=sequences)))
+    got = deserialize_sample_response(
+        encode_sample_response(sampled(sequences=[empty, sequence()]))
+    )
 
-    assert [sequence.tokens for sequence in got.sequences] == [[], [1]]
-    assert [sequence.logprobs for sequence in got.sequences] == [None, None]
+    assert [one.tokens for one in got.sequences] == [[], [5, 6]]
+    assert [one.logprobs for one in got.sequences] == [None, [-0.5, -0.25]]
 
 
-TOPK = {
-    "token_ids": np.array([[0, 0], [7, 8], [9, 0]], np.int32),
-    "logprobs": np.array([[-99999, -99999], [-0.5, -1.5], [-0.25, -99999]], np.float32),
-}
+TOPK = TopLogprobs(
+    token_ids=np.array([[0, 0], [7, 8], [9, 0]], np.int32),
+    logprobs=np.array([[-99999, -99999], [-0.5, -1.5], [-0.25, -99999]], np.float32),
+)
 
 
 def test_top_k_rows_without_data_are_none_and_short_rows_are_short() -> None:
-    result = sampled(topk_prompt_logprobs=TOPK)
-    result["sequences"][0]["topk_logprobs"] = {k: v[1:] for k, v in TOPK.items()}
+    top = TopLogprobs(token_ids=TOPK.token_ids[1:], logprobs=TOPK.logprobs[1:])
+    result = sampled(sequences=[sequence(top=top)], top_prompt_logprobs=TOPK)
 
     got = deserialize_sample_response(encode_sample_response(result))
 
     assert got.topk_prompt_logprobs == [None, [(7, -0.5), (8, -1.5)], [(9, -0.25)]]
     assert got.sequences[0].topk_logprobs == [[(7, -0.5), (8, -1.5)], [(9, -0.25)]]
-
-
-def test_top_k_arrays_of_different_shapes_are_the_servers_mistake() -> None:
-    with pytest.raises(ValueError, match="top-k"):
-        encode_sample_response(
-            sampled(topk_prompt_logprobs={**TOPK, "logprobs": np.zeros((3, 1), np.float32)})
-        )
 
 
 def test_what_else_can_be_asked_of_a_prompt_arrives() -> None:
@@ -193,11 +163,7 @@ def test_what_else_can_be_asked_of_a_prompt_arrives() -> None:
 
     got = deserialize_sample_response(
         encode_sample_response(
-            sampled(
-                target_prompt_logprobs=target,
-                prompt_alt_tokens={"tokens": tokens, "logprobs": logprobs},
-                prompt_cache_hit_tokens=3,
-            )
+            sampled(target_prompt_logprobs=target, prompt_alternatives=(tokens, logprobs))
         )
     )
 
@@ -207,7 +173,14 @@ def test_what_else_can_be_asked_of_a_prompt_arrives() -> None:
     assert got.prompt_alt_tokens.tokens.dtype == "int64"
     np.testing.assert_array_equal(got.prompt_alt_tokens.tokens.to_numpy(), tokens)
     np.testing.assert_array_equal(got.prompt_alt_tokens.logprobs.to_numpy(), logprobs)
-    assert got.prompt_cache_hit_tokens == 3
+    assert got.prompt_cache_hit_tokens == 0
+
+
+def test_two_prompts_that_were_not_scored_have_no_log_probabilities() -> None:
+    result = sampled(prompt_logprobs=[None, None])
+
+    assert deserialize_sample_response(encode_sample_response(result)).prompt_logprobs is None
+    assert "prompt_logprobs" not in sample_response_json(result)
 
 
 def test_the_prompt_logprobs_of_two_prompts_have_no_place() -> None:
@@ -239,7 +212,7 @@ def test_the_json_of_a_pass_says_what_the_protobuf_says() -> None:
 
 def test_the_json_of_a_sample_says_what_the_protobuf_says() -> None:
     result = sampled(
-        prompt_logprobs=np.array([np.nan, -1.5, -0.125], np.float32), topk_prompt_logprobs=TOPK
+        prompt_logprobs=[np.array([np.nan, -1.5, -0.125], np.float32)], top_prompt_logprobs=TOPK
     )
 
     answer = json.loads(json.dumps(sample_response_json(result), allow_nan=False))

@@ -9,8 +9,9 @@ import pytest
 from django.contrib.auth.models import User
 
 from futures.models import Future
-from futures.payload import decode
+from tinkerapi.api.quickref.render_results import result_body
 from training import services
+from training.kinds import stored_result
 from training.services import Submission
 from training.types import AdamParams, Conversation, Datum, Message
 
@@ -90,13 +91,12 @@ def optim_step(owner: User) -> Callable[..., Future]:
 
 @pytest.fixture
 def result() -> Callable[[Future | Submission], dict[str, object]]:
-    """A ready future's result, decoded; the test fails if it is not ready."""
+    """A ready future's result in the quick reference's form; the test fails if it is not ready."""
 
     def read(future: Future | Submission) -> dict[str, object]:
         row = future.future if isinstance(future, Submission) else future
         row.refresh_from_db()
         assert row.state == "ready", f"{row.kind} {row.state}: {row.error}"
-        decoded: dict[str, object] = decode(bytes(row.result or b""))
-        return decoded
+        return result_body(stored_result(row.kind, bytes(row.result or b"")))
 
     return read

@@ -23,6 +23,7 @@ from training.engine.fake.renderer import FakeRenderer
 from training.engine.fake.trainer import ADAPTER_BYTES
 from training.engine.interface import ForwardBackwardJob, Trainer
 from training.errors import InvalidRequest, TrainingError
+from training.kinds import SampleResult, stored_result
 from training.models import RecordedSample, Run, Session, Snapshot
 from training.services.sampling_sessions import sampling_session_create, session_sample_submit
 from training.types import Datum, ForwardBackwardOutput, SamplingParams, ScoringParams
@@ -392,9 +393,10 @@ def test_a_recorded_sample_is_committed_with_its_result_or_not_at_all(
     work.die()
     start_worker()()
     future.refresh_from_db()
-    sequences = decode(bytes(future.result or b""))["sequences"]
+    result = stored_result(future.kind, bytes(future.result or b""))
+    assert isinstance(result, SampleResult)
     record = decode(bytes(RecordedSample.objects.get(pk=future.id).data))
     assert record["prompt"].tolist() == [1, 2, 3]
-    for ours, told in zip(record["sequences"], sequences, strict=True):
-        np.testing.assert_array_equal(ours["tokens"], told["tokens"])
-        np.testing.assert_array_equal(ours["logprobs"], told["logprobs"])
+    for ours, told in zip(record["sequences"], result.sequences, strict=True):
+        np.testing.assert_array_equal(ours["tokens"], told.tokens)
+        np.testing.assert_array_equal(ours["logprobs"], told.logprobs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from training.kinds.request import Kind, Request
+from training.kinds.result import Result
 from training.payloads import Payload
 
 
@@ -30,3 +31,18 @@ class CreateCustomLoss(Request):
     @property
     def summary(self) -> dict[str, Any]:
         return {"name": self.name, "nodes": len(self.graph["nodes"])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateCustomLossResult(Result):
+    """The stored loss."""
+
+    loss_id: str
+    """``<session>:loss:<number>``."""
+
+    def to_payload(self) -> Payload:
+        return {"loss_id": self.loss_id}
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(loss_id=payload["loss_id"])

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from training import payloads
 from training.kinds.load_weights import LoadWeights
 from training.kinds.request import Kind, Request
+from training.kinds.result import Result
 from training.payloads import Payload
 from training.types import LoraConfig
 
@@ -54,3 +55,35 @@ class CreateRun(Request):
     @property
     def summary(self) -> dict[str, Any]:
         return self.source.summary if self.source is not None else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateRunResult(Result):
+    """The new run."""
+
+    model_id: str
+    """The run's name."""
+    base_model: str
+    rank: int
+    alpha: float
+    path: str | None = None
+    """The checkpoint that it starts from."""
+
+    def to_payload(self) -> Payload:
+        return {
+            "model_id": self.model_id,
+            "base_model": self.base_model,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "path": self.path,
+        }
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(
+            model_id=payload["model_id"],
+            base_model=payload["base_model"],
+            rank=payload["rank"],
+            alpha=payload["alpha"],
+            path=payload["path"],
+        )

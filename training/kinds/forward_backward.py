@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from training import payloads
 from training.kinds.request import Kind, Order, Request
+from training.kinds.result import Result, divided, joined
 from training.loss_fns import DEFAULT_LOSS_FN
 from training.payloads import Payload
 from training.types import Datum, Example
@@ -80,3 +84,56 @@ class Forward(ForwardBackward):
 
     kind: ClassVar = Kind.FORWARD
     is_logged: ClassVar = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForwardBackwardResult(Result):
+    """The loss of the data, and the log-probabilities that it was computed from."""
+
+    model_id: str
+    """The run's name."""
+    backend: str
+    """The engine that computed it, such as ``torch-cpu``."""
+    loss: float
+    """Mean per trained token, in nats."""
+    num_tokens: int
+    num_weighted_tokens: int
+    """Trained tokens: the weight (cross_entropy) or advantage (the others) is not zero."""
+    metrics: Mapping[str, float]
+    """By ``name:reduction``: ``loss:sum``, whose gradient was computed; the loss function's own;
+    and ``not_read/<name>:sum``, the number of datums with an input that the loss does not read.
+    And for cross_entropy ``perplexity``."""
+    logprobs: Sequence[NDArray[np.float32]]
+    """Of each datum's target tokens, in nats, shaped like ``target_tokens``: (N,) or (N, K)."""
+
+    def to_payload(self) -> Payload:
+        """The log-probabilities are stored as one array: datum by datum, row by row."""
+        payload: Payload = {
+            "model_id": self.model_id,
+            "backend": self.backend,
+            "loss": self.loss,
+            "num_tokens": self.num_tokens,
+            "num_weighted_tokens": self.num_weighted_tokens,
+            "metrics": dict(self.metrics),
+            "logprobs": joined([array.ravel() for array in self.logprobs], np.float32),
+            "sizes": [array.size for array in self.logprobs],
+        }
+        if any(array.ndim != 1 for array in self.logprobs):
+            payload["shapes"] = [list(array.shape) for array in self.logprobs]
+        return payload
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        logprobs = divided(payload["logprobs"], payload["sizes"])
+        if "shapes" in payload:
+            shapes = payload["shapes"]
+            logprobs = [part.reshape(s) for part, s in zip(logprobs, shapes, strict=True)]
+        return cls(
+            model_id=payload["model_id"],
+            backend=payload["backend"],
+            loss=payload["loss"],
+            num_tokens=payload["num_tokens"],
+            num_weighted_tokens=payload["num_weighted_tokens"],
+            metrics=payload["metrics"],
+            logprobs=logprobs,
+        )

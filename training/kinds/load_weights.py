@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from training.kinds.request import Kind, Request
+from training.kinds.result import Result
 from training.payloads import Payload
 
 
@@ -37,3 +38,19 @@ class LoadWeights(Request):
     @property
     def summary(self) -> dict[str, Any]:
         return {"path": self.path}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadWeightsResult(Result):
+    """The checkpoint that a run has loaded."""
+
+    model_id: str
+    """The run's name."""
+    path: str
+
+    def to_payload(self) -> Payload:
+        return {"model_id": self.model_id, "path": self.path}
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(model_id=payload["model_id"], path=payload["path"])

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from training import payloads
 from training.errors import GradientDropped
 from training.kinds.request import Kind, Request
+from training.kinds.result import Result
 from training.payloads import Payload
 from training.types import AdamParams
 
@@ -33,3 +34,37 @@ class OptimStep(Request):
     @property
     def summary(self) -> dict[str, Any]:
         return {"learning_rate": self.adam_params.learning_rate}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimStepResult(Result):
+    """The run after the step."""
+
+    model_id: str
+    """The run's name."""
+    backend: str
+    """The engine that computed it, such as ``torch-cpu``."""
+    step: int
+    """Optimizer steps of the run, this one included."""
+    learning_rate: float
+    grad_norm: float
+    """Global L2 norm of the accumulated gradient before clipping."""
+
+    def to_payload(self) -> Payload:
+        return {
+            "model_id": self.model_id,
+            "backend": self.backend,
+            "step": self.step,
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+        }
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(
+            model_id=payload["model_id"],
+            backend=payload["backend"],
+            step=payload["step"],
+            learning_rate=payload["learning_rate"],
+            grad_norm=payload["grad_norm"],
+        )

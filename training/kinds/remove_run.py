@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from training.kinds.request import Kind, Request
+from training.kinds.result import Result
 from training.payloads import Payload
 
 
@@ -22,3 +23,18 @@ class RemoveRun(Request):
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
         return cls()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveRunResult(Result):
+    """The removed run."""
+
+    model_id: str
+    """The run's name."""
+
+    def to_payload(self) -> Payload:
+        return {"model_id": self.model_id}
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(model_id=payload["model_id"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from training.kinds.request import Kind, Request
+from training.kinds.result import Result
 from training.payloads import Payload
 
 
@@ -47,3 +48,33 @@ class SaveWeights(Request):
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
         given = {name: value for name, value in payload.items() if name != "kind"}
         return cls(checkpoint_kind=payload["kind"], **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveWeightsResult(Result):
+    """A checkpoint with a path, or a sampling session of the run's weights."""
+
+    model_id: str
+    """The run's name."""
+    path: str | None = None
+    """The checkpoint's; None for a sampling session."""
+    size_bytes: int | None = None
+    """Size of the checkpoint's files; None for a sampling session."""
+    sampling_session_id: str | None = None
+
+    def to_payload(self) -> Payload:
+        return {
+            "model_id": self.model_id,
+            "path": self.path,
+            "size_bytes": self.size_bytes,
+            "sampling_session_id": self.sampling_session_id,
+        }
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        return cls(
+            model_id=payload["model_id"],
+            path=payload["path"],
+            size_bytes=payload["size_bytes"],
+            sampling_session_id=payload["sampling_session_id"],
+        )

@@ -14,7 +14,7 @@ from futures.models import Future
 from futures.services import Refusal, future_record, future_submit
 from training.base_models import base_model_get
 from training.errors import InvalidDatum
-from training.kinds import CreateCustomLoss
+from training.kinds import CreateCustomLoss, CreateCustomLossResult
 from training.models import CustomLoss, Session
 from training.selectors import custom_loss_get, run_get
 from training.services.sessions import session_open
@@ -34,7 +34,7 @@ def custom_loss_create(
 ) -> Future:
     """Store a checked graph under the session's number for it; a repeat stores nothing new.
 
-    The future's result is ``{"loss_id": "<session>:loss:<number>"}``.
+    The future's result is its ``CreateCustomLossResult``.
 
     Raises:
         SessionNotFound: (404)
@@ -59,7 +59,7 @@ def custom_loss_create(
         queue=base_model_get(None).queue,
         kind=request.kind,
         payload=encoded,
-        result={"loss_id": custom_loss_id(session_id, seq_id)},
+        result=CreateCustomLossResult(loss_id=custom_loss_id(session_id, seq_id)).encoded(),
         idempotency_key=custom_loss_id(session_id, seq_id),
         summary=request.summary,
     )

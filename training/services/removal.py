@@ -12,7 +12,7 @@ from futures.models import Lane
 from futures.services import Refusal, future_submit
 from training.base_models import queue_is_served
 from training.errors import BaseModelNotFound
-from training.kinds import Kind, RemoveRun
+from training.kinds import Kind, RemoveRun, RemoveRunResult
 from training.models import Run
 from training.services.submission import Submission
 
@@ -30,7 +30,7 @@ def submit_removal(run: Run, *, idempotency_key: str | None = None) -> Submissio
     result = None
     if not queue_is_served(queue):
         _abandon(run)
-        result = {"status": "deleted", "model_id": run.name}
+        result = RemoveRunResult(model_id=run.name).encoded()
     request = RemoveRun()
     future = future_submit(
         owner_id=run.owner_id,

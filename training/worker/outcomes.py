@@ -1,19 +1,14 @@
-"""Engine results in the form that a future stores: the quick reference's answers.
-
-The numbers stay numpy arrays; ``futures.payload`` stores them as bytes and the HTTP side
-renders them in the client's dialect.
-"""
+"""The outcomes of futures: a result of its kind, or an error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from futures.finishing import Outcome
 from futures.models import Future
-from futures.payload import encode
 from training.engine.interface import Trainer
 from training.errors import TrainingError
+from training.kinds import Result
 
 
 def backend(trainer: Trainer) -> str:
@@ -21,9 +16,9 @@ def backend(trainer: Trainer) -> str:
     return f"torch-{trainer.info.device}"
 
 
-def ready(future: Future, result: Mapping[str, Any], **summary: Any) -> Outcome:
+def ready(future: Future, result: Result, **summary: Any) -> Outcome:
     """The future's result, and a few facts of it for lists and charts."""
-    return Outcome(request_id=future.id, result=encode(dict(result)), summary=summary)
+    return Outcome(request_id=future.id, result=result.encoded(), summary=summary)
 
 
 def failed(future: Future, error: TrainingError) -> Outcome:

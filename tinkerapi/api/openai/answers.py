@@ -8,37 +8,46 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from futures import payload
 from futures.errors import FuturePurged
 from futures.models import Future
 from tinkerapi.api.openai.options import Options
+from training.kinds import SampleResult, stored_result
+from training.kinds.sample_result import EchoedPrompt, SequenceResult, WrittenTokens
 
-Sequence = Mapping[str, Any]
-"""One sampled sequence of a sample future's result."""
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One sampled sequence, and its prompt if that is to be echoed."""
+
+    sequence: SequenceResult
+    prompt: EchoedPrompt | None = None
+
+    @property
+    def echoed_text(self) -> str:
+        return "" if self.prompt is None else self.prompt.text
 
 
-def sequences_of(future: Future) -> list[Sequence]:
-    """A ready future's sequences, those of the first prompt first. A prompt to be echoed
-    is ``echo`` in each of its sequences.
+def choices_of(future: Future) -> list[Choice]:
+    """A ready future's choices, those of the first prompt first.
 
     Raises:
         FuturePurged: They are no longer kept. (410)
     """
     if future.result is None:
         raise FuturePurged
-    result = payload.decode(bytes(future.result))
-    sequences: list[Sequence] = result["sequences"]
-    if prompts := result.get("echo"):
-        each = len(sequences) // len(prompts)
-        return [
-            {**sequence, "echo": prompts[number // each]}
-            for number, sequence in enumerate(sequences)
-        ]
-    return sequences
+    result = cast(SampleResult, stored_result(future.kind, bytes(future.result)))
+    if not result.echo:
+        return [Choice(sequence) for sequence in result.sequences]
+    each = len(result.sequences) // len(result.echo)
+    return [
+        Choice(sequence, result.echo[number // each])
+        for number, sequence in enumerate(result.sequences)
+    ]
 
 
 def usage(future: Future) -> dict[str, int]:
@@ -64,11 +73,11 @@ class AnswerForm(ABC):
         choices = [
             {
                 "index": index,
-                **self.whole(_echoed_text(sequence) + sequence["text"]),
-                "logprobs": self.logprobs(sequence) if options.logprobs else None,
-                "finish_reason": sequence["stop_reason"],
+                **self.whole(choice.echoed_text + choice.sequence.text),
+                "logprobs": self.logprobs(choice) if options.logprobs else None,
+                "finish_reason": choice.sequence.stop_reason,
             }
-            for index, sequence in enumerate(sequences_of(future))
+            for index, choice in enumerate(choices_of(future))
         ]
         return {
             **self._head(future, options.model, self.answer_object),
@@ -106,7 +115,7 @@ class AnswerForm(ABC):
         """A choice's text in a chunk."""
 
     @abstractmethod
-    def logprobs(self, sequence: Sequence) -> dict[str, Any]:
+    def logprobs(self, choice: Choice) -> dict[str, Any]:
         """The sampled tokens with their log-probabilities, in nats."""
 
     def _head(self, future: Future, model: str, kind: str) -> dict[str, Any]:
@@ -132,10 +141,10 @@ class CompletionForm(AnswerForm):
     def part(self, text: str, *, is_first: bool) -> dict[str, Any]:
         return {"text": text}
 
-    def logprobs(self, sequence: Sequence) -> dict[str, Any]:
-        parts = [_columns(sequence, begin=len(_echoed_text(sequence)))]
-        if "echo" in sequence:
-            parts.insert(0, _columns(sequence["echo"], begin=0))
+    def logprobs(self, choice: Choice) -> dict[str, Any]:
+        parts = [_columns(choice.sequence, begin=len(choice.echoed_text))]
+        if choice.prompt is not None:
+            parts.insert(0, _columns(choice.prompt, begin=0))
         columns = {name: [item for part in parts for item in part[name]] for name in parts[0]}
         return {**columns, "top_logprobs": columns["top_logprobs"] or None}
 
@@ -155,11 +164,10 @@ class ChatForm(AnswerForm):
             return {"delta": {"role": "assistant", "content": text}}
         return {"delta": {"content": text} if text else {}}
 
-    def logprobs(self, sequence: Sequence) -> dict[str, Any]:
-        tokens = zip(
-            sequence["token_texts"], _bytes_of(sequence), sequence["logprobs"].tolist(), strict=True
-        )
-        tops = _tops(sequence) or [[]] * len(sequence["token_texts"])
+    def logprobs(self, choice: Choice) -> dict[str, Any]:
+        sequence, written = choice.sequence, _written(choice.sequence)
+        tokens = zip(written.texts, _bytes_of(written), sequence.logprobs.tolist(), strict=True)
+        tops = _tops(sequence) or [[]] * len(written.texts)
         return {
             "content": [
                 {**_token(*token), "top_logprobs": [_token(*likely) for likely in top]}
@@ -169,15 +177,16 @@ class ChatForm(AnswerForm):
         }
 
 
-Likely = tuple[str, list[int] | None, float]
+Likely = tuple[str, bytes | None, float]
 """A token's text, its bytes if they are known, and its log-probability."""
 
 
-def _echoed_text(sequence: Sequence) -> str:
-    return str(sequence["echo"]["text"]) if "echo" in sequence else ""
+def _written(part: SequenceResult | EchoedPrompt) -> WrittenTokens:
+    """The part's tokens by themselves; a request for log-probabilities asks for them."""
+    return cast(WrittenTokens, part.written)
 
 
-def _columns(part: Sequence, *, begin: int) -> dict[str, list[Any]]:
+def _columns(part: SequenceResult | EchoedPrompt, *, begin: int) -> dict[str, list[Any]]:
     """The four columns of a completion's log-probabilities, for a prompt or its continuation.
 
     As with OpenAI, the token itself is always among the likely ones. A
@@ -186,8 +195,9 @@ def _columns(part: Sequence, *, begin: int) -> dict[str, list[Any]]:
     Args:
         begin: Offset of the part in the text, in characters.
     """
-    texts = part["token_texts"]
-    values = [None if math.isnan(value) else value for value in part["logprobs"].tolist()]
+    written = _written(part)
+    texts, logprobs = list(written.texts), [] if part.logprobs is None else part.logprobs.tolist()
+    values = [None if math.isnan(value) else value for value in logprobs]
     tops: list[dict[str, float] | None] = []
     for text, value, likely in zip(texts, values, _tops(part), strict=False):
         top: dict[str, float] = {}
@@ -199,25 +209,25 @@ def _columns(part: Sequence, *, begin: int) -> dict[str, list[Any]]:
         "tokens": texts,
         "token_logprobs": values,
         "top_logprobs": tops,
-        "text_offset": [begin + offset for offset in part["text_offsets"]],
+        "text_offset": [begin + offset for offset in written.offsets],
     }
 
 
-def _tops(part: Sequence) -> list[list[Likely]]:
+def _tops(part: SequenceResult | EchoedPrompt) -> list[list[Likely]]:
     """The likeliest tokens at each position, likeliest first; empty if not requested."""
-    if "topk_texts" not in part:
+    texts = _written(part).top_texts
+    if texts is None or part.top is None:
         return []
-    texts, values = part["topk_texts"], part["topk_logprobs"]["logprobs"].tolist()
-    utf8 = part.get("topk_bytes") or [[list(text.encode()) for text in row] for row in texts]
+    values = part.top.logprobs.tolist()
+    utf8 = _written(part).top_utf8 or [[text.encode() for text in row] for row in texts]
     return [list(zip(*row, strict=True)) for row in zip(texts, utf8, values, strict=True)]
 
 
-def _bytes_of(part: Sequence) -> list[list[int] | None]:
+def _bytes_of(written: WrittenTokens) -> Sequence[bytes | None]:
     """Each token's bytes; None for a part of a character if the vocabulary does not give its
     bytes."""
-    texts = part["token_texts"]
-    return part.get("token_bytes") or [list(text.encode()) for text in texts]
+    return written.utf8 or [text.encode() for text in written.texts]
 
 
-def _token(text: str, utf8: list[int] | None, logprob: float) -> dict[str, Any]:
-    return {"token": text, "bytes": utf8, "logprob": logprob}
+def _token(text: str, utf8: bytes | None, logprob: float) -> dict[str, Any]:
+    return {"token": text, "bytes": None if utf8 is None else list(utf8), "logprob": logprob}

@@ -18,7 +18,7 @@ from django.http import HttpResponse, StreamingHttpResponse
 from futures.models import Future
 from futures.transitions import State
 from futures.waiters import future_progress, future_wait
-from tinkerapi.api.openai.answers import AnswerForm, sequences_of, usage
+from tinkerapi.api.openai.answers import AnswerForm, choices_of, usage
 from tinkerapi.api.openai.base import failure, not_finished, sample_failed
 from tinkerapi.api.openai.options import Options
 from tinkerapi.api.renderers import to_json
@@ -63,9 +63,9 @@ async def answer_chunks(
             raise not_finished(future)
     if final.state != State.READY:
         raise sample_failed(final, form.names)
-    sequences = sequences_of(final)
-    for sequence, text in zip(sequences, sent, strict=True):
-        if not sequence["text"].startswith(text):
+    choices = choices_of(final)
+    for choice, text in zip(choices, sent, strict=True):
+        if not choice.sequence.text.startswith(text):
             raise failure(
                 final,
                 HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -73,12 +73,12 @@ async def answer_chunks(
                 f"/retrieve_future has it under {future.id}.",
                 "StreamBroken",
             )
-    for index, sequence in enumerate(sequences):
+    for index, choice in enumerate(choices):
         yield chunk(
             index,
-            sequence["text"][len(sent[index]) :],
-            logprobs=form.logprobs(sequence) if options.logprobs else None,
-            finish_reason=sequence["stop_reason"],
+            choice.sequence.text[len(sent[index]) :],
+            logprobs=form.logprobs(choice) if options.logprobs else None,
+            finish_reason=choice.sequence.stop_reason,
         )
     if options.include_usage:
         yield {**form.chunk(future, options.model, []), "usage": usage(final)}

@@ -12,7 +12,6 @@ from typing import Any
 
 from django.db import InterfaceError, OperationalError
 
-from futures import payload
 from futures.errors import FuturePurged
 from futures.models import Future
 from futures.queue_positions import QueuePosition
@@ -20,9 +19,11 @@ from futures.selectors import PAUSED, future_get
 from futures.transitions import State
 from futures.waiters import future_wait
 from tinkerapi.api.errors import error_response, failure_status
+from tinkerapi.api.quickref.render_results import result_body
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.results import rendered
 from tinkerapi.api.threads import in_database_thread
+from training.kinds import stored_result
 from training.loss_fns import LOSS_FNS
 from training.waiting import future_waiting, waits_for_nobody
 
@@ -41,7 +42,7 @@ def final_answer(future: Future, *, is_known: bool) -> JSONResponse:
     if future.state == State.READY:
         if future.result is None:
             raise FuturePurged
-        return JSONResponse(payload.decode(bytes(future.result)))
+        return JSONResponse(result_body(stored_result(future.kind, bytes(future.result))))
     if future.state == State.CANCELLED:
         return error_response(
             409,

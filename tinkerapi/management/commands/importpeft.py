@@ -6,7 +6,7 @@ import shutil
 import time
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from django.contrib.auth.models import User
 from django.core.management import CommandError
@@ -14,9 +14,9 @@ from django.core.management.base import BaseCommand
 
 from futures.errors import FutureError
 from futures.models import Future
-from futures.payload import decode
 from futures.transitions import State
 from training.errors import TrainingError
+from training.kinds import SaveWeightsResult, stored_result
 from training.peft_import.config import CONFIG_NAME
 from training.peft_import.files import PICKLE_NAME, WEIGHTS_NAME
 from training.services.imports import IMPORTED, adapter_import_submit
@@ -65,7 +65,8 @@ class Command(BaseCommand):
         future = self._wait(submission.future, options["timeout"])
         if future.state != State.READY:
             raise CommandError(f"{folder}: {future.error}")
-        self.stdout.write(decode(bytes(future.result or b""))["path"])
+        saved = cast(SaveWeightsResult, stored_result(future.kind, bytes(future.result or b"")))
+        self.stdout.write(str(saved.path))
 
     def _wait(self, future: Future, timeout: float) -> Future:
         deadline = time.monotonic() + timeout

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from tqdm import tqdm
 
 from futures.models import Future
-from futures.payload import decode
 from futures.transitions import State
 from training.errors import TrainingError
+from training.kinds import CompareRunsResult, stored_result
 from training.selectors import run_find, run_log
 from training.services import run_compare_submit, run_replay_create, run_replay_submit
 
@@ -67,13 +67,14 @@ class Command(BaseCommand):
         [comparison] = self._wait([run_compare_submit(run=copy, other=run)])
         if comparison.state != State.READY:
             raise CommandError(f"weights: {comparison.error}")
-        result = decode(bytes(comparison.result or b""))
-        for name, difference in result["largest_difference"].items():
+        stored = stored_result(comparison.kind, bytes(comparison.result or b""))
+        result = cast(CompareRunsResult, stored)
+        for name, difference in result.largest_difference.items():
             self.stdout.write(f"{name}: largest difference {difference:.3g}")
             largest = max(largest, difference)
-        if result["identical"]:
+        if result.is_identical:
             self.stdout.write("identical: every weight and optimizer moment has the same bits")
-        if result["steps"][0] != result["steps"][1] or largest > options["tolerance"]:
+        if result.steps[0] != result.steps[1] or largest > options["tolerance"]:
             raise CommandError("the replayed run differs from the original")
         self.stdout.write(self.style.SUCCESS("match"))
 

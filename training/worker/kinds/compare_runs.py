@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from futures.finishing import Outcome
 from training.errors import RunNotFound
-from training.kinds import CompareRuns
+from training.kinds import CompareRuns, CompareRunsResult
 from training.models import Run
 from training.worker import outcomes
 from training.worker.kinds.barrier import Barrier, BarrierContext
@@ -29,9 +27,7 @@ class CompareRunsKind(Barrier[CompareRuns]):
             key: float(np.max(np.abs(ours[key] - theirs[key]), initial=0.0))
             for key in ("weights", "exp_avg", "exp_avg_sq", "grad")
         }
-        result: dict[str, Any] = {
-            "steps": [int(ours["step"]), int(theirs["step"])],
-            "largest_difference": difference,
-            "identical": ours["step"] == theirs["step"] and not any(difference.values()),
-        }
-        return outcomes.ready(context.future, result, identical=result["identical"])
+        result = CompareRunsResult(
+            steps=(int(ours["step"]), int(theirs["step"])), largest_difference=difference
+        )
+        return outcomes.ready(context.future, result, identical=result.is_identical)

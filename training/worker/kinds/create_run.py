@@ -7,7 +7,7 @@ from django.conf import settings
 from futures.finishing import Outcome
 from training.engine.interface import Trainer
 from training.errors import CheckpointNotFound
-from training.kinds import CreateRun
+from training.kinds import CreateRun, CreateRunResult
 from training.models import Checkpoint, Run
 from training.worker import outcomes
 from training.worker.kinds.barrier import BarrierContext, LoggedBarrier
@@ -33,17 +33,17 @@ class CreateRunKind(LoggedBarrier[CreateRun, int]):
         run = context.run
         context.adapter_cache.created(run)
         context.effects.writes.append((context.future, lambda: _leave_creating(run)))
-        result = {
-            "model_id": run.name,
-            "base_model": run.base_model,
-            "rank": run.rank,
-            "alpha": run.alpha,
-        }
         if request.upload is not None:
             context.effects.writes.append((context.future, lambda: _keep_shape(run)))
         if request.source is not None:
             note_loaded(context, step=applied)
-            result["path"] = request.source.path
+        result = CreateRunResult(
+            model_id=run.name,
+            base_model=run.base_model,
+            rank=run.rank,
+            alpha=run.alpha,
+            path=None if request.source is None else request.source.path,
+        )
         return outcomes.ready(context.future, result, rank=run.rank)
 
 

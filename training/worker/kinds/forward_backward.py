@@ -19,9 +19,10 @@ from futures.models import Future
 from training.custom_loss_graph import CustomLossGraph, check_graph, graph_as_sent
 from training.engine.interface import ForwardBackwardJob, Trainer
 from training.errors import TrainingError
-from training.kinds import ForwardBackward, Kind
+from training.kinds import ForwardBackward, ForwardBackwardResult, Kind
 from training.loss_fns import (
     ADVANTAGES,
+    DEFAULT_LOSS_FN,
     LOSS_FNS,
     STABLE_REINFORCE,
     TARGET_TOKENS,
@@ -157,33 +158,27 @@ def _ready(
     output: ForwardBackwardOutput,
     figures: Mapping[str, float],
 ) -> Outcome:
-    """``loss`` is a mean per trained token, in nats; the gradient is that of ``loss:sum``.
-
-    An input that the loss does not read is reported by the metric ``not_read/<name>:sum``, the
-    number of datums that had it.
-    """
+    """The request's result; its summary has the figures too."""
     loss = output.loss / facts.divisor
     metrics = {
         **output.metrics,
         "loss:sum": output.loss,
-        "num_tokens": facts.num_tokens,
-        "num_weighted_tokens": facts.num_weighted_tokens,
         **{f"not_read/{name}:sum": count for name, count in facts.not_read.items()},
     }
     if facts.loss_fn == STABLE_REINFORCE:
         # Two names, because the SDK only shows metrics whose reduction it knows.
         metrics |= {"stable_reinforce:ours": 1, "stable_reinforce/ours:min": 1}
-    if facts.loss_fn == "cross_entropy":
+    if facts.loss_fn == DEFAULT_LOSS_FN:
         metrics["perplexity"] = math.exp(min(loss, 700.0))  # exp(710) overflows
-    result = {
-        "loss": loss,
-        "num_samples": facts.num_datums,
-        "num_tokens": facts.num_tokens,
-        "model_id": run.name,
-        "backend": backend,
-        "metrics": metrics,
-        "loss_fn_outputs": [{"logprobs": logprobs} for logprobs in output.logprobs],
-    }
+    result = ForwardBackwardResult(
+        model_id=run.name,
+        backend=backend,
+        loss=loss,
+        num_tokens=facts.num_tokens,
+        num_weighted_tokens=facts.num_weighted_tokens,
+        metrics=metrics,
+        logprobs=output.logprobs,
+    )
     return outcomes.ready(
         future,
         result,
@@ -199,7 +194,6 @@ class _Facts:
     """Counts over a request's data, for its answer."""
 
     loss_fn: str
-    num_datums: int
     num_tokens: int
     num_weighted_tokens: int
     """Trained tokens: the weight (cross_entropy) or advantage (the others) is not zero."""
@@ -225,7 +219,6 @@ class _Facts:
         is_weighted = spec is not None and spec.mean_is_weighted and total > 0
         return cls(
             loss_fn=loss_fn,
-            num_datums=len(data),
             num_tokens=sum(len(datum.model_input) for datum in data),
             num_weighted_tokens=num_weighted,
             divisor=total if is_weighted else max(num_weighted, 1),

@@ -7,7 +7,7 @@ from django.conf import settings
 from futures.finishing import Outcome
 from training.engine.interface import Trainer
 from training.errors import CheckpointNotFound
-from training.kinds import LoadWeights
+from training.kinds import LoadWeights, LoadWeightsResult
 from training.models import Checkpoint, Run
 from training.worker import outcomes
 from training.worker.kinds.barrier import BarrierContext, LoggedBarrier
@@ -21,7 +21,7 @@ class LoadWeightsKind(LoggedBarrier[LoadWeights, int]):
 
     def outcome(self, context: BarrierContext, request: LoadWeights, applied: int) -> Outcome:
         note_loaded(context, step=applied)
-        result = {"path": request.path, "model_id": context.run.name}
+        result = LoadWeightsResult(model_id=context.run.name, path=request.path)
         return outcomes.ready(context.future, result, path=request.path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from futures.finishing import Outcome
 from training.engine.interface import Trainer
-from training.kinds import OptimStep
+from training.kinds import OptimStep, OptimStepResult
 from training.models import Run
 from training.types import OptimStepOutput
 from training.worker import outcomes
@@ -23,19 +23,15 @@ class OptimStepKind(LoggedBarrier[OptimStep, OptimStepOutput]):
     def outcome(
         self, context: BarrierContext, request: OptimStep, applied: OptimStepOutput
     ) -> Outcome:
-        """The step's result, with its learning rate; the summary also has the run's tokens so
-        far."""
+        """The step's result; the summary also has the run's tokens so far."""
         context.run.step = applied.step
-        metrics = {
-            "learning_rate": request.adam_params.learning_rate,
-            "grad_norm": applied.grad_norm,
-            "step": applied.step,
-        }
-        result = {
-            "metrics": metrics,
-            "model_id": context.run.name,
-            "backend": outcomes.backend(context.trainer),
-        }
+        result = OptimStepResult(
+            model_id=context.run.name,
+            backend=outcomes.backend(context.trainer),
+            step=applied.step,
+            learning_rate=request.adam_params.learning_rate,
+            grad_norm=applied.grad_norm,
+        )
         return outcomes.ready(
             context.future,
             result,

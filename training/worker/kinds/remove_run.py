@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from futures.finishing import Outcome
-from training.kinds import RemoveRun
+from training.kinds import RemoveRun, RemoveRunResult
 from training.worker import outcomes
 from training.worker.kinds.barrier import Barrier, BarrierContext
 
@@ -13,4 +13,4 @@ class RemoveRunKind(Barrier[RemoveRun]):
 
     def run(self, context: BarrierContext, request: RemoveRun) -> Outcome:
         context.effects.after_commit.append(lambda: context.adapter_cache.remove_run(context.run))
-        return outcomes.ready(context.future, {"status": "deleted", "model_id": context.run.name})
+        return outcomes.ready(context.future, RemoveRunResult(model_id=context.run.name))

@@ -1,12 +1,11 @@
-"""sample: completions of prompts, as the future stores them.
+"""sample: completions of prompts, as a result.
 
 The sampler computes them beside other work (``training.worker.samples``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,20 @@ from numpy.typing import NDArray
 from futures.finishing import Outcome
 from futures.models import Future
 from training.engine.interface import SampleOutput
-from training.types import PromptScores, ScoringParams, TokenText, TopLogprobs
+from training.kinds import SampleResult
+from training.kinds.sample_result import (
+    EchoedPrompt,
+    SequenceResult,
+    SparseLogprobs,
+    WrittenTokens,
+)
+from training.types import (
+    PromptScores,
+    SampledSequence,
+    ScoringParams,
+    TokenText,
+    TopLogprobs,
+)
 from training.worker import outcomes
 
 TokenTexts = Callable[[Sequence[int], Sequence[int]], list[TokenText]]
@@ -31,80 +43,55 @@ def ready(
     token_texts: TokenTexts | None = None,
     prompt_texts: Sequence[tuple[str, list[TokenText]]] = (),
 ) -> Outcome:
-    """All sequences, those of the first prompt first; ``prompt_logprobs`` per prompt.
-
-    With one prompt ``prompt_logprobs`` is that prompt's list; None if not requested. The scores
-    that ``scoring`` requests, for one prompt, have the names of the SDK's answer.
+    """The result of all prompts' outputs.
 
     Args:
         prompt_tokens: Tokens of all prompts, for the summary.
         token_texts: The renderer's; if given, each sequence also has its tokens' texts and offsets.
-        prompt_texts: The text of each prompt and its tokens'; if given, the result has them, with
-            the prompts' log-probabilities, under ``echo``.
+        prompt_texts: The text of each prompt and its tokens'; if given, the result echoes them.
     """
-    sequences: list[dict[str, Any]] = [
-        {
-            "stop_reason": sequence.stop_reason,
-            "tokens": np.asarray(sequence.tokens, dtype=np.int32),
-            "logprobs": np.asarray(sequence.logprobs, dtype=np.float32),
-            "text": sequence.text,
-            **_top("topk_logprobs", sequence.top),
-        }
-        for output in outputs
-        for sequence in output.sequences
-    ]
-    if token_texts is not None:
-        prompt_ends = [output.prompt_end for output in outputs for _ in output.sequences]
-        for sequence, prompt_end in zip(sequences, prompt_ends, strict=True):
-            sequence |= _written(token_texts(sequence["tokens"].tolist(), prompt_end))
-            if "topk_logprobs" in sequence:
-                top_ids = sequence["topk_logprobs"]["token_ids"]
-                sequence |= _top_written(top_ids, token_texts)
-    prompt_logprobs = [
-        None
-        if output.prompt_logprobs is None
-        else np.asarray(output.prompt_logprobs, dtype=np.float32)
-        for output in outputs
-    ]
-    completions = [sequence["text"] for sequence in sequences]
-    result = {
-        "generated_text": completions[0],
-        "completions": completions,
-        "sequences": sequences,
-        "prompt_logprobs": prompt_logprobs[0] if len(outputs) == 1 else prompt_logprobs,
-        "model_id": model_id,
-        **_scores(outputs[0].scores, scoring),
-    }
+    scores = outputs[0].scores
+    echo: list[EchoedPrompt] = []
     if prompt_texts and token_texts is not None:
-        result["echo"] = [
+        echo = [
             _echo(output, text, placed, token_texts)
             for output, (text, placed) in zip(outputs, prompt_texts, strict=True)
         ]
+    result = SampleResult(
+        model_id=model_id,
+        sequences=[
+            _sequence(sequence, output.prompt_end, token_texts)
+            for output in outputs
+            for sequence in output.sequences
+        ],
+        prompt_logprobs=[_scored(output.prompt_logprobs) for output in outputs],
+        top_prompt_logprobs=scores.top,
+        target_prompt_logprobs=_target_logprobs(scores, scoring),
+        prompt_alternatives=scores.alternatives,
+        echo=echo,
+    )
     return outcomes.ready(
         future,
         result,
-        tokens=sum(len(sequence["tokens"]) for sequence in sequences),
+        tokens=sum(len(sequence.tokens) for sequence in result.sequences),
         prompt_tokens=prompt_tokens,
     )
 
 
-def _scores(scores: PromptScores, scoring: ScoringParams) -> dict[str, Any]:
-    result = _top("topk_prompt_logprobs", scores.top)
-    if scores.target_logprobs is not None:
-        result["target_prompt_logprobs"] = scores.target_logprobs
-        if scoring.target_indices is not None:
-            crow, col = scoring.target_indices
-            rows = np.repeat(np.arange(len(crow) - 1), np.diff(crow))
-            result["target_prompt_logprobs"] = {
-                "values": scores.target_logprobs[rows, col],
-                "crow_indices": crow,
-                "col_indices": col,
-                "shape": list(scores.target_logprobs.shape),
-            }
-    if scores.alternatives is not None:
-        tokens, logprobs = scores.alternatives
-        result["prompt_alt_tokens"] = {"tokens": tokens, "logprobs": logprobs}
-    return result
+def _sequence(
+    sequence: SampledSequence, prompt_end: Sequence[int], token_texts: TokenTexts | None
+) -> SequenceResult:
+    written = None
+    if token_texts is not None:
+        written = _written(token_texts(sequence.tokens, prompt_end), sequence.top, token_texts)
+    return SequenceResult(
+        stop_reason=sequence.stop_reason,
+        text=sequence.text,
+        tokens=np.asarray(sequence.tokens, np.int32),
+        logprobs=np.asarray(sequence.logprobs, np.float32),
+        top=sequence.top,
+        written=written,
+    )
 
 
 def _echo(
@@ -112,42 +99,56 @@ def _echo(
     text: str,
     placed: Sequence[TokenText],
     token_texts: TokenTexts,
-) -> dict[str, Any]:
-    """A prompt in the form of a sequence: its text, its tokens and their scores."""
-    echo: dict[str, Any] = {"text": text, **_written(placed)}
-    if output.prompt_logprobs is not None:
-        echo["logprobs"] = np.asarray(output.prompt_logprobs, dtype=np.float32)
-    if output.scores.top is not None:
-        echo |= _top("topk_logprobs", output.scores.top)
-        echo |= _top_written(output.scores.top.token_ids, token_texts)
-    return echo
+) -> EchoedPrompt:
+    return EchoedPrompt(
+        text=text,
+        written=_written(placed, output.scores.top, token_texts),
+        logprobs=_scored(output.prompt_logprobs),
+        top=output.scores.top,
+    )
 
 
-def _written(placed: Sequence[TokenText]) -> dict[str, Any]:
-    """The tokens' texts and offsets, and the bytes of those that are parts of characters."""
-    written: dict[str, Any] = {
-        "token_texts": [token.text for token in placed],
-        "text_offsets": [token.offset for token in placed],
-    }
-    if any(token.utf8 != token.text.encode() for token in placed):
-        written["token_bytes"] = [_own_bytes(token) for token in placed]
-    return written
+def _scored(prompt_logprobs: Sequence[float] | None) -> NDArray[np.float32] | None:
+    return None if prompt_logprobs is None else np.asarray(prompt_logprobs, np.float32)
 
 
-def _top_written(token_ids: NDArray[np.int32], token_texts: TokenTexts) -> dict[str, Any]:
-    """Every token's own text, and bytes as above, in the array's shape."""
-    ids = np.unique(token_ids).tolist()
-    of = dict(zip(ids, token_texts(ids, ()), strict=True))
-    rows = token_ids.tolist()
-    written: dict[str, Any] = {"topk_texts": [[of[token].text for token in row] for row in rows]}
-    if any(token.utf8 != token.text.encode() for token in of.values()):
-        written["topk_bytes"] = [[_own_bytes(of[token]) for token in row] for row in rows]
-    return written
+def _target_logprobs(
+    scores: PromptScores, scoring: ScoringParams
+) -> NDArray[np.float32] | SparseLogprobs | None:
+    if scores.target_logprobs is None or scoring.target_indices is None:
+        return scores.target_logprobs
+    crow, col = scoring.target_indices
+    rows = np.repeat(np.arange(len(crow) - 1), np.diff(crow))
+    return SparseLogprobs(
+        values=scores.target_logprobs[rows, col],
+        crow_indices=crow,
+        col_indices=col,
+        shape=scores.target_logprobs.shape,
+    )
 
 
-def _own_bytes(token: TokenText) -> list[int] | None:
-    return None if token.utf8 is None else list(token.utf8)
+def _written(
+    placed: Sequence[TokenText], top: TopLogprobs | None, token_texts: TokenTexts
+) -> WrittenTokens:
+    """The tokens' texts and offsets, and the texts of the likeliest tokens."""
+    top_texts: list[list[str]] | None = None
+    top_utf8: list[list[bytes | None]] | None = None
+    if top is not None:
+        ids = np.unique(top.token_ids).tolist()
+        of = dict(zip(ids, token_texts(ids, ()), strict=True))
+        rows = top.token_ids.tolist()
+        top_texts = [[of[token].text for token in row] for row in rows]
+        if _has_own_bytes(of.values()):
+            top_utf8 = [[of[token].utf8 for token in row] for row in rows]
+    return WrittenTokens(
+        texts=[token.text for token in placed],
+        offsets=[token.offset for token in placed],
+        utf8=[token.utf8 for token in placed] if _has_own_bytes(placed) else None,
+        top_texts=top_texts,
+        top_utf8=top_utf8,
+    )
 
 
-def _top(name: str, top: TopLogprobs | None) -> dict[str, Any]:
-    return {} if top is None else {name: {"token_ids": top.token_ids, "logprobs": top.logprobs}}
+def _has_own_bytes(tokens: Iterable[TokenText]) -> bool:
+    """Whether one of the tokens is a part of a character."""
+    return any(token.utf8 != token.text.encode() for token in tokens)

@@ -23,7 +23,7 @@ from training.age import SUFFIX, encrypt_file
 from training.atomic_directory import new_directory
 from training.engine.interface import Trainer
 from training.errors import CheckpointExists, InvalidRequest, StorageQuotaExceeded
-from training.kinds import SaveWeights
+from training.kinds import SaveWeights, SaveWeightsResult
 from training.models import Checkpoint, SamplingSession
 from training.paths import TinkerPath
 from training.services.checkpoints import checkpoint_check_free, checkpoint_place
@@ -59,7 +59,7 @@ def _save(context: BarrierContext, request: SaveWeights, name: str) -> Outcome:
             checkpoint_place(row, overwrite=overwrite)
 
     context.effects.writes.append((context.future, place))
-    result = {"path": str(path), "model_id": run.name, "size_bytes": row.size_bytes}
+    result = SaveWeightsResult(model_id=run.name, path=str(path), size_bytes=row.size_bytes)
     return outcomes.ready(context.future, result, path=str(path), bytes=row.size_bytes)
 
 
@@ -75,7 +75,7 @@ def _save_for_sampling_session(context: BarrierContext, number: int) -> Outcome:
     made = SamplingSession.objects.filter(
         id=session_id, checkpoint__run=run, checkpoint__seq_id=future.seq_id or 0
     )
-    result = {"sampling_session_id": session_id, "model_id": run.name}
+    result = SaveWeightsResult(model_id=run.name, sampling_session_id=session_id)
     if made.exists():
         return outcomes.ready(future, result, sampling_session=session_id)
     # No client can request this name: a path may not contain it.

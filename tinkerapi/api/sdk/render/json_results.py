@@ -6,22 +6,28 @@ not scored is null, which those clients show as None.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from tinkerapi.api.sdk.render.protobuf import OUTPUT_TYPE, one_prompt, sdk_metrics, wire_array
-from training.kinds import Kind
+from tinkerapi.api.sdk.render.protobuf import OUTPUT_TYPE, one_prompt, sdk_metrics
+from training.kinds import (
+    CompareRunsResult,
+    CreateCustomLossResult,
+    CreateRunResult,
+    ForwardBackwardResult,
+    LoadWeightsResult,
+    OptimStepResult,
+    RemoveRunResult,
+    Result,
+    SampleResult,
+    SaveWeightsResult,
+)
+from training.kinds.sample_result import SequenceResult
 from training.paths import TinkerPath
+from training.types import NO_DATA_LOGPROB, TopLogprobs
 
-_TYPES: Mapping[str, str] = {
-    Kind.CREATE_RUN: "create_model",
-    Kind.REMOVE_RUN: "unload_model",
-    Kind.OPTIM_STEP: "optim_step",
-    Kind.LOAD_WEIGHTS: "load_weights",
-    Kind.CREATE_CUSTOM_LOSS: "create_custom_loss",
-}
+Body = dict[str, Any]
+
 _SAVE_TYPES: Mapping[str, str] = {
     "training": "save_weights",
     "sampler": "save_weights_for_sampler",
@@ -29,80 +35,123 @@ _SAVE_TYPES: Mapping[str, str] = {
 }
 """A checkpoint's kind to the request that made it."""
 
-NO_DATA_LOGPROB = -99999.0
-"""With token id 0: marks an empty top-k cell."""
+
+def result_json(result: Result) -> Body:
+    """A result as JSON. Those that the SDK reads only in this form have the SDK's name of the
+    operation, the field ``type`` of its models."""
+    return _RENDERERS[type(result)](result)
 
 
-def typed_result(kind: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result with the SDK's name of the operation, the field ``type`` of its models."""
-    if kind == Kind.SAVE_WEIGHTS:
-        path = result.get("path")
-        saved = "sampler" if path is None else TinkerPath.parse(path, field="path").kind
-        return {**result, "type": _SAVE_TYPES[saved]}
-    if kind == Kind.CREATE_RUN and "path" in result:  # from a checkpoint: for the SDK it was a load
-        kind = Kind.LOAD_WEIGHTS
-    return {**result, "type": _TYPES[kind]} if kind in _TYPES else dict(result)
+def _create_run(result: CreateRunResult) -> Body:
+    body = {
+        "alpha": result.alpha,
+        "base_model": result.base_model,
+        "model_id": result.model_id,
+        "rank": result.rank,
+    }
+    if result.path is None:
+        return {**body, "type": "create_model"}
+    return {**body, "path": result.path, "type": "load_weights"}  # for the SDK it was a load
 
 
-def forward_backward_output_json(result: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"loss_fn_output_type", "loss_fn_outputs": [{name: TensorData}], "metrics"}``."""
+def _remove_run(result: RemoveRunResult) -> Body:
+    return {"model_id": result.model_id, "status": "deleted", "type": "unload_model"}
+
+
+def _optim_step(result: OptimStepResult) -> Body:
+    metrics = {
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "step": result.step,
+    }
+    return {
+        "backend": result.backend,
+        "metrics": metrics,
+        "model_id": result.model_id,
+        "type": "optim_step",
+    }
+
+
+def _save_weights(result: SaveWeightsResult) -> Body:
+    if result.path is None:
+        return {
+            "model_id": result.model_id,
+            "sampling_session_id": result.sampling_session_id,
+            "type": _SAVE_TYPES["sampler"],
+        }
+    return {
+        "model_id": result.model_id,
+        "path": result.path,
+        "size_bytes": result.size_bytes,
+        "type": _SAVE_TYPES[TinkerPath.parse(result.path, field="path").kind],
+    }
+
+
+def _load_weights(result: LoadWeightsResult) -> Body:
+    return {"model_id": result.model_id, "path": result.path, "type": "load_weights"}
+
+
+def _compare_runs(result: CompareRunsResult) -> Body:
+    return {
+        "identical": result.is_identical,
+        "largest_difference": result.largest_difference,
+        "steps": result.steps,
+    }
+
+
+def _create_custom_loss(result: CreateCustomLossResult) -> Body:
+    return {"loss_id": result.loss_id, "type": "create_custom_loss"}
+
+
+def forward_backward_output_json(result: ForwardBackwardResult) -> Body:
+    """``{"loss_fn_output_type", "loss_fn_outputs": [{"logprobs": TensorData}], "metrics"}``."""
     return {
         "loss_fn_output_type": OUTPUT_TYPE,
         "loss_fn_outputs": [
-            {name: _tensor_data(value) for name, value in output.items()}
-            for output in result["loss_fn_outputs"]
+            {
+                "logprobs": {
+                    "data": logprobs.ravel().tolist(),
+                    "dtype": "float32",
+                    "shape": list(logprobs.shape),
+                }
+            }
+            for logprobs in result.logprobs
         ],
-        "metrics": sdk_metrics(result["metrics"]),
+        "metrics": sdk_metrics(result.metrics),
     }
 
 
-def sample_response_json(result: Mapping[str, Any]) -> dict[str, Any]:
+def sample_response_json(result: SampleResult) -> Body:
     """``{"sequences", "prompt_logprobs"?, "topk_prompt_logprobs"?, "type": "sample"}``.
 
-    ``topk_logprobs``, ``target_prompt_logprobs`` and ``prompt_alt_tokens`` are newer than these
-    clients, which cannot request them, so they are left out.
+    The likeliest tokens of samples, the scores of target tokens and the alternatives of a prompt
+    are newer than these clients, which cannot request them, so they are left out.
     """
-    answer: dict[str, Any] = {
-        "sequences": [_sequence(sequence) for sequence in result["sequences"]],
+    answer: Body = {
+        "sequences": [_sequence(sequence) for sequence in result.sequences],
         "type": "sample",
     }
-    if result.get("prompt_logprobs") is not None:
-        logprobs = one_prompt(result["prompt_logprobs"])
+    if (logprobs := one_prompt(result)) is not None:
         answer["prompt_logprobs"] = [
             None if value != value else value  # NaN
             for value in logprobs.tolist()
         ]
-    if result.get("topk_prompt_logprobs") is not None:
-        answer["topk_prompt_logprobs"] = _topk_rows(result["topk_prompt_logprobs"])
+    if result.top_prompt_logprobs is not None:
+        answer["topk_prompt_logprobs"] = _topk_rows(result.top_prompt_logprobs)
     return answer
 
 
-def _sequence(sequence: Mapping[str, Any]) -> dict[str, Any]:
-    answer = {
-        "stop_reason": sequence["stop_reason"],
-        "tokens": np.asarray(sequence["tokens"], np.int32).tolist(),
-    }
-    if sequence.get("logprobs") is not None:
-        answer["logprobs"] = np.asarray(sequence["logprobs"], np.float32).tolist()
-    return answer
-
-
-def _tensor_data(value: Any) -> dict[str, Any]:
-    array = wire_array(value)
+def _sequence(sequence: SequenceResult) -> Body:
     return {
-        "data": array.ravel().tolist(),
-        "dtype": "float32" if array.dtype.kind == "f" else "int64",
-        "shape": list(array.shape),
+        "stop_reason": sequence.stop_reason,
+        "tokens": sequence.tokens.tolist(),
+        "logprobs": sequence.logprobs.tolist(),
     }
 
 
-def _topk_rows(value: Mapping[str, Any]) -> list[list[list[float]] | None]:
+def _topk_rows(top: TopLogprobs) -> list[list[list[float]] | None]:
     """For each position its [token id, logprob] pairs; None if it has none."""
-    rows = zip(
-        np.asarray(value["token_ids"]).tolist(),
-        np.asarray(value["logprobs"], np.float32).tolist(),
-        strict=True,
-    )
+    rows = zip(top.token_ids.tolist(), top.logprobs.tolist(), strict=True)
     return [_pairs(token_ids, logprobs) for token_ids, logprobs in rows]
 
 
@@ -111,3 +160,16 @@ def _pairs(token_ids: list[int], logprobs: list[float]) -> list[list[float]] | N
     while pairs and pairs[-1] == [0, NO_DATA_LOGPROB]:
         pairs.pop()
     return pairs or None
+
+
+_RENDERERS: Mapping[type[Result], Callable[[Any], Body]] = {
+    CreateRunResult: _create_run,
+    RemoveRunResult: _remove_run,
+    ForwardBackwardResult: forward_backward_output_json,
+    OptimStepResult: _optim_step,
+    SampleResult: sample_response_json,
+    SaveWeightsResult: _save_weights,
+    LoadWeightsResult: _load_weights,
+    CompareRunsResult: _compare_runs,
+    CreateCustomLossResult: _create_custom_loss,
+}

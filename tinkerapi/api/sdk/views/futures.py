@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 from django.http import HttpResponse
 from rest_framework.request import Request
 
-from futures import payload
 from futures.cancelling import future_cancel
 from futures.errors import FutureNotCancellable, FuturePurged
 from futures.models import Future
@@ -29,13 +28,9 @@ from tinkerapi.api.fields.futures import REQUEST_ID
 from tinkerapi.api.renderers import JSONResponse, to_json
 from tinkerapi.api.results import rendered
 from tinkerapi.api.sdk.base import SdkView, empty_response
-from tinkerapi.api.sdk.render.json_results import (
-    forward_backward_output_json,
-    sample_response_json,
-    typed_result,
-)
+from tinkerapi.api.sdk.render.json_results import result_json
 from tinkerapi.api.sdk.render.protobuf import encode_forward_backward_output, encode_sample_response
-from training.kinds import Kind
+from training.kinds import ForwardBackwardResult, Result, SampleResult, stored_result
 from training.waiting import future_waiting
 
 POLL_SECONDS = 25.0
@@ -45,18 +40,11 @@ METADATA_ONLY_BYTES = 1024 * 1024
 """A result of at least this size is announced first, if the client allows it, so that it can
 reserve memory. Smaller ones are not worth another round trip."""
 
-Result = dict[str, Any]
-_PROTOBUF: Mapping[str, Callable[[Result], bytes]] = {
-    Kind.FORWARD: encode_forward_backward_output,
-    Kind.FORWARD_BACKWARD: encode_forward_backward_output,
-    Kind.SAMPLE: encode_sample_response,
+_PROTOBUF: Mapping[type[Result], Callable[[Any], bytes]] = {
+    ForwardBackwardResult: encode_forward_backward_output,
+    SampleResult: encode_sample_response,
 }
-_JSON: Mapping[str, Callable[[Result], Result]] = {
-    Kind.FORWARD: forward_backward_output_json,
-    Kind.FORWARD_BACKWARD: forward_backward_output_json,
-    Kind.SAMPLE: sample_response_json,
-}
-"""Kinds of results that clients before 0.25 read in another form."""
+"""Results that clients before 0.25 read as JSON."""
 
 
 def final_answer(
@@ -73,19 +61,18 @@ def final_answer(
         return JSONResponse({"error": future.error, "category": future.category})
     if future.result is None:
         raise FuturePurged
-    body, content_type = _rendered(future.kind, bytes(future.result), accepts_protobuf)
+    result = stored_result(future.kind, bytes(future.result))
+    body, content_type = _rendered(result, accepts_protobuf)
     if allow_metadata_only and len(body) >= METADATA_ONLY_BYTES:
         return JSONResponse({"status": "complete_metadata", "response_payload_size": len(body)})
     return HttpResponse(body, content_type=content_type)
 
 
-def _rendered(kind: str, stored: bytes, accepts_protobuf: bool) -> tuple[bytes, str]:
+def _rendered(result: Result, accepts_protobuf: bool) -> tuple[bytes, str]:
     """Body and content type of a result."""
-    result = payload.decode(stored)
-    if accepts_protobuf and kind in _PROTOBUF:
-        return _PROTOBUF[kind](result), PROTOBUF
-    result = _JSON[kind](result) if kind in _JSON else typed_result(kind, result)
-    return to_json(result), "application/json"
+    if accepts_protobuf and type(result) in _PROTOBUF:
+        return _PROTOBUF[type(result)](result), PROTOBUF
+    return to_json(result_json(result)), "application/json"
 
 
 def pending_answer(future: Future) -> HttpResponse:
