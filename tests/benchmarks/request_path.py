@@ -59,7 +59,8 @@ def carries(value: Any, depth: int = 0) -> bool:
         content = value.encode() if isinstance(value, str) else bytes(value)
         return any(pattern in content for pattern in PATTERNS)
     if isinstance(value, torch.Tensor):
-        value = value.detach().numpy()
+        value = value.detach()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, np.ndarray):
         return value.size < MAX_ITEMS**2 and _in_order(value.ravel().tolist())
     if isinstance(value, dict):
