@@ -16,6 +16,7 @@ from django.views.generic import RedirectView
 from tinkerapi.api.quickref.views.service import IndexView
 from tinkerapi.console import manual
 from tinkerapi.console.front_page import front_page
+from tinkerapi.console.playground import PlaygroundChatView
 
 
 def redirect_to(name: str | None = None, url: str | None = None) -> Callable[..., HttpResponseBase]:
@@ -32,6 +33,7 @@ urlpatterns = [
     path("admin", redirect_to("admin:index")),
     path("admin/", admin.site.urls),
     path("", include("tinkerapi.api.urls")),
+    path("playground/chat", PlaygroundChatView.as_view(), name="playground-chat"),
     path("api/docs/", redirect_to("api-docs")),
     path("docs", redirect_to("docs")),
     path("docs/", csrf_exempt(manual.IndexView.as_view()), name="docs"),

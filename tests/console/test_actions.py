@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User
 from django.contrib.messages import get_messages
 from django.test import Client
+from django.utils import timezone
 
 from futures.claiming import future_claim
 from futures.models import Future
@@ -20,7 +22,7 @@ from tests.console.conftest import list_page, page
 from tinkerapi.console.pages.api_keys import key_state
 from tinkerapi.models import ApiKey
 from tinkerapi.services import api_key_verify
-from training.models import Checkpoint
+from training.models import AuditEvent, Checkpoint
 
 SUBMITTED = {"_form_submitted": "True"}
 
@@ -63,6 +65,8 @@ def test_a_dialog_sends_the_browser_on_by_its_own_header(
         ("sample", "replay"),
         ("run", "remove"),
         ("checkpoint", "delete_checkpoint"),
+        ("checkpoint", "publish"),
+        ("checkpoint", "set_expiry"),
         ("api_key", "revoke"),
     ],
 )
@@ -211,3 +215,42 @@ def test_a_staff_user_makes_keys_for_themselves_only(
     assert superuser.username not in refused.content.decode()
     new_key(office, staff)
     assert ApiKey.objects.get().user == staff
+
+
+def test_a_checkpoint_is_published_and_withdrawn(
+    console: Client, traces: SimpleNamespace, superuser: User
+) -> None:
+    checkpoint = traces.checkpoint
+    for verb, event, is_public in (
+        ("publish", "checkpoint_publish", True),
+        ("withdraw", "checkpoint_unpublish", False),
+    ):
+        assert console.post(page(checkpoint, verb), SUBMITTED).status_code == 302
+        checkpoint.refresh_from_db()
+        assert checkpoint.public is is_public
+        assert AuditEvent.objects.get(event=event).actor_id == superuser.pk
+        assert console.post(page(checkpoint, verb), SUBMITTED).status_code == 403  # only once
+
+
+def test_a_checkpoint_gets_an_expiry_and_loses_it(console: Client, traces: SimpleNamespace) -> None:
+    checkpoint = traces.checkpoint
+    console.post(page(checkpoint, "set_expiry"), {**SUBMITTED, "days": "2"})
+    checkpoint.refresh_from_db()
+    assert timedelta(days=1.9) < checkpoint.expires_at - timezone.now() <= timedelta(days=2)
+    for wrong in ("0", "4000", "soon"):
+        answer = console.post(page(checkpoint, "set_expiry"), {**SUBMITTED, "days": wrong})
+        assert answer.status_code == 200  # the dialog again
+    console.post(page(checkpoint, "set_expiry"), {**SUBMITTED, "days": ""})
+    checkpoint.refresh_from_db()
+    assert checkpoint.expires_at is None
+
+
+def test_a_checkpoint_is_downloaded_by_a_link_and_its_owner_can_see_that(
+    console: Client, trained: Callable[..., SimpleNamespace], user_factory: Callable[..., User]
+) -> None:
+    checkpoint = trained(user_factory()).checkpoint
+    answer = console.get(page(checkpoint, "download"))
+    assert answer.status_code == 302
+    assert f"/{checkpoint.name}.tar" in answer["Location"]
+    event = AuditEvent.objects.get(event="checkpoint_read")
+    assert (event.owner_id, event.details["purpose"]) == (checkpoint.owner_id, "download")

@@ -335,6 +335,7 @@ ROUTES: dict[str, list[Probe | Listing] | Open] = {
     "docs/examples/<str:name>": _SERVER,
     "docs/<slug:name>": _SERVER,
     "docs/<slug:name>/": _SERVER,
+    "playground/chat": Open("takes a session of the admin only; tests/console/test_playground.py"),
     "healthz": _SERVER,
     "readyz": _SERVER,
     "get_server_capabilities": _SERVER,

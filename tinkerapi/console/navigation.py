@@ -28,6 +28,12 @@ def navigation(request: HttpRequest) -> list[Context]:
     def item(title: str, icon: str, name: str) -> Context:
         return {"title": title, "icon": icon, "link": reverse(f"admin:{name}")}
 
+    # Its address lies below that of the checkpoints, of which unfold marks both otherwise.
+    playground = item("Playground", "forum", "training_checkpoint_playground")
+    checkpoints = item("Checkpoints", "save", "training_checkpoint_changelist")
+    checkpoints["active"] = request.path.startswith(checkpoints["link"]) and (
+        request.path != playground["link"]
+    )
     groups: list[Context] = [
         {
             "title": "Training",
@@ -35,7 +41,8 @@ def navigation(request: HttpRequest) -> list[Context]:
                 item("Dashboard", "dashboard", "index"),
                 item("Runs", "model_training", "training_run_changelist"),
                 item("Futures", "schedule_send", "futures_future_changelist"),
-                item("Checkpoints", "save", "training_checkpoint_changelist"),
+                checkpoints,
+                playground,
                 item("Sessions", "terminal", "training_session_changelist"),
                 item("Snapshots", "settings_backup_restore", "training_snapshot_changelist"),
             ],
@@ -44,7 +51,7 @@ def navigation(request: HttpRequest) -> list[Context]:
             "title": "Serving",
             "items": [
                 item("Workers", "memory", "futures_worker_changelist"),
-                item("Sampling sessions", "forum", "training_samplingsession_changelist"),
+                item("Sampling sessions", "stacks", "training_samplingsession_changelist"),
                 item("Lanes", "format_list_numbered", "futures_lane_changelist"),
             ],
         },

@@ -15,6 +15,7 @@ from training.errors import InvalidRequest
 from training.kinds import Sample
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
+from training.services.checkpoints import checkpoint_audit_read
 from training.services.images import images_check
 from training.services.submission import Submission, Target, run_asked, run_target, submit
 from training.types import Prompt, SamplingParams, ScoringParams, images_of
@@ -37,6 +38,7 @@ def sample_submit(
     token_texts: bool = False,
     echo: bool = False,
     stream: bool = False,
+    lender_id: int | None = None,
     idempotency_key: str | None = None,
 ) -> Submission:
     """Submit a sample of one or more prompts.
@@ -52,6 +54,7 @@ def sample_submit(
         token_texts: The result has each token's text and its offset.
         echo: The result has the prompts as well, token by token; needs ``token_texts``.
         stream: The worker sends the texts while they grow (``training.text_pieces``).
+        lender_id: Another user whose checkpoints may be read too; their audit log records it.
 
     Raises:
         InvalidRequest: Not exactly one of model_id, base_model and model_path. (400)
@@ -80,7 +83,11 @@ def sample_submit(
     summary = {}
     if model_path is not None:
         path = TinkerPath.parse(model_path, field="model_path")
-        checkpoint = checkpoint_get(owner_id=owner_id, path=path, field="model_path")
+        checkpoint = checkpoint_get(
+            owner_id=owner_id, path=path, lender_id=lender_id, field="model_path"
+        )
+        if lender_id is not None:
+            checkpoint_audit_read(checkpoint, reader_id=owner_id, purpose="sample")
         request = replace(request, checkpoint=checkpoint.pk)
         base_model = checkpoint.run.base_model
         summary["path"] = str(path)

@@ -39,24 +39,35 @@ AFTER_FINISH = timedelta(minutes=15)
 
 
 @transaction.atomic
-def checkpoint_publish(*, owner_id: int, path: TinkerPath, public: bool) -> Checkpoint:
+def checkpoint_publish(
+    *, owner_id: int, path: TinkerPath, public: bool, actor_id: int | None = None
+) -> Checkpoint:
     """Let everybody read a checkpoint, or only its owner; a repeat has no effect.
 
     Others find it under ``Checkpoint.global_path``.
+
+    Args:
+        actor_id: The user who asked for it, if not the owner.
 
     Raises:
         CheckpointNotFound: (404)
     """
     checkpoint = checkpoint_own(owner_id=owner_id, path=path)
     if Checkpoint.objects.filter(pk=checkpoint.pk, public=not public).update(public=public):
-        audit_checkpoint("publish" if public else "unpublish", checkpoint, actor_id=owner_id)
+        verb = "publish" if public else "unpublish"
+        audit_checkpoint(verb, checkpoint, actor_id=owner_id if actor_id is None else actor_id)
     checkpoint.public = public
     return checkpoint
 
 
 @transaction.atomic
-def checkpoint_set_ttl(*, owner_id: int, path: TinkerPath, ttl_seconds: int | None) -> None:
+def checkpoint_set_ttl(
+    *, owner_id: int, path: TinkerPath, ttl_seconds: int | None, actor_id: int | None = None
+) -> None:
     """Delete a checkpoint after this many seconds, or never (None).
+
+    Args:
+        actor_id: The user who asked for it, if not the owner.
 
     Raises:
         CheckpointNotFound: (404)
@@ -70,7 +81,8 @@ def checkpoint_set_ttl(*, owner_id: int, path: TinkerPath, ttl_seconds: int | No
     checkpoint = checkpoint_own(owner_id=owner_id, path=path)
     expires_at = None if ttl_seconds is None else timezone.now() + timedelta(seconds=ttl_seconds)
     Checkpoint.objects.filter(pk=checkpoint.pk).update(expires_at=expires_at)
-    audit_checkpoint("set_ttl", checkpoint, actor_id=owner_id, ttl_seconds=ttl_seconds)
+    actor_id = owner_id if actor_id is None else actor_id
+    audit_checkpoint("set_ttl", checkpoint, actor_id=actor_id, ttl_seconds=ttl_seconds)
 
 
 def checkpoint_remove(*, owner_id: int, path: TinkerPath) -> None:

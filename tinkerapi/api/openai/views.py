@@ -80,18 +80,28 @@ class SamplingView(OpenAIView):
     def options_of(self, body: Mapping[str, Any]) -> Options:
         """The options in a checked body."""
 
+    def source_of(self, request: Request, model: str) -> dict[str, Any]:
+        """What to sample from, as ``sample_submit`` takes it.
+
+        Raises:
+            ModelNotFound: (404)
+        """
+        path = _model_path(model)
+        return {
+            "base_model": None if path else model,
+            "model_path": str(path) if path else None,
+        }
+
     def post(self, request: Request) -> Awaitable[HttpResponseBase]:
         given = json_object(request._request, max_bytes=self.max_body_bytes())
         body = check_object(self.fields, given)
         options = self.options_of(body)
         owner_id = owner_of(request)
-        path = _model_path(options.model)
         try:
             future = sample_submit(
                 owner_id=owner_id,
                 model_id=None,
-                base_model=None if path else options.model,
-                model_path=str(path) if path else None,
+                **self.source_of(request, options.model),
                 prompts=options.prompts,
                 num_samples=options.num_samples,
                 sampling_params=options.sampling_params,

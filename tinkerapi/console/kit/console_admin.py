@@ -202,6 +202,14 @@ def verb(
     return decorate
 
 
+def link_button(label: str, *, permission: str, icon: str) -> Callable[[Method], Method]:
+    """A button of a page that only leads to another page; see ``verb`` for ``permission``."""
+    decorate: Callable[[Method], Method] = action(
+        description=label, permissions=[permission], icon=icon
+    )
+    return decorate
+
+
 def redirect(request: HttpRequest, url: str) -> HttpResponse:
     """Send the browser to another page, even from a dialog, whose form htmx has posted."""
     if request.headers.get("HX-Request"):

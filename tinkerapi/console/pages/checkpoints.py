@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from django.contrib import admin
 from django.db.models import QuerySet
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest
 from django.template.defaultfilters import filesizeformat
+from django.urls import URLPattern, path
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import (
@@ -18,9 +20,11 @@ from unfold.contrib.filters.admin import (
 
 from futures.errors import FutureError
 from futures.overview import future_in_lane, worker_find
-from tinkerapi.console.kit.console_admin import ConsoleAdmin, ConsoleList, redirect, verb
+from tinkerapi.console.kit.console_admin import (
+    ConsoleAdmin,
+    ConsoleList,
+)
 from tinkerapi.console.kit.display import (
-    changelist_url,
     copyable,
     duration,
     link,
@@ -29,9 +33,10 @@ from tinkerapi.console.kit.display import (
 )
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.kit.preview import value_preview
+from tinkerapi.console.pages.checkpoint_actions import CheckpointActions
+from tinkerapi.console.playground import playground_page
 from training.errors import TrainingError
 from training.models import Checkpoint, Snapshot
-from training.services import checkpoint_delete
 
 
 class CheckpointList(ConsoleList):
@@ -43,7 +48,7 @@ class CheckpointList(ConsoleList):
 
 
 @admin.register(Checkpoint)
-class CheckpointAdmin(ConsoleAdmin):
+class CheckpointAdmin(CheckpointActions, ConsoleAdmin):
     """Saved checkpoints and their size."""
 
     owner_path = "run__owner"
@@ -69,7 +74,14 @@ class CheckpointAdmin(ConsoleAdmin):
     search_help_text = "Part of a checkpoint's or a run's name, or the beginning of a run id"
     ordering = ("-created_at",)
     sortable_by = ("size", "created", "step")
-    actions_detail = ("delete_checkpoint",)
+    actions_detail = (
+        "try_it",
+        "download",
+        "publish",
+        "withdraw",
+        "set_expiry",
+        "delete_checkpoint",
+    )
     fieldsets = (
         (
             None,
@@ -133,29 +145,12 @@ class CheckpointAdmin(ConsoleAdmin):
         metadata = checkpoint.user_metadata
         return preformatted(value_preview(metadata)) if metadata else None
 
-    def has_delete_checkpoint_permission(
-        self, request: HttpRequest, object_id: str | None = None
-    ) -> bool:
-        return self.matches(request, object_id)
-
-    @verb(
-        "Delete",
-        permission="delete_checkpoint",
-        icon="delete",
-        danger=True,
-        question="Delete this checkpoint?",
-        answer="Delete the checkpoint",
-        explanation="Its files are deleted. This cannot be undone.",
-    )
-    def delete_checkpoint(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
-        checkpoint = self.row(request, object_id)
-        self.attempt(
-            request,
-            checkpoint,
-            "deleted",
-            lambda: checkpoint_delete(checkpoint_id=checkpoint.pk, actor_id=request.user.pk),
-        )
-        return redirect(request, changelist_url(Checkpoint))
+    def get_urls(self) -> list[URLPattern]:
+        """Also the playground, which every checkpoint links to."""
+        view = self.admin_site.admin_view(partial(playground_page, site=self.admin_site))
+        own = [path("playground/", view, name="training_checkpoint_playground")]
+        urls: list[URLPattern] = super().get_urls()
+        return own + urls
 
 
 @admin.register(Snapshot)

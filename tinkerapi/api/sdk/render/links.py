@@ -12,6 +12,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core import signing
+from django.http import HttpRequest
 from django.urls import reverse
 from django.utils import timezone
 from rest_framework.request import Request
@@ -39,7 +40,7 @@ def file_links(
     return {name: _link(request, {**target, "file": name}, name) for name in names}
 
 
-def archive_link(request: Request, checkpoint: Checkpoint, *, reader_id: int) -> Link:
+def archive_link(request: Request | HttpRequest, checkpoint: Checkpoint, *, reader_id: int) -> Link:
     """A link to a checkpoint's files in one tar."""
     return _link(request, _target(checkpoint, reader_id), f"{checkpoint.name}.tar")
 
@@ -71,7 +72,7 @@ def link_target(token: str) -> dict[str, Any]:
     return target
 
 
-def _link(request: Request, target: dict[str, Any], file_name: str) -> Link:
+def _link(request: Request | HttpRequest, target: dict[str, Any], file_name: str) -> Link:
     token = signing.dumps(target, salt=_SALT)
     path = reverse("sdk-download", args=[token, file_name])
     url = settings.PUBLIC_URL + path if settings.PUBLIC_URL else request.build_absolute_uri(path)
