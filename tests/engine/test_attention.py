@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from training.engine.torch.attention.backend import (
-    SequenceAttention,
-    UnsupportedAttention,
-    packed_attention,
-)
+from training.engine.torch.attention.backend import UnsupportedAttention, packed_attention
 from training.engine.torch.attention.blocks import BLOCK_TOKENS
+from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.attention.short import SHORT_TOKENS
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, whole_sequences

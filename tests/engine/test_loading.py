@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.tiny_model import VOCAB_SIZE, make_tokenizer
-from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.loading import load_base_model
 from training.engine.torch.packing.ranges import whole_sequences
 from training.engine.torch.packing.stream import PackedContext, uniform_segments

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from training.engine.torch.adapters import AdapterLayout, AdapterTensors, LoraShape
-from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.packing.ranges import whole_sequences
 from training.engine.torch.packing.stream import (

@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from training.engine.torch.adapters import AdapterLayout, AdapterTensors
-from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.experts.lora_experts import LoraExperts
 from training.engine.torch.experts.stacks import ExpertStack, find_stacks
 from training.engine.torch.packing.ranges import whole_sequences

@@ -15,7 +15,6 @@ from training.engine.probe.stock_answers import Passage
 from training.engine.sampler.kv_cache import ALIGNMENT_TOKENS, KvCache, Region
 from training.engine.sampler.row_padding import RowPadding
 from training.engine.torch.adapters import AdapterTensors
-from training.engine.torch.attention.backend import SequenceAttention
 from training.engine.torch.attention.cached import (
     DecodeAttention,
     DecodeRun,
@@ -23,6 +22,7 @@ from training.engine.torch.attention.cached import (
     PrefillChunk,
 )
 from training.engine.torch.attention.interface import Attention
+from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.attention.variants import PLAIN, Variant
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.ranges import whole_sequences

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from training.base_model_config import PADDED
 from training.engine.interface import BaseModelInfo
 from training.engine.torch.adapters import AdapterTensors, LoraShape
-from training.engine.torch.attention.backend import SequenceAttention
+from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.experts.stacks import ExpertStack
 from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import times
