@@ -5,9 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training import inspection
+from training import token_view
 from training.images import Chunks, Image
-from training.inspection import ADVANTAGE, RATIO, SAMPLED, TRAINED, WEIGHT, TokenView
+from training.token_view import (
+    ADVANTAGE,
+    RATIO,
+    SAMPLED,
+    TRAINED,
+    WEIGHT,
+    TokenView,
+    example_view,
+)
 from training.types import Conversation, Datum, Example, ImageDatum, Message
 from training.vocabulary import TokenTable
 
@@ -17,7 +25,7 @@ PNG = Image(data=b"\x89PNG", format="png", expected_tokens=2)
 
 def view(item: Example, trained: object = None) -> TokenView:
     numbers = None if trained is None else np.asarray(trained, np.float32)
-    return inspection._example_view(item, numbers, TABLE)
+    return example_view(item, numbers, TABLE)
 
 
 def test_a_target_stands_at_the_token_that_it_predicts() -> None:
@@ -97,7 +105,7 @@ def test_a_conversation_is_its_messages_with_marks_at_images() -> None:
 
 
 def test_a_long_datum_is_cut_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "MAX_TOKENS", 3)
+    monkeypatch.setattr(token_view, "MAX_TOKENS", 3)
     datum = Datum(
         model_input=np.arange(9, dtype=np.int32),
         loss_fn_inputs={"target_tokens": np.arange(1, 10), "weights": np.ones(9, np.float32)},
@@ -112,6 +120,6 @@ def test_without_a_table_ids_are_shown() -> None:
     datum = Datum(
         model_input=np.array([7], np.int32), loss_fn_inputs={"target_tokens": np.array([8])}
     )
-    found = inspection._example_view(datum, None, None)
+    found = example_view(datum, None, None)
     assert found.texts == ["7 ", "8 "]
     assert "not stored this model's tokens" in found.notes[0]

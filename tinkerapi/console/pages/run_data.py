@@ -10,8 +10,9 @@ from django.template.defaultfilters import filesizeformat
 
 from tinkerapi.console.kit.display import page_url
 from tinkerapi.console.kit.parameters import number_of
-from training.inspection import TokenView, pass_inspect, pass_neighbours, passes_listed
+from training.inspection import pass_inspect, pass_neighbours, passes_listed
 from training.models import Run
+from training.token_view import TokenView
 
 NEWEST_PASSES = 40
 """Passes that can be chosen from the list; others are reached one by one, or by their number."""
