@@ -12,7 +12,8 @@ from training.custom_loss_graph import check_graph
 from training.custom_loss_limits import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS
 from training.engine.custom_loss import run
 from training.engine.custom_loss.arguments import Call
-from training.engine.custom_loss.costs import RULES, Cost, excess
+from training.engine.custom_loss.cost import Cost, excess
+from training.engine.custom_loss.costs import RULES
 from training.engine.custom_loss.run import Work, run_custom_loss
 from training.errors import InvalidRequest, LimitExceeded, NonFiniteResult
 

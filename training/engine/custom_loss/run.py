@@ -29,7 +29,8 @@ from training.custom_loss_limits import (
 )
 from training.custom_loss_ops import FUNCTIONS, METHODS
 from training.engine.custom_loss.arguments import Call
-from training.engine.custom_loss.costs import RULES, Cost, excess, made
+from training.engine.custom_loss.cost import Cost, excess, made
+from training.engine.custom_loss.costs import RULES
 from training.engine.custom_loss.table import (
     DTYPE_TABLE,
     FUNCTION_TABLE,
