@@ -23,7 +23,7 @@ from training.models import Run, Snapshot
 from training.paths import TinkerPath
 from training.services.removal import submit_removal
 from training.services.upkeep import checkpoint_remove
-from training.worker import adapter_cache
+from training.worker import snapshot_schedule
 
 Start = Callable[..., InProcessWorker]
 Train = Callable[..., list[Future]]
@@ -34,7 +34,7 @@ Files = Callable[[str], list[Path]]
 def _always_due(settings: Settings, monkeypatch: pytest.MonkeyPatch, files: Files) -> None:
     """Any work is worth a snapshot."""
     settings.SNAPSHOT_SECONDS = 0
-    monkeypatch.setattr(adapter_cache, "WRITE_COST_FACTOR", 0)
+    monkeypatch.setattr(snapshot_schedule, "WRITE_COST_FACTOR", 0)
 
 
 class SlowDisk:
@@ -171,7 +171,7 @@ def test_a_full_disk_fails_no_step_and_the_snapshot_comes_later(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(adapter_cache, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(snapshot_schedule, "PAUSE_SECONDS", 0.0)
     work = start_worker()
     disk.fail()
     futures = train("m", 3)

@@ -5,9 +5,6 @@ seq ids, and the failed steps that dropped its gradient. An adapter in memory al
 result of the run's committed futures; the caller drops it if an operation was not committed. So
 memory is a cache, with a budget in bytes: adapters are evicted to their snapshot and loaded again
 on use, first those whose client has left, then the least recently used.
-
-A snapshot saves time, not data: while none can be written, runs continue, and the work that a crash
-would repeat grows until one can be written again.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
 
 from django.conf import settings
 
@@ -28,35 +24,16 @@ from training.selectors import lanes_without_client, run_log
 from training.services.runs import run_lora_config
 from training.worker.adapter_memory import AdapterMemory
 from training.worker.run_versions import RunVersions
-from training.worker.snapshots import SnapshotFailed, SnapshotWriter
+from training.worker.snapshot_schedule import CachedAdapter, SnapshotSchedule
+from training.worker.snapshots import SnapshotWriter
 
 logger = logging.getLogger(__name__)
 
-WRITE_COST_FACTOR = 10  # snapshots may take at most a tenth of the time
-PAUSE_SECONDS = 60.0  # after a snapshot that could not be written
 STUCK = (
     "the adapters in this worker's memory leave no room, and cannot leave until snapshots can be "
     "written again; try again later"
 )
 KNOWN_LANES = 10_000  # lanes whose adapters' sizes are remembered
-
-
-@dataclass
-class _CachedAdapter:
-    """The worker's record of one adapter in memory."""
-
-    snapshot_seq_id: int = -1
-    """Last request in the newest snapshot; -1 without one."""
-    debt_seconds: float = 0.0
-    """Work since then, which a crash would repeat; infinite if a repeat is impossible."""
-    captured_seconds: float = 0.0
-    """The part of that work that the snapshot being written contains."""
-    write_seconds: float = 0.0
-    """The duration of the last snapshot."""
-    weights_bytes: int = 0
-    """The part of its memory that a sampler still uses after an eviction."""
-    unreadable: tuple[int, ...] = ()
-    """Unreadable snapshots, to be deleted once there is a newer one."""
 
 
 class NoRoomYet(Exception):
@@ -89,7 +66,7 @@ class AdapterCache:
         self._versions = RunVersions(trainer, sampler)
         self._replay = replay
         self._worker = worker
-        self._cached: dict[str, _CachedAdapter] = {}
+        self._cached: dict[str, CachedAdapter] = {}
         self._memory = AdapterMemory(budget_bytes)
         """Of the runs' adapters, and of versions: those of checkpoints, and those of runs that have
         left and are still sampled from."""
@@ -100,7 +77,7 @@ class AdapterCache:
         """The request whose checkpoint does not fit yet."""
         self._pinned: frozenset[str] = frozenset()
         self._snapshots = SnapshotWriter(trainer, worker)
-        self._paused_until = 0.0
+        self._schedule = SnapshotSchedule(self._snapshots, self._cached)
 
     def pin(self, run_ids: Iterable[str]) -> None:
         """Keep these runs in memory until the next call: a batch changes them, and uncommitted
@@ -174,7 +151,7 @@ class AdapterCache:
 
     def created(self, run: Run) -> None:
         """Record that the run's adapter was just made in the trainer."""
-        self._cached[run.id] = _CachedAdapter()
+        self._cached[run.id] = CachedAdapter()
         self._hold(run)
 
     def drop_run(self, run_id: str) -> None:
@@ -203,73 +180,19 @@ class AdapterCache:
         If a run could not be rebuilt after a crash, this waits for its snapshot. Call
         this between batches, when memory equals the committed state.
         """
-        if self._snapshots.is_over():
-            self._finish()
-        due = [run_id for run_id in self._cached if self._is_due(run_id)]
-        for run_id in sorted(due, key=lambda run_id: -self._cached[run_id].debt_seconds):
-            if time.monotonic() < self._paused_until:
-                return
-            if math.isinf(self._cached[run_id].debt_seconds):
-                self._write_now(run_id)
-            elif self._snapshots.begun is None:
-                self._begin(run_id)
-
-    def _is_due(self, run_id: str) -> bool:
-        """Whether the work since the last snapshot justifies writing one."""
-        resident = self._cached[run_id]
-        return resident.debt_seconds > max(
-            settings.SNAPSHOT_SECONDS, WRITE_COST_FACTOR * resident.write_seconds
-        )
-
-    def _begin(self, run_id: str) -> None:
-        resident = self._cached[run_id]
-        run = Run.objects.live().filter(id=run_id).first()
-        if run is None or run.applied_seq_id == resident.snapshot_seq_id:
-            resident.debt_seconds = 0.0
-            return
-        try:
-            self._snapshots.begin(run)
-        except SnapshotFailed as error:
-            self._failed(run_id, error)
-            return
-        resident.captured_seconds, resident.debt_seconds = resident.debt_seconds, 0.0
-
-    def _finish(self) -> None:
-        begun = self._snapshots.begun
-        if begun is None:
-            return
-        resident = self._cached.get(begun.run_id, _CachedAdapter())  # it may have been evicted
-        try:
-            resident.write_seconds = self._snapshots.finish(unreadable=resident.unreadable)
-        except SnapshotFailed as error:
-            resident.debt_seconds += resident.captured_seconds
-            self._failed(begun.run_id, error)
-        else:
-            resident.snapshot_seq_id = begun.seq_id
-            resident.unreadable = ()
-        resident.captured_seconds = 0.0
-
-    def _failed(self, run_id: str, error: SnapshotFailed) -> None:
-        self._paused_until = time.monotonic() + PAUSE_SECONDS
-        logger.warning("run %s: no snapshot, a crash would repeat more: %s", run_id, error)
+        self._schedule.keep_up()
 
     def snapshot(self, run: Run) -> bool:
         """Write the run's state now and wait for it; return whether it is on disk.
 
         Call it between a commit and the run's next operation, with a fresh row.
         """
-        self._write_now(run.id)
+        self._schedule.write_now(run.id)
         return self._cached[run.id].snapshot_seq_id == run.applied_seq_id
 
     def settle(self) -> None:
         """Wait for the snapshot that is being written, and record it."""
-        self._snapshots.wait()
-        self._finish()
-
-    def _write_now(self, run_id: str) -> None:
-        self.settle()
-        self._begin(run_id)
-        self.settle()
+        self._schedule.settle()
 
     def snapshot_all(self) -> None:
         """Write all state that is not on disk yet, so that the next worker need not repeat it."""
@@ -368,8 +291,8 @@ class AdapterCache:
         self._sampler.retire(name)
         return True
 
-    def _rebuild(self, run: Run) -> _CachedAdapter:
-        resident = _CachedAdapter()
+    def _rebuild(self, run: Run) -> CachedAdapter:
+        resident = CachedAdapter()
         for snapshot in run.snapshots.order_by("-seq_id"):
             try:
                 self._trainer.load_adapter(run.id, settings.DATA_DIR / snapshot.directory)
