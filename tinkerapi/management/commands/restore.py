@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import OperationalError
 
 from tinkerapi.server.backup import BackupError, backup_restore
-from tinkerapi.server.postgres import PostgresError
+from tinkerapi.server.postgres_cluster import PostgresError
 from tinkerapi.server.upgrade import database_down_reason
 
 

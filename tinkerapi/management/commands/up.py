@@ -28,7 +28,8 @@ from django.db import OperationalError, connection
 
 from futures.workers import worker_mark_lost
 from tinkerapi.server.lost_workers import report_worker_end
-from tinkerapi.server.postgres import EmbeddedPostgres, PostgresError
+from tinkerapi.server.postgres import EmbeddedPostgres
+from tinkerapi.server.postgres_cluster import PostgresError
 from tinkerapi.server.preflight import (
     PreflightError,
     RunningServer,
