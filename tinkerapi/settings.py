@@ -270,7 +270,7 @@ BATCH_TOKENS = env_int("TINKERAPI_BATCH_TOKENS", 4096)
 """Tokens in one pass over the base model; more is faster until memory runs out."""
 
 CACHE_TOKENS = env_int("TINKERAPI_CACHE_TOKENS", 32768)
-"""Tokens of all sequences being sampled at once; the rest wait."""
+"""Tokens whose keys and values are held for sampling; more sequences take turns."""
 
 SNAPSHOT_SECONDS = env_int("TINKERAPI_SNAPSHOT_SECONDS", 30, minimum=0)
 """Work of a run, in seconds, that may be repeated after a crash; never less than

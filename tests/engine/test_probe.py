@@ -13,7 +13,7 @@ from training.engine.probe.few_layers import FewLayers
 from training.engine.probe.near_switches import near_switches
 from training.engine.torch import loading, lora_linear
 from training.engine.torch.attention import backend
-from training.engine.torch.attention.cached import DecodeAttention
+from training.engine.torch.attention.paged import PagedAttention
 from training.engine.torch.attention.variants import PLAIN
 from training.engine.torch.loading import load_base_model
 from training.errors import BaseModelNotFound
@@ -45,12 +45,12 @@ def test_a_sequence_that_changes_with_those_beside_it_is_seen(longrope_folder, m
 
 
 def test_a_cache_that_loses_a_key_is_seen(tied_folder, monkeypatch):
-    attend = DecodeAttention.attend
+    attend = PagedAttention.attend
 
     def forgetful(self, layer_idx, query, key, *others):
         return attend(self, layer_idx, query, key * (layer_idx != 1), *others)
 
-    monkeypatch.setattr(DecodeAttention, "attend", forgetful)
+    monkeypatch.setattr(PagedAttention, "attend", forgetful)
     with pytest.raises(BaseModelNotFound, match="sampling over a cache differ by"):
         load(tied_folder)
 

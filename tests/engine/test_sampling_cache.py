@@ -1,142 +1,125 @@
-"""Regions of the cache never overlap and are always freed; its views equal the stored values."""
+"""Which blocks of the cache are used, kept, found again and given to others."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.engine.sampler.kv_cache import ALIGNMENT_TOKENS, KvCache, Region
-from training.engine.torch.attention.cached import (
-    DecodeAttention,
-    DecodeRun,
-    PrefillAttention,
-    PrefillChunk,
-)
+from training.engine.sampler.block_pool import BlockPool
+from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache
+from training.engine.sampler.prefix_keys import next_key, root_key
+from training.images import Image, PlacedImage
 
-CPU = torch.device("cpu")
-CAPACITY = 40 * ALIGNMENT_TOKENS
+NUM_BLOCKS = 6
 
 
-@given(
-    actions=st.lists(
-        st.one_of(
-            st.tuples(st.integers(1, 4), st.integers(1, 160)),  # reserve (sequences, tokens each)
-            st.integers(0, 20),  # release one of those held
-        ),
-        max_size=40,
-    )
-)
-@settings(max_examples=80)
-def test_regions_are_apart_and_give_everything_back(
-    actions: list[tuple[int, int] | int],
-) -> None:
-    cache = KvCache(CAPACITY, CPU)
-    held: list[Region] = []
-    for action in actions:
-        if isinstance(action, int):
-            if held:
-                cache.release(held.pop(action % len(held)))
-            continue
-        num_sequences, tokens_each = action
-        region = cache.reserve(num_sequences, tokens_each)
-        if region is None:
-            # Only refused where no free stretch is long enough.
-            size = num_sequences * -(-tokens_each // ALIGNMENT_TOKENS) * ALIGNMENT_TOKENS
-            assert max(_free_stretches(held)) < size
-            continue
-        assert region.room >= tokens_each
-        assert region.start % ALIGNMENT_TOKENS == region.room % ALIGNMENT_TOKENS == 0
-        held.append(region)
-        rows = [set(range(r.start, r.start + r.size)) for r in held]
-        assert len(set().union(*rows)) == sum(map(len, rows))
-        assert max(max(r) for r in rows) < CAPACITY
-    for region in held:
-        cache.release(region)
-    assert cache.reserve(1, CAPACITY) == Region(0, 1, CAPACITY)
-
-
-def _free_stretches(held: list[Region]) -> list[int]:
-    edges = [0]
-    for region in sorted(held, key=lambda r: r.start):
-        edges += [region.start, region.start + region.size]
-    edges.append(CAPACITY)
-    return [end - start for start, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-@pytest.mark.parametrize("num_sequences", [1, 3, 7])
-def test_tokens_each_is_what_an_empty_cache_can_reserve(num_sequences: int) -> None:
-    cache = KvCache(CAPACITY + 5, CPU)
-    most = cache.tokens_each(num_sequences)
-    assert cache.reserve(num_sequences, most + 1) is None
-    assert cache.reserve(num_sequences, most) is not None
-
-
-def plain_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Causal attention of the last tokens of one sequence, head by head, in float64.
-
-    query (C, Hq, D), keys and values (L, Hkv, D) -> (C, Hq, D).
-    """
-    num_new, num_heads, _ = query.shape
-    length, num_key_heads, _ = keys.shape
-    output = torch.empty_like(query)
-    for head in range(num_heads):
-        shared = head * num_key_heads // num_heads
-        for i in range(num_new):
-            seen = length - num_new + i + 1
-            scores = keys[:seen, shared].double() @ query[i, head].double() * scaling
-            output[i, head] = (scores.softmax(0) @ values[:seen, shared].double()).float()
-    return output
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cached_attention_is_plain_attention_over_what_was_stored(dtype: torch.dtype) -> None:
-    """Prefill in two chunks, share the prompt, decode two tokens of all sequences but one."""
-    torch.manual_seed(0)
-    cache = KvCache(CAPACITY, CPU)
-    cache.reserve(1, 20)  # so that the region does not begin at row 0
-    region = cache.reserve(3, 12)
-    assert region is not None
-
-    def new(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return tuple(torch.randn(num_tokens, h, 8).to(dtype) for h in (4, 2, 2))  # type: ignore[return-value]  # a generator's length is unknown
-
-    def chunk(start: int, num_tokens: int) -> PrefillChunk:
-        return PrefillChunk(first_row=0, region=region, start=start, num_tokens=num_tokens)
-
-    def check(got: torch.Tensor, *expected: torch.Tensor) -> None:
-        tolerance = 1e-6 if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(got, torch.cat(expected), atol=tolerance, rtol=tolerance)
-
-    q1, k1, v1 = new(5)
-    check(
-        PrefillAttention(cache, [chunk(0, 5)]).attend(0, q1, k1, v1, 0.3),
-        plain_attention(q1, k1, v1, 0.3),
-    )
-    q2, k2, v2 = new(3)
-    prompt_keys, prompt_values = torch.cat([k1, k2]), torch.cat([v1, v2])
-    check(
-        PrefillAttention(cache, [chunk(5, 3)]).attend(0, q2, k2, v2, 0.3),
-        plain_attention(q2, prompt_keys, prompt_values, 0.3),
-    )
-    cache.share_prompt(region, 8)
-    keys, values = [prompt_keys] * 3, [prompt_values] * 3
-    for length in (9, 10):
-        # Rows: sequence 0, padding, sequences 1 and 2.
-        query, key, value = new(4)
-        runs = [
-            DecodeRun(first_row=0, region=region, first_sequence=0, count=1, length=length),
-            DecodeRun(first_row=2, region=region, first_sequence=1, count=2, length=length),
+@given(actions=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 11)), max_size=60))
+@settings(max_examples=200)
+def test_a_block_has_as_many_users_as_were_given_it(actions: list[tuple[int, int]]) -> None:
+    """Against a model of three plain collections."""
+    pool = BlockPool(NUM_BLOCKS)
+    used: list[int] = []  # a block once for each user
+    keys: dict[int, bytes] = {}
+    kept: list[int] = []  # the least recently used first
+    for action, number in actions:
+        if action == 0 and len(set(used)) < NUM_BLOCKS:
+            had_free = len(set(used)) + len(kept) < NUM_BLOCKS
+            block, _ = pool.take()
+            assert block not in used
+            if not had_free:
+                assert block == kept.pop(0)
+                del keys[block]
+            assert block not in kept
+            used.append(block)
+        elif action == 1 and used:
+            block = used.pop(number % len(used))
+            pool.release(block)
+            if block not in used and block in keys:
+                kept.append(block)
+        elif action == 2 and used:
+            block = used[number % len(used)]
+            key = bytes([number])
+            pool.name(block, key, "even" if number % 2 == 0 else "odd")
+            if block not in keys and key not in keys.values():
+                keys[block] = key
+        elif action == 3:
+            found = pool.find(bytes([number]))
+            assert found == next((b for b, key in keys.items() if key[0] == number), None)
+            if found is not None:
+                pool.share(found)
+                used.append(found)
+                if found in kept:
+                    kept.remove(found)
+        elif action == 4 and number > 8:
+            pool.drop("odd")
+            keys = {block: key for block, key in keys.items() if key[0] % 2 == 0}
+            kept = [block for block in kept if block in keys]
+        assert pool.num_available == NUM_BLOCKS - len(set(used))
+        assert pool.num_kept == len(kept)
+        assert [pool.num_users(block) for block in range(NUM_BLOCKS)] == [
+            used.count(block) for block in range(NUM_BLOCKS)
         ]
-        got = DecodeAttention(cache, runs, 4).attend(0, query, key, value, 0.3)
-        for sequence, row in enumerate((0, 2, 3)):
-            keys[sequence] = torch.cat([keys[sequence], key[row : row + 1]])
-            values[sequence] = torch.cat([values[sequence], value[row : row + 1]])
-            check(
-                got[row : row + 1],
-                plain_attention(query[row : row + 1], keys[sequence], values[sequence], 0.3),
-            )
-        assert not got[1].any()
+
+
+def test_only_blocks_that_were_used_need_wiping() -> None:
+    pool = BlockPool(2)
+    assert [pool.take(), pool.take()] == [(0, False), (1, False)]
+    pool.release(1)
+    assert pool.take() == (1, True)
+    with pytest.raises(IndexError):
+        pool.take()
+
+
+def key_of(tokens: list[int], *, images: tuple[PlacedImage, ...] = (), **root: object) -> bytes:
+    """The key of the last of the full blocks of these tokens."""
+    key = root_key(**{"group": "anna", "version": "v", "is_long": False, **root})  # type: ignore[arg-type]
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        key = next_key(key, tokens[start : start + BLOCK_TOKENS], start, images)
+    return key
+
+
+def image_at(start: int, data: bytes = b"cat") -> PlacedImage:
+    return PlacedImage(image=Image(data=data, format="png"), start=start, num_tokens=4)
+
+
+def test_a_key_stands_for_everything_the_contents_depend_on_and_for_the_owner() -> None:
+    tokens = list(range(2 * BLOCK_TOKENS))
+    different = [
+        key_of(tokens),
+        key_of(tokens, group="berta"),
+        key_of(tokens, version=None),
+        key_of(tokens, version="w"),
+        key_of(tokens, is_long=True),
+        key_of([9, *tokens[1:]]),
+        key_of([*tokens[:-1], 9]),
+        key_of(tokens[BLOCK_TOKENS:]),
+        key_of(tokens, images=(image_at(3),)),
+        key_of(tokens, images=(image_at(4),)),
+        key_of(tokens, images=(image_at(3, b"dog"),)),
+        key_of(tokens, images=(image_at(BLOCK_TOKENS + 3),)),
+    ]
+    assert len(set(different)) == len(different)
+    assert key_of(tokens) == key_of(list(np.array(tokens, np.int32)))
+    assert key_of(tokens) == key_of(tokens, images=(image_at(2 * BLOCK_TOKENS),))  # after them
+
+
+def test_blocks_are_copied_and_wiped_in_all_layers() -> None:
+    cache = KvCache(3, torch.device("cpu"))
+    for layer_idx in range(2):
+        new = torch.full((2 * BLOCK_TOKENS, 1, 4), float(layer_idx + 1))
+        cache.store(layer_idx, torch.arange(2 * BLOCK_TOKENS), new, -new)
+    cache.copy([0], [2])
+    cache.wipe([1])
+    for layer_idx in range(2):
+        keys, values = cache.blocks(layer_idx)
+        assert [keys[n].unique().tolist() for n in range(3)] == [
+            [layer_idx + 1],
+            [0],
+            [layer_idx + 1],
+        ]
+        assert torch.equal(values, -keys)
+    cache.clear()
+    assert cache.is_empty

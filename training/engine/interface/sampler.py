@@ -55,6 +55,9 @@ class SampleOutput:
     """One per prompt token when asked for; the first is NaN, since nothing precedes it."""
     scores: PromptScores = field(default_factory=PromptScores)
     """The other requested scores of the prompt."""
+    cached_prompt_tokens: int = 0
+    """The first tokens of the prompt that were not read, because an earlier job's keys and values
+    of them were there."""
     prompt_end: Sequence[int] = ()
     """The prompt's last tokens, after which ``Renderer.token_texts`` reads the sequences."""
 

@@ -12,16 +12,11 @@ import torch
 from torch import Tensor
 
 from training.engine.probe.stock_answers import Passage
-from training.engine.sampler.kv_cache import ALIGNMENT_TOKENS, KvCache, Region
+from training.engine.sampler.kv_cache import KvCache, blocks_for
 from training.engine.sampler.row_padding import RowPadding
 from training.engine.torch.adapters import AdapterTensors
-from training.engine.torch.attention.cached import (
-    DecodeAttention,
-    DecodeRun,
-    PrefillAttention,
-    PrefillChunk,
-)
 from training.engine.torch.attention.interface import Attention
+from training.engine.torch.attention.paged import PagedAttention, Part
 from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.attention.variants import PLAIN, Variant
 from training.engine.torch.base_model import BaseModel
@@ -136,24 +131,17 @@ class PackedPasses(ProbePasses):
 
     def cached(self, passages: Sequence[Passage], weights: AdapterTensors | None) -> list[Tensor]:
         """All passages side by side."""
-        room = max(len(passage.tokens) for passage in passages) + ALIGNMENT_TOKENS
-        cache = KvCache(len(passages) * room, self.base_model.device)
-        regions = [_reserved(cache, len(passage.tokens)) for passage in passages]
+        tables = _block_tables(len(passage.tokens) for passage in passages)
+        cache = KvCache(sum(map(len, tables)), self.base_model.device)
         ends = [len(passage.tokens) - 1 for passage in passages]
-        bounds = [(0, end // 2, end) for end in ends]
+        bounds = [(0, end // 2, end, end + 1) for end in ends]
         pieces: list[list[Tensor]] = []
         with torch.no_grad():
-            for n in range(2):
+            for n in range(3):
                 cuts = [slice(*bound[n : n + 2]) for bound in bounds]
-                attention = PrefillAttention(cache, _chunks(cuts, regions))
+                parts = _parts(cuts, tables)
+                attention = PagedAttention(cache, parts, sum(part.num_tokens for part in parts))
                 pieces.append(self._run_parts(passages, weights, cuts, attention))
-            runs = [
-                DecodeRun(first_row=i, region=region, first_sequence=0, count=1, length=end + 1)
-                for i, (region, end) in enumerate(zip(regions, ends, strict=True))
-            ]
-            newest = [slice(end, end + 1) for end in ends]
-            attend = DecodeAttention(cache, runs, len(runs))
-            pieces.append(self._run_parts(passages, weights, newest, attend))
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
     def _run_parts(
@@ -215,18 +203,20 @@ class _Counted(Attention):
         return self._inner.attend(layer_idx, query, key, value, scaling, variant)
 
 
-def _reserved(cache: KvCache, num_tokens: int) -> Region:
-    region = cache.reserve(1, num_tokens)
-    assert region is not None  # noqa: S101 - the cache was made for all of them
-    return region
+def _block_tables(lengths: Iterable[int]) -> list[list[int]]:
+    """Blocks for sequences of these lengths, each sequence's in descending order."""
+    tables, first = [], 0
+    for length in lengths:
+        end = first + blocks_for(length)
+        tables.append(list(range(end - 1, first - 1, -1)))
+        first = end
+    return tables
 
 
-def _chunks(cuts: Iterable[slice], regions: Iterable[Region]) -> list[PrefillChunk]:
-    chunks, row = [], 0
-    for cut, region in zip(cuts, regions, strict=True):
+def _parts(cuts: Iterable[slice], tables: Iterable[Sequence[int]]) -> list[Part]:
+    parts, row = [], 0
+    for cut, blocks in zip(cuts, tables, strict=True):
         num_tokens = cut.stop - cut.start
-        chunks.append(
-            PrefillChunk(first_row=row, region=region, start=cut.start, num_tokens=num_tokens)
-        )
+        parts.append(Part(first_row=row, start=cut.start, num_tokens=num_tokens, blocks=blocks))
         row += num_tokens
-    return chunks
+    return parts

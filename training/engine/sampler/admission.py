@@ -1,4 +1,4 @@
-"""Decides which jobs may be sampled at all, and which waiting job starts next."""
+"""Decides which jobs may be sampled at all, and which one starts, or continues, next."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
 from training.engine.interface import BaseModelInfo, SampleJob
-from training.engine.sampler.kv_cache import KvCache
+from training.engine.sampler.model_runner import ModelRunner
 from training.engine.sampler.sequence import ActiveRequest
 from training.errors import InvalidRequest, LimitExceeded
 
 
 class Admission:
-    """Waiting jobs; each starts when the cache and the decode pass have room for all of it.
+    """Waiting jobs; each starts when the runner and the decode pass have room for it.
 
-    Groups share the room; within a group the order is that of submission.
+    Groups share the room; within a group the order is that of submission, and sequences that were
+    preempted come before jobs that have not started.
     """
 
     def __init__(
         self,
         info: BaseModelInfo,
-        cache: KvCache,
+        runner: ModelRunner,
         *,
         max_sequences: int,
         max_tokens_limit: int | None,
@@ -31,7 +32,7 @@ class Admission:
             max_tokens_limit: Most tokens of a job without ``max_tokens``.
         """
         self._info = info
-        self._cache = cache
+        self._runner = runner
         self._max_sequences = max_sequences
         self._max_tokens_limit = max_tokens_limit
         self._waiting: deque[ActiveRequest] = deque()
@@ -60,16 +61,21 @@ class Admission:
         if asked is not None and asked < 0:
             raise InvalidRequest(f"max_tokens: {asked} is less than 0")
         room = self._info.max_context_tokens - len(job.prompt)
-        # The room for each sequence in an empty cache.
-        cached = self._cache.tokens_each(job.num_samples) - len(job.prompt) + 1
+        most = self._runner.most_tokens(job.num_samples)
+        cached = most - len(job.prompt) + 1  # the last token of a sequence is never read
         if asked is None:
             asked = max(min(room, cached, self._max_tokens_limit or room), 1)
         max_tokens = min(room, asked)
         if max(max_tokens, 1) > cached:
             raise LimitExceeded(
                 f"{job.num_samples} sequences of {len(job.prompt)} prompt and {max_tokens} sampled "
-                f"tokens are more than the {self._cache.capacity_tokens} tokens that this server "
-                "holds for sampling: ask for fewer samples or a smaller max_tokens"
+                f"tokens can never be held: this server's key-value cache has room for {most} "
+                "tokens of each"
+                + (
+                    f", so max_tokens can be at most {cached} after this prompt"
+                    if cached > 0
+                    else ", fewer than the prompt has"
+                )
             )
         return max_tokens
 
@@ -81,31 +87,46 @@ class Admission:
         """Remove the request of this key, if it waits."""
         self._waiting = deque(request for request in self._waiting if request.key != key)
 
-    def start(self, under_way: Sequence[ActiveRequest]) -> list[ActiveRequest]:
-        """Take the requests that may start now; each has its region of the cache.
+    def start(self, running: Sequence[ActiveRequest]) -> list[ActiveRequest]:
+        """Start the requests that may start now, and resume the sequences that may continue.
 
         The next is the oldest of the group with the fewest running sequences and, among such
         groups, of the one that has waited longest. If it does not fit, no other starts before it,
         so that a large one also gets its turn.
         """
-        started = Counter[str]()
-        for request in under_way:
-            started[request.job.group] += request.job.num_samples
+        preempted = [(request, sequence) for request in running for sequence in request.preempted]
+        if not preempted and not self._waiting:
+            return []
+        count = Counter[str]()
+        for request in running:
+            num_unfinished = sum(1 for _ in request.unfinished())
+            count[request.job.group] += num_unfinished - len(request.preempted)
         starting: list[ActiveRequest] = []
-        while self._waiting and started.total() < self._max_sequences:
-            request = min(
-                self._waiting,
-                key=lambda r: (started[r.job.group], self._last_started.get(r.job.group, 0)),
+        while count.total() < self._max_sequences:
+            candidates = [*preempted, *((request, None) for request in self._waiting)]
+            if not candidates:
+                break
+            request, sequence = min(
+                candidates,
+                key=lambda each: (
+                    count[each[0].job.group],
+                    self._last_started.get(each[0].job.group, 0),
+                ),
             )
-            num_samples = request.job.num_samples
-            if started.total() + num_samples > self._max_sequences:
+            group, number = request.job.group, self._num_started + 1
+            size = request.job.num_samples if sequence is None else 1
+            if count.total() + size > self._max_sequences:
                 break
-            request.region = self._cache.reserve(num_samples, request.rows_each)
-            if request.region is None:
-                break
-            started[request.job.group] += num_samples
-            self._num_started += 1
-            self._last_started[request.job.group] = self._num_started
-            self._waiting.remove(request)
-            starting.append(request)
+            if sequence is None:
+                if not self._runner.start(request):
+                    break
+                request.number = number
+                self._waiting.remove(request)
+                starting.append(request)
+            else:
+                if not self._runner.resume(request, sequence):
+                    break
+                preempted.remove((request, sequence))
+            count[group] += size
+            self._num_started = self._last_started[group] = number
         return starting

@@ -21,7 +21,7 @@ from torch import Tensor
 from training.engine.interface import CapturedAdapter, SampleJob, SampleOutput, Sampler
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.admission import Admission
-from training.engine.sampler.kv_cache import KvCache
+from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache
 from training.engine.sampler.logit_changes import changed_logits, changes_logits
 from training.engine.sampler.logits import choose_tokens
 from training.engine.sampler.model_runner import ModelRunner, Row
@@ -64,23 +64,25 @@ class ContinuousSampler(Sampler):
         self._text = text
         self._clock = clock
         self._on_progress: Callable[[], None] = lambda: None
-        self._cache = KvCache(cache_tokens, base_model.device)
         self._runner: ModelRunner = (
-            PaddedRunner(base_model, chunk_tokens=prefill_chunk_tokens)
+            PaddedRunner(base_model, cache_tokens=cache_tokens, chunk_tokens=prefill_chunk_tokens)
             if base_model.is_padded
-            else PackedRunner(base_model, self._cache, chunk_tokens=prefill_chunk_tokens)
+            else PackedRunner(
+                base_model,
+                KvCache(cache_tokens // BLOCK_TOKENS, base_model.device),
+                chunk_tokens=prefill_chunk_tokens,
+            )
         )
         self._versions: Versions[AdapterTensors] = Versions()
         self._active: dict[str, ActiveRequest] = {}
-        """Each request is in one of the following."""
+        """All requests; each is either waiting in the admission or running."""
         self._admission = Admission(
             base_model.info,
-            self._cache,
+            self._runner,
             max_sequences=max_sequences,
             max_tokens_limit=max_tokens_limit,
         )
-        self._prefilling: list[ActiveRequest] = []
-        self._decoding: list[ActiveRequest] = []
+        self._running: list[ActiveRequest] = []
         self._prefilled_last = False
 
     def report_progress(self, to: Callable[[], None]) -> None:
@@ -101,6 +103,11 @@ class ContinuousSampler(Sampler):
 
     def retire(self, version: str) -> None:
         self._versions.retire(version)
+        self._forget_if_over(version)
+
+    def _forget_if_over(self, version: str | None) -> None:
+        if version is not None and version not in self._versions.num_jobs:
+            self._runner.retire(version)
 
     @property
     def versions(self) -> Mapping[str, int]:
@@ -148,7 +155,7 @@ class ContinuousSampler(Sampler):
 
     def release_memory(self) -> None:
         if not self._active:
-            self._cache.clear()
+            self._runner.clear()
 
     @property
     def active(self) -> int:
@@ -158,44 +165,28 @@ class ContinuousSampler(Sampler):
         """Free all resources of a request, in every state."""
         del self._active[request.key]
         self._versions.end_job(request.job.version)
-        if request.region is None:
+        if request in self._running:
+            self._running.remove(request)
+            self._runner.forget(request)
+        else:
             self._admission.remove(request.key)
-            return
-        self._cache.release(request.region)
-        self._runner.forget(request)
-        for under_way in (self._prefilling, self._decoding):
-            if request in under_way:
-                under_way.remove(request)
+        self._forget_if_over(request.job.version)
 
     @torch.no_grad()
     def _step(self) -> Results:
-        self._reread_long()
-        self._prefilling += self._admission.start([*self._prefilling, *self._decoding])
-        if self._prefilling and not (self._decoding and self._prefilled_last):
+        self._running += self._admission.start(self._running)
+        reading = [request for request in self._running if request.needs_reading]
+        decoding = [request for request in self._running if any(request.decodable())]
+        if reading and not (decoding and self._prefilled_last):
             self._prefilled_last = True
-            return self._read_prompts()
+            return self._read_prompts(reading)
         self._prefilled_last = False
-        return self._sample(*self._runner.decode(self._decoding)) if self._decoding else {}
+        return self._sample(*self._runner.decode(decoding)) if decoding else {}
 
-    def _reread_long(self) -> None:
-        """Read sequences again whose rotary factors change with the newest token."""
-        switch = self._base_model.rotary_switch
-        if switch is None:
-            return
-        for request in [each for each in self._decoding if each.passes(switch)]:
-            request.read_again()
-            self._decoding.remove(request)
-            self._prefilling.append(request)
-
-    def _read_prompts(self) -> Results:
+    def _read_prompts(self, reading: Sequence[ActiveRequest]) -> Results:
         """Read the next chunk of some prompts; after the last one, sample the first tokens."""
-        read = self._runner.read_prompts(self._prefilling)
-        for request in [r for r in self._prefilling if r.is_past_switch and not r.rereads]:
-            self._prefilling.remove(request)
-            self._decoding.append(request)
-        if self._prefilling and self._prefilling[0].rereads:
-            # A job may have many sequences to read again; prompts of others come between.
-            self._prefilling.append(self._prefilling.pop(0))
+        # A job may have many sequences to read again; the prompts of others come before.
+        read = self._runner.read_prompts(sorted(reading, key=lambda r: r.is_prefilled))
         finished: Results = {
             request.key: request.output(self._text) for request in read if not request.max_tokens
         }
@@ -213,14 +204,14 @@ class ContinuousSampler(Sampler):
         rows: list[Row] = []
         logits_rows: list[int] = []
         for i, request in enumerate(last_hidden):
-            self._prefilling.remove(request)
-            self._decoding.append(request)
             rows += [(request, sequence) for sequence in request.sequences]
             logits_rows += [i] * len(request.sequences)
         return self._sample(rows, logits[logits_rows])
 
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> Results:
         """Append the next token to each row's sequence; return the jobs that this finished."""
+        if not rows:
+            return {}
         choices = choose_tokens(
             logits,
             [request.job.sampling_params for request, _ in rows],
@@ -238,6 +229,8 @@ class ContinuousSampler(Sampler):
         for (request, sequence), choice in zip(rows, choices, strict=True):
             if choice.is_finite:
                 request.append(sequence, choice)
+                if sequence.stop_reason is not None:
+                    self._runner.end(request, sequence)
             else:
                 failed.add(request.key)
         finished: Results = {}

@@ -10,19 +10,19 @@ from training.engine.sampler.model_runner import Row
 from training.engine.sampler.model_step import ModelStep
 from training.engine.sampler.row_padding import RowPadding
 from training.engine.sampler.sequence import ActiveRequest
-from training.engine.torch.attention.cached import DecodeAttention, DecodeRun
+from training.engine.torch.attention.paged import PagedAttention, Part
 from training.engine.torch.packing.stream import Segment
 
 
 def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row], Tensor]:
-    """The unfinished sequences of the requests, and the logits (n, V) of the next token of each."""
+    """The decodable sequences of the requests, which have a place for their newest token, and the
+    logits (n, V) of the next token of each."""
     rows, segments = rows_by_weights(step.padding, requests)
-    attention = DecodeAttention(step.cache, _decode_runs(rows), len(rows))
+    attention = PagedAttention(step.cache, _parts(rows), len(rows))
     tokens = [0 if row is None else row[1].tokens[-1] for row in rows]
-    newest = [0 if row is None else len(row[0].job.prompt) + len(row[1].tokens) - 1 for row in rows]
-    lengths = [number + 1 for number in newest]
+    lengths = [1 if row is None else row[0].length(row[1]) for row in rows]
     skipped = [0 if row is None else row[0].skipped_positions for row in rows]
-    positions = [number + more for number, more in zip(newest, skipped, strict=True)]
+    positions = [length - 1 + more for length, more in zip(lengths, skipped, strict=True)]
     hidden = step.hidden_states(tokens, positions, segments, attention, lengths)  # (T, H)
     logits = step.base_model.logits(hidden, segments)  # (T, V)
     if attention.real_rows is not None:
@@ -33,13 +33,13 @@ def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row
 def rows_by_weights(
     padding: RowPadding, requests: Sequence[ActiveRequest]
 ) -> tuple[list[Row | None], list[Segment]]:
-    """The unfinished sequences as rows of a pass, None for padding, and the adapters of the
+    """The decodable sequences as rows of a pass, None for padding, and the adapters of the
     rows."""
     rows: list[Row | None] = []
     segments: list[Segment] = []
     for sharing in _by_weights(requests):
         start = len(rows)
-        rows += [(request, s) for request in sharing for s in request.unfinished()]
+        rows += [(request, s) for request in sharing for s in request.decodable()]
         rows += [None] * padding.of_segment(len(rows) - start)
         segments.append(Segment(start=start, end=len(rows), weights=sharing[0].weights))
     rows += [None] * padding.fill(segments)
@@ -57,34 +57,18 @@ def _by_weights(requests: Sequence[ActiveRequest]) -> list[list[ActiveRequest]]:
     return list(sharing.values())
 
 
-def _decode_runs(rows: Sequence[Row | None]) -> list[DecodeRun]:
-    """Group rows of one job whose sequences are also adjacent in the cache."""
-    neighbours: list[list[tuple[int, Row]]] = []
+def _parts(rows: Sequence[Row | None]) -> list[Part]:
+    parts = []
     for index, row in enumerate(rows):
-        if row is None:
-            continue
-        request, sequence = row
-        if neighbours:
-            last_index, (last_request, last_sequence) = neighbours[-1][-1]
-            if (
-                last_index == index - 1
-                and last_request is request
-                and last_sequence.number == sequence.number - 1
-            ):
-                neighbours[-1].append((index, row))
-                continue
-        neighbours.append([(index, row)])
-    runs = []
-    for together in neighbours:
-        index, (request, sequence) = together[0]
-        assert request.region is not None  # noqa: S101 - reserved before prefilling
-        runs.append(
-            DecodeRun(
-                first_row=index,
-                region=request.region,
-                first_sequence=sequence.number,
-                count=len(together),
-                length=len(request.job.prompt) + len(sequence.tokens),
+        if row is not None:
+            request, sequence = row
+            assert sequence.table is not None  # noqa: S101 - otherwise it is not decodable
+            parts.append(
+                Part(
+                    first_row=index,
+                    start=request.length(sequence) - 1,
+                    num_tokens=1,
+                    blocks=sequence.table.blocks,
+                )
             )
-        )
-    return runs
+    return parts

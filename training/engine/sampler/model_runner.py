@@ -18,14 +18,29 @@ Row = tuple[ActiveRequest, ActiveSequence]
 
 
 class ModelRunner(ABC):
-    """Reads prompts and sampled tokens of requests that have their place in the cache.
+    """Reads prompts and sampled tokens, and knows which requests have room for that.
 
     Batch-mates do not affect the numbers of a request: to the bit on a CPU.
     """
 
     @abstractmethod
+    def most_tokens(self, num_sequences: int) -> int:
+        """The most tokens, of the prompt and sampled, of each of this many sequences of a request
+        that has all the room there is."""
+
+    @abstractmethod
+    def start(self, request: ActiveRequest) -> bool:
+        """Make room for a request's prompt and for beginning its sequences, if there is now."""
+
+    @abstractmethod
+    def resume(self, request: ActiveRequest, sequence: ActiveSequence) -> bool:
+        """Make room for a preempted sequence, if there is now; then it is to be read again, or may
+        be decoded at once."""
+
+    @abstractmethod
     def read_prompts(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
-        """Read the next part of the prompts of some of the requests, from the first on.
+        """Read the next part of the prompts, or of sequences to read again, of some of the
+        requests, from the first on.
 
         Returns:
             The prompt's last row (C,) of each request whose prompt was read to its end.
@@ -38,9 +53,21 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def decode(self, requests: Sequence[ActiveRequest]) -> tuple[list[Row], Tensor]:
-        """Read the newest token of each unfinished sequence: the rows, and the logits (n, V) of
-        the next token of each."""
+        """Read the newest token of each decodable sequence: the rows, and the logits (n, V) of
+        the next token of each. Sequences for which there is no room are preempted before."""
+
+    @abstractmethod
+    def end(self, request: ActiveRequest, sequence: ActiveSequence) -> None:
+        """Free what is remembered of a sequence that has ended."""
 
     @abstractmethod
     def forget(self, request: ActiveRequest) -> None:
-        """Free what is remembered of a request that has ended."""
+        """Free what is remembered of a request that has started, and has ended."""
+
+    @abstractmethod
+    def retire(self, version: str) -> None:
+        """Free what is remembered of a version of weights that nobody will use any more."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Free all memory, while no request is active."""

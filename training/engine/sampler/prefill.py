@@ -1,22 +1,23 @@
 """Reading prompts into the cache of the packed layout, a chunk at a time.
 
-It also reads the sampled tokens of a sequence again when its length makes the rotary factors of
-all its tokens change (``rotary``).
+It also reads sequences again that have lost their blocks: their prompt and sampled tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from training.engine.sampler.block_table import BlockTable, BlockTables
 from training.engine.sampler.model_step import ModelStep
 from training.engine.sampler.row_padding import RowPadding
-from training.engine.sampler.sequence import ActiveRequest
-from training.engine.torch.attention.cached import PrefillAttention, PrefillChunk
+from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
+from training.engine.torch.attention.paged import PagedAttention, Part
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.stream import Segment, uniform_segments
 from training.engine.torch.vision.placement import SequenceRows
@@ -25,12 +26,52 @@ LOGITS_ROWS = 64
 """Rows of a prompt whose logits exist at one time, (64, V) float32."""
 
 
-class Prefill:
-    """Passes that read prompts; the cuts into chunks depend on the prompt only."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chunk:
+    """The next tokens of a sequence that are read in a pass."""
 
-    def __init__(self, step: ModelStep, *, chunk_tokens: int) -> None:
-        """``chunk_tokens``: most prompt tokens in one pass."""
+    request: ActiveRequest
+    sequence: ActiveSequence
+    table: BlockTable
+    start: int
+    """The number of its tokens that are in the cache before the pass."""
+    end: int
+    first_row: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.request.tokens(self.sequence, self.start, self.end)
+
+    @property
+    def part(self) -> Part:
+        return Part(
+            first_row=self.first_row,
+            start=self.start,
+            num_tokens=self.num_tokens,
+            blocks=self.table.blocks,
+        )
+
+    @property
+    def image_rows(self) -> SequenceRows:
+        return SequenceRows(
+            tokens=np.asarray(self.request.tokens(self.sequence, 0, self.end), np.int64),
+            images=self.request.job.images,
+            start=self.start,
+            rows=np.arange(self.first_row, self.first_row + self.num_tokens),
+        )
+
+
+class Prefill:
+    """Passes that read prompts, and sequences again."""
+
+    def __init__(self, step: ModelStep, tables: BlockTables, *, chunk_tokens: int) -> None:
+        """``chunk_tokens``: most tokens in one pass."""
         self._step = step
+        self._tables = tables
         self._chunk_tokens = chunk_tokens
 
     def run(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
@@ -43,20 +84,17 @@ class Prefill:
         tokens: list[int] = []
         positions: list[int] = []
         segments: list[Segment] = []
-        chunks: list[tuple[ActiveRequest, PrefillChunk]] = []
-        images: list[SequenceRows] = []
+        chunks: list[_Chunk] = []
         for request in requests:
             chunk = self._next_chunk(request, first_row=len(tokens))
             padding = [0] * self._step.padding.of_segment(chunk.num_tokens)
             num_rows = chunk.num_tokens + len(padding)
             if chunks and len(tokens) + num_rows > self._chunk_tokens:
                 break
-            chunks.append((request, chunk))
-            if request.job.images:
-                images.append(_rows_of(request, chunk))
-            tokens += [*request.unread_tokens[chunk.start : chunk.end].tolist(), *padding]
-            positions += [*range(chunk.start, chunk.end), *padding]
-            lengths += [request.read_as_length] * num_rows
+            chunks.append(chunk)
+            tokens += [*chunk.tokens, *padding]
+            positions += [*self._positions(chunk), *padding]
+            lengths += [request.length(chunk.sequence)] * num_rows
             segments.append(
                 Segment(start=chunk.first_row, end=len(tokens), weights=request.weights)
             )
@@ -64,52 +102,62 @@ class Prefill:
         tokens += missing
         positions += missing
         lengths += missing
-        attention = PrefillAttention(self._step.cache, [chunk for _, chunk in chunks])
+        parts = [chunk.part for chunk in chunks]
+        attention = PagedAttention(self._step.cache, parts, len(tokens))
+        images = [chunk.image_rows for chunk in chunks if chunk.request.job.images]
         hidden = self._step.hidden_states(tokens, positions, segments, attention, lengths, images)
-        last_hidden: dict[ActiveRequest, Tensor] = {}
-        for request, chunk in chunks:
-            if not request.is_prefilled:
-                own = hidden[chunk.first_row : chunk.first_row + chunk.num_tokens]
-                score_prompt(self._step.base_model, request, chunk.start, own)
-                if chunk.end == len(request.job.prompt):
-                    last_hidden[request] = hidden[chunk.first_row + chunk.num_tokens - 1]
-            request.note_read(chunk.end)
-        return last_hidden
+        return {
+            chunk.request: hidden[chunk.first_row + chunk.num_tokens - 1]
+            for chunk in chunks
+            if self._note_read(chunk, hidden)
+        }
+
+    def _note_read(self, chunk: _Chunk, hidden: Tensor) -> bool:
+        """Record that a chunk was read; whether that was the end of a prompt."""
+        request, start, end = chunk.request, chunk.start, chunk.end
+        own = hidden[chunk.first_row : chunk.first_row + chunk.num_tokens]
+        self._tables.note_stored(chunk.table, end, *request.naming(chunk.sequence))
+        if request.is_prefilled:
+            if end == request.length(chunk.sequence) - 1:
+                request.rereads.remove(chunk.sequence)
+            return False
+        score_prompt(self._step.base_model, request, start, own)
+        request.note_read(end)
+        return request.is_prefilled
 
     def first_logits(self, last_hidden: Mapping[ActiveRequest, Tensor]) -> Tensor:
         """(n, V) for the token after each of n prompts, whose last rows (H,) are given; then
         padding rows.
 
-        Their sequences may be decoded from then on: each finds the prompt in its own rows.
+        Their sequences may be decoded from then on: they share the prompt's blocks.
         """
-        logits = prompt_logits(self._step.base_model, self._step.padding, last_hidden)
         for request in last_hidden:
-            assert request.region is not None  # noqa: S101 - reserved before prefilling
-            self._step.cache.share_prompt(request.region, len(request.job.prompt))
-        return logits
+            first, *others = request.sequences
+            assert first.table is not None  # noqa: S101 - it has read the prompt
+            for sequence in others:
+                sequence.table = self._tables.fork(first.table)
+        return prompt_logits(self._step.base_model, self._step.padding, last_hidden)
 
-    def _next_chunk(self, request: ActiveRequest, *, first_row: int) -> PrefillChunk:
-        """Cut at multiples of the chunk size, independently of batch-mates."""
-        assert request.region is not None  # noqa: S101 - reserved before prefilling
-        start = request.num_read
-        end = min(start + self._chunk_tokens, len(request.unread_tokens))
-        return PrefillChunk(
+    def _next_chunk(self, request: ActiveRequest, *, first_row: int) -> _Chunk:
+        sequence, end = request.sequences[0], len(request.job.prompt)
+        if request.is_prefilled:
+            sequence = request.rereads[0]
+            end = request.length(sequence) - 1
+        table = sequence.table
+        assert table is not None  # noqa: S101 - it has started, or was resumed
+        return _Chunk(
+            request=request,
+            sequence=sequence,
+            table=table,
+            start=table.num_stored,
+            end=min(table.num_stored + self._chunk_tokens, end),
             first_row=first_row,
-            region=request.region,
-            sequence=request.rereads[0].number if request.rereads else 0,
-            start=start,
-            num_tokens=end - start,
         )
 
-
-def _rows_of(request: ActiveRequest, chunk: PrefillChunk) -> SequenceRows:
-    """A chunk of a sequence with images."""
-    return SequenceRows(
-        tokens=request.unread_tokens,
-        images=request.job.images,
-        start=chunk.start,
-        rows=np.arange(chunk.first_row, chunk.first_row + chunk.num_tokens),
-    )
+    def _positions(self, chunk: _Chunk) -> list[int]:
+        """The rotary positions of a chunk's tokens; those in a prompt with images are replaced."""
+        split, skipped = len(chunk.request.job.prompt), chunk.request.skipped_positions
+        return [n if n < split else n + skipped for n in range(chunk.start, chunk.end)]
 
 
 def prompt_logits(

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from training.engine.interface import BaseModelInfo, SampleJob, SampleOutput
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.renderer.streamed_text import BEFORE_TOKENS, TextSoFar
-from training.engine.sampler.kv_cache import Region
+from training.engine.sampler.block_table import BlockTable, Tokens
 from training.engine.sampler.logit_changes import check_logit_changes
 from training.engine.sampler.logits import Choice, UniformNumbers, check_choice_params
 from training.engine.sampler.prompt_logprobs import PromptScorer, top_logprobs
@@ -25,7 +26,8 @@ from training.errors import (
     NonFiniteResult,
     TrainingError,
 )
-from training.types import SampledSequence, TokenIds
+from training.images import PlacedImage
+from training.types import SampledSequence
 
 
 @dataclass(kw_only=True, eq=False)
@@ -46,6 +48,8 @@ class ActiveSequence:
     """Whether its last token, one of ``stop_token_ids``, is not part of its text."""
     text_so_far: TextSoFar | None = None
     """Made when the progress of a sequence without stop strings is requested."""
+    table: BlockTable | None = None
+    """Its blocks of the packed layout's cache, if it has any."""
 
     def progress(self, text: ChatRenderer, prompt_end: Sequence[int]) -> str:
         """The certain part of its text."""
@@ -76,60 +80,52 @@ class ActiveRequest:
     """The prompt's last tokens, before the sampled ones when they are decoded."""
     weights: AdapterTensors | None = None
     """The weights of the job's version; None for the base model."""
-    region: Region | None = None
-    """Its rows in the cache, once it has started."""
+    number: int = 0
+    """Its number among all jobs that have started, once it has."""
     num_read: int = 0
-    """The number of ``unread_tokens`` that are in the cache."""
+    """The number of the prompt's tokens that were read."""
     is_prefilled: bool = False
     """Whether the whole prompt was read."""
+    cached_tokens: int = 0
+    """The prompt's tokens that did not have to be read: they were still in the cache."""
+    preempted: list[ActiveSequence] = field(default_factory=list)
+    """Sequences that have lost their place in the cache, and wait for another."""
     rereads: list[ActiveSequence] = field(default_factory=list)
-    """Sequences whose tokens must be read again before they continue, the next one first."""
+    """Sequences whose tokens are read again before they continue, the next one first."""
     skipped_positions: int = 0
     """Added to a sampled token's number for its rotary position: after images on several axes
     positions are not the numbers of tokens."""
-    is_past_switch: bool = False
-    """Whether its sequences have been, or are being, read again."""
+
+    def length(self, sequence: ActiveSequence) -> int:
+        """The tokens of a sequence so far, the prompt's included."""
+        return len(self.job.prompt) + len(sequence.tokens)
+
+    def tokens(self, sequence: ActiveSequence, start: int, end: int) -> list[int]:
+        """The tokens of a sequence from position ``start`` up to, but without, ``end``."""
+        split = len(self.job.prompt)
+        sampled = sequence.tokens[max(start - split, 0) : max(end - split, 0)]
+        return [*self.job.prompt[start:end].tolist(), *sampled]
+
+    def naming(self, sequence: ActiveSequence) -> tuple[Tokens, Sequence[PlacedImage], str]:
+        """What the keys of a sequence's blocks are made of, and the tag of the keys."""
+        return partial(self.tokens, sequence), self.job.images, self.job.version or ""
 
     @property
-    def rows_each(self) -> int:
-        """Cache rows of a sequence: its last token is never read."""
-        return len(self.job.prompt) + max(self.max_tokens, 1) - 1
-
-    @property
-    def unread_tokens(self) -> TokenIds:
-        """(n,) the tokens to read: the prompt, or a sequence without its newest token."""
-        if not self.rereads:
-            return self.job.prompt
-        sampled = np.array(self.rereads[0].tokens[:-1], self.job.prompt.dtype)
-        return np.concatenate([self.job.prompt, sampled])
-
-    @property
-    def read_as_length(self) -> int:
-        """The length of the sequence to which they belong."""
-        return len(self.unread_tokens) + bool(self.rereads)
+    def needs_reading(self) -> bool:
+        """Whether there is a prompt, or a sequence that lost its place, to read."""
+        return not self.is_prefilled or bool(self.rereads)
 
     def note_read(self, num_tokens: int) -> None:
-        """Record that this many of ``unread_tokens`` are in the cache."""
+        """Record that this many of the prompt's tokens were read."""
         self.num_read = num_tokens
-        if num_tokens < len(self.unread_tokens):
-            return
+        self.is_prefilled = num_tokens == len(self.job.prompt)
+
+    def decodable(self) -> Iterator[ActiveSequence]:
+        """The unfinished sequences whose newest token can be read."""
         if self.is_prefilled:
-            self.rereads.pop(0)
-        self.is_prefilled = True
-        self.num_read = 0
-
-    def passes(self, switch: int) -> bool:
-        """Whether its sequences became longer than ``switch`` with their newest tokens, so that
-        earlier tokens must be read again."""
-        if self.is_past_switch or len(self.job.prompt) > switch:
-            return False
-        newest = next(self.unfinished(), None)
-        return newest is not None and len(self.job.prompt) + len(newest.tokens) > switch
-
-    def read_again(self) -> None:
-        """Begin to read the sequences again."""
-        self.rereads = list(self.unfinished())
-        self.is_past_switch = True
+            for sequence in self.unfinished():
+                if sequence not in self.preempted and sequence not in self.rereads:
+                    yield sequence
 
     def unfinished(self) -> Iterator[ActiveSequence]:
         return (sequence for sequence in self.sequences if sequence.stop_reason is None)
@@ -167,6 +163,7 @@ class ActiveRequest:
             sequences=sequences,
             prompt_logprobs=prompt_logprobs,
             scores=scores,
+            cached_prompt_tokens=self.cached_tokens,
             prompt_end=self.prompt_end,
         )
 

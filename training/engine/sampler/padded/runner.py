@@ -16,7 +16,7 @@ from training.engine.sampler.decode import rows_by_weights
 from training.engine.sampler.model_runner import ModelRunner, Row
 from training.engine.sampler.prefill import prompt_logits, score_prompt
 from training.engine.sampler.row_padding import RowPadding
-from training.engine.sampler.sequence import ActiveRequest
+from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.padded.model_cache import ModelCache
 from training.types import TokenPrompt
@@ -25,12 +25,34 @@ from training.types import TokenPrompt
 class PaddedRunner(ModelRunner):
     """A pass for each request, over its own cache."""
 
-    def __init__(self, base_model: BaseModel, *, chunk_tokens: int) -> None:
-        """``chunk_tokens``: most prompt tokens in one pass, if the model's cache allows parts."""
+    def __init__(self, base_model: BaseModel, *, cache_tokens: int, chunk_tokens: int) -> None:
+        """
+        Args:
+            cache_tokens: Most prompt and sampled tokens, of all sequences, in the caches.
+            chunk_tokens: Most prompt tokens in one pass, if the model's cache allows parts.
+        """
         self._base_model = base_model
         self._padding = RowPadding(base_model)
         self._chunk_tokens = chunk_tokens if base_model.reads_chunks else None
         self._caches: dict[ActiveRequest, ModelCache] = {}
+        self._cache_tokens = cache_tokens
+        self._reserved: dict[ActiveRequest, int] = {}
+
+    def most_tokens(self, num_sequences: int) -> int:
+        return self._cache_tokens // num_sequences
+
+    def start(self, request: ActiveRequest) -> bool:
+        """Reserve its whole sequences, so that it can always finish."""
+        # The last token of a sequence is never read.
+        each = len(request.job.prompt) + max(request.max_tokens, 1) - 1
+        size = each * len(request.sequences)
+        if sum(self._reserved.values()) + size > self._cache_tokens:
+            return False
+        self._reserved[request] = size
+        return True
+
+    def resume(self, request: ActiveRequest, sequence: ActiveSequence) -> bool:
+        raise AssertionError("no sequence of the padded layout is preempted")
 
     def read_prompts(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
         last_hidden: dict[ActiveRequest, Tensor] = {}
@@ -79,15 +101,25 @@ class PaddedRunner(ModelRunner):
 
     def _read_newest(self, request: ActiveRequest) -> Tensor:
         """(n, C) of the newest tokens of the request's unfinished sequences."""
-        unfinished = list(request.unfinished())
+        unfinished = list(request.decodable())
         cache = self._caches[request]
         cache.keep([sequence.number for sequence in unfinished])
         position = len(request.job.prompt) + len(unfinished[0].tokens) - 1
         position += request.skipped_positions
         return cache.read([[sequence.tokens[-1]] for sequence in unfinished], position)
 
+    def end(self, request: ActiveRequest, sequence: ActiveSequence) -> None:
+        """Nothing: the cache of its request leaves it out of the next pass."""
+
     def forget(self, request: ActiveRequest) -> None:
         self._caches.pop(request, None)
+        del self._reserved[request]
+
+    def retire(self, version: str) -> None:
+        """Nothing: nothing is kept of requests that have ended."""
+
+    def clear(self) -> None:
+        """Nothing: likewise."""
 
 
 def _in_order(rows: Sequence[Row | None]) -> list[ActiveRequest]:

@@ -1,0 +1,170 @@
+"""Attention over the blocks of a cache: what it computes, and what its bits do not depend on."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache, blocks_for
+from training.engine.torch.attention.paged import PagedAttention, Part
+from training.engine.torch.attention.variants import PLAIN, Reach, Variant
+
+CPU = torch.device("cpu")
+NUM_BLOCKS = 40
+SHAPES = [(3, 3, 64), (2, 1, 16), (1, 4, 8), (2, 7, 80), (1, 2, 4)]
+"""Key heads, query heads that share each, and the size of a head."""
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def variants(num_heads: int) -> list[Variant]:
+    sinks = torch.randn(num_heads, generator=torch.Generator().manual_seed(1))
+    return [
+        PLAIN,
+        Variant(reach=Reach(window=37)),
+        Variant(reach=Reach(chunk=50), softcap=20.0),
+        Variant(sinks=sinks),
+        Variant(reach=Reach(window=300), sinks=sinks),
+    ]
+
+
+def rows_of(length: int, shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> Rows:
+    """Queries, keys and values of one sequence."""
+    num_key_heads, heads_each, head_size = shape
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(length, heads, head_size, generator=generator).to(dtype)
+        for heads in (num_key_heads * heads_each, num_key_heads, num_key_heads)
+    )
+    return query, key, value
+
+
+def by_formula(rows: Rows, variant: Variant, scaling: float) -> torch.Tensor:
+    """(T, Hq, D) in float64."""
+    query, key, value = (x.double() for x in rows)
+    heads_each = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(heads_each, 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    if variant.softcap is not None:
+        scores = variant.softcap * (scores / variant.softcap).tanh()
+    positions = torch.arange(len(query))
+    scores = scores.masked_fill(~variant.reach.sees(positions, positions), -math.inf)
+    if variant.sinks is not None:
+        sinks = variant.sinks.double().view(-1, 1, 1).expand(-1, len(query), 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    shares = scores.softmax(-1)[..., : len(query)]
+    return torch.einsum("hqk,khd->qhd", shares, value)
+
+
+def attend(
+    cache: KvCache,
+    sequences: Sequence[tuple[Rows, Sequence[int], slice]],
+    variant: Variant,
+    scaling: float,
+) -> list[torch.Tensor]:
+    """One pass over a part of each sequence, with the blocks of each."""
+    parts, row = [], 0
+    for _, blocks, cut in sequences:
+        size = cut.stop - cut.start
+        parts.append(Part(first_row=row, start=cut.start, num_tokens=size, blocks=blocks))
+        row += size
+    query, key, value = (torch.cat([rows[i][cut] for rows, _, cut in sequences]) for i in range(3))
+    output = PagedAttention(cache, parts, row).attend(0, query, key, value, scaling, variant)
+    return list(output.split([part.num_tokens for part in parts]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("number", range(5))
+@given(data=st.data())
+@settings(max_examples=10)
+def test_a_row_has_the_same_bits_however_its_sequence_is_read(
+    dtype: torch.dtype, shape: tuple[int, int, int], number: int, data: st.DataObject
+) -> None:
+    """In one pass or in any parts, token by token, over any blocks, with any other sequences."""
+    variant = variants(shape[0] * shape[1])[number]
+    scaling = shape[2] ** -0.5
+    length = data.draw(st.sampled_from([1, 2, 5, 33, 64, 100, 290, 700]))
+    rows = rows_of(length, shape, dtype, seed=length)
+    alone = KvCache(NUM_BLOCKS, CPU)
+    (expected,) = attend(
+        alone, [(rows, range(blocks_for(length)), slice(0, length))], variant, scaling
+    )
+    tolerance = 3e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        expected.double(), by_formula(rows, variant, scaling), atol=tolerance, rtol=tolerance
+    )
+
+    rng = random.Random(data.draw(st.integers(0, 2**32)))  # noqa: S311 - no secret
+    cache = KvCache(NUM_BLOCKS, CPU)
+    blocks = rng.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+    own, others = blocks[: blocks_for(length)], blocks[blocks_for(length) :]
+    cuts = sorted({0, length, max(length - 1, 0), *(rng.randrange(length) for _ in range(5))})
+    other_length = rng.randrange(1, len(others) * BLOCK_TOKENS)
+    other = rows_of(other_length, shape, dtype, seed=7)
+    read = 0
+    for start, end in pairwise(cuts):
+        together = [(rows, own, slice(start, end))]
+        if read < other_length:
+            size = rng.choice([1, min(9, other_length - read)])
+            together.insert(rng.randrange(2), (other, others, slice(read, read + size)))
+            read += size
+        for (each, _, cut), got in zip(
+            together, attend(cache, together, variant, scaling), strict=True
+        ):
+            if each is rows:
+                assert torch.equal(got, expected[cut])
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_the_fused_kernel_of_other_devices_computes_the_same(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is called on the CPU here."""
+    shape = (2, 3, 16)
+    variant = variants(6)[number]
+    rows = rows_of(100, shape, torch.float32, seed=0)
+    monkeypatch.setattr("training.engine.torch.attention.paged.FUSES_PLAIN_ON", ("cpu",))
+    cache = KvCache(NUM_BLOCKS, CPU)
+    got = [
+        attend(cache, [(rows, [5, 3, 4, 9], cut)], variant, 0.25)[0]
+        for cut in (slice(0, 40), slice(40, 99), slice(99, 100))
+    ]
+    torch.testing.assert_close(
+        torch.cat(got).double(), by_formula(rows, variant, 0.25), atol=3e-6, rtol=3e-6
+    )
+
+
+def test_what_another_sequence_left_in_a_block_reaches_nobody() -> None:
+    shape = (2, 2, 16)
+    cache = KvCache(NUM_BLOCKS, CPU)
+    broken = tuple(torch.full_like(x, math.nan) for x in rows_of(32, shape, torch.float32, 0))
+    attend(cache, [(broken, [3], slice(0, 32))], PLAIN, 0.25)  # type: ignore[list-item]  # three of them
+    cache.wipe([3])
+    rows = rows_of(20, shape, torch.float32, seed=1)
+    got = [
+        attend(cache, [(rows, [3], cut)], PLAIN, 0.25)[0] for cut in (slice(0, 19), slice(19, 20))
+    ]
+    torch.testing.assert_close(
+        torch.cat(got).double(), by_formula(rows, PLAIN, 0.25), atol=3e-6, rtol=3e-6
+    )
+
+
+def test_padding_rows_are_zero_and_stored_nowhere() -> None:
+    rows = rows_of(4, (1, 1, 8), torch.float32, seed=2)
+    cache = KvCache(2, CPU)
+    parts = [
+        Part(first_row=0, start=0, num_tokens=1, blocks=[0]),
+        Part(first_row=2, start=0, num_tokens=1, blocks=[1]),
+    ]
+    output = PagedAttention(cache, parts, 4).attend(0, *rows, 0.3)
+    assert not output[[1, 3]].any()
+    keys, _ = cache.blocks(0)
+    assert keys.flatten(0, 2).any(-1).sum() == 2
