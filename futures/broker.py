@@ -19,6 +19,7 @@ from django_q.conf import Conf
 from django_q.tasks import async_task
 
 from futures.database import alias, execute
+from futures.models import Worker
 from futures.notify import Bell, Listener, bell_channel, notify_bell
 
 # Neither commit waits for the disk.
@@ -42,6 +43,9 @@ DELETE FROM django_q_ormq USING quick WHERE id = %(id)s
 
 _listeners = threading.local()
 """Queue to Listener, because each thread has its own connection."""
+
+_epochs: dict[str, int] = {}
+"""Queue to the epoch of this process's worker."""
 
 
 class PostgresBroker(ORM):  # type: ignore[misc]  # django-q2 has no annotations
@@ -78,8 +82,8 @@ def doorbells_unlock(queue: str) -> None:
     """Let every doorbell of an engine queue be claimed now.
 
     A task is visible from a wall-clock time on. If the clock is set back, an earlier task
-    would be invisible until the clock catches up. An engine queue has one
-    consumer, so it does no harm if that consumer finds a task that it is already answering.
+    would be invisible until the clock catches up. It does no harm if a consumer finds a task that
+    is already being answered: it looks at the futures once more.
     """
     execute(
         """
@@ -97,6 +101,12 @@ def bell_rang(queue: str, timeout_seconds: float = 0.0) -> Bell:
     only looks at the socket once.
     """
     return _listener(queue).wait(timeout_seconds)
+
+
+def listen_as(worker: Worker) -> None:
+    """Leave out the notifications that are for other workers of its queue, in all threads."""
+    _epochs[worker.queue] = worker.pk
+    _listeners.__dict__.pop(worker.queue, None)
 
 
 def doorbell(queue: str) -> str:
@@ -120,6 +130,6 @@ class _Package:
 def _listener(queue: str) -> Listener:
     listeners: dict[str, Any] = _listeners.__dict__
     if queue not in listeners:
-        listeners[queue] = Listener(bell_channel(queue))
+        listeners[queue] = Listener(bell_channel(queue), epoch=_epochs.get(queue))
     listener: Listener = listeners[queue]
     return listener

@@ -7,6 +7,13 @@ Which futures may run
     Futures without a lane, those of an unordered lane, and in an ordered lane the range
     that begins at ``next_seq_id`` and in which every seq id has a row. A missing seq id ends
     the range, because requests may arrive out of order; final rows in it are skipped.
+On which worker
+    Those of an ordered lane on the worker to which the lane is leased; the claim leases a free lane
+    (``futures.leases``). All others on any. The live workers of a queue share what is free: a
+    worker that leases fewer lanes than its share takes free ones up to that share, and of the
+    futures without an ordered lane each takes its part. What has waited for PATIENCE_SECONDS may be
+    taken by any worker that claims, so no future waits for a worker that is busy or gone while
+    another is idle. A worker that is alone takes everything.
 In which order
     Owners take turns, and among those whose turn it is, the owner whom this worker served least
     recently comes first: a claim that is too small for everybody continues where the last one
@@ -44,22 +51,31 @@ SUSPECT_SECONDS = 5
 """How long a suspect runs alone the first time; the second time
 it is twice as long."""
 
+PATIENCE_SECONDS = 0.3
+"""How long a worker leaves futures to others whose share is not complete. An idle worker answers
+within milliseconds."""
+
 MAX_SERVED = 1000
 """Owners whose last service a worker remembers; a forgotten owner comes first."""
 
 # Numbered as in the statement:
-# 0. The epoch, locked, so that a claim and a takeover by a new worker are serialized: a claim that
-#    waited for a takeover finds no epoch and takes nothing. The futures that the epoch
+# 0. The epoch, locked, so that a claim and the end of its epoch are serialized: a claim that
+#    waited for that end finds no epoch and takes nothing. The futures that the epoch
 #    holds. The doorbells are deleted; one that this statement does not see stays. The
 #    commit does not wait for the disk.
 # 1. The lanes and the owners that have pending futures, found by skipping from one to the next
-#    in the partial indexes, so that ten thousand rows of one lane cost one step.
+#    in the partial indexes, so that ten thousand rows of one lane cost one step. Or only the lanes
+#    that this worker leases, if the caller knows that nothing else is new.
 # 2. The rows of each lane from its next seq id on, and of each owner without a lane.
-# 3. The futures that may run, and since when.
+# 3. The futures that may run, and since when; of those that any worker may run, this one's share.
 # 4. Their order, and the prefix within the budgets.
 # 5. A suspect, alone, or the future that must run before it in its lane.
-# 6. The compare-and-set, and the lanes moved past all rows that are claimed or final.
-# 7. Whether any future is left that may run, now or after the held ones.
+# 6. The free lanes that no other claim is taking, and the futures without an ordered lane that none
+#    is taking; whoever has locked one first gets it. The lanes are leased and moved past all rows
+#    that are claimed or final; one that has changed since this statement began stays as it is.
+# 7. The compare-and-set.
+# 8. Whether any future is left that this worker may run, now or after the held ones, and whether
+#    some are left to others.
 # ``= ANY (ARRAY(...))`` makes Postgres look up rows by key, whatever row count it estimates.
 _CLAIM = """
 WITH RECURSIVE epoch AS MATERIALIZED (                                                    -- 0
@@ -80,22 +96,34 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
 ), may_claim AS MATERIALIZED (
     SELECT FROM epoch, held WHERE NOT held.suspect
 ), rung AS (
-    DELETE FROM django_q_ormq WHERE key = %(queue)s AND EXISTS (SELECT FROM epoch)
-), lane_with_work (lane_id) AS (                                                          -- 1
+    DELETE FROM django_q_ormq WHERE id = ANY (ARRAY(
+        SELECT id FROM django_q_ormq WHERE key = %(queue)s AND EXISTS (SELECT FROM epoch)
+        FOR UPDATE SKIP LOCKED
+    ))
+), any_lane_with_work (lane_id) AS (                                                      -- 1
     (SELECT lane_id FROM futures_future
      WHERE queue = %(queue)s AND state = 'pending' AND lane_id IS NOT NULL
-        AND EXISTS (SELECT FROM may_claim)
+        AND NOT %(only_leased)s AND EXISTS (SELECT FROM may_claim)
      ORDER BY lane_id LIMIT 1)
     UNION ALL
     SELECT (
         SELECT f.lane_id FROM futures_future AS f
         WHERE f.queue = %(queue)s AND f.state = 'pending' AND f.lane_id > before.lane_id
         ORDER BY f.lane_id LIMIT 1
-    ) FROM lane_with_work AS before WHERE before.lane_id IS NOT NULL
+    ) FROM any_lane_with_work AS before WHERE before.lane_id IS NOT NULL
+), lane_with_work AS MATERIALIZED (
+    SELECT lane_id FROM any_lane_with_work
+    UNION ALL
+    SELECT l.id FROM futures_lane AS l
+    WHERE %(only_leased)s AND l.worker_id = %(worker_id)s AND EXISTS (SELECT FROM may_claim)
+        AND EXISTS (
+            SELECT FROM futures_future
+            WHERE queue = %(queue)s AND state = 'pending' AND lane_id = l.id
+        )
 ), owner_without_lane (owner_id) AS (
     (SELECT owner_id FROM futures_future
      WHERE queue = %(queue)s AND state = 'pending' AND lane_id IS NULL
-        AND EXISTS (SELECT FROM may_claim)
+        AND NOT %(only_leased)s AND EXISTS (SELECT FROM may_claim)
      ORDER BY owner_id LIMIT 1)
     UNION ALL
     SELECT (
@@ -106,12 +134,13 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
     ) FROM owner_without_lane AS before WHERE before.owner_id IS NOT NULL
 ), stretch AS MATERIALIZED (                                                              -- 2
     SELECT * FROM (
-        SELECT l.id AS lane_id, true AS ordered, l.next_seq_id, f.id, l.owner_id, f.seq_id,
-            f.state, f.cost, f.is_suspect,
+        SELECT l.id AS lane_id, l.next_seq_id, l.worker_id IS NULL AS is_free, f.id, l.owner_id,
+            f.seq_id, f.state, f.cost, f.is_suspect,
             max(f.created_at) OVER (PARTITION BY l.id ORDER BY f.seq_id) AS runnable_at,
             row_number() OVER (PARTITION BY l.id ORDER BY f.seq_id) - 1 AS position
         FROM lane_with_work
         JOIN futures_lane AS l ON l.id = lane_with_work.lane_id AND l.ordered
+            AND (l.worker_id IS NULL OR l.worker_id = %(worker_id)s)
             AND l.owner_id <> ALL (%(passed_over)s::bigint[])
         CROSS JOIN LATERAL (
             SELECT id, seq_id, state, cost, {is_suspect} AS is_suspect, created_at
@@ -121,11 +150,9 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
         ) AS f
     ) AS looked_at
     WHERE seq_id = next_seq_id + position
-), runnable AS MATERIALIZED (                                                             -- 3
-    SELECT id, lane_id, ordered, owner_id, seq_id, cost, is_suspect, runnable_at
-    FROM stretch WHERE state = 'pending'
-    UNION ALL
-    SELECT f.id, l.id, false, l.owner_id, f.seq_id, f.cost, f.is_suspect, f.created_at
+), anywhere AS MATERIALIZED (                                                             -- 3
+    SELECT f.id, l.id AS lane_id, l.owner_id, f.seq_id, f.cost, f.is_suspect,
+        f.created_at AS runnable_at
     FROM lane_with_work
     JOIN futures_lane AS l ON l.id = lane_with_work.lane_id AND NOT l.ordered
         AND l.owner_id <> ALL (%(passed_over)s::bigint[])
@@ -135,7 +162,7 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
         ORDER BY seq_id LIMIT %(window)s
     ) AS f
     UNION ALL
-    SELECT f.id, NULL, false, f.owner_id, NULL, f.cost, f.is_suspect, f.created_at
+    SELECT f.id, NULL, f.owner_id, NULL, f.cost, f.is_suspect, f.created_at
     FROM owner_without_lane
     CROSS JOIN LATERAL (
         SELECT id, owner_id, cost, {is_suspect} AS is_suspect, created_at FROM futures_future
@@ -144,6 +171,50 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
         ORDER BY created_at LIMIT %(window)s
     ) AS f
     WHERE f.owner_id <> ALL (%(passed_over)s::bigint[])
+), free_lane AS MATERIALIZED (
+    SELECT lane_id, owner_id, min(runnable_at) AS runnable_at
+    FROM stretch WHERE is_free AND state = 'pending' GROUP BY lane_id, owner_id
+), crew AS MATERIALIZED (
+    SELECT id, (SELECT count(*) FROM futures_lane WHERE worker_id = w.id) AS leases
+    FROM futures_worker AS w
+    WHERE (queue = %(queue)s AND state = 'live') OR id = %(worker_id)s
+), share AS MATERIALIZED (
+    SELECT count(*) AS workers,
+        ceil((sum(leases) + (SELECT count(*) FROM free_lane)) / count(*))
+            - sum(leases) FILTER (WHERE id = %(worker_id)s) AS lanes,
+        ceil((SELECT count(*) FROM anywhere)::numeric / count(*)) AS futures
+    FROM crew
+), offered AS MATERIALIZED (
+    SELECT lane_id, id, place <= share.lanes OR {has_waited} AS is_mine
+    FROM (
+        SELECT lane_id, NULL::text AS id, runnable_at, row_number() OVER (
+            ORDER BY turn, {served}, runnable_at, lane_id
+        ) AS place
+        FROM (
+            SELECT *, row_number() OVER (
+                PARTITION BY owner_id ORDER BY runnable_at, lane_id
+            ) AS turn
+            FROM free_lane
+        ) AS in_turns
+    ) AS placed, share
+    UNION ALL
+    SELECT lane_id, id, place <= share.futures OR {has_waited}
+    FROM (
+        SELECT *, row_number() OVER (ORDER BY turn, {served}, runnable_at, id) AS place
+        FROM (
+            SELECT *, row_number() OVER (PARTITION BY owner_id ORDER BY runnable_at, id) AS turn
+            FROM anywhere
+        ) AS in_turns
+    ) AS placed, share
+), runnable AS MATERIALIZED (
+    SELECT id, lane_id, true AS ordered, owner_id, seq_id, cost, is_suspect, runnable_at
+    FROM stretch
+    WHERE state = 'pending' AND (NOT is_free OR lane_id IN (
+        SELECT lane_id FROM offered WHERE id IS NULL AND is_mine
+    ))
+    UNION ALL
+    SELECT id, lane_id, false, owner_id, seq_id, cost, is_suspect, runnable_at
+    FROM anywhere WHERE id IN (SELECT id FROM offered WHERE is_mine)
 ), in_order AS MATERIALIZED (                                                             -- 4
     SELECT *, sum(cost) OVER (ORDER BY place) AS spent
     FROM (
@@ -153,67 +224,111 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
         FROM (
             SELECT *, row_number() OVER (
                 PARTITION BY owner_id ORDER BY runnable_at, lane_id, seq_id, id
-            ) AS turn, coalesce(array_position(%(served)s::bigint[], owner_id), 0) AS served
+            ) AS turn, {served} AS served
             FROM runnable
         ) AS in_turns
     ) AS placed
 ), suspect AS (                                                                           -- 5
     SELECT id, lane_id, ordered FROM in_order WHERE is_suspect ORDER BY place LIMIT 1
 ), chosen AS MATERIALIZED (
-    (SELECT in_order.id, in_order.place
+    (SELECT in_order.id, in_order.lane_id, in_order.ordered, in_order.place
      FROM in_order JOIN suspect
         ON in_order.id = suspect.id OR (suspect.ordered AND in_order.lane_id = suspect.lane_id)
      WHERE NOT (SELECT holds FROM held)
      ORDER BY in_order.place LIMIT 1)
     UNION ALL
-    SELECT id, place FROM in_order
+    SELECT id, lane_id, ordered, place FROM in_order
     WHERE NOT EXISTS (SELECT FROM suspect)
         AND place <= %(max_futures)s AND (spent <= %(max_cost)s OR place = 1)
-), claimed AS (                                                                           -- 6
+), to_lease AS MATERIALIZED (                                                             -- 6
+    SELECT id FROM futures_lane
+    WHERE id = ANY (ARRAY(
+        SELECT lane_id FROM chosen JOIN free_lane USING (lane_id) WHERE ordered
+    )) AND worker_id IS NULL
+    FOR NO KEY UPDATE SKIP LOCKED
+), goes_on AS (
+    SELECT lane_id, next_seq_id AS before, is_free,
+        bool_or(id IN (SELECT id FROM chosen)) AS is_chosen, coalesce(
+            min(seq_id) FILTER (WHERE state = 'pending' AND id NOT IN (SELECT id FROM chosen)),
+            max(seq_id) + 1
+        ) AS next_seq_id
+    FROM stretch GROUP BY lane_id, next_seq_id, is_free
+), moved AS (
+    UPDATE futures_lane AS l
+    SET next_seq_id = goes_on.next_seq_id,
+        worker_id = CASE WHEN is_chosen THEN %(worker_id)s ELSE l.worker_id END
+    FROM goes_on
+    WHERE l.id = goes_on.lane_id AND l.next_seq_id = goes_on.before
+        AND goes_on.before < goes_on.next_seq_id
+        AND CASE
+            WHEN NOT goes_on.is_free THEN l.worker_id = %(worker_id)s
+            WHEN is_chosen THEN l.worker_id IS NULL AND l.id = ANY (ARRAY(SELECT id FROM to_lease))
+            ELSE l.worker_id IS NULL
+        END
+    RETURNING l.id
+), to_run AS MATERIALIZED (
+    SELECT id FROM futures_future
+    WHERE id = ANY (ARRAY(SELECT id FROM chosen WHERE NOT ordered)) AND state = 'pending'
+    FOR NO KEY UPDATE SKIP LOCKED
+), claimed AS (                                                                           -- 7
     UPDATE futures_future
     SET state = 'running', worker_id = %(worker_id)s, started_at = statement_timestamp()
-    WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND state = 'pending'
+    WHERE id = ANY (ARRAY(
+        SELECT id FROM to_run
+        UNION ALL
+        SELECT chosen.id FROM chosen JOIN moved ON moved.id = chosen.lane_id WHERE ordered
+    )) AND state = 'pending'
     RETURNING *
-), goes_on AS (
-    SELECT lane_id, next_seq_id AS before, coalesce(
-        min(seq_id) FILTER (WHERE state = 'pending' AND id NOT IN (SELECT id FROM chosen)),
-        max(seq_id) + 1
-    ) AS next_seq_id
-    FROM stretch GROUP BY lane_id, next_seq_id
-), moved AS (
-    UPDATE futures_lane SET next_seq_id = goes_on.next_seq_id
-    FROM goes_on
-    WHERE futures_lane.id = goes_on.lane_id AND futures_lane.next_seq_id < goes_on.next_seq_id
-    RETURNING futures_lane.id
 )
 SELECT EXISTS (SELECT FROM epoch), (SELECT count(*) FROM moved),
-    (SELECT suspect FROM held)                                                            -- 7
+    (SELECT suspect FROM held)                                                            -- 8
     OR (SELECT count(*) FROM in_order) > (SELECT count(*) FROM chosen)
-    OR EXISTS (SELECT FROM stretch WHERE position = %(window)s - 1)
+    OR EXISTS (
+        SELECT FROM stretch WHERE position = %(window)s - 1 AND lane_id NOT IN (
+            SELECT lane_id FROM offered WHERE id IS NULL AND NOT is_mine
+        )
+    )
     OR EXISTS (
         SELECT FROM runnable WHERE NOT ordered
         GROUP BY lane_id, owner_id HAVING count(*) >= %(window)s
     ),
-    {columns}
+    EXISTS (SELECT FROM offered WHERE NOT is_mine),
+    chosen.ordered, {columns}
 FROM (SELECT) AS always
 LEFT JOIN (claimed JOIN chosen USING (id)) ON true
 ORDER BY chosen.place
 """
 _COLUMNS = tuple(column.attname for column in Future._meta.concrete_fields)
+_CLAIM = _CLAIM.replace(
+    "{served}", "coalesce(array_position(%(served)s::bigint[], owner_id), 0)"
+).replace(
+    # A time in the future is that of a submitter whose clock is ahead.
+    "{has_waited}",
+    "abs(extract(epoch FROM statement_timestamp() - runnable_at)) > %(patience_seconds)s",
+)
 _CLAIM = _CLAIM.replace("{columns}", ", ".join(f"claimed.{column}" for column in _COLUMNS))
 _CLAIM = _CLAIM.replace("{is_suspect}", "(attempts > 0 OR interruptions >= %(interruptions)s)")
-_FACTS = 3  # about the claim as a whole, in front of each row's columns
-_ID = _FACTS + _COLUMNS.index("id")
-_SUMMARY = _FACTS + _COLUMNS.index("summary")
+_FACTS = 4  # about the claim as a whole, in front of each row
+_ORDERED = _FACTS
+_FIRST = _FACTS + 1  # of the row's columns
+_ID = _FIRST + _COLUMNS.index("id")
+_LANE = _FIRST + _COLUMNS.index("lane_id")
+_SUMMARY = _FIRST + _COLUMNS.index("summary")
 
 
 def future_claim(
-    *, worker: Worker, max_futures: int, max_cost: int, passed_over: Collection[int] = ()
+    *,
+    worker: Worker,
+    max_futures: int,
+    max_cost: int,
+    passed_over: Collection[int] = (),
+    only_leased: bool = False,
 ) -> list[Future]:
     """Take the futures that may run now, in the order in which to run them, with payloads.
 
     This answers the queue's doorbells, so the caller must claim again while ``worker.more_waits``
-    is true, and after that whenever it is notified. A caller that passes owners over must claim
+    is true, after PATIENCE_SECONDS if ``worker.left_to_others`` is, and after that whenever it is
+    notified. A caller that passes owners over must claim
     again when they may be served, whatever ``more_waits`` says. One statement, whose commit
     does not wait for the disk: ``futures.finishing.futures_finish`` detects a claim that a power
     failure has undone.
@@ -223,6 +338,8 @@ def future_claim(
         max_futures: Most futures to take.
         max_cost: Highest total cost, except that the first future is always taken.
         passed_over: Owners whose futures are not taken this time.
+        only_leased: Look only at the lanes that the worker leases already, which costs less than to
+            look at all. It says nothing about ``left_to_others``.
 
     Raises:
         Fenced: The worker was replaced.
@@ -240,13 +357,18 @@ def future_claim(
                 "passed_over": list(passed_over),
                 "interruptions": SUSPECT_INTERRUPTIONS,
                 "suspect_seconds": SUSPECT_SECONDS,
+                "patience_seconds": PATIENCE_SECONDS,
+                "only_leased": only_leased,
             },
         )
-        is_live, moved, worker.more_waits = rows[0][:_FACTS]
+        is_live, moved, worker.more_waits, left_to_others = rows[0][:_FACTS]
         if not is_live:
             raise Fenced
+        if not only_leased:
+            worker.left_to_others = left_to_others
         if rows[0][_ID] is not None:
             claimed = [_future(row) for row in rows]
+            worker.leases.update(row[_LANE] for row in rows if row[_ORDERED])
             _note_served(worker, claimed)
             return claimed
         if not moved:
@@ -263,4 +385,4 @@ def _note_served(worker: Worker, claimed: Sequence[Future]) -> None:
 def _future(row: tuple[Any, ...]) -> Future:
     values = list(row)
     values[_SUMMARY] = orjson.loads(values[_SUMMARY])
-    return Future.from_db(alias(), _COLUMNS, values[_FACTS:])
+    return Future.from_db(alias(), _COLUMNS, values[_FIRST:])

@@ -25,7 +25,7 @@ from django_q.monitor import monitor
 from django_q.signing import BadSignature, SignedPackage
 from django_q.worker import worker
 
-from futures.broker import PostgresBroker
+from futures.broker import PostgresBroker, doorbell
 from futures.database import alias
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,11 @@ class Consumer:
         self._queue = queue
         self._broker = PostgresBroker(list_key=queue)
         self._failures = 0
-        self.on_turn: Callable[[], None] = lambda: None
+        self.on_turn: Callable[[], object] = lambda: None
         """Called several times a second while there is nothing to do; it may use the database."""
+        self.shares_queue = False
+        """Whether another consumer may take the queue's doorbells. If so, this one looks at the
+        futures also when it is notified without finding a doorbell, and at each poll."""
 
     def run(self) -> None:
         """Serve until stopped; returns with every finished task acknowledged.
@@ -88,6 +91,10 @@ class Consumer:
             self.on_turn()
             if self._broker.wait(_SLICE_SECONDS):
                 tasks = self._broker.claim()
+                if self.shares_queue:
+                    break
+        if not tasks and self.shares_queue and not self.stopping.is_set():
+            return {**SignedPackage.loads(doorbell(self._queue)), "cluster": self._queue}
         for task_id, package in tasks:
             try:
                 task: dict[str, Any] = SignedPackage.loads(package)

@@ -58,8 +58,9 @@ class PayloadTooLarge(FutureError):
 
 
 class Fenced(FutureError):
-    """This worker was replaced: its epoch no longer owns the futures it wanted to finish."""
+    """This worker's life was ended by others: its epoch no longer owns the futures it wanted to
+    finish."""
 
 
 class QueueTaken(FutureError):
-    """Another live worker serves this queue."""
+    """A worker of a former version of this software serves this queue; stop it first."""

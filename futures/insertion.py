@@ -53,7 +53,9 @@ WITH waiting AS MATERIALIZED (
     INSERT INTO django_q_ormq (key, payload, lock)
     SELECT %(queue)s, %(doorbell)s, statement_timestamp() FROM inserted
 )
-SELECT has_room, (SELECT count(*) FROM inserted), (SELECT seq_id FROM inserted) FROM waiting
+SELECT has_room, (SELECT count(*) FROM inserted), (SELECT seq_id FROM inserted),
+    (SELECT worker_id FROM futures_lane WHERE id = %(lane_id)s)
+FROM waiting
 """
 
 
@@ -77,7 +79,7 @@ def insert(future: Future, max_pending: int | None) -> Inserted:
 
 
 def _insert_once(future: Future, max_pending: int | None) -> Inserted:
-    [(has_room, count, seq_id)] = execute(
+    [(has_room, count, seq_id, epoch)] = execute(
         _SUBMIT,
         {
             "id": future.id,
@@ -110,5 +112,5 @@ def _insert_once(future: Future, max_pending: int | None) -> Inserted:
     future.seq_id = seq_id
     future._state.adding = False
     future._state.db = alias()
-    notify_bell(future.queue, delayable=future.delayable)
+    notify_bell(future.queue, delayable=future.delayable, epoch=epoch)
     return Inserted.YES

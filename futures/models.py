@@ -15,9 +15,10 @@ from django.conf import settings
 from django.db import models
 from django.db.models import Q
 from django.utils import timezone
+from django.utils.functional import cached_property
 
-from futures.queue_lock import QueueLock
 from futures.transitions import FINAL_STATES, Category, State
+from futures.worker_lock import WorkerLock
 
 LARGE = 10**15
 """Larger than any count: a larger number in a summary must have been a float."""
@@ -41,6 +42,21 @@ class Lane(models.Model):
     """Highest seq id handed out by the server; unused if the client numbers its requests."""
     next_seq_id = models.BigIntegerField(default=1)
     """Where the next claim of an ordered lane begins; every lower one is claimed or final."""
+    worker = models.ForeignKey(
+        "Worker", null=True, blank=True, on_delete=models.PROTECT, db_index=False, related_name="+"
+    )
+    """The epoch to which an ordered lane is leased (``futures.leases``); None: it is free."""
+
+    class Meta:
+        indexes: ClassVar = [
+            # A claim looks for the lanes of its worker; most lanes are free.
+            models.Index(fields=["worker"], condition=Q(worker__isnull=False), name="lane_leased"),
+        ]
+        constraints: ClassVar = [
+            models.CheckConstraint(
+                condition=Q(worker__isnull=True) | Q(ordered=True), name="lane_leased_if_ordered"
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.id
@@ -67,13 +83,16 @@ class Worker(models.Model):
     figures = models.JSONField(default=dict, blank=True)
     """What the worker reports: base model, device, memory, resident adapters,
     ``futures_per_second`` (``futures.queue_positions`` reads it)."""
-    queue_lock: QueueLock | None = None
+    lock: WorkerLock | None = None
     """The advisory lock, only in the worker's own process; not a column."""
     owners_served: Sequence[int] = ()
     """Owners whose futures this process claimed, the least recently served first; not a column."""
     more_waits: bool = False
-    """Whether this process's last claim left any future that may run, now or after the
+    """Whether this process's last claim left any future that it may run, now or after the
     futures that it holds; not a column."""
+    left_to_others: bool = False
+    """Whether this process's last claim left futures to other workers, which this one may take
+    after ``futures.claiming.PATIENCE_SECONDS``; not a column."""
 
     class Meta:
         constraints: ClassVar = [
@@ -81,17 +100,21 @@ class Worker(models.Model):
                 condition=Q(state__in=["starting", "live", "stopped", "lost"]),
                 name="worker_state_known",
             ),
-            # The second guard against two workers of one queue; the first is the
-            # advisory lock that a worker holds while it lives.
-            models.UniqueConstraint(
-                fields=["queue"],
-                condition=Q(state__in=["starting", "live"]),
-                name="worker_one_live_per_queue",
+        ]
+        indexes: ClassVar = [
+            # Each claim reads how many workers share the queue.
+            models.Index(
+                fields=["queue"], condition=Q(state__in=["starting", "live"]), name="worker_open"
             ),
         ]
 
     def __str__(self) -> str:
         return f"worker {self.pk} ({self.queue})"
+
+    @cached_property
+    def leases(self) -> set[str]:
+        """The lanes that this process's claims have leased; not a column."""
+        return set()
 
 
 class FutureQuerySet(models.QuerySet["Future"]):

@@ -3,8 +3,8 @@
 Three channels: one for each queue says that a request was submitted, one says which futures are
 final, and one tells followers the progress of a future. NOTIFY takes a server-wide
 lock until its transaction has been flushed, so submitters send theirs after their commit, as a
-separate statement (three to five times more commits per second, measured); a worker, one per
-queue, may send it inside.
+separate statement (three to five times more commits per second, measured); workers, which are few
+and commit whole batches, may send it inside.
 """
 
 from __future__ import annotations
@@ -36,19 +36,24 @@ def bell_channel(queue: str) -> str:
     return f"futures_bell_{hashlib.sha256(queue.encode()).hexdigest()[:32]}"
 
 
-def notify_bell(queue: str, *, delayable: bool = False) -> None:
-    """Wake the queue's consumer once the outermost transaction has committed.
+def notify_bell(queue: str, *, delayable: bool = False, epoch: int | None = None) -> None:
+    """Wake the queue's workers once the outermost transaction has committed.
 
-    If that fails, the commit stays valid, and the consumer finds the doorbell at its next poll.
+    If that fails, the commit stays valid, and the workers find the future at their next poll.
 
     Args:
         delayable: The submitted request may wait for batch-mates.
+        epoch: The worker to which the request's lane is leased; the others need not look. None: any
+            may run it.
     """
+    note = DELAYABLE_NOTE if delayable else ""
+    if epoch is not None:
+        note = f"{note} {epoch}"
 
     def ring() -> None:  # not a partial: Django asks for the name of a failed function
         execute(
             "SELECT pg_notify(%(channel)s, %(note)s)",
-            {"channel": bell_channel(queue), "note": DELAYABLE_NOTE if delayable else ""},
+            {"channel": bell_channel(queue), "note": note},
         )
 
     transaction.on_commit(ring, using=alias(), robust=True)
@@ -119,14 +124,21 @@ class Bell(IntFlag):
 
     SILENT = 0
     RANG = 1
-    """Something was submitted."""
+    """Something was submitted that any worker may run."""
     FLUSH = 2
     """A client has begun to wait for a request that was just submitted."""
     CANCELLED = 4
     """Something that a worker held was cancelled."""
     DELAYABLE = 8
-    """A request was submitted that may wait for batch-mates."""
-    SUBMITTED = RANG | DELAYABLE
+    """A request was submitted that may wait for batch-mates, and that any worker may run."""
+    RANG_OWN = 16
+    """Something was submitted to a lane that is leased to this worker."""
+    DELAYABLE_OWN = 32
+    """The same for a request that may wait for batch-mates."""
+    UNDELAYED = RANG | RANG_OWN
+    DELAYED = DELAYABLE | DELAYABLE_OWN
+    ANYWHERE = RANG | DELAYABLE
+    SUBMITTED = UNDELAYED | DELAYED
 
 
 FLUSH_NOTE = "flush"
@@ -138,6 +150,15 @@ _HEARD = {
     CANCELLED_NOTE: Bell.CANCELLED,
     DELAYABLE_NOTE: Bell.DELAYABLE,
 }
+_HEARD_OWN = {"": Bell.RANG_OWN, DELAYABLE_NOTE: Bell.DELAYABLE_OWN}
+
+
+def _heard(note: str, epoch: int | None) -> Bell:
+    """The meaning of a notification for the worker of an epoch."""
+    word, is_addressed, addressee = note.partition(" ")
+    if not is_addressed:
+        return _HEARD.get(word, Bell.RANG)
+    return _HEARD_OWN[word] if addressee == str(epoch) else Bell.SILENT
 
 
 class Listener:
@@ -148,8 +169,10 @@ class Listener:
     because any notification may have been missed. Not for use inside a transaction.
     """
 
-    def __init__(self, channel: str) -> None:
+    def __init__(self, channel: str, *, epoch: int | None = None) -> None:
+        """``epoch``: of the worker that listens; notifications for others are left out."""
         self._channel = channel
+        self._epoch = epoch
         self._listening: ref[psycopg.Connection[object]] | None = None
 
     def wait(self, timeout_seconds: float) -> Bell:
@@ -171,5 +194,5 @@ class Listener:
             arrived += connection.notifies(timeout=0)
         heard = Bell.SILENT
         for notification in arrived:
-            heard |= _HEARD.get(notification.payload, Bell.RANG)
+            heard |= _heard(notification.payload, self._epoch)
         return heard

@@ -9,6 +9,7 @@ from typing import Any, cast
 from django.utils import timezone
 
 from futures.errors import FutureNotFound, FuturePurged
+from futures.lost_workers import OPEN
 from futures.models import Future, Worker
 from futures.transitions import FINAL_STATES, State
 
@@ -30,9 +31,11 @@ class QueueState:
     reason: str
     """A sentence; empty while active."""
     futures_per_second: float | None = None
-    """The worker's recent rate while it had work; None until it has finished a future."""
+    """The workers' recent rate while they had work; None until one has finished a future."""
     started_at: datetime | None = None
-    """When its worker started; None if there is none."""
+    """When the first of its workers started; None if there is none."""
+    workers: int = 0
+    """How many workers serve it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,11 @@ def lane_completions(
 ) -> tuple[list[Completion], int]:
     """Futures of an unordered lane that became final after a cursor, and the cursor after them.
 
-    A cursor is the microsecond of the last completion returned. The worker commits one batch after
-    another, each later than the last, so none of its results can appear before a cursor. A
-    cancellation is another process's commit. A caller that must not miss a result that was
-    committed at the same time as a later-dated cancellation looks back a moment now and then.
+    A cursor is the microsecond of the last completion returned. A worker commits one batch after
+    another, each later than the last, so none of its results can appear before a cursor that comes
+    from its own results. Other workers and cancellations are commits of other processes. A caller
+    that must not miss a result that was committed at the same time as a later-dated one of another
+    process looks back a moment now and then.
 
     Args:
         seq_ids: Only these.
@@ -96,18 +100,28 @@ def lane_completions(
 
 def queue_state(queue: str) -> QueueState:
     """Whether a worker serves the queue now, and if not, why."""
-    newest = Worker.objects.filter(queue=queue).order_by("-id")
-    worker = newest.only("state", "heartbeat_at", "figures", "started_at").first()
-    if worker is None or worker.state == Worker.WorkerState.STOPPED:
+    workers = Worker.objects.filter(queue=queue).order_by("-id")
+    workers = workers.only("state", "heartbeat_at", "figures", "started_at")
+    opened = list(workers.filter(state__in=OPEN))
+    heard = timezone.now() - HEARTBEAT_TIMEOUT
+    serving = [
+        worker
+        for worker in opened
+        if worker.state == Worker.WorkerState.LIVE and worker.heartbeat_at >= heard
+    ]
+    if serving:
+        rates = [worker.figures.get("futures_per_second") for worker in serving]
+        known = [rate for rate in rates if rate is not None]
+        since = min(worker.started_at for worker in serving)
+        return QueueState(ACTIVE, "", sum(known) if known else None, since, len(serving))
+    newest = opened[0] if opened else workers.first()
+    if newest is None or newest.state == Worker.WorkerState.STOPPED:
         return QueueState(PAUSED, "No worker serves this queue at the moment.")
-    if worker.state == Worker.WorkerState.LOST:
+    if newest.state == Worker.WorkerState.LOST:
         return QueueState(PAUSED, "The worker has ended; its requests wait for the next one.")
-    if worker.state == Worker.WorkerState.STARTING:
-        return QueueState(PAUSED, "The worker is starting.", started_at=worker.started_at)
-    if worker.heartbeat_at < timezone.now() - HEARTBEAT_TIMEOUT:
-        return QueueState(PAUSED, "The worker does not answer.", started_at=worker.started_at)
-    rate = worker.figures.get("futures_per_second")
-    return QueueState(ACTIVE, "", rate, worker.started_at)
+    if newest.state == Worker.WorkerState.STARTING:
+        return QueueState(PAUSED, "The worker is starting.", started_at=newest.started_at)
+    return QueueState(PAUSED, "The worker does not answer.", started_at=newest.started_at)
 
 
 def worker_figure(queue: str, name: str) -> Any:

@@ -16,7 +16,7 @@ from django.conf import settings
 from django.db import connections
 from django.test import Client
 
-from futures import queue_lock, workers
+from futures import worker_lock, workers
 from futures.batched_reads import FutureReader
 from futures.broker import PostgresBroker
 from futures.models import Future
@@ -87,17 +87,17 @@ def no_worker_is_left() -> Iterator[None]:
 
     The first fixture of every test, so the last one that ends.
     """
-    taken: list[workers.QueueLock] = []
+    taken: list[workers.WorkerLock] = []
 
-    class NotedLock(workers.QueueLock):
-        def __init__(self, queue: str) -> None:
-            super().__init__(queue)
+    class NotedLock(workers.WorkerLock):
+        def __init__(self, queue: str, epoch: int) -> None:
+            super().__init__(queue, epoch)
             taken.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "QueueLock", NotedLock)
+        patch.setattr(workers, "WorkerLock", NotedLock)
         # A lock is free only when Postgres has seen that its connection is closed.
-        patch.setattr(queue_lock, "_PATIENCE_SECONDS", LONG_SECONDS)
+        patch.setattr(worker_lock, "_PATIENCE_SECONDS", LONG_SECONDS)
         yield
     left = [lock for lock in taken if lock.is_held]
     for lock in left:
@@ -128,17 +128,22 @@ class InProcessWorker:
 
     def die(self) -> None:
         """End as after SIGKILL: nothing is released, only the lock is lost."""
-        if self.worker.queue_lock is not None:
-            self.worker.queue_lock.release()
+        if self.worker.lock is not None:
+            self.worker.lock.release()
 
 
 @pytest.fixture
 def start_worker(db: None) -> Iterator[Callable[..., InProcessWorker]]:
-    """``start_worker()``: a new worker life; ``work = start_worker(); work()`` runs what waits."""
+    """``start_worker()``: a new worker life; ``work = start_worker(); work()`` runs what waits.
+
+    It takes the place of the last one, which dies, or works ``beside`` it.
+    """
     started: list[InProcessWorker] = []
 
-    def start(engine: Engine | None = None, text_pool: TextPool | None = None) -> InProcessWorker:
-        if started:
+    def start(
+        engine: Engine | None = None, text_pool: TextPool | None = None, *, beside: bool = False
+    ) -> InProcessWorker:
+        if started and not beside:
             started[-1].die()
         started.append(InProcessWorker(engine, text_pool))
         return started[-1]

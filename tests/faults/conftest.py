@@ -13,7 +13,7 @@ import pytest
 from django.contrib.auth.models import User
 from pytest_django import Settings
 
-from futures.models import Future
+from futures.models import Future, Lane
 from tests.conftest import InProcessWorker
 from training import services
 from training.models import Run
@@ -52,8 +52,10 @@ def train(owner: User) -> Callable[..., list[Future]]:
 
 
 def state_of(worker: InProcessWorker, name: str) -> State:
-    """The run's adapter, rebuilt if need be."""
+    """The run's adapter, rebuilt if need be; the worker leases its lane, if that is free."""
     run = Run.objects.get(name=name)
+    if Lane.objects.filter(pk=run.id, worker=None).update(worker=worker.worker):
+        worker.worker.leases.add(run.id)
     return worker.engine.trainer.adapter_state(worker.loop.adapter_cache.bring_run(run))
 
 

@@ -177,7 +177,7 @@ def test_a_full_disk_fails_no_step_and_the_snapshot_comes_later(
     futures = train("m", 3)
     work()
     let_it_finish(work)
-    work.loop.give_back()
+    work.loop.adapter_cache.snapshot_all()  # as at its end
     assert_all_ready(futures)
     assert not Snapshot.objects.exists()
     assert files("snapshots") == []

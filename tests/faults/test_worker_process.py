@@ -1,9 +1,9 @@
-"""A whole worker under its supervisor: it hangs, it is poisoned, a second one comes."""
+"""Whole workers under their supervisor: one hangs, one is poisoned, two share the work."""
 
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +12,14 @@ import pytest
 from django.contrib.auth.models import User
 from django.db import connections
 
-from futures.models import Future, Worker
+from futures.lost_workers import worker_reap
+from futures.models import Future, Lane, Worker
+from futures.payload import decode, encode
 from tests.server import ROOT
-from tests.waiting import LONG_SECONDS, wait_for
+from tests.waiting import wait_for
 from tinkerapi.server.supervisor import Child, Supervisor, Watch
 from training import services
-from training.types import Conversation, Message
+from training.types import AdamParams, Conversation, Message
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.django_db(transaction=True)]
 
@@ -129,24 +131,108 @@ def test_a_poisonous_request_fails_by_name_after_three_workers_and_the_rest_go_o
     assert len(lines) == 3
 
 
-def test_a_second_worker_of_the_queue_is_turned_away_and_the_first_works_on(
+def work_through(supervisor: Supervisor, clock: Clock, futures: list[Future]) -> list[Future]:
+    """The futures once all are final; workers that end meanwhile are started again at once."""
+    return [finished(supervisor, clock, future) for future in futures]
+
+
+def submit_step(owner: User, name: str, step: int) -> list[Future]:
+    """One step of a run; the same for each run."""
+    turns = (Message("user", f"question {step}"), Message("assistant", "hello"))
+    passed = services.forward_backward_submit(
+        owner_id=owner.pk,
+        model_id=name,
+        data=[Conversation(turns)],
+        loss_fn="cross_entropy",
+        loss_fn_config={},
+    )
+    stepped = services.optim_step_submit(
+        owner_id=owner.pk, model_id=name, adam_params=AdamParams(learning_rate=0.1)
+    )
+    return [passed.future, stepped.future]
+
+
+def result(future: Future) -> bytes:
+    """The stored result, without the name of its run."""
+    stored = decode(bytes(Future.objects.get(pk=future.pk).result or b""))
+    return encode({**stored, "model_id": ""})
+
+
+def test_two_workers_share_the_runs_and_one_that_is_killed_loses_nothing(
     supervisor: Supervisor,
     clock: Clock,
     environment: dict[str, str],
     tmp_path: Path,
     owner: User,
 ) -> None:
-    finished(supervisor, clock, submit(owner, "good"))
-    second = subprocess.run(
-        [*COMMAND, str(tmp_path)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LONG_SECONDS,
-        check=False,
+    """Whatever a run's worker, and whatever happened to it, its losses are those of a twin."""
+    supervisor.add(
+        Child(
+            "second",
+            [*COMMAND, str(tmp_path)],
+            environment,
+            tmp_path / "second log",
+            stop_seconds=10,
+            parent_death_signal="KILL",
+            stop_rank=0,
+        )
     )
-    assert second.returncode != 0
-    assert "QueueTaken" in second.stderr
-    assert finished(supervisor, clock, submit(owner, "good")).state == "ready"
-    assert Worker.objects.count() == 1
+    wait_for(lambda: Worker.objects.filter(state="live").count() == 2)
+    names = [f"run-{number}" for number in range(6)]
+    futures: dict[str, list[Future]] = {name: [] for name in names}
+    for step in range(4):
+        for name in names:
+            futures[name] += submit_step(owner, name, step)
+        if step == 1:
+            work_through(supervisor, clock, [future for own in futures.values() for future in own])
+            holders = set(Lane.objects.exclude(worker=None).values_list("worker_id", flat=True))
+            assert len(holders) == 2
+            victim = Worker.objects.get(pk=min(holders))
+            for name in names:
+                futures[name] += submit_step(owner, name, 99)
+            os.kill(victim.pid, signal.SIGKILL)
+    done = work_through(supervisor, clock, [future for own in futures.values() for future in own])
+
+    assert {future.state for future in done} == {"ready"}
+    victim.refresh_from_db()
+    assert victim.state == "lost"
+    assert not Lane.objects.filter(worker=victim).exists()
+    results = {name: [result(future) for future in own] for name, own in futures.items()}
+    assert all(own == results[names[0]] for own in results.values())
+
+
+def test_a_worker_that_is_stopped_and_continued_commits_nothing_of_what_others_did(
+    supervisor: Supervisor,
+    clock: Clock,
+    environment: dict[str, str],
+    tmp_path: Path,
+    owner: User,
+) -> None:
+    first = work_through(supervisor, clock, submit_step(owner, "m", 0))
+    stopped = Worker.objects.get()
+    os.kill(stopped.pid, signal.SIGSTOP)
+    try:
+        futures = [future for step in range(1, 4) for future in submit_step(owner, "m", step)]
+        supervisor.add(
+            Child(
+                "second",
+                [*COMMAND, str(tmp_path)],
+                environment,
+                tmp_path / "second log",
+                stop_seconds=10,
+                parent_death_signal="KILL",
+                stop_rank=0,
+            )
+        )
+        wait_for(lambda: Worker.objects.filter(state="live").count() == 2)
+        worker_reap(stopped, crashed=lambda worker: False, must_be_unlocked=False)
+        second = Worker.objects.get(state="live")
+        done = work_through(supervisor, clock, futures)
+    finally:
+        os.kill(stopped.pid, signal.SIGCONT)
+    wait_for(lambda: "leaving" in (tmp_path / "log").read_text())
+
+    assert {future.worker_id for future in first} == {stopped.pk}
+    assert {(future.state, future.worker_id) for future in done} == {("ready", second.pk)}
+    more = work_through(supervisor, clock, submit_step(owner, "m", 4))
+    assert {(future.state, future.worker_id) for future in more} == {("ready", second.pk)}

@@ -104,8 +104,8 @@ def worker(worker_factory: Callable[..., Worker]) -> Worker:
 
 def kill(worker: Worker) -> None:
     """The remains of a worker after SIGKILL: its rows, without its lock."""
-    assert worker.queue_lock is not None
-    worker.queue_lock.release()
+    assert worker.lock is not None
+    worker.lock.release()
 
 
 def finish(worker: Worker, *futures: Future, **outcome: Any) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
-from futures.models import Future, Worker
-from tests.futures.conftest import QUEUE, SubmitFactory
+from futures.models import Future, Lane, Worker
+from tests.futures.conftest import SubmitFactory
 
 pytestmark = pytest.mark.django_db
 
@@ -78,10 +79,13 @@ def test_an_idempotency_key_twice_for_an_owner_is_refused(submit: SubmitFactory)
         Future.objects.filter(pk=second.pk).update(idempotency_key="k")
 
 
-def test_a_queue_has_one_open_worker(worker: Worker) -> None:
-    with pytest.raises(IntegrityError, match="worker_one_live_per_queue"), transaction.atomic():
-        Worker.objects.create(queue=QUEUE, hostname="other", pid=1)
-    Worker.objects.create(queue="other queue", hostname="other", pid=1)
+def test_a_lane_without_order_is_leased_to_nobody(
+    lane_factory: Callable[..., Lane], worker: Worker
+) -> None:
+    lane = lane_factory(ordered=False)
+
+    with pytest.raises(IntegrityError, match="lane_leased_if_ordered"), transaction.atomic():
+        Lane.objects.filter(pk=lane.pk).update(worker=worker)
 
 
 def test_an_unknown_worker_state_is_refused(worker: Worker) -> None:

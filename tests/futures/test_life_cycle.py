@@ -31,11 +31,12 @@ from futures.claiming import future_claim
 from futures.errors import FutureNotCancellable, SeqIdReused
 from futures.finishing import Outcome, futures_finish, futures_release
 from futures.lane_gaps import gaps_refuse
+from futures.lost_workers import MAX_ATTEMPTS
 from futures.models import Future, Lane, Worker
 from futures.payload import decode, encode
 from futures.services import future_submit, lane_create
 from futures.transitions import MOVES
-from futures.workers import MAX_ATTEMPTS, worker_start, worker_stop
+from futures.workers import worker_start, worker_stop
 from tests.futures.conftest import QUEUE, kill
 
 LANES = 3

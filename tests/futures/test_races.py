@@ -195,16 +195,6 @@ def test_finish_against_takeover_has_one_winner(
         worker = successor
 
 
-def test_two_starts_at_once_have_one_winner(
-    worker_factory: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("futures.queue_lock._PATIENCE_SECONDS", 0.05)
-    for number in range(3):
-        outcomes = race(*[partial(worker_factory, f"queue {number}")] * 3)
-
-        assert sum(isinstance(outcome, Worker) for outcome in outcomes) == 1
-
-
 def test_no_doorbell_is_lost_between_submit_and_claim(
     submit: SubmitFactory, lane: Lane, worker: Worker
 ) -> None:

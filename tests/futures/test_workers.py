@@ -17,16 +17,20 @@ from futures.broker import PostgresBroker
 from futures.claiming import SUSPECT_INTERRUPTIONS, future_claim
 from futures.database import dedicated_parameters
 from futures.errors import Fenced, QueueTaken
-from futures.models import Future, Lane, Worker
-from futures.queue_lock import QueueLock
-from futures.selectors import queue_state
-from futures.transitions import State
-from futures.workers import (
+from futures.lost_workers import (
     MAX_ATTEMPTS,
     MAX_INTERRUPTIONS,
+    crash_assumed,
+    worker_ended,
+    workers_reap,
+)
+from futures.models import Future, Lane, Worker
+from futures.selectors import queue_state
+from futures.transitions import State
+from futures.worker_lock import WorkerLock
+from futures.workers import (
     worker_heartbeat,
     worker_live,
-    worker_mark_lost,
     worker_start,
     worker_stop,
 )
@@ -59,19 +63,24 @@ def test_a_worker_starts_goes_live_beats_and_stops(worker: Worker) -> None:
     assert row.stopped_at is not None
 
 
-def test_a_queue_has_one_worker_at_a_time(
+def test_a_queue_may_have_several_workers_and_the_former_versions_worker_none_beside_it(
     worker_factory: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("futures.queue_lock._PATIENCE_SECONDS", 0.05)
-    first = worker_factory()
+    monkeypatch.setattr("futures.worker_lock._PATIENCE_SECONDS", 0.05)
+    first, second = worker_factory(), worker_factory()
+    assert second.pk > first.pk
+    assert set(Worker.objects.values_list("state", flat=True)) == {"starting"}
 
-    with pytest.raises(QueueTaken):
-        worker_factory()
-    worker_factory("another queue")
-    assert Worker.objects.get(pk=first.pk).state == "starting"
+    with psycopg.connect(**dedicated_parameters()) as former:
+        take = "SELECT pg_try_advisory_lock(hashtextextended('futures queue ' || %s, 0))"
+        assert former.execute(take, [QUEUE]).fetchone() == (False,)
+        worker_stop(first)
+        worker_stop(second)
+        assert wait_for(lambda: former.execute(take, [QUEUE]).fetchone() == (True,))
 
-    worker_stop(first)
-    assert worker_factory().pk > first.pk
+        with pytest.raises(QueueTaken):
+            worker_factory()
+        worker_factory("another queue")
 
 
 def test_what_a_dead_worker_held_waits_again_with_one_attempt_more(
@@ -165,7 +174,7 @@ def test_what_ran_when_a_worker_was_ended_from_outside_is_no_suspect_at_first(
     assert claimed == [len(futures)] * SUSPECT_INTERRUPTIONS + [1]
 
 
-def test_the_next_worker_judges_the_last_one_and_no_other(
+def test_the_next_worker_judges_the_dead_one_and_no_other(
     submit: SubmitFactory, worker_factory: Callable[..., Worker]
 ) -> None:
     worker_stop(worker_factory())
@@ -238,23 +247,23 @@ def terminate(pid: int) -> None:
 
 
 def test_a_lost_lock_is_taken_again_by_the_heartbeat(worker: Worker) -> None:
-    [pid] = lock_holders()
+    [pid] = set(lock_holders())
     terminate(pid)
     assert lock_holders() == []
 
     worker_heartbeat(worker, {})
 
-    [renewed] = lock_holders()
+    [renewed] = set(lock_holders())
     assert renewed != pid
 
 
-def test_a_lock_lost_to_another_worker_fences(
+def test_a_lock_lost_to_another_process_fences(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("futures.queue_lock._PATIENCE_SECONDS", 0.05)
-    [pid] = lock_holders()
+    monkeypatch.setattr("futures.worker_lock._PATIENCE_SECONDS", 0.05)
+    [pid] = set(lock_holders())
     terminate(pid)
-    thief = QueueLock(QUEUE)
+    thief = WorkerLock(QUEUE, worker.pk)
 
     with pytest.raises(Fenced):
         worker_heartbeat(worker, {})
@@ -264,10 +273,10 @@ def test_a_lock_lost_to_another_worker_fences(
 def test_a_lock_that_cannot_be_asked_for_is_a_database_error(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [pid] = lock_holders()
+    [pid] = set(lock_holders())
     terminate(pid)
     nowhere = {**dedicated_parameters(), "host": "/nonexistent"}
-    monkeypatch.setattr("futures.queue_lock.dedicated_parameters", lambda: nowhere)
+    monkeypatch.setattr("futures.worker_lock.dedicated_parameters", lambda: nowhere)
 
     with pytest.raises(OperationalError):
         worker_heartbeat(worker, {})
@@ -283,6 +292,12 @@ def test_a_start_that_fails_lets_the_lock_go(monkeypatch: pytest.MonkeyPatch) ->
     assert lock_holders() == []
 
 
+def ended(pid: int, judge: Callable[[Worker], bool] = crash_assumed) -> bool:
+    """What the supervisor of a process of this machine says when it has ended."""
+    return worker_ended(queue=QUEUE, pid=pid, crashed=judge)
+
+
+@pytest.mark.django_db(transaction=True)
 def test_a_dead_workers_row_says_so_before_the_next_one_starts(
     worker_factory: Callable[..., Worker],
 ) -> None:
@@ -290,7 +305,7 @@ def test_a_dead_workers_row_says_so_before_the_next_one_starts(
     worker_live(dead, {})
     kill(dead)
 
-    assert wait_for(lambda: worker_mark_lost(queue=QUEUE, pid=dead.pid))
+    assert wait_for(lambda: ended(dead.pid))
 
     row = Worker.objects.get(pk=dead.pk)
     assert (row.state, row.stopped_at is not None) == ("lost", True)
@@ -300,11 +315,11 @@ def test_a_dead_workers_row_says_so_before_the_next_one_starts(
         worker_heartbeat(dead, {})
 
 
-def test_a_worker_that_holds_its_lock_is_never_marked(worker: Worker) -> None:
+def test_a_worker_that_holds_its_lock_is_never_ended_by_a_supervisor(worker: Worker) -> None:
     worker_live(worker, {})
 
-    assert not worker_mark_lost(queue=QUEUE, pid=worker.pid)
-    assert not worker_mark_lost(queue=QUEUE)
+    assert not ended(worker.pid)
+    workers_reap(queue=QUEUE, crashed=crash_assumed)
 
     worker_heartbeat(worker, {})
     assert queue_state(QUEUE).state == "active"
@@ -319,31 +334,30 @@ def test_another_supervisors_worker_is_left_alone_also_while_it_lost_its_lock(
     Worker.objects.filter(pk=worker.pk).update(**other)
     kill(worker)
 
-    assert worker_mark_lost(queue=QUEUE, pid=pid)
+    assert ended(pid)
+    workers_reap(queue=QUEUE, crashed=crash_assumed)
 
     worker_heartbeat(worker, {})
 
 
 @pytest.mark.django_db(transaction=True)
 @pytest.mark.parametrize("does_crash", [True, False])
-def test_what_a_marked_worker_held_is_judged_like_any_others(
+def test_what_an_ended_worker_held_is_judged_and_waits_again_at_once(
     submit: SubmitFactory, worker_factory: Callable[..., Worker], does_crash: bool
 ) -> None:
     future = submit()
     dead = worker_factory()
     claim(dead)
     kill(dead)
-    wait_for(lambda: worker_mark_lost(queue=QUEUE, pid=dead.pid))
-
     judged: list[int] = []
 
     def judge(before: Worker) -> bool:
         judged.append(before.pk)
         return does_crash
 
-    kill(worker_start(queue=QUEUE, figures={}, crashed=judge))
+    wait_for(lambda: ended(dead.pid, judge))
 
-    assert judged == [dead.pk]
+    assert set(judged) == {dead.pk}
     row = Future.objects.get(pk=future.pk)
     assert (row.state, row.attempts, row.interruptions) == (
         State.PENDING,
@@ -366,7 +380,7 @@ def test_a_successor_that_starts_meanwhile_is_not_taken_for_the_dead_one(
             return worker
 
         # The successor is of this very process, so only the lock tells it from the dead one.
-        _, started = race(lambda: worker_mark_lost(queue=QUEUE, pid=os.getpid()), successor)
+        _, started = race(lambda: ended(os.getpid()), successor)
 
         assert isinstance(started, Worker), started
         assert Worker.objects.get(pk=started.pk).state == "live"

@@ -113,7 +113,8 @@ def test_ready_is_200_with_a_live_worker(api, work):
     answer = api.get("/readyz")
 
     assert answer.status_code == 200
-    assert answer.json() == {"status": "ready", "missing": []}
+    workers = {base_model_get(None).name: 1}
+    assert answer.json() == {"status": "ready", "missing": [], "workers": workers}
 
 
 def test_ready_says_that_the_database_is_gone(api, monkeypatch):

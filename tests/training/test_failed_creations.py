@@ -10,8 +10,8 @@ from django.contrib.auth.models import User
 from pytest_django import Settings
 
 from futures.cancelling import future_cancel
+from futures.lost_workers import MAX_ATTEMPTS
 from futures.models import Future
-from futures.workers import MAX_ATTEMPTS
 from tests.conftest import InProcessWorker
 from tests.training.test_races import at_once, create
 from tests.training.test_worker import sample

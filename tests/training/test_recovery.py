@@ -14,6 +14,7 @@ import pytest
 from django.contrib.auth.models import User
 from pytest_django import Settings
 
+from futures.errors import Fenced
 from futures.models import Future, Worker
 from futures.payload import decode
 from tests.conftest import InProcessWorker
@@ -304,7 +305,8 @@ def test_a_replaced_worker_moves_no_run_back_even_where_it_finishes_nothing(
     start_worker()
     Run.objects.filter(id=stale.id).update(step=2, applied_seq_id=7)
 
-    replaced.loop._commit(Effects(runs=[stale]))
+    with pytest.raises(Fenced):
+        replaced.loop._commit(Effects(runs=[stale]))
 
     run = Run.objects.get(id=stale.id)
     assert (run.step, run.applied_seq_id) == (2, 7)

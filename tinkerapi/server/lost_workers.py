@@ -1,7 +1,8 @@
-"""Marks a worker's row as lost as soon as the parent process knows that the worker has ended.
+"""Ends a worker's life in the database as soon as the parent process knows that it has ended.
 
-Without it a killed worker looks alive until its successor starts or its heartbeats are missed. The
-supervisor must not wait for Postgres, which may be down too, so a thread does it.
+Others can then do its work at once. Without it a killed worker looks alive until its successor
+starts or its heartbeats are missed. The supervisor must not wait for Postgres, which may be down
+too, so a thread does it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from collections.abc import Callable
 
 from django.db import DatabaseError, InterfaceError, connection
 
-from futures.workers import worker_mark_lost
+from futures.lost_workers import worker_ended
+from training.worker.crash_log import crashed
 
-TRY_SECONDS = 15.0  # after this, the next worker has marked it, or the heartbeats are missed anyway
+TRY_SECONDS = 15.0  # after this, its successor has done it, or its heartbeats are missed anyway
 LOOK_SECONDS = 0.1  # Postgres needs a moment to notice that the dead worker's connection is closed
 
 
 def report_worker_end(queue: str) -> Callable[[int], None]:
-    """For the supervisor of a queue's worker: marks the worker of a process that has ended."""
+    """For the supervisor of a queue's worker: ends the life of the worker of a process that has
+    ended."""
 
     def report(pid: int) -> None:
         threading.Thread(
@@ -34,7 +37,7 @@ def _mark(queue: str, pid: int) -> None:
     try:
         while time.monotonic() < deadline:
             try:
-                if worker_mark_lost(queue=queue, pid=pid):
+                if worker_ended(queue=queue, pid=pid, crashed=crashed):
                     return
             except (DatabaseError, InterfaceError):
                 connection.close()

@@ -154,6 +154,16 @@ class AdapterCache:
         self._cached[run.id] = CachedAdapter()
         self._hold(run)
 
+    def lanes_without_adapter(self) -> set[str]:
+        """The lanes that this worker leases without having anything of them in memory."""
+        return self._worker.leases - self._cached.keys()
+
+    def drop_borrowed(self) -> None:
+        """Drop the adapters of runs that are not leased to this worker, and were only read: the
+        holder of the lease changes them from now on."""
+        for run_id in self._cached.keys() - self._worker.leases:
+            self.drop_run(run_id)
+
     def drop_run(self, run_id: str) -> None:
         """Drop a run's adapter: it was removed, or memory is ahead of the committed state."""
         resident = self._cached.pop(run_id, None)
@@ -194,10 +204,15 @@ class AdapterCache:
         """Wait for the snapshot that is being written, and record it."""
         self._schedule.settle()
 
-    def snapshot_all(self) -> None:
-        """Write all state that is not on disk yet, so that the next worker need not repeat it."""
+    def snapshot_all(self, *, then: Callable[[Run], object] = lambda run: None) -> None:
+        """Write all state that is not on disk yet, so that the next worker need not repeat it.
+
+        Args:
+            then: Called with each run after that.
+        """
         for run in Run.objects.live().filter(id__in=self._cached):
             self.snapshot(run)
+            then(run)
             self._on_turn()
 
     def make_room(self, run: Run) -> None:

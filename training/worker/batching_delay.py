@@ -48,10 +48,10 @@ def collect_batch_mates(
         now = clock()
         pause = min(FIRST_SECONDS, max(LEAST_SECONDS, PAUSES * (now - last)))
         last = now
-        if heard & Bell.RANG:
+        if heard & Bell.UNDELAYED:
             claim()
             some_wait = False
-        elif heard & Bell.DELAYABLE:
+        elif heard & Bell.DELAYED:
             some_wait = True
         if heard & Bell.FLUSH or not heard & Bell.SUBMITTED:
             break

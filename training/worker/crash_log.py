@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from django.conf import settings
 from django.db import InterfaceError, OperationalError
 
 from futures.errors import Fenced
+from futures.lost_workers import OPEN
 from futures.models import Worker
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,7 @@ class CrashLog:
     def __init__(self, worker: Worker) -> None:
         self._path = _path(worker)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        for former in self._path.parent.glob(f"{worker.queue}.*"):
-            former.unlink()
+        _remove_old(worker)
         self._file = self._path.open("w")
         faulthandler.enable(self._file)
 
@@ -61,7 +62,10 @@ class CrashLog:
 
 
 def crashed(before: Worker) -> bool:
-    """Whether the last worker may have crashed because of its work; True if unknown."""
+    """Whether a worker that has ended may have crashed because of its work; True if unknown.
+
+    A worker of another machine that wrote nothing counts as ended from outside.
+    """
     try:
         words = _path(before).read_text(errors="replace").strip()
     except OSError:
@@ -69,6 +73,8 @@ def crashed(before: Worker) -> bool:
     if words:
         logger.error("%s crashed:\n%s", before, words)
         return True
+    if before.hostname != socket.gethostname():  # whose kernel's count is unknown here
+        return False
     return bool(before.figures.get("oom_kills") != oom_kills())
 
 
@@ -83,3 +89,12 @@ def oom_kills() -> int | None:
 
 def _path(worker: Worker) -> Path:
     return Path(settings.DATA_DIR) / FOLDER / f"{worker.queue}.{worker.pk}"
+
+
+def _remove_old(worker: Worker) -> None:
+    """Remove the files of the queue's workers whose lives are over, and judged."""
+    living = Worker.objects.filter(queue=worker.queue, state__in=OPEN)
+    needed = {_path(other) for other in living}
+    for path in _path(worker).parent.glob(f"{worker.queue}.*"):
+        if path not in needed:
+            path.unlink(missing_ok=True)

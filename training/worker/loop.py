@@ -1,5 +1,7 @@
 """The work loop: claim, run one batch, commit it, poll the sampler, again.
 
+A lane is leased to this worker from its first claim until nothing of it is in memory any more.
+
 Memory is never ahead of the database for longer than one batch: results, states and run
 rows are committed together, fenced by the worker's epoch, and only then is the next batch
 begun. If the commit is impossible, or the engine fails with an unexpected error, the
@@ -16,9 +18,11 @@ from django.conf import settings
 from django.db import transaction
 
 from futures.cancelled import futures_cancelled, futures_note_cancelled
-from futures.claiming import future_claim
+from futures.claiming import PATIENCE_SECONDS, future_claim
 from futures.database import execute, rows_get
+from futures.errors import Fenced
 from futures.finishing import futures_finish, futures_release
+from futures.leases import lanes_release
 from futures.models import Future, Worker
 from futures.notify import Bell
 from training.engine.interface import Engine
@@ -47,7 +51,8 @@ TEXT_SLICE_SECONDS = 0.02  # longest wait for tokenizing between two checks for 
 START_SLICE_SECONDS = 0.02  # longest wait for the process of custom losses between two such checks
 COMPANY_SECONDS = 0.02  # longest wait of a batch for text that was claimed with it
 
-# Fenced like the outcomes, because a batch that only begins samples has none.
+# Fenced like the outcomes, because a batch that only begins samples has none: only the holder of
+# the lane's lease changes its run.
 _ADVANCE = """
 UPDATE training_run AS r
 SET step = o.step, applied_seq_id = o.applied, tokens = o.tokens,
@@ -55,11 +60,13 @@ SET step = o.step, applied_seq_id = o.applied, tokens = o.tokens,
 FROM unnest(
     %(ids)s::text[], %(steps)s::int[], %(applied)s::bigint[], %(tokens)s::bigint[]
 ) AS o (id, step, applied, tokens)
+JOIN futures_lane AS lane ON lane.id = o.id AND lane.worker_id = %(worker_id)s
 WHERE r.id = o.id
     AND EXISTS (
         SELECT FROM futures_worker
         WHERE id = %(worker_id)s AND state IN ('starting', 'live')
     )
+RETURNING r.id
 """
 
 
@@ -133,6 +140,10 @@ class WorkLoop:
         self._batch = 0
         self._unclaimed = True
         """Whether a claim has left futures that may run, for which there is no new notification."""
+        self._looks_anywhere = True
+        """Whether the next claim looks beyond the lanes that are leased already."""
+        self._look_at: float | None = None
+        """When to look at what the last claim has left to other workers."""
         self._passed_over: set[int] = set()
         """Owners of whom the last claim took nothing, because too much of their text waits."""
         self._throughput = Throughput()
@@ -144,13 +155,14 @@ class WorkLoop:
         """Work until no future may run; called by the doorbell task.
 
         Raises:
-            Fenced: Another worker took over.
+            Fenced: This worker's life was ended by others.
             Exception: Memory may be corrupt or the commit is impossible; leave the process.
         """
-        self._unclaimed = True
+        self._unclaimed = self._looks_anywhere = True
         self._throughput.work_begins()
         while not self._stopping():
             self.turn()
+            self._release_lanes()
             if self._listen(0) & Bell.SUBMITTED or self._may_claim_more():
                 self._claim()
                 collect_batch_mates(
@@ -192,12 +204,24 @@ class WorkLoop:
     def turn(self) -> None:
         """Work between batches and while idle."""
         self._on_turn()
+        self.adapter_cache.drop_borrowed()
         self.adapter_cache.keep_up()
 
     def idle_turn(self) -> None:
         """Work while idle."""
         self.turn()
         self._idle.look()
+        self._release_lanes()
+
+    def _release_lanes(self) -> None:
+        """Release the leases of lanes of which nothing is in memory and nothing waits here; call it
+        between batches."""
+        unneeded = self.adapter_cache.lanes_without_adapter()
+        if unneeded:
+            held = [*self._scheduler.held(), *self._samples.futures]
+            lanes_release(
+                worker=self._worker, lane_ids=unneeded - {future.lane_id for future in held}
+            )
 
     def _let_go_of_one(self) -> bool:
         """Evict an adapter that nobody needs any more; return whether there was one."""
@@ -209,10 +233,14 @@ class WorkLoop:
         """The queue's notifications; records cancellations for later."""
         heard = self._bell_rang(timeout_seconds)
         self._some_cancelled |= bool(heard & Bell.CANCELLED)
+        self._looks_anywhere |= bool(heard & Bell.ANYWHERE)
         return heard
 
     def _may_claim_more(self) -> bool:
         """Whether remaining futures may be claimed now, without a new notification."""
+        if self._look_at is not None and time.monotonic() >= self._look_at:
+            self._looks_anywhere = True
+            return True
         return self._unclaimed or not self._passed_over <= self._texts.full_owners()
 
     def _claim(self) -> None:
@@ -221,16 +249,26 @@ class WorkLoop:
             self._unclaimed = True
             return
         self._passed_over = self._texts.full_owners()
-        claimed = future_claim(
-            worker=self._worker,
-            max_futures=CLAIM_FUTURES,
-            max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
-            passed_over=self._passed_over,
-        )
+        claimed = [] if self._looks_anywhere else self._claim_from(only_leased=True)
+        if not claimed:
+            # Perhaps the lane that the notification meant was released in the same moment.
+            claimed = self._claim_from(only_leased=False)
+            self._looks_anywhere = self._worker.more_waits
+            left = self._worker.left_to_others
+            self._look_at = time.monotonic() + PATIENCE_SECONDS if left else None
         if self._texts.begin(claimed):
             self._company_until = time.monotonic() + COMPANY_SECONDS
         self._scheduler.add(claimed)
         self._unclaimed = self._worker.more_waits
+
+    def _claim_from(self, *, only_leased: bool) -> list[Future]:
+        return future_claim(
+            worker=self._worker,
+            max_futures=CLAIM_FUTURES,
+            max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
+            passed_over=self._passed_over,
+            only_leased=only_leased,
+        )
 
     def _look_at_texts(self) -> None:
         """Collect tokenized text.
@@ -339,7 +377,7 @@ class WorkLoop:
         with transaction.atomic():
             effects.write()
             futures_finish(worker=self._worker, outcomes=effects.outcomes, batch=self._batch)
-            execute(
+            advanced = execute(
                 _ADVANCE,
                 {
                     "worker_id": self._worker.pk,
@@ -349,6 +387,8 @@ class WorkLoop:
                     "tokens": [run.tokens for run in effects.runs],
                 },
             )
+            if len(advanced) != len(effects.runs):
+                raise Fenced
         self.adapter_cache.moved_on(effects.runs)
         for act in effects.after_commit:
             act()
@@ -369,7 +409,9 @@ class WorkLoop:
         ]
         futures_release(worker=self._worker, request_ids=[future.id for future in futures])
         self._texts.close()
-        self.adapter_cache.snapshot_all()
+        self.adapter_cache.snapshot_all(
+            then=lambda run: lanes_release(worker=self._worker, lane_ids=[run.id])
+        )
 
 
 def _release_memory(engine: Engine) -> None:

@@ -18,9 +18,10 @@ import psycopg
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, OperationalError, connection
 
-from futures.broker import bell_rang
+from futures.broker import bell_rang, listen_as
 from futures.consumer import Consumer
 from futures.errors import Fenced
+from futures.lost_workers import Colleagues
 from futures.models import Worker
 from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
 from training import tasks
@@ -89,11 +90,11 @@ class Stages:
 def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], Engine]) -> None:
     """Serve a base model's queue until SIGTERM or SIGINT.
 
-    The queue is taken before the model is loaded, so that a second worker is refused at
-    once and the web process can report that one is starting.
+    Its life begins before the model is loaded, so that the web process can report that a worker is
+    starting.
 
     Raises:
-        QueueTaken: Another live worker serves this base model.
+        QueueTaken: A worker of the former version serves this base model.
         BaseModelNotFound, DeviceNotFound: The model cannot be loaded.
     """
     watchdog = WatchdogSignal(settings.WATCHDOG_FD)
@@ -133,7 +134,9 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
             logger.warning(
                 "%s: takes no conversations to train on: %s", base_model.name, conversation_fault
             )
+        listen_as(worker)
         consumer = Consumer(base_model.queue)
+        consumer.shares_queue = True
         loop = WorkLoop(
             engine,
             worker,
@@ -212,17 +215,20 @@ def _signalling(watchdog: WatchdogSignal) -> Iterator[None]:
 
 
 def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> None:
-    """Send heartbeats every few seconds; leave the process if it was replaced.
+    """Send heartbeats every few seconds; leave the process if its life was ended.
 
-    Also runs the queue's maintenance.
+    Also looks whether other workers of the queue live, and runs the queue's maintenance.
     """
     maintenance = Maintenance(worker.queue)
+    colleagues = Colleagues(worker, crashed=crashed)
     while not over.wait(HEARTBEAT_SECONDS):
         try:
             worker_heartbeat(worker, {**figures, **_memory()})
+            for epoch in colleagues.look():
+                logger.warning("worker %d was silent; others do its work now", epoch)
             _do(maintenance)
         except Fenced:
-            logger.error("another worker has taken over; leaving")
+            logger.error("others have ended this worker's life and do its work; leaving")
             logging.shutdown()
             os._exit(1)
         except (DatabaseError, InterfaceError) as error:

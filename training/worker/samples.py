@@ -86,6 +86,10 @@ class Samples:
     def request_ids(self) -> list[str]:
         return list(self._held)
 
+    @property
+    def futures(self) -> list[Future]:
+        return [sampling.future for sampling in self._held.values()]
+
     def submit(
         self,
         future: Future,

@@ -23,6 +23,7 @@ from pathlib import Path
 from django.conf import settings
 from django.db import transaction
 
+from futures.leases import lease_is_held
 from futures.models import Worker
 from training.engine.interface import CapturedAdapter, Trainer
 from training.models import Run, Snapshot
@@ -106,7 +107,8 @@ class SnapshotWriter:
             The seconds it took to write.
 
         Raises:
-            SnapshotFailed: It could not be written.
+            SnapshotFailed: It could not be written, or the run is not leased to this worker any
+                more: another one may have changed it since.
         """
         begun = self.begun
         if begun is None:
@@ -117,17 +119,23 @@ class SnapshotWriter:
             self.begun = None
             raise SnapshotFailed(str(error)) from error
         run = Run.objects.live().filter(id=begun.run_id).first()
-        if run is not None and not self._is_unwanted:
-            self._name(begun, size, seconds)
+        is_wanted = run is not None and not self._is_unwanted
+        is_named = is_wanted and self._name(begun, size, seconds)
+        if run is not None and is_named:
             self.delete(run, keep=KEPT, unreadable=unreadable)
         else:
             shutil.rmtree(settings.DATA_DIR / begun.directory, ignore_errors=True)
         self.begun = None
+        if is_wanted and not is_named:
+            raise SnapshotFailed("the run is not leased to this worker any more")
         return seconds
 
-    def _name(self, begun: Begun, size: int, seconds: float) -> None:
-        """Write the row, replacing an unreadable one of the same seq id, if there is one."""
+    def _name(self, begun: Begun, size: int, seconds: float) -> bool:
+        """Write the row, replacing an unreadable one of the same seq id, if there is one; return
+        False instead if the run is not leased to this worker."""
         with transaction.atomic():
+            if not lease_is_held(worker=self._worker, lane_id=begun.run_id):
+                return False
             old = Snapshot.objects.filter(run_id=begun.run_id, seq_id=begun.seq_id)
             replaced = set(old.values_list("directory", flat=True)) - {str(begun.directory)}
             old.delete()
@@ -142,6 +150,7 @@ class SnapshotWriter:
             )
         for directory in replaced:
             shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+        return True
 
     def delete_all(self, run: Run) -> None:
         """Delete the snapshots of a run that was removed, including the one that is being

@@ -26,7 +26,7 @@ from django.core.management import CommandError, call_command
 from django.core.management.base import BaseCommand
 from django.db import OperationalError, connection
 
-from futures.workers import worker_mark_lost
+from futures.lost_workers import workers_reap
 from tinkerapi.server.lost_workers import report_worker_end
 from tinkerapi.server.postgres import EmbeddedPostgres
 from tinkerapi.server.postgres_cluster import PostgresError
@@ -53,6 +53,7 @@ from tinkerapi.server.upgrade import SchemaError, schema_migrate
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
 from training.base_models import ServedBaseModel, base_models, base_models_problem
 from training.parent_death import parent_death_prefix
+from training.worker.crash_log import crashed
 
 TICK_SECONDS = 0.1
 READY_LOOK_SECONDS = 0.5  # each check while the worker loads costs a query and a log line
@@ -207,7 +208,7 @@ class Command(BaseCommand):
         self.say(f"database  {f'{count} migrations applied' if count else 'up to date'}")
         # After a kill of the server, web answers before the new workers have started.
         for base_model in base_models():
-            worker_mark_lost(queue=base_model.queue)
+            workers_reap(queue=base_model.queue, crashed=crashed)
         accounts = first_accounts_ensure()
         connection.close()
         if accounts.admin_password:

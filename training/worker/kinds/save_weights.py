@@ -97,6 +97,8 @@ def _save_for_sampling_session(context: BarrierContext, number: int) -> Outcome:
                 lane_id=session_id, owner_id=run.owner_id, queue=future.queue, ordered=False
             )
     except IntegrityError:
+        if made.exists():  # by a worker that was given up and was still writing
+            return outcomes.ready(future, result, sampling_session=session_id)
         raise InvalidRequest(
             f"sampling_session_seq_id: this session has a sampling session {number} already"
         ) from None

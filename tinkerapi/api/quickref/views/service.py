@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from django.conf import settings
@@ -85,20 +85,41 @@ class ReadyView(OpenView):
         "properties": {
             "status": {"type": "string", "enum": ["ready", "not ready"]},
             "missing": {"type": "array", "items": {"type": "string"}},
+            "workers": {
+                "type": "object",
+                "additionalProperties": {"type": "integer"},
+                "description": "How many live workers each base model has.",
+            },
         },
-        "required": ["status", "missing"],
+        "required": ["status", "missing", "workers"],
     }
-    answer_example: ClassVar[Any] = {"status": "ready", "missing": []}
+    answer_example: ClassVar[Any] = {
+        "status": "ready",
+        "missing": [],
+        "workers": {"HuggingFaceTB/SmolLM2-135M-Instruct": 1},
+    }
     errors: ClassVar[Mapping[int, str]] = {503: "A part is not ready; `missing` names it."}
 
     def get(self, request: Request) -> HttpResponse:
-        missing = list(_missing())
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            states = {model.name: queue_state(model.queue) for model in base_models()}
+            missing = [
+                f"{name}: {state.reason}"
+                for name, state in states.items()
+                if state.state != "active"
+            ]
+        except DatabaseError:
+            states, missing = {}, ["the database does not answer"]
+        workers = {name: state.workers for name, state in states.items()}
         if not missing:
-            return JSONResponse({"status": "ready", "missing": []})
+            return JSONResponse({"status": "ready", "missing": [], "workers": workers})
         response = JSONResponse(
             {
                 "status": "not ready",
                 "missing": missing,
+                "workers": workers,
                 "detail": "; ".join(missing),
                 "error_code": "NotReady",
                 "category": "server",
@@ -188,19 +209,6 @@ class LossFunctionListView(ApiView):
 
     def get(self, request: Request) -> HttpResponse:
         return JSONResponse({"loss_functions": loss_fns_description(), "default": DEFAULT_LOSS_FN})
-
-
-def _missing() -> Iterator[str]:
-    try:
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT 1")
-        states = {model.name: queue_state(model.queue) for model in base_models()}
-    except DatabaseError:
-        yield "the database does not answer"
-        return
-    for name, state in states.items():
-        if state.state != "active":
-            yield f"{name}: {state.reason}"
 
 
 def _longest_sequence(model: ServedBaseModel) -> int | None:
