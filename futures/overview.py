@@ -9,7 +9,6 @@ from collections.abc import Collection
 from datetime import datetime
 
 from django.db.models import Count, Q
-from django.db.models.functions import TruncHour
 
 from futures.models import Future, FutureQuerySet, Lane, Worker
 from futures.transitions import State
@@ -19,19 +18,6 @@ def futures_of(owner_id: int | None) -> FutureQuerySet:
     """The futures of one owner, or of all, without payload and result."""
     futures: FutureQuerySet = Future.objects.without_bodies()
     return futures if owner_id is None else futures.owned_by(owner_id)
-
-
-def futures_by_hour(owner_id: int | None, *, since: datetime) -> dict[tuple[datetime, str], int]:
-    """(hour, state) to the number of futures submitted in that hour."""
-    rows = (
-        futures_of(owner_id)
-        .filter(created_at__gte=since)
-        .annotate(hour=TruncHour("created_at"))
-        .values_list("hour", "state")
-        .annotate(number=Count("pk"))
-        .order_by()
-    )
-    return {(hour, state): number for hour, state, number in rows}
 
 
 def futures_open(owner_id: int | None) -> dict[str, int]:

@@ -10,7 +10,14 @@ from django.db import models
 from django.db.models import F, Q
 from django.utils import timezone
 
-from training.page_models import ClientMetrics, RenderedData, Rollout, SampledStep, Vocabulary
+from training.page_models import (
+    ClientMetrics,
+    CountedHour,
+    RenderedData,
+    Rollout,
+    SampledStep,
+    Vocabulary,
+)
 from training.paths import TinkerPath
 from training.session_models import (
     AuditEvent,
@@ -25,6 +32,7 @@ __all__ = [
     "AuditEvent",
     "Checkpoint",
     "ClientMetrics",
+    "CountedHour",
     "CustomLoss",
     "RecordedSample",
     "RenderedData",

@@ -120,3 +120,18 @@ class Vocabulary(models.Model):
 
     def __str__(self) -> str:
         return f"vocabulary of {self.queue}"
+
+
+class CountedHour(models.Model):
+    """How many requests were submitted in one hour that is over, by owner and final state.
+
+    All of them were final when they were counted, so the numbers do not change any more.
+    """
+
+    hour = models.DateTimeField(primary_key=True)
+    """Its beginning, in UTC."""
+    counts = models.JSONField()
+    """Owner's id, as text, to state to number."""
+
+    def __str__(self) -> str:
+        return f"requests of {self.hour:%Y-%m-%d %H}:00"

@@ -17,7 +17,7 @@ from django.template.defaultfilters import filesizeformat
 from django.utils import timezone
 
 from futures.models import Future
-from futures.overview import futures_by_hour, futures_failed, futures_open, workers_of
+from futures.overview import futures_failed, futures_open, workers_of
 from futures.transitions import State
 from tinkerapi.console.kit.charts import bar_chart
 from tinkerapi.console.kit.display import changelist_url, link, moment, one_line, state_label
@@ -28,6 +28,7 @@ from tinkerapi.console.quickstart import quickstart
 from tinkerapi.selectors import api_key_newest
 from training.base_models import base_models
 from training.overview import bytes_saved, runs_newest
+from training.request_hours import beginning, requests_by_hour
 
 HOURS = 24
 NEWEST_ROWS = 8
@@ -46,7 +47,7 @@ Hourly = Mapping[tuple[datetime, str], int]
 def dashboard(request: HttpRequest, context: Context) -> Context:
     """Unfold's DASHBOARD_CALLBACK: the context of ``templates/admin/index.html``."""
     owner_id = None if request.user.is_superuser else request.user.pk
-    hourly = futures_by_hour(owner_id, since=_first_hour())
+    hourly = requests_by_hour(owner_id, since=_first_hour())
     still_open = futures_open(owner_id)
     runs = runs_newest(owner_id, limit=NEWEST_ROWS)
     is_empty = not (runs or still_open or hourly)
@@ -65,8 +66,7 @@ def dashboard(request: HttpRequest, context: Context) -> Context:
 
 
 def _first_hour() -> datetime:
-    this_hour = timezone.now().replace(minute=0, second=0, microsecond=0)
-    return this_hour - timedelta(hours=HOURS - 1)
+    return beginning(timezone.now()) - timedelta(hours=HOURS - 1)
 
 
 def _tiles(still_open: dict[str, int], hourly: Hourly) -> list[Context]:

@@ -18,6 +18,7 @@ from django.conf import settings
 from futures.broker import doorbells_unlock
 from futures.database import execute
 from futures.lane_gaps import SETTLE_SECONDS, gaps_refuse
+from training.request_hours import hours_count
 from training.services import checkpoints_expire
 from training.services.recorded_samples import samples_forget
 from training.services.rollouts import rollouts_forget
@@ -68,7 +69,8 @@ class Maintenance:
     def do(self) -> None:
         """Unlock doorbells hidden by a clock that was set back. Then, once the clocks are steady,
         delete expired checkpoints, recorded samples and old rollouts, finish sessions whose
-        client is gone, and fail requests that wait for a number that does not arrive."""
+        client is gone, fail requests that wait for a number that does not arrive, and count the
+        requests of hours that are over."""
         doorbells_unlock(self._queue)
         patience = settings.GAP_SECONDS
         if self._steady.steady_seconds(*self._wall_clocks()) >= max(SETTLE_SECONDS, patience):
@@ -77,6 +79,7 @@ class Maintenance:
             rollouts_forget()
             sessions_expire()
             gaps_refuse(queue=self._queue, patience_seconds=patience)
+            hours_count()
 
 
 def _wall_clocks() -> tuple[float, float]:
