@@ -23,6 +23,8 @@ pytestmark = pytest.mark.acceptance
 
 EXAMPLES = ROOT / "tinkerapi" / "docs" / "examples"
 TESTED = {"sft_requests.py", "sft_sdk.py", "rl.py", "first_steps.ipynb"}
+MONITORING = {"grafana.json"}
+"""Tested in ``tests/platform/test_prometheus.py``."""
 
 
 def run_example(server: Server, code: Path | str, **environment: str) -> str:
@@ -51,7 +53,7 @@ def numbers(output: str, name: str) -> list[float]:
 
 
 def test_every_example_is_tested_and_listed() -> None:
-    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == TESTED
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == (TESTED | MONITORING)
     listed = (EXAMPLES.parent / "examples.md").read_text()
     assert all(f"(examples/{name})" in listed for name in TESTED)
 

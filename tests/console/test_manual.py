@@ -83,5 +83,6 @@ def test_what_a_newcomer_reads_first_is_listed_first():
         "adapters",
         "architecture",
         "benchmarks",
+        "monitoring",
         "operations",
     ]

@@ -338,6 +338,7 @@ ROUTES: dict[str, list[Probe | Listing] | Open] = {
     "playground/chat": Open("takes a session of the admin only; tests/console/test_playground.py"),
     "healthz": _SERVER,
     "readyz": _SERVER,
+    "metrics": Open("sums over all users, for superusers and programs on this machine"),
     "get_server_capabilities": _SERVER,
     "list_loss_functions": _SERVER,
     "api/schema": _SERVER,

@@ -24,6 +24,7 @@ import subprocess
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from django.conf import settings
 from django.db import connection, transaction
 from django.utils import timezone
 
+from tinkerapi.server.last_backup import last_backup_record
 from tinkerapi.server.postgres import EmbeddedPostgres
 from tinkerapi.server.postgres_binaries import program
 from training.base_models import base_models
@@ -89,6 +91,7 @@ def backup_make(target: Path) -> Backup:
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.move(stage, unfinished)
         unfinished.rename(target)
+    last_backup_record(datetime.fromisoformat(backup.made_at))
     return backup
 
 

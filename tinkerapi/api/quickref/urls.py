@@ -7,6 +7,7 @@ from tinkerapi.api.quickref.views import (
     futures,
     imports,
     metrics,
+    monitoring,
     runs,
     sampling,
     service,
@@ -19,6 +20,7 @@ urlpatterns: list[URLPattern] = [
     path("", service.IndexView.as_view(), name="index"),
     path("healthz", service.HealthView.as_view()),
     path("readyz", service.ReadyView.as_view()),
+    path("metrics", monitoring.PrometheusView.as_view()),
     path("get_server_capabilities", service.CapabilitiesView.as_view()),
     path("list_loss_functions", service.LossFunctionListView.as_view()),
     # Training

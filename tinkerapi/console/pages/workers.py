@@ -8,7 +8,6 @@ from django.contrib import admin
 from django.db.models import Model
 from django.http import HttpRequest
 from django.template.defaultfilters import filesizeformat
-from django.utils import timezone
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import (
     ChoicesCheckboxFilter,
@@ -16,11 +15,11 @@ from unfold.contrib.filters.admin import (
 
 from futures.models import Future, Worker
 from futures.overview import worker_running
-from futures.selectors import HEARTBEAT_TIMEOUT
 from tinkerapi.console.kit.console_admin import ConsoleAdmin
 from tinkerapi.console.kit.display import duration, list_link, moment, preformatted, state_label
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.kit.preview import value_preview
+from training.server_figures import worker_state
 
 
 @admin.register(Worker)
@@ -116,8 +115,7 @@ class WorkerAdmin(ConsoleAdmin):
 
 def is_silent(worker: Worker) -> bool:
     """It is marked live, but its heartbeats have stopped."""
-    living = worker.state in (Worker.WorkerState.STARTING, Worker.WorkerState.LIVE)
-    return living and timezone.now() - worker.heartbeat_at > HEARTBEAT_TIMEOUT
+    return worker_state(worker) == "silent"
 
 
 def worker_memory(worker: Worker) -> str | None:
