@@ -35,7 +35,9 @@ def test_every_row_goes_to_its_sequence_and_comes_back(lengths: list[list[int]])
         segments.append(Segment(start=start, end=start + sum(own), weights=None))
         start += sum(own)
     longest = Longest(sequence=70, with_short_rotary=None)
-    grids = make_grids(row_ranges, segments, longest=longest, is_long=None, device=CPU)
+    grids = make_grids(
+        row_ranges, segments, longest=longest, is_long=None, device=CPU, is_shared=lambda n: n < 40
+    )
 
     rows = torch.arange(start) + 1
     spread = [grid.spread(rows) for grid in grids]
@@ -56,6 +58,7 @@ def test_sequences_of_different_rotary_factors_are_not_padded_into_each_other() 
         longest=Longest(sequence=64, with_short_rotary=32),
         is_long=torch.arange(63) >= 30,
         device=CPU,
+        is_shared=lambda length: False,
     )
     assert [(grid.count, grid.length) for grid in grids] == [(1, 32), (1, 48)]
     (short, long) = (

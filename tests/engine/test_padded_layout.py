@@ -73,6 +73,30 @@ def test_requests_in_one_pass_are_what_each_is_alone(trainer: TinyTrainer, make_
         np.testing.assert_array_equal(trainer.grad(name), expected[name])
 
 
+def passes_over_the_decoder(trainer: TinyTrainer, jobs: list[ForwardBackwardJob]) -> int:
+    calls: list[object] = []
+    hook = trainer._base_model._decoder.register_forward_hook(lambda *_: calls.append(_))
+    trainer.forward_backward(jobs)
+    hook.remove()
+    return len(calls)
+
+
+def test_requests_of_equal_padded_lengths_share_a_pass(trainer: TinyTrainer, make_datum) -> None:
+    assert trainer._base_model.shared_tokens >= 64
+    assert passes_over_the_decoder(trainer, jobs_of(make_datum)) == 3  # of 16, 32 and 64 tokens
+
+
+def test_requests_whose_bits_would_depend_on_it_share_no_pass(tmp_path, make_datum) -> None:
+    """Mamba multiplies its states by a vector of each token, a product with a kernel of its own."""
+    folder = save_random(small_config("mamba"), tmp_path)
+    base_model = load_base_model(folder, dtype="float32", device="cpu", layout="padded")
+    assert base_model.shared_tokens == 0
+    trainer = TinyTrainer(base_model)
+    for name in "ab":
+        trainer.create_adapter(name, LoraConfig(rank=4))
+    assert passes_over_the_decoder(trainer, jobs_of(make_datum)) == 6  # of 16, 32 and 64 of each
+
+
 def test_a_run_that_is_loaded_again_continues_to_the_bit(
     trainer: TinyTrainer, make_datum, tmp_path: Path
 ) -> None:

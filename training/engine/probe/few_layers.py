@@ -47,15 +47,17 @@ class FewLayers:
         model."""
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, the model has no other layers, and float32 weights if they fit."""
+    def alone(self, *, in_float32: bool = True) -> Iterator[None]:
+        """Inside, the model has no other layers, and float32 weights if they fit and are
+        wanted."""
         with ExitStack() as stack:
             if self._found is not None:
                 parent, name, layers = self._found
                 setattr(parent, name, nn.ModuleList(self._chosen))
                 stack.callback(setattr, parent, name, layers)
                 stack.enter_context(self._types_of_chosen(layers))
-            stack.enter_context(_float32(self.model))
+            if in_float32:
+                stack.enter_context(_float32(self.model))
             yield
 
     @contextmanager

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from training.engine.probe.near_switches import near_switches
 from training.engine.probe.passes import PackedPasses, PaddedPasses, ProbePasses, Unproven
+from training.engine.probe.shared_rectangles import longest_shared
 from training.engine.probe.stock_answers import FEWEST_TOKENS, StockAnswers, ask_stock
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.base_model import BaseModel
@@ -67,7 +68,8 @@ def prove(base_model: BaseModel, stock: StockAnswers, *, num_layers: int) -> Bas
     """Compute the same with the engine, in the base model's layout, and compare.
 
     Returns:
-        The base model, which reads prompts by parts only if its cache allows that.
+        The base model, which reads prompts by parts only if its cache allows that, and whose
+        requests share rectangles up to the length that keeps their bits.
 
     Raises:
         Unproven: A result differs by more than rounding.
@@ -77,7 +79,7 @@ def prove(base_model: BaseModel, stock: StockAnswers, *, num_layers: int) -> Bas
         prover.check_beside()
         base_model = _proven_cache(base_model, stock)
     _Prover(base_model, stock, num_layers=num_layers).check_whole()
-    return base_model
+    return replace(base_model, shared_tokens=longest_shared(base_model, stock))
 
 
 def _proven_cache(base_model: BaseModel, stock: StockAnswers) -> BaseModel:

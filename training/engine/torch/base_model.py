@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import times
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import (
+    MIN_ROWS,
     ContextHolder,
     PackedContext,
     PassContext,
     Segment,
     SingleContext,
+    fewest_rows,
     join,
     rows_of,
 )
@@ -74,6 +77,8 @@ class BaseModel:
     reads_chunks: bool = True
     """Whether the padded layout may read a prompt in parts: some families' caches are wrong
     then."""
+    shared_tokens: int = 0
+    """On a CPU, the longest rectangle of the padded layout that several requests share."""
 
     @property
     def is_padded(self) -> bool:
@@ -110,6 +115,20 @@ class BaseModel:
         )
         return self.hidden_states(tokens, position_ids, context, images)
 
+    def shares_rectangle(self, length: int) -> bool:
+        """Whether several requests share a rectangle of this padded length: on a CPU, if that keeps
+        the bits of each."""
+        if self.device.type != "cpu":
+            return True
+        # Matrix kernels sum the rows left over from whole blocks in another order.
+        is_whole = length % MIN_ROWS == 0
+        return is_whole and self._fewest_rows <= length <= self.shared_tokens
+
+    @cached_property
+    def _fewest_rows(self) -> int:
+        smallest = min(s.in_features * s.out_features for s in self.linear_shapes.values())
+        return fewest_rows(self.device, self.dtype, smallest)
+
     def _padded_states(
         self,
         tokens: Tensor,
@@ -127,6 +146,7 @@ class BaseModel:
             ),
             is_long=is_long,
             device=self.device,
+            is_shared=self.shares_rectangle,
         )
         outputs = []
         for grid in grids:

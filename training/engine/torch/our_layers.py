@@ -27,6 +27,7 @@ from training.engine.torch.experts.routers import find_routers, route_by_segment
 from training.engine.torch.experts.stacks import ExpertStack, find_stacks
 from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.packing.stream import ContextHolder
+from training.engine.torch.padded.even_products import use_even_products
 from training.engine.torch.padded.step_limits import limit_single_steps
 from training.engine.torch.rotary import follow_lengths, follow_the_pass
 from training.engine.torch.target_modules import can_have_adapter
@@ -88,6 +89,8 @@ def use_layout(model: PreTrainedModel, base_model: BaseModel, layout: str) -> Ba
     language.set_attn_implementation(base_model.stock_attention)
     follow_the_pass(model)
     limit_single_steps(model)
+    if base_model.device.type == "cpu":
+        use_even_products()
     if switch is not None:
         # Beyond it a sequence that is sampled would have to be read again at one token.
         info = replace(info, max_context_tokens=min(info.max_context_tokens, switch))

@@ -6,14 +6,15 @@ and computes its own attention, without a mask: every layer is causal, so paddin
 changes none of its tokens. The rest of the engine still sees one stream of rows.
 
 L depends on a sequence's own length only, and sequences of equal L share a rectangle: on a GPU all
-of a pass, on a CPU those of one segment. There transformers' convolutions, scans and fused
-attention sum in an order that depends on B (measured: half of the families), and the bits of a
-request must not depend on its batch-mates. Padding rows get no gradient.
+of a pass, on a CPU those of one segment and, up to a length, all of a pass. The bits of a request
+must not depend on its batch-mates there, but the order in which some families sum depends on B. So
+the check at the start finds the length up to which it does not (``shared_rectangles``). Padding
+rows get no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +88,15 @@ def make_grids(
     longest: Longest,
     is_long: Tensor | None,
     device: torch.device,
+    is_shared: Callable[[int], bool],
 ) -> list[Grid]:
-    """The rectangles of a stream, on a CPU each of one segment, in order.
+    """The rectangles of a stream, in order.
 
     Args:
         row_ranges: The sequences, in the order of the stream; none shares rows with another.
         segments: Of the stream. Sequences outside of them are padding and get no place.
         is_long: (T,) bool, rows of sequences with the rotary factors for long ones; None: none.
+        is_shared: Whether several segments share a rectangle of this length.
     """
     owners = _owners(row_ranges, segments)
     number = {segment: i for i, segment in enumerate(segments)}
@@ -101,7 +104,7 @@ def make_grids(
     for row_range, owner in owners.items():
         long = is_long is not None and bool(is_long[row_range.start])
         length = padded_length(row_range.length, longest=longest.of(is_long=long))
-        group = number[owner] if device.type == "cpu" else 0
+        group = -1 if is_shared(length) else number[owner]
         members.setdefault((group, length, long), []).append(row_range)
     return [_make_grid(key[1], members[key], owners, device) for key in sorted(members)]
 
