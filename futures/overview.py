@@ -82,3 +82,8 @@ def workers_of(queues: Collection[str]) -> list[Worker]:
     living = Q(state__in=[Worker.WorkerState.STARTING, Worker.WorkerState.LIVE])
     shown = Worker.objects.filter(living | Q(pk__in=newest.values("pk")))
     return list(shown.order_by("queue")) or list(Worker.objects.order_by("-id")[:1])
+
+
+def worker_lives_newest(*, limit: int) -> list[Worker]:
+    """The last lives of workers of all queues, the last one first."""
+    return list(Worker.objects.order_by("-id")[:limit])

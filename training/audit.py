@@ -88,3 +88,8 @@ def audit_events(
         begin = datetime(day.year, day.month, day.day, tzinfo=UTC)
         events = events.filter(created_at__gte=begin, created_at__lt=begin + timedelta(days=1))
     return events
+
+
+def audit_newest(*, limit: int) -> list[AuditEvent]:
+    """The newest events of all users, the newest first."""
+    return list(AuditEvent.objects.order_by("-pk")[:limit])

@@ -1,4 +1,4 @@
-"""The admin's front page: running, waiting and failed requests, and disk usage.
+"""The admin's front page: what is wrong, what happened, requests, runs, disk usage.
 
 It only reads, with a fixed number of queries, each on an index. Staff users who are not superusers
 see the figures of their own objects. Everybody sees workers, because everybody waits for them.
@@ -16,7 +16,7 @@ from django.http import HttpRequest
 from django.template.defaultfilters import filesizeformat
 from django.utils import timezone
 
-from futures.models import Future
+from futures.models import Future, Worker
 from futures.overview import futures_failed, futures_open, workers_of
 from futures.transitions import State
 from tinkerapi.console.kit.charts import bar_chart
@@ -25,6 +25,8 @@ from tinkerapi.console.pages.futures import request_link, summary_text
 from tinkerapi.console.pages.run_sections import last_result
 from tinkerapi.console.pages.workers import is_silent, worker_memory
 from tinkerapi.console.quickstart import quickstart
+from tinkerapi.console.server_events import events
+from tinkerapi.console.server_problems import problems
 from tinkerapi.selectors import api_key_newest
 from training.base_models import base_models
 from training.overview import bytes_saved, runs_newest
@@ -32,6 +34,7 @@ from training.request_hours import beginning, requests_by_hour
 
 HOURS = 24
 NEWEST_ROWS = 8
+NEWEST_EVENTS = 12
 STATE_COLOURS = {
     State.READY: "var(--color-green-500)",
     State.FAILED: "var(--color-red-500)",
@@ -51,13 +54,17 @@ def dashboard(request: HttpRequest, context: Context) -> Context:
     still_open = futures_open(owner_id)
     runs = runs_newest(owner_id, limit=NEWEST_ROWS)
     is_empty = not (runs or still_open or hourly)
+    workers = workers_of([base_model.queue for base_model in base_models()])
+    is_operator = bool(request.user.is_superuser)
     context.update(
         title="Dashboard",
         quickstart=quickstart(request) if is_empty else None,
         api_key=api_key_newest(request.user.pk or 0) if is_empty else None,
         tiles=_tiles(still_open, hourly),
         futures_chart=_futures_chart(hourly),
-        workers=_workers_table(),
+        problems=problems(workers, for_operator=is_operator),
+        events=events(for_operator=is_operator, limit=NEWEST_EVENTS),
+        workers=_workers_table(workers),
         runs=_runs_table(runs),
         failures=_failures_table(owner_id),
         storage=_storage(owner_id),
@@ -97,7 +104,7 @@ def _futures_chart(hourly: Hourly) -> str:
     )
 
 
-def _workers_table() -> Context:
+def _workers_table(workers: Sequence[Worker]) -> Context:
     """The newest worker of every served base model, and all that live or are marked live."""
     return {
         "headers": ["Worker", "State", "Queue", "Heartbeat", "Device", "Memory"],
@@ -110,7 +117,7 @@ def _workers_table() -> Context:
                 worker.figures.get("device", "-"),
                 worker_memory(worker) or "-",
             ]
-            for worker in workers_of([base_model.queue for base_model in base_models()])
+            for worker in workers
         ],
     }
 
