@@ -344,6 +344,9 @@ KEEP_RESULTS_DAYS = env_int("TINKERAPI_KEEP_RESULTS_DAYS", 30, maximum=36500)
 """How long ``prunefutures`` keeps payloads and results of finished futures, and the worker keeps
 the texts of rollouts."""
 
+PRUNE_HOURS = env_int("TINKERAPI_PRUNE_HOURS", 0, minimum=0, maximum=24 * 365)
+"""How often ``up`` runs ``prunefutures``; 0: never, which leaves it to the operator."""
+
 ROLLOUTS_PER_RUN = env_int("TINKERAPI_ROLLOUTS_PER_RUN", 20_000, minimum=0, maximum=10_000_000)
 """Sampled sequences of a run that are kept as text for the console, the newest; 0: none."""
 

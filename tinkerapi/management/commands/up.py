@@ -41,6 +41,7 @@ from tinkerapi.server.preflight import (
     resolve_host,
 )
 from tinkerapi.server.private_folder import folder_close
+from tinkerapi.server.repeated_command import RepeatedCommand
 from tinkerapi.server.supervisor import (
     FIRST_DELAY_SECONDS,
     MAX_DELAY_SECONDS,
@@ -93,6 +94,7 @@ class Command(BaseCommand):
         self.stops_requested = 0
         self.supervisor = Supervisor(self.say, max_delay_seconds=max_restart_delay)
         self.preparations: dict[str, subprocess.Popen[bytes]] = {}
+        self.pruning: RepeatedCommand | None = None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup still works
                 signal.signal(number, self._on_signal)
@@ -174,6 +176,8 @@ class Command(BaseCommand):
             for process in self.preparations.values():
                 process.kill()
                 process.wait()
+            if self.pruning is not None:
+                self.pruning.stop()
             connection.close()
             self.supervisor.stop(lambda: self.stops_requested > 1)
 
@@ -264,6 +268,7 @@ class Command(BaseCommand):
     def _supervise(self, environment: dict[str, str]) -> None:
         """Start workers when their models are ready, keep all running, report when they answer."""
         waiting = base_models()
+        self.pruning = self._pruning(environment)
         answered = ready = False
         look_at = 0.0
         restarts = 0
@@ -272,6 +277,8 @@ class Command(BaseCommand):
                 waiting.remove(base_model)
                 self._start_worker(base_model, environment)
             self.supervisor.tick()
+            if self.pruning is not None:
+                self.pruning.tick()
             if ready and self.supervisor.restarts > restarts:
                 ready, look_at = False, time.monotonic() + LOST_PART_SECONDS
             restarts = self.supervisor.restarts
@@ -283,6 +290,21 @@ class Command(BaseCommand):
                 if ready := self._answers("/readyz"):
                     self._say_ready()
             time.sleep(TICK_SECONDS)
+
+    def _pruning(self, environment: dict[str, str]) -> RepeatedCommand | None:
+        """The command that deletes old payloads and results; None if the settings do not ask for
+        it."""
+        if not settings.PRUNE_HOURS:
+            return None
+        return RepeatedCommand(
+            "pruning",
+            [sys.executable, "-m", "tinkerapi", "prunefutures"],
+            environment,
+            _log("pruning"),
+            settings.DATA_DIR / "last_prune",
+            settings.PRUNE_HOURS * 3600.0,
+            self.say,
+        )
 
     def _is_prepared(self, base_model: ServedBaseModel) -> bool:
         """Whether its folder exists; if it cannot be made, the process that tried has said why."""
