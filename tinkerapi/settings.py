@@ -372,15 +372,21 @@ UNFOLD = {
     "SIDEBAR": {"navigation": "tinkerapi.console.navigation.navigation"},
 }
 
+LOG_FORMAT = env_choice("TINKERAPI_LOG_FORMAT", "text", ("text", "json"))
+"""Of the records in the log files: for people, or one JSON object in each line."""
+
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"()": "tinkerapi.server.logs.LineFormatter"}},
+    "formatters": {
+        "text": {"()": "tinkerapi.server.logs.LineFormatter"},
+        "json": {"()": "tinkerapi.server.logs.JsonFormatter", "process": ROLE},
+    },
     "filters": {"repeats": {"()": "tinkerapi.server.logs.RepeatFilter"}},
     "handlers": {
         "console": {
             "class": "logging.StreamHandler",
-            "formatter": "line",
+            "formatter": LOG_FORMAT,
             "filters": ["repeats"],
         }
     },

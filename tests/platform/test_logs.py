@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from django.contrib.auth.models import User
 from django.test import Client
 
+from futures.log_fields import about, log_fields
+from tests.conftest import ApiClient
 from tests.waiting import wait_for
 from tinkerapi.server import log_file
 from tinkerapi.server.log_file import log_rotate
-from tinkerapi.server.logs import AT_ONCE, SECONDS_EACH, LineFormatter, RepeatFilter
+from tinkerapi.server.logs import (
+    AT_ONCE,
+    SECONDS_EACH,
+    JsonFormatter,
+    LineFormatter,
+    RepeatFilter,
+)
 from tinkerapi.server.supervisor import Child
 
 FORGED = "2026-01-01 00:00:00,000 ERROR tinkerapi: the disk is on fire"
@@ -174,6 +186,104 @@ def test_a_disk_without_room_for_the_old_log_keeps_the_new_one(
 
     assert log.read_text() == ""
     assert not log_rotate(log)
+
+
+def json_records(logger: logging.Logger) -> list[dict[str, Any]]:
+    """What a logger wrote, with the formatter for machines."""
+    handler = logger.handlers[0]
+    return [json.loads(line) for line in handler.written]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def json_logger(handler: Handler, logger: logging.Logger) -> logging.Logger:
+    handler.setFormatter(JsonFormatter("web"))
+    return logger
+
+
+def test_a_record_for_machines_has_its_fields(json_logger: logging.Logger) -> None:
+    json_logger.warning("no model %s", "x", extra=about(run="run_1", owner=7, path=None))
+
+    [record] = json_records(json_logger)
+
+    logged_at = datetime.fromisoformat(record.pop("time"))
+    assert abs((datetime.now(UTC) - logged_at).total_seconds()) < 60
+    assert record == {
+        "level": "WARNING",
+        "logger": "tinkerapi.tests",
+        "message": "no model x",
+        "process": "web",
+        "pid": os.getpid(),
+        "run": "run_1",
+        "owner": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    "breaks", ["\n", "\r\n", "\x85", "\u2028", "\x1b[2K\r", "\ud800", '"}\n{"']
+)
+def test_no_text_of_a_client_leaves_its_record(
+    json_logger: logging.Logger, handler: Handler, breaks: str
+) -> None:
+    text = f"x{breaks}{FORGED}"
+    try:
+        raise ValueError(text)
+    except ValueError:
+        json_logger.exception("no model %s", text, extra=about(path=text))
+
+    [line] = handler.written
+    assert line.isascii()
+    assert line.isprintable()
+    [record] = json_records(json_logger)
+    assert record["message"] == f"no model {text}"
+    assert record["path"] == text
+    assert record["traceback"].endswith(f"ValueError: {text}")
+
+
+def test_a_record_for_machines_has_an_end(json_logger: logging.Logger, handler: Handler) -> None:
+    json_logger.warning("x" * 10**6, extra=about(path="y" * 10**6))
+
+    assert len(handler.written[0]) < 6_000
+
+
+def test_the_format_is_a_setting() -> None:
+    program = (
+        "import django; django.setup(); import logging;"
+        "from futures.log_fields import log_fields_of_process as about;"
+        "about(worker=3); logging.getLogger('a').warning('b\\nc')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tinkerapi.settings",
+            "TINKERAPI_LOG_FORMAT": "json",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    [line] = done.stderr.splitlines()
+    record = json.loads(line)
+    assert (record["message"], record["worker"], record["process"]) == ("b\nc", 3, "cli")
+
+
+def test_a_failure_of_the_server_says_whose_request_it_was(
+    api: ApiClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("tinkerapi.api.quickref.views.service.base_models", fails)
+    answer = api.get("/get_server_capabilities")
+
+    [record] = [record for record in caplog.records if record.name == "tinkerapi.api.errors"]
+    assert log_fields(record) == {
+        "log_id": answer.json()["log_id"],
+        "method": "GET",
+        "path": "/get_server_capabilities",
+        "owner": User.objects.get(username="local").pk,
+    }
 
 
 def test_every_process_writes_such_lines() -> None:

@@ -19,6 +19,7 @@ from django.views import defaults
 from rest_framework import exceptions
 
 from futures import errors as futures_errors
+from futures.log_fields import about
 from futures.plain import plain_text
 from futures.transitions import Category
 from tinkerapi.api.renderers import JSONResponse
@@ -161,7 +162,20 @@ def exception_handler(exc: Exception, context: Mapping[str, Any]) -> HttpRespons
 def unexpected_error(exc: BaseException | None, request: HttpRequest) -> JSONResponse:
     """500 with the id of the traceback in the log."""
     log_id = secrets.token_hex(6)
-    logger.error("log id %s: %s %s", log_id, request.method, request.path, exc_info=exc)
+    logger.error(
+        "log id %s: %s %s",
+        log_id,
+        request.method,
+        request.path,
+        exc_info=exc,
+        extra=about(
+            log_id=log_id,
+            method=request.method,
+            path=request.path,
+            # Not request.user, which would authenticate the sender again.
+            owner=getattr(vars(request).get("_user"), "pk", None),
+        ),
+    )
     return error_response(
         500,
         f"The server failed; its log has the details under {log_id}.",

@@ -8,11 +8,15 @@ a few a minute, with the number of those that were left out.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from threading import Lock
+
+from futures.log_fields import log_fields
 
 MAX_MESSAGE = 4_000
 MAX_REQUEST = 300
@@ -46,6 +50,38 @@ class LineFormatter(logging.Formatter):
         if record.stack_info:
             parts.append(_cut_middle(self.formatStack(record.stack_info), MAX_TRACEBACK))
         return head + printable("\n".join(parts))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object for each record: time in UTC, level, logger, message and, where known,
+    traceback, process, worker, base_model, run, owner, log_id, method, path."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The object as one line of ASCII, which nothing in it can leave."""
+        limit = MAX_REQUEST if record.name.startswith("django.") else MAX_MESSAGE
+        time_ = datetime.fromtimestamp(record.created, tz=UTC).isoformat(timespec="milliseconds")
+        fields = {
+            "time": time_,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": _cut_end(record.getMessage(), limit),
+            "process": self._process,
+            "pid": record.process,
+            **{name: _field(value) for name, value in log_fields(record).items()},
+        }
+        if record.exc_info and not record.name.startswith("django.security"):
+            fields["traceback"] = _cut_middle(self.formatException(record.exc_info), MAX_TRACEBACK)
+        if record.stack_info:
+            fields["stack"] = _cut_middle(self.formatStack(record.stack_info), MAX_TRACEBACK)
+        return json.dumps(fields)
+
+
+def _field(value: object) -> object:
+    return value if isinstance(value, int | float) else _cut_end(str(value), MAX_REQUEST)
 
 
 def printable(text: str) -> str:

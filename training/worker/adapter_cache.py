@@ -16,6 +16,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 
 from django.conf import settings
 
+from futures.log_fields import about
 from futures.models import Future, Worker
 from training.engine.interface import Sampler, Trainer
 from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingError
@@ -313,7 +314,11 @@ class AdapterCache:
                 self._trainer.load_adapter(run.id, settings.DATA_DIR / snapshot.directory)
             except CheckpointNotFound as error:
                 logger.warning(
-                    "run %s: snapshot at %s is unreadable: %s", run.id, snapshot.seq_id, error
+                    "run %s: snapshot at %s is unreadable: %s",
+                    run.id,
+                    snapshot.seq_id,
+                    error,
+                    extra=about(run=run.id, owner=run.owner_id),
                 )
                 resident.unreadable += (snapshot.pk,)
                 continue
@@ -324,7 +329,8 @@ class AdapterCache:
         try:
             log = run_log(run, after_seq_id=resident.snapshot_seq_id)
             if log:
-                logger.info("run %s: replaying %d requests", run.id, len(log))
+                whose = about(run=run.id, owner=run.owner_id)
+                logger.info("run %s: replaying %d requests", run.id, len(log), extra=whose)
             self._replay(run, log)
         except OutOfMemory:  # later there may be enough memory
             self._trainer.drop_adapter(run.id)

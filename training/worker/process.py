@@ -21,6 +21,7 @@ from django.db import DatabaseError, InterfaceError, OperationalError, connectio
 from futures.broker import bell_rang, listen_as
 from futures.consumer import Consumer
 from futures.errors import Fenced
+from futures.log_fields import log_fields_of_process
 from futures.lost_workers import Colleagues
 from futures.models import Worker
 from futures.workers import worker_heartbeat, worker_live, worker_start, worker_stop
@@ -105,6 +106,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
     }
     start = partial(worker_start, queue=base_model.queue, figures=figures, crashed=crashed)
     worker = when_postgres_answers(start, meanwhile=watchdog)
+    log_fields_of_process(worker=worker.pk, base_model=base_model.name)
     crash_log = CrashLog(
         worker
     )  # also for the stack traces that a supervisor requests from a hung worker

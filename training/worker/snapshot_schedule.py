@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from django.conf import settings
 
+from futures.log_fields import about
 from training.models import Run
 from training.worker.snapshots import SnapshotFailed, SnapshotWriter
 
@@ -117,4 +118,9 @@ class SnapshotSchedule:
 
     def _failed(self, run_id: str, error: SnapshotFailed) -> None:
         self._paused_until = time.monotonic() + PAUSE_SECONDS
-        logger.warning("run %s: no snapshot, a crash would repeat more: %s", run_id, error)
+        logger.warning(
+            "run %s: no snapshot, a crash would repeat more: %s",
+            run_id,
+            error,
+            extra=about(run=run_id),
+        )
