@@ -58,10 +58,16 @@ class LoraLinear(nn.Module):
 
     def _of_one_adapter(self, rows: Tensor, context: SingleContext) -> Tensor:
         """(n, out) of few rows (n, in), which are padded meanwhile."""
+        if self.holder.beside is not None:
+            return self.holder.beside.product(self, rows, context)
         num_rows = context.enough_rows(len(rows))
         padded = pad(rows, (0, 0, 0, num_rows - len(rows)))
         output, _ = _forward(padded, self.base, self.name, context.of(num_rows))
         return output[: len(rows)]
+
+    def together(self, rows: Tensor, context: PassContext) -> Tensor:
+        """(T, out) of rows (T, in), without a gradient."""
+        return _forward(rows, self.base, self.name, context)[0]
 
     def _is_trained_by(self, context: PassContext) -> bool:
         return any(

@@ -1,13 +1,15 @@
 """Sampling in the padded layout: each request has transformers' cache of its own.
 
 The sequences of a request have equal lengths and share its passes, with copies of the prompt's
-cache. Requests do not share passes: their lengths differ, and recurrent states must not read
-padding. So a pass over the base model is made for each request and token.
+cache. Those of different requests have different lengths, and recurrent states must not read
+padding. So each request has a pass for each token, but the passes run side by side and share the
+products of linear layers (``side_by_side``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from training.engine.sampler.row_padding import RowPadding
 from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.padded.model_cache import ModelCache
+from training.engine.torch.padded.side_by_side import SideBySide
 from training.types import TokenPrompt
 
 
@@ -34,6 +37,7 @@ class PaddedRunner(ModelRunner):
         self._base_model = base_model
         self._padding = RowPadding(base_model)
         self._chunk_tokens = chunk_tokens if base_model.reads_chunks else None
+        self._beside = SideBySide(base_model.holder)
         self._caches: dict[ActiveRequest, ModelCache] = {}
         self._cache_tokens = cache_tokens
         self._reserved: dict[ActiveRequest, int] = {}
@@ -92,7 +96,8 @@ class PaddedRunner(ModelRunner):
 
     def decode(self, requests: Sequence[ActiveRequest]) -> tuple[list[Row], Tensor]:
         rows, segments = rows_by_weights(self._padding, requests)
-        hidden = torch.cat([self._read_newest(request) for request in _in_order(rows)])  # (n, C)
+        passes = [partial(self._read_newest, request) for request in _in_order(rows)]
+        hidden = torch.cat(self._beside.run(passes))  # (n, C)
         real = [i for i, row in enumerate(rows) if row is not None]
         places = torch.tensor(real, device=hidden.device)
         spread = hidden.new_zeros((len(rows), hidden.shape[1])).index_copy(0, places, hidden)

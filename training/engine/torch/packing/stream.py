@@ -25,12 +25,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.attention.interface import Attention
+
+if TYPE_CHECKING:
+    from training.engine.torch.padded.side_by_side import SideBySide
 
 MIN_ROWS = 16
 """Fewest rows that a training pass gives to a matrix product of the base model; padding makes
@@ -156,6 +160,8 @@ class ContextHolder:
 
     def __init__(self) -> None:
         self.current: PassContext | SingleContext | None = None
+        self.beside: SideBySide | None = None
+        """The passes beside the current one that share its products; None: there are none."""
         self.on_progress: Callable[[], None] = _nothing
         """Called by every LoRA layer, in both directions, so that a long pass shows progress."""
 
