@@ -94,6 +94,35 @@ def api_key_revoke(*, api_key_id: int, actor_id: int | None = None) -> bool:
     return True
 
 
+@transaction.atomic
+def api_key_rotate(
+    *, api_key_id: int, overlap: timedelta, actor_id: int | None = None
+) -> tuple[ApiKey, str] | None:
+    """Make a successor of a valid key, which itself stays valid for ``overlap`` at most.
+
+    The successor has its user, its name and its lifetime. Returns None, and makes nothing, if the
+    key is revoked, expired or unknown. Two calls at once make one successor each.
+    """
+    old = ApiKey.objects.select_for_update(of=("self",)).select_related("user")
+    key = old.filter(pk=api_key_id).first()
+    if key is None or not key.is_valid:
+        return None
+    lifetime = None if key.expires_at is None else key.expires_at - key.created_at
+    successor = api_key_create(user=key.user, name=key.name, expires_in=lifetime, actor_id=actor_id)
+    ends = timezone.now() + overlap
+    key.expires_at = ends if key.expires_at is None else min(key.expires_at, ends)
+    key.save(update_fields=["expires_at"])
+    audit_record(
+        "key_rotate",
+        actor_id=actor_id,
+        owner_id=key.user_id,
+        prefix=key.prefix,
+        successor=successor[0].prefix,
+        overlap_seconds=round(overlap.total_seconds()),
+    )
+    return successor
+
+
 def user_ensure(username: str) -> tuple[User, bool]:
     """The user of this name, and whether this call made it; a new user has no password.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from tests.conftest import InProcessWorker
 from tests.console.conftest import list_page, page
 from tinkerapi.console.pages.api_keys import key_state
 from tinkerapi.models import ApiKey
-from tinkerapi.services import api_key_verify
+from tinkerapi.services import api_key_revoke, api_key_verify
 from training.models import AuditEvent, Checkpoint
 
 SUBMITTED = {"_form_submitted": "True"}
@@ -68,6 +69,7 @@ def test_a_dialog_sends_the_browser_on_by_its_own_header(
         ("checkpoint", "publish"),
         ("checkpoint", "set_expiry"),
         ("api_key", "revoke"),
+        ("api_key", "rotate"),
     ],
 )
 def test_no_verb_is_done_by_following_a_link_or_from_another_site(
@@ -254,3 +256,25 @@ def test_a_checkpoint_is_downloaded_by_a_link_and_its_owner_can_see_that(
     assert f"/{checkpoint.name}.tar" in answer["Location"]
     event = AuditEvent.objects.get(event="checkpoint_read")
     assert (event.owner_id, event.details["purpose"]) == (checkpoint.owner_id, "download")
+
+
+def test_a_key_is_rotated_and_its_successor_shown_once(
+    console: Client, traces: SimpleNamespace, superuser: User
+) -> None:
+    old = traces.api_key
+    keys = ApiKey.objects.count()
+    for wrong in ("-1", "721", "soon", ""):
+        console.post(page(old, "rotate"), {**SUBMITTED, "overlap_hours": wrong})
+    assert ApiKey.objects.count() == keys
+
+    answer = console.post(page(old, "rotate"), {**SUBMITTED, "overlap_hours": "2"})
+
+    [key] = re.findall(r"tml-[\w-]{43}", answer.content.decode())
+    successor = api_key_verify(key)
+    assert successor is not None
+    assert (successor.user, successor.name) == (old.user, old.name)
+    event = AuditEvent.objects.get(event="key_rotate")
+    assert event.details["prefix"] == old.prefix
+    assert event.details["successor"] == successor.prefix
+    api_key_revoke(api_key_id=old.pk)
+    assert console.post(page(old, "rotate"), SUBMITTED).status_code == 403

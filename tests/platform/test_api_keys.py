@@ -16,6 +16,7 @@ from tinkerapi.services import (
     LAST_USED_RESOLUTION,
     api_key_create,
     api_key_revoke,
+    api_key_rotate,
     api_key_verify,
 )
 
@@ -127,3 +128,51 @@ def test_a_slower_request_does_not_move_the_last_use_back(
     api_key_verify(key)
 
     assert ApiKey.objects.get(pk=row.pk).last_used_at == newer
+
+
+def test_a_rotated_key_has_a_successor_and_stays_valid_for_a_while(user: User) -> None:
+    old, old_key = api_key_create(user=user, name="laptop", expires_in=timedelta(days=30))
+
+    made = api_key_rotate(api_key_id=old.pk, overlap=timedelta(hours=24))
+
+    assert made is not None
+    successor, key = made
+    assert (successor.user, successor.name) == (user, "laptop")
+    assert successor.expires_at is not None
+    lifetime = successor.expires_at - successor.created_at
+    assert abs(lifetime - timedelta(days=30)) < timedelta(seconds=5)
+    assert api_key_verify(key) == successor
+    assert api_key_verify(old_key) == old
+    old.refresh_from_db()
+    assert old.expires_at is not None
+    assert abs(old.expires_at - timezone.now() - timedelta(hours=24)) < timedelta(minutes=1)
+
+
+def test_without_an_overlap_the_old_key_is_refused_at_once(user: User) -> None:
+    old, old_key = api_key_create(user=user, name="laptop")
+
+    made = api_key_rotate(api_key_id=old.pk, overlap=timedelta(0))
+
+    assert made is not None
+    assert made[0].expires_at is None
+    assert api_key_verify(old_key) is None
+    assert api_key_verify(made[1]) == made[0]
+
+
+def test_a_rotation_never_lengthens_a_keys_life(user: User) -> None:
+    old, _ = api_key_create(user=user, name="laptop", expires_in=timedelta(hours=1))
+    before = old.expires_at
+
+    assert api_key_rotate(api_key_id=old.pk, overlap=timedelta(days=30)) is not None
+
+    old.refresh_from_db()
+    assert old.expires_at == before
+
+
+def test_a_key_that_is_not_valid_has_no_successor(user: User) -> None:
+    old, _ = api_key_create(user=user, name="laptop")
+    api_key_revoke(api_key_id=old.pk)
+
+    assert api_key_rotate(api_key_id=old.pk, overlap=timedelta(hours=1)) is None
+    assert api_key_rotate(api_key_id=0, overlap=timedelta(hours=1)) is None
+    assert ApiKey.objects.count() == 1

@@ -26,6 +26,7 @@ AUDIT_TEXTS = {
     "login_failed": "a failed login",
     "key_create": "an API key was made",
     "key_revoke": "an API key was revoked",
+    "key_rotate": "an API key was replaced",
     "checkpoint_publish": "a checkpoint was published",
 }
 BURST = timedelta(hours=1)

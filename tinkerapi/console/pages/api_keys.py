@@ -6,7 +6,8 @@ from datetime import timedelta
 from typing import Any
 
 from django import forms
-from django.contrib import admin
+from django.contrib import admin, messages
+from django.contrib.admin.utils import unquote
 from django.contrib.auth.models import User
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
@@ -25,7 +26,14 @@ from tinkerapi.console.kit.display import link, moment, page_url, state_label
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.models import ApiKey
 from tinkerapi.selectors import users_active
-from tinkerapi.services import MAX_EXPIRY_DAYS, api_key_create, api_key_revoke
+from tinkerapi.services import (
+    MAX_EXPIRY_DAYS,
+    api_key_create,
+    api_key_revoke,
+    api_key_rotate,
+)
+
+MAX_OVERLAP_HOURS = 24 * 30
 
 
 class NewKeyForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information
@@ -49,6 +57,19 @@ class NewKeyForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type in
         field = self.fields["user"]
         field.queryset = users_active(only=None if me.is_superuser else me.pk)
         field.initial = me.pk
+
+
+class RotateForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information
+    """How long both keys are valid."""
+
+    overlap_hours = forms.IntegerField(
+        min_value=0,
+        max_value=MAX_OVERLAP_HOURS,
+        initial=24,
+        widget=UnfoldAdminIntegerFieldWidget,
+        label="Hours in which the old key stays valid",
+        help_text="0: it is refused from now on",
+    )
 
 
 @admin.register(ApiKey)
@@ -79,7 +100,7 @@ class ApiKeyAdmin(ConsoleAdmin):
     sortable_by = ("name", "created", "last_used")
     actions = ("revoke_selected",)
     actions_list = ("new_key",)
-    actions_detail = ("revoke",)
+    actions_detail = ("rotate", "revoke")
     fieldsets = (
         (
             None,
@@ -174,12 +195,46 @@ class ApiKeyAdmin(ConsoleAdmin):
             actor_id=request.user.pk,
         )
         self.log_addition(request, api_key, "made")
-        response = render(request, "admin/tinkerapi/apikey/new_key.html", {"key": key})
-        # Replace the whole dialog; otherwise its form could be sent again.
-        response["HX-Retarget"] = "#modal-content"
-        response["HX-Reselect"] = "#dialog"
-        response["HX-Reswap"] = "innerHTML"
-        return response
+        return _shown_once(request, key)
+
+    def has_rotate_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        if object_id is None:
+            return True
+        api_key = self.get_object(request, unquote(object_id))
+        return api_key is not None and key_state(api_key) == "active"
+
+    @verb(
+        "Rotate",
+        permission="rotate",
+        icon="autorenew",
+        question="Replace this key?",
+        answer="Make its successor",
+        explanation="The new key has the same user, name and lifetime, and is shown once. The old "
+        "one stays valid for a while, so that programs can change over without a failure.",
+        form_class=RotateForm,
+    )
+    def rotate(self, request: HttpRequest, form: RotateForm, object_id: str) -> HttpResponse:
+        old = self.row(request, object_id)
+        made = api_key_rotate(
+            api_key_id=old.pk,
+            overlap=timedelta(hours=form.cleaned_data["overlap_hours"]),
+            actor_id=request.user.pk,
+        )
+        if made is None:  # revoked meanwhile
+            messages.error(request, f"{old}: it is not valid any more; make a new key")
+            return redirect(request, page_url(old))
+        self.log_change(request, old, f"replaced by {made[0].prefix}")
+        self.log_addition(request, made[0], "made")
+        return _shown_once(request, made[1])
+
+
+def _shown_once(request: HttpRequest, key: str) -> HttpResponse:
+    """The key, in place of the dialog, whose form could otherwise be sent again."""
+    response = render(request, "admin/tinkerapi/apikey/new_key.html", {"key": key})
+    response["HX-Retarget"] = "#modal-content"
+    response["HX-Reselect"] = "#dialog"
+    response["HX-Reswap"] = "innerHTML"
+    return response
 
 
 def key_state(api_key: ApiKey) -> str:
