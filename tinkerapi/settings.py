@@ -27,7 +27,7 @@ from tinkerapi.config.environment import (
     refuse_beside,
     refuse_unknown_variables,
 )
-from training.base_model_config import DTYPES, LAYOUTS
+from training.base_model_config import DTYPES, LAYOUTS, MOST_WORKERS
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 IS_CHECKOUT = (BASE_DIR / "manage.py").exists()
@@ -243,6 +243,7 @@ _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
 _DTYPE = env_choice("TINKERAPI_DTYPE", "auto", DTYPES)
 _LAYOUT = env_choice("TINKERAPI_LAYOUT", "auto", LAYOUTS)
+_WORKERS = env_int("TINKERAPI_WORKERS", 1, maximum=MOST_WORKERS)
 _CONFIG = env_text("TINKERAPI_CONFIG")
 _NAMES = env_names("TINKERAPI_BASE_MODEL", _DEFAULT_MODEL)
 
@@ -250,16 +251,23 @@ BASE_MODELS = (
     base_models_from_file(Path(_CONFIG).expanduser().resolve())
     if _CONFIG
     else base_models_from_names(
-        _NAMES, device=_DEVICE, dtype=_DTYPE, layout=_LAYOUT, cache_bytes=ADAPTER_CACHE_BYTES
+        _NAMES,
+        device=_DEVICE,
+        dtype=_DTYPE,
+        layout=_LAYOUT,
+        cache_bytes=ADAPTER_CACHE_BYTES,
+        workers=_WORKERS,
     )
 )
-"""The served base models, the default first, one worker each. A configuration file replaces all."""
+"""The served base models, the default first, and their workers. A configuration file replaces all
+of these settings."""
 refuse_beside(
     "TINKERAPI_CONFIG",
     "TINKERAPI_BASE_MODEL",
     "TINKERAPI_DEVICE",
     "TINKERAPI_DTYPE",
     "TINKERAPI_LAYOUT",
+    "TINKERAPI_WORKERS",
     "TINKERAPI_ADAPTER_CACHE_BYTES",
 )
 

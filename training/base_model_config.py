@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PACKED, PADDED = "packed", "padded"
+MOST_WORKERS = 64
+"""Of one base model on one machine."""
 LAYOUTS = ("auto", PACKED, PADDED)
 DTYPES = ("auto", "bfloat16", "float32")
 
@@ -20,6 +22,10 @@ class BaseModelConfig:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` and ``cuda`` spread several base models
     over the available GPUs."""
+    devices: tuple[str, ...] = ()
+    """One for each of its workers, in the words of ``device``, which then is not used."""
+    workers: int = 1
+    """How many processes hold it, each with a share of its runs."""
     dtype: str = "auto"
     """The frozen weights' dtype: ``auto`` is bfloat16 if the device computes it natively."""
     layout: str = "auto"
@@ -28,6 +34,10 @@ class BaseModelConfig:
     computes what transformers computes."""
     cache_bytes: int = 0
     """Memory budget of the adapters in its worker; 0: a share of the free memory."""
+
+    def device_of_worker(self, number: int) -> str:
+        """The device that one of its workers is asked to use; the first has number 0."""
+        return self.devices[number] if self.devices else self.device
 
 
 def is_folder(path: str) -> bool:

@@ -76,6 +76,12 @@ class DeviceNotFound(TrainingError):
     category = "server"
 
 
+class WorkerDisagrees(TrainingError):
+    """This worker's environment differs from that of the base model's other workers."""
+
+    category = "server"
+
+
 class NonFiniteResult(TrainingError):
     """The computation produced NaN or infinity; weights and gradients are unchanged."""
 

@@ -1,4 +1,4 @@
-"""Ten kills in a real training job: not one bit is different afterwards."""
+"""Ten kills in a real training job: not one bit is different afterwards, with any workers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ pytestmark = pytest.mark.acceptance
 KILLS = 10
 
 
-def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ten_kills_change_nothing(tmp_path: Path, workers: int) -> None:
     result = tmp_path / "drill.json"
     arguments = ["--kills", str(KILLS), "--adapters", "4", "--steps", "12"]
+    arguments += ["--workers", str(workers)]
     done = subprocess.run(
         [sys.executable, "manage.py", "crashdrill", *arguments, "--json", str(result)],
         cwd=ROOT,

@@ -82,6 +82,20 @@ def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
             "[[base_model]]\nname = 'a'\ncache_bytes = '4GiB'",
             "cache_bytes: expected a whole number",
         ),
+        ("[[base_model]]\nname = 'a'\nworkers = 0", "workers: expected 1 to 64 workers, got 0"),
+        ("[[base_model]]\nname = 'a'\nworkers = 65", "workers: expected 1 to 64 workers, got 65"),
+        ("[[base_model]]\nname = 'a'\nworkers = true", "workers: expected .*, got True"),
+        ("[[base_model]]\nname = 'a'\ndevices = []", "workers: expected .*, got 0"),
+        ("[[base_model]]\nname = 'a'\ndevices = 'cpu'", "devices: expected a list of .*'cpu'"),
+        ("[[base_model]]\nname = 'a'\ndevices = ['gpu']", "devices: expected a list of .*'gpu'"),
+        (
+            "[[base_model]]\nname = 'a'\ndevices = ['cpu']\ndevice = 'cpu'",
+            "device and devices are both given; .*leave device out",
+        ),
+        (
+            "[[base_model]]\nname = 'a'\ndevices = ['cpu', 'cpu']\nworkers = 3",
+            "devices: expected one for each of the 3 workers, got 2",
+        ),
         ("[[base_model]]\nname = 'a'\ncache_bytes = -1", "cache_bytes: expected .*, got -1"),
         ("[[base_model]]\nname = 'a'\ncache_bytes = true", "cache_bytes: expected .*, got True"),
         ("[[base_model]", "is not TOML"),
@@ -107,3 +121,23 @@ def test_a_name_of_its_own_may_have_any_folder(tmp_path: Path) -> None:
     assert base_model.name == "Qwen/Qwen3-8B"
     assert base_model.folder == Path("/models/qwen")
     assert base_model.queue == "engine-qwen-qwen3-8b"
+
+
+@pytest.mark.parametrize(
+    ("keys", "workers", "devices"),
+    [
+        ("", 1, ()),
+        ("workers = 3", 3, ()),
+        ("devices = ['cuda:0', 'cuda:1']", 2, ("cuda:0", "cuda:1")),
+        ("devices = ['cpu', 'auto']\nworkers = 2", 2, ("cpu", "auto")),
+    ],
+)
+def test_workers_follow_from_their_devices(
+    tmp_path: Path, keys: str, workers: int, devices: tuple[str, ...]
+) -> None:
+    file = tmp_path / "models.toml"
+    file.write_text(f"[[base_model]]\nname = 'a'\n{keys}\n")
+
+    [config] = base_models_from_file(file)
+
+    assert (config.workers, config.devices) == (workers, devices)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -18,11 +20,13 @@ from futures.models import Worker
 from futures.services import future_submit
 from tests.base_models import base_model_configs
 from tests.platform.model_folders import make_model_folder
-from tinkerapi.server import doctor
+from tinkerapi.server import doctor, joining
 from tinkerapi.server.doctor import Finding, Verdict
 from tinkerapi.server.preflight import RunningServer
 from tinkerapi.services import api_key_create
 from training.base_models import ServedBaseModel, base_model_of, base_models
+from training.worker.agreement import FIGURE, installation_id, worker_facts
+from training.worker.crash_log import crash_file
 
 SERVER = RunningServer(pid=1, host="127.0.0.1", port=9)
 
@@ -40,6 +44,10 @@ def start_worker_row(base_model: ServedBaseModel) -> Callable[..., Worker]:
         )
 
     return start
+
+
+def first_of(findings: Iterator[Finding]) -> Finding:
+    return next(iter(findings))
 
 
 def test_every_package_that_is_required_is_found_to_fit() -> None:
@@ -187,7 +195,7 @@ def test_a_worker_that_reports_is_ok(
     start_worker_row(state="stopped", stopped_at=timezone.now())
     start_worker_row(pid=8)
 
-    finding = doctor.check_worker(base_model, SERVER)
+    finding = first_of(doctor.check_workers(base_model, SERVER))
 
     assert finding.verdict is Verdict.OK
     assert "process 8" in finding.detail
@@ -198,7 +206,7 @@ def test_a_model_whose_conversations_cannot_be_trained_on_says_why(
     base_model: ServedBaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:
     start_worker_row(figures={"conversation_fault": "no token ends an answer"})
-    finding = doctor.check_worker(base_model, SERVER)
+    finding = first_of(doctor.check_workers(base_model, SERVER))
     assert finding.verdict is Verdict.OK
     assert finding.detail.endswith("takes no conversations to train on: no token ends an answer")
 
@@ -208,20 +216,65 @@ def test_the_layout_of_a_workers_passes_is_named(
     base_model: ServedBaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:
     start_worker_row(figures={"layout": "padded"})
-    assert "heartbeat 0 s ago, padded layout" in doctor.check_worker(base_model, SERVER).detail
+    assert (
+        "heartbeat 0 s ago, padded layout"
+        in first_of(doctor.check_workers(base_model, SERVER)).detail
+    )
 
 
 @pytest.mark.django_db
 def test_a_worker_that_is_silent_or_absent_has_failed(
     base_model: ServedBaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:
-    assert doctor.check_worker(base_model, None).verdict is Verdict.OFF
-    assert doctor.check_worker(base_model, SERVER).verdict is Verdict.FAILED
+    assert first_of(doctor.check_workers(base_model, None)).verdict is Verdict.OFF
+    assert first_of(doctor.check_workers(base_model, SERVER)).verdict is Verdict.FAILED
 
     start_worker_row(heartbeat_at=timezone.now() - timedelta(seconds=90))
-    silent = doctor.check_worker(base_model, SERVER)
+    silent = first_of(doctor.check_workers(base_model, SERVER))
     assert silent.verdict is Verdict.FAILED
     assert "silent for 90 s" in silent.detail
+
+
+@pytest.mark.django_db
+def test_every_worker_is_listed_and_one_that_differs_from_this_machine_is_named(
+    base_model: ServedBaseModel,
+    start_worker_row: Callable[..., Worker],
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    folder = make_model_folder(tmp_path / "m")
+    model = replace(base_model, folder=folder)
+    facts = worker_facts(model)
+    for pid, torch in ((8, facts["torch"]), (9, "1.0")):
+        worker = start_worker_row(pid=pid, figures={FIGURE: {**facts, "torch": torch}})
+        crash_file(worker).parent.mkdir(parents=True, exist_ok=True)
+        crash_file(worker).touch()
+
+    first, second, disagreement = doctor.check_workers(model, SERVER)
+
+    assert [first.verdict, second.verdict] == [Verdict.OK, Verdict.OK]
+    assert "process 8 on h" in first.detail
+    assert "process 9 on h" in second.detail
+    assert disagreement.verdict is Verdict.FAILED
+    assert disagreement.detail == f"torch: {facts['torch']} here, 1.0 at worker {worker.pk} on h"
+
+
+@pytest.mark.django_db
+def test_clock_and_storage_are_compared_with_those_of_the_database(
+    base_model: ServedBaseModel,
+    start_worker_row: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert doctor.check_clock().verdict is Verdict.OK
+    now = time.time()
+    monkeypatch.setattr(joining.time, "time", lambda: now - 3600)
+    assert doctor.check_clock().detail.startswith("this machine's is 3600.")
+    assert "behind Postgres's" in doctor.check_clock().detail
+
+    installation_id(make=True)
+    assert doctor.check_storage().verdict is Verdict.OK
+    start_worker_row(figures={FIGURE: {"data folder's installation": "another"}})
+    assert "another installation's" in doctor.check_storage().detail
 
 
 @pytest.mark.django_db

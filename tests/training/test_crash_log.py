@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,13 @@ from pytest_django import Settings
 
 from futures.models import Worker
 from training.worker import crash_log
-from training.worker.crash_log import CrashLog, crashed, oom_kills
+from training.worker.crash_log import (
+    CrashLog,
+    crash_file,
+    crashed,
+    oom_kills,
+    remove_judged,
+)
 
 DIES = """
 import django
@@ -40,7 +47,12 @@ def worker(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         opened.append(self)
 
     monkeypatch.setattr(CrashLog, "__init__", noted)
-    yield Worker(pk=7, queue="engine", figures={"oom_kills": oom_kills()})
+    yield Worker(
+        pk=7,
+        queue="engine",
+        hostname=socket.gethostname(),
+        figures={"oom_kills": oom_kills()},
+    )
     faulthandler.enable()  # pytest's own has the last word again
     for words in opened:
         words._file.close()
@@ -101,7 +113,7 @@ def test_the_words_of_an_earlier_life_are_not_taken_for_this_ones(worker: Worker
     words = CrashLog(worker)
     with pytest.raises(ZeroDivisionError):
         fails(words, ZeroDivisionError())
-    following = Worker(pk=8, queue="engine", figures=worker.figures)
+    following = Worker(pk=8, queue="engine", hostname=worker.hostname, figures=worker.figures)
     CrashLog(following)
     assert not crashed(following)
 
@@ -109,3 +121,22 @@ def test_the_words_of_an_earlier_life_are_not_taken_for_this_ones(worker: Worker
 def test_a_worker_that_ends_well_leaves_nothing(worker: Worker, tmp_path: Path) -> None:
     CrashLog(worker).close()
     assert not list((tmp_path / "crashes").iterdir())
+
+
+def test_the_kernels_count_on_another_machine_is_not_compared(worker: Worker) -> None:
+    CrashLog(worker)
+    worker.hostname, worker.figures = "elsewhere", {"oom_kills": -1}
+    assert not crashed(worker)
+
+
+@pytest.mark.django_db
+def test_only_the_files_of_workers_that_have_ended_are_removed(worker: Worker) -> None:
+    living = Worker.objects.create(queue="engine", hostname="elsewhere", pid=1, state="live")
+    ended = Worker.objects.create(queue="engine", hostname="elsewhere", pid=2, state="lost")
+    other = Worker.objects.create(queue="engine-2", hostname="elsewhere", pid=3, state="lost")
+    for one in (living, ended, other):
+        CrashLog(one)
+
+    remove_judged("engine")
+
+    assert [crash_file(one).exists() for one in (living, ended, other)] == [True, False, True]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from training.base_model_config import BaseModelConfig
-from training.devices import device_of
+from training.devices import device_of, num_sharing, num_threads
 from training.errors import DeviceNotFound
 
 
@@ -48,3 +48,32 @@ def test_no_two_share_a_gpu_while_another_is_free(
 def test_a_gpu_that_is_not_there_is_refused(device: str, gpu_count: int, sentence: str) -> None:
     with pytest.raises(DeviceNotFound, match=sentence):
         devices(device, gpu_count=gpu_count)
+
+
+def test_the_workers_of_a_base_model_have_devices_of_their_own() -> None:
+    several = BaseModelConfig(name="a", path="/a", workers=3)
+    named = BaseModelConfig(name="b", path="/b", workers=2, devices=("cuda:1", "cpu"))
+    among = [several, named]
+
+    def devices(config: BaseModelConfig, gpu_count: int) -> list[str]:
+        return [
+            device_of(config, number, among=among, gpu_count=gpu_count)
+            for number in range(config.workers)
+        ]
+
+    assert devices(several, 4) == ["cuda:0", "cuda:2", "cuda:3"]
+    assert devices(several, 2) == ["cuda:0", "cuda:0", "cuda:0"]
+    assert devices(named, 4) == ["cuda:1", "cpu"]
+    assert num_sharing(several, 1, among=among, gpu_count=2) == 3
+    assert num_sharing(several, 1, among=among, gpu_count=0) == 4  # of the machine's memory
+    assert num_sharing(named, 0, among=among, gpu_count=4) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "torchs_own", "workers", "expected"),
+    [(0, 8, 1, 7), (0, 9, 2, 4), (0, 2, 2, 1), (0, 1, 1, 1), (3, 8, 2, 3)],
+)
+def test_workers_share_the_processors(
+    asked: int, torchs_own: int, workers: int, expected: int
+) -> None:
+    assert num_threads(asked, torchs_own, workers=workers) == expected

@@ -47,6 +47,7 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.CheckpointExists: 409,
     training_errors.BaseModelNotFound: 404,
     training_errors.DeviceNotFound: 500,
+    training_errors.WorkerDisagrees: 500,
     training_errors.NonFiniteResult: 400,
     training_errors.GradientDropped: 400,
     training_errors.OutOfMemory: 503,

@@ -13,7 +13,13 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 
 from tinkerapi.config.nearest import nearest
-from training.base_model_config import DTYPES, LAYOUTS, BaseModelConfig, is_folder
+from training.base_model_config import (
+    DTYPES,
+    LAYOUTS,
+    MOST_WORKERS,
+    BaseModelConfig,
+    is_folder,
+)
 
 TABLE = "base_model"
 MOST_CACHE_BYTES = 2**60
@@ -21,7 +27,13 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 def base_models_from_names(
-    values: Sequence[str], *, device: str, dtype: str, layout: str = "auto", cache_bytes: int = 0
+    values: Sequence[str],
+    *,
+    device: str,
+    dtype: str,
+    layout: str = "auto",
+    cache_bytes: int = 0,
+    workers: int = 1,
 ) -> list[BaseModelConfig]:
     """Parse ``NAME``, ``FOLDER`` or ``NAME=PATH``; a folder's name is its last part.
 
@@ -30,6 +42,7 @@ def base_models_from_names(
         dtype: The dtype of all of them.
         layout: The layout of all of them.
         cache_bytes: That of all of them.
+        workers: Of each of them.
 
     Raises:
         ImproperlyConfigured: A side of ``=`` is empty.
@@ -52,6 +65,7 @@ def base_models_from_names(
                 dtype=dtype,
                 layout=layout,
                 cache_bytes=cache_bytes,
+                workers=workers,
             )
         )
     return found
@@ -98,6 +112,7 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
         raise ImproperlyConfigured(
             f"{where}.device: expected auto, cpu, cuda or cuda:N, got {device!r}"
         )
+    values |= _workers(table, where)
     for key, choices in (("dtype", DTYPES), ("layout", LAYOUTS)):
         if values.get(key, "auto") not in choices:
             raise ImproperlyConfigured(
@@ -110,6 +125,36 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
             f" got {cache_bytes!r}"
         )
     return BaseModelConfig(**values)
+
+
+def _workers(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The number of workers and their devices: one of the two may follow from the other."""
+    devices = table.get("devices")
+    if devices is None:
+        workers = table.get("workers", 1)
+    else:
+        if not isinstance(devices, list) or not all(
+            isinstance(device, str) and _DEVICE.fullmatch(device) for device in devices
+        ):
+            raise ImproperlyConfigured(
+                f"{where}.devices: expected a list of auto, cpu, cuda or cuda:N, got {devices!r}"
+            )
+        if "device" in table:
+            raise ImproperlyConfigured(
+                f"{where}: device and devices are both given; devices has one for each worker, so "
+                "leave device out"
+            )
+        workers = table.get("workers", len(devices))
+        if workers != len(devices):
+            raise ImproperlyConfigured(
+                f"{where}.devices: expected one for each of the {workers!r} workers, got "
+                f"{len(devices)}"
+            )
+    if type(workers) is not int or not 1 <= workers <= MOST_WORKERS:
+        raise ImproperlyConfigured(
+            f"{where}.workers: expected 1 to {MOST_WORKERS} workers, got {workers!r}"
+        )
+    return {"workers": workers, "devices": tuple(devices or ())}
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from datetime import timedelta
 from enum import Enum
 from http import HTTPStatus
 from importlib import metadata
+from pathlib import Path
 
 from django.conf import settings
 from django.db import DatabaseError, OperationalError, connection
@@ -29,12 +31,19 @@ from futures.models import Future, Worker
 from futures.selectors import HEARTBEAT_TIMEOUT
 from futures.transitions import State
 from tinkerapi.models import ApiKey
+from tinkerapi.server.joining import (
+    clock_difference_seconds,
+    clock_problem,
+    environment_problems,
+    storage_problem,
+)
 from tinkerapi.server.postgres_cluster import MINIMUM_FREE_BYTES
 from tinkerapi.server.preflight import RunningServer, base_model_problem, running_server
 from tinkerapi.server.upgrade import SchemaError, database_down_reason, unapplied_migrations
 from training.base_models import DEFAULT_MODEL_NAME, ServedBaseModel, base_models
 from training.devices import device_of, num_threads
 from training.errors import DeviceNotFound
+from training.worker.agreement import installation_id
 
 DEVICE_TIMEOUT_SECONDS = 120.0  # importing torch from a cold disk
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -82,8 +91,10 @@ def examine() -> Iterator[Finding]:
         schema = check_schema()
         yield schema
         if schema.verdict is Verdict.OK:
+            yield check_clock()
+            yield check_storage()
             for base_model in base_models():
-                yield check_worker(base_model, server)
+                yield from check_workers(base_model, server)
             yield check_queue()
             yield check_api_keys()
 
@@ -162,12 +173,16 @@ def check_device() -> Finding:
     figures = json.loads(answer.stdout)
     for config in settings.BASE_MODELS:
         try:
-            device_of(config, among=settings.BASE_MODELS, gpu_count=len(figures["gpus"]))
+            for number in range(config.workers):
+                device_of(
+                    config, number, among=settings.BASE_MODELS, gpu_count=len(figures["gpus"])
+                )
         except DeviceNotFound as error:
             return Finding("device", Verdict.FAILED, str(error))
     if figures["gpus"]:
         return Finding("device", Verdict.OK, "; ".join(figures["gpus"]))
-    threads = num_threads(settings.NUM_THREADS, figures["threads"])
+    most = max(config.workers for config in settings.BASE_MODELS)
+    threads = num_threads(settings.NUM_THREADS, figures["threads"], workers=most)
     detail = f"CPU, {threads} thread{pluralize(threads)} for a worker"
     if flags := [flag for flag in CPU_FLAGS if flag in _cpu_flags()]:
         detail += f"; it has {', '.join(flags)}"
@@ -217,29 +232,58 @@ def check_schema() -> Finding:
     return Finding("tables", Verdict.OK, "up to date")
 
 
-def check_worker(base_model: ServedBaseModel, server: RunningServer | None) -> Finding:
-    """A process serves this base model and has sent a heartbeat recently."""
+def check_workers(base_model: ServedBaseModel, server: RunningServer | None) -> Iterator[Finding]:
+    """Processes serve this base model, have sent heartbeats recently, and one of this machine could
+    work beside them."""
     part = f"worker {base_model.name}"
-    worker = (
-        Worker.objects.filter(queue=base_model.queue, state__in=["starting", "live"])
-        .order_by("-started_at")
-        .first()
-    )
-    log = settings.DATA_DIR / "logs" / f"{base_model.queue}.log"
-    if worker is None:
+    workers = Worker.objects.filter(queue=base_model.queue, state__in=["starting", "live"])
+    logs = settings.DATA_DIR / "logs"
+    log = logs / f"{base_model.queue}.log"
+    if base_model.config.workers > 1:
+        log = logs / f"{base_model.queue}.*.log"
+    if not workers.exists():
         verdict = Verdict.OFF if server is None else Verdict.FAILED
-        return Finding(part, verdict, f"none is running; see {log}")
+        yield Finding(part, verdict, f"none is running; see {log}")
+        return
+    for worker in workers.order_by("id"):
+        yield _worker_finding(part, worker, log)
+    problems = environment_problems(base_model)
+    if problems:
+        yield Finding(part, Verdict.FAILED, "; ".join(problems))
+
+
+def _worker_finding(part: str, worker: Worker, log: Path) -> Finding:
     age = timezone.now() - worker.heartbeat_at
+    where = f"process {worker.pid}"
+    if worker.hostname != socket.gethostname():
+        where += f" on {worker.hostname}"
     if age > HEARTBEAT_TIMEOUT:
-        detail = f"process {worker.pid} has been silent for {age.total_seconds():.0f} s; see {log}"
+        detail = f"{where} has been silent for {age.total_seconds():.0f} s; see {log}"
         return Finding(part, Verdict.FAILED, detail)
-    detail = f"{worker.state}, process {worker.pid}, heartbeat {age.total_seconds():.0f} s ago"
+    detail = f"{worker.state}, {where}, heartbeat {age.total_seconds():.0f} s ago"
     if layout := worker.figures.get("layout"):
         detail += f", {layout} layout"
     fault = worker.figures.get("conversation_fault")
     if fault:
         detail += f"; takes no conversations to train on: {fault}"
     return Finding(part, Verdict.OK, detail)
+
+
+def check_clock() -> Finding:
+    """This machine's clock is that of Postgres."""
+    if problem := clock_problem():
+        return Finding("clock", Verdict.FAILED, problem.removeprefix("clock: "))
+    difference = abs(clock_difference_seconds())
+    return Finding("clock", Verdict.OK, f"{difference:.1f} s from that of Postgres")
+
+
+def check_storage() -> Finding:
+    """The data folder is that of the workers in the database."""
+    if installation_id(make=False) is None:
+        return Finding("storage", Verdict.OFF, "no server has run on this data folder yet")
+    if problem := storage_problem():
+        return Finding("storage", Verdict.FAILED, problem.removeprefix("data folder: "))
+    return Finding("storage", Verdict.OK, "the data folder is that of the workers")
 
 
 def check_queue() -> Finding:

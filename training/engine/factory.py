@@ -29,6 +29,7 @@ def build_engine(
     config: BaseModelConfig,
     folder: Path,
     *,
+    number: int = 0,
     among: Sequence[BaseModelConfig],
     num_threads: int,
     batch_tokens: int,
@@ -39,6 +40,7 @@ def build_engine(
 
     Args:
         folder: The model's folder.
+        number: Of this worker, among the base model's on this machine.
         among: All base models of the server: two share a GPU only if no other is free.
         num_threads: Threads of a pass on a CPU; 0 leaves the choice to ``training.devices``.
         batch_tokens: Most tokens in one training micro-batch; memory grows with it.
@@ -54,9 +56,11 @@ def build_engine(
     from training.engine.custom_loss.process import CustomLossProcess
     from training.engine.torch.loading import load_base_model
 
-    torch.set_num_threads(devices.num_threads(num_threads, torch.get_num_threads()))
+    torch.set_num_threads(
+        devices.num_threads(num_threads, torch.get_num_threads(), workers=config.workers)
+    )
     gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = devices.device_of(config, among=among, gpu_count=gpu_count)
+    device = devices.device_of(config, number, among=among, gpu_count=gpu_count)
     if device.startswith("cuda"):
         torch.cuda.set_device(
             device
@@ -73,7 +77,7 @@ def build_engine(
         return engine_over(
             base_model,
             adapter_bytes=config.cache_bytes,
-            num_sharing=devices.num_sharing(config, among=among, gpu_count=gpu_count),
+            num_sharing=devices.num_sharing(config, number, among=among, gpu_count=gpu_count),
             batch_tokens=batch_tokens,
             cache_tokens=cache_tokens,
             custom_losses=CustomLossProcess(),
@@ -96,7 +100,7 @@ def engine_over(
             for a CPU,
             the machine. The other half is for passes, for the key-value cache, and
             for other processes.
-        num_sharing: Base models, this one included, that share that half.
+        num_sharing: Workers, this one included, that share that half.
         custom_losses: None computes clients' own losses in this process, without a time limit.
     """
     from training.engine.renderer.chat_renderer import ChatRenderer

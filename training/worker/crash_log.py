@@ -36,9 +36,8 @@ class CrashLog:
     """The file of this worker life; make it once the worker has its epoch."""
 
     def __init__(self, worker: Worker) -> None:
-        self._path = _path(worker)
+        self._path = crash_file(worker)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_old(worker)
         self._file = self._path.open("w")
         faulthandler.enable(self._file)
 
@@ -67,7 +66,7 @@ def crashed(before: Worker) -> bool:
     A worker of another machine that wrote nothing counts as ended from outside.
     """
     try:
-        words = _path(before).read_text(errors="replace").strip()
+        words = crash_file(before).read_text(errors="replace").strip()
     except OSError:
         return True
     if words:
@@ -87,14 +86,16 @@ def oom_kills() -> int | None:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
-def _path(worker: Worker) -> Path:
+def crash_file(worker: Worker) -> Path:
+    """The file of a worker's life; it exists while it lives, and until its end is judged."""
     return Path(settings.DATA_DIR) / FOLDER / f"{worker.queue}.{worker.pk}"
 
 
-def _remove_old(worker: Worker) -> None:
-    """Remove the files of the queue's workers whose lives are over, and judged."""
-    living = Worker.objects.filter(queue=worker.queue, state__in=OPEN)
-    needed = {_path(other) for other in living}
-    for path in _path(worker).parent.glob(f"{worker.queue}.*"):
+def remove_judged(queue: str) -> None:
+    """Remove the files of the queue's workers whose lives are over; whoever ended them has read
+    them."""
+    living = Worker.objects.filter(queue=queue, state__in=OPEN)
+    needed = {crash_file(worker) for worker in living}
+    for path in (Path(settings.DATA_DIR) / FOLDER).glob(f"{queue}.*"):
         if path not in needed:
             path.unlink(missing_ok=True)

@@ -32,7 +32,8 @@ from training.engine.interface import Engine
 from training.vocabulary import vocabulary_store
 from training.worker import text_pool
 from training.worker.adapter_memory import GIBIBYTE
-from training.worker.crash_log import CrashLog, crashed, oom_kills
+from training.worker.agreement import FIGURE, check_agreement, worker_facts
+from training.worker.crash_log import CrashLog, crashed, oom_kills, remove_judged
 from training.worker.loop import WorkLoop
 from training.worker.maintenance import Maintenance
 from training.worker.texts import TEXT_RULES
@@ -45,8 +46,11 @@ LOOK_SECONDS = 1.0  # between two tries to reach Postgres at the start
 OUTAGE_SECONDS = 120.0  # after this the failure is reported
 
 
-def build_engine(base_model: ServedBaseModel) -> Engine:
+def build_engine(base_model: ServedBaseModel, *, number: int = 0) -> Engine:
     """The engine of this base model on this machine's device, by the settings.
+
+    Args:
+        number: Of this worker, among the base model's on this machine.
 
     Raises:
         BaseModelNotFound: Its folder cannot be read.
@@ -57,6 +61,7 @@ def build_engine(base_model: ServedBaseModel) -> Engine:
     engine = factory.build_engine(
         base_model.config,
         base_model.folder,
+        number=number,
         among=settings.BASE_MODELS,
         num_threads=settings.NUM_THREADS,
         batch_tokens=settings.BATCH_TOKENS,
@@ -96,6 +101,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
 
     Raises:
         QueueTaken: A worker of the former version serves this base model.
+        WorkerDisagrees: Its environment differs from that of the workers that serve it.
         BaseModelNotFound, DeviceNotFound: The model cannot be loaded.
     """
     watchdog = WatchdogSignal(settings.WATCHDOG_FD)
@@ -104,6 +110,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
         "oom_kills": oom_kills(),
         "text_rules": TEXT_RULES,
     }
+    facts = _facts(base_model)
     start = partial(worker_start, queue=base_model.queue, figures=figures, crashed=crashed)
     worker = when_postgres_answers(start, meanwhile=watchdog)
     log_fields_of_process(worker=worker.pk, base_model=base_model.name)
@@ -116,6 +123,9 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
     )
     beating.start()
     try:
+        if facts is not None:
+            check_agreement(base_model, facts)
+            figures[FIGURE] = facts
         with _signalling(watchdog):
             engine = build(base_model)
             renderer = engine.renderer
@@ -166,6 +176,15 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
         beating.join()
         worker_stop(worker)
     crash_log.close()
+
+
+def _facts(base_model: ServedBaseModel) -> dict[str, str] | None:
+    """What this worker reports for comparison; None if its folder cannot be read, which ``build``
+    will report."""
+    try:
+        return worker_facts(base_model)
+    except OSError:
+        return None
 
 
 def when_postgres_answers(
@@ -223,12 +242,16 @@ def _beat(worker: Worker, figures: dict[str, Any], over: threading.Event) -> Non
     """
     maintenance = Maintenance(worker.queue)
     colleagues = Colleagues(worker, crashed=crashed)
+    has_tidied = False
     while not over.wait(HEARTBEAT_SECONDS):
         try:
             worker_heartbeat(worker, {**figures, **_memory()})
             for epoch in colleagues.look():
                 logger.warning("worker %d was silent; others do its work now", epoch)
             _do(maintenance)
+            if not has_tidied:
+                remove_judged(worker.queue)
+                has_tidied = True
         except Fenced:
             logger.error("others have ended this worker's life and do its work; leaving")
             logging.shutdown()

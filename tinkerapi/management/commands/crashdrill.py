@@ -18,6 +18,7 @@ from tinkerapi.drill.model import ADAPTER_CACHE_BYTES, make_tiny_model
 from tinkerapi.drill.report import DrillReport
 from tinkerapi.drill.run import DrillFailed, Outcome, run_job
 from tinkerapi.server.up_process import ServerFailed
+from training.base_model_config import MOST_WORKERS
 
 ENVIRONMENT = {
     "DATABASE_URL": "",  # only the embedded Postgres is ours to kill
@@ -46,6 +47,9 @@ class Command(BaseCommand):
             "--adapters", type=int, default=6, help="trained side by side (default %(default)s)"
         )
         parser.add_argument(
+            "--workers", type=int, default=1, help="of the base model (default %(default)s)"
+        )
+        parser.add_argument(
             "--model-folder", type=Path, help="base model; default: a tiny one made for the drill"
         )
         parser.add_argument("--json", type=Path, help="write the table to this file too")
@@ -56,6 +60,8 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         if options["kills"] < 0 or options["adapters"] < 1:
             raise CommandError("expected at least 0 --kills and 1 of --adapters")
+        if not 1 <= options["workers"] <= MOST_WORKERS:
+            raise CommandError(f"--workers: expected 1 to {MOST_WORKERS}")
         steps = options["kills"] + 8 if options["steps"] is None else options["steps"]
         self._environment = dict(ENVIRONMENT)
         scratch = Path(tempfile.mkdtemp(prefix="tinkerapi-drill-"))
@@ -93,6 +99,8 @@ class Command(BaseCommand):
         self._requests = num_requests(job)
         self.stdout.write(f"{self._requests} requests of {len(job)} adapters, unbroken ...")
         unbroken = self._run(scratch / "unbroken", folder, job, seed=seed)
+        # One undisturbed worker is the measure of several.
+        self._environment["TINKERAPI_WORKERS"] = str(options["workers"])
         self.stdout.write(f"took {unbroken.seconds:.1f} s; the same with {len(plan)} kills ...")
         self._count = 0
         broken = self._run(scratch / "broken", folder, job, seed=seed, plan=plan, say=self._say)
@@ -109,6 +117,7 @@ class Command(BaseCommand):
                 "seed": seed,
                 "steps": steps,
                 "adapters": options["adapters"],
+                "workers": options["workers"],
                 "model": folder.name,
             },
         )

@@ -1,7 +1,7 @@
 """``manage.py up``: runs the whole server until Ctrl+C.
 
 The order makes a second start fast: Postgres and the tables first (a tenth of a
-second when they exist), then web, which needs no model, then one worker per base model. Only
+second when they exist), then web, which needs no model, then the workers of each base model. Only
 the first start has a long task, making the model's folder, which runs in parallel. This
 process loads no torch and does nothing for requests; it starts, watches, restarts and stops.
 """
@@ -17,7 +17,6 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from http import HTTPStatus
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,7 +26,6 @@ from django.core.management.base import BaseCommand
 from django.db import OperationalError, connection
 
 from futures.lost_workers import workers_reap
-from tinkerapi.server.lost_workers import report_worker_end
 from tinkerapi.server.postgres import EmbeddedPostgres
 from tinkerapi.server.postgres_cluster import PostgresError
 from tinkerapi.server.preflight import (
@@ -48,12 +46,13 @@ from tinkerapi.server.supervisor import (
     Child,
     Refused,
     Supervisor,
-    Watch,
 )
 from tinkerapi.server.upgrade import SchemaError, schema_migrate
+from tinkerapi.server.worker_part import log_path, part_environment, worker_part
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
 from training.base_models import ServedBaseModel, base_models, base_models_problem
 from training.parent_death import parent_death_prefix
+from training.worker.agreement import installation_id
 from training.worker.crash_log import crashed
 
 TICK_SECONDS = 0.1
@@ -61,7 +60,6 @@ READY_LOOK_SECONDS = 0.5  # each check while the worker loads costs a query and 
 LOST_PART_SECONDS = 2.0  # readiness shows the end of a part within this time
 WEB_STOP_SECONDS = 5.0
 WEB_KILL_SECONDS = 3  # longest delay of web's end by a long poll; its client polls again
-WORKER_STOP_SECONDS = 120.0  # one batch; killing it sooner loses time, not work
 OPEN_REQUESTS = 8192  # parked long polls count, so granian's 1024 would be a limit on users
 
 
@@ -70,7 +68,7 @@ class StopRequested(BaseException):
 
 
 class Command(BaseCommand):
-    help = "Start the whole server: Postgres, web and one worker per base model."
+    help = "Start the whole server: Postgres, web and the workers of each base model."
     requires_system_checks = ()  # web runs them; here they would import every view
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -147,19 +145,12 @@ class Command(BaseCommand):
                     "keys      none needed: every program on this machine acts as the user "
                     f"{LOCAL_USERNAME}; behind a proxy, set TINKERAPI_PUBLIC_URL"
                 )
+            installation_id(make=True)
             secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
                 settings.DATA_DIR
             )
-            # A checkout's parts run from that checkout, even if the package is installed too.
-            checkout = str(settings.BASE_DIR) if settings.IS_CHECKOUT else ""
-            python_path = [checkout, os.environ.get("PYTHONPATH", "")]
             yield {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
-                "PYTHONUNBUFFERED": "1",
-                "TINKERAPI_DATA_DIR": str(settings.DATA_DIR),
-                **_config_file(),
-                "TINKERAPI_SECRET_KEY": secret_key,
+                **part_environment(secret_key),
                 "TINKERAPI_REQUIRE_API_KEY": "1" if require_api_key else "0",
             }
 
@@ -240,30 +231,16 @@ class Command(BaseCommand):
                 "web",
                 command,
                 web,
-                _log("web"),
+                log_path("web"),
                 WEB_STOP_SECONDS,
                 parent_death_signal="TERM",
                 stop_rank=0,  # first, so that a stopping server accepts no requests
             )
         )
 
-    def _start_worker(self, base_model: ServedBaseModel, environment: dict[str, str]) -> None:
-        command = [sys.executable, "-m", "tinkerapi", "engineworker"]
-        name = f"worker {base_model.name}"
-        self.supervisor.add(
-            Child(
-                name,
-                [*command, "--base-model", base_model.name],
-                {**environment, "TINKERAPI_ROLE": "worker"},
-                _log(base_model.queue),
-                WORKER_STOP_SECONDS,
-                parent_death_signal="KILL",  # a batch may be long, and a kill loses nothing
-                stop_rank=1,
-                watch=Watch("TINKERAPI_WATCHDOG_FD", silence_seconds=settings.HANG_SECONDS),
-                refusal_status=os.EX_CONFIG,
-                on_end=report_worker_end(base_model.queue),
-            )
-        )
+    def _start_workers(self, base_model: ServedBaseModel, environment: dict[str, str]) -> None:
+        for number in range(1, base_model.config.workers + 1):
+            self.supervisor.add(worker_part(base_model, number, environment))
 
     def _supervise(self, environment: dict[str, str]) -> None:
         """Start workers when their models are ready, keep all running, report when they answer."""
@@ -275,7 +252,7 @@ class Command(BaseCommand):
         while True:
             for base_model in [model for model in waiting if self._is_prepared(model)]:
                 waiting.remove(base_model)
-                self._start_worker(base_model, environment)
+                self._start_workers(base_model, environment)
             self.supervisor.tick()
             if self.pruning is not None:
                 self.pruning.tick()
@@ -339,7 +316,7 @@ class Command(BaseCommand):
         self.say(f"  API     {address}/")
         self.say(f"  docs    {address}/docs/")
         self.say(f"  admin   {address}/admin/")
-        self.say(f"  logs    {_log('web').parent}")
+        self.say(f"  logs    {log_path('web').parent}")
 
 
 def _require(option: str, value: float, minimum: float, maximum: float) -> None:
@@ -351,16 +328,6 @@ def _can_be_prepared(base_model: ServedBaseModel) -> bool:
     """Whether to make the folder: it is in the data folder and does not exist yet."""
     is_ours = base_model.folder.is_relative_to(settings.DATA_DIR / "models")
     return is_ours and not base_model.folder.exists()
-
-
-def _config_file() -> dict[str, str]:
-    """The configuration file's absolute path, valid in every working directory."""
-    name = os.environ.get("TINKERAPI_CONFIG", "")
-    return {"TINKERAPI_CONFIG": str(Path(name).expanduser().resolve())} if name else {}
-
-
-def _log(name: str) -> Path:
-    return Path(settings.DATA_DIR) / "logs" / f"{name}.log"
 
 
 def _first_line(error: Exception) -> str:
