@@ -75,6 +75,13 @@ def test_a_completion_is_what_sampling_says(user, served_api):
     assert completion.usage.total_tokens == len("hello") + num_tokens
 
 
+def test_usage_says_how_much_of_the_prompt_was_cached(user):
+    first, again = (complete(user, prompt="a prompt of its own", n=2) for _ in range(2))
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert again.usage.prompt_tokens_details.cached_tokens == len("a prompt of its own") - 1
+    assert again.usage.prompt_tokens == first.usage.prompt_tokens
+
+
 def test_several_prompts_of_either_kind_make_their_choices_in_order(user):
     both = complete(user, prompt=["hello", "yes"], n=2)
     tokens = complete(user, prompt=[list(b"hello"), list(b"yes")], n=2)

@@ -141,6 +141,12 @@ def test_a_sequence_may_be_empty() -> None:
     assert [one.logprobs for one in got.sequences] == [None, [-0.5, -0.25]]
 
 
+def test_the_cached_tokens_of_a_prompt_arrive_in_both_forms() -> None:
+    cached = sampled(cached_prompt_tokens=64)
+    assert deserialize_sample_response(encode_sample_response(cached)).prompt_cache_hit_tokens == 64
+    assert sample_response_json(cached)["prompt_cache_hit_tokens"] == 64
+
+
 TOPK = TopLogprobs(
     token_ids=np.array([[0, 0], [7, 8], [9, 0]], np.int32),
     logprobs=np.array([[-99999, -99999], [-0.5, -1.5], [-0.25, -99999]], np.float32),

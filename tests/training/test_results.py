@@ -129,9 +129,11 @@ def test_sequences_and_prompts_of_any_length_come_back(
             for number, length in enumerate(lengths)
         ],
         prompt_logprobs=[None if n is None else draw.random(n, np.float32) for n in prompts],
+        cached_prompt_tokens=lengths[0],
     )
     again = stored_result("sample", result.encoded())
     assert isinstance(again, SampleResult)
+    assert again.cached_prompt_tokens == lengths[0]
     for ours, sent in zip(again.sequences, result.sequences, strict=True):
         assert ours.text == sent.text
         np.testing.assert_array_equal(ours.tokens, sent.tokens)

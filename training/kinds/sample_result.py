@@ -114,6 +114,8 @@ class SampleResult(Result):
     """(P - 1, k) drawn tokens and their log-probabilities."""
     echo: Sequence[EchoedPrompt] = ()
     """The prompts, if they are to be repeated."""
+    cached_prompt_tokens: int = 0
+    """Tokens of all prompts that were not read, because earlier requests had read them."""
 
     def to_payload(self) -> Payload:
         sequences = self.sequences
@@ -148,6 +150,8 @@ class SampleResult(Result):
             payload["prompt_alternatives"] = list(self.prompt_alternatives)
         if self.echo:
             payload["echo"] = [prompt.to_payload() for prompt in self.echo]
+        if self.cached_prompt_tokens:
+            payload["cached_prompt_tokens"] = self.cached_prompt_tokens
         return payload
 
     @classmethod
@@ -161,6 +165,7 @@ class SampleResult(Result):
             target_prompt_logprobs=_target_from_payload(payload.get("target_prompt_logprobs")),
             prompt_alternatives=None if alternatives is None else tuple(alternatives),
             echo=[EchoedPrompt.from_payload(item) for item in payload.get("echo", ())],
+            cached_prompt_tokens=payload.get("cached_prompt_tokens", 0),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,13 +41,17 @@ def run_all(sampler: Sampler, jobs: Mapping[str, SampleJob]) -> dict[str, list[S
 
 
 def finish(sampler: Sampler) -> dict[str, list[SampledSequence]]:
+    return {key: output.sequences for key, output in finish_outputs(sampler).items()}
+
+
+def finish_outputs(sampler: Sampler) -> dict[str, SampleOutput]:
     """Poll until no job is active; each must end well, and be returned once."""
-    found: dict[str, list[SampledSequence]] = {}
+    found: dict[str, SampleOutput] = {}
     while sampler.active:
         for key, result in sampler.poll(LONG_SECONDS).items():
             assert isinstance(result, SampleOutput), result
             assert key not in found
-            found[key] = result.sequences
+            found[key] = result
     return found
 
 
@@ -183,6 +188,17 @@ def test_a_sequence_depends_on_the_seed_and_its_number_only(sampler: Sampler) ->
     assert sample(sampler, job("before", num_samples=2)) == many[:2]
     assert sample(sampler, job("before", num_samples=4, seed=4)) != many
     assert len({tuple(sequence.tokens) for sequence in many}) == 4
+
+
+def test_a_repeated_prompt_says_how_much_of_it_was_cached(sampler: Sampler) -> None:
+    asked = replace(job("before"), prompt=np.arange(3, 103, dtype=np.int32))
+    cached = []
+    for group in ("anna", "anna", "berta"):
+        sampler.submit("one", replace(asked, group=group))
+        (output,) = finish_outputs(sampler).values()
+        cached.append(output.cached_prompt_tokens)
+    assert cached[0] == cached[2] == 0
+    assert cached[1] < 100  # not all samplers keep what they have read
 
 
 def test_polling_without_an_active_job_returns_at_once(sampler: Sampler) -> None:

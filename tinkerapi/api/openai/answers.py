@@ -50,13 +50,15 @@ def choices_of(future: Future) -> list[Choice]:
     ]
 
 
-def usage(future: Future) -> dict[str, int]:
-    """Tokens read and tokens sampled, including sampled end tokens."""
+def usage(future: Future) -> dict[str, Any]:
+    """Tokens of the prompts and tokens sampled, including sampled end tokens."""
     prompt_tokens, completion_tokens = future.summary["prompt_tokens"], future.summary["tokens"]
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        # Futures of earlier versions of the server do not say.
+        "prompt_tokens_details": {"cached_tokens": future.summary.get("cached_prompt_tokens", 0)},
     }
 
 

@@ -30,6 +30,7 @@ class _FakeSampling:
     digest: bytes
     """Hash of all inputs of the text: weights, prompt and seed."""
     tokens: list[list[int]]
+    cached_prompt_tokens: int
     stop_reasons: list[str | None]
 
 
@@ -41,6 +42,8 @@ class FakeSampler(Sampler):
         self._on_progress: Callable[[], None] = lambda: None
         self._versions: Versions[bytes] = Versions()
         self._active: dict[str, _FakeSampling] = {}
+        self._read: set[tuple[str, str | None, bytes]] = set()
+        """Owner, version and tokens of each prompt that was read."""
 
     def report_progress(self, to: Callable[[], None]) -> None:
         self._on_progress = to
@@ -74,8 +77,17 @@ class FakeSampler(Sampler):
             job,
             hashlib.sha256(weights + seed).digest(),
             [[] for _ in range(job.num_samples)],
+            self._read_prompt(job),
             ["length" if job.sampling_params.max_tokens == 0 else None] * job.num_samples,
         )
+
+    def _read_prompt(self, job: SampleJob) -> int:
+        """The tokens of a prompt that the cache has: of a repeated one all but the last."""
+        key = (job.group, job.version, job.prompt.tobytes())
+        if key in self._read:
+            return len(job.prompt) - 1
+        self._read.add(key)
+        return 0
 
     def poll(self, wait_seconds: float) -> dict[str, SampleOutput | TrainingError]:
         deadline = time.monotonic() + wait_seconds
@@ -110,7 +122,7 @@ class FakeSampler(Sampler):
         return sum(map(len, sampling.tokens))
 
     def release_memory(self) -> None:
-        """Holds nothing to release."""
+        self._read.clear()
 
     @property
     def active(self) -> int:
@@ -155,7 +167,12 @@ def _finish(sampling: _FakeSampling) -> SampleOutput:
     ]
     scores = _scores(sampling.job)
     prompt_logprobs = None if scores.logprobs is None else scores.logprobs.tolist()
-    return SampleOutput(sequences=sequences, prompt_logprobs=prompt_logprobs, scores=scores)
+    return SampleOutput(
+        sequences=sequences,
+        prompt_logprobs=prompt_logprobs,
+        scores=scores,
+        cached_prompt_tokens=sampling.cached_prompt_tokens,
+    )
 
 
 def _scores(job: SampleJob) -> PromptScores:

@@ -69,12 +69,14 @@ def ready(
         target_prompt_logprobs=_target_logprobs(scores, scoring),
         prompt_alternatives=scores.alternatives,
         echo=echo,
+        cached_prompt_tokens=sum(output.cached_prompt_tokens for output in outputs),
     )
     return outcomes.ready(
         future,
         result,
         tokens=sum(len(sequence.tokens) for sequence in result.sequences),
         prompt_tokens=prompt_tokens,
+        cached_prompt_tokens=result.cached_prompt_tokens,
     )
 
 

@@ -122,7 +122,8 @@ def forward_backward_output_json(result: ForwardBackwardResult) -> Body:
 
 
 def sample_response_json(result: SampleResult) -> Body:
-    """``{"sequences", "prompt_logprobs"?, "topk_prompt_logprobs"?, "type": "sample"}``.
+    """``{"sequences", "prompt_logprobs"?, "topk_prompt_logprobs"?, "prompt_cache_hit_tokens"?,
+    "type": "sample"}``.
 
     The likeliest tokens of samples, the scores of target tokens and the alternatives of a prompt
     are newer than these clients, which cannot request them, so they are left out.
@@ -136,6 +137,8 @@ def sample_response_json(result: SampleResult) -> Body:
             None if value != value else value  # NaN
             for value in logprobs.tolist()
         ]
+    if result.cached_prompt_tokens:
+        answer["prompt_cache_hit_tokens"] = result.cached_prompt_tokens
     if result.top_prompt_logprobs is not None:
         answer["topk_prompt_logprobs"] = _topk_rows(result.top_prompt_logprobs)
     return answer

@@ -42,7 +42,7 @@ def encode_sample_response(result: SampleResult) -> bytes:
     Raises:
         InvalidRequest: See ``one_prompt``. (400)
     """
-    message = pb.SampleResponse()
+    message = pb.SampleResponse(prompt_cache_hit_tokens=result.cached_prompt_tokens)
     for sequence in result.sequences:
         part = message.sequences.add()
         part.stop_reason = _STOP_REASONS[sequence.stop_reason]
