@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from training import devices
 from training.base_model_config import BaseModelConfig
+from training.engine.error_text import error_text
 from training.engine.interface import Engine
 from training.errors import BaseModelNotFound, TrainingError
 
@@ -144,5 +145,5 @@ def _faults_of(folder: Path) -> Iterator[None]:
         if is_out_of_memory(error) or isinstance(error, getattr(torch, "AcceleratorError", ())):
             raise
         logger.exception("loading %s", folder)
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON_CHARACTERS]
+        what = error_text(error, max_characters=MAX_REASON_CHARACTERS)
         raise BaseModelNotFound(f"No model can be read from {folder}: {what}") from error

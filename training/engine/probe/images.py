@@ -20,8 +20,9 @@ from PIL import Image as Pictures
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from training.engine.error_text import error_text
+from training.engine.probe.comparison import logprob_difference, tolerance
 from training.engine.probe.passes import PackedPasses, PaddedPasses, ProbePasses
-from training.engine.probe.proof import TOLERANCE
 from training.engine.probe.stock_answers import Passage, StockAnswers
 from training.engine.renderer.images.reader import ImageReader
 from training.engine.torch.base_model import BaseModel
@@ -58,7 +59,8 @@ def ask_stock_image(
         if is_out_of_memory(error):
             raise
         logger.warning("an image cannot be computed", exc_info=error)
-        return f"transformers itself cannot compute an image with this base model ({_short(error)})"
+        what = error_text(error)
+        return f"transformers itself cannot compute an image with this base model ({what})"
 
 
 def _ask(
@@ -141,13 +143,10 @@ def image_fault(
         if is_out_of_memory(error):
             raise
         logger.warning("an image cannot be computed", exc_info=error)
-        return f"this server cannot compute this base model's images ({_short(error)})"
-    most = TOLERANCE.get(base_model.dtype, TOLERANCE[torch.bfloat16])
+        return f"this server cannot compute this base model's images ({error_text(error)})"
     for what, answers in (("beside a text", beside), ("over a cache", cached)):
-        by_position = (answers[1] - image.logprobs).abs().mean(-1)  # (n,)
-        is_exact = base_model.dtype == torch.float32
-        worst = (by_position.max() if is_exact else by_position.mean()).item()
-        if not worst <= most:  # NaN too
+        worst = logprob_difference(answers[1], image.logprobs, base_model.dtype)
+        if not worst <= tolerance(base_model.dtype):  # NaN too
             return (
                 f"this server does not compute this base model's images rightly: {what}, "
                 f"log-probabilities differ by {worst:.2g} nats from stock transformers"
@@ -160,7 +159,3 @@ def _drawn() -> Image:
     file = BytesIO()
     Pictures.fromarray(pixels).resize(SIZE, Pictures.Resampling.NEAREST).save(file, "png")
     return Image(data=file.getvalue(), format="png")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from training.engine.error_text import error_text
+from training.engine.probe.comparison import logprob_difference, relative_difference, tolerance
 from training.engine.probe.near_switches import near_switches
 from training.engine.probe.passes import PackedPasses, PaddedPasses, ProbePasses, Unproven
 from training.engine.probe.shared_rectangles import longest_shared
@@ -33,12 +35,6 @@ from training.engine.torch.base_model import BaseModel
 from training.engine.torch.out_of_memory import is_out_of_memory
 from training.engine.torch.packing.stream import Segment
 from training.errors import BaseModelNotFound
-
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-"""Largest difference that rounding explains: for a passage's log-probabilities, in nats, the mean
-over the vocabulary, in float32 at its worst position; for a gradient, relative to it. The
-default model differs by 1e-5 in float32 and 0.2 in bfloat16, where single positions are
-much noisier than their mean."""
 
 
 def stock_answers(
@@ -60,7 +56,7 @@ def stock_answers(
             raise
         raise BaseModelNotFound(
             f"{name} cannot be served: transformers itself cannot compute a sequence of tokens and"
-            f" positions with it ({_in_short(error)}); choose another base model."
+            f" positions with it ({error_text(error)}); choose another base model."
         ) from error
 
 
@@ -112,7 +108,7 @@ class _Prover:
 
     @property
     def _tolerance(self) -> float:
-        return TOLERANCE.get(self._dtype, TOLERANCE[torch.bfloat16])
+        return tolerance(self._dtype)
 
     def check_beside(self) -> None:
         """Compare passages beside each other, and the gradient of the update."""
@@ -162,11 +158,9 @@ class _Prover:
         except Exception as error:  # a model's own code may raise everything
             if is_out_of_memory(error):
                 raise
-            raise Unproven(f"{what} cannot be computed ({_in_short(error)})") from error
+            raise Unproven(f"{what} cannot be computed ({error_text(error)})") from error
         for ours, theirs in zip(answers, expected, strict=True):
-            by_position = (ours - theirs).abs().mean(-1)  # (n,)
-            is_exact = self._dtype == torch.float32
-            worst = (by_position.max() if is_exact else by_position.mean()).item()
+            worst = logprob_difference(ours, theirs, self._dtype)
             if not worst <= self._tolerance:  # NaN too
                 raise Unproven(
                     f"log-probabilities of {what} differ by {worst:.2g} nats from those of each"
@@ -179,15 +173,10 @@ class _Prover:
         for name in layout.places:
             pairs = (layout.pair(numbers, name) for numbers in (flat, self._stock.grad))
             for a_or_b, ours, expected in zip("AB", *pairs, strict=True):
-                size, difference = expected.norm().item(), (ours - expected).norm().item()
-                share = difference / size if size else difference
+                share = relative_difference(ours, expected)
                 if not share <= self._tolerance:
                     raise Unproven(
                         f"the gradient of LoRA's {a_or_b} at {name} differs by {share:.2g} of"
                         " itself from autograd's in stock transformers, and rounding explains"
                         f" {self._tolerance:g}"
                     )
-
-
-def _in_short(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

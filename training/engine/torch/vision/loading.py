@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from training.engine.error_text import error_text
 from training.engine.renderer.images.processor_files import load_processor
 from training.engine.renderer.images.reader import ImageReader
 
@@ -32,7 +33,7 @@ def image_reader_of(
         reader = ImageReader(processor, int(config.image_token_id))
     except Exception as error:  # other people's files
         logger.warning("%s: its image processor cannot be loaded", path, exc_info=error)
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        what = error_text(error)
         return None, f"this base model's folder has no image processor that can be loaded ({what})"
     if tokenizer.chat_template is None:
         tokenizer.chat_template = getattr(processor, "chat_template", None)
