@@ -6,6 +6,7 @@ from typing import Any
 
 from tinkerapi.api.fields.field import Schema
 from tinkerapi.api.fields.images import check_image_address
+from tinkerapi.api.fields.refusals import refuse_unknown
 from tinkerapi.api.fields.tokens import refuse_datum
 from training.errors import InvalidDatum
 from training.images import Image
@@ -90,7 +91,7 @@ def _part(value: Any, where: str, role: str) -> str | Image:
                 f"{where}: an image in a message of the role {role}; only those of "
                 f"{' and '.join(WITH_IMAGES)} may have images"
             )
-        _only(value, ("type", "image_url"), where)
+        refuse_unknown(value.keys(), ("type", "image_url"), where, error=InvalidDatum)
         return _image(value.get("image_url"), f"{where}.image_url")
     if (
         not isinstance(value, dict)
@@ -110,7 +111,7 @@ def _part(value: Any, where: str, role: str) -> str | Image:
 def _image(value: Any, where: str) -> Image:
     if not isinstance(value, dict):
         raise refuse_datum(where, 'an object like {"url": "data:image/png;base64,..."}', value)
-    _only(value, ("url", "detail"), where)
+    refuse_unknown(value.keys(), ("url", "detail"), where, error=InvalidDatum)
     detail = value.get("detail")
     if detail is not None and detail not in _DETAILS:
         raise refuse_datum(
@@ -120,9 +121,3 @@ def _image(value: Any, where: str) -> Image:
             detail,
         )
     return check_image_address(value.get("url"), f"{where}.url")
-
-
-def _only(value: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
-    for name in value:
-        if name not in allowed:
-            raise InvalidDatum(f"{where}.{name[:60]}: unknown field; expected {', '.join(allowed)}")

@@ -15,7 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinkerapi.api.fields.refusals import FLOAT32, check_characters, is_above, refuse
+from tinkerapi.api.fields.refusals import (
+    FLOAT32,
+    check_characters,
+    is_above,
+    refuse,
+    refuse_unknown,
+)
 from training.errors import InvalidRequest
 from training.types import MAX_FLOAT32
 
@@ -202,11 +208,7 @@ def check_object(fields: Mapping[str, Field], value: Any, where: str = "") -> di
     if not isinstance(value, dict):
         raise refuse(where or "body", "an object", value)
     prefix = f"{where}." if where else ""
-    for name in value:
-        if name not in fields:
-            raise InvalidRequest(
-                f"{prefix}{name[:60]}: unknown field; expected {', '.join(fields) or 'no field'}"
-            )
+    refuse_unknown(value.keys(), fields, where)
     checked = {}
     for name, field in fields.items():
         given = value.get(name)

@@ -7,6 +7,7 @@ one.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from training.errors import InvalidRequest
@@ -35,6 +36,29 @@ def refuse(where: str, expected: str, value: object) -> InvalidRequest:
 def refuse_size(where: str, size: int, noun: str, most: int) -> InvalidRequest:
     """The error for a list or an object that is too large."""
     return InvalidRequest(f"{where}: {size} {noun}; this server takes at most {most}")
+
+
+def refuse_unknown(
+    given: Iterable[str],
+    known: Collection[str],
+    where: str = "",
+    *,
+    of: str = "",
+    error: type[InvalidRequest] = InvalidRequest,
+) -> None:
+    """Refuse the first field of an object that is not known.
+
+    Args:
+        where: The object's place; empty for the body.
+        of: What the field would be of, for the message: `` of a message of the role user``.
+
+    Raises:
+        InvalidRequest: Or ``error``. (400)
+    """
+    for name in given:
+        if name not in known:
+            place = f"{where}.{name[:60]}" if where else name[:60]
+            raise error(f"{place}: unknown field{of}; expected {', '.join(known) or 'no field'}")
 
 
 def is_above(value: Any, maximum: int) -> bool:

@@ -10,7 +10,7 @@ import orjson
 from tinkerapi.api.bodies.json_limits import check_json_size
 from tinkerapi.api.fields.content import check_parts
 from tinkerapi.api.fields.prompts import check_text_length
-from tinkerapi.api.fields.refusals import refuse, refuse_size
+from tinkerapi.api.fields.refusals import refuse, refuse_size, refuse_unknown
 from training.errors import InvalidRequest
 from training.images import Image
 from training.types import ROLES, Message
@@ -61,16 +61,10 @@ def _message(value: Any, where: str) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise refuse(f"{where}.role", f"one of {', '.join(ROLES)}", role)
     fields = MESSAGE_FIELDS[role]
-    for name, item in given.items():
-        place = f"{where}.{name[:60]}"
-        if name in NOT_TAKEN:
-            if item != []:
-                raise InvalidRequest(f"{place}: {NOT_TAKEN[name]}")
-        elif name not in fields:
-            expected = ", ".join(sorted(fields))
-            raise InvalidRequest(
-                f"{place}: unknown field of a message of the role {role}; expected {expected}"
-            )
+    for name in NOT_TAKEN:
+        if given.pop(name, []) != []:
+            raise InvalidRequest(f"{where}.{name}: {NOT_TAKEN[name]}")
+    refuse_unknown(given.keys(), sorted(fields), where, of=f" of a message of the role {role}")
     calls = _tool_calls(given.get("tool_calls"), f"{where}.tool_calls")
     return Message(
         role,
@@ -211,9 +205,7 @@ def _object(
     if not isinstance(value, dict):
         raise refuse(where, f"an object with {', '.join(known)}", value)
     given = {name: item for name, item in value.items() if item is not None}
-    for name in given:
-        if name not in known:
-            raise InvalidRequest(f"{where}.{name[:60]}: unknown field; expected {', '.join(known)}")
+    refuse_unknown(given.keys(), known, where)
     for name in required:
         if name not in given:
             raise InvalidRequest(f"{where}.{name}: this field is required")

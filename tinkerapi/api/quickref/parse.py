@@ -17,7 +17,7 @@ from tinkerapi.api.fields.content import check_parts
 from tinkerapi.api.fields.images import POINTERS, check_base64_image
 from tinkerapi.api.fields.loss_inputs import NO_INPUTS
 from tinkerapi.api.fields.prompts import check_num_prompts, check_plain_prompt, check_text_length
-from tinkerapi.api.fields.refusals import FLOAT32, shown
+from tinkerapi.api.fields.refusals import FLOAT32, refuse_unknown, shown
 from tinkerapi.api.fields.tokens import (
     check_token_list,
     refuse_datum,
@@ -76,8 +76,7 @@ def check_prompts(value: Any, where: str) -> list[Prompt]:
 def check_conversation(value: Any, where: str) -> Conversation:
     """A list of messages, or ``{"messages": [...]}``."""
     if isinstance(value, dict):
-        if unknown := value.keys() - ("messages",):
-            raise _unknown_field(unknown, ("messages",), where)
+        refuse_unknown(value.keys(), ("messages",), where, error=InvalidDatum)
         where, value = f"{where}.messages", value.get("messages")
     if not isinstance(value, list):
         raise refuse_datum(where, "a list of messages", value)
@@ -92,8 +91,7 @@ def check_model_input(value: Any, where: str) -> TokenIds | Chunks:
     """(N,) token ids, N at least 1, from a list or ``{"chunks": [{"tokens": [...]}]}``; the chunks,
     if one is an image."""
     if isinstance(value, dict):
-        if unknown := value.keys() - ("chunks",):
-            raise _unknown_field(unknown, ("chunks",), where)
+        refuse_unknown(value.keys(), ("chunks",), where, error=InvalidDatum)
         return _check_chunks(value.get("chunks"), f"{where}.chunks")
     return check_token_list(value, where)
 
@@ -101,8 +99,7 @@ def check_model_input(value: Any, where: str) -> TokenIds | Chunks:
 def _check_message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise refuse_datum(where, 'a message such as {"role": "user", "content": "hi"}', value)
-    if unknown := value.keys() - MESSAGE_FIELDS:
-        raise _unknown_field(unknown, MESSAGE_FIELDS, where)
+    refuse_unknown(value.keys(), MESSAGE_FIELDS, where, error=InvalidDatum)
     for name in MESSAGE_FIELDS:
         if name not in value:
             raise InvalidDatum(f"{where}.{name}: this field is required")
@@ -122,8 +119,7 @@ def check_datum(value: Mapping[str, Any], where: str) -> Datum | ImageDatum:
         raise InvalidDatum(
             f"{where}: is a message; data is a list of conversations, each a list of messages"
         )
-    if unknown := value.keys() - DATUM_FIELDS:
-        raise _unknown_field(unknown, DATUM_FIELDS, where)
+    refuse_unknown(value.keys(), DATUM_FIELDS, where, error=InvalidDatum)
     for name in DATUM_FIELDS:
         if name not in value:
             raise InvalidDatum(f"{where}.{name}: this field is required")
@@ -151,8 +147,7 @@ def _check_array(name: str, value: Any, where: str) -> Array:
     """(N,) or (N, K): int64 for ``target_tokens``, float32 otherwise."""
     shape = None
     if isinstance(value, dict):
-        if unknown := value.keys() - ARRAY_FIELDS:
-            raise _unknown_field(unknown, ARRAY_FIELDS, where)
+        refuse_unknown(value.keys(), ARRAY_FIELDS, where, error=InvalidDatum)
         dtype, shape = value.get("dtype"), value.get("shape")
         expected = "int64" if name == TARGET_TOKENS else "float32"
         if dtype is not None and dtype != expected:
@@ -236,8 +231,7 @@ def _check_chunks(value: Any, where: str) -> TokenIds | Chunks:
 def _check_chunk(chunk: Mapping[str, Any], where: str) -> TokenIds | Image:
     kind = chunk.get("type", "encoded_text")
     if kind == "image":
-        if unknown := chunk.keys() - IMAGE_FIELDS:
-            raise _unknown_field(unknown, IMAGE_FIELDS, where)
+        refuse_unknown(chunk.keys(), IMAGE_FIELDS, where, error=InvalidDatum)
         return check_base64_image(
             chunk.get("data"), chunk.get("format"), chunk.get("expected_tokens"), where
         )
@@ -247,11 +241,5 @@ def _check_chunk(chunk: Mapping[str, Any], where: str) -> TokenIds | Image:
         raise InvalidDatum(
             f"{where}.type: {shown(kind)} is not supported; only encoded_text and image"
         )
-    if unknown := chunk.keys() - TOKENS_FIELDS:
-        raise _unknown_field(unknown, TOKENS_FIELDS, where)
+    refuse_unknown(chunk.keys(), TOKENS_FIELDS, where, error=InvalidDatum)
     return check_token_list(chunk.get("tokens"), f"{where}.tokens")
-
-
-def _unknown_field(names: set[str], known: tuple[str, ...], where: str) -> InvalidDatum:
-    """The error for fields that are not known."""
-    return InvalidDatum(f"{where}.{min(names)[:60]}: unknown field; expected {', '.join(known)}")

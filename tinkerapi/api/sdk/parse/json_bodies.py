@@ -17,7 +17,7 @@ from tinkerapi.api.fields.chunks import datum_of, join_chunks, num_tokens_of
 from tinkerapi.api.fields.field import check_object
 from tinkerapi.api.fields.images import AUDIO, POINTERS, check_base64_image
 from tinkerapi.api.fields.loss_inputs import NO_INPUTS, check_input, check_token_ids
-from tinkerapi.api.fields.refusals import FLOAT32, refuse, shown
+from tinkerapi.api.fields.refusals import FLOAT32, refuse, refuse_unknown, shown
 from tinkerapi.api.fields.sampling import TINKER_SAMPLING_FIELDS
 from tinkerapi.api.sdk.parse.calls import (
     ForwardBackwardCall,
@@ -223,9 +223,8 @@ def _numbers(value: Any, dtype: np.dtype[Any], where: str) -> Array:
 def _fields(value: Any, allowed: tuple[str, ...], where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise _wrong(where, "an object", value)
-    for name, item in value.items():
-        if name not in allowed and item is not None:
-            raise InvalidDatum(f"{where}.{name[:60]}: unknown field; expected {', '.join(allowed)}")
+    given = (name for name, item in value.items() if item is not None)
+    refuse_unknown(given, allowed, where, error=InvalidDatum)
     return value
 
 

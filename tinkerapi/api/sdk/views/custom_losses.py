@@ -11,7 +11,7 @@ from futures.services import Refusal
 from futures.transitions import Category
 from tinkerapi.api.caller import owner_of
 from tinkerapi.api.fields.field import Integer
-from tinkerapi.api.fields.refusals import check_json
+from tinkerapi.api.fields.refusals import check_json, refuse_unknown
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView, json_fields
 from tinkerapi.api.sdk.views.service import SESSION_ID
@@ -35,9 +35,7 @@ class CreateCustomLossView(SdkView):
         session_id = SESSION_ID.check(body.get("session_id"), "session_id")
         seq_id = _SEQ_ID.check(body.get("custom_loss_seq_id"), "custom_loss_seq_id")
         try:
-            for name in body:
-                if name not in _KNOWN:
-                    raise InvalidRequest(f"{name[:60]}: unknown field")
+            refuse_unknown(body.keys(), _KNOWN)
             for name in ("name", "inputs", "graph"):
                 check_json(body.get(name), name)
             check_graph(body.get("name"), body.get("inputs"), body.get("graph"))

@@ -12,7 +12,7 @@ from rest_framework.request import Request
 from tinkerapi.api.caller import owner_of
 from tinkerapi.api.fields.adapters import ADAPTER_FIELDS, check_adapts_something
 from tinkerapi.api.fields.field import Custom, Field, Integer, Text, check_object
-from tinkerapi.api.fields.refusals import refuse
+from tinkerapi.api.fields.refusals import refuse, refuse_unknown
 from tinkerapi.api.renderers import JSONResponse
 from tinkerapi.api.sdk.base import SdkView
 from tinkerapi.api.sdk.views.service import METADATA, SESSION_ID
@@ -51,8 +51,7 @@ def check_optimizer_config(value: Any, where: str) -> str:
             f"{where}.type: this server does not have the optimizer {str(value['type'])[:40]!r}; "
             f"use {OPTIMIZER!r}"
         )
-    if extra := sorted(set(value) - {"type"}):
-        raise InvalidRequest(f"{where}.{extra[0][:60]}: unknown field; expected type")
+    refuse_unknown(value.keys(), ("type",), where)
     return OPTIMIZER
 
 
