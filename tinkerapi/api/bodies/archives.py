@@ -15,9 +15,11 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+from tinkerapi.api.bodies.bounded import PIECE_BYTES, copy_bounded
 from training.errors import InvalidRequest, LimitExceeded
 
 ARCHIVE_TYPES = ("application/zip", "application/gzip", "application/x-gzip", "application/x-tar")
@@ -26,9 +28,6 @@ ARCHIVE_TYPES = ("application/zip", "application/gzip", "application/x-gzip", "a
 MAX_MEMBERS = 500
 MAX_DIRECTORY_BYTES = 1024 * 1024
 """Of a zip's list of members, which is read at once."""
-PIECE_BYTES = 64 * 1024
-"""Read at once, also of a header, of which ``tarfile`` keeps one for each member."""
-
 _ZIP, _ZIP_EMPTY, _GZIP = b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b"
 
 
@@ -153,14 +152,8 @@ def _not_a_file(name: str, field: str) -> InvalidRequest:
 
 def _copy(content: IO[bytes], path: Path, left: int, field: str) -> int:
     """Write the content; return its bytes, at most ``left``."""
-    copied = 0
     with path.open("wb") as file:
-        while piece := content.read(PIECE_BYTES):
-            copied += len(piece)
-            if copied > left:
-                raise _too_much(field)
-            file.write(piece)
-    return copied
+        return copy_bounded(content, file, max_bytes=left, too_large=partial(_too_much, field))
 
 
 def _too_much(field: str) -> LimitExceeded:
@@ -172,7 +165,7 @@ def _too_much(field: str) -> LimitExceeded:
 class _Bounded(io.RawIOBase):
     """A stream that is read forwards, in small parts, up to a limit.
 
-    ``tarfile`` reads the extended header of a member at once, whatever its size.
+    ``tarfile`` reads the extended header of a member at once, whatever its size, and keeps it.
     """
 
     def __init__(self, stream: IO[bytes], limit: int, field: str) -> None:

@@ -6,9 +6,12 @@ header. A frame without a size is first counted, in parts, and only then decompr
 
 from __future__ import annotations
 
+from functools import partial
+
 import zstandard
 
 from futures.errors import PayloadTooLarge
+from tinkerapi.api.bodies.bounded import bounded_pieces
 from tinkerapi.api.bodies.parsers import too_large_sentence
 from training.errors import InvalidRequest
 
@@ -55,12 +58,14 @@ def _decompress_unsized(
     decompressor: zstandard.ZstdDecompressor, body: bytes, max_bytes: int
 ) -> bytes:
     """Count first: only a frame known to be small enough is decompressed as a whole."""
-    total = 0
     with decompressor.stream_reader(body) as reader:
-        while piece := reader.read(_PIECE_BYTES):
-            total += len(piece)
-            if total > max_bytes:
-                raise _too_large(max_bytes)
+        for _ in bounded_pieces(
+            reader,
+            max_bytes=max_bytes,
+            too_large=partial(_too_large, max_bytes),
+            piece_bytes=_PIECE_BYTES,
+        ):
+            pass
     # The reader above accepts a truncated frame; this one does not.
     frame = decompressor.decompressobj()
     data = frame.decompress(body)

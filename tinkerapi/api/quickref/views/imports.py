@@ -15,7 +15,8 @@ from django.http.multipartparser import MultiPartParserError
 from rest_framework.exceptions import ParseError, UnsupportedMediaType
 from rest_framework.request import Request
 
-from tinkerapi.api.bodies.archives import ARCHIVE_TYPES, PIECE_BYTES, take_files
+from tinkerapi.api.bodies.archives import ARCHIVE_TYPES, take_files
+from tinkerapi.api.bodies.bounded import copy_bounded
 from tinkerapi.api.fields.field import Field, Flag, Number, Text, check_object
 from tinkerapi.api.quickref.views.base import OperationView
 from tinkerapi.api.quickref.views.steps import MODEL_ID
@@ -189,9 +190,7 @@ def _write_files(files: Mapping[str, IO[bytes]], directory: Path) -> None:
 
 
 def _copy(source: IO[bytes], target: IO[bytes], *, max_bytes: int, field: str) -> None:
-    left = max_bytes
-    while piece := source.read(PIECE_BYTES):
-        left -= len(piece)
-        if left < 0:
-            raise InvalidRequest(f"{field}: is larger than {max_bytes} bytes")
-        target.write(piece)
+    def too_large() -> InvalidRequest:
+        return InvalidRequest(f"{field}: is larger than {max_bytes} bytes")
+
+    copy_bounded(source, target, max_bytes=max_bytes, too_large=too_large)
