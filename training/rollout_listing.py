@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from django.db.models import Avg, Count, Q, QuerySet
+from django.db.models import Q, QuerySet
 
 from futures.models import Future
 from training.models import Rollout, Run
@@ -60,8 +59,3 @@ def rollout_find(run: Run, *, request_id: str, number: int) -> tuple[Rollout, Fu
     row = Rollout.objects.filter(run=run, request_id=request_id, number=number).first()
     future = Future.objects.filter(pk=request_id, owner_id=run.owner_id).first() if row else None
     return None if row is None or future is None else (row, future)
-
-
-def rollout_totals(run: Run) -> dict[str, Any]:
-    """How many rollouts are kept, and their mean length; one query."""
-    return Rollout.objects.filter(run=run).aggregate(number=Count("pk"), tokens=Avg("tokens"))

@@ -39,9 +39,15 @@ UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 """Seconds and name of each unit of time, the largest first."""
 
 
-def page_url(row: Model) -> str:
-    """The admin page of a row."""
-    return _url(type(row), "change", quote(row.pk))
+def page_url(row: Model, part: str = "") -> str:
+    """The admin page of a row, or of a part of it: ``curves/``."""
+    url = _url(type(row), "change", quote(row.pk))
+    return f"{url.removesuffix('change/')}{part}" if part else url
+
+
+def tab_url(row: Model, tab: str, **parameters: object) -> str:
+    """A tab of a row's page."""
+    return f"{page_url(row)}?{urlencode({'tab': tab, **parameters})}"
 
 
 def changelist_url(model: type[Model]) -> str:

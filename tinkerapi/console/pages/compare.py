@@ -41,7 +41,7 @@ def compare_page(request: HttpRequest, site: AdminSite, runs: QuerySet[Run]) -> 
                 "name": run.shown_title,
                 "link": link(run, run.shown_title),
                 "state": state_label(activity(run)),
-                "curves_url": f"{page_url(run).removesuffix('change/')}curves/",
+                "curves_url": page_url(run, "curves/"),
             }
             for run in chosen
         ],

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlencode
 
 from django.http import HttpRequest
 
-from tinkerapi.console.kit.display import page_url
+from tinkerapi.console.kit.display import page_url, tab_url
 from tinkerapi.console.kit.parameters import number_of
 from tinkerapi.console.pages.run_data import thumbnails, tokens_json
 from training.inspection import sample_inspect
@@ -87,10 +86,11 @@ def _rows(run: Run, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
             "rollout": row,
             "prompt": _end(row.prompt) if not index or groups[index] != groups[index - 1] else "",
             "tone": _tone(row.advantage),
-            "group_url": _url(run, group=bytes(row.prompt_digest).hex(), step=row.step),
+            "group_url": tab_url(
+                run, "rollouts", group=bytes(row.prompt_digest).hex(), step=row.step
+            ),
             "tokens_url": _url(run, sample=row.request_id, number=row.number),
-            "trained_url": row.trained_by
-            and f"{page_url(run)}?{urlencode({'tab': 'data', 'request': row.trained_by})}",
+            "trained_url": row.trained_by and tab_url(run, "data", request=row.trained_by),
         }
         for index, row in enumerate(rollouts)
     ]
@@ -110,4 +110,4 @@ def _tone(advantage: float | None) -> str:
 
 
 def _url(run: Run, **parameters: object) -> str:
-    return f"{page_url(run)}?{urlencode({'tab': 'rollouts', **parameters})}"
+    return tab_url(run, "rollouts", **parameters)

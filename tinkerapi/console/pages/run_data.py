@@ -8,7 +8,7 @@ from typing import Any
 from django.http import HttpRequest
 from django.template.defaultfilters import filesizeformat
 
-from tinkerapi.console.kit.display import page_url
+from tinkerapi.console.kit.display import page_url, tab_url
 from tinkerapi.console.kit.parameters import number_of
 from training.inspection import pass_inspect, pass_neighbours, passes_listed
 from training.models import Run
@@ -32,10 +32,10 @@ def data_tab(request: HttpRequest, run: Run) -> dict[str, Any]:
     if shown is None:
         return {"shown": None, "passes": passes_listed(run, limit=NEWEST_PASSES)}
     before, after = pass_neighbours(run, shown.future.seq_id or 0)
-    page, own, last = page_url(run), shown.future.pk, shown.num_datums - 1
+    own, last = shown.future.pk, shown.num_datums - 1
 
     def url(request_id: str | None, datum: int = 0) -> str | None:
-        return request_id and f"{page}?tab=data&request={request_id}&datum={datum}"
+        return request_id and tab_url(run, "data", request=request_id, datum=datum)
 
     return {
         "shown": shown,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
 
 from django.http import HttpRequest
 
-from tinkerapi.console.kit.display import page_url, state_label
+from tinkerapi.console.kit.display import page_url, state_label, tab_url
 from tinkerapi.console.kit.preview import value_preview
 from tinkerapi.console.pages.rollouts import rollouts_tab
 from tinkerapi.console.pages.run_data import data_tab
@@ -37,14 +36,13 @@ class Tab:
 
 
 def _overview(request: HttpRequest, run: Run) -> Context:
-    url = page_url(run).removesuffix("change/")
     tags = [state_label(tag) for part in run.tags.split(",") if (tag := part.strip())]
     return {
         "status": run_status(run),
         "tags": tags,
         "objective": OWN_OBJECTIVE if run.own_objective else "",
-        "curves_url": f"{url}curves/",
-        "export_url": f"{url}export/",
+        "curves_url": page_url(run, "curves/"),
+        "export_url": page_url(run, "export/"),
     }
 
 
@@ -78,11 +76,6 @@ TABS: Mapping[str, Tab] = {
     ),
     "lineage": Tab(title="Lineage", template=f"{_FOLDER}/sections.html", context=_lineage),
 }
-
-
-def tab_url(run: Run, name: str, **parameters: object) -> str:
-    """The address of a tab of a run's page."""
-    return f"{page_url(run)}?{urlencode({'tab': name, **parameters})}"
 
 
 def tab_context(request: HttpRequest, run: Run) -> Context:

@@ -5,7 +5,7 @@
   const root = document.getElementById("compare");
   if (!root) return;
 
-  const { PALETTE, element, shortNumber, smoothed, styles, tick } = CurveKit;
+  const { PALETTE, axes, captionOf, element, scales, selected, shortNumber, smoothed } = CurveKit;
   const form = root.querySelector("form");
   const target = root.querySelector('[data-part="groups"]');
   const runs = [...document.querySelectorAll(".console-legend [data-url]")].map((one, index) => {
@@ -77,13 +77,9 @@
     grid.append(...found.map(({ card }) => card)); // all of them first: their number decides their width
     for (const { chart, card } of found) {
       const isLog = form.elements.log.checked && chart.may_be_log;
-      const head = element("figcaption");
-      head.append(element("strong", "", chart.title), element("span", "console-curve-note", chart.note));
       const values = element("div", "console-curve-value is-many");
       const canvas = element("div");
-      card.append(head, values, canvas);
-      const { text, grid: lines } = styles();
-      const axis = { stroke: text, grid: { stroke: lines, width: 1 }, ticks: { show: false }, font: "11px Inter, sans-serif" };
+      card.append(captionOf(chart), values, canvas);
       const show = (plot) => {
         values.replaceChildren(...chart.lines.map(({ run }, index) => {
           const column = plot.data[index + 1];
@@ -99,20 +95,15 @@
       plots.push(new uPlot({
         width: card.clientWidth - 2, height: 220, padding: [8, 16, 0, 0], legend: { show: false },
         cursor: { sync: { key: "compare", scales: ["x", null] }, drag: { x: true, y: false } },
-        scales: {
-          x: { time: false, range: (plot, low, high) => zoom || (low === high ? [low - 1, high + 1] : [low, high]) },
-          y: { distr: isLog ? 3 : 1, ...(chart.percent && !isLog ? { range: [0, 1] } : {}) },
-        },
-        axes: [
-          { ...axis, size: 28, space: 60, values: (plot, all) => all.map((value) => (value % 1 ? "" : shortNumber(value))) },
-          { ...axis, size: 58, values: (plot, all, index, space, step) => all.map((value) => tick(value, step, chart, isLog)) },
-        ],
+        scales: scales(chart, isLog, () => zoom),
+        axes: axes(chart, isLog, (all) => all.map((value) => (value % 1 ? "" : shortNumber(value)))),
         series: [{}, ...chart.lines.map(({ run }) => ({ label: run.name, stroke: run.colour, width: 1.6, spanGaps: true, points: { show: false } }))],
         hooks: {
           setCursor: [show],
           setSelect: [(plot) => {
-            if (plot.select.width < 4) return;
-            zoom = [plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x")];
+            const chosen = selected(plot);
+            if (!chosen) return;
+            zoom = chosen;
             form.elements.reset.hidden = false;
             draw();
           }],

@@ -1,4 +1,4 @@
-// What the pages with curves share: numbers for people, smoothing, colours.
+// What the pages with curves share: numbers for people, smoothing, colours, axes, zoom.
 "use strict";
 
 const CurveKit = (() => {
@@ -52,5 +52,35 @@ const CurveKit = (() => {
     };
   }
 
-  return { PALETTE, element, shortNumber, smoothed, styles, tick };
+  // uPlot's scales: x as zoomed, or all of it; y logarithmic or a share where the chart says so.
+  function scales(chart, isLog, zoom) {
+    return {
+      x: { time: false, range: (plot, low, high) => zoom() || (low === high ? [low - 1, high + 1] : [low, high]) },
+      y: { distr: isLog ? 3 : 1, ...(chart.percent && !isLog ? { range: [0, 1] } : {}) },
+    };
+  }
+
+  // uPlot's axes; `xLabels` makes the texts of the horizontal one from its numbers.
+  function axes(chart, isLog, xLabels) {
+    const { text, grid } = styles();
+    const axis = { stroke: text, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "11px Inter, sans-serif" };
+    return [
+      { ...axis, size: 28, space: 60, values: (plot, values) => xLabels(values) },
+      { ...axis, size: 58, values: (plot, values, index, space, step) => values.map((value) => tick(value, step, chart, isLog)) },
+    ];
+  }
+
+  // The selected part of the x axis; null for a click.
+  function selected(plot) {
+    const { left, width } = plot.select;
+    return width < 4 ? null : [plot.posToVal(left, "x"), plot.posToVal(left + width, "x")];
+  }
+
+  function captionOf(chart) {
+    const caption = element("figcaption");
+    caption.append(element("strong", "", chart.title), element("span", "console-curve-note", chart.note));
+    return caption;
+  }
+
+  return { PALETTE, axes, captionOf, element, scales, selected, shortNumber, smoothed, styles };
 })();

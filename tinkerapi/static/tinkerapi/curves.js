@@ -5,7 +5,7 @@
   const root = document.getElementById("curves");
   if (!root) return;
 
-  const { PALETTE, element, shortNumber, styles, tick } = CurveKit;
+  const { PALETTE, axes, captionOf, element, scales, selected, shortNumber, styles } = CurveKit;
   const form = root.querySelector("form");
   const part = (name) => root.querySelector(`[data-part="${name}"]`);
   const MAX_APPENDED = 400; // then everything is read again, thinned by the server
@@ -186,9 +186,7 @@
   }
 
   function optionsOf(chart, card, drawn) {
-    const { text, grid } = styles();
-    const axis = { stroke: text, grid: { stroke: grid, width: 1 }, ticks: { show: false }, font: "11px Inter, sans-serif" };
-    const xLabel = (plot, values) =>
+    const xLabels = (values) =>
       values.map((value) => (mode() === "time"
         ? new Date(value * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false })
         : value % 1 ? "" : shortNumber(value)));
@@ -198,14 +196,8 @@
       padding: [8, 16, 0, 0],
       legend: { show: false },
       cursor: { sync: { key: "run", scales: ["x", null] }, drag: { x: true, y: false }, points: { size: 6 } },
-      scales: {
-        x: { time: false, range: (plot, low, high) => zoom || (low === high ? [low - 1, high + 1] : [low, high]) },
-        y: { distr: drawn.isLog ? 3 : 1, ...(chart.percent && !drawn.isLog ? { range: [0, 1] } : {}) },
-      },
-      axes: [
-        { ...axis, values: xLabel, size: 28, space: 60 },
-        { ...axis, size: 58, values: (plot, values, index, space, step) => values.map((value) => tick(value, step, chart, drawn.isLog)) },
-      ],
+      scales: scales(chart, drawn.isLog, () => zoom),
+      axes: axes(chart, drawn.isLog, xLabels),
       series: [{}, ...drawn.columns.map((one) => ({
         label: one.label || " ", // uPlot would call it "Value"
         stroke: one.isFaint ? `${one.colour}40` : one.isEdge ? "transparent" : one.colour,
@@ -224,14 +216,12 @@
 
   function cardOf(chart) {
     const card = element("figure", "console-curve");
-    const head = element("figcaption");
-    head.append(element("strong", "", chart.title), element("span", "console-curve-note", chart.note));
     const value = element("div", "console-curve-value");
     value.dataset.part = "value";
     value.append(element("span", "", ""), element("small", "", ""));
     const canvas = element("div");
     canvas.dataset.part = "canvas";
-    card.append(head, value, canvas);
+    card.append(captionOf(chart), value, canvas);
     return card;
   }
 
@@ -279,8 +269,9 @@
   // --- zoom -------------------------------------------------------------------------------------
 
   function zoomed(plot) {
-    if (plot.select.width < 4) return;
-    zoom = [plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x")];
+    const chosen = selected(plot);
+    if (!chosen) return;
+    zoom = chosen;
     plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
     form.elements.reset.hidden = false;
     draw();
