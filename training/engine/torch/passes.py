@@ -128,7 +128,9 @@ def _run_micro_batch(
     work: Mapping[PlannedJob, Work],
     custom_losses: CustomLossRunner,
 ) -> HeadOutput:
-    own_grads = _own_grads(base_model, batch, grads)
+    own_grads = [grads.get(span.part[0]) for span in batch.part_spans]
+    if base_model.is_padded:
+        own_grads = _separate_sums(own_grads)
 
     def segments(bounds: Callable[[PartSpan], tuple[int, int]]) -> list[Segment]:
         return [
@@ -144,7 +146,9 @@ def _run_micro_batch(
     device = base_model.device
     is_long = batch.rows_longer_than(base_model.rotary_switch)
     position_ids = torch.as_tensor(batch.position_ids, device=device)
-    images, position_ids = place(base_model.vision, _with_images(batch), position_ids)
+    images = None
+    if base_model.vision is not None:
+        images, position_ids = place(base_model.vision, _with_images(batch), position_ids)
     hidden = base_model.sequence_states(
         torch.as_tensor(batch.tokens, device=device),
         position_ids,
@@ -175,18 +179,13 @@ def _run_micro_batch(
     return head
 
 
-def _own_grads(
-    base_model: BaseModel, batch: MicroBatch, grads: Mapping[str, AdapterTensors]
-) -> list[AdapterTensors | None]:
-    """The buffer for the gradient of each part of a micro-batch; None if it has none.
+def _separate_sums(sums: Sequence[AdapterTensors | None]) -> list[AdapterTensors | None]:
+    """A buffer of its own for the gradient of each part of a micro-batch, not its adapter's sum.
 
-    It is the adapter's sum if all layers add to it in the order of the parts. In the padded layout
-    a part has rows in several rectangles, between those of other parts: there it gets a sum of its
-    own, so that the order of additions does not depend on its batch-mates.
+    In the packed layout all layers add to the sum in the order of the parts. In the padded layout
+    a part has rows in several rectangles, between those of other parts, and the order of additions
+    would depend on its batch-mates.
     """
-    sums = [grads.get(span.part[0]) for span in batch.part_spans]
-    if not base_model.is_padded:
-        return sums
     return [
         None if each is None else AdapterTensors(each.layout, torch.zeros_like(each.flat))
         for each in sums

@@ -162,7 +162,8 @@ def plan_micro_batches(
         sequences = [planned.job.data[index].model_input for planned, index in origins[first:]]
         paths: Sequence[Path] = [()] * len(sequences)
         if shares_prefixes:
-            named = [_named_tokens(planned.job.data[index]) for planned, index in origins[first:]]
+            datums = [planned.job.data[index] for planned, index in origins[first:]]
+            named = [_named_tokens(d) if d.images else d.model_input for d in datums]
             paths = shared_paths(named, rotary_switch=rotary_switch)
         parts[part] = [
             Item(
@@ -177,10 +178,8 @@ def plan_micro_batches(
 
 
 def _named_tokens(datum: Datum) -> NDArray[Any]:
-    """(N,) the datum's tokens, with numbers of their own for those of an image: they are equal in
-    equal images only."""
-    if not datum.images:
-        return datum.model_input
+    """(N,) the tokens of a datum with images, with numbers of their own for those of an image: they
+    are equal in equal images only."""
     named = datum.model_input.astype(np.int64)
     for placed in datum.images:
         first = -1 - int.from_bytes(placed.image.digest[:7], "big")
