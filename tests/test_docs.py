@@ -75,3 +75,16 @@ def test_the_manual_names_no_test_that_is_gone() -> None:
     named = {name for page in pages for name in re.findall(r"\btest_\w+\.py", page.read_text())}
     assert named
     assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+ARCHITECTURE = (ROOT / "tinkerapi" / "docs" / "architecture.md").read_text()
+
+
+def test_the_architecture_names_no_file_that_is_gone() -> None:
+    """A shorter name follows a longer one in its row, and is below a folder of that."""
+    for row in re.findall(r"^\| .+ \|$", ARCHITECTURE, flags=re.MULTILINE):
+        folders = [ROOT]
+        for named in re.findall(r"`([\w/]+(?:/|\.py|\.md))`", row):
+            found = next((path for f in folders if (path := f / named).exists()), None)
+            assert found is not None, (named, row)
+            folders += [f for f in (found, *found.parents) if f.is_relative_to(ROOT)]

@@ -7,7 +7,7 @@ padding, shape (1, T) to transformers. A ``PackedContext`` assigns the rows:
   layers and the output head read them: rows of a segment use that segment's weights.
 - ``attention`` decides which keys a query sees. The model computes rotated queries, keys and
   values for all T rows, then calls ``attend`` once per layer; the implementation keeps
-  sequences apart. Training uses ``attention.backend.SequenceAttention``; the sampler has its own,
+  sequences apart. Training uses ``attention.sequences.SequenceAttention``; the sampler has its own,
   which also stores the new keys and values in its cache and reads the old ones from there.
 
 The way to run a pass is ``BaseModel.hidden_states(tokens, position_ids, context)`` and then
