@@ -277,7 +277,7 @@ class Command(BaseCommand):
             "pruning",
             [sys.executable, "-m", "tinkerapi", "prunefutures"],
             environment,
-            _log("pruning"),
+            log_path("pruning"),
             settings.DATA_DIR / "last_prune",
             settings.PRUNE_HOURS * 3600.0,
             self.say,
