@@ -10,7 +10,7 @@ from django.test import RequestFactory
 from pytest_django import Settings
 
 from tests.conftest import ApiClient
-from tinkerapi.api.bodies.limit import HOLDS_SEQ_ID, Body
+from tinkerapi.api.bodies.limit import HOLDS_SEQ_ID, Admitted, Body
 from tinkerapi.api.dialect import PROTOBUF
 from tinkerapi.api.dispatch import speaks_sdk
 
@@ -70,7 +70,7 @@ def test_the_number_is_seen_as_the_body_passes_however_it_is_cut(
         return {"type": "http.request", "body": next(arriving), "more_body": True}
 
     async def run() -> None:
-        body = Body(scope, receive, limit=1000)
+        body = Body(scope, receive, Admitted(1000))
         for _ in pieces:
             await body.receive()
 
