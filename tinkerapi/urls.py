@@ -16,6 +16,7 @@ from django.views.generic import RedirectView
 from tinkerapi.api.quickref.views.service import IndexView
 from tinkerapi.console import manual
 from tinkerapi.console.front_page import front_page
+from tinkerapi.console.invitations import InvitationView
 from tinkerapi.console.playground import PlaygroundChatView
 
 
@@ -31,6 +32,7 @@ urlpatterns = [
     # Before the API's, which describes it.
     path("", front_page(IndexView.as_view())),
     path("admin", redirect_to("admin:index")),
+    path("admin/invitation/<uidb64>/<token>/", InvitationView.as_view(), name="invitation"),
     path("admin/", admin.site.urls),
     path("", include("tinkerapi.api.urls")),
     path("playground/chat", PlaygroundChatView.as_view(), name="playground-chat"),

@@ -335,6 +335,7 @@ ROUTES: dict[str, list[Probe | Listing] | Open] = {
     "docs/examples/<str:name>": _SERVER,
     "docs/<slug:name>": _SERVER,
     "docs/<slug:name>/": _SERVER,
+    "admin/invitation/<uidb64>/<token>/": Open("the token is the permission"),
     "playground/chat": Open("takes a session of the admin only; tests/console/test_playground.py"),
     "healthz": _SERVER,
     "readyz": _SERVER,

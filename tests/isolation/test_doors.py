@@ -25,6 +25,7 @@ OPEN = {"healthz", "readyz", "", "api/schema", "api/v1/healthz"}
 PAGES = {
     "favicon.ico",
     "admin",
+    "admin/invitation/<uidb64>/<token>/",
     "docs",
     "docs/",
     "docs/examples/<str:name>",

@@ -19,6 +19,7 @@ from django.core.paginator import Paginator
 from django.db import DataError, ProgrammingError
 from django.db.models import Model, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
+from django.shortcuts import render
 from django.utils.functional import cached_property
 from unfold.admin import ModelAdmin
 from unfold.decorators import action
@@ -208,6 +209,15 @@ def link_button(label: str, *, permission: str, icon: str) -> Callable[[Method],
         description=label, permissions=[permission], icon=icon
     )
     return decorate
+
+
+def shown_once(request: HttpRequest, template: str, context: dict[str, Any]) -> HttpResponse:
+    """A secret in place of the dialog, whose form could otherwise be sent again."""
+    response = render(request, template, context)
+    response["HX-Retarget"] = "#modal-content"
+    response["HX-Reselect"] = "#dialog"
+    response["HX-Reswap"] = "innerHTML"
+    return response
 
 
 def redirect(request: HttpRequest, url: str) -> HttpResponse:

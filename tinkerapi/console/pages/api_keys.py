@@ -11,7 +11,6 @@ from django.contrib.admin.utils import unquote
 from django.contrib.auth.models import User
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
-from django.shortcuts import render
 from django.utils import timezone
 from django.utils.safestring import SafeString
 from unfold.contrib.filters.admin import AutocompleteSelectFilter
@@ -21,7 +20,7 @@ from unfold.forms import (
 from unfold.widgets import UnfoldAdminIntegerFieldWidget, UnfoldAdminSelectWidget
 from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
-from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, verb
+from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, shown_once, verb
 from tinkerapi.console.kit.display import link, moment, page_url, state_label
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.models import ApiKey
@@ -34,6 +33,7 @@ from tinkerapi.services import (
 )
 
 MAX_OVERLAP_HOURS = 24 * 30
+SHOWN_ONCE = "admin/tinkerapi/apikey/new_key.html"
 
 
 class NewKeyForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type information
@@ -195,7 +195,7 @@ class ApiKeyAdmin(ConsoleAdmin):
             actor_id=request.user.pk,
         )
         self.log_addition(request, api_key, "made")
-        return _shown_once(request, key)
+        return shown_once(request, SHOWN_ONCE, {"key": key})
 
     def has_rotate_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         if object_id is None:
@@ -225,16 +225,7 @@ class ApiKeyAdmin(ConsoleAdmin):
             return redirect(request, page_url(old))
         self.log_change(request, old, f"replaced by {made[0].prefix}")
         self.log_addition(request, made[0], "made")
-        return _shown_once(request, made[1])
-
-
-def _shown_once(request: HttpRequest, key: str) -> HttpResponse:
-    """The key, in place of the dialog, whose form could otherwise be sent again."""
-    response = render(request, "admin/tinkerapi/apikey/new_key.html", {"key": key})
-    response["HX-Retarget"] = "#modal-content"
-    response["HX-Reselect"] = "#dialog"
-    response["HX-Reswap"] = "innerHTML"
-    return response
+        return shown_once(request, SHOWN_ONCE, {"key": made[1]})
 
 
 def key_state(api_key: ApiKey) -> str:

@@ -6,8 +6,10 @@ from typing import Any
 
 from django.conf import settings
 from django.contrib import admin
+from django.contrib.admin.utils import unquote
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
+from django.http import Http404, HttpRequest, HttpResponse
 from django.template.defaultfilters import filesizeformat
 from django.utils.html import format_html_join
 from django.utils.safestring import SafeString
@@ -18,6 +20,8 @@ from unfold.forms import (
 )
 
 from futures.models import Future
+from tinkerapi.console.invitations import invitation
+from tinkerapi.console.kit.console_admin import shown_once, verb
 from tinkerapi.console.kit.display import list_link
 from tinkerapi.console.kit.superuser_admin import SuperuserAdmin
 from tinkerapi.models import ApiKey
@@ -57,6 +61,32 @@ class UserAdmin(SuperuserAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # n
     readonly_fields = ("last_login", "date_joined", "owned", "stored")
     list_display = ("username", "email", "is_active", "is_staff", "is_superuser", "last_login")
     list_filter = ("is_active", "is_staff", "is_superuser")
+    actions_detail = ("invite",)
+
+    def has_invite_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
+        if object_id is None:
+            return self.has_view_permission(request)
+        user = self.get_object(request, unquote(object_id))
+        return self.has_view_permission(request) and user is not None and user.is_active
+
+    @verb(
+        "Invite",
+        permission="invite",
+        icon="mail",
+        question="Invite this user to the console?",
+        answer="Make a link",
+        explanation="You get a link with which the user sets a password. The user may then enter "
+        "the console, where only superusers see more than their own objects.",
+    )
+    def invite(self, request: HttpRequest, form: Any, object_id: str) -> HttpResponse:
+        user = self.get_object(request, unquote(object_id))
+        if user is None:
+            raise Http404
+        url = invitation(user, request=request)
+        self.log_change(request, user, "invited")
+        days = settings.PASSWORD_RESET_TIMEOUT // 86400
+        context = {"url": url, "invited": user, "days": days}
+        return shown_once(request, "admin/auth/user/invited.html", context)
 
     @admin.display(description="Lists")
     def owned(self, user: User) -> SafeString:
