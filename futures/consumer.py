@@ -46,7 +46,8 @@ class Consumer:
         self._broker = PostgresBroker(list_key=queue)
         self._failures = 0
         self.on_turn: Callable[[], object] = lambda: None
-        """Called several times a second while there is nothing to do; it may use the database."""
+        """Called several times a second while there is nothing to do; it may use the database. If
+        it returns True and the queue is shared, this consumer looks at the futures."""
         self.shares_queue = False
         """Whether another consumer may take the queue's doorbells. If so, this one looks at the
         futures also when it is notified without finding a doorbell, and at each poll."""
@@ -88,7 +89,8 @@ class Consumer:
         tasks = self._broker.claim()
         deadline = time.monotonic() + Conf.POLL
         while not tasks and not self.stopping.is_set() and time.monotonic() < deadline:
-            self.on_turn()
+            if self.on_turn() is True and self.shares_queue:
+                break
             if self._broker.wait(_SLICE_SECONDS):
                 tasks = self._broker.claim()
                 if self.shares_queue:

@@ -49,6 +49,22 @@ SELECT EXISTS (
 )
 """
 
+# A worker that may have ended would get lanes in vain.
+_UNEVEN = """
+SELECT coalesce(
+    max(leases) FILTER (WHERE id = %(worker_id)s) - min(leases) FILTER (WHERE id <> %(worker_id)s)
+    >= 2, false)
+FROM (
+    SELECT id, (SELECT count(*) FROM futures_lane WHERE worker_id = w.id) AS leases
+    FROM futures_worker AS w
+    WHERE queue = %(queue)s AND state = 'live'
+        AND heartbeat_at > statement_timestamp() - make_interval(secs => %(fresh_seconds)s)
+) AS crew
+"""
+
+FRESH_SECONDS = 20.0
+"""A worker whose last heartbeat is older gets no lanes of others."""
+
 _HELD = """
 SELECT id FROM futures_lane
 WHERE id = %(lane_id)s AND worker_id = %(worker_id)s AND EXISTS (
@@ -74,6 +90,16 @@ def lanes_release(*, worker: Worker, lane_ids: Collection[str]) -> None:
         if has_work:
             notify_bell(worker.queue)
     worker.leases.difference_update(released)
+
+
+def leases_are_uneven(worker: Worker) -> bool:
+    """Whether this worker should give a lane to another one, which has at least two fewer."""
+    parameters = {
+        "worker_id": worker.pk,
+        "queue": worker.queue,
+        "fresh_seconds": FRESH_SECONDS,
+    }
+    return bool(execute(_UNEVEN, parameters)[0][0])
 
 
 def lease_is_held(*, worker: Worker, lane_id: str) -> bool:

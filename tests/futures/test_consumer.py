@@ -12,11 +12,13 @@ from typing import Any
 import psycopg
 import pytest
 from django.db import connections
+from django_q.conf import Conf
 from django_q.models import Failure, OrmQ
 from django_q.tasks import async_task
 
 from futures.consumer import Consumer
 from futures.database import dedicated_parameters
+from futures.notify import notify_bell
 from tests.futures.conftest import QUEUE, SubmitFactory
 from tests.waiting import LONG_SECONDS
 
@@ -86,6 +88,24 @@ def test_tasks_run_in_order_and_are_acknowledged(running: Running) -> None:
     running.stop()
 
     assert seen == [0, 1, 2, 3, 4]
+    assert not OrmQ.objects.exists()
+
+
+@pytest.mark.parametrize("woken", ["by a notification", "by a turn", "at its poll"])
+def test_a_consumer_that_shares_its_queue_looks_also_without_a_doorbell(
+    running: Running, settings: Any, woken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may have taken the doorbell of a future that is for this one."""
+    settings.FUTURES_TASK = f"{__name__}.note"
+    monkeypatch.setattr(Conf, "POLL", 0.01 if woken == "at its poll" else LONG_SECONDS)
+    running.consumer.on_turn = lambda: woken == "by a turn"
+    running.consumer.shares_queue = True
+    if woken == "by a notification":
+        notify_bell(QUEUE)
+
+    assert arrived.acquire(timeout=LONG_SECONDS)
+    running.stop()
+    assert set(seen) == {QUEUE}
     assert not OrmQ.objects.exists()
 
 

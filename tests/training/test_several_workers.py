@@ -16,13 +16,16 @@ from futures.lost_workers import crash_assumed, worker_reap
 from futures.models import Future, Lane
 from futures.workers import worker_live
 from tests.conftest import InProcessWorker
-from tests.faults.conftest import State, assert_same, state_of
+from tests.faults.conftest import Disk, State, assert_same, disk, state_of
 from tests.waiting import LONG_SECONDS
 from training import services
 from training.engine.fake.engine import fake_engine
 from training.models import Run, Snapshot
 from training.services.runs import run_compare_submit
 from training.types import SamplingParams
+from training.worker import loop
+
+__all__ = ["disk"]  # a fixture
 
 Start = Callable[..., InProcessWorker]
 Train = Callable[..., Future]
@@ -274,3 +277,92 @@ def test_lanes_are_released_by_name(
     here.loop.turn()
 
     assert run.id not in here.engine.trainer.adapter_names(), "what is not leased is not kept"
+
+
+def test_a_worker_with_more_runs_gives_some_to_one_that_starts_later(
+    start_worker: Start,
+    train: Callable[[str, int], list[Future]],
+    result: Result,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the requests that it has claimed and not begun, and with the same bits."""
+    monkeypatch.setattr(claiming, "PATIENCE_SECONDS", LONG_SECONDS)
+    monkeypatch.setattr(loop, "EVEN_OUT_SECONDS", 0.0)
+    first = start_worker()
+    worker_live(first.worker, {})
+    names = ["a", "b", "c", "d", "e"]
+    for name in names:
+        train(name, 0)
+    first()
+    assert len(first.worker.leases) == 5
+    late = start_worker(beside=True)
+    worker_live(late.worker, {})
+    futures = [future for step in (1, 2) for name in names for future in train(name, step)]
+    first.loop._claim()
+
+    for _ in range(4):
+        first.loop.idle_turn()
+        late.loop.idle_turn()
+        late()
+
+    assert sorted([len(first.worker.leases), len(late.worker.leases)]) == [2, 3]
+    assert {len(late.worker.leases)} == {
+        len([name for name in names if holder(name) == late.worker.pk])
+    }
+    first()
+    late()
+    for future in futures:
+        result(future)
+    states = []
+    for name in names:
+        worker = first if holder(name) == first.worker.pk else late
+        states.append(state_of(worker, name))
+    for state in states[1:]:
+        assert_same(states[0], state)
+
+
+def test_a_run_whose_snapshot_cannot_be_written_stays(
+    start_worker: Start,
+    train: Callable[[str, int], list[Future]],
+    monkeypatch: pytest.MonkeyPatch,
+    disk: Disk,
+) -> None:
+    monkeypatch.setattr(loop, "EVEN_OUT_SECONDS", 0.0)
+    first = start_worker()
+    worker_live(first.worker, {})
+    for name in ("a", "b", "c"):
+        train(name, 0)
+    first()
+    worker_live(start_worker(beside=True).worker, {})
+    disk.fail()
+
+    first.loop.idle_turn()
+
+    assert len(first.worker.leases) == 3
+    disk.recover()
+    first.loop.idle_turn()
+    assert len(first.worker.leases) == 2
+
+
+def test_an_idle_worker_takes_what_others_leave_for_too_long(
+    pair: list[InProcessWorker],
+    train: Callable[[str, int], list[Future]],
+    result: Result,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "PATIENCE_SECONDS", LONG_SECONDS)
+    first = pair[0]
+    futures = [future for name in ("a", "b") for future in train(name, 0)]
+    first()
+    assert len(first.worker.leases) == 1, "the other one is the second worker's"
+    assert not first.loop.idle_turn()
+    assert first.loop._look_at is not None
+    first.loop._look_at -= LONG_SECONDS  # which have passed
+    assert first.loop.idle_turn(), "it is to look again"
+
+    monkeypatch.setattr(claiming, "PATIENCE_SECONDS", 0.0)
+    first()
+
+    for future in futures:
+        result(future)
+    assert not first.loop.idle_turn()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
 from django.conf import settings
 
@@ -158,6 +158,28 @@ class AdapterCache:
     def lanes_without_adapter(self) -> set[str]:
         """The lanes that this worker leases without having anything of them in memory."""
         return self._worker.leases - self._cached.keys()
+
+    def hand_over(self, *, but: Collection[str]) -> str | None:
+        """Write the snapshot of the run that was not used for the longest time, and evict it, so
+        that another worker can continue it; return it.
+
+        Call it between batches.
+
+        Args:
+            but: Runs that stay.
+
+        Returns:
+            None if there is no run to give, or its snapshot could not be written.
+        """
+        self.pin(())
+        for name in self._memory.in_order_of_leaving(()):
+            if name in self._cached and name not in but:
+                run = Run.objects.live().filter(id=name).first()
+                if run is not None and self.snapshot(run):
+                    self.drop_run(name)
+                    return name
+                return None
+        return None
 
     def drop_borrowed(self) -> None:
         """Drop the adapters of runs that are not leased to this worker, and were only read: the

@@ -22,7 +22,7 @@ from futures.claiming import PATIENCE_SECONDS, future_claim
 from futures.database import execute, rows_get
 from futures.errors import Fenced
 from futures.finishing import futures_finish, futures_release
-from futures.leases import lanes_release
+from futures.leases import lanes_release, leases_are_uneven
 from futures.models import Future, Worker
 from futures.notify import Bell
 from training.engine.interface import Engine
@@ -49,6 +49,7 @@ CLAIM_BATCHES = 2  # claim ahead by this many batches' tokens
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
 TEXT_SLICE_SECONDS = 0.02  # longest wait for tokenizing between two checks for notifications
 START_SLICE_SECONDS = 0.02  # longest wait for the process of custom losses between two such checks
+EVEN_OUT_SECONDS = 5.0  # between two runs that are given to another worker
 COMPANY_SECONDS = 0.02  # longest wait of a batch for text that was claimed with it
 
 # Fenced like the outcomes, because a batch that only begins samples has none: only the holder of
@@ -142,6 +143,7 @@ class WorkLoop:
         """Whether a claim has left futures that may run, for which there is no new notification."""
         self._looks_anywhere = True
         """Whether the next claim looks beyond the lanes that are leased already."""
+        self._next_even_out = time.monotonic() + EVEN_OUT_SECONDS
         self._look_at: float | None = None
         """When to look at what the last claim has left to other workers."""
         self._passed_over: set[int] = set()
@@ -162,6 +164,7 @@ class WorkLoop:
         self._throughput.work_begins()
         while not self._stopping():
             self.turn()
+            self._even_out()
             self._release_lanes()
             if self._listen(0) & Bell.SUBMITTED or self._may_claim_more():
                 self._claim()
@@ -207,11 +210,33 @@ class WorkLoop:
         self.adapter_cache.drop_borrowed()
         self.adapter_cache.keep_up()
 
-    def idle_turn(self) -> None:
-        """Work while idle."""
+    def idle_turn(self) -> bool:
+        """Work while idle; return whether to look at futures that were left to other workers."""
         self.turn()
         self._idle.look()
+        self._even_out()
         self._release_lanes()
+        return self._look_at is not None and time.monotonic() >= self._look_at
+
+    def _even_out(self) -> None:
+        """Give a run to another worker that has fewer; call it between batches.
+
+        Its futures that have not begun go with it. A run that is being sampled stays.
+        """
+        if time.monotonic() < self._next_even_out:
+            return
+        self._next_even_out = time.monotonic() + EVEN_OUT_SECONDS
+        if not leases_are_uneven(self._worker):
+            return
+        sampled = {future.lane_id for future in self._samples.futures if future.lane_id}
+        run_id = self.adapter_cache.hand_over(but=sampled)
+        if run_id is None:
+            return
+        held = [future.id for future in self._scheduler.held() if future.lane_id == run_id]
+        self._scheduler.withdraw(set(held))
+        self._texts.forget(held)
+        futures_release(worker=self._worker, request_ids=held)
+        lanes_release(worker=self._worker, lane_ids=[run_id])
 
     def _release_lanes(self) -> None:
         """Release the leases of lanes of which nothing is in memory and nothing waits here; call it
