@@ -43,7 +43,6 @@ _REFUSED = {
     "bias": "biases are not trained here; expected 'none'",
     "lora_bias": "biases are not trained here",
     "modules_to_save": "modules that were trained as a whole are not kept here, only LoRA matrices",
-    "target_parameters": "adapters of parameters are not imported, only those of linear layers",
     "trainable_token_indices": "rows of the embedding are not trained here",
     "layer_replication": "the base model's layers are not repeated here",
     "ensure_weight_tying": "an adapter of one layer is not shared with another here",
@@ -52,6 +51,14 @@ _REFUSED = {
     "alora_invocation_tokens": "activated LoRA is not computed here",
 }
 """Fields that change what is computed, and why they are refused."""
+
+
+EXPERT_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+"""The parameters of all experts of a layer of the model, and the linear layers in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,8 @@ class PeftConfig:
     target_modules: str | tuple[str, ...]
     """A regular expression, ``all-linear``, or names and endings of names."""
     exclude_modules: str | tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    """Names, or endings of names, of parameters: those of experts, and weights of linear layers."""
     layers: frozenset[int] | None = None
     """Only layers of these numbers; None: all."""
     layers_patterns: tuple[str, ...] = ()
@@ -112,13 +121,14 @@ def parse_peft_config(content: bytes) -> PeftConfig:
         is_rslora=bool(values.get("use_rslora")),
         target_modules=_modules("target_modules", values.get("target_modules")),
         exclude_modules=_modules("exclude_modules", values.get("exclude_modules")),
+        target_parameters=_parameters(values.get("target_parameters")),
         layers=_layers(values.get("layers_to_transform")),
         layers_patterns=_texts("layers_pattern", values.get("layers_pattern")),
         rank_pattern=_pattern("rank_pattern", values.get("rank_pattern"), _whole),
         alpha_pattern=_pattern("alpha_pattern", values.get("alpha_pattern"), _positive),
         base_model=str(values.get("base_model_name_or_path") or "")[:400],
     )
-    if not config.target_modules:
+    if not config.target_modules and not config.target_parameters:
         raise _refusal("target_modules", "names no module")
     for name in sorted(set(values) - _NO_EFFECT - set(_REFUSED) - _READ):
         if values[name]:
@@ -134,6 +144,7 @@ _READ = frozenset(
         "use_rslora",
         "target_modules",
         "exclude_modules",
+        "target_parameters",
         "layers_to_transform",
         "layers_pattern",
         "rank_pattern",
@@ -172,6 +183,18 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 def _modules(name: str, value: Any) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else _texts(name, value)
+
+
+def _parameters(value: Any) -> tuple[str, ...]:
+    names = _texts("target_parameters", value)
+    for name in names:
+        if name.rpartition(".")[2] not in (*EXPERT_LAYERS, "weight"):
+            raise _refusal(
+                "target_parameters",
+                f"{name[:200]!r} is not computed here; expected {', '.join(EXPERT_LAYERS)} of "
+                "experts, or the weight of a linear layer",
+            )
+    return names
 
 
 def _layers(value: Any) -> frozenset[int] | None:

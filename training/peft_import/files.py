@@ -9,13 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.errors import InvalidRequest
-from training.peft_import.config import CONFIG_NAME, PeftConfig, parse_peft_config
+from training.peft_import.config import (
+    CONFIG_NAME,
+    EXPERT_LAYERS,
+    PeftConfig,
+    parse_peft_config,
+)
 from training.types import LoraConfig
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -27,6 +32,8 @@ MAX_HEADER_BYTES = 8 * 1024 * 1024
 
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 """Types of numbers that are read, and the bytes of one."""
+
+WRAPPER = ".base_layer"
 
 _MATRIX = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _BASE_COPY = re.compile(r"base_model\.model\.(?P<module>[^:]+?)(\.base_layer)?\.weight")
@@ -40,27 +47,46 @@ class PeftFiles:
     config: PeftConfig
     ranks: Mapping[str, int]
     """Module -> rank of its two matrices, in the order of their names."""
+    experts: Mapping[str, int]
+    """Module of experts, with ``.base_layer`` for each of peft's wrappers around its own -> the
+    ranks of all experts, added up."""
     base_copies: Mapping[str, str]
     """Tensor -> module whose own weights it repeats, as peft does beside an adapter of the head."""
 
     @property
     def lora_config(self) -> LoraConfig:
         """The shape that holds it: the largest rank, with the update's factor kept for it."""
-        rank = max(self.ranks.values())
         config = self.config
+        rank = max([*self.ranks.values(), *([config.rank] if self.experts else [])])
         alpha = config.alpha
         if config.is_rslora or rank != config.rank:
             alpha = config.scale(config.rank, config.alpha) * rank
-        return LoraConfig(rank=rank, alpha=alpha, target_modules=self._target_modules)
+        return LoraConfig(
+            rank=rank,
+            alpha=alpha,
+            target_modules=self._target_modules,
+            share_across_experts=not self.experts,
+        )
+
+    @property
+    def expert_layers(self) -> tuple[str, ...]:
+        """The linear layers of experts that it adapts, by our names."""
+        return tuple(
+            f"{module}.{layer}"
+            for module in dict.fromkeys(map(_without_wrappers, self.experts))
+            for leaf, layers in EXPERT_LAYERS.items()
+            if names_parameter(self.config.target_parameters, f"{module}.{leaf}")
+            for layer in layers
+        )
 
     @property
     def _target_modules(self) -> tuple[str, ...]:
         """Names that select its modules: its own short ones where they suffice."""
         config = self.config
-        is_short = isinstance(config.target_modules, tuple)
+        is_short = isinstance(config.target_modules, tuple) and not config.target_parameters
         if is_short and config.layers is None and not config.exclude_modules:
             return tuple(config.target_modules)
-        return tuple(self.ranks)
+        return (*self.ranks, *self.expert_layers)
 
     def sha256(self) -> str:
         """Of both files: it stands for the adapter."""
@@ -99,7 +125,30 @@ def read_peft_files(directory: Path) -> PeftFiles:
     if not matrices:
         raise _refusal("has no LoRA matrix")
     ranks = {module: _rank(module, pair) for module, pair in matrices.items()}
-    return PeftFiles(directory=directory, config=config, ranks=ranks, base_copies=base_copies)
+    experts = {m: rank for m, rank in ranks.items() if _is_of_experts(config, m)}
+    return PeftFiles(
+        directory=directory,
+        config=config,
+        ranks={module: rank for module, rank in ranks.items() if module not in experts},
+        experts=experts,
+        base_copies=base_copies,
+    )
+
+
+def names_parameter(targets: Iterable[str], name: str) -> bool:
+    """Whether one of ``target_parameters`` is a parameter's name or the end of it, as in peft."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _without_wrappers(module: str) -> str:
+    while module.endswith(WRAPPER):
+        module = module.removesuffix(WRAPPER)
+    return module
+
+
+def _is_of_experts(config: PeftConfig, module: str) -> bool:
+    own = _without_wrappers(module)
+    return any(names_parameter(config.target_parameters, f"{own}.{leaf}") for leaf in EXPERT_LAYERS)
 
 
 def _rank(module: str, pair: Mapping[str, list[int]]) -> int:

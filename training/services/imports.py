@@ -132,6 +132,7 @@ def _run_create(
         alpha=config.alpha,
         seed=config.seed,
         target_modules=config.target_modules,
+        share_across_experts=config.share_across_experts,
         state=Run.RunState.DELETED,
         deleted_at=now,
         user_metadata={"imported_from": files.config.base_model},

@@ -23,9 +23,15 @@ from training.engine.torch.adapters import (
     all_finite,
 )
 from training.engine.torch.base_model import BaseModel
+from training.engine.torch.experts.peft_import import read_experts, share_equal
 from training.engine.torch.target_modules import select_modules, simplest_config
 from training.errors import CheckpointNotFound, InvalidRequest
-from training.peft_import.files import WEIGHTS_NAME, PeftFiles, read_peft_files
+from training.peft_import.files import (
+    WEIGHTS_NAME,
+    PeftFiles,
+    names_parameter,
+    read_peft_files,
+)
 from training.peft_import.patterns import Patterns
 
 GetTensor = Callable[[str], Tensor]
@@ -44,20 +50,27 @@ def import_adapter(directory: Path, base_model: BaseModel) -> Adapter:
     files = read_peft_files(directory)
     patterns = Patterns(files.config)
     _check_modules(files, patterns, shapes, head_name)
-    exact = replace(files.lora_config, target_modules=tuple(files.ranks))
-    modules = select_modules(exact, shapes, head_name)
-    config = simplest_config(files.lora_config, shapes, head_name)
-    layout = AdapterLayout(config, modules)
+    exact = replace(files.lora_config, target_modules=(*files.ranks, *files.expert_layers))
+    layout = AdapterLayout(exact, select_modules(exact, shapes, head_name))
     flat = torch.zeros(layout.num_parameters, dtype=torch.float32)
     try:
         with safe_open(directory / WEIGHTS_NAME, "pt") as file:
             _check_base_copies(files, file.get_tensor, base_model)
-            for module in modules:
+            for module in files.ranks:
                 _read_pair(layout, flat, module, files, patterns, file.get_tensor)
+            read_experts(layout, flat, base_model.expert_stacks, files, patterns, file.get_tensor)
     except SafetensorError as error:
         raise _refusal(f"cannot be read: {error}") from error
     if not all_finite(flat):
         raise _refusal("has numbers that are NaN, infinite or outside float32")
+    config = files.lora_config
+    if files.experts and (shared := share_equal(layout, flat, shapes)) is not None:
+        layout, flat = shared
+        config = replace(config, share_across_experts=True)
+    layout = AdapterLayout(
+        simplest_config(config, shapes, head_name),
+        {name: place.shape for name, place in layout.places.items()},
+    )
     weights = flat.to(base_model.device)
     return Adapter(
         layout=layout,
@@ -79,7 +92,13 @@ def _check_modules(
                 f"{next(iter(shapes))!r}"
             )
     linears = [name for name, shape in shapes.items() if not shape.num_experts]
-    selected = {n for n in linears if patterns.selects(n, is_head=n == head_name)}
+    parameters = files.config.target_parameters
+    selected = {
+        name
+        for name in linears
+        if patterns.selects(name, is_head=name == head_name)
+        or names_parameter(parameters, f"{name}.weight")
+    }
     for module in shapes:
         if module in selected and module not in files.ranks:
             raise _refusal(f"lacks the matrices of {module!r}, which target_modules selects")

@@ -60,11 +60,18 @@ def _import(trainer: Trainer, run: Run, upload_id: int) -> None:
     config = trainer.import_adapter(run.id, settings.DATA_DIR / upload.directory)
     run.train_mlp, run.train_attn = config.train_mlp, config.train_attn
     run.train_unembed = config.train_unembed
+    run.share_across_experts = config.share_across_experts
     run.target_modules = None if config.target_modules is None else [*config.target_modules]
 
 
 def _keep_shape(run: Run) -> None:
-    fields = ("train_mlp", "train_attn", "train_unembed", "target_modules")
+    fields = (
+        "train_mlp",
+        "train_attn",
+        "train_unembed",
+        "target_modules",
+        "share_across_experts",
+    )
     Run.objects.filter(id=run.id).update(**{name: getattr(run, name) for name in fields})
 
 

@@ -76,13 +76,13 @@ def peft_experts(
     """The matrices in ``flat`` (P,) of all layers of ``stacks`` that the layout has."""
     result = PeftExperts()
     for stack in stacks.values():
-        projections = _projections_of(layout, stack)
+        projections = projections_in(layout, stack)
         for depth, projection in enumerate(reversed(projections)):
             _add(result, layout, flat, stack, projection, depth)
     return result
 
 
-def _projections_of(layout: AdapterLayout, stack: ExpertStack) -> list[Projection]:
+def projections_in(layout: AdapterLayout, stack: ExpertStack) -> list[Projection]:
     """Those with an adapter, in the order in which peft wraps them: the first is innermost."""
     order = [name for name, _ in stack.module.named_parameters(recurse=False)]
     adapted = [
