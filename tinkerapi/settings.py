@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from tinkerapi.config.base_models import (
-    MOST_CACHE_BYTES,
+    MOST_BYTES,
     base_models_from_file,
     base_models_from_names,
 )
@@ -233,11 +233,13 @@ SPECTACULAR_SETTINGS = {
 
 # --- Ours: the model --------------------------------------------------------------------
 
-ADAPTER_CACHE_BYTES = env_int(
-    "TINKERAPI_ADAPTER_CACHE_BYTES", 0, minimum=0, maximum=MOST_CACHE_BYTES
-)
+ADAPTER_CACHE_BYTES = env_int("TINKERAPI_ADAPTER_CACHE_BYTES", 0, minimum=0, maximum=MOST_BYTES)
 """Memory limit of the adapters in one worker; the others are on disk until they are used. 0: a
 share of the free memory of the device or the machine after the base model is loaded."""
+
+ACTIVATION_BYTES = env_int("TINKERAPI_ACTIVATION_BYTES", 0, minimum=0, maximum=MOST_BYTES)
+"""A training pass whose activations take more computes them again in its backward pass. 0: a fourth
+of the memory that is free when it begins."""
 
 _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
@@ -257,6 +259,7 @@ BASE_MODELS = (
         layout=_LAYOUT,
         cache_bytes=ADAPTER_CACHE_BYTES,
         workers=_WORKERS,
+        activation_bytes=ACTIVATION_BYTES,
     )
 )
 """The served base models, the default first, and their workers. A configuration file replaces all
@@ -269,6 +272,7 @@ refuse_beside(
     "TINKERAPI_LAYOUT",
     "TINKERAPI_WORKERS",
     "TINKERAPI_ADAPTER_CACHE_BYTES",
+    "TINKERAPI_ACTIVATION_BYTES",
 )
 
 NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0, maximum=1024)

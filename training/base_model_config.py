@@ -34,6 +34,9 @@ class BaseModelConfig:
     computes what transformers computes."""
     cache_bytes: int = 0
     """Memory budget of the adapters in its worker; 0: a share of the free memory."""
+    activation_bytes: int = 0
+    """A training pass whose activations take more computes them again in its backward pass; 0: a
+    share of the free memory."""
 
     def device_of_worker(self, number: int) -> str:
         """The device that one of its workers is asked to use; the first has number 0."""

@@ -315,6 +315,18 @@ class SampledSequence:
     """The likeliest tokens at each position, if requested."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassMemory:
+    """The memory of a large pass, above what the worker used before it."""
+
+    planned_bytes: int
+    """The estimate that was made before the pass."""
+    peak_bytes: int | None
+    """The most that was seen; None if it was not measured."""
+    recomputed: bool
+    """Whether layers kept only their input, and computed the rest again in the backward pass."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ForwardBackwardOutput:
     """The result of a pass over some data."""
@@ -325,6 +337,8 @@ class ForwardBackwardOutput:
     """Log-probability of each datum's target tokens, in nats, shaped like ``target_tokens``."""
     metrics: dict[str, float] = field(default_factory=dict)
     """``loss:sum`` and the loss function's own metrics; keys are ``name:reduction``."""
+    memory: PassMemory | None = None
+    """The memory of the pass, which other requests may have shared; None if it was small."""
 
 
 @dataclass(frozen=True, kw_only=True)

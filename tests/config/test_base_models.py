@@ -44,6 +44,7 @@ def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
         dtype = "bfloat16"
         layout = "packed"
         cache_bytes = 60_000_000_000
+        activation_bytes = 4_000_000_000
 
         [[base_model]]
         path = "./small"
@@ -57,6 +58,7 @@ def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
         dtype="bfloat16",
         layout="packed",
         cache_bytes=60_000_000_000,
+        activation_bytes=4_000_000_000,
     )
     assert second == BaseModelConfig(name="small", path=str(tmp_path / "small"))
 
@@ -95,6 +97,10 @@ def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
         (
             "[[base_model]]\nname = 'a'\ndevices = ['cpu', 'cpu']\nworkers = 3",
             "devices: expected one for each of the 3 workers, got 2",
+        ),
+        (
+            "[[base_model]]\nname = 'a'\nactivation_bytes = 1.5",
+            "activation_bytes: expected a whole number",
         ),
         ("[[base_model]]\nname = 'a'\ncache_bytes = -1", "cache_bytes: expected .*, got -1"),
         ("[[base_model]]\nname = 'a'\ncache_bytes = true", "cache_bytes: expected .*, got True"),

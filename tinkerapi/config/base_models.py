@@ -22,7 +22,7 @@ from training.base_model_config import (
 )
 
 TABLE = "base_model"
-MOST_CACHE_BYTES = 2**60
+MOST_BYTES = 2**60
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
@@ -34,6 +34,7 @@ def base_models_from_names(
     layout: str = "auto",
     cache_bytes: int = 0,
     workers: int = 1,
+    activation_bytes: int = 0,
 ) -> list[BaseModelConfig]:
     """Parse ``NAME``, ``FOLDER`` or ``NAME=PATH``; a folder's name is its last part.
 
@@ -43,6 +44,7 @@ def base_models_from_names(
         layout: The layout of all of them.
         cache_bytes: That of all of them.
         workers: Of each of them.
+        activation_bytes: That of all of them.
 
     Raises:
         ImproperlyConfigured: A side of ``=`` is empty.
@@ -66,6 +68,7 @@ def base_models_from_names(
                 layout=layout,
                 cache_bytes=cache_bytes,
                 workers=workers,
+                activation_bytes=activation_bytes,
             )
         )
     return found
@@ -118,12 +121,13 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
             raise ImproperlyConfigured(
                 f"{where}.{key}: expected one of {', '.join(choices)}, got {values[key]!r}"
             )
-    cache_bytes = values.get("cache_bytes", 0)
-    if type(cache_bytes) is not int or not 0 <= cache_bytes <= MOST_CACHE_BYTES:
-        raise ImproperlyConfigured(
-            f"{where}.cache_bytes: expected a whole number of bytes, at most {MOST_CACHE_BYTES},"
-            f" got {cache_bytes!r}"
-        )
+    for key in ("cache_bytes", "activation_bytes"):
+        num_bytes = values.get(key, 0)
+        if type(num_bytes) is not int or not 0 <= num_bytes <= MOST_BYTES:
+            raise ImproperlyConfigured(
+                f"{where}.{key}: expected a whole number of bytes, at most {MOST_BYTES},"
+                f" got {num_bytes!r}"
+            )
     return BaseModelConfig(**values)
 
 

@@ -78,6 +78,7 @@ def build_engine(
         return engine_over(
             base_model,
             adapter_bytes=config.cache_bytes,
+            activation_bytes=config.activation_bytes,
             num_sharing=devices.num_sharing(config, number, among=among, gpu_count=gpu_count),
             batch_tokens=batch_tokens,
             cache_tokens=cache_tokens,
@@ -89,6 +90,7 @@ def engine_over(
     base_model: BaseModel,
     *,
     adapter_bytes: int = 0,
+    activation_bytes: int = 0,
     num_sharing: int = 1,
     batch_tokens: int = 4096,
     cache_tokens: int = 32_768,
@@ -101,6 +103,8 @@ def engine_over(
             for a CPU,
             the machine. The other half is for passes, for the key-value cache, and
             for other processes.
+        activation_bytes: A training pass whose activations take more computes them again in its
+            backward pass; 0 is a share of the free memory.
         num_sharing: Workers, this one included, that share that half.
         custom_losses: None computes clients' own losses in this process, without a time limit.
     """
@@ -109,7 +113,12 @@ def engine_over(
     from training.engine.torch.memory import free_bytes
     from training.engine.torch.trainer import TorchTrainer
 
-    trainer = TorchTrainer(base_model, token_budget=batch_tokens, custom_losses=custom_losses)
+    trainer = TorchTrainer(
+        base_model,
+        token_budget=batch_tokens,
+        activation_bytes=activation_bytes,
+        custom_losses=custom_losses,
+    )
     renderer = ChatRenderer(
         base_model.tokenizer,
         base_model.info.vocab_size,

@@ -23,6 +23,7 @@ from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import (
     MIN_ROWS,
     ContextHolder,
+    KeptInputs,
     PackedContext,
     PassContext,
     Segment,
@@ -69,6 +70,8 @@ class BaseModel:
     """The name of transformers' own attention for this model."""
     holder: ContextHolder
     """The current pass, for the model's layers."""
+    can_recompute: bool
+    """Whether its layers can compute their activations again in the backward pass."""
     _decoder: nn.Module
     vision: VisionTower | None = None
     """None for a model that reads no images."""
@@ -93,6 +96,8 @@ class BaseModel:
         row_ranges: Sequence[RowRange],
         is_long: Tensor | None = None,
         images: ImageRows | None = None,
+        *,
+        recomputes: bool = False,
     ) -> Tensor:
         """Run whole sequences through all layers, in the layout of the base model.
 
@@ -104,14 +109,20 @@ class BaseModel:
             row_ranges: The sequences, in order. Only packed ones may share rows.
             is_long: See ``PackedContext``.
             images: The rows that are image features.
+            recomputes: Whether layers keep only their input for the backward pass.
 
         Returns:
             (T, C), the input of the output head.
         """
         if self.is_padded:
-            return self._padded_states(tokens, position_ids, segments, row_ranges, is_long, images)
+            return self._padded_states(
+                tokens, position_ids, segments, row_ranges, is_long, images, recomputes=recomputes
+            )
         context = PackedContext(
-            segments=segments, attention=SequenceAttention(row_ranges), is_long=is_long
+            segments=segments,
+            attention=SequenceAttention(row_ranges),
+            is_long=is_long,
+            kept_inputs=KeptInputs() if recomputes else None,
         )
         return self.hidden_states(tokens, position_ids, context, images)
 
@@ -137,6 +148,8 @@ class BaseModel:
         row_ranges: Sequence[RowRange],
         is_long: Tensor | None,
         images: ImageRows | None,
+        *,
+        recomputes: bool,
     ) -> Tensor:
         grids = make_grids(
             row_ranges,
@@ -150,7 +163,8 @@ class BaseModel:
         )
         outputs = []
         for grid in grids:
-            context = PassContext(segments=grid.segments)
+            kept = KeptInputs() if recomputes else None
+            context = PassContext(segments=grid.segments, kept_inputs=kept)
             positions = grid.positions(position_ids, longest=self.info.max_context_tokens)
             own_images = None if images is None else images.moved(grid.place_of(len(tokens)))
             hidden, _ = self.grid_states(grid.spread(tokens), positions, context, images=own_images)
@@ -246,6 +260,11 @@ class BaseModel:
         if self.vision is None:
             raise InvalidRequest(f"prompt: {self.image_fault or NO_IMAGES}")
         return int(self.vision.position_ids(tokens, images).max()) + 1 - len(tokens)
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """Its weights, and the other tensors that all passes read."""
+        own = [*self._decoder.parameters(), *self._decoder.buffers(), self.head_weight]
+        return own if self.head_bias is None else [*own, self.head_bias]
 
     def report_progress(self, to: Callable[[], None]) -> None:
         """Call ``to`` at every layer of every pass."""

@@ -29,6 +29,7 @@ from training.engine.torch.lora_linear import LoraLinear
 from training.engine.torch.packing.stream import ContextHolder
 from training.engine.torch.padded.even_products import use_even_products
 from training.engine.torch.padded.step_limits import limit_single_steps
+from training.engine.torch.recompute import recompute_on_request
 from training.engine.torch.rotary import follow_lengths, follow_the_pass
 from training.engine.torch.target_modules import can_have_adapter
 from training.errors import BaseModelNotFound
@@ -131,6 +132,8 @@ def wrap(
         model.set_submodule(stack.name, LoraExperts(stack, holder))
     ask_chosen_experts(model)
     route_by_segment(model, routers, holder)
+    decoder = _decoder_of(model)
+    can_recompute = recompute_on_request(decoder, holder)
     return BaseModel(
         info=BaseModelInfo(
             name=name,
@@ -154,7 +157,8 @@ def wrap(
         expert_stacks=stacks,
         stock_attention=model.config.get_text_config()._attn_implementation,
         holder=holder,
-        _decoder=_decoder_of(model),
+        can_recompute=can_recompute,
+        _decoder=decoder,
     )
 
 

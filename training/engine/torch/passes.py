@@ -7,6 +7,7 @@ succeeded, or drops them: a failed pass changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from training.engine.custom_loss.run import CustomLossRunner, Outcome, Work
 from training.engine.torch.adapters import Adapter, AdapterTensors
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.lm_head import HeadInputs, HeadOutput, score_targets
+from training.engine.torch.memory_plan import MemoryPlan, Planned
 from training.engine.torch.packing.micro_batches import (
     MicroBatch,
     PackedDatum,
@@ -27,9 +29,10 @@ from training.engine.torch.packing.micro_batches import (
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.packing.ranges import take_rows
 from training.engine.torch.packing.stream import Segment
+from training.engine.torch.peak_memory import PeakMemory
 from training.engine.torch.vision.placement import SequenceRows, place
 from training.errors import NonFiniteResult, TrainingError
-from training.types import ForwardBackwardOutput
+from training.types import ForwardBackwardOutput, PassMemory
 
 
 @dataclass(kw_only=True, eq=False)
@@ -51,14 +54,17 @@ class JobScores:
         """The error of the first datum without a result, or None."""
         return self.errors[min(self.errors)] if self.errors else None
 
-    def output(self) -> ForwardBackwardOutput:
+    def output(self, memory: PassMemory | None = None) -> ForwardBackwardOutput:
         loss = float(sum(self.losses))
         metrics = {
             name: total / len(self.losses) if name.endswith(":mean") else total
             for name, total in self.metric_sums.items()
         }
         return ForwardBackwardOutput(
-            loss=loss, logprobs=self.logprobs, metrics={**metrics, "loss:sum": loss}
+            loss=loss,
+            logprobs=self.logprobs,
+            metrics={**metrics, "loss:sum": loss},
+            memory=memory,
         )
 
     def add_custom(self, index: int, result: Outcome) -> None:
@@ -77,6 +83,8 @@ class PassResult:
 
     scores: dict[PlannedJob, JobScores] = field(default_factory=dict)
     grads: dict[str, AdapterTensors] = field(default_factory=dict)
+    memory: PassMemory | None = None
+    """Of its largest micro-batch; None if none was planned."""
 
 
 def run_pass(
@@ -87,6 +95,7 @@ def run_pass(
     token_budget: int,
     trains: bool,
     custom_losses: CustomLossRunner,
+    memory_plan: MemoryPlan,
 ) -> PassResult:
     """Score every datum of every job; with ``trains``, differentiate too.
 
@@ -94,6 +103,7 @@ def run_pass(
         adapters: Adapters by name, including those of the jobs.
         token_budget: Most tokens in one micro-batch.
         custom_losses: Computes clients' own losses.
+        memory_plan: Says which micro-batches keep their activations.
     """
     result = PassResult()
     for planned in jobs:
@@ -114,10 +124,42 @@ def run_pass(
         shares_prefixes=not base_model.is_padded,
     )
     for batch in batches:
-        with torch.set_grad_enabled(trains):
-            head = _run_micro_batch(base_model, batch, adapters, result.grads, work, custom_losses)
+        layouts = [adapters[span.part[0]].layout for span in batch.part_spans if trains]
+        plan = memory_plan.of_pass(len(batch.tokens), layouts)
+        with torch.set_grad_enabled(trains), _memory_of(base_model, plan) as peak:
+            head = _run_micro_batch(
+                base_model,
+                batch,
+                adapters,
+                result.grads,
+                work,
+                custom_losses,
+                recomputes=plan is not None and plan.recomputes,
+            )
+            result.memory = _larger(result.memory, plan, peak)
         _scatter_scores(batch, head, result.scores)
     return result
+
+
+def _memory_of(
+    base_model: BaseModel, planned: Planned | None
+) -> AbstractContextManager[PeakMemory | None]:
+    """Measures the peak of a planned micro-batch, where that costs nothing or saves memory."""
+    if planned is None or not (planned.recomputes or base_model.device.type == "cuda"):
+        return nullcontext()
+    return PeakMemory(base_model.device)
+
+
+def _larger(
+    so_far: PassMemory | None, planned: Planned | None, peak: PeakMemory | None
+) -> PassMemory | None:
+    if planned is None or (so_far is not None and so_far.planned_bytes >= planned.num_bytes):
+        return so_far
+    return PassMemory(
+        planned_bytes=planned.num_bytes,
+        peak_bytes=None if peak is None else peak.peak_bytes(),
+        recomputed=planned.recomputes,
+    )
 
 
 def _run_micro_batch(
@@ -127,6 +169,8 @@ def _run_micro_batch(
     grads: Mapping[str, AdapterTensors],
     work: Mapping[PlannedJob, Work],
     custom_losses: CustomLossRunner,
+    *,
+    recomputes: bool,
 ) -> HeadOutput:
     own_grads = [grads.get(span.part[0]) for span in batch.part_spans]
     if base_model.is_padded:
@@ -156,6 +200,7 @@ def _run_micro_batch(
         batch.row_ranges,
         None if is_long is None else torch.as_tensor(is_long, device=device),
         images,
+        recomputes=recomputes,
     )  # (T, C)
     scored = take_rows(hidden, torch.as_tensor(batch.scored_rows, device=device))  # (S, C)
     head = score_targets(

@@ -19,6 +19,7 @@ from training.engine.torch.adapters import (
     new_adapter,
 )
 from training.engine.torch.base_model import BaseModel
+from training.engine.torch.memory_plan import PLANNED_ROWS, MemoryPlan
 from training.engine.torch.out_of_memory import out_of_memory_by_name
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.passes import run_pass
@@ -53,16 +54,24 @@ class TorchTrainer(Trainer):
         base_model: BaseModel,
         *,
         token_budget: int = 4096,
+        activation_bytes: int = 0,
         custom_losses: CustomLossRunner | None = None,
+        free_bytes: Callable[[torch.device], int] = memory.free_bytes,
     ) -> None:
         """Start without adapters.
 
         Args:
             token_budget: Most tokens in one training micro-batch; memory grows with it.
+            activation_bytes: A micro-batch whose activations take more computes them again in the
+                backward pass; 0 is a share of the free memory.
             custom_losses: Computes clients' own losses; None computes them in this process.
+            free_bytes: The memory of a device that passes may still take.
         """
         self._base_model = base_model
         self._token_budget = token_budget
+        self._memory_plan = MemoryPlan(
+            base_model, activation_bytes=activation_bytes, free_bytes=free_bytes
+        )
         self._custom_losses = custom_losses or CustomLossesHere()
         self._sums_by_job = base_model.device.type == "cpu"
         self.info = base_model.info
@@ -106,10 +115,12 @@ class TorchTrainer(Trainer):
         checked: dict[int, PlannedJob] = {}
         for i, job in enumerate(jobs):
             try:
-                self._use(job.adapter_name)
+                adapter = self._use(job.adapter_name)
+                config = check_job(job, self.info)
+                self._check_memory(job, adapter.layout)
                 checked[i] = PlannedJob(
                     job=job,
-                    config=check_job(job, self.info),
+                    config=config,
                     part=(job.adapter_name, i if self._sums_by_job else 0),
                 )
             except TrainingError as error:
@@ -119,6 +130,26 @@ class TorchTrainer(Trainer):
             outcome = self._run(list(chosen.values()), trains=trains)
             results |= {i: outcome[planned] for i, planned in chosen.items()}
         return [results[i] for i in range(len(jobs))]
+
+    def _check_memory(self, job: ForwardBackwardJob, layout: AdapterLayout) -> None:
+        """Refuse a job with a datum whose pass would not fit into the free memory.
+
+        A replay is not refused: what fitted once is computed again.
+        """
+        lengths = [len(datum.model_input) for datum in job.data]
+        if job.forward_only or job.is_replay or max(lengths) < PLANNED_ROWS:
+            return
+        longest = self._memory_plan.longest(layout)
+        if max(lengths) > longest:
+            memory.give_back_freed_memory()
+            longest = self._memory_plan.longest(layout)
+        for index, length in enumerate(lengths):
+            if length > longest:
+                raise OutOfMemory(
+                    f"data[{index}]: {length} tokens do not fit into this worker's free memory; "
+                    f"now the longest datum to train on has {longest} tokens. Send shorter "
+                    "datums, or have the operator give the worker more memory."
+                )
 
     def _run(self, jobs: Sequence[PlannedJob], *, trains: bool) -> dict[PlannedJob, JobResult]:
         """Run jobs together and add their gradients.
@@ -138,6 +169,7 @@ class TorchTrainer(Trainer):
                         token_budget=self._token_budget,
                         trains=trains,
                         custom_losses=self._custom_losses,
+                        memory_plan=self._memory_plan,
                     )
             except OutOfMemory:
                 return outcome | self._run_smaller(jobs, trains=trains)
@@ -145,7 +177,7 @@ class TorchTrainer(Trainer):
             outcome |= bad
             jobs = [planned for planned in jobs if planned not in outcome]
             if not bad or not trains:
-                outcome |= {planned: result.scores[planned].output() for planned in jobs}
+                outcome |= {p: result.scores[p].output(result.memory) for p in jobs}
                 break
         else:
             return outcome

@@ -32,7 +32,7 @@ from training.models import Run
 from training.pass_figures import pass_figures
 from training.selectors import custom_loss_get
 from training.services.rollouts import rendered_record, rollouts_join
-from training.types import Datum, ForwardBackwardOutput
+from training.types import Datum, ForwardBackwardOutput, PassMemory
 from training.worker import outcomes
 from training.worker.effects import Effects
 from training.worker.rollouts import sequence_advantages
@@ -109,9 +109,9 @@ def run(
         if isinstance(answer.output, TrainingError):
             effects.outcomes.append(outcomes.failed(future, answer.output))
             continue
-        figures = {}
+        figures = _memory_figures(answer.output.memory)
         if takes_advantages(request.loss_fn):
-            figures = pass_figures(
+            figures |= pass_figures(
                 answer.data,
                 answer.output.logprobs,
                 loss_fn=request.loss_fn,
@@ -123,7 +123,7 @@ def run(
         if request.has_text and facts.num_tokens <= MAX_SHOWN_TOKENS:
             record = partial(rendered_record, run_id=run.id, request_id=future.id, data=answer.data)
             effects.writes.append((future, record))
-        if figures and future.kind == Kind.FORWARD_BACKWARD:
+        if takes_advantages(request.loss_fn) and future.kind == Kind.FORWARD_BACKWARD:
             join = partial(
                 rollouts_join,
                 run_id=run.id,
@@ -134,6 +134,17 @@ def run(
         if future.kind == Kind.FORWARD_BACKWARD:
             run.tokens += outcome.summary["tokens"]
             effects.changed(run, future, seconds * future.cost / total)
+
+
+def _memory_figures(memory: PassMemory | None) -> dict[str, float]:
+    """The memory of a large pass, for its summary."""
+    if memory is None:
+        return {}
+    figures: dict[str, float] = {
+        "planned_bytes": memory.planned_bytes,
+        "recomputed": memory.recomputed,
+    }
+    return figures if memory.peak_bytes is None else {**figures, "peak_bytes": memory.peak_bytes}
 
 
 def _custom_loss(loss_id: str | None) -> CustomLossGraph | None:

@@ -31,6 +31,15 @@ GROUP_SCORES = 2**20
 """Scores of one query head in memory at one time, unless one block has more."""
 
 
+def most_scores(num_tokens: int, reach: Reach) -> int:
+    """The most scores of one query head in memory at one time, for a sequence of this length."""
+    limit, num_queries = reach.limit, min(num_tokens, BLOCK_TOKENS)
+    if limit is None:  # every block sees another number of keys, so it is computed alone
+        return num_queries * num_tokens
+    num_keys = min(num_tokens, limit + BLOCK_TOKENS)
+    return max(num_queries * num_keys, min(GROUP_SCORES, num_tokens * num_keys))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Block:
     """Adjacent queries of one range and the keys that they see."""

@@ -171,8 +171,9 @@ class _ShortAttention(torch.autograd.Function):
         grad_key = grad_output.new_zeros(shape, dtype=torch.float32)
         grad_value = torch.zeros_like(grad_key)
         group = num_heads // ctx.num_key_heads
+        saved = ctx.saved_tensors  # may be read only once, where they were computed again
         for i, bucket in enumerate(ctx.buckets):
-            q, k, v, shares = ctx.saved_tensors[4 * i : 4 * i + 4]
+            q, k, v, shares = saved[4 * i : 4 * i + 4]
             g = bucket.queries.pack(grad_output, group)
             grad_shares = torch.bmm(g, v.transpose(1, 2))
             # The backward of torch's own softmax: shares * (grad - sum of the products).

@@ -1,0 +1,226 @@
+"""The memory of a training pass, known before it begins.
+
+A pass over few tokens is measured in both ways (``recompute``), tensor by tensor; its bytes grow
+with the number of rows. From this the plan says for each micro-batch whether its layers can keep
+their activations, and for each datum whether it fits at all.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from training.engine.torch import memory
+from training.engine.torch.adapters import AdapterLayout, AdapterTensors
+from training.engine.torch.attention.blocks import most_scores
+from training.engine.torch.attention.sequences import SequenceAttention
+from training.engine.torch.attention.variants import PLAIN, Reach, Variant
+from training.engine.torch.base_model import BaseModel
+from training.engine.torch.live_bytes import LiveBytes
+from training.engine.torch.lm_head import CHUNK_BYTES
+from training.engine.torch.packing.ranges import RowRange
+from training.engine.torch.packing.stream import KeptInputs, PackedContext, Segment
+
+MOST_ROWS = 2**24
+"""More than a pass can have."""
+
+PLANNED_ROWS = 1024
+"""A smaller pass keeps its activations, and is not planned."""
+
+MEASURED_ROWS = (64, 128, 256)
+"""The rows of the passes that are measured: a parabola through their bytes. Of packed streams the
+first two, as nothing there grows with the square of the rows."""
+
+SHARE = 4
+"""Without a setting, activations may take a fourth of the free memory: what is left serves the
+key-value cache, adapters that come, and other processes."""
+
+HEAD_BYTES = 2 * CHUNK_BYTES
+"""A chunk of logits, and its gradient in the model's dtype."""
+
+SCORE_BYTES = 4 * torch.float32.itemsize
+"""Of one score of an attention by blocks: itself, its share, and the gradient of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassBytes:
+    """The most memory of a pass's tensors, by its number of rows."""
+
+    fixed: float
+    by_row: float
+    by_square: float = 0.0
+    score_heads: Mapping[Reach, int] = field(default_factory=dict)
+    """The query heads of layers whose attention is computed by blocks."""
+
+    def of(self, num_rows: int) -> int:
+        measured = self.fixed + (self.by_row + self.by_square * num_rows) * num_rows
+        return int(measured) + _score_bytes(num_rows, self.score_heads)
+
+    def rows_within(self, num_bytes: int) -> int:
+        """The most rows that take no more than this."""
+        return max(0, bisect_right(range(MOST_ROWS), num_bytes, key=self.of) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The plan for one micro-batch."""
+
+    num_bytes: int
+    """The most memory of its tensors. In the padded layout it may be larger than what is used:
+    there a layer's mask grows with the square of the rows, and other memory does not."""
+    recomputes: bool
+
+
+class MemoryPlan:
+    """Plans the passes of one base model; measures it when the first large pass comes."""
+
+    def __init__(
+        self,
+        base_model: BaseModel,
+        *,
+        activation_bytes: int = 0,
+        free_bytes: Callable[[torch.device], int] = memory.free_bytes,
+    ) -> None:
+        """
+        Args:
+            activation_bytes: Of a pass that keeps its activations; 0 is a share of what is free.
+            free_bytes: The memory of a device that passes may still take.
+        """
+        self._base_model = base_model
+        self._activation_bytes = activation_bytes
+        self._free_bytes_of = free_bytes
+        self._measured: dict[tuple[tuple[str, ...], bool], tuple[int, PassBytes]] = {}
+
+    def of_pass(self, num_rows: int, layouts: Sequence[AdapterLayout]) -> Planned | None:
+        """The plan for a micro-batch of so many rows that trains adapters of these layouts; None
+        if it is too small to need one."""
+        if num_rows < PLANNED_ROWS or not layouts:
+            return None
+        limit = self._activation_bytes or self._free_bytes() // SHARE
+        keeping = max(self._bytes(layout, recomputes=False).of(num_rows) for layout in layouts)
+        if keeping <= limit or not self._base_model.can_recompute:
+            return Planned(num_bytes=keeping, recomputes=False)
+        again = max(self._bytes(layout, recomputes=True).of(num_rows) for layout in layouts)
+        return Planned(num_bytes=again, recomputes=True)
+
+    def longest(self, layout: AdapterLayout) -> int:
+        """The most tokens of one datum that now fit into memory when it is trained on."""
+        recomputes = self._base_model.can_recompute
+        return self._bytes(layout, recomputes=recomputes).rows_within(self._free_bytes())
+
+    def _free_bytes(self) -> int:
+        return self._free_bytes_of(self._base_model.device)
+
+    def _bytes(self, layout: AdapterLayout, *, recomputes: bool) -> PassBytes:
+        key = (tuple(layout.places), recomputes)
+        if key not in self._measured:
+            self._measured[key] = layout.rank, self._measure(layout, recomputes=recomputes)
+        rank, measured = self._measured[key]
+        if recomputes:  # the products of one layer only
+            return measured
+        wider = (layout.rank - rank) * len(layout.places) * self._base_model.dtype.itemsize
+        return replace(measured, by_row=measured.by_row + wider)
+
+    def _measure(self, layout: AdapterLayout, *, recomputes: bool) -> PassBytes:
+        heads: dict[Reach, int] = {}
+
+        def measured(num_rows: int) -> int:
+            found = tensor_bytes(
+                self._base_model, layout, num_rows, recomputes=recomputes, score_heads=heads
+            )
+            return found - _score_bytes(num_rows, heads)
+
+        n1, n2, n3 = MEASURED_ROWS
+        b1, b2 = measured(n1), measured(n2)
+        slope, by_square = (b2 - b1) / (n2 - n1), 0.0
+        if self._base_model.is_padded:  # transformers' masks
+            by_square = max(0.0, ((measured(n3) - b2) / (n3 - n2) - slope) / (n3 - n1))
+        by_row = max(1.0, slope - by_square * (n1 + n2))
+        fixed = max(0.0, b1 - (by_row + by_square * n1) * n1)
+        return PassBytes(
+            fixed=fixed + HEAD_BYTES, by_row=by_row, by_square=by_square, score_heads=heads
+        )
+
+
+def _score_bytes(num_rows: int, score_heads: Mapping[Reach, int]) -> int:
+    scores = [heads * most_scores(num_rows, reach) for reach, heads in score_heads.items()]
+    return SCORE_BYTES * max(scores, default=0)
+
+
+class _Noting(SequenceAttention):
+    """Notes the heads of layers that compute their attention by blocks."""
+
+    def __init__(self, row_ranges: Sequence[RowRange], score_heads: dict[Reach, int]) -> None:
+        super().__init__(row_ranges, on_cpu=False)  # which has no kernel for short sequences
+        self._score_heads = score_heads
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        variant: Variant = PLAIN,
+    ) -> Tensor:
+        if variant is not PLAIN:
+            known = self._score_heads.get(variant.reach, 0)
+            self._score_heads[variant.reach] = max(known, query.shape[1])
+        return super().attend(layer_idx, query, key, value, scaling, variant)
+
+
+def tensor_bytes(
+    base_model: BaseModel,
+    layout: AdapterLayout,
+    num_rows: int,
+    *,
+    recomputes: bool,
+    score_heads: dict[Reach, int] | None = None,
+) -> int:
+    """The most bytes of tensors in a pass through the decoder and back, over one sequence of so
+    many tokens, with the kernels for long ones. An adapter of zeros is trained, without a trace.
+
+    Args:
+        score_heads: Gets the heads of layers that compute their attention by blocks.
+    """
+    device = base_model.device
+    weights, grad = (
+        AdapterTensors(layout, torch.zeros(layout.num_parameters, device=device)) for _ in range(2)
+    )
+    converted = [weights.pair(name, base_model.dtype) for name in layout.places]
+    existing = [grad.flat, *(tensor for pair in converted if pair is not None for tensor in pair)]
+    existing += base_model.frozen_tensors()
+    with torch.enable_grad(), LiveBytes(existing) as live:
+        hidden = _states(base_model, num_rows, weights, grad, recomputes, score_heads)
+        if hidden.requires_grad:
+            hidden.backward(torch.zeros_like(hidden))
+    peak: int = live.peak_bytes
+    return peak
+
+
+def _states(
+    base_model: BaseModel,
+    num_rows: int,
+    weights: AdapterTensors,
+    grad: AdapterTensors,
+    recomputes: bool,
+    score_heads: dict[Reach, int] | None,
+) -> Tensor:
+    tokens = torch.zeros(num_rows, dtype=torch.int64, device=base_model.device)
+    positions = torch.arange(num_rows, device=base_model.device)
+    segments = [Segment(start=0, end=num_rows, weights=weights, grad=grad)]
+    row_ranges = [RowRange(start=0, length=num_rows)]
+    if base_model.is_padded:
+        return base_model.sequence_states(
+            tokens, positions, segments, row_ranges, recomputes=recomputes
+        )
+    context = PackedContext(
+        segments=segments,
+        attention=_Noting(row_ranges, {} if score_heads is None else score_heads),
+        kept_inputs=KeptInputs() if recomputes else None,
+    )
+    return base_model.hidden_states(tokens, positions, context)
