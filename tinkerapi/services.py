@@ -134,6 +134,14 @@ def user_ensure(username: str) -> tuple[User, bool]:
     return User.objects.get_or_create(username=user.username, defaults={"password": user.password})
 
 
+@transaction.atomic
+def user_admit(*, user: User, actor_id: int | None = None) -> None:
+    """Let a user enter the console, where they see their own objects; a repeat is only
+    recorded."""
+    User.objects.filter(pk=user.pk).update(is_staff=True)
+    audit_record("user_invite", actor_id=actor_id, owner_id=user.pk)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FirstAccounts:
     """The first accounts of a new server; a secret is None unless this call made it."""

@@ -13,14 +13,13 @@ from django.contrib import admin
 from django.contrib.auth.models import User
 from django.contrib.auth.tokens import default_token_generator
 from django.contrib.auth.views import PasswordResetConfirmView
-from django.db import transaction
 from django.http import HttpRequest
 from django.urls import reverse, reverse_lazy
 from django.utils.encoding import force_bytes
 from django.utils.http import urlsafe_base64_encode
 from unfold.forms import AdminPasswordChangeForm
 
-from training.audit import audit_record
+from tinkerapi.services import user_admit
 
 
 class PasswordForm(AdminPasswordChangeForm):  # type: ignore[misc]  # unfold has no type information
@@ -31,19 +30,11 @@ class PasswordForm(AdminPasswordChangeForm):  # type: ignore[misc]  # unfold has
         self.fields.pop("usable_password", None)
 
 
-@transaction.atomic
 def invitation(user: User, *, request: HttpRequest) -> str:
     """Let a user enter the console, and return the address at which they set their password."""
-    locked = User.objects.select_for_update().get(pk=user.pk)
-    if not locked.is_staff:
-        locked.is_staff = True
-        locked.save(update_fields=["is_staff"])
-    audit_record("user_invite", actor_id=request.user.pk, owner_id=user.pk)
-    names = (
-        urlsafe_base64_encode(force_bytes(user.pk)),
-        default_token_generator.make_token(locked),
-    )
-    path = reverse("invitation", args=names)
+    user_admit(user=user, actor_id=request.user.pk)
+    uid = urlsafe_base64_encode(force_bytes(user.pk))
+    path = reverse("invitation", args=[uid, default_token_generator.make_token(user)])
     return settings.PUBLIC_URL + path if settings.PUBLIC_URL else request.build_absolute_uri(path)
 
 
