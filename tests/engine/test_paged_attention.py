@@ -123,6 +123,41 @@ def test_a_row_has_the_same_bits_however_its_sequence_is_read(
                 assert torch.equal(got, expected[cut])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("num_shared", [1, 5, 11])
+def test_a_row_has_the_same_bits_if_others_share_its_first_blocks(
+    dtype: torch.dtype, shape: tuple[int, int, int], number: int, num_shared: int
+) -> None:
+    variant = variants(shape[0] * shape[1])[number]
+    prompt = num_shared * BLOCK_TOKENS
+    first = rows_of(prompt, shape, dtype, seed=0)
+    lengths = [prompt + 1, prompt + 7, prompt + 31, prompt + BLOCK_TOKENS + 3]
+    whole = []
+    for seed, length in enumerate(lengths, start=1):
+        rest = rows_of(length - prompt, shape, dtype, seed)
+        query, key, value = (torch.cat(pair) for pair in zip(first, rest, strict=True))
+        whole.append((query, key, value))
+
+    cache = KvCache(NUM_BLOCKS, CPU)
+    shared = list(range(num_shared))
+    tables = [[*shared, num_shared + 2 * n, num_shared + 2 * n + 1] for n in range(4)]
+    attend(cache, [(whole[0], tables[0], slice(0, prompt))], variant, 0.25)
+    for rows, blocks, length in zip(whole, tables, lengths, strict=True):
+        if length - 1 > prompt:
+            attend(cache, [(rows, blocks, slice(prompt, length - 1))], variant, 0.25)
+    newest = [
+        (rows, blocks[: blocks_for(length)], slice(length - 1, length))
+        for rows, blocks, length in zip(whole, tables, lengths, strict=True)
+    ]
+    for rows, got in zip(whole, attend(cache, newest, variant, 0.25), strict=True):
+        length = len(rows[0])
+        alone = [(rows, range(blocks_for(length)), slice(0, length))]
+        (expected,) = attend(KvCache(NUM_BLOCKS, CPU), alone, variant, 0.25)
+        assert torch.equal(got[0], expected[-1])
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_the_fused_kernel_of_other_devices_computes_the_same(
     number: int, monkeypatch: pytest.MonkeyPatch

@@ -138,13 +138,16 @@ class _Plan:
     @classmethod
     def of(cls, parts: Sequence[Part], reach: Reach, device: torch.device) -> _Plan:
         chunks = [_Chunk(part, reach, device) for part in parts if part.num_tokens > 1]
-        alike: dict[int, list[Part]] = {}
+        alike: dict[tuple[int, int], list[Part]] = {}
         for part in parts:
             if part.num_tokens == 1:
-                alike.setdefault(_padded(_num_seen(part, reach)), []).append(part)
+                # The samples of a prompt have the same first block.
+                key = (_padded(_num_seen(part, reach)), part.blocks[0])
+                alike.setdefault(key, []).append(part)
         newest = []
-        for size, some in alike.items():
-            at_once = max(1, GATHERED_BLOCKS // size)
+        for (size, _), some in _merge_single(alike).items():
+            num_own = size - _num_shared([_seen_blocks(part, reach) for part in some])
+            at_once = max(1, GATHERED_BLOCKS // num_own)
             for i in range(0, len(some), at_once):
                 newest.append(_Newest(some[i : i + at_once], reach, size, device))
         return cls(chunks=chunks, newest=newest)
@@ -159,28 +162,50 @@ def _num_seen(part: Part, reach: Reach) -> int:
     return blocks_for(part.end) - _first_block(part.start, reach)
 
 
+def _seen_blocks(part: Part, reach: Reach) -> Sequence[int]:
+    return part.blocks[_first_block(part.start, reach) : blocks_for(part.end)]
+
+
+def _merge_single(alike: dict[tuple[int, int], list[Part]]) -> dict[tuple[int, int], list[Part]]:
+    """The groups, those of a single sequence together if they have as many blocks."""
+    merged: dict[tuple[int, int], list[Part]] = {}
+    for (size, first), some in alike.items():
+        merged.setdefault((size, -1 if len(some) == 1 else first), []).extend(some)
+    return merged
+
+
+def _num_shared(tables: Sequence[Sequence[int]]) -> int:
+    """The blocks that all of some sequences begin with, but never a sequence's last one."""
+    if len(tables) == 1:
+        return 0
+    shortest = min(map(len, tables)) - 1
+    for number, blocks in enumerate(zip(*(table[:shortest] for table in tables), strict=True)):
+        if any(block != blocks[0] for block in blocks):
+            return number
+    return shortest
+
+
 def _padded(num_blocks: int) -> int:
     """Sequences of so many blocks share products."""
     return num_blocks if num_blocks <= GROUP_BLOCKS else round_up(num_blocks, GROUP_BLOCKS)
 
 
 class _Newest:
-    """One token of each of B sequences, N blocks of each."""
+    """One token of each of B sequences, N blocks of each, the first S of which are the same."""
 
     def __init__(
         self, parts: Sequence[Part], reach: Reach, num_blocks: int, device: torch.device
     ) -> None:
-        self._num_blocks = num_blocks
-        blocks = []
+        tables = [list(_seen_blocks(part, reach)) for part in parts]
         seen = torch.zeros(len(parts), num_blocks * BLOCK_TOKENS, dtype=torch.bool)
         for i, part in enumerate(parts):
-            first = _first_block(part.start, reach)
-            own = list(part.blocks[first : blocks_for(part.end)])
-            blocks += own + own[-1:] * (num_blocks - len(own))  # masked, but its own
-            offset = first * BLOCK_TOKENS
+            tables[i] += tables[i][-1:] * (num_blocks - len(tables[i]))  # masked, but its own
+            offset = _first_block(part.start, reach) * BLOCK_TOKENS
             seen[i, reach.first_key(part.start) - offset : part.end - offset] = True
+        self._num_shared = _num_shared([_seen_blocks(part, reach) for part in parts])
+        self._shared = _Blocks(tables[0][: self._num_shared], device)
+        self._own = _Blocks([n for table in tables for n in table[self._num_shared :]], device)
         self._rows = torch.tensor([part.first_row for part in parts], device=device)
-        self._blocks = _Blocks(blocks, device)
         mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf).to(device)
         self._mask = mask.view(len(parts), 1, 1, num_blocks, BLOCK_TOKENS)
 
@@ -194,26 +219,27 @@ class _Newest:
         output: Tensor,
     ) -> None:
         """Write these tokens' rows of ``output`` (T, Hq, D), like ``query``'s."""
-        num_sequences, num_heads = len(self._rows), keys.shape[1]
-        q = query.index_select(0, self._rows).unflatten(1, (num_heads, -1))  # (B, Hkv, G, D)
-        each = (num_sequences, self._num_blocks, *keys.shape[1:])
-        k = self._blocks.of(keys).view(each)
-        v = self._blocks.of(values).view(*each[:-1], values.shape[-1])
+        q = query.index_select(0, self._rows).unflatten(1, (keys.shape[1], -1))  # (B, Hkv, G, D)
         if query.device.type in FUSES_PLAIN_ON and variant.has_plain_scores:
-            attended = self._fused(q, k, v, scaling)
+            attended = self._fused(q, self._all_of(keys), self._all_of(values), scaling)
         else:
-            attended = self._by_blocks(q, k.float(), v.float(), scaling, variant)
+            attended = self._by_blocks(q.float() * scaling, keys, values, variant)
         output.index_copy_(0, self._rows, attended.flatten(1, 2).to(output.dtype))
 
-    def _by_blocks(
-        self, q: Tensor, k: Tensor, v: Tensor, scaling: float, variant: Variant
-    ) -> Tensor:
-        """(B, Hkv, G, D) of q likewise, and k and v (B, N, Hkv, tokens, D)."""
+    def _own_of(self, buffer: Tensor) -> Tensor:
+        """(B, N - S, Hkv, tokens, D)"""
+        return self._own.of(buffer).unflatten(0, (len(self._rows), -1))
+
+    def _all_of(self, buffer: Tensor) -> Tensor:
+        """(B, N, Hkv, tokens, D)"""
+        shared = self._shared.of(buffer)[None].expand(len(self._rows), -1, -1, -1, -1)
+        return torch.cat([shared, self._own_of(buffer)], dim=1)
+
+    def _by_blocks(self, q: Tensor, keys: Tensor, values: Tensor, variant: Variant) -> Tensor:
+        """(B, Hkv, G, D) of q likewise, and the layer's buffers."""
         heads_each, missing = q.shape[2], -q.shape[2] % ROWS_MULTIPLE
-        q = pad(q.float() * scaling, (0, 0, 0, missing))
-        by_block = q[:, None].expand(-1, self._num_blocks, -1, -1, -1).flatten(0, 2)
-        scores = torch.bmm(by_block, k.flatten(0, 2).transpose(1, 2))
-        scores = scores.view(*k.shape[:3], -1, BLOCK_TOKENS).permute(0, 2, 3, 1, 4)
+        q = pad(q, (0, 0, 0, missing))
+        scores = self._scores(q, keys)
         if variant.softcap is not None:
             scores = _capped(scores, variant.softcap)
         scores = (scores + self._mask).flatten(3)  # (B, Hkv, G, N * tokens)
@@ -221,9 +247,33 @@ class _Newest:
         if sinks is not None:
             sinks = pad(sinks.float().view(-1, heads_each), (0, missing))[..., None]
         shares = softmax(scores, sinks).unflatten(3, (-1, BLOCK_TOKENS))
-        shares = shares.permute(0, 3, 1, 2, 4).reshape(-1, *shares.shape[2:3], BLOCK_TOKENS)
-        products = torch.bmm(shares, v.flatten(0, 2))
-        return _sum_blocks(products.view(*k.shape[:3], *products.shape[1:]))[:, :, :heads_each]
+        return _sum_blocks(self._products(shares, values))[:, :, :heads_each]
+
+    def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
+        """(B, Hkv, G, N, tokens)"""
+        k = self._own_of(keys).float()
+        by_block = q[:, None].expand(-1, k.shape[1], -1, -1, -1).flatten(0, 2)
+        own = torch.bmm(by_block, k.flatten(0, 2).transpose(1, 2))
+        own = own.view(*k.shape[:3], -1, BLOCK_TOKENS).permute(0, 2, 3, 1, 4)
+        if not self._num_shared:
+            return own
+        k = self._shared.of(keys).float().transpose(0, 1).flatten(1, 2)  # (Hkv, S * tokens, D)
+        shared = torch.bmm(q.transpose(0, 1).flatten(1, 2), k.transpose(1, 2))
+        shared = shared.view(q.shape[1], len(q), -1, self._num_shared, BLOCK_TOKENS)
+        return torch.cat([shared.transpose(0, 1), own], dim=3)
+
+    def _products(self, shares: Tensor, values: Tensor) -> Tensor:
+        """(B, N, Hkv, G, D) of shares (B, Hkv, G, N, tokens)."""
+        v = self._own_of(values).float()
+        own = shares[:, :, :, self._num_shared :].permute(0, 3, 1, 2, 4)
+        own = torch.bmm(own.flatten(0, 2), v.flatten(0, 2)).view(*own.shape[:4], -1)
+        if not self._num_shared:
+            return own
+        v = self._shared.of(values).float()
+        shared = shares[:, :, :, : self._num_shared].permute(3, 1, 0, 2, 4)  # (S, Hkv, B, G, ..)
+        products = torch.bmm(shared.flatten(2, 3).flatten(0, 1), v.flatten(0, 1))
+        by_sequence = products.view(*shared.shape[:4], -1).permute(2, 0, 1, 3, 4)
+        return torch.cat([by_sequence, own], dim=1)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         k, v = (x.transpose(1, 2).flatten(2, 3) for x in (k, v))  # (B, Hkv, keys, D)
@@ -338,9 +388,10 @@ class _Blocks:
 
     def __init__(self, blocks: Sequence[int], device: torch.device) -> None:
         self._numbers = blocks
-        first = blocks[0]
-        self._are_neighbours = list(blocks) == list(range(first, first + len(blocks)))
-        self._ids = torch.tensor(blocks, device=device)
+        self._are_neighbours = bool(blocks) and list(blocks) == list(
+            range(blocks[0], blocks[0] + len(blocks))
+        )
+        self._ids = torch.tensor(blocks, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         return len(self._numbers)
