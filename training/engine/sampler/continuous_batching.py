@@ -28,6 +28,7 @@ from training.engine.sampler.model_runner import ModelRunner, Row
 from training.engine.sampler.packed_runner import PackedRunner
 from training.engine.sampler.padded.runner import PaddedRunner
 from training.engine.sampler.sequence import ActiveRequest, check_prompt, new_request
+from training.engine.sampler.turns import Turns
 from training.engine.sampler.versions import Versions
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.base_model import BaseModel
@@ -83,6 +84,7 @@ class ContinuousSampler(Sampler):
             max_tokens_limit=max_tokens_limit,
         )
         self._running: list[ActiveRequest] = []
+        self._turns = Turns()
         self._prefilled_last = False
 
     def report_progress(self, to: Callable[[], None]) -> None:
@@ -181,12 +183,14 @@ class ContinuousSampler(Sampler):
             self._prefilled_last = True
             return self._read_prompts(reading)
         self._prefilled_last = False
-        return self._sample(*self._runner.decode(decoding)) if decoding else {}
+        if not decoding:
+            return {}
+        taking = self._turns.decoding(decoding, pass_keys=self._runner.pass_keys)
+        return self._sample(*self._runner.decode(taking))
 
     def _read_prompts(self, reading: Sequence[ActiveRequest]) -> Results:
         """Read the next chunk of some prompts; after the last one, sample the first tokens."""
-        # A job may have many sequences to read again; the prompts of others come before.
-        read = self._runner.read_prompts(sorted(reading, key=lambda r: r.is_prefilled))
+        read = self._runner.read_prompts(self._turns.reading(reading))
         finished: Results = {
             request.key: request.output(self._text) for request in read if not request.max_tokens
         }

@@ -37,6 +37,12 @@ class KvCache:
         """Whether it takes no memory."""
         return not self._layers
 
+    @property
+    def numbers_each(self) -> int:
+        """The numbers of a token's keys and values in all layers that have stored something."""
+        buffers = [buffer for layer in self._layers.values() for buffer in layer]
+        return sum(buffer.shape[1] * buffer.shape[3] for buffer in buffers)
+
     def store(self, layer_idx: int, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Keep keys and values (n, Hkv, D) at ``places`` (n * Hkv,) int64 of a layer: place
         ``(block * Hkv + head) * BLOCK_TOKENS + i`` is head ``head`` of token i of a block."""

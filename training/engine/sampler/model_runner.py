@@ -28,6 +28,12 @@ class ModelRunner(ABC):
         """The most tokens, of the prompt and sampled, of each of this many sequences of a request
         that has all the room there is."""
 
+    @property
+    @abstractmethod
+    def pass_keys(self) -> float:
+        """The tokens whose keys and values have as many numbers as the base model: reading either
+        from memory takes equally long. 0 if unknown."""
+
     @abstractmethod
     def start(self, request: ActiveRequest) -> bool:
         """Make room for a request's prompt and for beginning its sequences, if there is now."""

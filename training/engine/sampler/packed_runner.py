@@ -30,6 +30,7 @@ class PackedRunner(ModelRunner):
     def __init__(self, base_model: BaseModel, cache: KvCache, *, chunk_tokens: int) -> None:
         """``chunk_tokens``: most prompt tokens in one pass."""
         self._switch = base_model.rotary_switch
+        self._num_parameters = base_model.info.num_parameters
         self._cache = cache
         self._step = ModelStep(base_model, cache)
         self._tables = BlockTables(cache)
@@ -45,6 +46,10 @@ class PackedRunner(ModelRunner):
     def most_tokens(self, num_sequences: int) -> int:
         """All of the cache: other sequences of the request may be preempted meanwhile."""
         return self._cache.num_blocks * BLOCK_TOKENS
+
+    @property
+    def pass_keys(self) -> float:
+        return self._num_parameters / self._cache.numbers_each if self._cache.numbers_each else 0.0
 
     def start(self, request: ActiveRequest) -> bool:
         prompt, first = request.job.prompt, request.sequences[0]

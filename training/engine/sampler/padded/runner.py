@@ -45,6 +45,10 @@ class PaddedRunner(ModelRunner):
     def most_tokens(self, num_sequences: int) -> int:
         return self._cache_tokens // num_sequences
 
+    @property
+    def pass_keys(self) -> float:
+        return 0.0
+
     def start(self, request: ActiveRequest) -> bool:
         """Reserve its whole sequences, so that it can always finish."""
         # The last token of a sequence is never read.
