@@ -15,6 +15,7 @@ from training.engine.torch import loading, lora_linear
 from training.engine.torch.attention import backend
 from training.engine.torch.attention.paged import PagedAttention
 from training.engine.torch.attention.variants import PLAIN
+from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
 from training.errors import BaseModelNotFound
 
@@ -52,6 +53,20 @@ def test_a_cache_that_loses_a_key_is_seen(tied_folder, monkeypatch):
 
     monkeypatch.setattr(PagedAttention, "attend", forgetful)
     with pytest.raises(BaseModelNotFound, match="sampling over a cache differ by"):
+        load(tied_folder)
+
+
+def test_a_difference_at_one_token_of_the_vocabulary_is_seen(tied_folder, monkeypatch):
+    """The mean over the vocabulary would hide it: 2e-5 nats."""
+    logits = BaseModel.logits
+
+    def shifted(self, hidden, segments):
+        result = logits(self, hidden, segments)
+        result[:, 7] += 0.005
+        return result
+
+    monkeypatch.setattr(BaseModel, "logits", shifted)
+    with pytest.raises(BaseModelNotFound, match=r"beside each other differ by 0\.00"):
         load(tied_folder)
 
 
