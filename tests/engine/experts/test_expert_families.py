@@ -22,6 +22,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("granitemoe", {}),
     ("granitemoeshared", {}),
     ("qwen2_moe", {}),
+    ("ernie4_5_moe", {}),
     ("dots1", {"n_shared_experts": 1}),
     (
         "granitemoehybrid",

@@ -62,7 +62,10 @@ def require_known_layers(model: PreTrainedModel, name: str) -> None:
             " names, so an export would lack them; choose another base model."
         )
     stacks = find_stacks(model)
-    frozen = {*stacks, *find_routers(model, stacks)}
+    routers = find_routers(model, stacks)
+    frozen = {*stacks, *routers}
+    for name_of_router, router in routers.items():
+        frozen |= {below for below, _ in router.named_modules(prefix=name_of_router)}
     known = nn.Linear | nn.Embedding | nn.modules.conv._ConvNd
     language = set(_language_of(model).modules())
     for module_name, module in model.named_modules():
