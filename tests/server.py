@@ -5,6 +5,7 @@ Used by the acceptance tests and by the benchmarks, so it knows neither pytest n
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,16 @@ __all__ = ["CONVERSATION", "ROOT", "Json", "Server", "ServerFailed", "free_port"
 CONVERSATION = [{"role": "user", "content": "test"}, {"role": "assistant", "content": "passed"}]
 
 Json = dict[str, Any]
+
+
+def processor_seconds(pid: int, *, with_ended_children: bool = False) -> float:
+    """Processor time that a process has used, in hundredths of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own, of_children = slice(11, 13), slice(13, 15)
+    ticks = sum(map(int, fields[own]))
+    if with_ended_children:
+        ticks += sum(map(int, fields[of_children]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Server(UpProcess):
@@ -67,6 +78,12 @@ class Server(UpProcess):
             if item.command.startswith("qcluster") or " engineworker " in item.command
         ]
         return worker
+
+    def processor_seconds(self) -> float:
+        """Processor time that ``up`` and everything below it have used, with ended children."""
+        assert self.process is not None
+        living = [self.process.pid, *(item.pid for item in self.processes())]
+        return sum(processor_seconds(pid, with_ended_children=True) for pid in living)
 
     def post(self, path: str, **body: Any) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=120)

@@ -33,7 +33,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tests.benchmarks.report import Report, at_most, results_option
 from tests.benchmarks.served_model import served, use_database_of
-from tests.server import Server
+from tests.server import Server, processor_seconds
 
 WAIT_SECONDS = 60
 CONNECTING = 32  # clients that connect at one time
@@ -111,14 +111,9 @@ def look_when_parked(server: Server) -> tuple[int, int]:
     return web_memory_bytes(server), postgres_connections()
 
 
-def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has used, in hundredths of a second."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def web_cpu_seconds(server: Server) -> float:
-    return sum(cpu_seconds(pid) for pid, _ in web_processes(server))
+    """Processor time that the web processes have used."""
+    return sum(processor_seconds(pid) for pid, _ in web_processes(server))
 
 
 def web_processes(server: Server) -> list[tuple[int, int]]:
