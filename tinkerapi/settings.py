@@ -281,8 +281,9 @@ NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0, maximum=1024)
 BATCH_TOKENS = env_int("TINKERAPI_BATCH_TOKENS", 4096)
 """Tokens in one pass over the base model; more is faster until memory runs out."""
 
-CACHE_TOKENS = env_int("TINKERAPI_CACHE_TOKENS", 32768)
-"""Tokens whose keys and values are held for sampling; more sequences take turns."""
+CACHE_TOKENS = env_int("TINKERAPI_CACHE_TOKENS", 0, minimum=0)
+"""Tokens whose keys and values are held for sampling; more sequences take turns. 0: as many as fit
+into a quarter of the memory that is free at the start, and at least 32,768."""
 
 SNAPSHOT_SECONDS = env_int("TINKERAPI_SNAPSHOT_SECONDS", 30, minimum=0)
 """Work of a run, in seconds, that may be repeated after a crash; never less than

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.families import save_random, small_config
 from training.engine.sampler.block_pool import BlockPool
+from training.engine.sampler.cache_size import (
+    FEWEST_TOKENS,
+    SHARE,
+    bytes_per_token,
+    default_cache_tokens,
+)
 from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache
 from training.engine.sampler.prefix_keys import next_key, root_key
+from training.engine.torch.loading import load_base_model
+from training.engine.torch.memory import free_bytes
 from training.images import Image, PlacedImage
 
 NUM_BLOCKS = 6
@@ -104,6 +115,21 @@ def test_a_key_stands_for_everything_the_contents_depend_on_and_for_the_owner() 
     assert len(set(different)) == len(different)
     assert key_of(tokens) == key_of(list(np.array(tokens, np.int32)))
     assert key_of(tokens) == key_of(tokens, images=(image_at(2 * BLOCK_TOKENS),))  # after them
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 2 * 2), ("gemma3_text", 2 * 2)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_a_tokens_bytes_are_those_of_its_keys_and_values(
+    family: str, layers: int, dtype: str, size: int, tmp_path: Path
+) -> None:
+    folder = save_random(small_config(family), tmp_path / family)
+    base_model = load_base_model(folder, device="cpu", dtype=dtype, layout="packed")
+    heads, head_size = 2, 4
+    assert bytes_per_token(base_model) == layers * heads * head_size * size
+    assert default_cache_tokens(base_model) >= FEWEST_TOKENS
+    share = free_bytes(base_model.device) // SHARE
+    half = default_cache_tokens(base_model, num_sharing=2) * bytes_per_token(base_model)
+    assert half <= max(share, FEWEST_TOKENS * bytes_per_token(base_model))
 
 
 def test_blocks_are_copied_and_wiped_in_all_layers() -> None:

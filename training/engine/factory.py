@@ -45,7 +45,7 @@ def build_engine(
         among: All base models of the server: two share a GPU only if no other is free.
         num_threads: Threads of a pass on a CPU; 0 leaves the choice to ``training.devices``.
         batch_tokens: Most tokens in one training micro-batch; memory grows with it.
-        cache_tokens: Tokens of all sequences that are sampled at one time.
+        cache_tokens: Tokens whose keys and values are held for sampling; 0: see ``cache_size``.
         on_stage: Called with the name of each stage of loading as it begins.
 
     Raises:
@@ -109,6 +109,7 @@ def engine_over(
         custom_losses: None computes clients' own losses in this process, without a time limit.
     """
     from training.engine.renderer.chat_renderer import ChatRenderer
+    from training.engine.sampler.cache_size import default_cache_tokens
     from training.engine.sampler.continuous_batching import ContinuousSampler
     from training.engine.torch.memory import free_bytes
     from training.engine.torch.trainer import TorchTrainer
@@ -126,6 +127,7 @@ def engine_over(
         images=None if base_model.vision is None else base_model.vision.reader,
         image_fault=base_model.image_fault,
     )
+    cache_tokens = cache_tokens or default_cache_tokens(base_model, num_sharing=num_sharing)
     sampler = ContinuousSampler(base_model, renderer, cache_tokens=cache_tokens)
     return Engine(
         trainer=trainer,

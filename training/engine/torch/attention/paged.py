@@ -228,7 +228,8 @@ class _Newest:
 
     def _own_of(self, buffer: Tensor) -> Tensor:
         """(B, N - S, Hkv, tokens, D)"""
-        return self._own.of(buffer).unflatten(0, (len(self._rows), -1))
+        own: Tensor = self._own.of(buffer).unflatten(0, (len(self._rows), -1))
+        return own
 
     def _all_of(self, buffer: Tensor) -> Tensor:
         """(B, N, Hkv, tokens, D)"""
