@@ -39,8 +39,8 @@ SHARE = 4
 """Without a setting, activations may take a fourth of the free memory: what is left serves the
 key-value cache, adapters that come, and other processes."""
 
-HEAD_BYTES = 2 * CHUNK_BYTES
-"""A chunk of logits, and its gradient in the model's dtype."""
+HEAD_BYTES = 3 * CHUNK_BYTES
+"""A chunk of logits, its exponentials, and its gradient in the model's dtype."""
 
 SCORE_BYTES = 4 * torch.float32.itemsize
 """Of one score of an attention by blocks: itself, its share, and the gradient of each."""
@@ -101,11 +101,12 @@ class MemoryPlan:
         if num_rows < PLANNED_ROWS or not layouts:
             return None
         limit = self._activation_bytes or self._free_bytes() // SHARE
+        grad_bytes = sum(4 * layout.num_parameters for layout in set(layouts))  # the new sums
         keeping = max(self._bytes(layout, recomputes=False).of(num_rows) for layout in layouts)
         if keeping <= limit or not self._base_model.can_recompute:
-            return Planned(num_bytes=keeping, recomputes=False)
+            return Planned(num_bytes=keeping + grad_bytes, recomputes=False)
         again = max(self._bytes(layout, recomputes=True).of(num_rows) for layout in layouts)
-        return Planned(num_bytes=again, recomputes=True)
+        return Planned(num_bytes=again + grad_bytes, recomputes=True)
 
     def longest(self, layout: AdapterLayout) -> int:
         """The most tokens of one datum that now fit into memory when it is trained on."""
