@@ -177,12 +177,13 @@ WITH RECURSIVE epoch AS MATERIALIZED (                                          
 ), crew AS MATERIALIZED (
     SELECT id, (SELECT count(*) FROM futures_lane WHERE worker_id = w.id) AS leases
     FROM futures_worker AS w
-    WHERE (queue = %(queue)s AND state = 'live') OR id = %(worker_id)s
+    WHERE NOT %(only_leased)s
+        AND ((queue = %(queue)s AND state = 'live') OR id = %(worker_id)s)
 ), share AS MATERIALIZED (
     SELECT count(*) AS workers,
-        ceil((sum(leases) + (SELECT count(*) FROM free_lane)) / count(*))
+        ceil((sum(leases) + (SELECT count(*) FROM free_lane)) / nullif(count(*), 0))
             - sum(leases) FILTER (WHERE id = %(worker_id)s) AS lanes,
-        ceil((SELECT count(*) FROM anywhere)::numeric / count(*)) AS futures
+        ceil((SELECT count(*) FROM anywhere)::numeric / nullif(count(*), 0)) AS futures
     FROM crew
 ), offered AS MATERIALIZED (
     SELECT lane_id, id, place <= share.lanes OR {has_waited} AS is_mine
