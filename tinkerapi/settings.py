@@ -245,7 +245,8 @@ _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEVICE = env_choice("TINKERAPI_DEVICE", "auto", ("auto", "cpu", "cuda"))
 _DTYPE = env_choice("TINKERAPI_DTYPE", "auto", DTYPES)
 _LAYOUT = env_choice("TINKERAPI_LAYOUT", "auto", LAYOUTS)
-_WORKERS = env_int("TINKERAPI_WORKERS", 1, maximum=MOST_WORKERS)
+WORKERS = env_int("TINKERAPI_WORKERS", 1, maximum=MOST_WORKERS)
+"""Worker processes of each base model that no configuration file names."""
 _CONFIG = env_text("TINKERAPI_CONFIG")
 _NAMES = env_names("TINKERAPI_BASE_MODEL", _DEFAULT_MODEL)
 
@@ -258,7 +259,7 @@ BASE_MODELS = (
         dtype=_DTYPE,
         layout=_LAYOUT,
         cache_bytes=ADAPTER_CACHE_BYTES,
-        workers=_WORKERS,
+        workers=WORKERS,
         activation_bytes=ACTIVATION_BYTES,
     )
 )
