@@ -16,6 +16,7 @@ from training.engine.interface import ForwardBackwardJob
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.torch.loading import load_base_model
+from training.engine.torch.padded.model_cache import bytes_remembered
 from training.types import AdamParams, ForwardBackwardOutput, LoraConfig
 
 CHANGES = dict(FAMILIES)
@@ -132,3 +133,23 @@ def test_jobs_sampled_together_are_what_each_is_alone(trainer: TinyTrainer) -> N
     alone = {key: run(sampler, each).sequences for key, each in jobs.items()}
     together = run_all(sampler, jobs)
     assert {key: output.sequences for key, output in together.items()} == alone
+
+
+def test_recurrent_states_count_as_memory_and_a_request_alone_always_starts(tmp_path) -> None:
+    """Per token: keys and values of one layer of attention, 2 heads of 4, float32: 64 bytes. Per
+    sequence: the convolution of two layers, 3 inputs of 16 channels, 384 bytes: 6 tokens."""
+    changes = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
+    folder = save_random(small_config("lfm2", **changes), tmp_path)
+    base_model = load_base_model(folder, dtype="float32", device="cpu", layout="padded")
+    assert bytes_remembered(base_model, lambda n: n) == (384, 64)
+    text = ChatRenderer(base_model.tokenizer, base_model.info.vocab_size)
+    sampler = ContinuousSampler(base_model, text, cache_tokens=40)
+    for key in "ab":
+        sampler.submit(key, job([7] * 10, max_tokens=8))  # 17 tokens and the states each
+    sampler.poll(0)
+    assert len(sampler._runner._reserved) == 1
+    assert sampler.active == 2
+    while sampler.active:
+        sampler.poll(0)
+    alone = run(sampler, job([7] * 30, max_tokens=10))  # 39 tokens, and more than 40 with states
+    assert len(alone.sequences[0].tokens) <= 10

@@ -20,7 +20,7 @@ from training.engine.sampler.prefill import prompt_logits, score_prompt
 from training.engine.sampler.row_padding import RowPadding
 from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
 from training.engine.torch.base_model import BaseModel
-from training.engine.torch.padded.model_cache import ModelCache
+from training.engine.torch.padded.model_cache import ModelCache, bytes_remembered
 from training.engine.torch.padded.side_by_side import SideBySide
 from training.types import TokenPrompt
 
@@ -41,6 +41,10 @@ class PaddedRunner(ModelRunner):
         self._caches: dict[ActiveRequest, ModelCache] = {}
         self._cache_tokens = cache_tokens
         self._reserved: dict[ActiveRequest, int] = {}
+        of_states, of_token = bytes_remembered(base_model, self._padding.enough)
+        self._states_tokens = of_states // of_token if of_token else 0
+        """The tokens that take as much memory as the recurrent states of a sequence; without
+        attention there is no such number, and ``max_sequences`` is the only limit."""
 
     def most_tokens(self, num_sequences: int) -> int:
         return self._cache_tokens // num_sequences
@@ -50,11 +54,15 @@ class PaddedRunner(ModelRunner):
         return 0.0
 
     def start(self, request: ActiveRequest) -> bool:
-        """Reserve its whole sequences, so that it can always finish."""
+        """Reserve its whole sequences, so that it can always finish.
+
+        Recurrent states count as the tokens that take their memory. A request whose tokens fit, but
+        not with its states, starts alone.
+        """
         # The last token of a sequence is never read.
         each = len(request.job.prompt) + max(request.max_tokens, 1) - 1
-        size = each * len(request.sequences)
-        if sum(self._reserved.values()) + size > self._cache_tokens:
+        size = (each + self._states_tokens) * len(request.sequences)
+        if self._reserved and sum(self._reserved.values()) + size > self._cache_tokens:
             return False
         self._reserved[request] = size
         return True

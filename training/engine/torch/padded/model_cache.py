@@ -6,12 +6,13 @@ of a cache have the same length, so no padding is in it, which recurrent states 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.base_model import BaseModel
@@ -75,6 +76,11 @@ class ModelCache:
         )
         return hidden
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory of all that it remembers."""
+        return sum(x.numel() * x.element_size() for x in _tensors(self._cache, set()))
+
     def keep(self, numbers: Sequence[int]) -> None:
         """Replace the sequences by copies of those with these numbers."""
         if numbers != self.numbers:
@@ -89,6 +95,35 @@ class ModelCache:
 
     def _reorder(self, rows: Sequence[int]) -> None:
         self._cache.reorder_cache(torch.tensor(rows, device=self._base_model.device))
+
+
+def bytes_remembered(base_model: BaseModel, enough_rows: Callable[[int], int]) -> tuple[int, int]:
+    """The bytes of a sequence of no tokens, recurrent states and convolutions, and of each
+    token."""
+    cache = ModelCache(base_model, None, enough_rows=enough_rows)
+    sizes = []
+    with torch.no_grad():
+        for position in range(2):
+            cache.read([[0]], position)
+            sizes.append(cache.num_bytes)
+    of_token = sizes[1] - sizes[0]
+    return sizes[0] - of_token, of_token
+
+
+def _tensors(of: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors of transformers' cache, each once."""
+    if id(of) in seen:
+        return
+    seen.add(id(of))
+    if isinstance(of, Tensor):
+        yield of
+    elif isinstance(of, dict | list | tuple):
+        for each in of.values() if isinstance(of, dict) else of:
+            yield from _tensors(each, seen)
+    elif isinstance(of, PreTrainedConfig) or not hasattr(of, "__dict__"):
+        return
+    elif type(of).__module__.startswith("transformers."):
+        yield from _tensors(vars(of), seen)
 
 
 def _rows_of(prompt: TokenPrompt | None, start: int, length: int) -> list[SequenceRows]:
