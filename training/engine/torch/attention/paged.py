@@ -80,7 +80,8 @@ class PagedAttention(Attention):
         self._longest = max((part.end for part in parts), default=0)
         self._plans: dict[Reach, _Plan] = {}
         rows = [part.first_row + n for part in parts for n in range(part.num_tokens)]
-        self.real_rows = None if len(rows) == num_rows else torch.tensor(rows, device=cache.device)
+        self._stored = _Rows(rows, cache.device)
+        self.real_rows = None if len(rows) == num_rows else self._stored.numbers
         """The rows that are not padding, (n,) int64; None if all are real, in order."""
         places = [
             (part.blocks[n // BLOCK_TOKENS], n % BLOCK_TOKENS)
@@ -99,8 +100,7 @@ class PagedAttention(Attention):
         scaling: float,
         variant: Variant = PLAIN,
     ) -> Tensor:
-        if self.real_rows is not None:
-            key, value = key[self.real_rows], value[self.real_rows]
+        key, value = self._stored.of(key), self._stored.of(value)
         self._cache.store(layer_idx, self._places_of(key.shape[1]), key, value)
         keys, values = self._cache.blocks(layer_idx)
         output = torch.zeros_like(query, memory_format=torch.contiguous_format)
@@ -205,7 +205,7 @@ class _Newest:
         self._num_shared = _num_shared([_seen_blocks(part, reach) for part in parts])
         self._shared = _Blocks(tables[0][: self._num_shared], device)
         self._own = _Blocks([n for table in tables for n in table[self._num_shared :]], device)
-        self._rows = torch.tensor([part.first_row for part in parts], device=device)
+        self._rows = _Rows([part.first_row for part in parts], device)
         mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf).to(device)
         self._mask = mask.view(len(parts), 1, 1, num_blocks, BLOCK_TOKENS)
 
@@ -219,12 +219,12 @@ class _Newest:
         output: Tensor,
     ) -> None:
         """Write these tokens' rows of ``output`` (T, Hq, D), like ``query``'s."""
-        q = query.index_select(0, self._rows).unflatten(1, (keys.shape[1], -1))  # (B, Hkv, G, D)
+        q = self._rows.of(query).unflatten(1, (keys.shape[1], -1))  # (B, Hkv, G, D)
         if query.device.type in FUSES_PLAIN_ON and variant.has_plain_scores:
             attended = self._fused(q, self._all_of(keys), self._all_of(values), scaling)
         else:
             attended = self._by_blocks(q.float() * scaling, keys, values, variant)
-        output.index_copy_(0, self._rows, attended.flatten(1, 2).to(output.dtype))
+        self._rows.write(attended.flatten(1, 2).to(output.dtype), output)
 
     def _own_of(self, buffer: Tensor) -> Tensor:
         """(B, N - S, Hkv, tokens, D)"""
@@ -382,6 +382,33 @@ def _weigh(shares: Tensor, v: Tensor) -> Tensor:
     for i in range(1, len(v)):
         total.add_(torch.bmm(shares[..., i * BLOCK_TOKENS : (i + 1) * BLOCK_TOKENS], v[i]))
     return total
+
+
+class _Rows:
+    """Rows of a pass."""
+
+    def __init__(self, rows: Sequence[int], device: torch.device) -> None:
+        self.numbers = torch.tensor(rows, dtype=torch.int64, device=device)
+        """(n,)"""
+        self._neighbours: slice | None = None
+        if rows and list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            self._neighbours = slice(rows[0], rows[0] + len(rows))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def of(self, x: Tensor) -> Tensor:
+        """(n, ...) of x (T, ...); not copied if they are neighbours."""
+        if self._neighbours is not None:
+            return x[self._neighbours]
+        return x.index_select(0, self.numbers)
+
+    def write(self, x: Tensor, into: Tensor) -> None:
+        """The inverse."""
+        if self._neighbours is not None:
+            into[self._neighbours] = x
+        else:
+            into.index_copy_(0, self.numbers, x)
 
 
 class _Blocks:
