@@ -13,7 +13,8 @@ GROUPS = {
         "up": "start and supervise everything",
         "doctor": "check each part and print a line for each",
         "preparemodel": "make the folder of a base model",
-        "engineworker": "serve one base model; `up` starts these",
+        "worker": "start workers on this machine for a server on another one",
+        "engineworker": "serve one base model; `up` and `worker` start these",
     },
     "People": {"createapikey": "make a key for a user, and print it once"},
     "Requests and runs": {
