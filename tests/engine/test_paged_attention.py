@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache, blocks_for
-from training.engine.torch.attention.paged import PagedAttention, Part
+from training.engine.torch.attention.paged import PagedAttention
+from training.engine.torch.attention.paged_parts import Part
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 
 CPU = torch.device("cpu")
@@ -166,7 +167,7 @@ def test_the_fused_kernel_of_other_devices_computes_the_same(
     shape = (2, 3, 16)
     variant = variants(6)[number]
     rows = rows_of(100, shape, torch.float32, seed=0)
-    monkeypatch.setattr("training.engine.torch.attention.paged.FUSES_PLAIN_ON", ("cpu",))
+    monkeypatch.setattr("training.engine.torch.attention.paged_products.FUSES_PLAIN_ON", ("cpu",))
     cache = KvCache(NUM_BLOCKS, CPU)
     got = [
         attend(cache, [(rows, [5, 3, 4, 9], cut)], variant, 0.25)[0]

@@ -16,7 +16,8 @@ from training.engine.sampler.kv_cache import KvCache, blocks_for
 from training.engine.sampler.row_padding import RowPadding
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.attention.interface import Attention
-from training.engine.torch.attention.paged import PagedAttention, Part
+from training.engine.torch.attention.paged import PagedAttention
+from training.engine.torch.attention.paged_parts import Part
 from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.attention.variants import PLAIN, Variant
 from training.engine.torch.base_model import BaseModel

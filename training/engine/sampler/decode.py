@@ -10,7 +10,8 @@ from training.engine.sampler.model_runner import Row
 from training.engine.sampler.model_step import ModelStep
 from training.engine.sampler.row_padding import RowPadding
 from training.engine.sampler.sequence import ActiveRequest
-from training.engine.torch.attention.paged import PagedAttention, Part
+from training.engine.torch.attention.paged import PagedAttention
+from training.engine.torch.attention.paged_parts import Part
 from training.engine.torch.packing.stream import Segment
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 BLOCK_TOKENS = 32
 """Tokens of a block. Attention sums over a sequence block by block, so it is part of the
-arithmetic (``attention.paged``)."""
+arithmetic (``attention.paged_products``)."""
 
 
 def blocks_for(num_tokens: int) -> int:

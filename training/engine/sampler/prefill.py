@@ -17,7 +17,8 @@ from training.engine.sampler.block_table import BlockTable, BlockTables
 from training.engine.sampler.model_step import ModelStep
 from training.engine.sampler.row_padding import RowPadding
 from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
-from training.engine.torch.attention.paged import PagedAttention, Part
+from training.engine.torch.attention.paged import PagedAttention
+from training.engine.torch.attention.paged_parts import Part
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.stream import Segment, uniform_segments
 from training.engine.torch.vision.placement import SequenceRows

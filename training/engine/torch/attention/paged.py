@@ -1,74 +1,35 @@
 """Attention while sampling: over keys and values in the blocks of a cache.
 
-A query row's result has the same bits whether its token is read in a prompt, sampled, or read again
-after its blocks were lost, whatever precedes it in the cache already, and whatever shares the pass.
-So there is one arithmetic, in float32, for all of these rows:
-
-1. scores: a product of one query row with each key;
-2. shares: a softmax over the scores of whole blocks, in which keys that the row does not see are
-   minus infinity;
-3. for each block, the product of its shares and its values;
-4. the sum of these products in groups of ``GROUP_BLOCKS`` blocks, counted from the sequence's
-   first block, each group from left to right, and then over the groups from left to right.
-
-Blocks without a visible key may be left out or added: they add exact zeros. Matrix products get
-rows in multiples of ``ROWS_MULTIPLE`` and never more than one block of values, because only then
-do the bits of a row not depend on the number of rows (measured with MKL, one thread and two).
-
-On a GPU torch's fused kernel computes layers with plain scores.
+A pass has the next tokens of several sequences: some of a prompt, or the newest of each. This
+module stores their keys and values and plans which rows share products; the arithmetic, and what
+it promises, is in ``paged_products``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
 
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache, blocks_for
+from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache
 from training.engine.torch.attention.interface import Attention
+from training.engine.torch.attention.paged_parts import (
+    GROUP_BLOCKS,
+    Part,
+    Rows,
+    num_seen,
+    num_shared,
+    seen_blocks,
+)
+from training.engine.torch.attention.paged_products import NewestTokens, PromptTokens
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.stream import round_up
-
-GROUP_BLOCKS = 8
-"""Blocks whose products are added to each other first."""
-
-ROWS_MULTIPLE = 4
 
 GATHERED_BLOCKS = 256
 """Most blocks of keys that are copied for a product, unless one sequence has more: a copy should
 fit into a processor's cache."""
-
-TILE_TOKENS = 128
-"""Most tokens of a prompt whose scores exist at one time."""
-
-TILE_SCORES = 2**24
-"""Most scores that exist at one time, unless ``FEWEST_TILE_TOKENS`` have more."""
-
-FEWEST_TILE_TOKENS = 16
-
-FUSES_PLAIN_ON = ("cuda",)
-"""Devices on which torch's fused kernel computes layers with plain scores."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Adjacent rows of a pass: the next tokens of one sequence."""
-
-    first_row: int
-    start: int
-    """The number of the sequence's tokens that are in the cache already."""
-    num_tokens: int
-    blocks: Sequence[int]
-    """The blocks of the sequence, from its first token to the last of these."""
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
 
 
 class PagedAttention(Attention):
@@ -80,7 +41,7 @@ class PagedAttention(Attention):
         self._longest = max((part.end for part in parts), default=0)
         self._plans: dict[Reach, _Plan] = {}
         rows = [part.first_row + n for part in parts for n in range(part.num_tokens)]
-        self._stored = _Rows(rows, cache.device)
+        self._stored = Rows(rows, cache.device)
         self.real_rows = None if len(rows) == num_rows else self._stored.numbers
         """The rows that are not padding, (n,) int64; None if all are real, in order."""
         places = [
@@ -132,38 +93,25 @@ class PagedAttention(Attention):
 class _Plan:
     """The computation of a pass in the layers of one reach."""
 
-    chunks: list[_Chunk]
-    newest: list[_Newest]
+    chunks: list[PromptTokens]
+    newest: list[NewestTokens]
 
     @classmethod
     def of(cls, parts: Sequence[Part], reach: Reach, device: torch.device) -> _Plan:
-        chunks = [_Chunk(part, reach, device) for part in parts if part.num_tokens > 1]
+        chunks = [PromptTokens(part, reach, device) for part in parts if part.num_tokens > 1]
         alike: dict[tuple[int, int], list[Part]] = {}
         for part in parts:
             if part.num_tokens == 1:
                 # The samples of a prompt have the same first block.
-                key = (_padded(_num_seen(part, reach)), part.blocks[0])
+                key = (_padded(num_seen(part, reach)), part.blocks[0])
                 alike.setdefault(key, []).append(part)
         newest = []
         for (size, _), some in _merge_single(alike).items():
-            num_own = size - _num_shared([_seen_blocks(part, reach) for part in some])
+            num_own = size - num_shared([seen_blocks(part, reach) for part in some])
             at_once = max(1, GATHERED_BLOCKS // num_own)
             for i in range(0, len(some), at_once):
-                newest.append(_Newest(some[i : i + at_once], reach, size, device))
+                newest.append(NewestTokens(some[i : i + at_once], reach, size, device))
         return cls(chunks=chunks, newest=newest)
-
-
-def _first_block(position: int, reach: Reach) -> int:
-    """The first block of the first group of which the token at ``position`` sees something."""
-    return reach.first_key(position) // BLOCK_TOKENS // GROUP_BLOCKS * GROUP_BLOCKS
-
-
-def _num_seen(part: Part, reach: Reach) -> int:
-    return blocks_for(part.end) - _first_block(part.start, reach)
-
-
-def _seen_blocks(part: Part, reach: Reach) -> Sequence[int]:
-    return part.blocks[_first_block(part.start, reach) : blocks_for(part.end)]
 
 
 def _merge_single(alike: dict[tuple[int, int], list[Part]]) -> dict[tuple[int, int], list[Part]]:
@@ -174,287 +122,6 @@ def _merge_single(alike: dict[tuple[int, int], list[Part]]) -> dict[tuple[int, i
     return merged
 
 
-def _num_shared(tables: Sequence[Sequence[int]]) -> int:
-    """The blocks that all of some sequences begin with, but never a sequence's last one."""
-    if len(tables) == 1:
-        return 0
-    shortest = min(map(len, tables)) - 1
-    for number, blocks in enumerate(zip(*(table[:shortest] for table in tables), strict=True)):
-        if any(block != blocks[0] for block in blocks):
-            return number
-    return shortest
-
-
 def _padded(num_blocks: int) -> int:
     """Sequences of so many blocks share products."""
     return num_blocks if num_blocks <= GROUP_BLOCKS else round_up(num_blocks, GROUP_BLOCKS)
-
-
-class _Newest:
-    """One token of each of B sequences, N blocks of each, the first S of which are the same."""
-
-    def __init__(
-        self, parts: Sequence[Part], reach: Reach, num_blocks: int, device: torch.device
-    ) -> None:
-        tables = [list(_seen_blocks(part, reach)) for part in parts]
-        seen = torch.zeros(len(parts), num_blocks * BLOCK_TOKENS, dtype=torch.bool)
-        for i, part in enumerate(parts):
-            tables[i] += tables[i][-1:] * (num_blocks - len(tables[i]))  # masked, but its own
-            offset = _first_block(part.start, reach) * BLOCK_TOKENS
-            seen[i, reach.first_key(part.start) - offset : part.end - offset] = True
-        self._num_shared = _num_shared([_seen_blocks(part, reach) for part in parts])
-        self._shared = _Blocks(tables[0][: self._num_shared], device)
-        self._own = _Blocks([n for table in tables for n in table[self._num_shared :]], device)
-        self._rows = _Rows([part.first_row for part in parts], device)
-        mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf).to(device)
-        self._mask = mask.view(len(parts), 1, 1, num_blocks, BLOCK_TOKENS)
-
-    def attend(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        query: Tensor,
-        scaling: float,
-        variant: Variant,
-        output: Tensor,
-    ) -> None:
-        """Write these tokens' rows of ``output`` (T, Hq, D), like ``query``'s."""
-        q = self._rows.of(query).unflatten(1, (keys.shape[1], -1))  # (B, Hkv, G, D)
-        if query.device.type in FUSES_PLAIN_ON and variant.has_plain_scores:
-            attended = self._fused(q, self._all_of(keys), self._all_of(values), scaling)
-        else:
-            attended = self._by_blocks(q.float() * scaling, keys, values, variant)
-        self._rows.write(attended.flatten(1, 2).to(output.dtype), output)
-
-    def _own_of(self, buffer: Tensor) -> Tensor:
-        """(B, N - S, Hkv, tokens, D)"""
-        own: Tensor = self._own.of(buffer).unflatten(0, (len(self._rows), -1))
-        return own
-
-    def _all_of(self, buffer: Tensor) -> Tensor:
-        """(B, N, Hkv, tokens, D)"""
-        shared = self._shared.of(buffer)[None].expand(len(self._rows), -1, -1, -1, -1)
-        return torch.cat([shared, self._own_of(buffer)], dim=1)
-
-    def _by_blocks(self, q: Tensor, keys: Tensor, values: Tensor, variant: Variant) -> Tensor:
-        """(B, Hkv, G, D) of q likewise, and the layer's buffers."""
-        heads_each, missing = q.shape[2], -q.shape[2] % ROWS_MULTIPLE
-        q = pad(q, (0, 0, 0, missing))
-        scores = self._scores(q, keys)
-        if variant.softcap is not None:
-            scores = _capped(scores, variant.softcap)
-        scores = (scores + self._mask).flatten(3)  # (B, Hkv, G, N * tokens)
-        sinks = variant.sinks
-        if sinks is not None:
-            sinks = pad(sinks.float().view(-1, heads_each), (0, missing))[..., None]
-        shares = softmax(scores, sinks).unflatten(3, (-1, BLOCK_TOKENS))
-        return _sum_blocks(self._products(shares, values))[:, :, :heads_each]
-
-    def _scores(self, q: Tensor, keys: Tensor) -> Tensor:
-        """(B, Hkv, G, N, tokens)"""
-        k = self._own_of(keys).float()
-        by_block = q[:, None].expand(-1, k.shape[1], -1, -1, -1).flatten(0, 2)
-        own = torch.bmm(by_block, k.flatten(0, 2).transpose(1, 2))
-        own = own.view(*k.shape[:3], -1, BLOCK_TOKENS).permute(0, 2, 3, 1, 4)
-        if not self._num_shared:
-            return own
-        k = self._shared.of(keys).float().transpose(0, 1).flatten(1, 2)  # (Hkv, S * tokens, D)
-        shared = torch.bmm(q.transpose(0, 1).flatten(1, 2), k.transpose(1, 2))
-        shared = shared.view(q.shape[1], len(q), -1, self._num_shared, BLOCK_TOKENS)
-        return torch.cat([shared.transpose(0, 1), own], dim=3)
-
-    def _products(self, shares: Tensor, values: Tensor) -> Tensor:
-        """(B, N, Hkv, G, D) of shares (B, Hkv, G, N, tokens)."""
-        v = self._own_of(values).float()
-        own = shares[:, :, :, self._num_shared :].permute(0, 3, 1, 2, 4)
-        own = torch.bmm(own.flatten(0, 2), v.flatten(0, 2)).view(*own.shape[:4], -1)
-        if not self._num_shared:
-            return own
-        v = self._shared.of(values).float()
-        shared = shares[:, :, :, : self._num_shared].permute(3, 1, 0, 2, 4)  # (S, Hkv, B, G, ..)
-        products = torch.bmm(shared.flatten(2, 3).flatten(0, 1), v.flatten(0, 1))
-        by_sequence = products.view(*shared.shape[:4], -1).permute(2, 0, 1, 3, 4)
-        return torch.cat([by_sequence, own], dim=1)
-
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        k, v = (x.transpose(1, 2).flatten(2, 3) for x in (k, v))  # (B, Hkv, keys, D)
-        mask = self._mask.flatten(3).to(q.dtype)
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-
-
-class _Chunk:
-    """Several tokens of one sequence."""
-
-    def __init__(self, part: Part, reach: Reach, device: torch.device) -> None:
-        self._part = part
-        self._reach = EVERYTHING if reach.covers(part.end) else reach
-        first = _first_block(part.start, self._reach)
-        self._first_key = first * BLOCK_TOKENS
-        self._blocks = _Blocks(part.blocks[first : blocks_for(part.end)], device)
-        self._device = device
-
-    @cached_property
-    def _mask(self) -> Tensor:
-        """(C, keys) float32: 0 where a token sees a key, else minus infinity."""
-        queries = torch.arange(self._part.start, self._part.end, device=self._device)
-        num_keys = len(self._blocks) * BLOCK_TOKENS
-        keys = torch.arange(self._first_key, self._first_key + num_keys, device=self._device)
-        mask = torch.zeros(len(queries), num_keys, device=self._device)
-        return mask.masked_fill_(~self._reach.sees(queries, keys), -math.inf)
-
-    def attend(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        query: Tensor,
-        scaling: float,
-        variant: Variant,
-        output: Tensor,
-    ) -> None:
-        """Write these tokens' rows of ``output`` (T, Hq, D), like ``query``'s."""
-        num_heads = keys.shape[1]
-        rows = slice(self._part.first_row, self._part.first_row + self._part.num_tokens)
-        q = query[rows].unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3)  # (Hkv, G, C, D)
-        k, v = self._blocks.of(keys), self._blocks.of(values)  # (N, Hkv, tokens, D)
-        k = k.transpose(0, 1).flatten(1, 2)  # (Hkv, keys, D)
-        if query.device.type in FUSES_PLAIN_ON and variant.has_plain_scores:
-            attended = self._fused(q, k, v, scaling)
-        else:
-            attended = self._by_tiles(q.float() * scaling, k.float(), v.float(), variant)
-        output[rows] = attended.permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
-
-    def _by_tiles(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Tensor:
-        """(Hkv, G, C, D)"""
-        scores_each = q.shape[0] * q.shape[1] * k.shape[1]
-        size = min(TILE_TOKENS, max(FEWEST_TILE_TOKENS, TILE_SCORES // scores_each))
-        tiles = []
-        for start in range(0, q.shape[2], size):
-            end = min(start + size, q.shape[2])
-            num_blocks = blocks_for(self._part.start + end - self._first_key)
-            num_keys = num_blocks * BLOCK_TOKENS
-            mask = self._mask[start:end, :num_keys]
-            tiles.append(
-                _attend_tile(q[:, :, start:end], k[:, :num_keys], v[:num_blocks], mask, variant)
-            )
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
-
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        num_heads, heads_each = q.shape[:2]
-        attended = scaled_dot_product_attention(
-            q.flatten(0, 1)[None],  # (1, Hq, C, D)
-            k[None],
-            v.transpose(0, 1).flatten(1, 2)[None],
-            attn_mask=self._mask.to(q.dtype),
-            scale=scaling,
-            enable_gqa=heads_each != 1,
-        )
-        by_head: Tensor = attended[0].unflatten(0, (num_heads, heads_each))
-        return by_head
-
-
-def _attend_tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, variant: Variant) -> Tensor:
-    """(Hkv, G, n, D) of q likewise, k (Hkv, keys, D), v (N, Hkv, tokens, D), mask (n, keys)."""
-    shape = q.shape[1:3]
-    num_rows = shape.numel()
-    missing = -num_rows % ROWS_MULTIPLE
-    rows = pad(q.flatten(1, 2), (0, 0, 0, missing))
-    scores = torch.bmm(rows, k.transpose(1, 2))  # (Hkv, rows, keys)
-    if variant.softcap is not None:
-        scores = _capped(scores, variant.softcap)
-    scores[:, :num_rows].unflatten(1, shape).add_(mask)
-    sinks = variant.sinks
-    if sinks is not None:
-        sinks = sinks.float().view(len(q), -1).repeat_interleave(shape[1], 1)
-        sinks = pad(sinks, (0, missing))[..., None]
-    shares = softmax(scores, sinks)
-    total = _weigh(shares, v[:GROUP_BLOCKS])
-    for first in range(GROUP_BLOCKS, len(v), GROUP_BLOCKS):
-        rest = shares[..., first * BLOCK_TOKENS :]
-        total.add_(_weigh(rest, v[first : first + GROUP_BLOCKS]))
-    attended: Tensor = total[:, :num_rows].unflatten(1, shape)
-    return attended
-
-
-def _weigh(shares: Tensor, v: Tensor) -> Tensor:
-    """The sum over a group of blocks v (N, Hkv, tokens, D) of their products with the first of
-    these shares (Hkv, rows, keys)."""
-    total = torch.bmm(shares[..., :BLOCK_TOKENS], v[0])
-    for i in range(1, len(v)):
-        total.add_(torch.bmm(shares[..., i * BLOCK_TOKENS : (i + 1) * BLOCK_TOKENS], v[i]))
-    return total
-
-
-class _Rows:
-    """Rows of a pass."""
-
-    def __init__(self, rows: Sequence[int], device: torch.device) -> None:
-        self.numbers = torch.tensor(rows, dtype=torch.int64, device=device)
-        """(n,)"""
-        self._neighbours: slice | None = None
-        if rows and list(rows) == list(range(rows[0], rows[0] + len(rows))):
-            self._neighbours = slice(rows[0], rows[0] + len(rows))
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def of(self, x: Tensor) -> Tensor:
-        """(n, ...) of x (T, ...); not copied if they are neighbours."""
-        if self._neighbours is not None:
-            return x[self._neighbours]
-        return x.index_select(0, self.numbers)
-
-    def write(self, x: Tensor, into: Tensor) -> None:
-        """The inverse."""
-        if self._neighbours is not None:
-            into[self._neighbours] = x
-        else:
-            into.index_copy_(0, self.numbers, x)
-
-
-class _Blocks:
-    """Blocks of a cache, one after another."""
-
-    def __init__(self, blocks: Sequence[int], device: torch.device) -> None:
-        self._numbers = blocks
-        self._are_neighbours = bool(blocks) and list(blocks) == list(
-            range(blocks[0], blocks[0] + len(blocks))
-        )
-        self._ids = torch.tensor(blocks, dtype=torch.int64, device=device)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def of(self, buffer: Tensor) -> Tensor:
-        """(n, Hkv, tokens, D); not copied if they are neighbours in the cache."""
-        if self._are_neighbours:
-            return buffer[self._numbers[0] : self._numbers[0] + len(self._numbers)]
-        return buffer.index_select(0, self._ids)
-
-
-def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """The softmax over the last dimension; sinks (..., 1) are part of its sum, without a value."""
-    if sinks is None:
-        return scores.softmax(-1)
-    # A whole block before the first, so that every key keeps its place among the lanes of a sum.
-    before = scores.new_full((*scores.shape[:-1], BLOCK_TOKENS), -math.inf)
-    before[..., :1] = sinks
-    return torch.cat([before, scores], dim=-1).softmax(-1)[..., BLOCK_TOKENS:]
-
-
-def _capped(scores: Tensor, softcap: float) -> Tensor:
-    return (scores / softcap).tanh_().mul_(softcap)
-
-
-def _sum_blocks(products: Tensor) -> Tensor:
-    """(B, ...) the sum of (B, N, ...) over N blocks, in the order that this module promises."""
-    if products.shape[1] == 1:
-        return products[:, 0]
-    size = min(products.shape[1], GROUP_BLOCKS)
-    groups: Tensor = products.unflatten(1, (-1, size))  # (B, N / size, size, ...)
-    sums = groups[:, :, 0] + groups[:, :, 1]
-    for i in range(2, size):
-        sums.add_(groups[:, :, i])
-    total = sums[:, 0]
-    for i in range(1, sums.shape[1]):
-        total.add_(sums[:, i])
-    return total
