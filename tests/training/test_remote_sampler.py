@@ -79,9 +79,9 @@ def test_samples_elsewhere_do_not_end_the_wait_for_batch_mates(
     forward_backward("m", "hi", "yes")
     work()
     sample(owner)
-    work.loop._claim()
+    work.loop._claims.take()
     work.loop._run(work.loop._scheduler.next_batch())
     assert sampler.active
     forward_backward("m", "hi", "yes", delayable=True)
-    work.loop._claim()
+    work.loop._claims.take()
     assert work.loop._may_wait() is not sampler.needs_turns

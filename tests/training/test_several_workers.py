@@ -23,7 +23,7 @@ from training.engine.fake.engine import fake_engine
 from training.models import Run, Snapshot
 from training.services.runs import run_compare_submit
 from training.types import SamplingParams
-from training.worker import loop
+from training.worker import claims, loop
 
 __all__ = ["disk"]  # a fixture
 
@@ -298,7 +298,7 @@ def test_a_worker_with_more_runs_gives_some_to_one_that_starts_later(
     late = start_worker(beside=True)
     worker_live(late.worker, {})
     futures = [future for step in (1, 2) for name in names for future in train(name, step)]
-    first.loop._claim()
+    first.loop._claims.take()
 
     for _ in range(4):
         first.loop.idle_turn()
@@ -350,14 +350,14 @@ def test_an_idle_worker_takes_what_others_leave_for_too_long(
     result: Result,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loop, "PATIENCE_SECONDS", LONG_SECONDS)
+    monkeypatch.setattr(claims, "PATIENCE_SECONDS", LONG_SECONDS)
     first = pair[0]
     futures = [future for name in ("a", "b") for future in train(name, 0)]
     first()
     assert len(first.worker.leases) == 1, "the other one is the second worker's"
     assert not first.loop.idle_turn()
-    assert first.loop._look_at is not None
-    first.loop._look_at -= LONG_SECONDS  # which have passed
+    assert first.loop._claims._look_at is not None
+    first.loop._claims._look_at -= LONG_SECONDS  # which have passed
     assert first.loop.idle_turn(), "it is to look again"
 
     monkeypatch.setattr(claiming, "PATIENCE_SECONDS", 0.0)

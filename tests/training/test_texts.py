@@ -15,7 +15,7 @@ from tests.waiting import LONG_SECONDS, wait_for
 from training.kinds import Sample
 from training.services import optim_step_submit, sample_submit
 from training.types import AdamParams, SamplingParams
-from training.worker import loop, texts
+from training.worker import claims, texts
 from training.worker.text_pool import TextPool
 from training.worker.text_process import TextTask
 
@@ -99,7 +99,7 @@ def test_tokens_made_elsewhere_are_those_made_here(
 def test_requests_claimed_together_share_a_pass_when_their_texts_are_short(
     work: InProcessWorker, forward_backward: Submit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "COMPANY_SECONDS", LONG_SECONDS)
+    monkeypatch.setattr(claims, "COMPANY_SECONDS", LONG_SECONDS)
     futures = [forward_backward("m", f"hi {number}", "yes") for number in range(4)]
     work()
     for future in futures:
@@ -111,7 +111,7 @@ def test_text_that_waits_holds_up_no_claim(work: InProcessWorker, owner: User) -
     """Independently of size: only futures that can run count as held."""
     eve = User.objects.create_user("eve")
     long = [sample(eve, "forever " * 20_000) for _ in range(2)]
-    work.loop._claim()
+    work.loop._claims.take()
     assert work.loop._scheduler.held_cost == 0
     short = sample(owner, "hello")
     work()
@@ -126,10 +126,10 @@ def test_much_text_of_one_user_keeps_nobody_else_from_being_claimed(
     monkeypatch.setattr(texts, full, 10)
     eve = User.objects.create_user("eve")
     slow = sample(eve, "forever " * 1000)
-    work.loop._claim()
+    work.loop._claims.take()
     assert Future.objects.get(pk=slow.pk).state == "running"
     behind, other = sample(eve, "hello"), sample(owner, "hello")
-    work.loop._claim()
+    work.loop._claims.take()
     assert [Future.objects.get(pk=f.pk).state for f in (behind, other)] == ["pending", "running"]
     work()
     assert sorted(finished(slow, behind, other)) == ["failed", "ready", "ready"]

@@ -18,7 +18,6 @@ from django.conf import settings
 from django.db import transaction
 
 from futures.cancelled import futures_cancelled, futures_note_cancelled
-from futures.claiming import PATIENCE_SECONDS, future_claim
 from futures.database import execute, rows_get
 from futures.errors import Fenced
 from futures.finishing import futures_finish, futures_release
@@ -33,6 +32,7 @@ from training.vocabulary import TokenTable
 from training.worker import outcomes
 from training.worker.adapter_cache import AdapterCache, NoRoomYet
 from training.worker.batching_delay import collect_batch_mates
+from training.worker.claims import Claims
 from training.worker.effects import Effects
 from training.worker.idle import IdleTime
 from training.worker.operations import Operations
@@ -44,13 +44,10 @@ from training.worker.text_pool import TextPool
 from training.worker.texts import Texts
 from training.worker.throughput import Throughput
 
-CLAIM_FUTURES = 512  # at most, in one claim
-CLAIM_BATCHES = 2  # claim ahead by this many batches' tokens
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
 TEXT_SLICE_SECONDS = 0.02  # longest wait for tokenizing between two checks for notifications
 START_SLICE_SECONDS = 0.02  # longest wait for the process of custom losses between two such checks
 EVEN_OUT_SECONDS = 5.0  # between two runs that are given to another worker
-COMPANY_SECONDS = 0.02  # longest wait of a batch for text that was claimed with it
 
 # Fenced like the outcomes, because a batch that only begins samples has none: only the holder of
 # the lane's lease changes its run.
@@ -134,20 +131,11 @@ class WorkLoop:
         self._operations = Operations(engine.trainer, self.adapter_cache, self._texts)
         rollouts = Rollouts(token_table)
         self._samples = Samples(engine.sampler, engine.renderer, self._texts, rollouts)
-        self._company_until = 0.0
-        """The time until which a batch waits for text that was claimed with it."""
         self._figures = figures if figures is not None else {}
         self._figures |= self.adapter_cache.figures()
         self._batch = 0
-        self._unclaimed = True
-        """Whether a claim has left futures that may run, for which there is no new notification."""
-        self._looks_anywhere = True
-        """Whether the next claim looks beyond the lanes that are leased already."""
+        self._claims = Claims(worker, self._scheduler, self._texts)
         self._next_even_out = time.monotonic() + EVEN_OUT_SECONDS
-        self._look_at: float | None = None
-        """When to look at what the last claim has left to other workers."""
-        self._passed_over: set[int] = set()
-        """Owners of whom the last claim took nothing, because too much of their text waits."""
         self._throughput = Throughput()
         self._runs: dict[str, Run] = {}
         self._some_cancelled = False
@@ -160,16 +148,16 @@ class WorkLoop:
             Fenced: This worker's life was ended by others.
             Exception: Memory may be corrupt or the commit is impossible; leave the process.
         """
-        self._unclaimed = self._looks_anywhere = True
+        self._claims.look_everywhere()
         self._throughput.work_begins()
         while not self._stopping():
             self.turn()
             self._even_out()
             self._release_lanes()
-            if self._listen(0) & Bell.SUBMITTED or self._may_claim_more():
-                self._claim()
+            if self._listen(0) & Bell.SUBMITTED or self._claims.may_take_more():
+                self._claims.take()
                 collect_batch_mates(
-                    may_wait=self._may_wait, bell_rang=self._listen, claim=self._claim
+                    may_wait=self._may_wait, bell_rang=self._listen, claim=self._claims.take
                 )
             self._let_go_of_cancelled()
             self._look_at_texts()
@@ -184,13 +172,13 @@ class WorkLoop:
                 took = time.monotonic() - begin if is_custom else 0.0
                 self._sample(max(SAMPLING_SLICE_SECONDS, took))
             elif self._sampler.active:
-                has_work = batch or self._texts.are_pending or self._may_claim_more()
+                has_work = batch or self._texts.are_pending or self._claims.may_take_more()
                 self._sample(0.0 if has_work else SAMPLING_SLICE_SECONDS)
             elif not batch and self._texts.are_pending:
                 self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
             elif not batch and self._custom_losses_start:
                 time.sleep(START_SLICE_SECONDS)
-            elif not batch and not self._may_claim_more():
+            elif not batch and not self._claims.may_take_more():
                 break
         self._idle.worked()
 
@@ -216,7 +204,7 @@ class WorkLoop:
         self._idle.look()
         self._even_out()
         self._release_lanes()
-        return self._look_at is not None and time.monotonic() >= self._look_at
+        return self._claims.left_some_to_look_at()
 
     def _even_out(self) -> None:
         """Give a run to another worker that has fewer; call it between batches.
@@ -258,42 +246,8 @@ class WorkLoop:
         """The queue's notifications; records cancellations for later."""
         heard = self._bell_rang(timeout_seconds)
         self._some_cancelled |= bool(heard & Bell.CANCELLED)
-        self._looks_anywhere |= bool(heard & Bell.ANYWHERE)
+        self._claims.hear(heard)
         return heard
-
-    def _may_claim_more(self) -> bool:
-        """Whether remaining futures may be claimed now, without a new notification."""
-        if self._look_at is not None and time.monotonic() >= self._look_at:
-            self._looks_anywhere = True
-            return True
-        return self._unclaimed or not self._passed_over <= self._texts.full_owners()
-
-    def _claim(self) -> None:
-        """Claim futures that may run, unless enough are held already."""
-        if self._scheduler.held_cost > settings.BATCH_TOKENS:
-            self._unclaimed = True
-            return
-        self._passed_over = self._texts.full_owners()
-        claimed = [] if self._looks_anywhere else self._claim_from(only_leased=True)
-        if not claimed:
-            # Perhaps the lane that the notification meant was released in the same moment.
-            claimed = self._claim_from(only_leased=False)
-            self._looks_anywhere = self._worker.more_waits
-            left = self._worker.left_to_others
-            self._look_at = time.monotonic() + PATIENCE_SECONDS if left else None
-        if self._texts.begin(claimed):
-            self._company_until = time.monotonic() + COMPANY_SECONDS
-        self._scheduler.add(claimed)
-        self._unclaimed = self._worker.more_waits
-
-    def _claim_from(self, *, only_leased: bool) -> list[Future]:
-        return future_claim(
-            worker=self._worker,
-            max_futures=CLAIM_FUTURES,
-            max_cost=CLAIM_BATCHES * settings.BATCH_TOKENS,
-            passed_over=self._passed_over,
-            only_leased=only_leased,
-        )
 
     def _look_at_texts(self) -> None:
         """Collect tokenized text.
@@ -303,7 +257,7 @@ class WorkLoop:
         """
         self._texts.look()
         while self._texts.are_pending and not self._samples_need_turn:
-            left = self._company_until - time.monotonic()
+            left = self._claims.company_until - time.monotonic()
             if left <= 0:
                 return
             self._texts.look(wait_seconds=left)
