@@ -109,21 +109,24 @@ def run(
         if isinstance(answer.output, TrainingError):
             effects.outcomes.append(outcomes.failed(future, answer.output))
             continue
-        figures = _memory_figures(answer.output.memory)
+        figures = {}
         if takes_advantages(request.loss_fn):
-            figures |= pass_figures(
+            figures = pass_figures(
                 answer.data,
                 answer.output.logprobs,
                 loss_fn=request.loss_fn,
                 loss_fn_config=request.loss_fn_config,
             )
         facts = _Facts.of(request.loss_fn, answer.data)
-        outcome = _ready(run, outcomes.backend(trainer), future, facts, answer.output, figures)
+        memory = _memory_figures(answer.output.memory)
+        outcome = _ready(
+            run, outcomes.backend(trainer), future, facts, answer.output, {**figures, **memory}
+        )
         effects.outcomes.append(outcome)
         if request.has_text and facts.num_tokens <= MAX_SHOWN_TOKENS:
             record = partial(rendered_record, run_id=run.id, request_id=future.id, data=answer.data)
             effects.writes.append((future, record))
-        if takes_advantages(request.loss_fn) and future.kind == Kind.FORWARD_BACKWARD:
+        if figures and future.kind == Kind.FORWARD_BACKWARD:
             join = partial(
                 rollouts_join,
                 run_id=run.id,
