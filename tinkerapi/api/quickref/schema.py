@@ -98,6 +98,7 @@ class Described(Protocol):
     files: Mapping[str, str]
     answer: Schema
     answer_example: Any
+    answer_type: str
     errors: Mapping[int, str]
     waits: bool | None
     legacy: bool
@@ -176,7 +177,8 @@ class ApiSchema(AutoSchema):
         if view.waits is False:
             answers = {"200": _answer("Accepted.", SUBMITTED_SCHEMA, SUBMITTED_EXAMPLE)}
         else:
-            answers = {"200": _answer("Done.", view.answer, view.answer_example)}
+            done = _content(view.answer, view.answer_example, view.answer_type)
+            answers = {"200": {"description": "Done.", "content": done}}
         errors = dict(view.errors)
         if view.get_authenticators():
             errors[401] = "No valid API key, and one is needed."
@@ -236,11 +238,11 @@ def _operation_id(path: str, method: str) -> str:
     return f"root_{words}" if method == "POST" else f"{words}_{method.lower()}"
 
 
-def _content(schema: Schema, example: Any) -> Schema:
+def _content(schema: Schema, example: Any, media_type: str = "application/json") -> Schema:
     media: Schema = {"schema": schema}
     if example is not None:
         media["example"] = example
-    return {"application/json": media}
+    return {media_type: media}
 
 
 def _form_content(fields: Mapping[str, Field], files: Mapping[str, str]) -> Schema:

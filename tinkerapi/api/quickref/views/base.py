@@ -41,6 +41,8 @@ class ApiView(AsyncAPIView):
     answer: ClassVar[Schema]
     """JSON schema of the 200 answer."""
     answer_example: ClassVar[Any] = None
+    answer_type: ClassVar[str] = "application/json"
+    """The media type of the answer; errors are JSON."""
     errors: ClassVar[Mapping[int, str]] = {}
     """Its other statuses, and when; 400, 401 and 415 need not be listed."""
     waits: ClassVar[bool | None] = None

@@ -29,6 +29,7 @@ class PrometheusView(ApiView):
     group = "Server"
     permission_classes = (MaySeeTheServer,)
     answer: ClassVar[Schema] = {"type": "string"}
+    answer_type: ClassVar[str] = CONTENT_TYPE.partition(";")[0]
 
     def get(self, request: Request) -> HttpResponse:
         return HttpResponse(exposition(), content_type=CONTENT_TYPE)
