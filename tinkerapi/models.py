@@ -22,6 +22,9 @@ class ApiKey(models.Model):
     created_at = models.DateTimeField(default=timezone.now)
     expires_at = models.DateTimeField(null=True, blank=True)
     """None: never."""
+    lifetime = models.DurationField(null=True, blank=True)
+    """For how long it was made, which its successor gets; ``expires_at`` may come earlier, because
+    it was replaced. None: without an end."""
     last_used_at = models.DateTimeField(null=True, blank=True)
     """To the minute; writing it at every request would cost more than the request."""
     revoked_at = models.DateTimeField(null=True, blank=True)

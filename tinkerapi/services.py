@@ -57,6 +57,7 @@ def api_key_create(
         prefix=key[:PREFIX_CHARACTERS],
         key_hash=api_key_hash(key),
         expires_at=timezone.now() + expires_in if expires_in is not None else None,
+        lifetime=expires_in,
     )
     audit_record("key_create", actor_id=actor_id, owner_id=user.pk, prefix=api_key.prefix)
     return api_key, key
@@ -100,15 +101,17 @@ def api_key_rotate(
 ) -> tuple[ApiKey, str] | None:
     """Make a successor of a valid key, which itself stays valid for ``overlap`` at most.
 
-    The successor has its user, its name and its lifetime. Returns None, and makes nothing, if the
-    key is revoked, expired or unknown. Two calls at once make one successor each.
+    The successor has its user, its name and its lifetime, also if the key was replaced before.
+    Returns None, and makes nothing, if the key is revoked, expired or unknown. Two calls at once
+    make one successor each.
     """
     old = ApiKey.objects.select_for_update(of=("self",)).select_related("user")
     key = old.filter(pk=api_key_id).first()
     if key is None or not key.is_valid:
         return None
-    lifetime = None if key.expires_at is None else key.expires_at - key.created_at
-    successor = api_key_create(user=key.user, name=key.name, expires_in=lifetime, actor_id=actor_id)
+    successor = api_key_create(
+        user=key.user, name=key.name, expires_in=key.lifetime, actor_id=actor_id
+    )
     ends = timezone.now() + overlap
     key.expires_at = ends if key.expires_at is None else min(key.expires_at, ends)
     key.save(update_fields=["expires_at"])

@@ -169,6 +169,24 @@ def test_a_rotation_never_lengthens_a_keys_life(user: User) -> None:
     assert old.expires_at == before
 
 
+@pytest.mark.parametrize("lifetime", [None, timedelta(days=90)], ids=["endless", "90 days"])
+def test_a_second_rotation_gives_the_same_lifetime_as_the_first(
+    user: User, lifetime: timedelta | None
+) -> None:
+    """A form that was sent twice: the person sees the second successor."""
+    old, _ = api_key_create(user=user, name="laptop", expires_in=lifetime)
+
+    for _ in range(2):
+        made = api_key_rotate(api_key_id=old.pk, overlap=timedelta(hours=1))
+        assert made is not None
+        expires_at, expected = made[0].expires_at, lifetime and timezone.now() + lifetime
+        if expected is None:
+            assert expires_at is None
+        else:
+            assert expires_at is not None
+            assert abs(expires_at - expected) < timedelta(seconds=5)
+
+
 def test_a_key_that_is_not_valid_has_no_successor(user: User) -> None:
     old, _ = api_key_create(user=user, name="laptop")
     api_key_revoke(api_key_id=old.pk)
