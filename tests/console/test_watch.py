@@ -95,3 +95,11 @@ def test_a_curves_form_is_scaled_to_its_range() -> None:
     assert sparkline([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) == BARS
     assert sparkline([3.0, 3.0]) == BARS[0] * 2
     assert len(sparkline([float(number) for number in range(1000)])) == 60
+
+
+def test_a_line_of_numbers_at_the_ends_of_float64_has_a_form() -> None:
+    """A client's own metric may be any of them, and another person watches the run."""
+    assert sparkline([-1.7e308, 1.7e308]) == BARS[0] + BARS[-1]
+    assert sparkline([1.7e308] * 200) == BARS[0] * 60
+    assert sparkline([0.0, 5e-324]) == BARS[0] + BARS[-1]
+    assert sparkline([0.0, 0.0]) == BARS[0] * 2

@@ -88,9 +88,11 @@ def step_line(curves: Curves, place: int, metrics: Mapping[str, Any]) -> str:
 
 def sparkline(values: Sequence[float]) -> str:
     """The form of a curve: at most ``SPARK_POINTS`` characters, each the mean of its values."""
+    largest = max(map(abs, values)) or 1.0
+    shares = [value / largest for value in values]  # sums and differences are finite
     number = min(len(values), SPARK_POINTS)
     groups = [
-        values[len(values) * at // number : len(values) * (at + 1) // number]
+        shares[len(shares) * at // number : len(shares) * (at + 1) // number]
         for at in range(number)
     ]
     means = [sum(group) / len(group) for group in groups]
