@@ -17,7 +17,13 @@ from tests.engine.reference import TinyTrainer
 from tests.engine.test_padded_families import GATED_DELTA, MROPE
 from training.engine.interface import ForwardBackwardJob
 from training.engine.torch.loading import load_base_model
-from training.engine.torch.memory_plan import HEAD_BYTES, PLANNED_ROWS, MemoryPlan, tensor_bytes
+from training.engine.torch.memory_plan import (
+    HEAD_BYTES,
+    MEASURED_ROWS,
+    PLANNED_ROWS,
+    MemoryPlan,
+    tensor_bytes,
+)
 from training.engine.torch.peak_memory import PeakMemory
 from training.errors import OutOfMemory
 from training.types import Datum, ForwardBackwardOutput, LoraConfig
@@ -148,6 +154,32 @@ def test_a_datum_that_cannot_fit_is_refused_with_the_length_that_would(tmp_path:
     assert isinstance(fits, ForwardBackwardOutput)
     assert isinstance(replayed, ForwardBackwardOutput)
     assert isinstance(scored, ForwardBackwardOutput)
+
+
+def test_a_device_without_room_to_measure_refuses_long_datums_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan's own passes do not fit there; shorter datums do."""
+    folder = save_random(small_config("llama", **LONG), tmp_path)
+    base_model = load_base_model(folder, dtype="float32", device="cpu")
+    trainer = TinyTrainer(base_model)
+    trainer.create_adapter("a", LoraConfig(rank=8))
+    forward = base_model._decoder.forward
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["input_ids"].numel() >= min(MEASURED_ROWS):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(base_model._decoder, "forward", small)
+    long, short = trainer.forward_backward(
+        [
+            ForwardBackwardJob(adapter_name="a", data=make_data(n, n), loss_fn="cross_entropy")
+            for n in (PLANNED_ROWS, 32)
+        ]
+    )
+    assert isinstance(long, OutOfMemory)
+    assert isinstance(short, ForwardBackwardOutput)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -22,6 +22,7 @@ from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.live_bytes import LiveBytes
 from training.engine.torch.lm_head import CHUNK_BYTES
+from training.engine.torch.out_of_memory import out_of_memory_by_name
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import KeptInputs, PackedContext, Segment
 
@@ -109,7 +110,11 @@ class MemoryPlan:
         return Planned(num_bytes=again + grad_bytes, recomputes=True)
 
     def longest(self, layout: AdapterLayout) -> int:
-        """The most tokens of one datum that now fit into memory when it is trained on."""
+        """The most tokens of one datum that now fit into memory when it is trained on.
+
+        Raises:
+            OutOfMemory: Not even the short passes fit that are measured first.
+        """
         recomputes = self._base_model.can_recompute
         return self._bytes(layout, recomputes=recomputes).rows_within(self._free_bytes())
 
@@ -119,7 +124,8 @@ class MemoryPlan:
     def _bytes(self, layout: AdapterLayout, *, recomputes: bool) -> PassBytes:
         key = (tuple(layout.places), recomputes)
         if key not in self._measured:
-            self._measured[key] = layout.rank, self._measure(layout, recomputes=recomputes)
+            with out_of_memory_by_name():
+                self._measured[key] = layout.rank, self._measure(layout, recomputes=recomputes)
         rank, measured = self._measured[key]
         if recomputes:  # the products of one layer only
             return measured
