@@ -1,11 +1,8 @@
 from django.db import migrations, models
 
-
-def note_lifetimes(apps, schema_editor):
-    keys = apps.get_model("tinkerapi", "ApiKey").objects.using(schema_editor.connection.alias)
-    keys.filter(expires_at__isnull=False).update(
-        lifetime=models.F("expires_at") - models.F("created_at")
-    )
+NOTE_LIFETIMES = """
+UPDATE tinkerapi_apikey SET lifetime = expires_at - created_at WHERE expires_at IS NOT NULL
+"""
 
 
 class Migration(migrations.Migration):
@@ -17,5 +14,5 @@ class Migration(migrations.Migration):
             name="lifetime",
             field=models.DurationField(blank=True, null=True),
         ),
-        migrations.RunPython(note_lifetimes, migrations.RunPython.noop, elidable=True),
+        migrations.RunSQL(NOTE_LIFETIMES, migrations.RunSQL.noop, elidable=True),
     ]
