@@ -54,6 +54,8 @@ class Running:
 
     def __init__(self) -> None:
         seen.clear()
+        while arrived.acquire(blocking=False):  # calls that the test before did not wait for
+            pass
         self.consumer = Consumer(QUEUE)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run)
