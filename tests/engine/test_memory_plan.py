@@ -111,6 +111,15 @@ def test_the_plan_is_the_bytes_of_a_long_pass(base_model, recomputes: bool) -> N
         assert of_decoder < 1.15 * seen
 
 
+def test_a_pass_of_many_short_datums_is_planned_within_the_context(tmp_path: Path) -> None:
+    """This family has a table of positions, and none after the context's end."""
+    folder = save_random(small_config("mpt"), tmp_path)
+    base_model = load_base_model(folder, dtype="float32", device="cpu")
+    assert base_model.info.max_context_tokens < min(MEASURED_ROWS[1:])
+    output, _ = train(base_model, make_data(PLANNED_ROWS, 50), activation_bytes=1)
+    assert output.memory is not None
+
+
 def test_a_wider_adapter_is_planned_wider(tied_base_model) -> None:
     """Measured at rank 8, and then computed for 128."""
     trainer = TinyTrainer(tied_base_model)

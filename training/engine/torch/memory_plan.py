@@ -34,7 +34,8 @@ PLANNED_ROWS = 1024
 
 MEASURED_ROWS = (64, 128, 256)
 """The rows of the passes that are measured: a parabola through their bytes. Of packed streams the
-first two, as nothing there grows with the square of the rows."""
+first two, as nothing there grows with the square of the rows. Fewer if the context is shorter than
+the last: a model may have no later positions."""
 
 SHARE = 4
 """Without a setting, activations may take a fourth of the free memory: what is left serves the
@@ -141,7 +142,8 @@ class MemoryPlan:
             )
             return found - _score_bytes(num_rows, heads)
 
-        n1, n2, n3 = MEASURED_ROWS
+        longest = min(MEASURED_ROWS[-1], self._base_model.info.max_context_tokens)
+        n1, n2, n3 = (rows * longest // MEASURED_ROWS[-1] for rows in MEASURED_ROWS)
         b1, b2 = measured(n1), measured(n2)
         slope, by_square = (b2 - b1) / (n2 - n1), 0.0
         if self._base_model.is_padded:  # transformers' masks
