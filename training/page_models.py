@@ -132,6 +132,8 @@ class CountedHour(models.Model):
     """Its beginning, in UTC."""
     counts = models.JSONField()
     """Owner's id, as text, to state to number."""
+    totals = models.JSONField()
+    """State to the number of all owners together: a sum over years reads no owner's."""
 
     def __str__(self) -> str:
         return f"requests of {self.hour:%Y-%m-%d %H}:00"

@@ -45,8 +45,7 @@ CROSS JOIN LATERAL (
 """
 _TOTAL = """
 SELECT of_state.key, sum(of_state.value::bigint)::bigint
-FROM training_countedhour AS c, jsonb_each(c.counts) AS of_owner,
-    jsonb_each_text(of_owner.value) AS of_state
+FROM training_countedhour AS c, jsonb_each_text(c.totals) AS of_state
 GROUP BY of_state.key
 """
 _UNCOUNTED = """
@@ -67,17 +66,19 @@ WHERE NOT EXISTS (SELECT FROM training_countedhour AS c WHERE c.hour = h.hour)
 ORDER BY h.hour DESC LIMIT %(limit)s
 """
 _COUNT = """
-INSERT INTO training_countedhour (hour, counts)
-SELECT %(hour)s, coalesce(jsonb_object_agg(owner_id::text, states), '{}')
-FROM (
-    SELECT owner_id, jsonb_object_agg(state, number) AS states
-    FROM (
-        SELECT owner_id, state, count(*) AS number FROM futures_future
-        WHERE created_at >= %(hour)s AND created_at < %(hour)s + interval '1 hour'
-        GROUP BY owner_id, state
-    ) AS of_states
-    GROUP BY owner_id
-) AS of_owners
+WITH of_states AS (
+    SELECT owner_id, state, count(*) AS number FROM futures_future
+    WHERE created_at >= %(hour)s AND created_at < %(hour)s + interval '1 hour'
+    GROUP BY owner_id, state
+), of_owners AS (
+    SELECT owner_id, jsonb_object_agg(state, number) AS states FROM of_states GROUP BY owner_id
+), of_all AS (
+    SELECT state, sum(number)::bigint AS number FROM of_states GROUP BY state
+)
+INSERT INTO training_countedhour (hour, counts, totals)
+SELECT %(hour)s,
+    (SELECT coalesce(jsonb_object_agg(owner_id::text, states), '{}') FROM of_owners),
+    (SELECT coalesce(jsonb_object_agg(state, number), '{}') FROM of_all)
 ON CONFLICT DO NOTHING
 """
 

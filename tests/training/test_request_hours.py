@@ -15,7 +15,14 @@ from django.utils import timezone
 
 from futures.models import Future
 from training.models import CountedHour
-from training.request_hours import AT_A_TIME, HOUR, beginning, hours_count, requests_by_hour
+from training.request_hours import (
+    AT_A_TIME,
+    HOUR,
+    beginning,
+    hours_count,
+    requests_by_hour,
+    requests_total,
+)
 
 Make = Callable[..., Future]
 
@@ -76,6 +83,21 @@ def test_the_numbers_are_those_of_the_rows_before_and_after_counting(
     for who, numbers in before.items():
         assert numbers == dict(expected(who, since))
         assert requests_by_hour(who, since=since) == numbers
+
+
+def test_the_total_of_all_times_reads_no_owners_numbers(make: Make, owner: User) -> None:
+    """A scrape costs the same on a server of one user and of a thousand."""
+    other = User.objects.create(username="two")
+    for who in (owner, other, other):
+        make(2.5, of=who)
+    make(5.5, "cancelled", of=other)
+    before = requests_total()
+    while hours_count():
+        pass
+    assert CountedHour.objects.exclude(totals={}).exists()
+    CountedHour.objects.update(counts={})
+
+    assert requests_total() == before == {"ready": 3, "cancelled": 1}
 
 
 def test_an_hour_with_an_open_request_is_counted_when_it_is_final(
