@@ -88,6 +88,13 @@ class BaseModel:
         """Whether its decoder computes rectangles of sequences and not packed streams."""
         return self.info.layout == PADDED
 
+    @property
+    def chunk_tokens(self) -> int:
+        """The longest chunk of which recurrent layers compute whole ones, even for a shorter
+        sequence. Gated delta layers do not name theirs, of 64 tokens."""
+        sizes = (getattr(module, "chunk_size", None) for module in self._decoder.modules())
+        return max([64, *(size for size in sizes if type(size) is int)])
+
     def sequence_states(
         self,
         tokens: Tensor,

@@ -32,10 +32,9 @@ MOST_ROWS = 2**24
 PLANNED_ROWS = 1024
 """A smaller pass keeps its activations, and is not planned."""
 
-MEASURED_ROWS = (64, 128, 256)
-"""The rows of the passes that are measured: a parabola through their bytes. Of packed streams the
-first two, as nothing there grows with the square of the rows. Fewer if the context is shorter than
-the last: a model may have no later positions."""
+MEASURED_ROWS = 64
+"""The rows of the first pass that is measured, with the kernels for long sequences: that for short
+ones keeps up to a fifth more. In the padded layout they are a chunk of a recurrent layer."""
 
 SHARE = 4
 """Without a setting, activations may take a fourth of the free memory: what is left serves the
@@ -58,13 +57,15 @@ class PassBytes:
     score_heads: Mapping[Reach, int] = field(default_factory=dict)
     """The query heads of layers whose attention is computed by blocks."""
 
-    def of(self, num_rows: int) -> int:
-        measured = self.fixed + (self.by_row + self.by_square * num_rows) * num_rows
-        return int(measured) + _score_bytes(num_rows, self.score_heads)
+    def of(self, num_rows: int, longest: int) -> int:
+        """``longest``: The rows of the longest sequence; a mask is as wide as its sequence."""
+        measured = self.fixed + (self.by_row + self.by_square * longest) * num_rows
+        return int(measured) + _score_bytes(num_rows, longest, self.score_heads)
 
     def rows_within(self, num_bytes: int) -> int:
         """The most rows that take no more than this."""
-        return max(0, bisect_right(range(MOST_ROWS), num_bytes, key=self.of) - 1)
+        rows = range(MOST_ROWS)
+        return max(0, bisect_right(rows, num_bytes, key=lambda n: self.of(n, n)) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +98,27 @@ class MemoryPlan:
         self._free_bytes_of = free_bytes
         self._measured: dict[tuple[tuple[str, ...], bool], tuple[int, PassBytes]] = {}
 
-    def of_pass(self, num_rows: int, layouts: Sequence[AdapterLayout]) -> Planned | None:
-        """The plan for a micro-batch of so many rows that trains adapters of these layouts; None
+    def of_pass(
+        self, row_ranges: Sequence[RowRange], layouts: Sequence[AdapterLayout]
+    ) -> Planned | None:
+        """The plan for a micro-batch of these sequences that trains adapters of these layouts; None
         if it is too small to need one."""
+        least = self._base_model.chunk_tokens if self._base_model.is_padded else 0
+        num_rows = sum(max(row_range.length, least) for row_range in row_ranges)
+        longest = max(row_range.num_keys for row_range in row_ranges)
         if num_rows < PLANNED_ROWS or not layouts:
             return None
         limit = self._activation_bytes or self._free_bytes() // SHARE
         grad_bytes = sum(4 * layout.num_parameters for layout in set(layouts))  # the new sums
-        keeping = max(self._bytes(layout, recomputes=False).of(num_rows) for layout in layouts)
+
+        def most_bytes(*, recomputes: bool) -> int:
+            measured = [self._bytes(layout, recomputes=recomputes) for layout in layouts]
+            return max(of_layout.of(num_rows, longest) for of_layout in measured) + grad_bytes
+
+        keeping = most_bytes(recomputes=False)
         if keeping <= limit or not self._base_model.can_recompute:
-            return Planned(num_bytes=keeping + grad_bytes, recomputes=False)
-        again = max(self._bytes(layout, recomputes=True).of(num_rows) for layout in layouts)
-        return Planned(num_bytes=again + grad_bytes, recomputes=True)
+            return Planned(num_bytes=keeping, recomputes=False)
+        return Planned(num_bytes=most_bytes(recomputes=True), recomputes=True)
 
     def longest(self, layout: AdapterLayout) -> int:
         """The most tokens of one datum that now fit into memory when it is trained on.
@@ -140,10 +150,14 @@ class MemoryPlan:
             found = tensor_bytes(
                 self._base_model, layout, num_rows, recomputes=recomputes, score_heads=heads
             )
-            return found - _score_bytes(num_rows, heads)
+            return found - _score_bytes(num_rows, num_rows, heads)
 
-        longest = min(MEASURED_ROWS[-1], self._base_model.info.max_context_tokens)
-        n1, n2, n3 = (rows * longest // MEASURED_ROWS[-1] for rows in MEASURED_ROWS)
+        base_model = self._base_model
+        rows = base_model.chunk_tokens if base_model.is_padded else MEASURED_ROWS
+        # A parabola through three passes; of packed streams two, where nothing grows with the
+        # square. Within the context: a model may have no later positions.
+        n1 = min(rows, base_model.info.max_context_tokens // 3)
+        n2, n3 = 2 * n1, 3 * n1
         b1, b2 = measured(n1), measured(n2)
         slope, by_square = (b2 - b1) / (n2 - n1), 0.0
         if self._base_model.is_padded:  # transformers' masks
@@ -155,8 +169,12 @@ class MemoryPlan:
         )
 
 
-def _score_bytes(num_rows: int, score_heads: Mapping[Reach, int]) -> int:
-    scores = [heads * most_scores(num_rows, reach) for reach, heads in score_heads.items()]
+def _score_bytes(num_rows: int, longest: int, score_heads: Mapping[Reach, int]) -> int:
+    scores = [
+        # Only blocks that see equally many keys share memory: those of a limited reach.
+        heads * most_scores(longest if reach.limit is None else num_rows, reach)
+        for reach, heads in score_heads.items()
+    ]
     return SCORE_BYTES * max(scores, default=0)
 
 

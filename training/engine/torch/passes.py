@@ -125,7 +125,7 @@ def run_pass(
     )
     for batch in batches:
         layouts = [adapters[span.part[0]].layout for span in batch.part_spans if trains]
-        plan = memory_plan.of_pass(len(batch.tokens), layouts)
+        plan = memory_plan.of_pass(batch.row_ranges, layouts)
         with torch.set_grad_enabled(trains), _memory_of(base_model, plan) as peak:
             head = _run_micro_batch(
                 base_model,
