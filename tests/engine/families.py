@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,6 +75,7 @@ SMALL: dict[str, Any] = {
 
 def small_config(model_type: str, **changes: Any) -> PretrainedConfig:
     """A family's configuration with every size small that it has under a known name."""
+    changes = deepcopy(changes)  # transformers completes such dictionaries in place
     cls = CONFIG_MAPPING[model_type]
     known = set(inspect.signature(cls.__init__).parameters)
     for base in cls.__mro__:
