@@ -113,11 +113,18 @@ def run_script(server: Server, script: str, **more: str) -> dict[str, Any]:
 
 
 def run_cli(server: Server, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """The ``tinker`` command."""
-    return subprocess.run(
+    """The ``tinker`` command.
+
+    Its HTTP library may abort the process at its exit, after the whole answer and without a word
+    (seen with 0.38.0 on a busy machine); that counts as success.
+    """
+    done = subprocess.run(
         [str(Path(sys.executable).with_name("tinker")), *arguments],
         env=environment(server, **more),
         capture_output=True,
         text=True,
         timeout=SCRIPT_SECONDS,
     )
+    if done.returncode == -signal.SIGABRT and done.stdout and not done.stderr:
+        done.returncode = 0
+    return done
