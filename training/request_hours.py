@@ -28,10 +28,8 @@ Hourly = dict[tuple[datetime, str], int]
 """Hour and state to number."""
 
 _STORED = """
-SELECT hour, counts::text FROM training_countedhour WHERE hour >= %(since)s
-"""
-_STORED_OF = """
-SELECT hour, (counts -> %(owner)s)::text FROM training_countedhour WHERE hour >= %(since)s
+SELECT hour, CASE WHEN %(owner)s::text IS NULL THEN totals ELSE counts -> %(owner)s END::text
+FROM training_countedhour WHERE hour >= %(since)s
 """
 _LIVE = """
 SELECT h.hour, f.state, f.number
@@ -94,22 +92,14 @@ def requests_by_hour(owner_id: int | None, *, since: datetime) -> Hourly:
     Args:
         since: The beginning of the first hour.
     """
-    if owner_id is None:
-        stored = execute(_STORED, {"since": since})
-        counted = {hour: list(orjson.loads(text).values()) for hour, text in stored}
-    else:
-        stored = execute(_STORED_OF, {"since": since, "owner": str(owner_id)})
-        counted = {hour: [orjson.loads(text)] if text else [] for hour, text in stored}
-    totals: defaultdict[tuple[datetime, str], int] = defaultdict(int)
-    for hour, owners in counted.items():
-        for states in owners:
-            for state, number in states.items():
-                totals[hour, state] += number
-    now = timezone.now()
-    live = [hour for hour in _hours(since, now) if hour not in counted]
+    owner = None if owner_id is None else str(owner_id)
+    stored = execute(_STORED, {"since": since, "owner": owner})
+    counted = {hour: orjson.loads(text) if text else {} for hour, text in stored}
+    hourly = {(hour, state): n for hour, states in counted.items() for state, n in states.items()}
+    live = [hour for hour in _hours(since, timezone.now()) if hour not in counted]
     for hour, state, number in execute(_LIVE, {"hours": live, "owner_id": owner_id}):
-        totals[hour, state] = number
-    return dict(totals)
+        hourly[hour, state] = number
+    return hourly
 
 
 def requests_total() -> dict[str, int]:
