@@ -88,7 +88,7 @@ class BaseModel:
         """Whether its decoder computes rectangles of sequences and not packed streams."""
         return self.info.layout == PADDED
 
-    @property
+    @cached_property
     def chunk_tokens(self) -> int:
         """The longest chunk of which recurrent layers compute whole ones, even for a shorter
         sequence. Gated delta layers do not name theirs, of 64 tokens."""
