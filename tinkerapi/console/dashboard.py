@@ -23,7 +23,7 @@ from tinkerapi.console.kit.charts import bar_chart
 from tinkerapi.console.kit.display import changelist_url, link, moment, one_line, state_label
 from tinkerapi.console.pages.futures import request_link, summary_text
 from tinkerapi.console.pages.run_sections import last_result
-from tinkerapi.console.pages.workers import is_silent, worker_memory
+from tinkerapi.console.pages.workers import worker_memory
 from tinkerapi.console.quickstart import quickstart
 from tinkerapi.console.server_events import events
 from tinkerapi.console.server_problems import problems
@@ -31,6 +31,7 @@ from tinkerapi.selectors import api_key_newest
 from training.base_models import base_models
 from training.overview import bytes_saved, runs_newest
 from training.request_hours import beginning, requests_by_hour
+from training.server_figures import worker_state
 
 HOURS = 24
 NEWEST_ROWS = 8
@@ -111,7 +112,7 @@ def _workers_table(workers: Sequence[Worker]) -> Context:
         "rows": [
             [
                 link(worker, f"#{worker.pk}"),
-                state_label("silent" if is_silent(worker) else worker.state),
+                state_label(worker_state(worker)),
                 worker.queue,
                 moment(worker.heartbeat_at),
                 worker.figures.get("device", "-"),

@@ -73,7 +73,7 @@ class WorkerAdmin(ConsoleAdmin):
 
     @admin.display(description="State")
     def state_label(self, worker: Worker) -> SafeString:
-        return state_label("silent" if is_silent(worker) else worker.state)
+        return state_label(worker_state(worker))
 
     @admin.display(description="Heartbeat")
     def heartbeat(self, worker: Worker) -> SafeString | None:
@@ -111,11 +111,6 @@ class WorkerAdmin(ConsoleAdmin):
     @admin.display(description="Reported figures")
     def all_figures(self, worker: Worker) -> SafeString:
         return preformatted(value_preview(worker.figures))
-
-
-def is_silent(worker: Worker) -> bool:
-    """It is marked live, but its heartbeats have stopped."""
-    return worker_state(worker) == "silent"
 
 
 def worker_memory(worker: Worker) -> str | None:
