@@ -158,14 +158,8 @@ def result(future: Future) -> bytes:
     return encode({**stored, "model_id": ""})
 
 
-def test_two_workers_share_the_runs_and_one_that_is_killed_loses_nothing(
-    supervisor: Supervisor,
-    clock: Clock,
-    environment: dict[str, str],
-    tmp_path: Path,
-    owner: User,
-) -> None:
-    """Whatever a run's worker, and whatever happened to it, its losses are those of a twin."""
+def add_second_worker(supervisor: Supervisor, environment: dict[str, str], tmp_path: Path) -> None:
+    """Start another worker of the queue, and wait until both are live."""
     supervisor.add(
         Child(
             "second",
@@ -178,6 +172,17 @@ def test_two_workers_share_the_runs_and_one_that_is_killed_loses_nothing(
         )
     )
     wait_for(lambda: Worker.objects.filter(state="live").count() == 2)
+
+
+def test_two_workers_share_the_runs_and_one_that_is_killed_loses_nothing(
+    supervisor: Supervisor,
+    clock: Clock,
+    environment: dict[str, str],
+    tmp_path: Path,
+    owner: User,
+) -> None:
+    """Whatever a run's worker, and whatever happened to it, its losses are those of a twin."""
+    add_second_worker(supervisor, environment, tmp_path)
     names = [f"run-{number}" for number in range(6)]
     futures: dict[str, list[Future]] = {name: [] for name in names}
     for step in range(4):
@@ -213,18 +218,7 @@ def test_a_worker_that_is_stopped_and_continued_commits_nothing_of_what_others_d
     os.kill(stopped.pid, signal.SIGSTOP)
     try:
         futures = [future for step in range(1, 4) for future in submit_step(owner, "m", step)]
-        supervisor.add(
-            Child(
-                "second",
-                [*COMMAND, str(tmp_path)],
-                environment,
-                tmp_path / "second log",
-                stop_seconds=10,
-                parent_death_signal="KILL",
-                stop_rank=0,
-            )
-        )
-        wait_for(lambda: Worker.objects.filter(state="live").count() == 2)
+        add_second_worker(supervisor, environment, tmp_path)
         worker_reap(stopped, crashed=lambda worker: False, must_be_unlocked=False)
         second = Worker.objects.get(state="live")
         done = work_through(supervisor, clock, futures)
