@@ -1,7 +1,8 @@
-"""Files as answers: streamed from disk in parts, whole or a range, never loaded into memory.
+"""Files as answers: streamed from the storage in parts, whole or a range, never loaded into memory.
 
 The parts are read in threads, so a slow client blocks nobody. A file is opened before
-the answer begins: deleting it meanwhile does not break the download.
+the answer begins: on a disk, deleting it meanwhile does not break the download. If the storage
+breaks it, the connection ends before the announced length is reached, so the client sees it.
 """
 
 from __future__ import annotations
@@ -10,33 +11,30 @@ import asyncio
 import re
 import tarfile
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
-from typing import BinaryIO
 
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from rest_framework.request import Request
+
+from training.storage.interface import StoredFile
 
 PIECE_BYTES = 1024 * 1024
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
-def file_response(request: Request, path: Path, *, etag: str) -> HttpResponseBase:
-    """The file, or the requested range of it.
+def file_response(request: Request, file: StoredFile, *, etag: str) -> HttpResponseBase:
+    """The file, or the requested range of it; it is closed at the end.
 
     Several ranges at once are answered with the whole file, as RFC 9110 allows.
 
     Args:
         etag: Names the content; it must change whenever the content does.
-
-    Raises:
-        FileNotFoundError: There is no such file.
     """
     quoted = f'"{etag}"'
     if quoted in request.headers.get("If-None-Match", ""):
+        file.close()
         return _with_headers(HttpResponse(status=304), quoted)
-    file = path.open("rb")
-    size = path.stat().st_size
+    size = file.size_bytes
     begin, end = 0, size
     response: HttpResponseBase
     asked = request.headers.get("Range", "")
@@ -60,35 +58,34 @@ def file_response(request: Request, path: Path, *, etag: str) -> HttpResponseBas
     return _with_headers(response, quoted)
 
 
-def tar_response(request: Request, paths: Sequence[Path]) -> HttpResponseBase:
-    """The files, by their bare names, in one uncompressed tar that is made as it is sent.
-
-    Raises:
-        FileNotFoundError: One of them does not exist.
-    """
+def tar_response(request: Request, files: Sequence[StoredFile]) -> HttpResponseBase:
+    """The files, by their bare names, in one uncompressed tar that is made as it is sent; they are
+    closed at the end."""
     members = []
-    for path in paths:
-        entry = tarfile.TarInfo(path.name)
-        entry.size = path.stat().st_size
-        members.append((path, entry.tobuf(), entry.size, -entry.size % tarfile.BLOCKSIZE))
+    for file in files:
+        entry = tarfile.TarInfo(file.name)
+        entry.size = file.size_bytes
+        members.append((file, entry.tobuf(), -entry.size % tarfile.BLOCKSIZE))
     end = bytes(2 * tarfile.BLOCKSIZE)
 
-    async def pieces(files: Sequence[BinaryIO]) -> AsyncIterator[bytes]:
-        for file, (_, header, size, padding) in zip(files, members, strict=True):
+    async def pieces() -> AsyncIterator[bytes]:
+        for file, header, padding in members:
             yield header
-            async for piece in _pieces(file, 0, size):
+            async for piece in _pieces(file, 0, file.size_bytes):
                 yield piece
             yield bytes(padding)
         yield end
 
     response: HttpResponseBase
     if request.method == "HEAD":
+        for file in files:
+            file.close()
         response = HttpResponse()
     else:
-        response = StreamingHttpResponse(pieces([path.open("rb") for path in paths]))
+        response = StreamingHttpResponse(pieces())
     response["Content-Type"] = "application/x-tar"
     response["Content-Length"] = str(
-        sum(len(header) + size + padding for _, header, size, padding in members) + len(end)
+        sum(len(header) + file.size_bytes + padding for file, header, padding in members) + len(end)
     )
     return response
 
@@ -112,14 +109,12 @@ def _range(asked: str, size: int) -> tuple[int, int]:
     return begin, end
 
 
-async def _pieces(file: BinaryIO, begin: int, length: int) -> AsyncIterator[bytes]:
+async def _pieces(file: StoredFile, begin: int, length: int) -> AsyncIterator[bytes]:
     with file:
-        file.seek(begin)
-        while length > 0:
-            piece = await asyncio.to_thread(file.read, min(PIECE_BYTES, length))
-            if not piece:
-                return  # truncated on disk: the client sees that Content-Length is not reached
-            length -= len(piece)
+        end = begin + length
+        while begin < end:
+            piece = await asyncio.to_thread(file.read, begin, min(PIECE_BYTES, end - begin))
+            begin += len(piece)
             yield piece
 
 

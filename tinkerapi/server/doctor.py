@@ -43,7 +43,7 @@ from tinkerapi.server.upgrade import SchemaError, database_down_reason, unapplie
 from training.base_models import DEFAULT_MODEL_NAME, ServedBaseModel, base_models
 from training.devices import device_of, num_threads
 from training.errors import DeviceNotFound
-from training.worker.agreement import installation_id
+from training.storage.chosen import storage
 
 DEVICE_TIMEOUT_SECONDS = 120.0  # importing torch from a cold disk
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -279,7 +279,7 @@ def check_clock() -> Finding:
 
 def check_storage() -> Finding:
     """The data folder is that of the workers in the database."""
-    if installation_id(make=False) is None:
+    if storage().installation_id(make=False) is None:
         return Finding("storage", Verdict.OFF, "no server has run on this data folder yet")
     if problem := storage_problem():
         return Finding("storage", Verdict.FAILED, problem.removeprefix("data folder: "))

@@ -12,13 +12,9 @@ from django.conf import settings
 from futures.database import execute
 from futures.selectors import worker_figure
 from training.base_models import ServedBaseModel, base_models
-from training.worker.agreement import (
-    FIGURE,
-    INSTALLATION_FILE,
-    differences,
-    installation_id,
-    worker_facts,
-)
+from training.storage.chosen import storage
+from training.storage.data_folder import INSTALLATION_FILE
+from training.worker.agreement import FIGURE, differences, worker_facts
 
 MOST_CLOCK_SECONDS = 5.0
 """Largest difference between the clocks of this machine and of Postgres."""
@@ -26,7 +22,7 @@ MOST_CLOCK_SECONDS = 5.0
 
 def storage_problem() -> str | None:
     """Why this data folder is not the installation's, as a sentence."""
-    here = installation_id(make=False)
+    here = storage().installation_id(make=False)
     if here is None:
         return (
             f"data folder: {settings.DATA_DIR} has no file {INSTALLATION_FILE!r}, so no server "

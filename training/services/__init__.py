@@ -18,13 +18,13 @@ from training.services.runs import (
 from training.services.sampling import sample_submit
 from training.services.steps import forward_backward_submit, optim_step_submit
 from training.services.submission import Submission
-from training.services.upkeep import checkpoint_delete, checkpoints_expire, files_unnamed
+from training.services.upkeep import checkpoint_delete, checkpoints_expire, folders_unnamed
 
 __all__ = [
     "Submission",
     "checkpoint_delete",
     "checkpoints_expire",
-    "files_unnamed",
+    "folders_unnamed",
     "forward_backward_submit",
     "load_weights_submit",
     "optim_step_submit",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from django.conf import settings
 from django.db import IntegrityError, transaction
 
 from futures.database import violated_constraint
@@ -21,6 +19,7 @@ from training.selectors import checkpoint_at, checkpoint_get, run_get
 from training.services.runs import run_lora_config
 from training.services.sessions import CREATION_SEQ_ID, session_run_create
 from training.services.submission import Submission, run_asked, run_target, submit
+from training.storage.chosen import storage
 from training.storage_quota import storage_check
 
 ONE_OF_A_PATH = ("checkpoint_path_means_one", "checkpoint_run_kind_name")
@@ -244,8 +243,8 @@ def _check_replaceable(old: Checkpoint | None, path: TinkerPath, overwrite: bool
 
 
 def _replace(old: Checkpoint) -> None:
-    files = settings.DATA_DIR / old.directory
-    transaction.on_commit(lambda: shutil.rmtree(files, ignore_errors=True))
+    directory = old.directory
+    transaction.on_commit(lambda: storage().delete(directory))
     audit_checkpoint("overwrite", old, actor_id=old.owner_id)
     old.delete()
 

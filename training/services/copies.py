@@ -7,13 +7,8 @@ so that only its checkpoint can be used.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import uuid
 from datetime import timedelta
-from pathlib import Path
 
-from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.db import IntegrityError, transaction
 from django.utils import timezone
@@ -24,6 +19,8 @@ from training.models import Checkpoint, Run, Session, new_session_id
 from training.paths import TinkerPath
 from training.selectors import checkpoint_get
 from training.services.sessions import session_open
+from training.storage.chosen import storage
+from training.storage.interface import CHECKPOINTS, new_name
 from training.storage_quota import storage_check
 
 COPY_CLIENT = "copy"
@@ -63,8 +60,11 @@ def checkpoint_copy(
     if path := _made_before(owner_id, run_id, source):
         return path
     original = checkpoint_get(owner_id=owner_id, path=source, lender_id=lender_id, with_files=True)
-    directory = Path("checkpoints") / uuid.uuid4().hex
-    _link(settings.DATA_DIR / original.directory, settings.DATA_DIR / directory)
+    directory = new_name(CHECKPOINTS)
+    try:
+        storage().copy(original.directory, directory)
+    except CheckpointNotFound as error:
+        raise CheckpointNotFound("source_path: it was deleted while it was copied") from error
     try:
         with transaction.atomic():
             session, _ = Session.objects.get_or_create(
@@ -80,10 +80,10 @@ def checkpoint_copy(
                 original, str(source), session, run_id, model_seq_id or 0, directory, ttl_seconds
             )
     except StorageQuotaExceeded:
-        shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+        storage().delete(directory)
         raise
     except IntegrityError:  # the same request, at the same time
-        shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+        storage().delete(directory)
         if path := _made_before(owner_id, run_id, source):
             return path
         raise
@@ -112,7 +112,7 @@ def _rows(
     session: Session,
     run_id: str,
     model_seq_id: int,
-    directory: Path,
+    directory: str,
     ttl_seconds: int | None,
 ) -> Checkpoint:
     now, of = timezone.now(), original.run
@@ -144,29 +144,9 @@ def _rows(
         name=original.name,
         seq_id=0,
         step=original.step,
-        directory=str(directory),
+        directory=directory,
         size_bytes=original.size_bytes,
         user_metadata=original.user_metadata,
         created_at=now,
         expires_at=None if ttl_seconds is None else now + timedelta(seconds=ttl_seconds),
     )
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard-link a folder's files into a new folder.
-
-    Raises:
-        CheckpointNotFound: It was deleted meanwhile.
-    """
-    try:
-        shutil.copytree(source, target, copy_function=_link_or_copy)
-    except (FileNotFoundError, shutil.Error) as error:
-        shutil.rmtree(target, ignore_errors=True)
-        raise CheckpointNotFound("source_path: it was deleted while it was copied") from error
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except PermissionError:  # a disk without hard links
-        shutil.copyfile(source, target)

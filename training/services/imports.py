@@ -8,9 +8,8 @@ start: it is made from the files, saved and dropped, three requests in its lane.
 from __future__ import annotations
 
 import secrets
-import shutil
-import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from django.conf import settings
@@ -31,6 +30,8 @@ from training.peft_import.config import CONFIG_NAME
 from training.peft_import.files import WEIGHTS_NAME, PeftFiles, read_peft_files
 from training.services.removal import submit_removal
 from training.services.submission import Submission, run_repeated, run_target, submit
+from training.storage.chosen import storage
+from training.storage.interface import CHECKPOINTS, new_name
 from training.storage_quota import storage_check
 
 IMPORTED = "imported"
@@ -74,18 +75,8 @@ def adapter_import_submit(
     if model_id is not None:
         check_run_name(model_id, field="model_id")
     served = base_model_get(base_model)
-    directory = Path("checkpoints") / uuid.uuid4().hex
-    with new_directory(settings.DATA_DIR / directory) as temporary:
-        write_files(temporary)
-        files = read_peft_files(temporary)
-        rank = files.lora_config.rank
-        if rank > settings.MAX_LORA_RANK:
-            raise LimitExceeded(
-                f"{CONFIG_NAME}: r: {rank} is too large; this server takes up to "
-                f"{settings.MAX_LORA_RANK}"
-            )
-        sha256 = files.sha256()
-        size_bytes = sum((temporary / part).stat().st_size for part in (CONFIG_NAME, WEIGHTS_NAME))
+    directory = new_name(CHECKPOINTS)
+    files, sha256, size_bytes = storage().write(directory, partial(_take, write_files))
     save = SaveWeights(
         checkpoint_kind="training",
         name=name,
@@ -116,7 +107,27 @@ def adapter_import_submit(
         return submission
     finally:
         if not is_kept:
-            shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+            storage().delete(directory)
+
+
+def _take(write_files: Callable[[Path], None], target: Path) -> tuple[PeftFiles, str, int]:
+    """Make the folder of an adapter that may be imported.
+
+    Returns:
+        What its files say, their SHA-256 and their bytes.
+    """
+    with new_directory(target) as temporary:
+        write_files(temporary)
+        files = read_peft_files(temporary)
+        rank = files.lora_config.rank
+        if rank > settings.MAX_LORA_RANK:
+            raise LimitExceeded(
+                f"{CONFIG_NAME}: r: {rank} is too large; this server takes up to "
+                f"{settings.MAX_LORA_RANK}"
+            )
+        sha256 = files.sha256()
+        size_bytes = sum((temporary / part).stat().st_size for part in (CONFIG_NAME, WEIGHTS_NAME))
+    return files, sha256, size_bytes
 
 
 def _run_create(
@@ -141,7 +152,7 @@ def _run_create(
     return run
 
 
-def _upload_create(run: Run, directory: Path, size_bytes: int) -> Checkpoint:
+def _upload_create(run: Run, directory: str, size_bytes: int) -> Checkpoint:
     return Checkpoint.objects.create(
         run=run,
         owner_id=run.owner_id,
@@ -151,7 +162,7 @@ def _upload_create(run: Run, directory: Path, size_bytes: int) -> Checkpoint:
         name=UPLOAD_NAME,
         seq_id=0,
         step=0,
-        directory=str(directory),
+        directory=directory,
         size_bytes=size_bytes,
     )
 

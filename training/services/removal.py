@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
-from django.conf import settings
 from django.db import transaction
 
 from futures.cancelling import lane_refuse
@@ -15,6 +12,7 @@ from training.errors import BaseModelNotFound
 from training.kinds import Kind, RemoveRun, RemoveRunResult
 from training.models import Run
 from training.services.submission import Submission
+from training.storage.chosen import storage
 
 
 def submit_removal(run: Run, *, idempotency_key: str | None = None) -> Submission:
@@ -63,6 +61,6 @@ def _abandon(run: Run) -> None:
 
     def delete_files() -> None:
         for snapshot in snapshots:
-            shutil.rmtree(settings.DATA_DIR / snapshot.directory, ignore_errors=True)
+            storage().delete(snapshot.directory)
 
     transaction.on_commit(delete_files)

@@ -6,11 +6,8 @@ for other users it does not exist, public or not.
 
 from __future__ import annotations
 
-import shutil
 from datetime import timedelta
-from pathlib import Path
 
-from django.conf import settings
 from django.db import transaction
 from django.db.models import Exists, OuterRef, Q
 from django.utils import timezone
@@ -20,9 +17,11 @@ from futures.transitions import State
 from training.audit import audit_checkpoint
 from training.client_silence import ENDS_CHECKPOINTS
 from training.errors import CheckpointNotFound, InvalidRequest
-from training.models import Checkpoint, Snapshot
+from training.models import Checkpoint
 from training.paths import TinkerPath
-from training.selectors import checkpoint_own
+from training.selectors import checkpoint_own, directories_named
+from training.storage.chosen import storage
+from training.storage.interface import AREAS, StoredFolder
 
 MIN_TTL_SECONDS = 3600
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
@@ -113,7 +112,7 @@ def checkpoint_delete(*, checkpoint_id: int, actor_id: int | None = None) -> boo
         if not checkpoint.ephemeral:
             audit_checkpoint("delete", checkpoint, actor_id=actor_id)
         checkpoint.delete()
-    shutil.rmtree(settings.DATA_DIR / checkpoint.directory, ignore_errors=True)
+    storage().delete(checkpoint.directory)
     return True
 
 
@@ -150,7 +149,7 @@ def checkpoints_expire() -> int:
     return len(expired)
 
 
-def files_unnamed() -> list[Path]:
+def folders_unnamed() -> list[StoredFolder]:
     """Folders of checkpoints and snapshots that no row of this database refers to.
 
     A process that dies between writing files and committing their row leaves such a folder, and so
@@ -158,13 +157,8 @@ def files_unnamed() -> list[Path]:
     still be waiting for its row. Nothing is deleted here or by any worker: with another
     database, every folder would look like one of these.
     """
-    found: list[Path] = []
     youngest = (timezone.now() - UNNAMED).timestamp()
-    for folder, rows in (("checkpoints", Checkpoint.objects), ("snapshots", Snapshot.objects)):
-        parent = settings.DATA_DIR / folder
-        paths = sorted(parent.iterdir()) if parent.is_dir() else []
-        old = [path for path in paths if path.stat().st_mtime < youngest]
-        # Read after the listing, so that folders recorded meanwhile are included.
-        named = set(rows.values_list("directory", flat=True))
-        found += [path for path in old if f"{folder}/{path.name}" not in named]
-    return found
+    listed = [folder for area in AREAS for folder in storage().folders(area)]
+    # Read after the listing, so that folders recorded meanwhile are included.
+    named = directories_named()
+    return [f for f in listed if f.changed_at < youngest and f.directory not in named]

@@ -14,8 +14,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
-from django.conf import settings
-
 from futures.log_fields import about
 from futures.models import Future, Worker
 from training.engine.interface import Sampler, Trainer
@@ -23,6 +21,7 @@ from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingEr
 from training.models import Checkpoint, Run
 from training.selectors import lanes_without_client, run_log
 from training.services.runs import run_lora_config
+from training.storage.chosen import storage
 from training.worker.adapter_memory import AdapterMemory
 from training.worker.run_versions import RunVersions
 from training.worker.snapshot_schedule import CachedAdapter, SnapshotSchedule
@@ -140,7 +139,8 @@ class AdapterCache:
                     raise OutOfMemory(STUCK)
                 self._first_to_wait = future.id
                 raise NoRoomYet
-            self._sampler.publish(version, settings.DATA_DIR / checkpoint.directory)
+            with storage().local(checkpoint.directory) as folder:
+                self._sampler.publish(version, folder)
             self._memory.hold(version, num_bytes, lane_id=lane_id)
         self._memory.use(version, lane_id=lane_id)
         return version
@@ -333,7 +333,8 @@ class AdapterCache:
         resident = CachedAdapter()
         for snapshot in run.snapshots.order_by("-seq_id"):
             try:
-                self._trainer.load_adapter(run.id, settings.DATA_DIR / snapshot.directory)
+                with storage().local(snapshot.directory) as folder:
+                    self._trainer.load_adapter(run.id, folder)
             except CheckpointNotFound as error:
                 logger.warning(
                     "run %s: snapshot at %s is unreadable: %s",

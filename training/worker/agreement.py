@@ -11,7 +11,6 @@ Plain Python and one query; torch is not loaded.
 from __future__ import annotations
 
 import hashlib
-import secrets
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -25,13 +24,11 @@ from futures.models import Worker
 from futures.selectors import HEARTBEAT_TIMEOUT
 from training.base_models import ServedBaseModel
 from training.errors import WorkerDisagrees
+from training.storage.chosen import storage
 from training.worker.crash_log import crash_file
 
 PACKAGES = ("tinkerapi", "torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")
 """Those whose version may change a result or a file."""
-
-INSTALLATION_FILE = "installation"
-"""In the data folder; its content is the installation's id."""
 
 WHOLE_BYTES = 32 * 2**20
 """Larger files of a base model are read in samples."""
@@ -43,31 +40,6 @@ SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 
 FIGURE = "agreement"
 """The name under which a worker reports its facts."""
-
-
-def installation_id(*, make: bool) -> str | None:
-    """The id of the data folder's installation.
-
-    Args:
-        make: Whether to make one if there is none.
-
-    Returns:
-        None if there is none and none is to be made.
-    """
-    path = Path(settings.DATA_DIR) / INSTALLATION_FILE
-    if make and not path.exists():
-        temporary = path.with_name(f".{INSTALLATION_FILE}.{secrets.token_hex(8)}")
-        temporary.write_text(secrets.token_hex(16) + "\n")
-        try:
-            path.hardlink_to(temporary)  # fails if another process was faster
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
-    try:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        return None
 
 
 def base_model_digest(folder: Path) -> str:
@@ -108,7 +80,7 @@ def worker_facts(base_model: ServedBaseModel) -> dict[str, str]:
         "Python": ".".join(map(str, sys.version_info[:2])),
         **{name: _version(name) for name in PACKAGES},
         "base model's files": base_model_digest(base_model.folder),
-        "data folder's installation": installation_id(make=True) or "",
+        "data folder's installation": storage().installation_id(make=True) or "",
         "secret key": _digest(settings.SECRET_KEY),
         "dtype": config.dtype,
         "layout": config.layout,

@@ -11,25 +11,20 @@ Writing only reads the trainer's memory. A failure affects the snapshot only.
 
 from __future__ import annotations
 
-import shutil
 import time
-import uuid
 from collections.abc import Collection
 from concurrent.futures import Future as Writing
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 
-from django.conf import settings
 from django.db import transaction
 
 from futures.leases import lease_is_held
 from futures.models import Worker
 from training.engine.interface import CapturedAdapter, Trainer
 from training.models import Run, Snapshot
-
-FOLDER = Path("snapshots")
-"""Below the data folder."""
+from training.storage.chosen import storage
+from training.storage.interface import SNAPSHOTS, new_name
 
 KEPT = 2  # for each run: the newest may be unreadable
 
@@ -45,8 +40,8 @@ class Begun:
     run_id: str
     seq_id: int
     step: int
-    directory: Path
-    """Relative to the data folder."""
+    directory: str
+    """Its name in the storage."""
     writing: Writing[tuple[int, float]]
     """Bytes and seconds."""
 
@@ -71,7 +66,7 @@ class SnapshotWriter:
         Raises:
             SnapshotFailed: It could not be captured.
         """
-        directory = FOLDER / uuid.uuid4().hex
+        directory = new_name(SNAPSHOTS)
         try:
             captured = self._trainer.capture_adapter(run.id)
         except Exception as error:
@@ -82,7 +77,7 @@ class SnapshotWriter:
             seq_id=run.applied_seq_id,
             step=run.step,
             directory=directory,
-            writing=self._thread.submit(_timed, captured, settings.DATA_DIR / directory),
+            writing=self._thread.submit(_timed, captured, directory),
         )
 
     def is_over(self) -> bool:
@@ -124,7 +119,7 @@ class SnapshotWriter:
         if run is not None and is_named:
             self.delete(run, keep=KEPT, unreadable=unreadable)
         else:
-            shutil.rmtree(settings.DATA_DIR / begun.directory, ignore_errors=True)
+            storage().delete(begun.directory)
         self.begun = None
         if is_wanted and not is_named:
             raise SnapshotFailed("the run is not leased to this worker any more")
@@ -137,19 +132,19 @@ class SnapshotWriter:
             if not lease_is_held(worker=self._worker, lane_id=begun.run_id):
                 return False
             old = Snapshot.objects.filter(run_id=begun.run_id, seq_id=begun.seq_id)
-            replaced = set(old.values_list("directory", flat=True)) - {str(begun.directory)}
+            replaced = set(old.values_list("directory", flat=True)) - {begun.directory}
             old.delete()
             Snapshot.objects.create(
                 run_id=begun.run_id,
                 seq_id=begun.seq_id,
                 step=begun.step,
-                directory=str(begun.directory),
+                directory=begun.directory,
                 size_bytes=size,
                 write_seconds=seconds,
                 epoch=self._worker.pk,
             )
         for directory in replaced:
-            shutil.rmtree(settings.DATA_DIR / directory, ignore_errors=True)
+            storage().delete(directory)
         return True
 
     def delete_all(self, run: Run) -> None:
@@ -166,9 +161,9 @@ class SnapshotWriter:
         readable = [row for row in rows if row.pk not in unreadable]
         for old in set(rows) - set(readable[:keep]):
             old.delete()
-            shutil.rmtree(settings.DATA_DIR / old.directory, ignore_errors=True)
+            storage().delete(old.directory)
 
 
-def _timed(captured: CapturedAdapter, directory: Path) -> tuple[int, float]:
+def _timed(captured: CapturedAdapter, directory: str) -> tuple[int, float]:
     begin = time.monotonic()
-    return captured.write(directory), time.monotonic() - begin
+    return storage().write(directory, captured.write), time.monotonic() - begin

@@ -52,7 +52,7 @@ from tinkerapi.server.worker_part import log_path, part_environment, worker_part
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
 from training.base_models import ServedBaseModel, base_models, base_models_problem
 from training.parent_death import parent_death_prefix
-from training.worker.agreement import installation_id
+from training.storage.chosen import storage
 from training.worker.crash_log import crashed
 
 TICK_SECONDS = 0.1
@@ -145,7 +145,7 @@ class Command(BaseCommand):
                     "keys      none needed: every program on this machine acts as the user "
                     f"{LOCAL_USERNAME}; behind a proxy, set TINKERAPI_PUBLIC_URL"
                 )
-            installation_id(make=True)
+            storage().installation_id(make=True)
             secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
                 settings.DATA_DIR
             )

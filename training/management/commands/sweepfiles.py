@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from training.services import files_unnamed
+from training.services import folders_unnamed
+from training.storage.chosen import storage
 
 
 class Command(BaseCommand):
@@ -22,14 +21,11 @@ class Command(BaseCommand):
         parser.add_argument("--delete", action="store_true", help="delete the listed folders")
 
     def handle(self, *args: Any, delete: bool, **options: Any) -> None:
-        found = files_unnamed()
-        for path in found:
-            self.stdout.write(f"{_size_bytes(path):>15,} bytes  {path}")
+        found = folders_unnamed()
+        for folder in found:
+            where = f"{storage().location}/{folder.directory}"
+            self.stdout.write(f"{folder.size_bytes:>15,} bytes  {where}")
             if delete:
-                shutil.rmtree(path, ignore_errors=True)
+                storage().purge(folder.directory)
         verb = "deleted" if delete else "found"
         self.stdout.write(f"{len(found)} folders {verb}")
-
-
-def _size_bytes(path: Path) -> int:
-    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())

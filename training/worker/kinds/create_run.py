@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from django.conf import settings
-
 from futures.finishing import Outcome
 from training.engine.interface import Trainer
 from training.errors import CheckpointNotFound
 from training.kinds import CreateRun, CreateRunResult
 from training.models import Checkpoint, Run
+from training.storage.chosen import storage
 from training.worker import outcomes
 from training.worker.kinds.barrier import BarrierContext, LoggedBarrier
 from training.worker.kinds.load_weights import load_checkpoint, note_loaded
@@ -57,7 +56,8 @@ def _import(trainer: Trainer, run: Run, upload_id: int) -> None:
     upload = Checkpoint.objects.filter(pk=upload_id).first()
     if upload is None:
         raise CheckpointNotFound("the imported files were deleted before their turn came")
-    config = trainer.import_adapter(run.id, settings.DATA_DIR / upload.directory)
+    with storage().local(upload.directory) as folder:
+        config = trainer.import_adapter(run.id, folder)
     run.train_mlp, run.train_attn = config.train_mlp, config.train_attn
     run.train_unembed = config.train_unembed
     run.share_across_experts = config.share_across_experts

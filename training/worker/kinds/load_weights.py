@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from django.conf import settings
-
 from futures.finishing import Outcome
 from training.engine.interface import Trainer
 from training.errors import CheckpointNotFound
 from training.kinds import LoadWeights, LoadWeightsResult
 from training.models import Checkpoint, Run
+from training.storage.chosen import storage
 from training.worker import outcomes
 from training.worker.kinds.barrier import BarrierContext, LoggedBarrier
 
@@ -37,9 +36,8 @@ def load_checkpoint(trainer: Trainer, run: Run, request: LoadWeights) -> int:
     checkpoint = Checkpoint.objects.filter(pk=request.checkpoint).first()
     if checkpoint is None:
         raise CheckpointNotFound(f"{request.path} was deleted or overwritten before its turn came")
-    return trainer.load_adapter(
-        run.id, settings.DATA_DIR / checkpoint.directory, with_optimizer=request.optimizer
-    )
+    with storage().local(checkpoint.directory) as folder:
+        return trainer.load_adapter(run.id, folder, with_optimizer=request.optimizer)
 
 
 def note_loaded(context: BarrierContext, *, step: int) -> None:

@@ -7,13 +7,12 @@ no row refers to, never a row without its folder.
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
@@ -27,12 +26,11 @@ from training.kinds import SaveWeights, SaveWeightsResult
 from training.models import Checkpoint, SamplingSession
 from training.paths import TinkerPath
 from training.services.checkpoints import checkpoint_check_free, checkpoint_place
+from training.storage.chosen import storage
+from training.storage.interface import CHECKPOINTS, new_name
 from training.storage_quota import storage_check
 from training.worker import outcomes
 from training.worker.kinds.barrier import Barrier, BarrierContext
-
-FOLDER = Path("checkpoints")
-"""Below the data folder."""
 
 
 class SaveWeightsKind(Barrier[SaveWeights]):
@@ -111,7 +109,7 @@ def _files_removed_if_refused(row: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (CheckpointExists, StorageQuotaExceeded, IntegrityError):
-        shutil.rmtree(settings.DATA_DIR / row.directory, ignore_errors=True)
+        storage().delete(row.directory)
         raise
 
 
@@ -120,17 +118,16 @@ def _written(
 ) -> Checkpoint:
     """Write the run's files; return the row that will refer to them."""
     run, trainer = context.run, context.trainer
-    directory = FOLDER / uuid.uuid4().hex
-    target = settings.DATA_DIR / directory
+    directory = new_name(CHECKPOINTS)
     adapter_name = context.adapter_cache.bring_run(run)
     if kind != Checkpoint.Kind.EXTERNAL:
-        size = trainer.save_adapter(
-            adapter_name, target, with_optimizer=kind == Checkpoint.Kind.TRAINING
-        )
+        with_optimizer = kind == Checkpoint.Kind.TRAINING
+        make = partial(trainer.save_adapter, adapter_name, with_optimizer=with_optimizer)
     elif recipients:
-        size = _save_encrypted(trainer, adapter_name, target, recipients)
+        make = partial(_save_encrypted, trainer, adapter_name, recipients=recipients)
     else:
-        size = trainer.save_peft(adapter_name, target)
+        make = partial(trainer.save_peft, adapter_name)
+    size = storage().write(directory, make)
     return Checkpoint(
         run=run,
         owner_id=run.owner_id,
@@ -139,14 +136,14 @@ def _written(
         name=name,
         seq_id=context.future.seq_id or 0,
         step=run.step,
-        directory=str(directory),
+        directory=directory,
         size_bytes=size,
         created_at=timezone.now(),
     )
 
 
 def _save_encrypted(
-    trainer: Trainer, adapter_name: str, target: Path, recipients: Sequence[str]
+    trainer: Trainer, adapter_name: str, target: Path, *, recipients: Sequence[str]
 ) -> int:
     """peft's files, each as an age file; no unencrypted copy stays on the disk."""
     plain = target.with_name(f".plain-{target.name}")

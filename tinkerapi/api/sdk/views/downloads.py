@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from http import HTTPStatus
-from pathlib import Path
 
-from django.conf import settings
 from django.http import HttpResponse, HttpResponseBase
 from django.utils.http import http_date
 from rest_framework.request import Request
@@ -22,6 +21,8 @@ from training.models import Checkpoint
 from training.paths import TinkerPath
 from training.selectors import checkpoint_by_id, checkpoint_get
 from training.services.checkpoints import checkpoint_audit_read
+from training.storage.chosen import storage
+from training.storage.interface import StoredFile
 
 
 def _downloadable(request: Request, run: str, checkpoint_id: str) -> Checkpoint:
@@ -37,16 +38,20 @@ def _downloadable(request: Request, run: str, checkpoint_id: str) -> Checkpoint:
     return checkpoint
 
 
-def _files(checkpoint: Checkpoint) -> list[Path]:
-    """The checkpoint's files by name.
+def _open_all(checkpoint: Checkpoint) -> list[StoredFile]:
+    """The checkpoint's files by name, open.
 
     Raises:
         CheckpointNotFound: It was deleted meanwhile. (404)
     """
-    try:
-        return sorted((settings.DATA_DIR / checkpoint.directory).iterdir())
-    except FileNotFoundError:
-        raise CheckpointNotFound from None
+    directory = checkpoint.directory
+    with ExitStack() as opened:
+        files = [
+            opened.enter_context(storage().open(directory, name))
+            for name in storage().files(directory)
+        ]
+        opened.pop_all()
+        return files
 
 
 class ExternalWeightsUrlsView(SdkView):
@@ -54,7 +59,7 @@ class ExternalWeightsUrlsView(SdkView):
 
     def get(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
         checkpoint = _downloadable(request, run, checkpoint_id)
-        names = [file.name for file in _files(checkpoint)]
+        names = storage().files(checkpoint.directory)
         links = file_links(request, checkpoint, names, reader_id=owner_of(request))
         return JSONResponse(
             {
@@ -96,11 +101,8 @@ class DownloadView(SdkView):
         checkpoint = checkpoint_by_id(target["checkpoint"])
         if "while_public" in target and not checkpoint.public:
             raise CheckpointNotFound
-        try:
-            if "file" not in target:
-                return tar_response(request, _files(checkpoint))
-            name = target["file"]
-            path = settings.DATA_DIR / checkpoint.directory / name
-            return file_response(request, path, etag=f"{path.parent.name}-{name}")
-        except FileNotFoundError:
-            raise CheckpointNotFound from None
+        if "file" not in target:
+            return tar_response(request, _open_all(checkpoint))
+        directory, name = checkpoint.directory, target["file"]
+        file = storage().open(directory, name)
+        return file_response(request, file, etag=f"{directory.rpartition('/')[2]}-{name}")
