@@ -7,6 +7,8 @@ from dataclasses import dataclass
 PACKED, PADDED = "packed", "padded"
 MOST_WORKERS = 64
 """Of one base model on one machine."""
+MOST_RANKS = 64
+"""Processes of one worker."""
 LAYOUTS = ("auto", PACKED, PADDED)
 DTYPES = ("auto", "bfloat16", "float32")
 
@@ -23,9 +25,16 @@ class BaseModelConfig:
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``. ``auto`` and ``cuda`` spread several base models
     over the available GPUs."""
     devices: tuple[str, ...] = ()
-    """One for each of its workers, in the words of ``device``, which then is not used."""
+    """One for each rank of each of its workers, in the words of ``device``, which then is not
+    used."""
     workers: int = 1
-    """How many processes hold it, each with a share of its runs."""
+    """How many workers hold it, each with a share of its runs."""
+    tp_size: int = 1
+    """Ranks of a worker among which each layer is split (tensor parallelism)."""
+    fsdp_size: int = 1
+    """Ranks of a worker that hold a part of each layer each, and compute other sequences."""
+    ep_size: int = 1
+    """Ranks of a worker among which the experts of a layer are divided: 1, or ``tp_size``."""
     dtype: str = "auto"
     """The frozen weights' dtype: ``auto`` is bfloat16 if the device computes it natively."""
     layout: str = "auto"
@@ -38,8 +47,19 @@ class BaseModelConfig:
     """A training pass whose activations take more computes them again in its backward pass; 0: a
     share of the free memory."""
 
-    def device_of_worker(self, number: int) -> str:
-        """The device that one of its workers is asked to use; the first has number 0."""
+    @property
+    def num_ranks(self) -> int:
+        """Processes of one worker, each on a device of its own."""
+        return self.tp_size * self.fsdp_size
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of all its workers on one machine."""
+        return self.workers * self.num_ranks
+
+    def device_of_process(self, number: int) -> str:
+        """The device that one of its processes is asked to use: the first ranks are those of the
+        first worker, and the first of all has number 0."""
         return self.devices[number] if self.devices else self.device
 
 

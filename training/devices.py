@@ -1,4 +1,4 @@
-"""The device of a base model's worker, and its number of threads."""
+"""The device of each process of a base model's workers, and its number of threads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from training.errors import DeviceNotFound
 def num_sharing(
     config: BaseModelConfig, number: int, *, among: Sequence[BaseModelConfig], gpu_count: int
 ) -> int:
-    """How many workers of a server, this one included, share its device's memory.
+    """How many processes of a server, this one included, share its device's memory.
 
     Args:
-        number: Of the worker, among its base model's.
+        number: Of the process, among its base model's.
     """
 
     def device(other: BaseModelConfig, number: int) -> str:
@@ -23,22 +23,22 @@ def num_sharing(
         except DeviceNotFound:  # it will not be served
             return ""
 
-    return [device(*other) for other in _workers(among)].count(device(config, number))
+    return [device(*other) for other in _processes(among)].count(device(config, number))
 
 
-def num_threads(asked: int, torchs_own: int, *, workers: int = 1) -> int:
-    """Threads of one worker's passes on a CPU.
+def num_threads(asked: int, torchs_own: int, *, processes: int = 1) -> int:
+    """Threads of one process's passes on a CPU.
 
     One processor is left to web and Postgres: torch's threads wait for each other in busy loops,
-    so if another process delays one of them, a pass takes ten times as long. The workers of a base
-    model share the others.
+    so if another process delays one of them, a pass takes ten times as long. The processes of a
+    base model share the others.
 
     Args:
         asked: The operator's setting; 0 if there is none.
         torchs_own: torch's default.
-        workers: Of the base model on this machine.
+        processes: Of the base model's workers on this machine.
     """
-    return asked or max(1, (torchs_own - 1) // workers)
+    return asked or max(1, (torchs_own - 1) // processes)
 
 
 def device_of(
@@ -48,23 +48,23 @@ def device_of(
     among: Sequence[BaseModelConfig],
     gpu_count: int,
 ) -> str:
-    """``cpu`` or ``cuda:N`` for one worker of a base model of a server.
+    """``cpu`` or ``cuda:N`` for one process of a base model's workers.
 
-    Workers that name a GPU get it. The others take, in their order, the GPUs that are not
-    named, starting again with the first if there are more workers than GPUs.
+    Processes that name a GPU get it. The others take, in their order, the GPUs that are not
+    named, starting again with the first if there are more processes than GPUs.
 
     Args:
-        number: Of the worker, among its base model's.
+        number: Of the process, among its base model's.
         among: All base models of the server, ``config`` included.
         gpu_count: The number of GPUs that torch sees.
 
     Raises:
         DeviceNotFound: It names a GPU that does not exist.
     """
-    asked = config.device_of_worker(number)
+    asked = config.device_of_process(number)
     if asked == "cpu" or (asked == "auto" and gpu_count == 0):
         return "cpu"
-    every = [(c.name, n, c.device_of_worker(n)) for c, n in _workers(among)]
+    every = [(c.name, n, c.device_of_process(n)) for c, n in _processes(among)]
     named = {int(device[5:]) for _, _, device in every if device.startswith("cuda:")}
     if asked.startswith("cuda:"):
         chosen = int(asked[5:])
@@ -82,6 +82,6 @@ def device_of(
     return f"cuda:{chosen}"
 
 
-def _workers(among: Sequence[BaseModelConfig]) -> list[tuple[BaseModelConfig, int]]:
-    """Every worker of a server, as its base model and its number among that one's."""
-    return [(config, number) for config in among for number in range(config.workers)]
+def _processes(among: Sequence[BaseModelConfig]) -> list[tuple[BaseModelConfig, int]]:
+    """Every process of a server's workers, as its base model and its number among that one's."""
+    return [(config, number) for config in among for number in range(config.num_processes)]

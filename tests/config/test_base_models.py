@@ -98,6 +98,29 @@ def test_a_file_says_everything_of_each(tmp_path: Path) -> None:
             "[[base_model]]\nname = 'a'\ndevices = ['cpu', 'cpu']\nworkers = 3",
             "devices: expected one for each of the 3 workers, got 2",
         ),
+        ("[[base_model]]\nname = 'a'\ntp_size = 0", "tp_size: expected 1 to 64 devices, got 0"),
+        ("[[base_model]]\nname = 'a'\nfsdp_size = '2'", "fsdp_size: expected .*, got '2'"),
+        (
+            "[[base_model]]\nname = 'a'\ntp_size = 2\nfsdp_size = 2",
+            "tp_size 2 and fsdp_size 2 cannot be combined; leave one of them out",
+        ),
+        (
+            "[[base_model]]\nname = 'a'\ntp_size = 4\nep_size = 2",
+            "ep_size: expected 1, or 4 like tp_size, got 2",
+        ),
+        ("[[base_model]]\nname = 'a'\nfsdp_size = 2\nep_size = 2", "ep_size: expected 1"),
+        (
+            "[[base_model]]\nname = 'a'\ntp_size = 2\ndevices = ['cpu', 'cpu', 'cpu']",
+            "devices: expected one for each of the 1 workers times 2 ranks of each, got 3",
+        ),
+        (
+            "[[base_model]]\nname = 'a'\ntp_size = 2\ndevice = 'cuda:0'",
+            "ranks of a worker need 2 different GPUs, .*got cuda:0, cuda:0; name them in devices",
+        ),
+        (
+            "[[base_model]]\nname = 'a'\nfsdp_size = 2\ndevices = ['cuda:0', 'cpu']",
+            "need 2 different GPUs, or cpu for all",
+        ),
         (
             "[[base_model]]\nname = 'a'\nactivation_bytes = 1.5",
             "activation_bytes: expected a whole number",
@@ -147,3 +170,18 @@ def test_workers_follow_from_their_devices(
     [config] = base_models_from_file(file)
 
     assert (config.workers, config.devices) == (workers, devices)
+
+
+def test_a_worker_of_several_ranks_has_a_device_for_each(tmp_path: Path) -> None:
+    [config] = read(
+        tmp_path,
+        """
+        [[base_model]]
+        name = "a"
+        tp_size = 2
+        ep_size = 2
+        devices = ["cuda:4", "cuda:5", "cuda:6", "cuda:7"]
+        """,
+    )
+    assert (config.workers, config.num_ranks, config.num_processes) == (2, 2, 4)
+    assert config.device_of_process(2) == "cuda:6"  # the first rank of the second worker

@@ -76,4 +76,4 @@ def test_the_workers_of_a_base_model_have_devices_of_their_own() -> None:
 def test_workers_share_the_processors(
     asked: int, torchs_own: int, workers: int, expected: int
 ) -> None:
-    assert num_threads(asked, torchs_own, workers=workers) == expected
+    assert num_threads(asked, torchs_own, processes=workers) == expected

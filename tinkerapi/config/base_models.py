@@ -16,6 +16,7 @@ from tinkerapi.config.nearest import nearest
 from training.base_model_config import (
     DTYPES,
     LAYOUTS,
+    MOST_RANKS,
     MOST_WORKERS,
     BaseModelConfig,
     is_folder,
@@ -115,7 +116,10 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
         raise ImproperlyConfigured(
             f"{where}.device: expected auto, cpu, cuda or cuda:N, got {device!r}"
         )
-    values |= _workers(table, where)
+    values |= _ranks(table, where)
+    num_ranks = values["tp_size"] * values["fsdp_size"]
+    values |= _workers(table, where, num_ranks=num_ranks)
+    _refuse_shared_devices(values["devices"] or (device,) * num_ranks, num_ranks, where)
     for key, choices in (("dtype", DTYPES), ("layout", LAYOUTS)):
         if values.get(key, "auto") not in choices:
             raise ImproperlyConfigured(
@@ -131,8 +135,33 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
     return BaseModelConfig(**values)
 
 
-def _workers(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The number of workers and their devices: one of the two may follow from the other."""
+def _ranks(table: Mapping[str, Any], where: str) -> dict[str, int]:
+    """The sizes of a worker over several devices."""
+    sizes = {name: table.get(name, 1) for name in ("tp_size", "fsdp_size", "ep_size")}
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size <= MOST_RANKS:
+            raise ImproperlyConfigured(
+                f"{where}.{name}: expected 1 to {MOST_RANKS} devices, got {size!r}"
+            )
+    if sizes["tp_size"] > 1 and sizes["fsdp_size"] > 1:
+        raise ImproperlyConfigured(
+            f"{where}: tp_size {sizes['tp_size']} and fsdp_size {sizes['fsdp_size']} cannot be"
+            " combined; leave one of them out"
+        )
+    if sizes["ep_size"] not in (1, sizes["tp_size"]):
+        raise ImproperlyConfigured(
+            f"{where}.ep_size: expected 1, or {sizes['tp_size']} like tp_size, got"
+            f" {sizes['ep_size']}; experts are divided among the ranks that split the other layers"
+        )
+    return sizes
+
+
+def _workers(table: Mapping[str, Any], where: str, *, num_ranks: int) -> dict[str, Any]:
+    """The number of workers and their devices: one of the two may follow from the other.
+
+    Args:
+        num_ranks: Of each worker.
+    """
     devices = table.get("devices")
     if devices is None:
         workers = table.get("workers", 1)
@@ -148,10 +177,12 @@ def _workers(table: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: device and devices are both given; devices has one for each worker, so "
                 "leave device out"
             )
-        workers = table.get("workers", len(devices))
-        if workers != len(devices):
+        workers = table.get("workers", len(devices) // num_ranks)
+        expected = workers * num_ranks if type(workers) is int else None
+        if len(devices) != expected:
+            each = "" if num_ranks == 1 else f" times {num_ranks} ranks of each"
             raise ImproperlyConfigured(
-                f"{where}.devices: expected one for each of the {workers!r} workers, got "
+                f"{where}.devices: expected one for each of the {workers!r} workers{each}, got "
                 f"{len(devices)}"
             )
     if type(workers) is not int or not 1 <= workers <= MOST_WORKERS:
@@ -159,6 +190,19 @@ def _workers(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}.workers: expected 1 to {MOST_WORKERS} workers, got {workers!r}"
         )
     return {"workers": workers, "devices": tuple(devices or ())}
+
+
+def _refuse_shared_devices(devices: Sequence[str], num_ranks: int, where: str) -> None:
+    """Refuse ranks of one worker on one GPU, or on devices of two kinds."""
+    for start in range(0, len(devices), num_ranks):
+        own = devices[start : start + num_ranks]
+        kinds = {"cpu" if device == "cpu" else "cuda" for device in own if device != "auto"}
+        named = [device for device in own if device.startswith("cuda:")]
+        if len(kinds) > 1 or len(named) > len(set(named)):
+            raise ImproperlyConfigured(
+                f"{where}: the {num_ranks} ranks of a worker need {num_ranks} different GPUs, or"
+                f" cpu for all of them, got {', '.join(own)}; name them in devices"
+            )
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:

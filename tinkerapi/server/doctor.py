@@ -173,7 +173,7 @@ def check_device() -> Finding:
     figures = json.loads(answer.stdout)
     for config in settings.BASE_MODELS:
         try:
-            for number in range(config.workers):
+            for number in range(config.num_processes):
                 device_of(
                     config, number, among=settings.BASE_MODELS, gpu_count=len(figures["gpus"])
                 )
@@ -181,8 +181,8 @@ def check_device() -> Finding:
             return Finding("device", Verdict.FAILED, str(error))
     if figures["gpus"]:
         return Finding("device", Verdict.OK, "; ".join(figures["gpus"]))
-    most = max(config.workers for config in settings.BASE_MODELS)
-    threads = num_threads(settings.NUM_THREADS, figures["threads"], workers=most)
+    most = max(config.num_processes for config in settings.BASE_MODELS)
+    threads = num_threads(settings.NUM_THREADS, figures["threads"], processes=most)
     detail = f"CPU, {threads} thread{pluralize(threads)} for a worker"
     if flags := [flag for flag in CPU_FLAGS if flag in _cpu_flags()]:
         detail += f"; it has {', '.join(flags)}"

@@ -6,20 +6,24 @@ The worker uses this module and the roles, but no implementation.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training import devices
 from training.base_model_config import BaseModelConfig
 from training.engine.error_text import error_text
+from training.engine.group.members import RankStart
 from training.engine.interface import Engine
-from training.errors import BaseModelNotFound, TrainingError
+from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
 
 if TYPE_CHECKING:
     from training.engine.custom_loss.run import CustomLossRunner
     from training.engine.torch.base_model import BaseModel
+    from training.engine.torch.sharding.rank_group import RankGroup
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,8 @@ def build_engine(
     cache_tokens: int,
     on_stage: Callable[[str], None],
 ) -> Engine:
-    """The engine of a base model on this machine, in this process.
+    """The engine of a base model on this machine: in this process, and in those of the other ranks
+    of its worker, which this starts; call it in the main thread.
 
     Args:
         folder: The model's folder.
@@ -52,37 +57,102 @@ def build_engine(
         BaseModelNotFound: The folder cannot be read, or has a model that cannot be served.
         DeviceNotFound: It names a GPU that does not exist.
     """
+    if config.num_ranks > 1 and "cpu" in (config.device, *config.devices):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers' meshes would take the GPUs
+    import torch
+
+    gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    processes = range(number * config.num_ranks, (number + 1) * config.num_ranks)
+    chosen = [
+        devices.device_of(config, process, among=among, gpu_count=gpu_count)
+        for process in processes
+    ]
+    start = RankStart(
+        config=config,
+        folder=str(folder),
+        rank=0,
+        device=chosen[0],
+        meeting_place="",
+        num_threads=devices.num_threads(
+            num_threads, torch.get_num_threads(), processes=config.num_processes
+        ),
+        num_sharing=devices.num_sharing(config, processes[0], among=among, gpu_count=gpu_count),
+        batch_tokens=batch_tokens,
+        cache_tokens=cache_tokens,
+    )
+    if config.num_ranks == 1:
+        return build_rank(start, on_stage=on_stage)
+    return _build_group(start, chosen, on_stage=on_stage)
+
+
+def _build_group(
+    start: RankStart, chosen: Sequence[str], *, on_stage: Callable[[str], None]
+) -> Engine:
+    """The engine over several ranks, each with one of the chosen devices.
+
+    Raises:
+        DeviceNotFound: Two of the ranks would share a GPU.
+    """
+    from training.engine.group.leader import leading
+    from training.engine.group.members import Members, meeting_place
+    from training.engine.torch.sharding.rank_group import join_group
+
+    if chosen[0] != "cpu" and len(set(chosen)) < len(chosen):
+        raise DeviceNotFound(
+            f"base model {start.config.name} needs {len(chosen)} GPUs for the ranks of a worker, "
+            f"and there are {len(set(chosen))} for it; check its sizes and devices"
+        )
+    place = meeting_place()
+    start = replace(start, meeting_place=str(place))
+    members = Members(start, chosen)
+    group = join_group(start.config, rank=0, device=start.device, meeting_place=place)
+    return leading(build_rank(start, group=group, on_stage=on_stage), group, members)
+
+
+def build_rank(
+    start: RankStart,
+    *,
+    on_stage: Callable[[str], None],
+    group: RankGroup | None = None,
+    custom_losses: CustomLossRunner | None = None,
+) -> Engine:
+    """The engine in this process; of one rank, if there is a group.
+
+    Args:
+        custom_losses: Computes clients' own losses; None does it in a process of its own.
+
+    Raises:
+        BaseModelNotFound: The folder cannot be read, or has a model that cannot be served.
+    """
     import torch
 
     from training.engine.custom_loss.process import CustomLossProcess
     from training.engine.torch.loading import load_base_model
 
-    torch.set_num_threads(
-        devices.num_threads(num_threads, torch.get_num_threads(), workers=config.workers)
-    )
-    gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = devices.device_of(config, number, among=among, gpu_count=gpu_count)
-    if device.startswith("cuda"):
+    config, folder = start.config, Path(start.folder)
+    torch.set_num_threads(start.num_threads)
+    if start.device.startswith("cuda"):
         torch.cuda.set_device(
-            device
+            start.device
         )  # otherwise tensors without an explicit device would be made on the first
     with _faults_of(folder):
         base_model = load_base_model(
             str(folder),
             name=config.name,
-            device=device,
+            device=start.device,
             dtype=config.dtype,
             layout=config.layout,
             on_stage=on_stage,
+            group=group,
         )
         return engine_over(
             base_model,
             adapter_bytes=config.cache_bytes,
             activation_bytes=config.activation_bytes,
-            num_sharing=devices.num_sharing(config, number, among=among, gpu_count=gpu_count),
-            batch_tokens=batch_tokens,
-            cache_tokens=cache_tokens,
-            custom_losses=CustomLossProcess(),
+            num_sharing=start.num_sharing,
+            batch_tokens=start.batch_tokens,
+            cache_tokens=start.cache_tokens,
+            custom_losses=custom_losses or CustomLossProcess(),
         )
 
 
@@ -128,12 +198,16 @@ def engine_over(
         image_fault=base_model.image_fault,
     )
     cache_tokens = cache_tokens or default_cache_tokens(base_model, num_sharing=num_sharing)
+    adapter_bytes = adapter_bytes or free_bytes(base_model.device) // 2 // num_sharing
+    if base_model.group is not None:
+        cache_tokens = base_model.group.least(cache_tokens)
+        adapter_bytes = base_model.group.least(adapter_bytes)
     sampler = ContinuousSampler(base_model, renderer, cache_tokens=cache_tokens)
     return Engine(
         trainer=trainer,
         sampler=sampler,
         renderer=renderer,
-        adapter_bytes=adapter_bytes or free_bytes(base_model.device) // 2 // num_sharing,
+        adapter_bytes=adapter_bytes,
     )
 
 

@@ -35,6 +35,8 @@ WHOLE_BYTES = 32 * 2**20
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
+SIZES = ("tp_size", "fsdp_size", "ep_size")
+"""Of a worker over several devices."""
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 """Files of a base model's folder that count."""
 
@@ -84,6 +86,7 @@ def worker_facts(base_model: ServedBaseModel) -> dict[str, str]:
         "secret key": _digest(settings.SECRET_KEY),
         "dtype": config.dtype,
         "layout": config.layout,
+        **{name: str(getattr(config, name)) for name in SIZES},
         "TINKERAPI_NUM_THREADS": str(settings.NUM_THREADS),
         "TINKERAPI_BATCH_TOKENS": str(settings.BATCH_TOKENS),
     }

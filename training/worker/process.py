@@ -133,9 +133,11 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
                 base_model.queue, renderer.vocabulary_key, renderer.token_bytes
             )
         engine.trainer.report_progress(watchdog)
+        num_ranks = base_model.config.num_ranks
+        device = engine.trainer.info.device + (f", {num_ranks} ranks" if num_ranks > 1 else "")
         info, conversation_fault = engine.trainer.info, engine.renderer.conversation_fault
         figures |= {
-            "device": info.device,
+            "device": device,
             "dtype": info.dtype,
             "layout": info.layout,
             "num_parameters": info.num_parameters,
@@ -165,7 +167,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
         logger.info(
             "%s: ready on %s, %s layout; its adapters may take %.2f GiB of memory",
             base_model.name,
-            info.device,
+            device,
             info.layout,
             engine.adapter_bytes / GIBIBYTE,
         )

@@ -26,8 +26,10 @@ _NUMBERED = ("layer_idx", "layer_id", "layer_number")
 class FewLayers:
     """The layers that represent all layers of a model. Found once, before any is replaced."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, may_widen: bool = True) -> None:
+        """``may_widen``: whether they may compute in float32 if the model's type is narrower."""
         self.model = model
+        self._may_widen = may_widen
         self._found = _find_layers(model)
         if self._found is None:
             self.num_layers = model.config.get_text_config().num_hidden_layers
@@ -56,7 +58,7 @@ class FewLayers:
                 setattr(parent, name, nn.ModuleList(self._chosen))
                 stack.callback(setattr, parent, name, layers)
                 stack.enter_context(self._types_of_chosen(layers))
-            if in_float32:
+            if in_float32 and self._may_widen:
                 stack.enter_context(_float32(self.model))
             yield
 

@@ -38,7 +38,12 @@ from training.errors import BaseModelNotFound
 
 
 def stock_answers(
-    model: PreTrainedModel, *, name: str, vocab_size: int, context_tokens: int
+    model: PreTrainedModel,
+    *,
+    name: str,
+    vocab_size: int,
+    context_tokens: int,
+    may_widen: bool = True,
 ) -> StockAnswers:
     """``ask_stock``, with its failures turned into refusals.
 
@@ -50,7 +55,9 @@ def stock_answers(
             f"{name} cannot be served: it takes sequences of at most {context_tokens} tokens."
         )
     try:
-        return ask_stock(model, vocab_size=vocab_size, context_tokens=context_tokens)
+        return ask_stock(
+            model, vocab_size=vocab_size, context_tokens=context_tokens, may_widen=may_widen
+        )
     except Exception as error:  # a model's own code may raise everything
         if is_out_of_memory(error):
             raise
@@ -116,6 +123,9 @@ class _Prover:
         grad = AdapterTensors(weights.layout, torch.zeros_like(weights.flat))
         what = f"sequences {self._base_model.info.layout} beside each other"
         self._check(what, lambda: self._trained(weights, grad), self._stock.logprobs)
+        group = self._base_model.group
+        if group is not None and group.splits_layers:
+            group.add_up(grad.flat)
         self._check_grad(grad.flat)
 
     def _trained(self, weights: AdapterTensors, grad: AdapterTensors) -> list[Tensor]:

@@ -76,15 +76,34 @@ class StockAnswers:
     """``general_name`` of the linear layers that the decoder calls. Of the others it only reads the
     weight, so an adapter on them would have no effect."""
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the model, which stays in its process."""
+        return {**self.__dict__, "few_layers": None}
+
+    def on(self, device: torch.device) -> StockAnswers:
+        """The same with all tensors on a device."""
+        flat = self.weights.flat.to(device)
+        return replace(
+            self,
+            passages=[replace(p, tokens=p.tokens.to(device)) for p in self.passages],
+            logprobs=[logprobs.to(device) for logprobs in self.logprobs],
+            weights=AdapterTensors(self.weights.layout, flat),
+            grad=self.grad.to(device),
+            whole=self.whole.to(device),
+        )
+
     @property
     def longest(self) -> Passage:
         return max(self.passages, key=lambda passage: len(passage.tokens))
 
 
-def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -> StockAnswers:
+def ask_stock(
+    model: PreTrainedModel, *, vocab_size: int, context_tokens: int, may_widen: bool = True
+) -> StockAnswers:
     """Compute the passages with the unmodified model.
 
     Args:
+        may_widen: See ``FewLayers``.
         context_tokens: The longest sequence that the server will accept for it, at least
             ``FEWEST_TOKENS``.
 
@@ -93,7 +112,7 @@ def ask_stock(model: PreTrainedModel, *, vocab_size: int, context_tokens: int) -
     """
     passages = _make_passages(vocab_size, context_tokens, model.device)
     update = draw_update(model)
-    few_layers = FewLayers(model)
+    few_layers = FewLayers(model, may_widen=may_widen)
     flat = update.weights.flat.clone().requires_grad_()
     logprobs = []
     called: set[str] = set()

@@ -136,7 +136,7 @@ class ContinuousSampler(Sampler):
         deadline = self._clock() + wait_seconds
         finished: Results = {}
         while self._active and not finished:
-            finished = self._step()
+            finished = self.step()
             self._on_progress()
             if self._clock() >= deadline:
                 break
@@ -175,7 +175,8 @@ class ContinuousSampler(Sampler):
         self._forget_if_over(request.job.version)
 
     @torch.no_grad()
-    def _step(self) -> Results:
+    def step(self) -> Results:
+        """Make one pass, if a job is active; the jobs that this finished."""
         self._running += self._admission.start(self._running)
         reading = [request for request in self._running if request.needs_reading]
         decoding = [request for request in self._running if any(request.decodable())]

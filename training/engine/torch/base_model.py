@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -33,6 +34,7 @@ from training.engine.torch.packing.stream import (
     rows_of,
 )
 from training.engine.torch.padded.grid import Longest, gather_rows, make_grids
+from training.engine.torch.sharding.rank_group import RankGroup
 from training.engine.torch.vision.placement import ImageRows
 from training.engine.torch.vision.tower import VisionTower
 from training.errors import InvalidRequest
@@ -82,11 +84,25 @@ class BaseModel:
     then."""
     shared_tokens: int = 0
     """On a CPU, the longest rectangle of the padded layout that several requests share."""
+    group: RankGroup | None = None
+    """The ranks over which it is sharded; None: all of it is in this process."""
 
     @property
     def is_padded(self) -> bool:
         """Whether its decoder computes rectangles of sequences and not packed streams."""
         return self.info.layout == PADDED
+
+    @property
+    def divides_passes(self) -> bool:
+        """Whether the ranks of its group compute different sequences of a pass. In the padded
+        layout the number of rectangles would differ, so there each computes all."""
+        return self.group is not None and not self.group.splits_layers and not self.is_padded
+
+    @property
+    def adds_head_gradient(self) -> bool:
+        """Whether this process adds the gradient of the head's adapter: once, if all ranks compute
+        the whole head."""
+        return self.group is None or not self.group.splits_layers or self.group.is_first
 
     @cached_property
     def chunk_tokens(self) -> int:
@@ -270,7 +286,9 @@ class BaseModel:
 
     def frozen_tensors(self) -> list[Tensor]:
         """Its weights, and the other tensors that all passes read."""
-        own = [*self._decoder.parameters(), *self._decoder.buffers(), self.head_weight]
+        held = [*self._decoder.parameters(), *self._decoder.buffers()]
+        own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in held]
+        own.append(self.head_weight)
         return own if self.head_bias is None else [*own, self.head_bias]
 
     def report_progress(self, to: Callable[[], None]) -> None:

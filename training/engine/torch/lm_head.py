@@ -271,6 +271,8 @@ def _backward_logits(
         scale = segment.weights.layout.scale
         gb = (g @ b).mul_(scale)  # (m', R)
         grad_rows[segment.rows].addmm_(gb, a)
+        if not base_model.adds_head_gradient:
+            continue
         add_product(grad_a, gb.T, x)
         add_product(grad_b, g.T, x @ a.T, scale)
     return grad_rows

@@ -9,18 +9,21 @@ that its configuration requests is not used, since it may name code on a hub.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from training.base_model_config import PACKED, PADDED
 from training.context_length import COMPUTED_ROTARY, COMPUTED_WINDOWS, usable_context_tokens
+from training.engine.probe.few_layers import FewLayers
 from training.engine.probe.images import StockImage, ask_stock_image, image_fault
 from training.engine.probe.passes import Unproven
 from training.engine.probe.proof import prove, stock_answers
@@ -35,10 +38,14 @@ from training.engine.torch.our_layers import (
     wrap,
 )
 from training.engine.torch.rotary import rotary_switch_of
+from training.engine.torch.sharding.own_parts import distributed_config, require_plan
+from training.engine.torch.sharding.rank_group import RankGroup
 from training.engine.torch.vision.loading import image_reader_of, model_class_of
 from training.engine.torch.vision.tower import VisionTower
 from training.errors import BaseModelNotFound
 from training.model_folder import model_folder_problem
+
+NO_IMAGES_IN_GROUP = "a worker over several devices reads text only"
 
 
 def _nobody(stage: str) -> None:
@@ -53,6 +60,7 @@ def load_base_model(
     dtype: str = "auto",
     layout: str = "auto",
     on_stage: Callable[[str], None] = _nobody,
+    group: RankGroup | None = None,
 ) -> BaseModel:
     """Load a model folder (or hub name) and make it ready for adapters.
 
@@ -65,6 +73,8 @@ def load_base_model(
         dtype: ``auto`` is bfloat16 if the device computes it natively, else float32.
         layout: ``packed`` or ``padded``; ``auto`` is the first of the two that is proven.
         on_stage: Called with the name of each stage as it begins: ``read``, then ``prove``.
+        group: The ranks over which to shard it; each loads its part. The first one also loads all
+            of it for a moment, into the host's memory, for the check.
 
     Raises:
         BaseModelNotFound: The folder cannot be read or lacks weights, or has a model whose
@@ -78,15 +88,26 @@ def load_base_model(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         reader, no_reader = image_reader_of(path, config, tokenizer)
-        model, loaded = _load(path, config, model_class_of(config, reader), torch_dtype)
+        if group is not None and (reader is not None or no_reader is not None):
+            reader, no_reader = None, NO_IMAGES_IN_GROUP
+        model_class = model_class_of(config, reader)
+        sharding, stock = None, None
+        if group is not None:
+            require_plan(config, model_class, name=name or path, sizes=group.sizes)
+            stock = group.of_first(
+                lambda: _answers_of_whole(path, config, model_class, torch_dtype, name or path)
+            ).on(torch_device)
+            sharding = distributed_config(config, model_class, group.sizes)
+        model, loaded = _load(path, config, model_class, torch_dtype, sharding)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise BaseModelNotFound(f"No model can be read from {path}: {first_line}") from error
     _require_all_weights(path, loaded)
-    nn.Module.to(model, device=torch_device)  # transformers' override has lost its signature
+    if group is None:
+        nn.Module.to(model, device=torch_device)  # transformers' override has lost its signature
     model.eval().requires_grad_(False)
     on_stage("prove")
-    base_model = _proven(model, tokenizer, name or path, layout, reader)
+    base_model = _proven(model, tokenizer, name or path, layout, reader, stock, group)
     if no_reader is not None:
         base_model = replace(base_model, image_fault=no_reader)
     if torch_device.type == "cpu":
@@ -108,9 +129,13 @@ def _require_model_folder(path: str) -> None:
 
 
 def _load(
-    path: str, config: PreTrainedConfig, model_class: Any, dtype: torch.dtype
+    path: str,
+    config: PreTrainedConfig,
+    model_class: Any,
+    dtype: torch.dtype,
+    sharding: DistributedConfig | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and transformers' report about its weights."""
+    """The model, or this rank's part of it, and transformers' report about its weights."""
     # transformers' own choice: a configuration may name kernels on a hub, which would be run.
     config._attn_implementation = None
     loaded: Any = model_class.from_pretrained(
@@ -121,6 +146,7 @@ def _load(
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **({} if sharding is None else {"distributed_config": sharding}),
     )  # typed as the model alone
     model, info = loaded
     return model, info
@@ -140,17 +166,35 @@ def _require_all_weights(path: str, loaded: Mapping[str, Any]) -> None:
         )
 
 
-def _proven(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    layout: str,
-    reader: ImageReader | None,
-) -> BaseModel:
-    """The model with our layers, in a layout that computes the same results.
+def _answers_of_whole(
+    path: str, config: PreTrainedConfig, model_class: Any, dtype: torch.dtype, name: str
+) -> StockAnswers:
+    """The unsharded model's results, computed on the CPU.
 
     Raises:
-        BaseModelNotFound: The results differ.
+        BaseModelNotFound: It cannot be served.
+    """
+    model, loaded = _load(path, copy.deepcopy(config), model_class, dtype)
+    _require_all_weights(path, loaded)
+    model.eval().requires_grad_(False)
+    return _ask(model, _checked(model, name), name, may_widen=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """Properties of a model that may be served."""
+
+    head: nn.Linear
+    context_tokens: int
+    computed_rotary: tuple[str, ...]
+    rotary_switch: int | None
+
+
+def _checked(model: PreTrainedModel, name: str) -> _Checked:
+    """Check the parts of a model and its context.
+
+    Raises:
+        BaseModelNotFound: It cannot be served.
     """
     config = model.config.get_text_config()
     switch = rotary_switch_of(model)
@@ -168,18 +212,61 @@ def _proven(
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise BaseModelNotFound(f"{name} has no linear output head.")
-    stock = stock_answers(
-        model, name=name, vocab_size=head.out_features, context_tokens=context_tokens
+    return _Checked(
+        head=head,
+        context_tokens=context_tokens,
+        computed_rotary=tuple(computed_rotary),
+        rotary_switch=switch,
     )
+
+
+def _ask(
+    model: PreTrainedModel, checked: _Checked, name: str, *, may_widen: bool = True
+) -> StockAnswers:
+    return stock_answers(
+        model,
+        name=name,
+        vocab_size=checked.head.out_features,
+        context_tokens=checked.context_tokens,
+        may_widen=may_widen,
+    )
+
+
+def _proven(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    layout: str,
+    reader: ImageReader | None,
+    stock: StockAnswers | None = None,
+    group: RankGroup | None = None,
+) -> BaseModel:
+    """The model with our layers, in a layout that computes the same results.
+
+    Args:
+        stock: The whole model's results, if this one is sharded over ``group``.
+
+    Raises:
+        BaseModelNotFound: The results differ.
+    """
+    config = model.config.get_text_config()
+    checked = _checked(model, name)
+    head, context_tokens, switch = checked.head, checked.context_tokens, checked.rotary_switch
+    if stock is None:
+        stock = _ask(model, checked, name)
+    else:
+        stock = replace(stock, few_layers=FewLayers(model, may_widen=False))
     if not stock.crosses_windows:
-        within = usable_context_tokens(config.to_dict(), computed=computed_rotary)
+        within = usable_context_tokens(config.to_dict(), computed=checked.computed_rotary)
         context_tokens = context_tokens if within is None else within
     image = None
     if reader is not None:
         image = ask_stock_image(
             model, reader, vocab_size=head.out_features, context_tokens=context_tokens
         )
-    wrapped = wrap(model, tokenizer, name, head, context_tokens, stock, rotary_switch=switch)
+    wrapped = wrap(
+        model, tokenizer, name, head, context_tokens, stock, rotary_switch=switch, group=group
+    )
     reasons = {}
     for each in (PACKED, PADDED) if layout == "auto" else (layout,):
         laid_out = use_layout(model, wrapped, each)
@@ -188,7 +275,7 @@ def _proven(
             return proven if image is None else _with_images(model, proven, stock, reader, image)
         except Unproven as error:
             reasons[each] = str(error)
-    raise BaseModelNotFound(_refusal(name, reasons, head.weight.dtype))
+    raise BaseModelNotFound(_refusal(name, reasons, wrapped.dtype))
 
 
 def _with_images(

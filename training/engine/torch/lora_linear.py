@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.packing.stream import (
     ContextHolder,
     PassContext,
@@ -53,7 +54,7 @@ class LoraLinear(nn.Module):
                 rows, anchor, self, context
             )
         else:
-            output, _ = _forward(rows, self.base, self.name, context)
+            output, _ = _forward(rows, self, context)
         return output.view(*x.shape[:-1], -1)  # (..., T, out)
 
     def _of_one_adapter(self, rows: Tensor, context: SingleContext) -> Tensor:
@@ -62,12 +63,16 @@ class LoraLinear(nn.Module):
             return self.holder.beside.product(self, rows, context)
         num_rows = context.enough_rows(len(rows))
         padded = pad(rows, (0, 0, 0, num_rows - len(rows)))
-        output, _ = _forward(padded, self.base, self.name, context.of(num_rows))
+        output, _ = _forward(padded, self, context.of(num_rows))
         return output[: len(rows)]
 
     def together(self, rows: Tensor, context: PassContext) -> Tensor:
         """(T, out) of rows (T, in), without a gradient."""
-        return _forward(rows, self.base, self.name, context)[0]
+        return _forward(rows, self, context)[0]
+
+    def pair_of(self, tensors: AdapterTensors, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The layer's A (R, in) and B (out, R) of an adapter; None if it has none."""
+        return tensors.pair(self.name, dtype)
 
     def _is_trained_by(self, context: PassContext) -> bool:
         return any(
@@ -77,16 +82,16 @@ class LoraLinear(nn.Module):
 
 
 def _forward(
-    x: Tensor, base: nn.Linear, name: str, context: PassContext
+    x: Tensor, layer: LoraLinear, context: PassContext
 ) -> tuple[Tensor, list[tuple[list[Segment], Tensor]]]:
     """(T, out), and x A^T (n, R) of each group of joined segments that has this module."""
-    output = linear(x, base.weight, base.bias)  # (T, out)
+    output = linear(x, layer.base.weight, layer.base.bias)  # (T, out)
     inner = []
     for group in context.joined:
         weights, rows = group[0].weights, rows_of(group)
         if weights is None:
             continue
-        pair = weights.pair(name, x.dtype)
+        pair = layer.pair_of(weights, x.dtype)
         if pair is None:
             continue
         a, b = pair
@@ -105,7 +110,7 @@ class _LoraFunction(torch.autograd.Function):
         layer: LoraLinear,
         context: PassContext,
     ) -> Tensor:
-        output, inner = _forward(x, layer.base, layer.name, context)
+        output, inner = _forward(x, layer, context)
         ctx.save_for_backward(x if inner else None, *(xa for _, xa in inner))
         ctx.groups = [group for group, _ in inner]
         ctx.layer = layer
@@ -121,14 +126,14 @@ class _LoraFunction(torch.autograd.Function):
             weights, rows = group[0].weights, rows_of(group)
             g = grad_output[rows]  # (n, out)
             scale = weights.layout.scale
-            a, b = weights.pair(layer.name, g.dtype)
+            a, b = layer.pair_of(weights, g.dtype)  # type: ignore[misc]  # the forward pass had it
             gb = times(g, b).mul_(scale)  # (n, R)
             if grad_x is not None:
                 add_times(grad_x[rows], gb, a)
             for segment in group:
                 if segment.grad is not None:
                     own = slice(segment.start - rows.start, segment.end - rows.start)
-                    grad_a, grad_b = segment.grad.pair(layer.name, torch.float32)
+                    grad_a, grad_b = layer.pair_of(segment.grad, torch.float32)  # type: ignore[misc]
                     add_product(grad_a, gb[own].T, x[segment.rows])
                     add_product(grad_b, g[own].T, xa[own], scale)
         return grad_x, None, None, None

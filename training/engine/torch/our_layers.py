@@ -31,6 +31,9 @@ from training.engine.torch.padded.even_products import use_even_products
 from training.engine.torch.padded.step_limits import limit_single_steps
 from training.engine.torch.recompute import recompute_on_request
 from training.engine.torch.rotary import follow_lengths, follow_the_pass
+from training.engine.torch.sharding.own_parts import use_own_parts
+from training.engine.torch.sharding.rank_group import RankGroup
+from training.engine.torch.sharding.whole import whole
 from training.engine.torch.target_modules import can_have_adapter
 from training.errors import BaseModelNotFound
 
@@ -110,7 +113,14 @@ def wrap(
     stock: StockAnswers,
     *,
     rotary_switch: int | None,
+    group: RankGroup | None = None,
 ) -> BaseModel:
+    """The model with our layers.
+
+    Args:
+        name: For clients.
+        group: The ranks over which it is sharded; None: all of it is here.
+    """
     num_parameters = model.num_parameters()
     holder = ContextHolder()
     stacks = find_stacks(model)
@@ -129,10 +139,15 @@ def wrap(
     head_name = next(n for n, module in linears.items() if module is head)
     shapes = _shapes_of(model, linears, stacks, head_name)
     del linears[head_name]
-    for module_name, module in linears.items():
-        model.set_submodule(module_name, LoraLinear(module, module_name, holder))
-    for stack in stacks.values():
-        model.set_submodule(stack.name, LoraExperts(stack, holder))
+    if group is None:
+        for module_name, module in linears.items():
+            model.set_submodule(module_name, LoraLinear(module, module_name, holder))
+        for stack in stacks.values():
+            model.set_submodule(stack.name, LoraExperts(stack, holder))
+    else:
+        use_own_parts(model, linears, stacks, holder, group, name=name)
+    head_weight = whole(head.weight)
+    head_bias = None if head.bias is None else whole(head.bias)
     ask_chosen_experts(model)
     route_by_segment(model, routers, holder)
     decoder = _decoder_of(model)
@@ -143,17 +158,17 @@ def wrap(
             vocab_size=head.out_features,
             max_context_tokens=context_tokens,
             num_parameters=num_parameters,
-            device=head.weight.device.type,
-            dtype=str(head.weight.dtype).removeprefix("torch."),
+            device=head_weight.device.type,
+            dtype=str(head_weight.dtype).removeprefix("torch."),
         ),
         tokenizer=tokenizer,
-        device=head.weight.device,
-        dtype=head.weight.dtype,
+        device=head_weight.device,
+        dtype=head_weight.dtype,
         end_token_ids=_end_token_ids(model),
         model_type=model.config.model_type,
         head_name=head_name,
-        head_weight=head.weight,
-        head_bias=head.bias,
+        head_weight=head_weight,
+        head_bias=head_bias,
         logit_shape=stock.logit_shape,
         rotary_switch=rotary_switch,
         linear_shapes=shapes,
@@ -162,6 +177,7 @@ def wrap(
         holder=holder,
         can_recompute=can_recompute,
         _decoder=decoder,
+        group=group,
     )
 
 

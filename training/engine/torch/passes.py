@@ -20,16 +20,13 @@ from training.engine.torch.adapters import Adapter, AdapterTensors
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.lm_head import HeadInputs, HeadOutput, score_targets
 from training.engine.torch.memory_plan import MemoryPlan, Planned
-from training.engine.torch.packing.micro_batches import (
-    MicroBatch,
-    PackedDatum,
-    PartSpan,
-    plan_micro_batches,
-)
+from training.engine.torch.packing.micro_batches import MicroBatch, PackedDatum, PartSpan
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.packing.ranges import take_rows
 from training.engine.torch.packing.stream import Segment
 from training.engine.torch.peak_memory import PeakMemory
+from training.engine.torch.sharding.rank_group import RankGroup
+from training.engine.torch.sharding.rounds import rounds, run_beside_others
 from training.engine.torch.vision.placement import SequenceRows, place
 from training.errors import NonFiniteResult, TrainingError
 from training.types import ForwardBackwardOutput, PassMemory
@@ -66,6 +63,16 @@ class JobScores:
             metrics={**metrics, "loss:sum": loss},
             memory=memory,
         )
+
+    def add(self, others: JobScores) -> None:
+        """Add the results of datums that another rank has computed."""
+        for index, logprobs in enumerate(others.logprobs):
+            if logprobs.size:
+                self.logprobs[index] = logprobs
+                self.losses[index] = others.losses[index]
+        self.errors |= others.errors
+        for name, value in others.metric_sums.items():
+            self.metric_sums[name] = self.metric_sums.get(name, 0.0) + value
 
     def add_custom(self, index: int, result: Outcome) -> None:
         """Add a custom loss's result for one datum."""
@@ -105,6 +112,7 @@ def run_pass(
         custom_losses: Computes clients' own losses.
         memory_plan: Says which micro-batches keep their activations.
     """
+    group = base_model.group
     result = PassResult()
     for planned in jobs:
         num_datums = len(planned.job.data)
@@ -115,18 +123,16 @@ def run_pass(
         if trains and name not in result.grads:
             # A copy of the current sum, not zeros: a sum's last bits depend on its start.
             grad = adapters[name].grad
-            result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
+            is_start = group is None or group.is_first  # the ranks' sums are added up
+            start = grad.flat.clone() if is_start else torch.zeros_like(grad.flat)
+            result.grads[name] = AdapterTensors(grad.layout, start)
     work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
-    batches = plan_micro_batches(
-        jobs,
-        token_budget,
-        rotary_switch=base_model.rotary_switch,
-        shares_prefixes=not base_model.is_padded,
-    )
-    for batch in batches:
-        layouts = [adapters[span.part[0]].layout for span in batch.part_spans if trains]
-        plan = memory_plan.of_pass(batch.row_ranges, layouts)
+    for batch, plan in rounds(base_model, jobs, adapters, token_budget, memory_plan, trains=trains):
+        recomputes = plan is not None and plan.recomputes
         with torch.set_grad_enabled(trains), _memory_of(base_model, plan) as peak:
+            if batch is None:
+                run_beside_others(base_model, recomputes=recomputes)
+                continue
             head = _run_micro_batch(
                 base_model,
                 batch,
@@ -134,11 +140,28 @@ def run_pass(
                 result.grads,
                 work,
                 custom_losses,
-                recomputes=plan is not None and plan.recomputes,
+                recomputes=recomputes,
             )
             result.memory = _larger(result.memory, plan, peak)
         _scatter_scores(batch, head, result.scores)
+    if group is not None:
+        _put_together(base_model, group, result)
     return result
+
+
+def _put_together(base_model: BaseModel, group: RankGroup, result: PassResult) -> None:
+    """Add up the ranks' gradients, and give every rank the scores of all."""
+    has_part = group.splits_layers or base_model.divides_passes
+    for grad in result.grads.values():
+        if not has_part and not group.is_first:
+            grad.flat.zero_()  # each rank has computed all of it
+        group.add_up(grad.flat)
+    if base_model.divides_passes:
+        own = list(result.scores.values())
+        for rank, scores in enumerate(group.gather(own)):
+            if rank != group.rank:
+                for ours, others in zip(own, scores, strict=True):
+                    ours.add(others)
 
 
 def _memory_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -24,6 +25,8 @@ from training.engine.torch.out_of_memory import out_of_memory_by_name
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.passes import run_pass
 from training.engine.torch.peft_import import import_adapter
+from training.engine.torch.sharding.rank_group import GroupBroken
+from training.engine.torch.sharding.shared_losses import SharedCustomLosses
 from training.engine.torch.target_modules import select_modules
 from training.engine.validate import check_adam_params, check_job, check_lora_config
 from training.errors import InvalidRequest, NonFiniteResult, OutOfMemory, TrainingError
@@ -35,6 +38,19 @@ _GRADIENT_OVERFLOWS = (
 )
 
 JobResult = ForwardBackwardOutput | TrainingError
+
+
+def _digest(results: Sequence[JobResult]) -> int:
+    """A number that is the same for the same results."""
+    number = 0
+    for result in results:
+        if isinstance(result, TrainingError):
+            number = crc32(repr(result).encode(), number)
+            continue
+        number = crc32(repr(result.loss).encode(), number)
+        for logprobs in result.logprobs:
+            number = crc32(logprobs.tobytes(), number)
+    return number
 
 
 class TorchTrainer(Trainer):
@@ -68,11 +84,16 @@ class TorchTrainer(Trainer):
             free_bytes: The memory of a device that passes may still take.
         """
         self._base_model = base_model
+        self._group = base_model.group
         self._token_budget = token_budget
         self._memory_plan = MemoryPlan(
-            base_model, activation_bytes=activation_bytes, free_bytes=free_bytes
+            base_model,
+            activation_bytes=activation_bytes,
+            free_bytes=free_bytes if self._group is None else self._group.least_of(free_bytes),
         )
         self._custom_losses = custom_losses or CustomLossesHere()
+        if self._group is not None and not base_model.divides_passes:
+            self._custom_losses = SharedCustomLosses(self._custom_losses, self._group)
         self._sums_by_job = base_model.device.type == "cpu"
         self.info = base_model.info
         # In order of use: the least recently used first.
@@ -95,6 +116,11 @@ class TorchTrainer(Trainer):
 
     def adapter_names(self) -> list[str]:
         return list(self._adapters)
+
+    def adapter_with(self, weights: AdapterTensors) -> str | None:
+        """The adapter whose current weights these are; None if there is none any more."""
+        names = (name for name, each in self._adapters.items() if each.weights is weights)
+        return next(names, None)
 
     def adapter_bytes(self, config: LoraConfig, *, with_optimizer: bool = True) -> int:
         modules = select_modules(config, self._base_model.linear_shapes, self._base_model.head_name)
@@ -129,7 +155,12 @@ class TorchTrainer(Trainer):
             chosen = {i: p for i, p in checked.items() if p.job.forward_only is not trains}
             outcome = self._run(list(chosen.values()), trains=trains)
             results |= {i: outcome[planned] for i, planned in chosen.items()}
-        return [results[i] for i in range(len(jobs))]
+        ordered = [results[i] for i in range(len(jobs))]
+        if self._group is not None:
+            names = dict.fromkeys(planned.job.adapter_name for planned in checked.values())
+            sums = {name: float(self._adapters[name].grad.flat.norm()) for name in names}
+            self._group.require_equal("The result of a pass", (_digest(ordered), sums))
+        return ordered
 
     def _check_memory(self, job: ForwardBackwardJob, layout: AdapterLayout) -> None:
         """Refuse a job with a datum whose pass would not fit into the free memory.
@@ -172,6 +203,9 @@ class TorchTrainer(Trainer):
                         memory_plan=self._memory_plan,
                     )
             except OutOfMemory:
+                if self._group is not None:
+                    # The others wait for this rank in the middle of a layer.
+                    raise GroupBroken("This rank has run out of memory in a pass.") from None
                 return outcome | self._run_smaller(jobs, trains=trains)
             bad = {p: error for p in jobs if (error := result.scores[p].error) is not None}
             outcome |= bad

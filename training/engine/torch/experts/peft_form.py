@@ -126,7 +126,8 @@ def peft_exchanges(projection: Projection) -> bool:
 def _joined(layout: AdapterLayout, flat: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
     """A (E, R, in) and B (E, out, R) of the whole parameter."""
     layers = [layer for layer in projection.layers if layer.name in layout.places]
-    num_experts, _, num_outputs = projection.matrices.shape
+    num_experts = projection.layers[0].shape.num_experts
+    num_outputs = projection.num_outputs
     all_a = []
     all_b = flat.new_zeros(num_experts, num_outputs, layout.rank * len(layers))
     for i, layer in enumerate(layers):

@@ -81,7 +81,8 @@ def _matrices(
     projection: Projection, wrapper: str, rank: int, get: Callable[[str], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """A (E, R, in) and B (E, out, R) of a whole parameter."""
-    num_experts, inputs, outputs = projection.matrices.shape
+    whole = projection.layers[0].shape
+    num_experts, inputs, outputs = whole.num_experts, whole.in_features, projection.num_outputs
     if peft_exchanges(projection):
         inputs, outputs = outputs, inputs
     expected = {"A": (num_experts * rank, inputs), "B": (outputs, rank * num_experts)}

@@ -84,7 +84,9 @@ class UpFunction(torch.autograd.Function):
                 pairs.add_to(grad_rows, grouped_times(gb, a, pairs.ends))
             if pairs.segment.grad is None:
                 continue
-            grad_a, grad_b = pairs.segment.grad.layout.pair(pairs.segment.grad.flat, layer.name)
+            grad_a, grad_b = layer.own(
+                *pairs.segment.grad.layout.pair(pairs.segment.grad.flat, layer.name)
+            )
             grad_b.add_(grouped_sums(g, xa, pairs.ends), alpha=pairs.weights.layout.scale)
             if a.ndim == 2:
                 add_product(grad_a, gb.T, own)
@@ -158,7 +160,9 @@ class DownFunction(torch.autograd.Function):
             pairs.add_to(back, grouped_times(gb, a, pairs.ends))
             if pairs.segment.grad is None:
                 continue
-            grad_a, grad_b = pairs.segment.grad.layout.pair(pairs.segment.grad.flat, layer.name)
+            grad_a, grad_b = layer.own(
+                *pairs.segment.grad.layout.pair(pairs.segment.grad.flat, layer.name)
+            )
             own_share = pairs.of(share)
             grad_a.add_(grouped_sums(gb * own_share, pairs.of(inner), pairs.ends))
             if b.ndim == 2:
@@ -191,7 +195,7 @@ def _adapters(
         for pairs in grouping.segments
         for layer in projection.layers
     ]
-    return [(pairs, layer, *pair) for pairs, layer, pair in found if pair is not None]
+    return [(pairs, layer, *layer.own(*pair)) for pairs, layer, pair in found if pair is not None]
 
 
 def _weighted(xa: Tensor, weights: Tensor, pairs: SegmentPairs) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from training.engine.torch.experts.stacks import ExpertStack
 from training.engine.torch.packing.stream import MIN_ROWS, ContextHolder, PassContext, SingleContext
+from training.engine.torch.sharding.whole import whole
 
 FEWEST_OUTPUTS = 8
 """Outputs of a product from which on its rows have the same bits among any number of others; a
@@ -101,11 +102,12 @@ class SingleGate(SegmentRouter):
     def __init__(self, base: nn.Linear, holder: ContextHolder) -> None:
         missing = FEWEST_OUTPUTS - base.out_features
         several = nn.Linear(base.in_features, FEWEST_OUTPUTS, bias=False, device="meta")
-        several.weight = nn.Parameter(pad(base.weight, (0, 0, 0, missing)), requires_grad=False)
+        weight = pad(whole(base.weight), (0, 0, 0, missing))
+        several.weight = nn.Parameter(weight, requires_grad=False)
         several.bias = (
             None
             if base.bias is None
-            else nn.Parameter(pad(base.bias, (0, missing)), requires_grad=False)
+            else nn.Parameter(pad(whole(base.bias), (0, missing)), requires_grad=False)
         )
         super().__init__(several, holder)
 

@@ -27,6 +27,27 @@ _ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_app
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertPart:
+    """The part of a stack's layer that is in this process."""
+
+    experts: slice | None = None
+    inputs: slice | None = None
+    outputs: slice | None = None
+    """None: all of them."""
+
+    def of(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of A (E, R, in) and B (E, out, R); a matrix that all experts share has no E."""
+        if self.experts is not None:
+            a = a[self.experts] if a.ndim == 3 else a
+            b = b[self.experts] if b.ndim == 3 else b
+        if self.inputs is not None:
+            a = a[..., self.inputs]
+        if self.outputs is not None:
+            b = b[..., self.outputs, :]
+        return a, b
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertLinear:
     """One linear layer of every expert of a stack, as adapters see it."""
 
@@ -35,6 +56,12 @@ class ExpertLinear:
     columns: slice
     """Its outputs among those of the parameter that holds it."""
     shape: LoraShape
+    part: ExpertPart | None = None
+    """None: the whole layer."""
+
+    def own(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of those parts of an adapter's A and B that belong to what is in this process."""
+        return (a, b) if self.part is None else self.part.of(a, b)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,8 +75,13 @@ class Projection:
     layers: tuple[ExpertLinear, ...]
 
     @property
+    def num_outputs(self) -> int:
+        """Of the whole parameter, also if a part of it is in this process."""
+        return sum(layer.shape.out_features for layer in self.layers)
+
+    @property
     def matrices(self) -> Tensor:
-        """(E, in, out), a view."""
+        """(E, in, out), a view of what is in this process."""
         parameter: Tensor = getattr(self.module, self.parameter_name)
         return parameter if self.is_transposed else parameter.transpose(1, 2)
 

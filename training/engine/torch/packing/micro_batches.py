@@ -142,6 +142,7 @@ def plan_micro_batches(
     *,
     rotary_switch: int | None = None,
     shares_prefixes: bool = True,
+    chosen: Mapping[PlannedJob, range] | None = None,
 ) -> list[MicroBatch]:
     """Pack every datum of every job once.
 
@@ -150,6 +151,7 @@ def plan_micro_batches(
         token_budget: Most rows in a micro-batch, unless a single datum is longer.
         rotary_switch: Longer datums share nothing with others; see ``BaseModel``.
         shares_prefixes: Whether datums may share the rows of a prefix.
+        chosen: The indices of the datums to pack, by job; None packs all.
     """
     by_part: dict[tuple[str, int], list[PlannedJob]] = {}
     for planned in jobs:
@@ -158,7 +160,11 @@ def plan_micro_batches(
     parts: dict[tuple[str, int], list[Item]] = {}
     for part, its_jobs in by_part.items():
         first = len(origins)
-        origins += [(own, index) for own in its_jobs for index in range(len(own.job.data))]
+        origins += [
+            (own, index)
+            for own in its_jobs
+            for index in (range(len(own.job.data)) if chosen is None else chosen.get(own, ()))
+        ]
         sequences = [planned.job.data[index].model_input for planned, index in origins[first:]]
         paths: Sequence[Path] = [()] * len(sequences)
         if shares_prefixes:
