@@ -15,6 +15,7 @@ from tinkerapi.config.base_models import (
 )
 from tinkerapi.config.environment import (
     env_bool,
+    env_bucket,
     env_choice,
     env_database,
     env_hosts,
@@ -41,6 +42,14 @@ DATA_DIR = Path(
     or (BASE_DIR / "var" if IS_CHECKOUT else _USER_DATA / "tinkerapi")
 ).resolve()
 """Embedded database, converted models, snapshots and checkpoints; back this up."""
+
+STORAGE = env_bucket("TINKERAPI_STORAGE")
+"""The bucket of checkpoints and snapshots; empty: they are in the data folder."""
+
+STORAGE_CACHE_BYTES = env_int(
+    "TINKERAPI_STORAGE_CACHE_BYTES", 20 * 2**30, minimum=0, maximum=MOST_BYTES
+)
+"""How much of a bucket is kept in the data folder of each machine that reads it."""
 
 # Every process of ours runs this, so none leaves a file that other users of the machine can read:
 # neither in the data folder nor in the output of a command, such as a backup.
@@ -408,6 +417,9 @@ LOGGING = {
     "loggers": {
         "django.request": {"level": "ERROR"},
         "django-q": {"level": "WARNING"},  # otherwise a line for every doorbell
+        # Where credentials and addresses were found; errors are ours to report.
+        "aiobotocore": {"level": "WARNING"},
+        "botocore": {"level": "WARNING"},
     },
 }
 

@@ -263,9 +263,18 @@ def checkpoints_kept() -> QuerySet[Checkpoint]:
 
 
 def directories_named() -> set[str]:
-    """The folders of all checkpoints and snapshots, relative to the data folder."""
+    """The folders of all checkpoints and snapshots, by their names in the storage."""
     directories: set[str] = set(Checkpoint.objects.values_list("directory", flat=True))
     return directories | set(Snapshot.objects.values_list("directory", flat=True))
+
+
+def newest_directories(number: int) -> list[str]:
+    """The folders of the newest checkpoints and snapshots, this many of each at most."""
+    return [
+        directory
+        for rows in (Checkpoint.objects, Snapshot.objects)
+        for directory in rows.order_by("-pk").values_list("directory", flat=True)[:number]
+    ]
 
 
 def futures_prunable(futures: QuerySet[Future]) -> QuerySet[Future]:

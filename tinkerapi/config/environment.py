@@ -125,6 +125,15 @@ def env_url(name: str) -> str:
     return value
 
 
+def env_bucket(name: str) -> str:
+    """``s3://BUCKET`` or ``s3://BUCKET/PREFIX``, or nothing; anything else stops the start."""
+    value = env_text(name).strip().rstrip("/")
+    form = r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/\w[\w.=+-]*)*"
+    if value and not re.fullmatch(form, value, re.ASCII):
+        raise ImproperlyConfigured(f"{name}: expected s3://BUCKET/PREFIX, got {value!r}")
+    return value
+
+
 def env_database(name: str) -> dj_database_url.DBConfig:
     """Django's settings for the Postgres of a URL; anything else stops the start."""
     # The value is not shown: it may contain a password.

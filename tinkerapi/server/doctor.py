@@ -42,7 +42,7 @@ from tinkerapi.server.preflight import RunningServer, base_model_problem, runnin
 from tinkerapi.server.upgrade import SchemaError, database_down_reason, unapplied_migrations
 from training.base_models import DEFAULT_MODEL_NAME, ServedBaseModel, base_models
 from training.devices import device_of, num_threads
-from training.errors import DeviceNotFound
+from training.errors import DeviceNotFound, StorageFailed
 from training.storage.chosen import storage
 
 DEVICE_TIMEOUT_SECONDS = 120.0  # importing torch from a cold disk
@@ -278,11 +278,21 @@ def check_clock() -> Finding:
 
 
 def check_storage() -> Finding:
-    """The data folder is that of the workers in the database."""
-    if storage().installation_id(make=False) is None:
-        return Finding("storage", Verdict.OFF, "no server has run on this data folder yet")
-    if problem := storage_problem():
-        return Finding("storage", Verdict.FAILED, problem.removeprefix("data folder: "))
+    """Checkpoints and snapshots can be stored, and the storage is that of the workers in the
+    database."""
+    where = storage().location if storage().is_remote else "this data folder"
+    try:
+        is_new = storage().installation_id(make=False) is None
+    except StorageFailed:
+        is_new = False
+    problem = storage().problem() if is_new else storage_problem()
+    if problem:
+        detail = problem.removeprefix("data folder: ").removeprefix("storage: ")
+        return Finding("storage", Verdict.FAILED, detail)
+    if is_new:
+        return Finding("storage", Verdict.OFF, f"no server has run on {where} yet")
+    if storage().is_remote:
+        return Finding("storage", Verdict.OK, f"{where}, that of the workers")
     return Finding("storage", Verdict.OK, "the data folder is that of the workers")
 
 

@@ -12,30 +12,97 @@ from django.conf import settings
 from futures.database import execute
 from futures.selectors import worker_figure
 from training.base_models import ServedBaseModel, base_models
+from training.errors import CheckpointNotFound, StorageFailed
+from training.selectors import newest_directories
 from training.storage.chosen import storage
 from training.storage.data_folder import INSTALLATION_FILE
-from training.worker.agreement import FIGURE, differences, worker_facts
+from training.worker.agreement import (
+    DATA_FOLDER,
+    FIGURE,
+    STORAGE,
+    differences,
+    storage_id_name,
+    storage_place,
+    worker_facts,
+)
+
+SOME_FOLDERS = 5
+"""Of each kind, looked for in a storage that is new to the database."""
 
 MOST_CLOCK_SECONDS = 5.0
 """Largest difference between the clocks of this machine and of Postgres."""
 
 
 def storage_problem() -> str | None:
-    """Why this data folder is not the installation's, as a sentence."""
+    """Why this machine's storage is not the installation's, or cannot be used, as a sentence."""
+    here = storage_place()
+    known = [worker_figure(base_model.queue, FIGURE) for base_model in base_models()]
+    theirs = [facts for facts in known if facts]
+    for facts in theirs:
+        there = facts.get(STORAGE, DATA_FOLDER)
+        if there != here:
+            return (
+                f"storage: {here} here, {there} at the workers in this database; set "
+                "TINKERAPI_STORAGE as the server does"
+            )
+    return _bucket_problem(theirs) if storage().is_remote else _data_folder_problem(theirs)
+
+
+def _bucket_problem(theirs: list[dict[str, str]]) -> str | None:
+    if problem := storage().problem():
+        return f"storage: {problem}"
+    try:
+        here = storage().installation_id(make=False)
+    except StorageFailed as error:
+        return f"storage: {error}"
+    if here is None:
+        return f"storage: no server has used {storage().location}; start the server with it first"
+    ids = {facts.get(storage_id_name(), here) for facts in theirs}
+    if ids and here not in ids:
+        return (
+            f"storage: {storage().location} is another installation's than that of the workers in "
+            "this database; check AWS_ENDPOINT_URL and the account"
+        )
+    return None
+
+
+def _data_folder_problem(theirs: list[dict[str, str]]) -> str | None:
     here = storage().installation_id(make=False)
     if here is None:
         return (
             f"data folder: {settings.DATA_DIR} has no file {INSTALLATION_FILE!r}, so no server "
             "runs on it; mount the server's data folder, and name it in TINKERAPI_DATA_DIR"
         )
-    known = [worker_figure(base_model.queue, FIGURE) for base_model in base_models()]
-    theirs = {facts["data folder's installation"] for facts in known if facts}
-    if theirs and here not in theirs:
+    ids = {facts[storage_id_name()] for facts in theirs if storage_id_name() in facts}
+    if ids and here not in ids:
         return (
             f"data folder: {settings.DATA_DIR} is another installation's than that of the workers "
             "in this database; mount the same folder"
         )
     return None
+
+
+def moved_storage_problem() -> str | None:
+    """Why a server must not start with this storage, as a sentence: the last workers had another
+    one, and nothing of what the database names is in this one."""
+    here = storage_place()
+    known = [worker_figure(base_model.queue, FIGURE) for base_model in base_models()]
+    before = {facts.get(STORAGE, DATA_FOLDER) for facts in known if facts} - {here}
+    named = newest_directories(SOME_FOLDERS)
+    if not before or not named or any(map(_is_stored, named)):
+        return None
+    return (
+        f"TINKERAPI_STORAGE: the checkpoints of this database are in {', '.join(sorted(before))}, "
+        f"and {here} has none of them (such as {named[0]}); bring them there with a backup and a "
+        "restore, or correct the setting"
+    )
+
+
+def _is_stored(directory: str) -> bool:
+    try:
+        return bool(storage().files(directory))
+    except CheckpointNotFound:
+        return False
 
 
 def clock_difference_seconds() -> float:

@@ -14,7 +14,10 @@ from pathlib import Path
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 OURS = frozenset(
-    ("checkpoints", "crashes", "logs", "models", "postgres", "secret_key", "snapshots", "static")
+    (
+        *("checkpoints", "crashes", "installation", "logs", "models", "postgres", "secret_key"),
+        *("snapshots", "static", "storage_cache"),
+    )
 )
 """The contents of a data folder; hidden files and ``up.*`` too."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -10,12 +11,23 @@ from django.conf import settings
 from training.storage.data_folder import DataFolder
 from training.storage.interface import Storage
 
+CACHE_FOLDER = "storage_cache"
+"""Below the data folder."""
+
 
 def storage() -> Storage:
     """The installation's storage."""
-    return _storage(Path(settings.DATA_DIR))
+    return _storage(
+        settings.STORAGE, Path(settings.DATA_DIR), settings.STORAGE_CACHE_BYTES, os.getpid()
+    )
 
 
 @cache
-def _storage(data_dir: Path) -> Storage:
-    return DataFolder(data_dir)
+def _storage(url: str, data_dir: Path, cache_bytes: int, pid: int) -> Storage:
+    """``pid``: a process does not use what another one has opened before it was forked."""
+    if not url:
+        return DataFolder(data_dir)
+    from training.storage.folder_cache import FolderCache
+    from training.storage.remote import RemoteFolders
+
+    return RemoteFolders(url, FolderCache(data_dir / CACHE_FOLDER, cache_bytes))

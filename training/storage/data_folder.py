@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -41,6 +41,14 @@ class DataFolder(Storage):
             return sorted(path.name for path in (self._root / directory).iterdir())
         except FileNotFoundError:
             raise CheckpointNotFound from None
+
+    def open_all(self, directory: str) -> list[StoredFile]:
+        with ExitStack() as opened:
+            files = [
+                opened.enter_context(self.open(directory, name)) for name in self.files(directory)
+            ]
+            opened.pop_all()
+            return files
 
     def open(self, directory: str, name: str) -> StoredFile:
         try:

@@ -154,6 +154,14 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def open_all(self, directory: str) -> list[StoredFile]:
+        """Open all files of a folder, in the order of their names.
+
+        Raises:
+            CheckpointNotFound, StorageFailed: See ``local``.
+        """
+
+    @abstractmethod
     def open(self, directory: str, name: str) -> StoredFile:
         """Open a file of a folder.
 

@@ -1,7 +1,7 @@
 """What all workers of a base model must have in common, so that a run may go from one to another.
 
-A run that moves is rebuilt from files of the data folder, and its log is computed again. So another
-worker needs the same folder, the same weights and the same versions of the packages that compute;
+A run that moves is rebuilt from files of the storage, and its log is computed again. So another
+worker needs the same storage, the same weights and the same versions of the packages that compute;
 with them the bits are the same (on machines of one kind). Each worker reports these facts about
 itself, and one that starts compares its own with those of the workers that are live.
 
@@ -23,7 +23,7 @@ from django.utils import timezone
 from futures.models import Worker
 from futures.selectors import HEARTBEAT_TIMEOUT
 from training.base_models import ServedBaseModel
-from training.errors import WorkerDisagrees
+from training.errors import StorageFailed, WorkerDisagrees
 from training.storage.chosen import storage
 from training.worker.crash_log import crash_file
 
@@ -39,6 +39,9 @@ SIZES = ("tp_size", "fsdp_size", "ep_size")
 """Of a worker over several devices."""
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 """Files of a base model's folder that count."""
+
+STORAGE, DATA_FOLDER = "storage", "the data folder"
+"""The name of the fact where checkpoints and snapshots are, and its value without a bucket."""
 
 FIGURE = "agreement"
 """The name under which a worker reports its facts."""
@@ -82,7 +85,7 @@ def worker_facts(base_model: ServedBaseModel) -> dict[str, str]:
         "Python": ".".join(map(str, sys.version_info[:2])),
         **{name: _version(name) for name in PACKAGES},
         "base model's files": base_model_digest(base_model.folder),
-        "data folder's installation": storage().installation_id(make=True) or "",
+        **storage_facts(),
         "secret key": _digest(settings.SECRET_KEY),
         "dtype": config.dtype,
         "layout": config.layout,
@@ -90,6 +93,25 @@ def worker_facts(base_model: ServedBaseModel) -> dict[str, str]:
         "TINKERAPI_NUM_THREADS": str(settings.NUM_THREADS),
         "TINKERAPI_BATCH_TOKENS": str(settings.BATCH_TOKENS),
     }
+
+
+def storage_facts() -> dict[str, str]:
+    """The storage's place and its id; a storage that does not answer has no id now."""
+    where = storage_place()
+    try:
+        return {STORAGE: where, storage_id_name(): storage().installation_id(make=True) or ""}
+    except StorageFailed:
+        return {STORAGE: where}
+
+
+def storage_place() -> str:
+    """Where checkpoints and snapshots are, equal on all machines."""
+    return storage().location if storage().is_remote else DATA_FOLDER
+
+
+def storage_id_name() -> str:
+    """The name of the fact that is the storage's id."""
+    return "storage's installation" if storage().is_remote else "data folder's installation"
 
 
 def differences(base_model: ServedBaseModel, facts: Mapping[str, str]) -> list[str]:
@@ -107,10 +129,12 @@ def differences(base_model: ServedBaseModel, facts: Mapping[str, str]) -> list[s
         if not isinstance(theirs, dict):
             continue
         for name, value in theirs.items():
+            if name not in facts and name.endswith("installation"):
+                continue  # of another kind of storage, which is named, or one that does not answer
             if facts.get(name) != value:
                 ours = facts.get(name, "unknown")
                 found.setdefault(name, f"{name}: {ours} here, {value} at {where}")
-        if not crash_file(other).exists():
+        if not storage().is_remote and not crash_file(other).exists():
             found.setdefault(
                 "data folder",
                 f"data folder: {settings.DATA_DIR} here is not that of {where}, whose file "

@@ -22,6 +22,7 @@ from django.db import InterfaceError, OperationalError
 from futures.errors import Fenced
 from futures.lost_workers import OPEN
 from futures.models import Worker
+from training.storage.chosen import storage
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +64,18 @@ class CrashLog:
 def crashed(before: Worker) -> bool:
     """Whether a worker that has ended may have crashed because of its work; True if unknown.
 
-    A worker of another machine that wrote nothing counts as ended from outside.
+    A worker of another machine that wrote nothing, or whose data folder is its own, counts as ended
+    from outside: if it crashed, its supervisor has judged it before.
     """
+    is_elsewhere = before.hostname != socket.gethostname()
     try:
         words = crash_file(before).read_text(errors="replace").strip()
     except OSError:
-        return True
+        return not (is_elsewhere and storage().is_remote)
     if words:
         logger.error("%s crashed:\n%s", before, words)
         return True
-    if before.hostname != socket.gethostname():  # whose kernel's count is unknown here
+    if is_elsewhere:  # whose kernel's count is unknown here
         return False
     return bool(before.figures.get("oom_kills") != oom_kills())
 

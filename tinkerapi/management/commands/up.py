@@ -26,6 +26,7 @@ from django.core.management.base import BaseCommand
 from django.db import OperationalError, connection
 
 from futures.lost_workers import workers_reap
+from tinkerapi.server.joining import moved_storage_problem
 from tinkerapi.server.postgres import EmbeddedPostgres
 from tinkerapi.server.postgres_cluster import PostgresError
 from tinkerapi.server.preflight import (
@@ -51,6 +52,7 @@ from tinkerapi.server.upgrade import SchemaError, schema_migrate
 from tinkerapi.server.worker_part import log_path, part_environment, worker_part
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
 from training.base_models import ServedBaseModel, base_models, base_models_problem
+from training.errors import StorageFailed
 from training.parent_death import parent_death_prefix
 from training.storage.chosen import storage
 from training.worker.crash_log import crashed
@@ -102,7 +104,7 @@ class Command(BaseCommand):
                 self._run(environment)
         except StopRequested:
             self.say("stopped")
-        except (PreflightError, PostgresError, SchemaError) as error:
+        except (PreflightError, PostgresError, SchemaError, StorageFailed) as error:
             raise CommandError(str(error)) from error
         except Refused as error:
             # The part was a command too, and Django has put the same word before its message.
@@ -145,6 +147,8 @@ class Command(BaseCommand):
                     "keys      none needed: every program on this machine acts as the user "
                     f"{LOCAL_USERNAME}; behind a proxy, set TINKERAPI_PUBLIC_URL"
                 )
+            if problem := storage().problem():
+                raise PreflightError(f"TINKERAPI_STORAGE: {problem}")
             storage().installation_id(make=True)
             secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
                 settings.DATA_DIR
@@ -175,6 +179,8 @@ class Command(BaseCommand):
     def _prepare_models(self, environment: dict[str, str]) -> None:
         """Start making the folders that are missing, each in its own process."""
         self.say(f"data      {settings.DATA_DIR}")
+        if storage().is_remote:
+            self.say(f"storage   {storage().location}")
         for base_model in base_models():
             if not base_model.folder.exists():
                 self.say(f"model     {base_model.name}: making its folder, once")
@@ -201,6 +207,8 @@ class Command(BaseCommand):
         except OperationalError as error:
             raise PreflightError(f"the database does not answer: {_first_line(error)}") from error
         self.say(f"database  {f'{count} migrations applied' if count else 'up to date'}")
+        if problem := moved_storage_problem():
+            raise PreflightError(problem)
         # After a kill of the server, web answers before the new workers have started.
         for base_model in base_models():
             workers_reap(queue=base_model.queue, crashed=crashed)
