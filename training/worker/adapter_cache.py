@@ -17,7 +17,13 @@ from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from futures.log_fields import about
 from futures.models import Future, Worker
 from training.engine.interface import Sampler, Trainer
-from training.errors import CheckpointNotFound, OutOfMemory, RunLost, TrainingError
+from training.errors import (
+    CheckpointNotFound,
+    OutOfMemory,
+    RunLost,
+    StorageFailed,
+    TrainingError,
+)
 from training.models import Checkpoint, Run
 from training.selectors import lanes_without_client, run_log
 from training.services.runs import run_lora_config
@@ -155,6 +161,10 @@ class AdapterCache:
         self._cached[run.id] = CachedAdapter()
         self._hold(run)
 
+    def holds(self, name: str) -> bool:
+        """Whether a run's adapter, or a version of weights, is in memory."""
+        return name in self._memory
+
     def lanes_without_adapter(self) -> set[str]:
         """The lanes that this worker leases without having anything of them in memory."""
         return self._worker.leases - self._cached.keys()
@@ -215,12 +225,12 @@ class AdapterCache:
         """
         self._schedule.keep_up()
 
-    def snapshot(self, run: Run) -> bool:
-        """Write the run's state now and wait for it; return whether it is on disk.
+    def snapshot(self, run: Run, *, at_a_stop: bool = False) -> bool:
+        """Write the run's state now and wait for it; return whether it is stored.
 
         Call it between a commit and the run's next operation, with a fresh row.
         """
-        self._schedule.write_now(run.id)
+        self._schedule.write_now(run.id, at_a_stop=at_a_stop)
         return self._cached[run.id].snapshot_seq_id == run.applied_seq_id
 
     def settle(self) -> None:
@@ -234,7 +244,7 @@ class AdapterCache:
             then: Called with each run after that.
         """
         for run in Run.objects.live().filter(id__in=self._cached):
-            self.snapshot(run)
+            self.snapshot(run, at_a_stop=True)
             then(run)
             self._on_turn()
 
@@ -355,7 +365,7 @@ class AdapterCache:
                 whose = about(run=run.id, owner=run.owner_id)
                 logger.info("run %s: replaying %d requests", run.id, len(log), extra=whose)
             self._replay(run, log)
-        except OutOfMemory:  # later there may be enough memory
+        except (OutOfMemory, StorageFailed):  # later there may be enough memory, or an answer
             self._trainer.drop_adapter(run.id)
             raise
         except TrainingError as error:

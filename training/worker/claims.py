@@ -33,7 +33,8 @@ class Claims:
         self._look_at: float | None = None
         """When to look at what the last claim has left to other workers."""
         self._passed_over: set[int] = set()
-        """Owners of whom the last claim took nothing, because too much of their text waits."""
+        """Owners of whom the last claim took nothing, because too much of theirs waits for text or
+        for files."""
 
     def look_everywhere(self) -> None:
         """Claim again, and not only from the lanes that are leased already."""
@@ -52,14 +53,14 @@ class Claims:
         if self.left_some_to_look_at():
             self._looks_anywhere = True
             return True
-        return self._unclaimed or not self._passed_over <= self._texts.full_owners()
+        return self._unclaimed or not self._passed_over <= self._full_owners()
 
     def take(self) -> None:
         """Claim futures that may run, unless enough are held already."""
         if self._scheduler.held_cost > settings.BATCH_TOKENS:
             self._unclaimed = True
             return
-        self._passed_over = self._texts.full_owners()
+        self._passed_over = self._full_owners()
         claimed = [] if self._looks_anywhere else self._claim(only_leased=True)
         if not claimed:
             # Perhaps the lane that the notification meant was released in the same moment.
@@ -71,6 +72,10 @@ class Claims:
             self.company_until = time.monotonic() + COMPANY_SECONDS
         self._scheduler.add(claimed)
         self._unclaimed = self._worker.more_waits
+
+    def _full_owners(self) -> set[int]:
+        """Owners of whom nothing more is claimed for now."""
+        return self._texts.full_owners() | self._scheduler.full_owners()
 
     def _claim(self, *, only_leased: bool) -> list[Future]:
         return future_claim(

@@ -34,6 +34,7 @@ from training.worker.adapter_cache import AdapterCache, NoRoomYet
 from training.worker.batching_delay import collect_batch_mates
 from training.worker.claims import Claims
 from training.worker.effects import Effects
+from training.worker.fetches import Fetches
 from training.worker.idle import IdleTime
 from training.worker.operations import Operations
 from training.worker.replay import Replay
@@ -43,10 +44,13 @@ from training.worker.scheduler import Batch, Scheduler, has_custom_loss
 from training.worker.text_pool import TextPool
 from training.worker.texts import Texts
 from training.worker.throughput import Throughput
+from training.worker.uploads import Uploads
 
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
 TEXT_SLICE_SECONDS = 0.02  # longest wait for tokenizing between two checks for notifications
 START_SLICE_SECONDS = 0.02  # longest wait for the process of custom losses between two such checks
+FILES_SLICE_SECONDS = 0.02  # longest wait for files to be stored or to arrive, in the same way
+STOP_UPLOAD_SECONDS = 30.0  # longest wait, at a stop, for files to be stored
 EVEN_OUT_SECONDS = 5.0  # between two runs that are given to another worker
 
 # Fenced like the outcomes, because a batch that only begins samples has none: only the holder of
@@ -115,12 +119,15 @@ class WorkLoop:
             replay=Replay(engine.trainer, self._texts.render, on_turn),
             on_turn=on_turn,
         )
+        self._fetches = Fetches(self.adapter_cache.holds)
         self._scheduler = Scheduler(
             batch_cost=settings.BATCH_TOKENS,
             batch_bytes=engine.adapter_bytes,
             lane_bytes=self.adapter_cache.lane_bytes,
             is_ready=self._is_ready,
+            needs_files=self._fetches.are_needed,
         )
+        self._uploads = Uploads()
         self._prepare_custom_losses = engine.trainer.prepare_custom_losses
         self._custom_losses_start = False
         """Whether a future waits until the process for clients' own losses has started."""
@@ -161,6 +168,7 @@ class WorkLoop:
                 )
             self._let_go_of_cancelled()
             self._look_at_texts()
+            self._finish_uploads()
             self._custom_losses_start = False
             batch = self._scheduler.next_batch()
             begin = time.monotonic()
@@ -178,6 +186,10 @@ class WorkLoop:
                 self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
             elif not batch and self._custom_losses_start:
                 time.sleep(START_SLICE_SECONDS)
+            elif not batch and self._uploads:
+                self._uploads.wait(FILES_SLICE_SECONDS)
+            elif not batch and self._fetches.are_pending:
+                time.sleep(FILES_SLICE_SECONDS)
             elif not batch and not self._claims.may_take_more():
                 break
         self._idle.worked()
@@ -216,8 +228,8 @@ class WorkLoop:
         self._next_even_out = time.monotonic() + EVEN_OUT_SECONDS
         if not leases_are_uneven(self._worker):
             return
-        sampled = {future.lane_id for future in self._samples.futures if future.lane_id}
-        run_id = self.adapter_cache.hand_over(but=sampled)
+        begun = [*self._samples.futures, *self._uploads.futures]
+        run_id = self.adapter_cache.hand_over(but={f.lane_id for f in begun if f.lane_id})
         if run_id is None:
             return
         held = [future.id for future in self._scheduler.held() if future.lane_id == run_id]
@@ -231,7 +243,7 @@ class WorkLoop:
         between batches."""
         unneeded = self.adapter_cache.lanes_without_adapter()
         if unneeded:
-            held = [*self._scheduler.held(), *self._samples.futures]
+            held = [*self._scheduler.held(), *self._samples.futures, *self._uploads.futures]
             lanes_release(
                 worker=self._worker, lane_ids=unneeded - {future.lane_id for future in held}
             )
@@ -279,11 +291,27 @@ class WorkLoop:
         for future in batch.samples:
             self._begin_sample(future, effects)
         for future in batch.barriers:
-            self._operations.run_barrier(future, self._runs, effects)
+            later = self._operations.run_barrier(future, self._runs, effects)
+            if later is not None:
+                self._scheduler.barrier_waits(future)
+                self._uploads.begin(future, later)
             self._on_turn()
         self._commit(effects)
         for run_id, seconds in effects.seconds.items():
             self.adapter_cache.worked(run_id, seconds)
+
+    def _finish_uploads(self) -> None:
+        """Commit the saves whose files are stored, or could not be."""
+        for upload in self._uploads.finished():
+            effects = Effects()
+            try:
+                outcome = upload.outcome(effects)
+            except TrainingError as error:
+                outcome = outcomes.failed(upload.future, error)
+            effects.outcomes.append(outcome)
+            self._batch += 1
+            self._commit(effects)
+            self._scheduler.barrier_finished(upload.future)
 
     def _load_runs(self, batch: Batch) -> None:
         lanes = {f.lane_id for f in [*batch.passes, *batch.samples, *batch.barriers] if f.lane_id}
@@ -382,7 +410,9 @@ class WorkLoop:
     def give_back(self) -> None:
         """The end: futures that have not begun or are being sampled wait for the next worker, and
         unsaved state is written to disk, so that it need not be repeated."""
-        futures = self._scheduler.held()
+        self._uploads.wait(STOP_UPLOAD_SECONDS, for_all=True)
+        self._finish_uploads()
+        futures = [*self._uploads.withdraw(), *self._scheduler.held()]
         futures += [
             future for future, _ in self._samples.withdraw(self._samples.request_ids).values()
         ]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
+from futures.finishing import Outcome
 from futures.models import Future
 from training.engine.interface import Trainer
 from training.errors import RunNotCreated, TrainingError
@@ -18,6 +19,7 @@ from training.worker.kinds import BARRIERS, forward_backward
 from training.worker.kinds.barrier import BarrierContext
 from training.worker.requests import request_of
 from training.worker.texts import Texts
+from training.worker.uploads import Later
 
 
 class Operations:
@@ -42,10 +44,15 @@ class Operations:
         if requests:
             forward_backward.run(self._trainer, requests, self._texts.take, effects)
 
-    def run_barrier(self, future: Future, runs: dict[str, Run], effects: Effects) -> None:
-        """One future that runs alone in its lane."""
+    def run_barrier(self, future: Future, runs: dict[str, Run], effects: Effects) -> Later | None:
+        """One future that runs alone in its lane.
+
+        Returns:
+            How to get its outcome, if it has none yet; then ``effects`` have nothing of it.
+        """
         begin = time.monotonic()
         request = request_of(future)
+        outcome: Outcome | Later
         try:
             run = self._run_of(future, runs)
             context = BarrierContext(future, run, self._trainer, self._adapter_cache, effects)
@@ -54,9 +61,12 @@ class Operations:
         except TrainingError as error:
             outcome = outcomes.failed(future, error)
             has_changed = isinstance(error, request.logged_errors)
+        if isinstance(outcome, Later):
+            return outcome
         effects.outcomes.append(outcome)
         if has_changed:
             effects.changed(run, future, time.monotonic() - begin)
+        return None
 
     def bring(self, future: Future, runs: dict[str, Run]) -> str:
         """Make the adapter of the future's run resident; return its name in the trainer.

@@ -50,6 +50,7 @@ class Scheduler:
         batch_bytes: int,
         lane_bytes: Callable[[str], int] = lambda lane_id: 0,
         is_ready: Callable[[Future], bool] = lambda future: True,
+        needs_files: Callable[[Future], bool] = lambda future: False,
     ) -> None:
         """Start without futures.
 
@@ -59,13 +60,17 @@ class Scheduler:
                 memory; one alone may exceed it.
             lane_bytes: The size of a lane's adapter.
             is_ready: Whether a future may run; if not, it and later futures of its lane wait.
+            needs_files: Whether files must arrive before the first future of a lane may run.
         """
+        self._needs_files = needs_files
         self._batch_cost = batch_cost
         self._batch_bytes = batch_bytes
         self._lane_bytes = lane_bytes
         self._is_ready = is_ready
         self._lanes: dict[str, deque[Future]] = {}
         self._sampling: dict[str, set[str]] = {}
+        self._storing: set[str] = set()
+        """Lanes whose last barrier has no outcome yet, because its files are being stored."""
 
     def add(self, futures: Iterable[Future]) -> None:
         """Add claimed futures: each lane's in order, after those it has."""
@@ -87,7 +92,11 @@ class Scheduler:
                 if lane in barred:
                     continue
                 future = queue[0]
-                if not self._is_ready(future) or not self._fits(lane, touched):
+                if (
+                    not self._is_ready(future)
+                    or self._waits_for_files(lane)
+                    or not self._fits(lane, touched)
+                ):
                     barred.add(lane)
                     continue
                 order = REQUESTS[future.kind].order
@@ -123,6 +132,27 @@ class Scheduler:
         if lane in touched or not touched:
             return True
         return sum(touched.values()) + self._bytes(lane) <= self._batch_bytes
+
+    def _waits_for_files(self, lane: str) -> bool:
+        """Whether nothing of the lane may run until files have been stored or have arrived."""
+        return lane in self._storing or self._needs_files(self._lanes[lane][0])
+
+    def barrier_waits(self, future: Future) -> None:
+        """Record that a barrier of the last batch has no outcome yet: its lane waits."""
+        self._storing.add(future.lane_id or future.id)
+
+    def barrier_finished(self, future: Future) -> None:
+        """Record that it has one."""
+        self._storing.discard(future.lane_id or future.id)
+
+    def full_owners(self) -> set[int]:
+        """Owners of whom much is held that waits for files."""
+        costs: dict[int, int] = {}
+        for lane, queue in self._lanes.items():
+            owner_id = queue[0].owner_id
+            if owner_id is not None and self._waits_for_files(lane):
+                costs[owner_id] = costs.get(owner_id, 0) + sum(future.cost for future in queue)
+        return {owner_id for owner_id, cost in costs.items() if cost > self._batch_cost}
 
     def _bytes(self, lane: str) -> int:
         lane_id = self._lanes[lane][0].lane_id
@@ -162,9 +192,14 @@ class Scheduler:
 
     @property
     def held_cost(self) -> int:
-        """Tokens claimed, not begun and ready to run; futures that wait for their text do not
-        count."""
-        held = [f for queue in self._lanes.values() for f in queue]
+        """Tokens claimed, not begun and ready to run; futures that wait for their text or for files
+        do not count."""
+        held = [
+            future
+            for lane, queue in self._lanes.items()
+            if not self._waits_for_files(lane)
+            for future in queue
+        ]
         return sum(future.cost for future in held if self._is_ready(future))
 
 

@@ -16,12 +16,17 @@ from django.conf import settings
 
 from futures.log_fields import about
 from training.models import Run
+from training.storage.chosen import storage
 from training.worker.snapshots import SnapshotFailed, SnapshotWriter
 
 logger = logging.getLogger(__name__)
 
 WRITE_COST_FACTOR = 10  # snapshots may take at most a tenth of the time
 PAUSE_SECONDS = 60.0  # after a snapshot that could not be written
+REMOTE_SECONDS = 10.0
+"""Longest wait of the working thread for one snapshot in a remote storage."""
+REMOTE_STOP_SECONDS = 60.0
+"""The same at a stop, when nothing else is to be done."""
 
 
 @dataclass
@@ -70,16 +75,25 @@ class SnapshotSchedule:
             elif self._snapshots.begun is None:
                 self._begin(run_id)
 
-    def settle(self) -> None:
-        """Wait for the snapshot that is being written, and record it."""
-        self._snapshots.wait()
-        self._finish()
+    def settle(self, *, at_a_stop: bool = False) -> None:
+        """Wait for the snapshot that is being written, and record it.
 
-    def write_now(self, run_id: str) -> None:
-        """Write the run's state and wait for it."""
-        self.settle()
-        self._begin(run_id)
-        self.settle()
+        A remote storage may be slow: then it is recorded later, by ``keep_up``.
+        """
+        seconds = REMOTE_STOP_SECONDS if at_a_stop else REMOTE_SECONDS
+        self._snapshots.wait(seconds if storage().is_remote else None)
+        if self._snapshots.is_over():
+            self._finish()
+
+    def write_now(self, run_id: str, *, at_a_stop: bool = False) -> None:
+        """Write the run's state and wait for it; see ``settle``.
+
+        While another one is still being written after that wait, nothing is done.
+        """
+        self.settle(at_a_stop=at_a_stop)
+        if self._snapshots.begun is None:
+            self._begin(run_id)
+            self.settle(at_a_stop=at_a_stop)
 
     def _is_due(self, run_id: str) -> bool:
         """Whether the work since the last snapshot justifies writing one."""

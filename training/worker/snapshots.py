@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection
 from concurrent.futures import Future as Writing
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from django.db import transaction
 
@@ -44,6 +44,7 @@ class Begun:
     """Its name in the storage."""
     writing: Writing[tuple[int, float]]
     """Bytes and seconds."""
+    begun_at: float = field(default_factory=time.monotonic)
 
 
 class SnapshotWriter:
@@ -77,17 +78,24 @@ class SnapshotWriter:
             seq_id=run.applied_seq_id,
             step=run.step,
             directory=directory,
-            writing=self._thread.submit(_timed, captured, directory),
+            writing=self._thread.submit(_timed, [captured], directory),
         )
 
     def is_over(self) -> bool:
         """Whether ``finish`` need not wait."""
         return self.begun is not None and self.begun.writing.done()
 
-    def wait(self) -> None:
-        """Wait for the snapshot that is being written, if any."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait for the snapshot that is being written, if any.
+
+        Args:
+            seconds: Since it was begun; None waits as long as it takes.
+        """
         if self.begun is not None:
-            wait([self.begun.writing])
+            left = None
+            if seconds is not None:
+                left = max(self.begun.begun_at + seconds - time.monotonic(), 0.0)
+            wait([self.begun.writing], timeout=left)
 
     def finish(self, *, unreadable: Collection[int] = ()) -> float:
         """Record the written snapshot in a row, and delete those that it replaces.
@@ -164,6 +172,9 @@ class SnapshotWriter:
             storage().delete(old.directory)
 
 
-def _timed(captured: CapturedAdapter, directory: str) -> tuple[int, float]:
+def _timed(captured: list[CapturedAdapter], directory: str) -> tuple[int, float]:
+    """Store a captured state, whose memory is let go of before it is uploaded."""
     begin = time.monotonic()
-    return storage().write(directory, captured.write), time.monotonic() - begin
+    staged = storage().stage(directory, captured.pop().write)
+    staged.store()
+    return staged.value, time.monotonic() - begin

@@ -13,6 +13,7 @@ from training.kinds import Request
 from training.models import Run
 from training.worker.adapter_cache import AdapterCache
 from training.worker.effects import Effects
+from training.worker.uploads import Later
 
 RequestT = TypeVar("RequestT", bound=Request)
 AppliedT = TypeVar("AppliedT")
@@ -34,8 +35,11 @@ class Barrier(ABC, Generic[RequestT]):
     """A kind that changes nothing that a replay would have to repeat."""
 
     @abstractmethod
-    def run(self, context: BarrierContext, request: RequestT) -> Outcome:
+    def run(self, context: BarrierContext, request: RequestT) -> Outcome | Later:
         """Run the request.
+
+        Returns:
+            The outcome; or how to get it, and then the lane waits for it.
 
         Raises:
             TrainingError: It becomes the future's failure, and nothing was changed.

@@ -7,7 +7,7 @@ no row refers to, never a row without its folder.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -27,27 +27,30 @@ from training.models import Checkpoint, SamplingSession
 from training.paths import TinkerPath
 from training.services.checkpoints import checkpoint_check_free, checkpoint_place
 from training.storage.chosen import storage
-from training.storage.interface import CHECKPOINTS, new_name
+from training.storage.interface import CHECKPOINTS, Staged, new_name
 from training.storage_quota import storage_check
 from training.worker import outcomes
+from training.worker.effects import Effects
 from training.worker.kinds.barrier import Barrier, BarrierContext
+from training.worker.uploads import Later
 
 
 class SaveWeightsKind(Barrier[SaveWeights]):
     """Reads the run without changing it."""
 
-    def run(self, context: BarrierContext, request: SaveWeights) -> Outcome:
+    def run(self, context: BarrierContext, request: SaveWeights) -> Outcome | Later:
         if request.sampling_session_seq_id is not None:
             return _save_for_sampling_session(context, request.sampling_session_seq_id)
         return _save(context, request, request.name or "")
 
 
-def _save(context: BarrierContext, request: SaveWeights, name: str) -> Outcome:
+def _save(context: BarrierContext, request: SaveWeights, name: str) -> Outcome | Later:
     """Save the run under a name."""
+    future = context.future
     run, overwrite = context.run, request.overwrite
     path = TinkerPath(run.name, request.checkpoint_kind, name)
     checkpoint_check_free(owner_id=run.owner_id, path=path, overwrite=overwrite)
-    row = _written(context, request.checkpoint_kind, name, request.recipients)
+    row, staged = _staged(context, request.checkpoint_kind, name, request.recipients)
     row.user_metadata = dict(request.user_metadata)
     if request.ttl_seconds is not None:
         row.expires_at = row.created_at + timedelta(seconds=request.ttl_seconds)
@@ -56,12 +59,15 @@ def _save(context: BarrierContext, request: SaveWeights, name: str) -> Outcome:
         with _files_removed_if_refused(row):  # because of another save meanwhile
             checkpoint_place(row, overwrite=overwrite)
 
-    context.effects.writes.append((context.future, place))
-    result = SaveWeightsResult(model_id=run.name, path=str(path), size_bytes=row.size_bytes)
-    return outcomes.ready(context.future, result, path=str(path), bytes=row.size_bytes)
+    def finish(effects: Effects) -> Outcome:
+        effects.writes.append((future, place))
+        result = SaveWeightsResult(model_id=run.name, path=str(path), size_bytes=row.size_bytes)
+        return outcomes.ready(future, result, path=str(path), bytes=row.size_bytes)
+
+    return _when_stored(context, staged, finish)
 
 
-def _save_for_sampling_session(context: BarrierContext, number: int) -> Outcome:
+def _save_for_sampling_session(context: BarrierContext, number: int) -> Outcome | Later:
     """A frozen sampling session of the current weights.
 
     Its rows are committed here, before the future's result: another request may take the
@@ -77,30 +83,43 @@ def _save_for_sampling_session(context: BarrierContext, number: int) -> Outcome:
     if made.exists():
         return outcomes.ready(future, result, sampling_session=session_id)
     # No client can request this name: a path may not contain it.
-    row = _written(context, Checkpoint.Kind.SAMPLER, f"~{future.seq_id}", ())
+    row, staged = _staged(context, Checkpoint.Kind.SAMPLER, f"~{future.seq_id}", ())
     row.ephemeral = True
-    try:
-        with _files_removed_if_refused(row), transaction.atomic():
-            storage_check(owner_id=run.owner_id, more_bytes=row.size_bytes)
-            row.save(force_insert=True)
-            SamplingSession.objects.create(
-                id=session_id,
-                session_id=run.session_id or "",
-                seq_id=number,
-                base_model=run.base_model,
-                checkpoint=row,
-                model_path=f"tinker://{run.name}/sampler_weights/{row.name}",
-            )
-            lane_create(
-                lane_id=session_id, owner_id=run.owner_id, queue=future.queue, ordered=False
-            )
-    except IntegrityError:
-        if made.exists():  # by a worker that was given up and was still writing
-            return outcomes.ready(future, result, sampling_session=session_id)
-        raise InvalidRequest(
-            f"sampling_session_seq_id: this session has a sampling session {number} already"
-        ) from None
-    return outcomes.ready(future, result, sampling_session=session_id, bytes=row.size_bytes)
+
+    def finish(effects: Effects) -> Outcome:
+        try:
+            with _files_removed_if_refused(row), transaction.atomic():
+                storage_check(owner_id=run.owner_id, more_bytes=row.size_bytes)
+                row.save(force_insert=True)
+                SamplingSession.objects.create(
+                    id=session_id,
+                    session_id=run.session_id or "",
+                    seq_id=number,
+                    base_model=run.base_model,
+                    checkpoint=row,
+                    model_path=f"tinker://{run.name}/sampler_weights/{row.name}",
+                )
+                lane_create(
+                    lane_id=session_id, owner_id=run.owner_id, queue=future.queue, ordered=False
+                )
+        except IntegrityError:
+            if made.exists():  # by a worker that was given up and was still writing
+                return outcomes.ready(future, result, sampling_session=session_id)
+            raise InvalidRequest(
+                f"sampling_session_seq_id: this session has a sampling session {number} already"
+            ) from None
+        return outcomes.ready(future, result, sampling_session=session_id, bytes=row.size_bytes)
+
+    return _when_stored(context, staged, finish)
+
+
+def _when_stored(
+    context: BarrierContext, staged: Staged[int], finish: Callable[[Effects], Outcome]
+) -> Outcome | Later:
+    """The outcome of a save, at once if its files are in the storage already."""
+    if staged.is_stored:
+        return finish(context.effects)
+    return Later(staged.store, finish)
 
 
 @contextmanager
@@ -113,10 +132,10 @@ def _files_removed_if_refused(row: Checkpoint) -> Iterator[None]:
         raise
 
 
-def _written(
+def _staged(
     context: BarrierContext, kind: str, name: str, recipients: Sequence[str]
-) -> Checkpoint:
-    """Write the run's files; return the row that will refer to them."""
+) -> tuple[Checkpoint, Staged[int]]:
+    """Write the run's files; return the row that will refer to them, and the files."""
     run, trainer = context.run, context.trainer
     directory = new_name(CHECKPOINTS)
     adapter_name = context.adapter_cache.bring_run(run)
@@ -127,8 +146,8 @@ def _written(
         make = partial(_save_encrypted, trainer, adapter_name, recipients=recipients)
     else:
         make = partial(trainer.save_peft, adapter_name)
-    size = storage().write(directory, make)
-    return Checkpoint(
+    staged = storage().stage(directory, make)
+    row = Checkpoint(
         run=run,
         owner_id=run.owner_id,
         path_run=run.name,
@@ -137,9 +156,10 @@ def _written(
         seq_id=context.future.seq_id or 0,
         step=run.step,
         directory=directory,
-        size_bytes=size,
+        size_bytes=staged.value,
         created_at=timezone.now(),
     )
+    return row, staged
 
 
 def _save_encrypted(
