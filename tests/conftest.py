@@ -65,6 +65,7 @@ def django_db_setup(django_db_setup: None) -> Iterator[None]:
     for executor, number in (
         (threads.executor, threads.DATABASE_THREADS),
         (threads.bulk_executor, threads.BULK_THREADS),
+        (threads.storage_executor, threads.STORAGE_THREADS),
     ):
         every_thread = threading.Barrier(number)
 
@@ -201,6 +202,7 @@ def api(db: None, monkeypatch: pytest.MonkeyPatch) -> ApiClient:
         monkeypatch.setattr(module, "in_database_thread", in_this_thread)
     for bulk in (async_view, dispatch):
         monkeypatch.setattr(bulk, "in_bulk_thread", bulk_in_this_thread)
+    monkeypatch.setattr(async_view, "in_storage_thread", bulk_in_this_thread)
     monkeypatch.setattr(FutureReader, "read", read)
     return ApiClient(local_client(raise_request_exception=False))
 

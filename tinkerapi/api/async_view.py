@@ -26,7 +26,8 @@ from tinkerapi.api.bodies.parsers import declared_length, too_large_sentence
 from tinkerapi.api.bodies.turns import let_go_of_body
 from tinkerapi.api.errors import BodyTooLarge
 from tinkerapi.api.fields.refusals import check_characters
-from tinkerapi.api.threads import in_bulk_thread, in_database_thread
+from tinkerapi.api.threads import in_bulk_thread, in_database_thread, in_storage_thread
+from training.storage.chosen import storage
 
 CONTROL_BODY_BYTES = 256 * 1024
 """The largest body of a view that takes no data: ids, settings, a session's metadata."""
@@ -74,6 +75,9 @@ class AsyncAPIView(APIView):
 
     takes_data: ClassVar[bool] = False
     """Whether a body may contain training data or prompts, up to the limit of the settings."""
+
+    uses_storage: ClassVar[bool] = False
+    """Whether the handler reads or writes files of the storage, which may be slow."""
 
     is_numbered: ClassVar[bool] = False
     """Whether the beginning of a refused body is read, because it may contain the request's number
@@ -131,12 +135,14 @@ class AsyncAPIView(APIView):
         is_known = self._recall(request, drf_request)
         try:
             request.get_host()  # raises for a host that is not in ALLOWED_HOSTS
-            if is_bulky(request):
+            waits_for_storage = self.uses_storage and storage().is_remote
+            if waits_for_storage or is_bulky(request):
                 # The sender is known before decoding, and decodes one body at a time.
                 if not is_known:
                     await in_database_thread(self._begin, drf_request)
-                owner = getattr(drf_request.user, "pk", None)
-                response = await in_bulk_thread(owner, self._handle, drf_request)
+                in_turn = in_storage_thread if waits_for_storage else in_bulk_thread
+                owner = getattr(drf_request.user, "pk", None) or request.path
+                response = await in_turn(owner, self._handle, drf_request)
             else:
                 response = await in_database_thread(self._handle, drf_request)
             if inspect.isawaitable(response):

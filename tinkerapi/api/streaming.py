@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from rest_framework.request import Request
 
+from tinkerapi.api.threads import storage_executor
 from training.storage.interface import StoredFile
 
 PIECE_BYTES = 1024 * 1024
@@ -110,10 +111,12 @@ def _range(asked: str, size: int) -> tuple[int, int]:
 
 
 async def _pieces(file: StoredFile, begin: int, length: int) -> AsyncIterator[bytes]:
+    loop = asyncio.get_running_loop()
     with file:
         end = begin + length
         while begin < end:
-            piece = await asyncio.to_thread(file.read, begin, min(PIECE_BYTES, end - begin))
+            length = min(PIECE_BYTES, end - begin)
+            piece = await loop.run_in_executor(storage_executor, file.read, begin, length)
             begin += len(piece)
             yield piece
 

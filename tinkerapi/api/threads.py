@@ -1,4 +1,5 @@
-"""The threads in which requests use the database: four for most, and two for large bodies.
+"""The threads in which requests use the database: four for most, two for large bodies, and some for
+what waits for a remote storage.
 
 Each thread keeps its own connection. Decoding a large body occupies a thread for longer than small
 requests can wait, so large bodies have their own threads. A user has one of them at
@@ -28,11 +29,16 @@ DATABASE_THREADS = 4
 BULK_THREADS = 2
 """One decodes while the other writes to the database; each may take some hundred megabytes."""
 
+STORAGE_THREADS = 8
+"""They wait for a bucket, and for nothing else."""
+
 executor = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
 bulk_executor = ThreadPoolExecutor(BULK_THREADS, thread_name_prefix="bulk")
 
-_turns: WeakValueDictionary[tuple[int, object], asyncio.Lock] = WeakValueDictionary()
-"""By event loop and owner; a turn exists as long as a request has it or waits for it."""
+storage_executor = ThreadPoolExecutor(STORAGE_THREADS, thread_name_prefix="storage")
+
+_turns: WeakValueDictionary[tuple[int, int, object], asyncio.Lock] = WeakValueDictionary()
+"""By event loop, threads and owner; a turn exists as long as a request has it or waits for it."""
 
 
 def with_connection(function: Callable[..., T], *args: Any) -> T:
@@ -62,11 +68,22 @@ async def in_bulk_thread(owner: object, function: Callable[..., T], *args: Any) 
     If the caller is cancelled, the function is not begun. A function that has begun ends, and the
     owner's next one waits for that.
     """
+    return await _in_turn(bulk_executor, owner, function, *args)
+
+
+async def in_storage_thread(owner: object, function: Callable[..., T], *args: Any) -> T:
+    """Run a function that uses a remote storage, as ``in_bulk_thread`` does."""
+    return await _in_turn(storage_executor, owner, function, *args)
+
+
+async def _in_turn(
+    threads: ThreadPoolExecutor, owner: object, function: Callable[..., T], *args: Any
+) -> T:
     loop = asyncio.get_running_loop()
-    key = (id(loop), owner)
+    key = (id(loop), id(threads), owner)
     turn = _turns.get(key) or _turns.setdefault(key, asyncio.Lock())
     await turn.acquire()
-    work = bulk_executor.submit(with_connection, function, *args)
+    work = threads.submit(with_connection, function, *args)
 
     def over(_: object) -> None:
         with suppress(RuntimeError):  # the loop has ended meanwhile

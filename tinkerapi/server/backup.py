@@ -12,6 +12,10 @@ were told about. Hence:
    now, unless it was both made and deleted within these few milliseconds;
 4. dump that snapshot, and check that every folder in it was linked; otherwise repeat from 2;
 5. move everything to the target folder, which is slow if that is on another disk.
+
+Folders in a bucket are downloaded instead of linked, in the same order: those that the database
+names now, then those that the snapshot names. A backup has the same form wherever the folders were,
+and is restored to the storage of the settings.
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +41,11 @@ from tinkerapi.server.last_backup import last_backup_record
 from tinkerapi.server.postgres import EmbeddedPostgres
 from tinkerapi.server.postgres_binaries import program
 from training.base_models import base_models
+from training.errors import CheckpointNotFound, StorageFailed, StorageFull
 from training.selectors import directories_named
+from training.storage.chosen import storage
+from training.storage.interface import AREAS
 
-FOLDERS = ("checkpoints", "snapshots")
 DUMP, MANIFEST, SECRET_KEY = "database.dump", "backup.json", "secret_key"
 ATTEMPTS = 5
 
@@ -73,7 +80,7 @@ def backup_make(target: Path) -> Backup:
     with _stage() as stage:
         _link_new(stage)
         named = _dump_moment(stage)
-        for path in [path for folder in FOLDERS for path in (stage / folder).iterdir()]:
+        for path in [path for area in AREAS for path in (stage / area).iterdir()]:
             if f"{path.parent.name}/{path.name}" not in named:
                 shutil.rmtree(path)
         secret_key = settings.DATA_DIR / SECRET_KEY
@@ -108,15 +115,21 @@ def backup_restore(source: Path) -> Backup:
         backup = Backup(**json.loads((source / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise BackupError(f"{source} is not a complete backup: {error}") from error
-    used = [name for name in (*FOLDERS, "postgres") if (settings.DATA_DIR / name).exists()]
+    used = [name for name in (*AREAS, "postgres") if (settings.DATA_DIR / name).exists()]
     if used:
         raise BackupError(
             f"{settings.DATA_DIR} is in use, it has {', '.join(used)}; set TINKERAPI_DATA_DIR to a "
             "new folder"
         )
-    with _empty_database():
-        for folder in FOLDERS:
-            shutil.copytree(source / folder, settings.DATA_DIR / folder)
+    with _empty_database(), _storage_errors():
+        if any(next(storage().folders(area), None) is not None for area in AREAS):
+            raise BackupError(
+                f"{storage().location} is in use, it has folders; set TINKERAPI_STORAGE to a new "
+                "prefix"
+            )
+        settings.DATA_DIR.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in [path for area in AREAS for path in (source / area).iterdir()]:
+            storage().write(f"{path.parent.name}/{path.name}", partial(shutil.copytree, path))
         if (source / SECRET_KEY).exists():
             shutil.copy2(source / SECRET_KEY, settings.DATA_DIR / SECRET_KEY)
         _run(
@@ -149,8 +162,12 @@ def _stage() -> Iterator[Path]:
 
 def _link_new(stage: Path) -> None:
     """Link every folder that was not linked yet; skip folders that disappear meanwhile."""
-    for folder in FOLDERS:
+    for folder in AREAS:
         (stage / folder).mkdir(exist_ok=True)
+    if storage().is_remote:
+        _download_new(stage)
+        return
+    for folder in AREAS:
         here = settings.DATA_DIR / folder
         # A folder whose name begins with a dot is being written.
         names = [path.name for path in here.glob("[!.]*")] if here.is_dir() else []
@@ -161,6 +178,28 @@ def _link_new(stage: Path) -> None:
                     shutil.copytree(here / name, link, copy_function=os.link)
                 except (FileNotFoundError, shutil.Error):
                     shutil.rmtree(link, ignore_errors=True)  # it was being deleted
+
+
+def _download_new(stage: Path) -> None:
+    """Download every folder that the database names and that is not here yet."""
+    for directory in sorted(directories_named()):
+        link = stage / directory
+        if not link.exists():
+            # Not found: it was being deleted.
+            with (
+                suppress(CheckpointNotFound),
+                _storage_errors(),
+                storage().local(directory) as path,
+            ):
+                shutil.copytree(path, link, copy_function=os.link)
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    try:
+        yield
+    except (StorageFailed, StorageFull) as error:
+        raise BackupError(f"{storage().location}: {error}") from error
 
 
 def _dump_moment(stage: Path) -> Set[str]:
@@ -177,7 +216,7 @@ def _dump_moment(stage: Path) -> Set[str]:
                 _run("pg_dump", "--format=custom", f"--snapshot={moment}", f"--file={dump}")
                 return named
     raise BackupError(
-        f"a folder in the database is missing in {settings.DATA_DIR}, in each of "
+        f"a folder in the database is missing in {storage().location}, in each of "
         f"{ATTEMPTS} attempts; see `python manage.py doctor`"
     )
 

@@ -42,6 +42,7 @@ class ImportAdapterView(OperationView):
     load it to train on, or sample from it. No model is made.
     """
 
+    uses_storage = True
     group = SaveWeightsView.group
     fields: ClassVar[Mapping[str, Field]] = {
         "base_model": Text(

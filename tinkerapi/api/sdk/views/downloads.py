@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from http import HTTPStatus
 
 from django.http import HttpResponse, HttpResponseBase
@@ -22,7 +21,6 @@ from training.paths import TinkerPath
 from training.selectors import checkpoint_by_id, checkpoint_get
 from training.services.checkpoints import checkpoint_audit_read
 from training.storage.chosen import storage
-from training.storage.interface import StoredFile
 
 
 def _downloadable(request: Request, run: str, checkpoint_id: str) -> Checkpoint:
@@ -38,24 +36,10 @@ def _downloadable(request: Request, run: str, checkpoint_id: str) -> Checkpoint:
     return checkpoint
 
 
-def _open_all(checkpoint: Checkpoint) -> list[StoredFile]:
-    """The checkpoint's files by name, open.
-
-    Raises:
-        CheckpointNotFound: It was deleted meanwhile. (404)
-    """
-    directory = checkpoint.directory
-    with ExitStack() as opened:
-        files = [
-            opened.enter_context(storage().open(directory, name))
-            for name in storage().files(directory)
-        ]
-        opened.pop_all()
-        return files
-
-
 class ExternalWeightsUrlsView(SdkView):
     """Link to each file of a checkpoint; the links need no key and expire."""
+
+    uses_storage = True
 
     def get(self, request: Request, run: str, checkpoint_id: str) -> HttpResponse:
         checkpoint = _downloadable(request, run, checkpoint_id)
@@ -90,6 +74,7 @@ class ArchiveView(SdkView):
 class DownloadView(SdkView):
     """Send the target of a link. The link is the permission; this server made the names in it."""
 
+    uses_storage = True
     authentication_classes = ()
     permission_classes = ()
 
@@ -102,7 +87,7 @@ class DownloadView(SdkView):
         if "while_public" in target and not checkpoint.public:
             raise CheckpointNotFound
         if "file" not in target:
-            return tar_response(request, _open_all(checkpoint))
+            return tar_response(request, storage().open_all(checkpoint.directory))
         directory, name = checkpoint.directory, target["file"]
         file = storage().open(directory, name)
         return file_response(request, file, etag=f"{directory.rpartition('/')[2]}-{name}")

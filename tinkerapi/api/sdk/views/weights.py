@@ -235,6 +235,8 @@ class WeightsInfoView(SdkView):
 class CopyWeightsView(SdkView):
     """Copy a readable checkpoint to a run of the caller; asking twice makes one copy."""
 
+    uses_storage = True
+
     fields: ClassVar[Mapping[str, Field]] = {
         "source_path": PATH,
         "destination_project_id": Text(description="The copy's project."),
