@@ -31,8 +31,10 @@ MAX_METRICS = 100
 
 Numbers = list[float | None]
 
-OF_TOKENS = ("ratio_mean", "clip_share", "kl_k1", "kl_k3", "entropy")
+OF_TOKENS = ("ratio_mean", "clip_share", "kl_k1", "kl_k3", "drift_mean", "entropy")
 """Figures that are means over sampled tokens."""
+LARGEST = ("drift_max",)
+"""Figures of which a step, or several steps as one point, show the largest."""
 OF_SEQUENCES = ("advantage_mean", "advantage_zero_share", "sampled_length")
 COLUMNS = ("loss", "grad_norm", "learning_rate", "tokens_per_second", *FIGURES)
 
@@ -209,6 +211,10 @@ def _step_figures(passes: Sequence[Mapping[str, Any]]) -> dict[str, float | None
     }
     figures |= {name: _weighted(passes, name, "sampled_tokens") for name in OF_TOKENS}
     figures |= {name: _weighted(passes, name, "sequences") for name in OF_SEQUENCES}
+    for name in LARGEST:
+        figures[name] = max(
+            (n for of in passes if (n := _number(of.get(name))) is not None), default=None
+        )
     for name in ("sampled_tokens", "sequences"):
         counts = [number for of in passes if (number := _number(of.get(name))) is not None]
         figures[name] = sum(counts) if counts else None
@@ -254,7 +260,10 @@ def _mean(points: Sequence[_Point]) -> _Point:
     values: dict[str, float | None] = {}
     for name in last.values:
         known = [value for point in points if (value := point.values.get(name)) is not None]
-        values[name] = sum(known) / len(known) if known else None
+        if name in LARGEST:
+            values[name] = max(known, default=None)
+        else:
+            values[name] = sum(known) / len(known) if known else None
     return _Point(
         step=last.step, seq_id=last.seq_id, time=last.time, tokens=last.tokens, values=values
     )

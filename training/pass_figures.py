@@ -33,6 +33,8 @@ FIGURES: Mapping[str, str] = {
     "clip_share": "Share of sampled tokens whose ratio is outside the loss's thresholds",
     "kl_k1": "KL of the sampler to the trainer: mean of log(sampler / trainer)",
     "kl_k3": "The same KL, estimated with less variance: mean of ratio - 1 - log(ratio)",
+    "drift_mean": "Mean absolute difference of the sampler's and the trainer's log-probabilities",
+    "drift_max": "The largest such difference of any sampled token",
     "entropy": "Entropy of the sampler for each token: mean of -log(sampler)",
     "sampled_length": "Mean number of sampled tokens in a sequence",
     "sampled_tokens": "Number of sampled tokens",
@@ -113,6 +115,8 @@ def _figures(
         "ratio_mean": ratio.mean(),
         "kl_k1": -log_ratio.mean(),
         "kl_k3": (ratio - 1 - log_ratio).mean(),
+        "drift_mean": np.abs(log_ratio).mean(),
+        "drift_max": np.abs(log_ratio).max(),
         "entropy": -sampler.mean(),
         "sampled_length": counts[counts > 0].mean(),
     }

@@ -117,6 +117,23 @@ def test_figures_of_several_passes_are_those_of_all_their_sequences(log: LogFact
     assert found.loss_fns == ["ppo"]
 
 
+def test_the_largest_drift_stays_the_largest_when_passes_and_steps_are_joined(
+    log: LogFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = log(
+        {"drift_max": 0.5, "drift_mean": 0.25, "sampled_tokens": 30},
+        {"drift_max": 0.125, "drift_mean": 0.125, "sampled_tokens": 10},
+        {"step": 1},
+        {"drift_max": 0.25, "drift_mean": 0.1, "sampled_tokens": 10},
+        {"step": 2},
+    )
+    found = run_curves(run)
+    assert found.columns["drift_mean"] == [pytest.approx(0.21875), 0.1]
+    assert found.columns["drift_max"] == [0.5, 0.25]
+    monkeypatch.setattr(curves, "MAX_POINTS", 1)
+    assert run_curves(run).columns["drift_max"] == [0.5]
+
+
 def test_numbers_that_are_none_leave_a_gap(log: LogFactory) -> None:
     run = log(
         {"loss": "NaN", "tokens": 10}, {"step": 1, "grad_norm": None}, {"step": 2, "grad_norm": 1.0}

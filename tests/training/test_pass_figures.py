@@ -70,6 +70,8 @@ def by_hand(
         "ratio_mean": sum(ratios) / n,
         "kl_k1": sum(theirs - ours for theirs, ours in pairs) / n,
         "kl_k3": sum(math.expm1(ours - theirs) - (ours - theirs) for theirs, ours in pairs) / n,
+        "drift_mean": sum(abs(theirs - ours) for theirs, ours in pairs) / n,
+        "drift_max": max(abs(theirs - ours) for theirs, ours in pairs),
         "entropy": -sum(theirs for theirs, _ in pairs) / n,
         "sampled_length": sum(length for _, _, length in means) / m,
         "sampled_tokens": n,

@@ -94,6 +94,12 @@ def chart_groups(loss_fns: Sequence[str]) -> list[ChartGroup]:
                     columns=[("kl_k3", "k3"), ("kl_k1", "k1")],
                 ),
                 Chart(
+                    title="Drift of sampler and trainer",
+                    note="difference of their log-probabilities of a sampled token, nats",
+                    columns=[("drift_mean", "mean"), ("drift_max", "largest")],
+                    may_be_log=True,
+                ),
+                Chart(
                     title="Ratio",
                     note="trainer's by sampler's probability, mean over sampled tokens",
                     columns=[("ratio_mean", "mean")],
