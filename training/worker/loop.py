@@ -49,6 +49,7 @@ from training.worker.uploads import Uploads
 SAMPLING_SLICE_SECONDS = 0.1  # sampling steps between two training batches
 TEXT_SLICE_SECONDS = 0.02  # longest wait for tokenizing between two checks for notifications
 START_SLICE_SECONDS = 0.02  # longest wait for the process of custom losses between two such checks
+ELSEWHERE_SLICE_SECONDS = 0.02  # longest wait for a sampler elsewhere between two such checks
 FILES_SLICE_SECONDS = 0.02  # longest wait for files to be stored or to arrive, in the same way
 STOP_UPLOAD_SECONDS = 30.0  # longest wait, at a stop, for files to be stored
 EVEN_OUT_SECONDS = 5.0  # between two runs that are given to another worker
@@ -181,7 +182,7 @@ class WorkLoop:
                 self._sample(max(SAMPLING_SLICE_SECONDS, took))
             elif self._sampler.active:
                 has_work = batch or self._texts.are_pending or self._claims.may_take_more()
-                self._sample(0.0 if has_work else SAMPLING_SLICE_SECONDS)
+                self._sample(0.0 if has_work else ELSEWHERE_SLICE_SECONDS)
             elif not batch and self._texts.are_pending:
                 self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
             elif not batch and self._custom_losses_start:
@@ -207,6 +208,7 @@ class WorkLoop:
     def turn(self) -> None:
         """Work between batches and while idle."""
         self._on_turn()
+        self._figures |= self._sampler.figures()
         self.adapter_cache.drop_borrowed()
         self.adapter_cache.keep_up()
 

@@ -131,6 +131,7 @@ class Samples:
                     prompt_logprobs=request.prompt_logprobs,
                     scoring=request.scoring,
                     group=str(future.owner_id),
+                    is_followed=request.stream,
                 )
                 key = f"{future.id}:{index}"
                 try:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from training.engine.interface.values import CapturedAdapter
 from training.errors import TrainingError
@@ -43,6 +44,9 @@ class SampleJob:
     """The images among the prompt's tokens, in order."""
     group: str = ""
     """The job's user: if not all jobs fit at once, groups share the room."""
+    is_followed: bool = False
+    """Whether ``progress`` will be asked for text. Otherwise a sampler that works elsewhere may
+    know nothing of it before its end."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,3 +188,10 @@ class Sampler(ABC):
     @abstractmethod
     def active(self) -> int:
         """The number of active jobs."""
+
+    def figures(self) -> Mapping[str, Any]:
+        """What the worker reports of it, in plain values; quick."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027  # a sampler in this process has nothing to end
+        """End what it has started. No other call follows."""

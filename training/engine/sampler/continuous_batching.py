@@ -103,6 +103,10 @@ class ContinuousSampler(Sampler):
             raise TypeError(f"{type(weights).__name__} was not captured by this base model")
         return weights.weights
 
+    def weights(self, version: str) -> AdapterTensors:
+        """The weights of a version that is held."""
+        return self._versions.weights(version)
+
     def retire(self, version: str) -> None:
         self._versions.retire(version)
         self._forget_if_over(version)
@@ -158,6 +162,10 @@ class ContinuousSampler(Sampler):
     def release_memory(self) -> None:
         if not self._active:
             self._runner.clear()
+
+    def is_active(self, key: str) -> bool:
+        """Whether a job of this key is active."""
+        return key in self._active
 
     @property
     def active(self) -> int:

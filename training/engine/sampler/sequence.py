@@ -27,7 +27,7 @@ from training.errors import (
     TrainingError,
 )
 from training.images import PlacedImage
-from training.types import SampledSequence
+from training.types import PromptScores, SampledSequence
 
 
 @dataclass(kw_only=True, eq=False)
@@ -143,11 +143,17 @@ class ActiveRequest:
         elif len(sequence.tokens) == self.max_tokens:
             sequence.stop_reason = "length"
 
-    def output(self, text: ChatRenderer) -> SampleOutput | TrainingError:
-        """The result, once all sequences have ended."""
+    def output(
+        self, text: ChatRenderer, scores: PromptScores | None = None
+    ) -> SampleOutput | TrainingError:
+        """The result, once all sequences have ended.
+
+        Args:
+            scores: The prompt's, if another than the request's scorer has computed them.
+        """
         if not self.scorer.is_finite:
             return NonFiniteResult()
-        scores = self.scorer.scores()
+        scores = scores or self.scorer.scores()
         sequences = [
             SampledSequence(
                 tokens=sequence.tokens,

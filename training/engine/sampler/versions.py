@@ -36,6 +36,10 @@ class Versions(Generic[W]):
             self._held[name] = _Version(load())
         self._held[name].is_retired = False
 
+    def weights(self, name: str) -> W:
+        """The weights of a held version."""
+        return self._held[name].weights
+
     def retire(self, name: str) -> None:
         """Drop a version as soon as no job uses it."""
         if name in self._held:
