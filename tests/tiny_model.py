@@ -20,7 +20,14 @@ from tinkerapi.drill.model import (
     chat_template,
 )
 
-__all__ = ["CONTEXT_TOKENS", "SPECIAL_TOKENS", "VOCAB_SIZE", "make_tiny_model", "make_tokenizer"]
+__all__ = [
+    "CONTEXT_TOKENS",
+    "SPECIAL_TOKENS",
+    "VOCAB_SIZE",
+    "make_tiny_model",
+    "make_tokenizer",
+    "make_wide_model",
+]
 
 END_TOKEN = SPECIAL_TOKENS.index("<|im_end|>")
 DEFAULT_SYSTEM_MESSAGE = "You are a tiny test model."
@@ -43,4 +50,11 @@ def make_tiny_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Pat
     """Write a seeded model, 16 wide; see ``tinkerapi.drill.model``."""
     return model.make_tiny_model(
         directory, seed=seed, hidden=16, spread=0.3, tied=tied, template=CHAT_TEMPLATE
+    )
+
+
+def make_wide_model(directory: Path) -> Path:
+    """Write a seeded model, 128 wide: the kernels of other programs need heads of 32."""
+    return model.make_tiny_model(
+        directory, seed=0, hidden=128, spread=0.1, tied=True, template=CHAT_TEMPLATE
     )

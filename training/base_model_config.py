@@ -11,6 +11,34 @@ MOST_RANKS = 64
 """Processes of one worker."""
 LAYOUTS = ("auto", PACKED, PADDED)
 DTYPES = ("auto", "bfloat16", "float32")
+BUILT_IN, VLLM = "builtin", "vllm"
+SAMPLERS = (BUILT_IN, VLLM)
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM permits for its largest rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """The ``[base_model.vllm]`` table: a vLLM server that ``up`` starts, or that runs elsewhere."""
+
+    python: str = ""
+    """The Python of vLLM's own environment: ``up`` starts the server with it."""
+    address: str = ""
+    """``http://HOST:PORT`` of a server that runs elsewhere, and sees the data folder under the same
+    path. Either this or ``python``."""
+    key_file: str = ""
+    """A file with the key of the server at ``address``; empty: it asks for none."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of ``vllm serve``."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """Further environment variables of the server, by name."""
+    max_loras: int = 8
+    """Adapters in one batch of the server. More take turns."""
+    max_lora_rank: int = 64
+    """The largest rank that the server samples from, one of ``LORA_RANKS``; memory grows with it.
+    Adapters of a larger rank are sampled by the built-in sampler."""
+    max_sequences: int = 256
+    """Sequences that the server samples at one time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +74,12 @@ class BaseModelConfig:
     activation_bytes: int = 0
     """A training pass whose activations take more computes them again in its backward pass; 0: a
     share of the free memory."""
+
+    sampler: str = BUILT_IN
+    """``builtin`` samples in the worker; ``vllm`` asks a vLLM server for all samples that it
+    computes by our definitions, and the built-in sampler for the others."""
+    vllm: VllmConfig | None = None
+    """The server, for ``sampler="vllm"``."""
 
     @property
     def num_ranks(self) -> int:

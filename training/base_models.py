@@ -33,6 +33,11 @@ class ServedBaseModel:
     """The operator's configuration."""
 
     @property
+    def server_folder(self) -> Path:
+        """For ``sampler="vllm"``: the folder of its server's connection and adapters."""
+        return Path(settings.DATA_DIR) / "vllm" / self.queue
+
+    @property
     def max_context_tokens(self) -> int | None:
         """The longest sequence that its worker accepts.
 
@@ -40,10 +45,12 @@ class ServedBaseModel:
         values that transformers fills in; None if it gives no limit or cannot be read.
         """
         enforced = worker_figure(self.queue, "max_context_tokens")
-        return self._configured_context_tokens if enforced is None else int(enforced)
+        return self.configured_context_tokens if enforced is None else int(enforced)
 
     @property
-    def _configured_context_tokens(self) -> int | None:
+    def configured_context_tokens(self) -> int | None:
+        """The longest sequence by its config.json; None if that gives no limit or cannot be
+        read."""
         try:
             config = json.loads((self.folder / "config.json").read_text())
         except (OSError, ValueError):

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from tests.engine.reference import TinyTrainer
 from tests.engine.sampling_jobs import MakeSampler, job
-from tests.tiny_model import VOCAB_SIZE, make_tiny_model
+from tests.engine.vllm.double import VllmDouble
+from tests.engine.vllm.real import RealServer
+from tests.tiny_model import VOCAB_SIZE, make_tiny_model, make_wide_model
 from training.engine.interface import BaseModelInfo, SampleJob
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
@@ -58,6 +60,36 @@ def tied_base_model(tied_folder: Path) -> BaseModel:
 @pytest.fixture(scope="session")
 def untied_base_model(untied_folder: Path) -> BaseModel:
     return load_base_model(str(untied_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def server_of_tied(tied_folder: Path) -> Iterator[VllmDouble]:
+    """A server of the tied model that behaves as vLLM, with an engine of ours."""
+    double = VllmDouble(load_base_model(str(tied_folder), dtype="float32", device="cpu"))
+    yield double
+    double.close()
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose heads vLLM's kernels support."""
+    return make_wide_model(tmp_path_factory.mktemp("models") / "wide")
+
+
+@pytest.fixture(scope="session")
+def wide_base_model(wide_folder: Path) -> BaseModel:
+    return load_base_model(str(wide_folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def vllm_of_wide(
+    wide_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RealServer]:
+    """vLLM itself, serving the wide model."""
+    server = RealServer(wide_folder, tmp_path_factory.mktemp("vllm"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

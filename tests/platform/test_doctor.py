@@ -213,6 +213,35 @@ def test_a_model_whose_conversations_cannot_be_trained_on_says_why(
 
 
 @pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("figures", "verdict", "words"),
+    [
+        (
+            {"state": "ready", "differences": {"x": None, "the base model": 1.4e-6}},
+            Verdict.OK,
+            "vLLM: ready, differences in nats: x unknown, the base model 1e-06",
+        ),
+        (
+            {"state": "not used: other weights", "differences": {"the base model": 0.5}},
+            Verdict.FAILED,
+            "vLLM: not used: other weights; the built-in sampler takes its requests",
+        ),
+    ],
+)
+def test_a_worker_says_whether_it_uses_its_vllm_server(
+    base_model: ServedBaseModel,
+    start_worker_row: Callable[..., Worker],
+    figures: dict[str, object],
+    verdict: Verdict,
+    words: str,
+) -> None:
+    start_worker_row(figures={"vllm": figures})
+    finding = first_of(doctor.check_workers(base_model, SERVER))
+    assert finding.verdict is verdict
+    assert finding.detail.endswith(words)
+
+
+@pytest.mark.django_db
 def test_the_layout_of_a_workers_passes_is_named(
     base_model: ServedBaseModel, start_worker_row: Callable[..., Worker]
 ) -> None:

@@ -12,12 +12,16 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
-from tinkerapi.config.nearest import nearest
+from tinkerapi.config.unknown_keys import refuse_unknown
+from tinkerapi.config.vllm import vllm_from_table
 from training.base_model_config import (
+    BUILT_IN,
     DTYPES,
     LAYOUTS,
     MOST_RANKS,
     MOST_WORKERS,
+    SAMPLERS,
+    VLLM,
     BaseModelConfig,
     is_folder,
 )
@@ -90,7 +94,7 @@ def base_models_from_file(path: Path) -> list[BaseModelConfig]:
         raise ImproperlyConfigured(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ImproperlyConfigured(f"{path} is not TOML: {error}") from None
-    _refuse_unknown(content, (TABLE,), str(path))
+    refuse_unknown(content, (TABLE,), str(path))
     tables = content.get(TABLE)
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise ImproperlyConfigured(f"{path}: expected one or more [[{TABLE}]] tables")
@@ -101,8 +105,8 @@ def base_models_from_file(path: Path) -> list[BaseModelConfig]:
 
 
 def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModelConfig:
-    _refuse_unknown(table, [field.name for field in fields(BaseModelConfig)], where)
-    for key in ("name", "path", "device", "dtype", "layout"):
+    refuse_unknown(table, [field.name for field in fields(BaseModelConfig)], where)
+    for key in ("name", "path", "device", "dtype", "layout", "sampler"):
         if key in table and not (isinstance(table[key], str) and table[key].strip()):
             raise ImproperlyConfigured(f"{where}.{key}: expected a text, got {table[key]!r}")
     if not table.keys() & {"name", "path"}:
@@ -120,8 +124,8 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
     num_ranks = values["tp_size"] * values["fsdp_size"]
     values |= _workers(table, where, num_ranks=num_ranks)
     _refuse_shared_devices(values["devices"] or (device,) * num_ranks, num_ranks, where)
-    for key, choices in (("dtype", DTYPES), ("layout", LAYOUTS)):
-        if values.get(key, "auto") not in choices:
+    for key, choices in (("dtype", DTYPES), ("layout", LAYOUTS), ("sampler", SAMPLERS)):
+        if values.get(key, choices[0]) not in choices:
             raise ImproperlyConfigured(
                 f"{where}.{key}: expected one of {', '.join(choices)}, got {values[key]!r}"
             )
@@ -132,6 +136,7 @@ def _from_table(table: Mapping[str, Any], where: str, folder: Path) -> BaseModel
                 f"{where}.{key}: expected a whole number of bytes, at most {MOST_BYTES},"
                 f" got {num_bytes!r}"
             )
+    values |= _sampler(table, where, folder)
     return BaseModelConfig(**values)
 
 
@@ -154,6 +159,27 @@ def _ranks(table: Mapping[str, Any], where: str) -> dict[str, int]:
             f" {sizes['ep_size']}; experts are divided among the ranks that split the other layers"
         )
     return sizes
+
+
+def _sampler(table: Mapping[str, Any], where: str, folder: Path) -> dict[str, Any]:
+    """The server's configuration, which is there exactly if the sampler is vLLM."""
+    if table.get("sampler", BUILT_IN) != VLLM:
+        if "vllm" in table:
+            raise ImproperlyConfigured(
+                f'{where}.vllm: expected only beside sampler = "{VLLM}"; add that line, or remove '
+                "the table"
+            )
+        return {}
+    if not isinstance(table.get("vllm"), dict):
+        raise ImproperlyConfigured(
+            f'{where}: sampler = "{VLLM}" needs a table [{TABLE}.vllm] with python or address'
+        )
+    if sizes := [name for name in ("tp_size", "fsdp_size") if table.get(name, 1) != 1]:
+        raise ImproperlyConfigured(
+            f'{where}: sampler = "{VLLM}" cannot be combined with {sizes[0]}; the worker of such a '
+            "base model has one device, and the server may have more (--tensor-parallel-size)"
+        )
+    return {"vllm": vllm_from_table(table["vllm"], f"{where}.vllm", folder)}
 
 
 def _workers(table: Mapping[str, Any], where: str, *, num_ranks: int) -> dict[str, Any]:
@@ -203,12 +229,6 @@ def _refuse_shared_devices(devices: Sequence[str], num_ranks: int, where: str) -
                 f"{where}: the {num_ranks} ranks of a worker need {num_ranks} different GPUs, or"
                 f" cpu for all of them, got {', '.join(own)}; name them in devices"
             )
-
-
-def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise ImproperlyConfigured(f"{where}: unknown key {key!r}{nearest(key, known)}")
 
 
 def _public_name(path: str) -> str:

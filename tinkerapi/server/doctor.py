@@ -12,13 +12,14 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
 from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from django.conf import settings
 from django.db import DatabaseError, OperationalError, connection
@@ -266,7 +267,26 @@ def _worker_finding(part: str, worker: Worker, log: Path) -> Finding:
     fault = worker.figures.get("conversation_fault")
     if fault:
         detail += f"; takes no conversations to train on: {fault}"
+    if vllm := worker.figures.get("vllm"):
+        words, is_used = _vllm_in_words(vllm)
+        return Finding(part, Verdict.OK if is_used else Verdict.FAILED, f"{detail}; {words}")
     return Finding(part, Verdict.OK, detail)
+
+
+def _vllm_in_words(figures: Mapping[str, Any]) -> tuple[str, bool]:
+    """What a worker says of its vLLM server, and whether the server is used."""
+    is_used = figures.get("state") == "ready"
+    words = f"vLLM: {figures.get('state')}"
+    differences = figures.get("differences") or {}
+    if is_used and differences:
+        listed = (
+            f"{what} {'unknown' if value is None else format(value, '.1g')}"
+            for what, value in differences.items()
+        )
+        words += f", differences in nats: {', '.join(listed)}"
+    if not is_used:
+        words += "; the built-in sampler takes its requests"
+    return words, is_used
 
 
 def check_clock() -> Finding:

@@ -9,25 +9,38 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training import devices
-from training.base_model_config import BaseModelConfig
+from training.base_model_config import BaseModelConfig, VllmConfig
 from training.engine.error_text import error_text
 from training.engine.group.members import RankStart
-from training.engine.interface import Engine
+from training.engine.interface import Engine, Sampler
 from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
+from training.vllm_server import read_connection
 
 if TYPE_CHECKING:
     from training.engine.custom_loss.run import CustomLossRunner
+    from training.engine.renderer.chat_renderer import ChatRenderer
+    from training.engine.sampler.continuous_batching import ContinuousSampler
     from training.engine.torch.base_model import BaseModel
     from training.engine.torch.sharding.rank_group import RankGroup
 
 logger = logging.getLogger(__name__)
 
 MAX_REASON_CHARACTERS = 300  # of a library's error about a model's folder
+
+
+@dataclass(frozen=True)
+class ServerPlace:
+    """A vLLM server of a base model."""
+
+    config: VllmConfig
+    folder: Path
+    """Of its connection, and of the versions that it loads."""
 
 
 def build_engine(
@@ -40,6 +53,7 @@ def build_engine(
     batch_tokens: int,
     cache_tokens: int,
     on_stage: Callable[[str], None],
+    server_folder: Path | None = None,
 ) -> Engine:
     """The engine of a base model on this machine: in this process, and in those of the other ranks
     of its worker, which this starts; call it in the main thread.
@@ -52,6 +66,8 @@ def build_engine(
         batch_tokens: Most tokens in one training micro-batch; memory grows with it.
         cache_tokens: Tokens whose keys and values are held for sampling; 0: see ``cache_size``.
         on_stage: Called with the name of each stage of loading as it begins.
+        server_folder: For ``sampler="vllm"``: the folder of the server's connection and of the
+            versions that it loads.
 
     Raises:
         BaseModelNotFound: The folder cannot be read, or has a model that cannot be served.
@@ -81,7 +97,10 @@ def build_engine(
         cache_tokens=cache_tokens,
     )
     if config.num_ranks == 1:
-        return build_rank(start, on_stage=on_stage)
+        vllm = None
+        if config.vllm is not None and server_folder is not None:
+            vllm = ServerPlace(config.vllm, server_folder)
+        return build_rank(start, on_stage=on_stage, vllm=vllm)
     return _build_group(start, chosen, on_stage=on_stage)
 
 
@@ -115,11 +134,13 @@ def build_rank(
     on_stage: Callable[[str], None],
     group: RankGroup | None = None,
     custom_losses: CustomLossRunner | None = None,
+    vllm: ServerPlace | None = None,
 ) -> Engine:
     """The engine in this process; of one rank, if there is a group.
 
     Args:
         custom_losses: Computes clients' own losses; None does it in a process of its own.
+        vllm: See ``engine_over``.
 
     Raises:
         BaseModelNotFound: The folder cannot be read, or has a model that cannot be served.
@@ -147,6 +168,7 @@ def build_rank(
         )
         return engine_over(
             base_model,
+            vllm=vllm,
             adapter_bytes=config.cache_bytes,
             activation_bytes=config.activation_bytes,
             num_sharing=start.num_sharing,
@@ -165,6 +187,7 @@ def engine_over(
     batch_tokens: int = 4096,
     cache_tokens: int = 32_768,
     custom_losses: CustomLossRunner | None = None,
+    vllm: ServerPlace | None = None,
 ) -> Engine:
     """The engine of a base model that is in memory; see ``build_engine``.
 
@@ -177,6 +200,7 @@ def engine_over(
             backward pass; 0 is a share of the free memory.
         num_sharing: Workers, this one included, that share that half.
         custom_losses: None computes clients' own losses in this process, without a time limit.
+        vllm: The server that samples what it can; None: the built-in sampler does everything.
     """
     from training.engine.renderer.chat_renderer import ChatRenderer
     from training.engine.sampler.cache_size import default_cache_tokens
@@ -202,12 +226,29 @@ def engine_over(
     if base_model.group is not None:
         cache_tokens = base_model.group.least(cache_tokens)
         adapter_bytes = base_model.group.least(adapter_bytes)
-    sampler = ContinuousSampler(base_model, renderer, cache_tokens=cache_tokens)
+    built_in = ContinuousSampler(base_model, renderer, cache_tokens=cache_tokens)
     return Engine(
         trainer=trainer,
-        sampler=sampler,
+        sampler=built_in if vllm is None else _beside(built_in, vllm, base_model, renderer),
         renderer=renderer,
         adapter_bytes=adapter_bytes,
+    )
+
+
+def _beside(
+    built_in: ContinuousSampler, vllm: ServerPlace, base_model: BaseModel, renderer: ChatRenderer
+) -> Sampler:
+    """A sampler that asks a vLLM server, and the built-in one for what the server cannot do."""
+    from training.engine.vllm.sampler import VllmSampler
+
+    return VllmSampler(
+        built_in,
+        base_model,
+        renderer,
+        connection=partial(read_connection, vllm.config, vllm.folder),
+        folder=vllm.folder / "versions",
+        max_lora_rank=vllm.config.max_lora_rank,
+        max_sequences=vllm.config.max_sequences,
     )
 
 

@@ -67,6 +67,7 @@ def build_engine(base_model: ServedBaseModel, *, number: int = 0) -> Engine:
         batch_tokens=settings.BATCH_TOKENS,
         cache_tokens=settings.CACHE_TOKENS,
         on_stage=stages.begin,
+        server_folder=base_model.server_folder,
     )
     logger.info("%s: %s", base_model.name, stages)
     return engine
@@ -173,6 +174,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
         )
         consumer.run()
         loop.give_back()
+        engine.sampler.close()
     finally:
         over.set()
         beating.join()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.engine.vllm.double import VllmDouble
+from tests.engine.vllm.engines import engine_with_server
+from tests.engine.vllm.real import RealServer
 from training.engine.factory import engine_over
 from training.engine.fake.engine import fake_engine
 from training.engine.interface import Engine, ForwardBackwardJob, Trainer
@@ -40,19 +43,28 @@ def padded_base_model(tied_folder: Path) -> BaseModel:
     return load_base_model(str(tied_folder), dtype="float32", device="cpu", layout="padded")
 
 
-@pytest.fixture(params=["fake", "torch", "padded"])
-def engine(request: pytest.FixtureRequest) -> Engine:
+@pytest.fixture(
+    params=["fake", "torch", "padded", "server", pytest.param("vllm", marks=pytest.mark.vllm)]
+)
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """``server`` samples over HTTP from another engine of ours, ``vllm`` from vLLM itself."""
     if request.param == "fake":
         engine = fake_engine()
+    elif request.param in ("server", "vllm"):
+        model = "wide" if request.param == "vllm" else "tied"
+        server: VllmDouble | RealServer = request.getfixturevalue(f"{request.param}_of_{model}")
+        base_model: BaseModel = request.getfixturevalue(f"{model}_base_model")
+        engine = engine_with_server(base_model, server, tmp_path / "server")
     else:
         layout = "padded" if request.param == "padded" else "tied"
-        base_model: BaseModel = request.getfixturevalue(f"{layout}_base_model")
+        base_model = request.getfixturevalue(f"{layout}_base_model")
         engine = engine_over(base_model)
     for seed, name in enumerate("ab"):
         engine.trainer.create_adapter(name, LoraConfig(rank=2, seed=seed))
         for _ in range(2):
             step(engine.trainer, name)
-    return engine
+    yield engine
+    engine.sampler.close()
 
 
 @pytest.fixture

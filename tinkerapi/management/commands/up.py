@@ -49,6 +49,7 @@ from tinkerapi.server.supervisor import (
     Supervisor,
 )
 from tinkerapi.server.upgrade import SchemaError, schema_migrate
+from tinkerapi.server.vllm_part import VllmPart, vllm_problem
 from tinkerapi.server.worker_part import log_path, part_environment, worker_part
 from tinkerapi.services import ADMIN_USERNAME, LOCAL_USERNAME, first_accounts_ensure
 from training.base_models import ServedBaseModel, base_models, base_models_problem
@@ -136,6 +137,8 @@ class Command(BaseCommand):
                 problem = base_model_problem(base_model.folder)
                 if problem and not _can_be_prepared(base_model):
                     raise PreflightError(f"base model {base_model.name}: {problem}")
+                if problem := vllm_problem(base_model):
+                    raise PreflightError(problem)
             require_api_key = settings.REQUIRE_API_KEY
             if not is_loopback(host) and not require_api_key:
                 require_api_key = True
@@ -247,6 +250,10 @@ class Command(BaseCommand):
         )
 
     def _start_workers(self, base_model: ServedBaseModel, environment: dict[str, str]) -> None:
+        if base_model.config.vllm is not None and base_model.config.vllm.python:
+            vllm = VllmPart(base_model, environment)
+            self.supervisor.add(vllm)
+            self.say(f"vllm      {base_model.name}: starting its server; its log is {vllm.log}")
         for number in range(1, base_model.config.workers + 1):
             self.supervisor.add(worker_part(base_model, number, environment))
 

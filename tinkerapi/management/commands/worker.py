@@ -22,6 +22,7 @@ from tinkerapi.server.joining import clock_problem, environment_problems, storag
 from tinkerapi.server.preflight import base_model_problem
 from tinkerapi.server.supervisor import Refused, Supervisor
 from tinkerapi.server.upgrade import SchemaError, database_down_reason, unapplied_migrations
+from tinkerapi.server.vllm_part import VllmPart, vllm_problem
 from tinkerapi.server.worker_part import part_environment, worker_part
 from training.base_models import ServedBaseModel, base_model_get, base_models
 from training.errors import BaseModelNotFound
@@ -76,6 +77,11 @@ class Command(BaseCommand):
         environment = part_environment(settings.SECRET_KEY)
         try:
             for base_model in chosen:
+                if base_model.config.vllm is not None and base_model.config.vllm.python:
+                    log_name = f"{base_model.queue}.{host}.vllm"
+                    vllm = VllmPart(base_model, environment, log_name=log_name)
+                    supervisor.add(vllm)
+                    self._say(f"{vllm.name} starts; its log is {vllm.log}")
                 for number in range(1, base_model.config.workers + 1):
                     log_name = f"{base_model.queue}.{host}.{number}"
                     part = worker_part(base_model, number, environment, log_name=log_name)
@@ -127,4 +133,6 @@ def _problems(chosen: list[ServedBaseModel]) -> list[str]:
             problems.append(f"base model {base_model.name}: {problem}")
         else:
             problems += environment_problems(base_model)
+        if problem := vllm_problem(base_model):
+            problems.append(problem)
     return problems
