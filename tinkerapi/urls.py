@@ -39,9 +39,7 @@ urlpatterns = [
     path("api/docs/", redirect_to("api-docs")),
     path("docs", redirect_to("docs")),
     path("docs/", csrf_exempt(manual.IndexView.as_view()), name="docs"),
-    path(
-        "docs/examples/<str:name>", csrf_exempt(manual.ExampleView.as_view()), name="docs-example"
-    ),
+    path("docs/<slug:folder>/<str:name>", csrf_exempt(manual.FileView.as_view()), name="docs-file"),
     path("docs/<slug:name>", csrf_exempt(manual.PageView.as_view()), name="docs-page"),
     path("docs/<slug:name>/", redirect_to("docs-page")),
 ]

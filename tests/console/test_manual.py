@@ -44,15 +44,22 @@ def test_other_names_are_a_404(docs, client, name):
     assert client.get(f"/docs/{name}").status_code == 404
 
 
-def test_an_example_is_handed_out_as_a_text(client):
-    page = client.get("/docs/examples").content.decode()
+@pytest.mark.parametrize(
+    ("page", "folder", "name"),
+    [("examples", "examples", "rl.py"), ("proxy", "deployment", "Caddyfile")],
+)
+def test_a_file_that_a_page_names_is_handed_out_as_a_text(client, page, folder, name):
+    assert f'href="{folder}/{name}"' in client.get(f"/docs/{page}").content.decode()
+    file = client.get(f"/docs/{folder}/{name}")
+    assert file["Content-Type"] == "text/plain; charset=utf-8"
+    assert file.content == (manual.FILE_FOLDERS[folder] / name).read_bytes()
+    for other in ("nothing.py", "..", "../quick-reference.md", "..%2f..%2fsettings.py"):
+        assert client.get(f"/docs/{folder}/{other}").status_code == 404
 
-    assert 'href="examples/rl.py"' in page
-    example = client.get("/docs/examples/rl.py")
-    assert example["Content-Type"] == "text/plain; charset=utf-8"
-    assert example.content == (manual.EXAMPLES_DIR / "rl.py").read_bytes()
-    for name in ("nothing.py", "..", "../quick-reference.md", "..%2f..%2fsettings.py"):
-        assert client.get(f"/docs/examples/{name}").status_code == 404
+
+@pytest.mark.parametrize("path", ["images/dashboard.png", "architecture/x", "../settings.py"])
+def test_other_folders_are_a_404(client, path):
+    assert client.get(f"/docs/{path}").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -85,4 +92,5 @@ def test_what_a_newcomer_reads_first_is_listed_first():
         "benchmarks",
         "monitoring",
         "operations",
+        "proxy",
     ]

@@ -14,7 +14,8 @@ from markdown import Markdown  # type: ignore[import-untyped]  # it ships no ann
 
 DOCS_DIR = Path(__file__).parents[1] / "docs"
 
-EXAMPLES_DIR = DOCS_DIR / "examples"
+FILE_FOLDERS = {name: DOCS_DIR / name for name in ("examples", "deployment")}
+"""Folders whose files the pages name."""
 
 READ_FIRST = (
     "quick-reference",
@@ -79,14 +80,16 @@ class PageView(View):
         )
 
 
-class ExampleView(View):
-    """Hand out one example as the file that it is."""
+class FileView(View):
+    """Hand out a file that a page names, as the file that it is."""
 
     group = "Documents"
 
-    def get(self, request: HttpRequest, name: str) -> HttpResponse:
+    def get(self, request: HttpRequest, folder: str, name: str) -> HttpResponse:
+        if folder not in FILE_FOLDERS:
+            raise Http404
         # Looked up among the files, so a name from an address never becomes a path.
-        files = {path.name: path for path in EXAMPLES_DIR.iterdir() if path.is_file()}
+        files = {path.name: path for path in FILE_FOLDERS[folder].iterdir() if path.is_file()}
         if name not in files:
             raise Http404
         text = files[name].read_text(encoding="utf-8")
