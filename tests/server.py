@@ -85,7 +85,7 @@ class Server(UpProcess):
         living = [self.process.pid, *(item.pid for item in self.processes())]
         return sum(processor_seconds(pid, with_ended_children=True) for pid in living)
 
-    def post(self, path: str, **body: Any) -> requests.Response:
+    def post(self, path: str, /, **body: Any) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=120)
 
     def retrieve(self, request_id: str, *, seconds: float = 120.0) -> requests.Response:
