@@ -53,7 +53,16 @@ SETUPS = {
     "experts, divided": Setup(
         model_type="qwen3_moe", sizes={"tp_size": 2, "ep_size": 2}, changes={}
     ),
+    "experts with biases": Setup(
+        model_type="gpt_oss", sizes={"tp_size": 2, "ep_size": 2}, changes={}
+    ),
     "experts, data": Setup(model_type="qwen3_moe", sizes={"fsdp_size": 2}, changes={}),
+    "padded, tensor": Setup(
+        model_type="qwen2_moe", sizes={"tp_size": 2}, changes={}, layout="padded"
+    ),
+    "padded, data": Setup(
+        model_type="qwen2_moe", sizes={"fsdp_size": 2}, changes={}, layout="padded"
+    ),
 }
 
 
@@ -96,7 +105,13 @@ def pair(
         tmp_path_factory.mktemp("group"),
     )
     config = BaseModelConfig(
-        name="tiny", path=folder, device="cpu", dtype="float32", activation_bytes=1, **setup.sizes
+        name="tiny",
+        path=folder,
+        device="cpu",
+        dtype="float32",
+        layout=setup.layout,
+        activation_bytes=1,
+        **setup.sizes,
     )
     alone = load_base_model(folder, dtype="float32", device="cpu", layout=setup.layout)
     environment = dict(os.environ)

@@ -26,7 +26,9 @@ from training.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig
 MakeDatum = Callable[..., Datum]
 RAGGED = (9, 40, 3, 64, 17, 1, 28)
 SETTINGS = {"gspo": {"clip_low_threshold": 0.9, "clip_high_threshold": 1.1}, "dro": {"beta": 0.5}}
-STEP = AdamParams(learning_rate=0.01)
+STEP = AdamParams(learning_rate=0.1, eps=1.0)
+"""With a small epsilon the first step is the sign of each gradient, so that rounding would decide
+it where a gradient is nearly zero."""
 
 
 def same_results(

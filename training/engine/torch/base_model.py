@@ -93,10 +93,16 @@ class BaseModel:
         return self.info.layout == PADDED
 
     @property
+    def collects_weights(self) -> bool:
+        """Whether the weights of a layer are collected from all ranks while it is computed, and are
+        not whole here otherwise."""
+        return self.group is not None and not self.group.splits_layers
+
+    @property
     def divides_passes(self) -> bool:
         """Whether the ranks of its group compute different sequences of a pass. In the padded
         layout the number of rectangles would differ, so there each computes all."""
-        return self.group is not None and not self.group.splits_layers and not self.is_padded
+        return self.collects_weights and not self.is_padded
 
     @property
     def adds_head_gradient(self) -> bool:

@@ -28,6 +28,9 @@ class LoraLinear(nn.Module):
     """A frozen linear layer with the adapters of the current pass; without a pass, only the layer
     itself."""
 
+    adds_gradient = True
+    """False if another process adds the gradient of the same rows."""
+
     def __init__(self, base: nn.Linear, name: str, holder: ContextHolder) -> None:
         """``name``: the module's dotted name in the base model, which keys adapter layouts."""
         super().__init__()
@@ -131,7 +134,7 @@ class _LoraFunction(torch.autograd.Function):
             if grad_x is not None:
                 add_times(grad_x[rows], gb, a)
             for segment in group:
-                if segment.grad is not None:
+                if segment.grad is not None and layer.adds_gradient:
                     own = slice(segment.start - rows.start, segment.end - rows.start)
                     grad_a, grad_b = layer.pair_of(segment.grad, torch.float32)  # type: ignore[misc]
                     add_product(grad_a, gb[own].T, x[segment.rows])

@@ -8,7 +8,7 @@ products of linear layers (``side_by_side``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -37,7 +37,8 @@ class PaddedRunner(ModelRunner):
         self._base_model = base_model
         self._padding = RowPadding(base_model)
         self._chunk_tokens = chunk_tokens if base_model.reads_chunks else None
-        self._beside = SideBySide(base_model.holder)
+        # Passes side by side are in different layers, whose weights must all be here.
+        self._beside = None if base_model.collects_weights else SideBySide(base_model.holder)
         self._caches: dict[ActiveRequest, ModelCache] = {}
         self._cache_tokens = cache_tokens
         self._reserved: dict[ActiveRequest, int] = {}
@@ -109,12 +110,15 @@ class PaddedRunner(ModelRunner):
     def decode(self, requests: Sequence[ActiveRequest]) -> tuple[list[Row], Tensor]:
         rows, segments = rows_by_weights(self._padding, requests)
         passes = [partial(self._read_newest, request) for request in _in_order(rows)]
-        hidden = torch.cat(self._beside.run(passes))  # (n, C)
+        hidden = torch.cat(self._run(passes))  # (n, C)
         real = [i for i, row in enumerate(rows) if row is not None]
         places = torch.tensor(real, device=hidden.device)
         spread = hidden.new_zeros((len(rows), hidden.shape[1])).index_copy(0, places, hidden)
         logits = self._base_model.logits(spread, segments)  # (T, V)
         return [row for row in rows if row is not None], logits[places]
+
+    def _run(self, passes: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        return [run() for run in passes] if self._beside is None else self._beside.run(passes)
 
     def _read_newest(self, request: ActiveRequest) -> Tensor:
         """(n, C) of the newest tokens of the request's unfinished sequences."""

@@ -27,6 +27,7 @@ from training.engine.torch.packing.stream import ContextHolder
 from training.engine.torch.sharding.rank_group import RankGroup
 from training.engine.torch.sharding.split_layers import (
     ColumnSplitLinear,
+    RepeatedLinear,
     RowSplitLinear,
     SplitExperts,
     own_part,
@@ -76,17 +77,20 @@ def require_plan(
     styles = {**plan[0], **plan[1]}
     if unknown := sorted(set(styles.values()) - {COLUMNS, ROWS} - OF_EXPERTS - MADE_WHOLE):
         raise _refusal(name, sizes, f"the {kind} family's plan has the style {unknown[0]}")
-    for module_name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and styles.get(module_name) in (COLUMNS, ROWS):
-            is_column = styles[module_name] == COLUMNS
-            _require_multiple(
-                module.out_features if is_column else module.in_features,
-                f"the {'outputs' if is_column else 'inputs'} of {module_name}",
-                name,
-                sizes,
-            )
+    split = [
+        (module_name, module)
+        for module_name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and styles.get(module_name) in (COLUMNS, ROWS)
+    ]
+    if not split and sizes.ep_size == 1:
+        raise _refusal(name, sizes, f"transformers' plan for the {kind} family splits no layer")
+    for module_name, module in split:
+        is_column = styles[module_name] == COLUMNS
+        size = module.out_features if is_column else module.in_features
+        what = f"the {'outputs' if is_column else 'inputs'} of {module_name}"
+        _require_multiple(size, what, name, sizes)
     for field in ("num_attention_heads", "num_key_value_heads"):
-        if isinstance(heads := getattr(text, field, None), int):
+        if split and isinstance(heads := getattr(text, field, None), int):
             _require_multiple(heads, field, name, sizes)
 
 
@@ -168,6 +172,8 @@ def use_own_parts(
                 ours: LoraLinear = ColumnSplitLinear(module, module_name, holder, group)
             case "rowwise":
                 ours = RowSplitLinear(module, module_name, holder, group)
+            case _ if group.splits_layers:
+                ours = RepeatedLinear(module, module_name, holder, group)
             case _:
                 ours = LoraLinear(module, module_name, holder)
         model.set_submodule(module_name, ours)

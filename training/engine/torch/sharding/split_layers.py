@@ -67,6 +67,14 @@ class RowSplitLinear(LoraLinear):
         return None if pair is None else (pair[0][:, self._inputs], pair[1])
 
 
+class RepeatedLinear(LoraLinear):
+    """A layer that every rank has and computes as a whole; the first one adds its gradient."""
+
+    def __init__(self, base: nn.Linear, name: str, holder: ContextHolder, group: RankGroup) -> None:
+        super().__init__(base, name, holder)
+        self.adds_gradient = group.is_first
+
+
 class SplitExperts(LoraExperts):
     """The experts of a layer, of which each rank has some, or a part of each."""
 
