@@ -243,6 +243,25 @@ def test_a_server_does_not_start_with_a_storage_that_lacks_its_files(
         storage().write(newest, lambda target: folder_of(read_folder(folder))(target))
     assert moved_storage_problem() is None
 
+    settings.STORAGE = before
+    another = Worker.objects.create(
+        queue=work.worker.queue,
+        state="lost",
+        hostname="h",
+        pid=1,
+        figures={FIGURE: {**storage_facts(), "storage's installation": "another"}},
+    )
+    assert moved_storage_problem() is None, "a restore into a bucket of the same name"
+    for checkpoint in Checkpoint.objects.all():
+        place.purge(checkpoint.directory)
+    assert "has none of them" in (moved_storage_problem() or "")
+
+    Worker.objects.filter(pk__gte=min(another.pk, work.worker.pk)).update(figures={})
+    Checkpoint.objects.all().delete()
+    assert moved_storage_problem() is None
+    place.write(new_name(CHECKPOINTS), folder_of({"a": b"b"}))
+    assert "give each server a prefix of its own" in (moved_storage_problem() or "")
+
 
 def read_folder(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 from django.contrib.auth.models import User
 from django.utils import timezone
+from pytest_django import Settings
 
 from futures.models import Future
 from tests.conftest import InProcessWorker
@@ -20,6 +21,7 @@ from training.storage.interface import CHECKPOINTS, SNAPSHOTS
 from training.storage.remote import RemoteFolders
 from training.types import SamplingParams
 from training.worker import fetches, snapshot_schedule
+from training.worker.uploads import WAITING_OF_OWNER, Later
 
 Start = Callable[..., InProcessWorker]
 Train = Callable[..., list[Future]]
@@ -285,3 +287,72 @@ def test_what_is_superseded_and_removed_leaves_the_bucket(
         Checkpoint.objects.get().directory
     ]
     assert list(place.folders(SNAPSHOTS)) == []
+
+
+def test_of_many_saves_of_one_owner_few_wait_on_the_disk(
+    work: InProcessWorker,
+    train: Train,
+    line: FaultyProxy,
+    hasty: None,
+    owner: User,
+    settings: Settings,
+) -> None:
+    names = [f"m{number}" for number in range(WAITING_OF_OWNER + 3)]
+    for name in names:
+        train(name, 1)
+    train("m", 1)
+    work()
+    line.stall()
+    saves = [
+        services.save_weights_submit(
+            owner_id=owner.pk, model_id=name, name="kept", kind="training"
+        ).future
+        for name in names
+    ]
+    most = 0
+    begin = work.loop._uploads.begin
+
+    def counted(future: Future, later: Later) -> None:
+        nonlocal most
+        begin(future, later)
+        most = max(most, len(work.loop._uploads))
+        if most == WAITING_OF_OWNER:
+            line.recover()
+
+    work.loop._uploads.begin = counted  # type: ignore[method-assign]
+    work()
+    assert_all_ready(saves)
+    assert most == WAITING_OF_OWNER
+
+
+def test_few_of_many_runs_are_fetched_at_once(
+    start_worker: Start,
+    train: Train,
+    another_machine: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    place: RemoteFolders,
+) -> None:
+    monkeypatch.setattr(fetches, "MOST", 2)
+    work = start_worker()
+    names = [f"m{number}" for number in range(6)]
+    futures = [future for name in ["unbroken", *names] for future in train(name, 2)]
+    work()
+    work.loop.give_back()
+
+    another_machine()
+    other = start_worker()
+    most = 0
+    begin = other.loop._fetches._begin
+
+    def counted(directory: str, fetch: Any) -> None:
+        nonlocal most
+        most = max(most, len(other.loop._fetches._fetches))
+        begin(directory, fetch)
+
+    monkeypatch.setattr(other.loop._fetches, "_begin", counted)
+    futures += [future for name in ["unbroken", *names] for future in train(name, 1, first=2)]
+    other()
+    assert_all_ready(futures)
+    assert most == 2
+    for name in names:
+        assert_same(state_of(other, name), state_of(other, "unbroken"))

@@ -16,6 +16,7 @@ from training.errors import CheckpointNotFound, StorageFailed
 from training.selectors import newest_directories
 from training.storage.chosen import storage
 from training.storage.data_folder import INSTALLATION_FILE
+from training.storage.interface import AREAS
 from training.worker.agreement import (
     DATA_FOLDER,
     FIGURE,
@@ -83,19 +84,43 @@ def _data_folder_problem(theirs: list[dict[str, str]]) -> str | None:
 
 
 def moved_storage_problem() -> str | None:
-    """Why a server must not start with this storage, as a sentence: the last workers had another
-    one, and nothing of what the database names is in this one."""
+    """Why a server must not start with this storage, as a sentence.
+
+    The last workers had another one, and nothing that the database names is in this one; or the
+    database names nothing, and this bucket has folders.
+    """
     here = storage_place()
+    # A new data folder in the place of one that was lost is the operator's decision.
+    here_id = storage().installation_id(make=False) if storage().is_remote else None
     known = [worker_figure(base_model.queue, FIGURE) for base_model in base_models()]
-    before = {facts.get(STORAGE, DATA_FOLDER) for facts in known if facts} - {here}
-    named = newest_directories(SOME_FOLDERS)
-    if not before or not named or any(map(_is_stored, named)):
+    theirs = [
+        (
+            facts.get(STORAGE, DATA_FOLDER),
+            facts.get(storage_id_name(), here_id) if storage().is_remote else None,
+        )
+        for facts in known
+        if facts
+    ]
+    if (here, here_id) in theirs:
         return None
-    return (
-        f"TINKERAPI_STORAGE: the checkpoints of this database are in {', '.join(sorted(before))}, "
-        f"and {here} has none of them (such as {named[0]}); bring them there with a backup and a "
-        "restore, or correct the setting"
-    )
+    named = newest_directories(SOME_FOLDERS)
+    if any(map(_is_stored, named)):
+        return None
+    if named and (theirs or storage().is_remote):
+        before = ", ".join(sorted({place for place, _ in theirs})) or "another storage"
+        return (
+            f"TINKERAPI_STORAGE: the checkpoints of this database are in {before}, and {here} has "
+            f"none of them (such as {named[0]}); bring them there with a backup and a restore, or "
+            "correct the setting"
+        )
+    if storage().is_remote and not named:
+        found = (folder for area in AREAS for folder in storage().folders(area))
+        if (folder := next(found, None)) is not None:
+            return (
+                f"TINKERAPI_STORAGE: {here} has folders that this database does not name, such as "
+                f"{folder.directory}; give each server a prefix of its own"
+            )
+    return None
 
 
 def _is_stored(directory: str) -> bool:

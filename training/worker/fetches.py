@@ -4,6 +4,9 @@ A future waits, and with it its lane, until the folders that it reads are on thi
 checkpoint that it loads or samples from, or the newest snapshot of a run that is not in memory. If
 the storage does not answer, this tries again for PATIENCE_SECONDS, and then lets the future run,
 and fail.
+
+Few folders are fetched at once, and few of one owner, so that many do not take all memory, nor push
+each other out of the cache, and no owner waits for another one's.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ AGAIN_SECONDS = 5.0
 """Between two tries."""
 FAILED_SECONDS = 60.0
 """How long a folder that could not be fetched is not asked for again."""
+MOST, MOST_OF_OWNER = 16, 4
+"""Folders that are being fetched, or have arrived and were not used yet."""
+UNUSED_SECONDS = 60.0
+"""After this, a folder that has arrived does not count as one: its future was cancelled."""
 KNOWN_FUTURES = 10_000
 
 
@@ -35,10 +42,15 @@ KNOWN_FUTURES = 10_000
 class _Fetch:
     """The tries to fetch one folder."""
 
+    owner_id: int
     begun_at: float
     over: threading.Event
     error: TrainingError | None = None
     again_at: float = 0.0
+
+    def is_left(self) -> bool:
+        """Whether nobody has asked for it since it was over."""
+        return self.over.is_set() and time.monotonic() > self.again_at + UNUSED_SECONDS
 
 
 class Fetches:
@@ -59,7 +71,7 @@ class Fetches:
             self._needed.clear()
         if future.id not in self._needed:
             self._needed[future.id] = self._folders_of(future)
-        awaited = [self._is_awaited(directory) for directory in self._needed[future.id]]
+        awaited = [self._is_awaited(name, future.owner_id) for name in self._needed[future.id]]
         return any(awaited)
 
     @property
@@ -86,13 +98,15 @@ class Fetches:
         rows = Checkpoint.objects.filter(pk=checkpoint)
         return [*snapshots, *rows.values_list("directory", flat=True)]
 
-    def _is_awaited(self, directory: str) -> bool:
+    def _is_awaited(self, directory: str, owner_id: int) -> bool:
         fetch = self._fetches.get(directory)
         if fetch is None:
             if storage().is_here(directory):
                 return False
-            fetch = self._fetches[directory] = _Fetch(time.monotonic(), threading.Event())
-            self._begin(directory, fetch)
+            if self._may_begin(owner_id):
+                fetch = _Fetch(owner_id, time.monotonic(), threading.Event())
+                self._fetches[directory] = fetch
+                self._begin(directory, fetch)
             return True
         if not self._is_pending(fetch):
             if fetch.error is None or time.monotonic() > fetch.again_at + FAILED_SECONDS:
@@ -102,6 +116,13 @@ class Fetches:
             fetch.over.clear()
             self._begin(directory, fetch)
         return True
+
+    def _may_begin(self, owner_id: int) -> bool:
+        for directory, fetch in list(self._fetches.items()):
+            if fetch.is_left():
+                del self._fetches[directory]
+        owners = [fetch.owner_id for fetch in self._fetches.values()]
+        return len(owners) < MOST and owners.count(owner_id) < MOST_OF_OWNER
 
     def _is_pending(self, fetch: _Fetch) -> bool:
         if not fetch.over.is_set():

@@ -26,8 +26,9 @@ from futures.models import Future, Worker
 from futures.notify import Bell
 from training.engine.interface import Engine
 from training.errors import TrainingError
-from training.kinds import Sample
+from training.kinds import Kind, Sample
 from training.models import Run
+from training.storage.chosen import storage
 from training.vocabulary import TokenTable
 from training.worker import outcomes
 from training.worker.adapter_cache import AdapterCache, NoRoomYet
@@ -126,7 +127,7 @@ class WorkLoop:
             batch_bytes=engine.adapter_bytes,
             lane_bytes=self.adapter_cache.lane_bytes,
             is_ready=self._is_ready,
-            needs_files=self._fetches.are_needed,
+            needs_files=self._needs_files if storage().is_remote else None,
         )
         self._uploads = Uploads()
         self._prepare_custom_losses = engine.trainer.prepare_custom_losses
@@ -204,6 +205,13 @@ class WorkLoop:
             return True
         self._custom_losses_start = True
         return False
+
+    def _needs_files(self, future: Future) -> bool:
+        """Whether a request waits for files that it reads, or for room for those that it writes."""
+        return self._saves_too_many(future) or self._fetches.are_needed(future)
+
+    def _saves_too_many(self, future: Future) -> bool:
+        return future.kind == Kind.SAVE_WEIGHTS and self._uploads.is_full(future.owner_id)
 
     def turn(self) -> None:
         """Work between batches and while idle."""
@@ -293,6 +301,9 @@ class WorkLoop:
         for future in batch.samples:
             self._begin_sample(future, effects)
         for future in batch.barriers:
+            if self._saves_too_many(future):  # those before it in this batch count too
+                self._scheduler.barrier_put_back(future)
+                continue
             later = self._operations.run_barrier(future, self._runs, effects)
             if later is not None:
                 self._scheduler.barrier_waits(future)

@@ -50,7 +50,7 @@ class Scheduler:
         batch_bytes: int,
         lane_bytes: Callable[[str], int] = lambda lane_id: 0,
         is_ready: Callable[[Future], bool] = lambda future: True,
-        needs_files: Callable[[Future], bool] = lambda future: False,
+        needs_files: Callable[[Future], bool] | None = None,
     ) -> None:
         """Start without futures.
 
@@ -60,7 +60,8 @@ class Scheduler:
                 memory; one alone may exceed it.
             lane_bytes: The size of a lane's adapter.
             is_ready: Whether a future may run; if not, it and later futures of its lane wait.
-            needs_files: Whether files must arrive before the first future of a lane may run.
+            needs_files: Whether files must come or go before the first future of a lane may run;
+                None: never.
         """
         self._needs_files = needs_files
         self._batch_cost = batch_cost
@@ -135,7 +136,13 @@ class Scheduler:
 
     def _waits_for_files(self, lane: str) -> bool:
         """Whether nothing of the lane may run until files have been stored or have arrived."""
-        return lane in self._storing or self._needs_files(self._lanes[lane][0])
+        if lane in self._storing:
+            return True
+        return self._needs_files is not None and self._needs_files(self._lanes[lane][0])
+
+    def barrier_put_back(self, future: Future) -> None:
+        """Put back a barrier that was in a batch and did not begin."""
+        self._lanes.setdefault(future.lane_id or future.id, deque()).appendleft(future)
 
     def barrier_waits(self, future: Future) -> None:
         """Record that a barrier of the last batch has no outcome yet: its lane waits."""
@@ -147,10 +154,12 @@ class Scheduler:
 
     def full_owners(self) -> set[int]:
         """Owners of whom much is held that waits for files."""
+        if self._needs_files is None and not self._storing:
+            return set()
         costs: dict[int, int] = {}
         for lane, queue in self._lanes.items():
             owner_id = queue[0].owner_id
-            if owner_id is not None and self._waits_for_files(lane):
+            if self._waits_for_files(lane):
                 costs[owner_id] = costs.get(owner_id, 0) + sum(future.cost for future in queue)
         return {owner_id for owner_id, cost in costs.items() if cost > self._batch_cost}
 

@@ -3,7 +3,8 @@
 A save is a barrier: its files are made between two batches, and the outcome is committed when they
 are stored. The working thread does not wait for that. Only the save's own lane does, because a
 repetition after a crash must save the same state; all others continue. An owner has two
-uploads at a time, so their further ones wait for those, and nobody else's do.
+uploads at a time, so their further ones wait for those, and nobody else's do. An owner's further
+saves begin when few of theirs are on this machine's disk.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from futures.models import Future
 from training.worker.effects import Effects
 
 OF_OWNER = 2
+"""Uploads of one owner at a time."""
+WAITING_OF_OWNER = 4
+"""Saves of one owner whose files are on this machine."""
+AT_ONCE = 16
+"""Uploads at a time: each takes up to 32 MiB of memory."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Uploads:
     def __init__(self) -> None:
         self._held: dict[str, Upload] = {}
         self._over: SimpleQueue[Upload] = SimpleQueue()
-        self._turns: dict[int | None, threading.Semaphore] = {}
+        self._turns: dict[int, threading.Semaphore] = {}
+        self._slots = threading.Semaphore(AT_ONCE)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -63,6 +70,11 @@ class Uploads:
     def futures(self) -> list[Future]:
         """Those that are not finished."""
         return [upload.future for upload in self._held.values()]
+
+    def is_full(self, owner_id: int) -> bool:
+        """Whether the owner's next save must wait for an earlier one's upload."""
+        held = [upload.future.owner_id for upload in self._held.values()]
+        return held.count(owner_id) >= WAITING_OF_OWNER
 
     def begin(self, future: Future, later: Later) -> None:
         """Begin the work of a future."""
@@ -75,7 +87,7 @@ class Uploads:
         ).start()
 
     def _run(self, upload: Upload, turn: threading.Semaphore) -> None:
-        with turn:
+        with turn, self._slots:
             try:
                 upload.later.work()
             except BaseException as error:
