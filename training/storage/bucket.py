@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 PART_BYTES = 8 * 2**20
 CONCURRENCY = 4
+CONNECTIONS = 128
+"""More than all transfers of a process use, so that none waits for another one's."""
 CONNECT_SECONDS = 5
 SILENCE_SECONDS = 20
 """Of the server, within an answer."""
@@ -293,6 +295,7 @@ def _file_system() -> Any:
         config_kwargs={
             "connect_timeout": CONNECT_SECONDS,
             "read_timeout": SILENCE_SECONDS,
+            "max_pool_connections": CONNECTIONS,
             "retries": {"mode": "standard", "total_max_attempts": 1},
             # Servers other than Amazon's rarely have a name for each bucket.
             "s3": {"addressing_style": "path" if is_elsewhere else "auto"},
