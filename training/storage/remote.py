@@ -12,26 +12,24 @@ Folders are deleted by a thread, so nobody waits for it. What a crash leaves beh
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Lock
 from typing import TypeVar
 
 from training.atomic_directory import NO_SPACE
 from training.errors import CheckpointNotFound, StorageFailed, StorageFull
 from training.storage.bucket import FOLDER_SECONDS, Bucket
+from training.storage.deletions import Deletions
 from training.storage.folder_cache import FolderCache, WorkFolder
 from training.storage.interface import Staged, Storage, StoredFile, StoredFolder
+from training.storage.remote_file import RemoteFile
 from training.storage.s3_errors import BucketError, ObjectMissing
 
 logger = logging.getLogger(__name__)
@@ -41,7 +39,6 @@ T = TypeVar("T")
 FILES = "files.json"
 INSTALLATION = "installation"
 PROBES = "probes"
-READ_AHEAD_BYTES = 8 * 2**20
 LOCAL_SECONDS = 60.0
 """Longest wait of ``local`` for a folder that nobody has brought before."""
 FAILED_SECONDS = 30.0
@@ -49,8 +46,6 @@ FAILED_SECONDS = 30.0
 KNOWN_FAILURES = 1000
 MISSES = 3
 """How often a folder may leave the cache between its download and its use."""
-LAST_DELETIONS_SECONDS = 10.0
-"""Longest wait, at the end of a process, for folders to be deleted."""
 
 
 class RemoteFolders(Storage):
@@ -60,7 +55,7 @@ class RemoteFolders(Storage):
         self._url = url
         self._bucket = Bucket(url)
         self._cache = cache
-        self._deletions = _Deletions(self.purge)
+        self._deletions = Deletions(self.purge)
         self._failures: dict[str, tuple[float, StorageFailed]] = {}
         """When a folder could not be downloaded, and why."""
 
@@ -186,7 +181,7 @@ class RemoteFolders(Storage):
         return self._opened(directory, name, table[name][0])
 
     def _opened(self, directory: str, name: str, size: int) -> StoredFile:
-        return _RemoteFile(name, size, partial(self._read, directory, name))
+        return RemoteFile(name, size, partial(self._read, directory, name))
 
     def _read(self, directory: str, name: str, begin: int, length: int) -> bytes:
         try:
@@ -288,64 +283,6 @@ class _StagedFolder(Staged[T]):
 
     def discard(self) -> None:
         self._work.remove()
-
-
-class _RemoteFile(StoredFile):
-    """Reads ahead, so that small reads in order are few calls."""
-
-    def __init__(self, name: str, size_bytes: int, read: Callable[[int, int], bytes]) -> None:
-        super().__init__(name, size_bytes)
-        self._read = read
-        self._begin, self._ahead = 0, b""
-
-    def read(self, begin: int, length: int) -> bytes:
-        end = begin + length
-        if not self._begin <= begin <= end <= self._begin + len(self._ahead):
-            ahead = min(max(length, READ_AHEAD_BYTES), self.size_bytes - begin)
-            self._begin, self._ahead = begin, self._read(begin, ahead) if ahead > 0 else b""
-        piece = self._ahead[begin - self._begin : end - self._begin]
-        if len(piece) != length:
-            raise StorageFailed(f"{self.name} is damaged: it ends at byte {begin + len(piece)}.")
-        return piece
-
-    def close(self) -> None:
-        self._ahead = b""
-
-
-class _Deletions:
-    """Deletes folders one after another, in a thread that starts with the first."""
-
-    def __init__(self, delete: Callable[[str], None]) -> None:
-        self._delete = delete
-        self._waiting: SimpleQueue[str] = SimpleQueue()
-        self._lock = Lock()
-        self._thread: threading.Thread | None = None
-        atexit.register(self.finish)
-
-    def add(self, directory: str) -> None:
-        with self._lock:
-            self._waiting.put(directory)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="deletions", daemon=True)
-                self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                directory = self._waiting.get_nowait()
-            except Empty:
-                with self._lock:
-                    if self._waiting.empty():
-                        self._thread = None
-                        return
-                continue
-            self._delete(directory)
-
-    def finish(self) -> None:
-        """Wait for those that were added, but not long."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(LAST_DELETIONS_SECONDS)
 
 
 def _sha256(path: Path) -> str:
