@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from training.atomic_directory import NO_SPACE
+from training.atomic_directory import NO_SPACE, new_directory
 from training.errors import CheckpointNotFound, StorageFailed, StorageFull
 from training.storage.bucket import FOLDER_SECONDS, Bucket
 from training.storage.deletions import Deletions
@@ -56,7 +56,7 @@ class RemoteFolders(Storage):
         self._bucket = Bucket(url)
         self._cache = cache
         self._deletions = Deletions(self.purge)
-        self._failures: dict[str, tuple[float, StorageFailed]] = {}
+        self._failures: dict[str, tuple[float, str]] = {}
         """When a folder could not be downloaded, and why."""
 
     @property
@@ -99,6 +99,15 @@ class RemoteFolders(Storage):
 
     @contextmanager
     def local(self, directory: str) -> Iterator[Path]:
+        try:
+            with self._reading(directory) as path:
+                yield path
+        except CheckpointNotFound:
+            self._cache.drop(directory)  # if it is only damaged here, the next reader gets it again
+            raise
+
+    @contextmanager
+    def _reading(self, directory: str) -> Iterator[Path]:
         for attempt in range(MISSES):
             with self._cache.reading(directory) as path:
                 if path is not None:
@@ -106,9 +115,9 @@ class RemoteFolders(Storage):
                         self._cache.trim()  # now it is locked
                     yield path
                     return
-            failed_at, failure = self._failures.get(directory, (0.0, None))
-            if failure is not None and time.monotonic() < failed_at + FAILED_SECONDS:
-                raise failure
+            failed_at, failure = self._failures.get(directory, (0.0, ""))
+            if failure and time.monotonic() < failed_at + FAILED_SECONDS:
+                raise StorageFailed(failure)
             self._download(directory, LOCAL_SECONDS)
         raise StorageFailed("The storage's cache is too small for what is read at once.")
 
@@ -124,7 +133,7 @@ class RemoteFolders(Storage):
         except StorageFailed as error:
             if len(self._failures) >= KNOWN_FAILURES:
                 self._failures.clear()
-            self._failures[directory] = time.monotonic(), error
+            self._failures[directory] = time.monotonic(), str(error)
             raise
         self._failures.pop(directory, None)
 
@@ -133,16 +142,15 @@ class RemoteFolders(Storage):
         table = self._table(directory, seconds)
         work = self._work_folder()
         try:
-            folder = work.path / "folder"
-            folder.mkdir()
-            sizes = {name: size for name, (size, _) in table.items()}
-            with self._asking("read"):
-                left = begin + seconds - time.monotonic()
-                self._bucket.get_folder(directory, sizes, folder, left)
-            for name, (_, sha256) in table.items():
-                if _sha256(folder / name) != sha256:
-                    raise CheckpointNotFound(f"{directory}/{name} is damaged: checksum differs.")
-            self._cache.adopt(folder, directory)
+            with new_directory(work.path / "folder") as folder:
+                sizes = {name: size for name, (size, _) in table.items()}
+                with self._asking("read"):
+                    left = begin + seconds - time.monotonic()
+                    self._bucket.get_folder(directory, sizes, folder, left)
+                for name, (_, sha256) in table.items():
+                    if _sha256(folder / name) != sha256:
+                        raise CheckpointNotFound(f"{directory}/{name} is damaged.")
+            self._cache.adopt(work.path / "folder", directory)
         except OSError as error:
             raise _of_disk(error) from error
         finally:
