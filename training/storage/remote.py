@@ -51,10 +51,11 @@ MISSES = 3
 class RemoteFolders(Storage):
     """See the module's docstring."""
 
-    def __init__(self, url: str, cache: FolderCache) -> None:
+    def __init__(self, url: str, cache: FolderCache, *, most_wait_seconds: float) -> None:
         self._url = url
         self._bucket = Bucket(url)
         self._cache = cache
+        self._local_seconds = min(LOCAL_SECONDS, most_wait_seconds)
         self._deletions = Deletions(self.purge)
         self._failures: dict[str, tuple[float, str]] = {}
         """When a folder could not be downloaded, and why."""
@@ -118,7 +119,7 @@ class RemoteFolders(Storage):
             failed_at, failure = self._failures.get(directory, (0.0, ""))
             if failure and time.monotonic() < failed_at + FAILED_SECONDS:
                 raise StorageFailed(failure)
-            self._download(directory, LOCAL_SECONDS)
+            self._download(directory, self._local_seconds)
         raise StorageFailed("The storage's cache is too small for what is read at once.")
 
     def bring(self, directory: str) -> None:
