@@ -54,7 +54,8 @@ class VllmDouble:
         max_cpu_loras: int = 4,
         is_on_cpu: bool = True,
     ) -> None:
-        """``is_on_cpu``: the base model gets the adapter in the last slot, as on vLLM's CPU."""
+        """``is_on_cpu``: the base model gets the adapter in the last slot, as on vLLM's CPU if
+        another request with an adapter is in the batch."""
         self._max_loras = max_loras
         self._is_on_cpu = is_on_cpu
         self._base_model = base_model
@@ -175,6 +176,11 @@ class VllmDouble:
             oldest, _ = self._in_memory.popitem(last=False)
             self._engine.sampler.retire(oldest)
 
+    def _has_company(self) -> bool:
+        """Whether a request with an adapter is running."""
+        active: Any = self._engine.sampler
+        return any(request.job.version is not None for request in active._active.values())
+
     def _activate(self, name: str) -> None:
         """Have an adapter in a slot: a free one, or that of the least recently used."""
         self._used = [each for each in self._used if each != name] + [name]
@@ -220,7 +226,7 @@ class VllmDouble:
             if model != BASE:
                 self._bring(model, self.adapters[model])
                 self._activate(model)
-            elif self._is_on_cpu and self._slots[-1] in self._in_memory:
+            elif self._is_on_cpu and self._slots[-1] in self._in_memory and self._has_company():
                 job = replace(job, version=self._slots[-1])
             self._engine.sampler.submit(key, job)
         return key

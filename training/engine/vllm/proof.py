@@ -4,7 +4,7 @@ A server with other weights, another dtype or another definition of a log-probab
 without an error. So the built-in sampler computes some log-probabilities once, and each server is
 asked for the same before it gets a job: of the base model, of a tempered distribution, and of two
 random adapters, one on the output head and one on all other layers; then of the base model again,
-while adapters are in all slots of the server. It must also refuse a name that
+while adapters are in all slots of the server and in its batch. It must also refuse a name that
 it does not know, because a request for a version that it has lost would otherwise be answered with
 the base model.
 """
@@ -46,6 +46,8 @@ PROMPT_TOKENS = 24
 NUM_TOP = 5
 TEMPERATURE = 0.5
 GREEDY_TOKENS = 4
+COMPANION_TOKENS = 100
+"""Of a request beside it, so that the two share their batches."""
 GREEDY_PROMPTS = 8
 """Of so many prompts the one is taken after which the choices are clearest."""
 RANK = 8
@@ -79,6 +81,8 @@ class Expected:
     """The likeliest tokens after the prompt."""
     adapters: Mapping[str, CheckedAdapter]
     """By part."""
+    whole_adapter: CheckedAdapter | None
+    """One on all of these parts."""
     largest_difference: float
     """In nats: what rounding explains."""
     is_exact: bool
@@ -128,7 +132,7 @@ def expected_answers(sampler: Sampler, base_model: BaseModel, *, max_rank: int) 
         max_rank: The largest rank that the server takes.
     """
     info = base_model.info
-    length = min(PROMPT_TOKENS, info.max_context_tokens - GREEDY_TOKENS)
+    length = min(PROMPT_TOKENS, max(1, info.max_context_tokens - COMPANION_TOKENS))
     prompt = np.random.default_rng(0).integers(0, info.vocab_size, length).astype(np.int32)
     job = SampleJob(
         prompt=prompt,
@@ -147,6 +151,7 @@ def expected_answers(sampler: Sampler, base_model: BaseModel, *, max_rank: int) 
         if top is None
         else dict(zip(top.token_ids[0].tolist(), top.logprobs[0].tolist(), strict=True)),
         adapters={},
+        whole_adapter=None,
         largest_difference=bound,
         is_exact=base_model.dtype == torch.float32,
         base_model_name=info.name,
@@ -155,9 +160,11 @@ def expected_answers(sampler: Sampler, base_model: BaseModel, *, max_rank: int) 
     )
     adapters = {}
     for part in (LAYERS, HEAD):
-        if checked := _checked_adapter(sampler, base_model, part, expected, min(RANK, max_rank)):
-            adapters[part] = checked
-    return replace(expected, adapters=adapters)
+        found = _checked_adapter(sampler, base_model, {part}, expected, min(RANK, max_rank))
+        if found is not None:
+            adapters[part] = found
+    whole = _checked_adapter(sampler, base_model, {*adapters}, expected, min(RANK, max_rank))
+    return replace(expected, adapters=adapters, whole_adapter=whole)
 
 
 def _clearest_greedy(
@@ -179,13 +186,13 @@ def _clearest_greedy(
 
 
 def _checked_adapter(
-    sampler: Sampler, base_model: BaseModel, part: str, expected: Expected, rank: int
+    sampler: Sampler, base_model: BaseModel, parts: set[str], expected: Expected, rank: int
 ) -> CheckedAdapter | None:
-    """A random adapter with an effect that can be seen; None if there is none."""
+    """A random adapter on these parts with an effect that can be seen; None if there is none."""
     shapes = {
         name: shape
         for name, shape in base_model.linear_shapes.items()
-        if not shape.num_experts and (HEAD if name == base_model.head_name else LAYERS) == part
+        if not shape.num_experts and (HEAD if name == base_model.head_name else LAYERS) in parts
     }
     if not shapes:
         return None
@@ -194,7 +201,7 @@ def _checked_adapter(
     spread = FIRST_SPREAD
     while spread <= LARGEST_SPREAD:
         weights = AdapterTensors(layout, (drawn * spread).to(base_model.device))
-        version = f"check of {part} {spread}"
+        version = f"check of {sorted(parts)} {spread}"
         captured = CapturedTensors(
             weights=weights, buffers={}, step=0, base_model_name=base_model.info.name
         )
@@ -268,8 +275,7 @@ class Prover:
             if differences[name] <= self._expected.largest_difference:
                 parts.add(part)
         if parts:
-            checked = self._expected.adapters[min(parts)]
-            base_name, beside = await self._base_beside_adapters(client, base_name, checked)
+            base_name, beside = await self._base_beside_adapters(client, base_name, parts)
             differences["the base model beside adapters"] = beside
             if not beside <= self._expected.largest_difference:
                 return Proof(
@@ -325,10 +331,13 @@ class Prover:
             self._folders.remove(folder)  # its only request was answered
 
     async def _base_beside_adapters(
-        self, client: VllmClient, model: str, checked: CheckedAdapter
+        self, client: VllmClient, model: str, parts: set[str]
     ) -> tuple[str, float]:
         """The name to use for the base model, and how far it is from ours while adapters are in all
-        slots of the server."""
+        slots of the server, and in the same batch."""
+        checked = self._expected.whole_adapter
+        if checked is None or parts != self._expected.adapters.keys():
+            checked = self._expected.adapters[min(parts)]
         folder = self._folders.new()
         names = [f"{folder.name}-{slot}" for slot in range(self._num_slots)]
         try:
@@ -336,10 +345,10 @@ class Prover:
             for name in names:
                 await client.load(name, str(folder))
                 await client.generate({**self._body(name), "request_id": f"check-{name}"})
-            difference = await self._greedy_difference(client, model)
+            difference = await self._greedy_difference(client, model, beside=names[-1])
             if not difference <= self._expected.largest_difference:
                 model = await self._load_neutral(client)
-                difference = await self._greedy_difference(client, model)
+                difference = await self._greedy_difference(client, model, beside=names[-1])
             return model, difference
         except (WrongAnswer, ServerRefuses, NonFiniteResult, OSError) as error:
             logger.error("the vLLM server beside adapters: %s", error)
@@ -355,7 +364,7 @@ class Prover:
         vLLM's CPU kernels take the index -1, which stands for no adapter, for the last slot, so
         that the base model gets whatever adapter is there. The index of this one is never -1.
         """
-        checked = next(iter(self._expected.adapters.values()), None)
+        checked = self._expected.whole_adapter
         if checked is None:
             raise WrongAnswer("no adapter can be checked")
         if self._neutral is None:
@@ -365,10 +374,17 @@ class Prover:
         await client.ensure_loaded(self._neutral.name, str(self._neutral))
         return self._neutral.name
 
-    async def _greedy_difference(self, client: VllmClient, model: str) -> float:
-        """The likeliest tokens one after another, as far as both choose the same."""
+    async def _greedy_difference(self, client: VllmClient, model: str, *, beside: str) -> float:
+        """The likeliest tokens one after another, as far as both choose the same, while another
+        model is sampled in the same batch."""
         expected = self._expected
-        content = await client.generate(_body(expected.greedy_job, model, max_tokens=GREEDY_TOKENS))
+        companion = {**_body(expected.greedy_job, beside, max_tokens=COMPANION_TOKENS)}
+        companion["request_id"] = f"check-beside-{model}"
+        async with client.stream(companion) as chunks:
+            await anext(chunks)
+            body = _body(expected.greedy_job, model, max_tokens=GREEDY_TOKENS)
+            content = await client.generate(body)
+        await client.abort([companion["request_id"]])
         check_model(content, model)
         ours, theirs = [], []
         for token, logprob, choice in zip(
