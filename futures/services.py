@@ -126,7 +126,10 @@ def future_submit(
         if first is not None:
             return first
         if inserted == Inserted.FULL:
-            raise QueueFull
+            raise QueueFull(
+                f"{max_pending:,} of your requests wait, as many as one user may have; send this "
+                "one again when some are done."
+            )
         # The first one was rolled back, or a client has used the server's number in this lane.
         _renumber(future)
 

@@ -9,6 +9,7 @@ from tinkerapi.console.pages import (
     runs,
     sessions,
     task_queue,
+    usage,
     users,
     workers,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "runs",
     "sessions",
     "task_queue",
+    "usage",
     "users",
     "workers",
 ]

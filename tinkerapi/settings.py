@@ -343,6 +343,10 @@ MAX_PENDING = env_int("TINKERAPI_MAX_PENDING", 20000)
 USER_STORAGE_BYTES = env_int("TINKERAPI_USER_STORAGE_BYTES", 0, minimum=0, maximum=2**60)
 """Most storage of one user's checkpoints, snapshots, requests and results; 0: no limit."""
 
+USER_TOKENS_PER_DAY = env_int("TINKERAPI_USER_TOKENS_PER_DAY", 0, minimum=0, maximum=2**60)
+"""Most tokens that one user may train on, have read as prompts and sample in a day of UTC; 0: no
+limit."""
+
 SYNC_TIMEOUT_SECONDS = env_int("TINKERAPI_SYNC_TIMEOUT_SECONDS", 300)
 """How long a sync call waits before it answers 202 with the future's id."""
 MAX_WAIT_SECONDS = env_int("TINKERAPI_MAX_WAIT_SECONDS", 60)

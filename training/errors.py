@@ -34,6 +34,10 @@ class StorageQuotaExceeded(LimitExceeded):
     """You have reached the storage limit of one user; delete some of your data first."""
 
 
+class TokenQuotaExceeded(LimitExceeded):
+    """You have used the tokens that one user may use in a day; continue tomorrow."""
+
+
 class SessionNotFound(TrainingError):
     """No session of this id exists."""
 

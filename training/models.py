@@ -13,6 +13,7 @@ from django.utils import timezone
 from training.page_models import (
     ClientMetrics,
     CountedHour,
+    DailyUsage,
     RenderedData,
     Rollout,
     SampledStep,
@@ -34,6 +35,7 @@ __all__ = [
     "ClientMetrics",
     "CountedHour",
     "CustomLoss",
+    "DailyUsage",
     "RecordedSample",
     "RenderedData",
     "Rollout",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from django.conf import settings
 from django.db import models
 from django.utils import timezone
 
@@ -137,3 +138,46 @@ class CountedHour(models.Model):
 
     def __str__(self) -> str:
         return f"requests of {self.hour:%Y-%m-%d %H}:00"
+
+
+class DailyUsage(models.Model):
+    """What an owner's requests used on one day, by run and kind of work.
+
+    The commit that completes a request adds to it, so it is exact at any time, and stays when
+    requests are pruned.
+    """
+
+    class Work(models.TextChoices):
+        TRAINING = "training"
+        """Tokens of forward passes, with or without backward."""
+        PREFILL = "prefill"
+        """Tokens of the prompts of samples."""
+        SAMPLING = "sampling"
+        """Sampled tokens."""
+        OTHER = "other"
+        """Time of optimizer steps, saves, loads and so on; no tokens."""
+
+    day = models.DateField()
+    """In UTC, of the completion."""
+    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, db_index=False)
+    run_id = models.CharField(max_length=200, blank=True)
+    """Also of samples of the run's saved weights; empty: of the base model, or of another's."""
+    work = models.CharField(max_length=10, choices=Work.choices)
+    requests = models.BigIntegerField()
+    tokens = models.BigIntegerField()
+    seconds = models.FloatField()
+    """Of a worker: its busy time is shared among the requests of a batch by their size."""
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["owner", "day", "run_id", "work"], name="daily_usage_once"
+            ),
+        ]
+        indexes: ClassVar = [
+            # The totals of all owners.
+            models.Index(fields=["day"], name="daily_usage_day"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.work} of {self.run_id or 'no run'} on {self.day}"

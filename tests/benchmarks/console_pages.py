@@ -83,6 +83,14 @@ SELECT %(long)s, n / 64, 'future_' || md5((n / 8)::text), n %% 8, decode(md5((n 
     repeat('The answer is ' || n || '. ', 30), 200, 200, 'stop', -0.5, 0.5, '', now()
 FROM generate_series(1, %(rollouts)s) AS n
 """
+_USAGE = """
+INSERT INTO training_dailyusage (day, owner_id, run_id, work, requests, tokens, seconds)
+SELECT (now() AT TIME ZONE 'UTC')::date - (hashtext(r.id) %% 26 + 26) %% 26 - d, r.owner_id, r.id,
+    work, 100, 100000, 60
+FROM training_run AS r, generate_series(0, 4) AS d,
+    unnest(ARRAY['training', 'prefill', 'sampling', 'other']) AS work
+"""
+_FILL = (_RUNS, _LANES, _METRICS, _SAMPLED, _ROLLOUTS, _FUTURES, _USAGE)
 
 
 def fill(owner_id: int, num_futures: int) -> None:
@@ -92,7 +100,7 @@ def fill(owner_id: int, num_futures: int) -> None:
     each = 2 * ((num_futures - 2 * STEPS) // (RUNS - 1) // 2)
     values = {"owner": owner_id, "long": LONG, "runs": RUNS, "steps": STEPS, "each": each}
     with connection.cursor() as cursor:
-        for sql in (_RUNS, _LANES, _METRICS, _SAMPLED, _ROLLOUTS, _FUTURES):
+        for sql in _FILL:
             cursor.execute(sql, {**values, "rollouts": ROLLOUTS})
         cursor.execute("VACUUM ANALYZE")
 
@@ -119,6 +127,8 @@ def pages() -> dict[str, str]:
         "run: requests": f"{run}/change/?tab=requests",
         "run: checkpoints": f"{run}/change/?tab=checkpoints",
         "run: lineage": f"{run}/change/?tab=lineage",
+        "usage": "/admin/training/dailyusage/",
+        "usage of 90 days": "/admin/training/dailyusage/?days=90",
         "ten runs compared": f"/admin/training/run/compare/?run={LONG}{others}",
     }
 

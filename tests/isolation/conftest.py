@@ -27,6 +27,7 @@ from training.models import (
     Checkpoint,
     ClientMetrics,
     CustomLoss,
+    DailyUsage,
     RecordedSample,
     RenderedData,
     Rollout,
@@ -53,6 +54,7 @@ OWNED: Mapping[type[Model], str] = {
     SampledStep: "run__owner",
     Rollout: "run__owner",
     RenderedData: "run__owner",
+    DailyUsage: "owner",
     ApiKey: "user",
 }
 """Every model whose rows have an owner, and the field of the owner."""

@@ -101,7 +101,7 @@ def test_a_full_queue_is_429_with_a_reason_and_a_time_and_leaves_nothing(
     assert int(answer["Retry-After"]) > 0
     body = answer.json()
     reason = body["error"]["message"] if "error" in body else body["detail"]
-    assert "The most requests that one user may have are waiting" in reason
+    assert f"{LIMIT} of your requests wait, as many as one user may have" in reason
     assert rows() == before
 
 

@@ -37,6 +37,7 @@ STATUS: Mapping[type[Exception], int] = {
     training_errors.LimitExceeded: 400,
     training_errors.ContextLengthExceeded: 400,
     training_errors.StorageQuotaExceeded: 413,
+    training_errors.TokenQuotaExceeded: 403,
     training_errors.SessionNotFound: 404,
     training_errors.SessionFinished: 400,
     training_errors.SamplingSessionNotFound: 404,

@@ -48,6 +48,12 @@ def navigation(request: HttpRequest) -> list[Context]:
             ],
         },
         {
+            "title": "Use",
+            "items": [
+                item("Usage", "bar_chart", "training_dailyusage_changelist"),
+            ],
+        },
+        {
             "title": "Serving",
             "items": [
                 item("Workers", "memory", "futures_worker_changelist"),

@@ -70,6 +70,10 @@ class ForwardBackward(Request):
         )
 
     @property
+    def most_tokens(self) -> int:
+        return self.cost
+
+    @property
     def has_text(self) -> bool:
         return any(not isinstance(item, Datum) for item in self.data)
 

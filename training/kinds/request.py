@@ -77,6 +77,11 @@ class Request(ABC):
         return 1
 
     @property
+    def most_tokens(self) -> int:
+        """The tokens that it may use of its owner's daily quota, estimated for text."""
+        return 0
+
+    @property
     def has_text(self) -> bool:
         """Whether the worker must make tokens of text or images before the request can run."""
         return False

@@ -87,6 +87,11 @@ class Sample(Request):
         return sum(payloads.prompt_cost(prompt) for prompt in self.prompts)
 
     @property
+    def most_tokens(self) -> int:
+        each = self.sampling_params.max_tokens or 0
+        return self.cost + len(self.prompts) * self.num_samples * each
+
+    @property
     def has_text(self) -> bool:
         return any(not isinstance(prompt, np.ndarray) for prompt in self.prompts)
 

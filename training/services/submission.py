@@ -16,6 +16,7 @@ from training.kinds import Request
 from training.models import Run
 from training.selectors import run_get
 from training.storage_quota import storage_admit
+from training.token_quota import token_quota
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ def submit(
     Raises:
         BaseModelNotFound: It is not served any more, and this is no repeat. (404)
         StorageQuotaExceeded: The owner's storage limit is reached. (413)
+        TokenQuotaExceeded: The owner's tokens of the day are used. (403)
         QueueFull, SeqIdReused, IdempotencyKeyReused: As ``future_submit``.
     """
     encoded = request.encoded()
@@ -106,20 +108,28 @@ def submit(
         seq_id=target.seq_id,
         idempotency_key=idempotency_key,
     )
-    future = future_submit(
+    with token_quota(
+        request,
+        encoded,
         owner_id=target.owner_id,
-        queue=queue,
-        kind=request.kind,
-        payload=encoded,
         lane_id=target.lane_id,
         seq_id=target.seq_id,
-        cost=request.cost,
-        delayable=delayable,
-        interruptible=request.is_interruptible,
-        summary={**request.summary, **(summary or {})},
         idempotency_key=idempotency_key,
-        max_pending=settings.MAX_PENDING,
-    )
+    ) as reserved:
+        future = future_submit(
+            owner_id=target.owner_id,
+            queue=queue,
+            kind=request.kind,
+            payload=encoded,
+            lane_id=target.lane_id,
+            seq_id=target.seq_id,
+            cost=request.cost,
+            delayable=delayable,
+            interruptible=request.is_interruptible,
+            summary={**request.summary, **(summary or {}), **reserved},
+            idempotency_key=idempotency_key,
+            max_pending=settings.MAX_PENDING,
+        )
     return Submission(future=future, model_id=target.model_id)
 
 

@@ -29,6 +29,7 @@ from training.errors import TrainingError
 from training.kinds import Kind, Sample
 from training.models import Run
 from training.storage.chosen import storage
+from training.usage import usage_record
 from training.vocabulary import TokenTable
 from training.worker import outcomes
 from training.worker.adapter_cache import AdapterCache, NoRoomYet
@@ -149,6 +150,8 @@ class WorkLoop:
         self._runs: dict[str, Run] = {}
         self._some_cancelled = False
         """Whether a cancellation was notified since the last check."""
+        self._charged_until = time.monotonic()
+        """Until when this worker's time was shared among requests, or was idle."""
 
     def run_until_idle(self) -> None:
         """Work until no future may run; called by the doorbell task.
@@ -159,6 +162,7 @@ class WorkLoop:
         """
         self._claims.look_everywhere()
         self._throughput.work_begins()
+        self._charged_until = time.monotonic()
         while not self._stopping():
             self.turn()
             self._even_out()
@@ -390,7 +394,17 @@ class WorkLoop:
                 summaries[request_id] = used
         if summaries:
             self._batch += 1
-            futures_note_cancelled(worker=self._worker, summaries=summaries, batch=self._batch)
+            with transaction.atomic():
+                futures_note_cancelled(worker=self._worker, summaries=summaries, batch=self._batch)
+                self._charge(list(summaries))
+
+    def _charge(self, request_ids: list[str]) -> None:
+        """Add the time since the last completion to the usage of these; without any, it goes to
+        the next ones."""
+        if request_ids:
+            now = time.monotonic()
+            usage_record(request_ids, seconds=now - self._charged_until)
+            self._charged_until = now
 
     def _commit(self, effects: Effects) -> None:
         """The commit point: results, states, run rows and waiters, all or nothing."""
@@ -409,6 +423,8 @@ class WorkLoop:
             )
             if len(advanced) != len(effects.runs):
                 raise Fenced
+            # Last, because other workers may add to the same rows and wait for this commit.
+            self._charge([outcome.request_id for outcome in effects.outcomes])
         self.adapter_cache.moved_on(effects.runs)
         for act in effects.after_commit:
             act()
@@ -423,8 +439,7 @@ class WorkLoop:
     def give_back(self) -> None:
         """The end: futures that have not begun or are being sampled wait for the next worker, and
         unsaved state is written to disk, so that it need not be repeated."""
-        seconds = min(STOP_UPLOAD_SECONDS, settings.HANG_SECONDS / 2)
-        self._uploads.wait(seconds, for_all=True)
+        self._uploads.wait(STOP_UPLOAD_SECONDS, for_all=True)
         self._finish_uploads()
         futures = [*self._uploads.withdraw(), *self._scheduler.held()]
         futures += [
