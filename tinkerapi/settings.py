@@ -346,6 +346,10 @@ USER_STORAGE_BYTES = env_int("TINKERAPI_USER_STORAGE_BYTES", 0, minimum=0, maxim
 USER_TOKENS_PER_DAY = env_int("TINKERAPI_USER_TOKENS_PER_DAY", 0, minimum=0, maximum=2**60)
 """Most tokens that one user may train on, have read as prompts and sample in a day of UTC; 0: no
 limit."""
+CHECKPOINT_TTL_DAYS = env_int("TINKERAPI_CHECKPOINT_TTL_DAYS", 0, minimum=0, maximum=3650)
+"""When a checkpoint is deleted whose save names no time to live; 0: never."""
+KEEP_CHECKPOINTS = env_int("TINKERAPI_KEEP_CHECKPOINTS", 0, minimum=0, maximum=1_000_000)
+"""How many checkpoints of each kind a run keeps, the newest; 0: all."""
 
 SYNC_TIMEOUT_SECONDS = env_int("TINKERAPI_SYNC_TIMEOUT_SECONDS", 300)
 """How long a sync call waits before it answers 202 with the future's id."""

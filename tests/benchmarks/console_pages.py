@@ -90,7 +90,14 @@ SELECT (now() AT TIME ZONE 'UTC')::date - (hashtext(r.id) %% 26 + 26) %% 26 - d,
 FROM training_run AS r, generate_series(0, 4) AS d,
     unnest(ARRAY['training', 'prefill', 'sampling', 'other']) AS work
 """
-_FILL = (_RUNS, _LANES, _METRICS, _SAMPLED, _ROLLOUTS, _FUTURES, _USAGE)
+_CHECKPOINTS = """
+INSERT INTO training_checkpoint (run_id, owner_id, path_run, kind, ephemeral, name, seq_id, step,
+    directory, size_bytes, public, user_metadata, created_at)
+SELECT r.id, r.owner_id, r.id, 'training', false, 'step-' || n, n, n, 'checkpoints/' || n,
+    100000000, false, '{}', now()
+FROM training_run AS r, generate_series(1, 10) AS n
+"""
+_FILL = (_RUNS, _LANES, _METRICS, _SAMPLED, _ROLLOUTS, _FUTURES, _USAGE, _CHECKPOINTS)
 
 
 def fill(owner_id: int, num_futures: int) -> None:
@@ -129,6 +136,7 @@ def pages() -> dict[str, str]:
         "run: lineage": f"{run}/change/?tab=lineage",
         "usage": "/admin/training/dailyusage/",
         "usage of 90 days": "/admin/training/dailyusage/?days=90",
+        "storage": "/admin/training/checkpoint/storage/",
         "ten runs compared": f"/admin/training/run/compare/?run={LONG}{others}",
     }
 

@@ -1,23 +1,27 @@
-"""Usage in the console: the sums, and whose they are."""
+"""Usage and storage in the console: the sums, whose they are, and deleting several checkpoints."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
 from django.db import connection
+from django.template.defaultfilters import filesizeformat
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from pytest_django import Settings
 
-from training.models import DailyUsage
+from training.models import AuditEvent, Checkpoint, DailyUsage, Snapshot
 
 USAGE = "/admin/training/dailyusage/"
+STORAGE = "/admin/training/checkpoint/storage/"
+CHECKPOINTS = "/admin/training/checkpoint/"
 
 Make = Callable[..., SimpleNamespace]
 Browser = Callable[[User], Client]
@@ -85,7 +89,26 @@ def test_the_limit_of_a_day_is_shown(
     assert f"You today (UTC): {used:,} of 100,000 tokens" in text(browser(staff), USAGE)
 
 
-@pytest.mark.parametrize("url", [USAGE])
+def test_storage_adds_up_what_is_stored(
+    console: Client, staff: User, trained: Make, browser: Browser
+) -> None:
+    mine = trained(staff, name="mine")
+    checkpoint = mine.run.checkpoints.get()
+    Checkpoint.objects.filter(pk=checkpoint.pk).update(size_bytes=5 * 2**30)
+    Snapshot.objects.filter(run=mine.run).delete()
+    Snapshot.objects.create(
+        run=mine.run, seq_id=9, step=1, directory="x", size_bytes=2**30, write_seconds=1, epoch=1
+    )
+    for page in (text(console, STORAGE), text(browser(staff), STORAGE)):
+        assert "5.0 GB" in page
+        assert "1.0 GB" in page
+        assert "6.0 GB" in page
+        assert "mine" in page
+    assert "futures_future" in text(console, STORAGE)
+    assert "futures_future" not in text(browser(staff), STORAGE)
+
+
+@pytest.mark.parametrize("url", [USAGE, STORAGE])
 def test_the_queries_do_not_grow_with_the_rows(
     console: Client, staff: User, trained: Make, url: str
 ) -> None:
@@ -102,3 +125,42 @@ def test_the_queries_do_not_grow_with_the_rows(
     for _ in range(3):
         trained(staff)
     assert queries() == few
+
+
+def delete(client: Client, *checkpoints: Checkpoint, **more: str) -> Any:
+    chosen = [str(checkpoint.pk) for checkpoint in checkpoints]
+    body = {"action": "delete_selected_checkpoints", "_selected_action": chosen, **more}
+    return client.post(CHECKPOINTS, body)
+
+
+def test_chosen_checkpoints_are_deleted_after_a_page_with_the_sum(
+    console: Client, staff: User, trained: Make, superuser: User, settings: Settings
+) -> None:
+    one, two, kept = (trained(staff).run.checkpoints.get() for _ in range(3))
+    Checkpoint.objects.filter(pk=one.pk).update(size_bytes=3 * 2**20, public=True)
+    Checkpoint.objects.filter(pk=two.pk).update(size_bytes=4 * 2**20)
+
+    page = delete(console, one, two).content.decode()
+
+    assert f"free <strong>{filesizeformat(7 * 2**20)}</strong>" in page
+    assert "1 of them is published" in page
+    assert Checkpoint.objects.count() == 3, "not yet"
+
+    answer = delete(console, one, two, confirmed="yes")
+
+    assert answer.status_code == 302
+    assert list(Checkpoint.objects.all()) == [kept]
+    assert not Path(settings.DATA_DIR, one.directory).exists()
+    assert Path(settings.DATA_DIR, kept.directory).exists()
+    events = AuditEvent.objects.filter(event="checkpoint_delete")
+    assert [event.actor for event in events] == [superuser, superuser]
+    assert "2 checkpoints deleted, 7.0" in text(console, CHECKPOINTS)
+
+
+def test_others_checkpoints_cannot_be_chosen(
+    staff: User, trained: Make, browser: Browser, user_factory: Any
+) -> None:
+    theirs = trained(user_factory()).run.checkpoints.get()
+    mine = trained(staff).run.checkpoints.get()
+    delete(browser(staff), theirs, mine, confirmed="yes")
+    assert list(Checkpoint.objects.all()) == [theirs]

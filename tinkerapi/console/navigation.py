@@ -28,11 +28,12 @@ def navigation(request: HttpRequest) -> list[Context]:
     def item(title: str, icon: str, name: str) -> Context:
         return {"title": title, "icon": icon, "link": reverse(f"admin:{name}")}
 
-    # Its address lies below that of the checkpoints, of which unfold marks both otherwise.
+    # Their addresses lie below that of the checkpoints, of which unfold marks both otherwise.
     playground = item("Playground", "forum", "training_checkpoint_playground")
+    storage = item("Storage", "hard_drive", "training_checkpoint_storage")
     checkpoints = item("Checkpoints", "save", "training_checkpoint_changelist")
     checkpoints["active"] = request.path.startswith(checkpoints["link"]) and (
-        request.path != playground["link"]
+        request.path not in (playground["link"], storage["link"])
     )
     groups: list[Context] = [
         {
@@ -51,6 +52,7 @@ def navigation(request: HttpRequest) -> list[Context]:
             "title": "Use",
             "items": [
                 item("Usage", "bar_chart", "training_dailyusage_changelist"),
+                storage,
             ],
         },
         {

@@ -23,6 +23,7 @@ from training.services import checkpoints_expire
 from training.services.recorded_samples import samples_forget
 from training.services.rollouts import rollouts_forget
 from training.services.sessions import sessions_expire
+from training.services.thinning import checkpoints_thin
 
 JUMP_SECONDS = 10.0
 """Allowed difference between two checks without a jump: a slow statement, a small clock
@@ -68,13 +69,15 @@ class Maintenance:
 
     def do(self) -> None:
         """Unlock doorbells hidden by a clock that was set back. Then, once the clocks are steady,
-        delete expired checkpoints, recorded samples and old rollouts, finish sessions whose
+        delete expired checkpoints, those that newer ones replace (if a setting says so), recorded
+        samples and old rollouts, finish sessions whose
         client is gone, fail requests that wait for a number that does not arrive, and count the
         requests of hours that are over."""
         doorbells_unlock(self._queue)
         patience = settings.GAP_SECONDS
         if self._steady.steady_seconds(*self._wall_clocks()) >= max(SETTLE_SECONDS, patience):
             checkpoints_expire()
+            checkpoints_thin()
             samples_forget()
             rollouts_forget()
             sessions_expire()

@@ -34,6 +34,8 @@ from tinkerapi.console.kit.display import (
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.kit.preview import value_preview
 from tinkerapi.console.pages.checkpoint_actions import CheckpointActions
+from tinkerapi.console.pages.checkpoint_deletion import CheckpointDeletion
+from tinkerapi.console.pages.storage import storage_page
 from tinkerapi.console.playground import playground_page
 from training.errors import TrainingError
 from training.models import Checkpoint, Snapshot
@@ -48,7 +50,7 @@ class CheckpointList(ConsoleList):
 
 
 @admin.register(Checkpoint)
-class CheckpointAdmin(CheckpointActions, ConsoleAdmin):
+class CheckpointAdmin(CheckpointActions, CheckpointDeletion, ConsoleAdmin):
     """Saved checkpoints and their size."""
 
     owner_path = "run__owner"
@@ -146,9 +148,20 @@ class CheckpointAdmin(CheckpointActions, ConsoleAdmin):
         return preformatted(value_preview(metadata)) if metadata else None
 
     def get_urls(self) -> list[URLPattern]:
-        """Also the playground, which every checkpoint links to."""
-        view = self.admin_site.admin_view(partial(playground_page, site=self.admin_site))
-        own = [path("playground/", view, name="training_checkpoint_playground")]
+        """Also the playground, which every checkpoint links to, and what takes how much space."""
+        site = self.admin_site
+        own = [
+            path(
+                "playground/",
+                site.admin_view(partial(playground_page, site=site)),
+                name="training_checkpoint_playground",
+            ),
+            path(
+                "storage/",
+                site.admin_view(partial(storage_page, site=site)),
+                name="training_checkpoint_storage",
+            ),
+        ]
         urls: list[URLPattern] = super().get_urls()
         return own + urls
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.utils import timezone
 
@@ -54,6 +55,8 @@ def _save(context: BarrierContext, request: SaveWeights, name: str) -> Outcome |
     row.user_metadata = dict(request.user_metadata)
     if request.ttl_seconds is not None:
         row.expires_at = row.created_at + timedelta(seconds=request.ttl_seconds)
+    elif settings.CHECKPOINT_TTL_DAYS:
+        row.expires_at = row.created_at + timedelta(days=settings.CHECKPOINT_TTL_DAYS)
 
     def place() -> None:
         with _files_removed_if_refused(row):  # because of another save meanwhile
