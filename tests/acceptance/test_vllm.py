@@ -56,7 +56,7 @@ def doctor(server: Server) -> str:
 
 def wait_for_vllm(server: Server) -> None:
     """Wait until the worker says that it uses the server."""
-    wait_for(lambda: "vLLM: ready" in doctor(server), START_SECONDS)
+    wait_for(lambda: "the vLLM server is ready" in log(server), START_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,7 @@ def server(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPat
     wait_for_vllm(server)
     server.post("/api/v1/add_lora", model_id="run", rank=4, seed=1)
     server.results(server.submit_steps("run", 2, learning_rate=0.1))
+    assert "vLLM: ready" in doctor(server)
     return server
 
 
@@ -133,8 +134,9 @@ def test_nothing_is_left_when_the_server_has_stopped(server: Server, tmp_path: P
     server.stop()
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
     server.start()
-    wait_for_vllm(server)
+    wait_for(
+        lambda: any("EngineCore" in item.command for item in server.processes()), START_SECONDS
+    )
     pids = [item.pid for item in server.processes()]
     server.kill()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
-    server.start()

@@ -129,6 +129,23 @@ def test_a_damaged_or_missing_object_is_not_taken_for_the_file(
         assert not place.is_here(directory)
 
 
+def test_a_copy_that_was_damaged_on_this_machine_is_downloaded_again(
+    place: RemoteFolders,
+) -> None:
+    place.write(directory := new_name(CHECKPOINTS), folder_of(LARGE))
+
+    def read() -> None:
+        with place.local(directory) as folder:
+            if (folder / "other").read_bytes() != LARGE["other"]:
+                raise CheckpointNotFound("damaged")
+
+    with place.local(directory) as folder:
+        (folder / "other").write_bytes(b"")
+    with pytest.raises(CheckpointNotFound, match="damaged"):
+        read()
+    read()
+
+
 def test_a_reader_of_a_deleted_file_is_told(place: RemoteFolders) -> None:
     place.write(directory := new_name(CHECKPOINTS), folder_of(LARGE))
     file = place.open(directory, "weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -356,3 +357,21 @@ def test_few_of_many_runs_are_fetched_at_once(
     assert most == 2
     for name in names:
         assert_same(state_of(other, name), state_of(other, "unbroken"))
+
+
+def test_an_encrypted_export_is_nowhere_in_plain(
+    work: InProcessWorker, train: Train, owner: User, place: RemoteFolders, settings: Settings
+) -> None:
+    train("m", 1)
+    saved = services.save_weights_submit(
+        owner_id=owner.pk,
+        model_id="m",
+        name="kept",
+        kind="external",
+        recipients=["age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"],
+    ).future
+    work()
+    assert_all_ready([saved])
+    names = place.files(Checkpoint.objects.get().directory)
+    assert names == ["adapter_config.json.age", "adapter_model.safetensors.age"]
+    assert not list(Path(settings.DATA_DIR).rglob("*.safetensors"))

@@ -248,6 +248,7 @@ def _beside(
         connection=partial(read_connection, vllm.config, vllm.folder),
         folder=vllm.folder / "versions",
         max_lora_rank=vllm.config.max_lora_rank,
+        max_loras=vllm.config.max_loras,
         max_sequences=vllm.config.max_sequences,
     )
 

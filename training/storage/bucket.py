@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from fsspec.asyn import sync
 
 from training.storage.s3_errors import BucketError, ObjectMissing, expected_errors, sentence_of
+from training.storage.s3_file_system import s3_file_system
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,7 @@ T = TypeVar("T")
 
 PART_BYTES = 8 * 2**20
 CONCURRENCY = 4
-CONNECTIONS = 128
-"""More than all transfers of a process use, so that none waits for another one's."""
-CONNECT_SECONDS = 5
-SILENCE_SECONDS = 20
-"""Of the server, within an answer."""
+ABORT_SECONDS = 5.0
 CALL_SECONDS = 25.0
 PART_SECONDS = 60.0
 """For one part: 140 KB a second are enough."""
@@ -73,7 +70,7 @@ class Bucket:
         """Run ``work(file system)`` in fsspec's event loop and wait for it."""
         with self._lock:
             if self._opened is None:
-                self._opened = _file_system()
+                self._opened = s3_file_system()
         result: T = sync(self._opened.loop, work, self._opened)
         return result
 
@@ -239,7 +236,7 @@ class Bucket:
             except BaseException:
                 with suppress(Exception):  # parts that stay are the bucket's lifecycle rule's
                     abort = files._call_s3("abort_multipart_upload", **upload)
-                    await asyncio.wait_for(abort, CONNECT_SECONDS)
+                    await asyncio.wait_for(abort, ABORT_SECONDS)
                 raise
 
     async def _get_file(
@@ -278,36 +275,3 @@ async def _limited(work: Coroutine[Any, Any, T], seconds: float = FOLDER_SECONDS
         return await asyncio.wait_for(work, seconds)
     except TimeoutError as error:
         raise BucketError(f"the transfer took longer than {seconds:.0f} seconds") from error
-
-
-def _file_system() -> Any:
-    try:
-        import s3fs
-    except ImportError as error:
-        raise BucketError(
-            "the package s3fs is missing; install the extra: pip install 'tinkerapi[s3]'",
-            may_pass=False,
-        ) from error
-    is_elsewhere = any(os.environ.get(n) for n in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
-    files = s3fs.S3FileSystem(
-        skip_instance_cache=True,  # its event loop does not survive a fork
-        use_listings_cache=False,
-        config_kwargs={
-            "connect_timeout": CONNECT_SECONDS,
-            "read_timeout": SILENCE_SECONDS,
-            "max_pool_connections": CONNECTIONS,
-            "retries": {"mode": "standard", "total_max_attempts": 1},
-            # Servers other than Amazon's rarely have a name for each bucket.
-            "s3": {"addressing_style": "path" if is_elsewhere else "auto"},
-        },
-    )
-    files.retries = 1  # ours are enough
-    files.loop.call_soon_threadsafe(files.loop.set_exception_handler, _forgotten)
-    return files
-
-
-def _forgotten(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Errors of tasks that nobody awaits: aiohttp leaves some when a connection is closed, and the
-    call itself has failed with an error that is reported."""
-    if not isinstance(context.get("exception"), expected_errors()):
-        loop.default_exception_handler(context)

@@ -18,16 +18,25 @@ CACHE_FOLDER = "storage_cache"
 def storage() -> Storage:
     """The installation's storage."""
     return _storage(
-        settings.STORAGE, Path(settings.DATA_DIR), settings.STORAGE_CACHE_BYTES, os.getpid()
+        settings.STORAGE,
+        Path(settings.DATA_DIR),
+        settings.STORAGE_CACHE_BYTES,
+        settings.HANG_SECONDS / 2,
+        os.getpid(),
     )
 
 
 @cache
-def _storage(url: str, data_dir: Path, cache_bytes: int, pid: int) -> Storage:
-    """``pid``: a process does not use what another one has opened before it was forked."""
+def _storage(url: str, data_dir: Path, cache_bytes: int, most_wait: float, pid: int) -> Storage:
+    """
+    Args:
+        most_wait: Seconds that the working thread may wait without being taken for hung.
+        pid: A process does not use what another one has opened before it was forked.
+    """
     if not url:
         return DataFolder(data_dir)
     from training.storage.folder_cache import FolderCache
     from training.storage.remote import RemoteFolders
 
-    return RemoteFolders(url, FolderCache(data_dir / CACHE_FOLDER, cache_bytes))
+    cache = FolderCache(data_dir / CACHE_FOLDER, cache_bytes)
+    return RemoteFolders(url, cache, most_wait_seconds=most_wait)

@@ -12,26 +12,24 @@ Folders are deleted by a thread, so nobody waits for it. What a crash leaves beh
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Lock
 from typing import TypeVar
 
-from training.atomic_directory import NO_SPACE
+from training.atomic_directory import NO_SPACE, new_directory
 from training.errors import CheckpointNotFound, StorageFailed, StorageFull
 from training.storage.bucket import FOLDER_SECONDS, Bucket
+from training.storage.deletions import Deletions
 from training.storage.folder_cache import FolderCache, WorkFolder
 from training.storage.interface import Staged, Storage, StoredFile, StoredFolder
+from training.storage.remote_file import RemoteFile
 from training.storage.s3_errors import BucketError, ObjectMissing
 
 logger = logging.getLogger(__name__)
@@ -41,7 +39,6 @@ T = TypeVar("T")
 FILES = "files.json"
 INSTALLATION = "installation"
 PROBES = "probes"
-READ_AHEAD_BYTES = 8 * 2**20
 LOCAL_SECONDS = 60.0
 """Longest wait of ``local`` for a folder that nobody has brought before."""
 FAILED_SECONDS = 30.0
@@ -49,19 +46,18 @@ FAILED_SECONDS = 30.0
 KNOWN_FAILURES = 1000
 MISSES = 3
 """How often a folder may leave the cache between its download and its use."""
-LAST_DELETIONS_SECONDS = 10.0
-"""Longest wait, at the end of a process, for folders to be deleted."""
 
 
 class RemoteFolders(Storage):
     """See the module's docstring."""
 
-    def __init__(self, url: str, cache: FolderCache) -> None:
+    def __init__(self, url: str, cache: FolderCache, *, most_wait_seconds: float) -> None:
         self._url = url
         self._bucket = Bucket(url)
         self._cache = cache
-        self._deletions = _Deletions(self.purge)
-        self._failures: dict[str, tuple[float, StorageFailed]] = {}
+        self._local_seconds = min(LOCAL_SECONDS, most_wait_seconds)
+        self._deletions = Deletions(self.purge)
+        self._failures: dict[str, tuple[float, str]] = {}
         """When a folder could not be downloaded, and why."""
 
     @property
@@ -104,6 +100,15 @@ class RemoteFolders(Storage):
 
     @contextmanager
     def local(self, directory: str) -> Iterator[Path]:
+        try:
+            with self._reading(directory) as path:
+                yield path
+        except CheckpointNotFound:
+            self._cache.drop(directory)  # if it is only damaged here, the next reader gets it again
+            raise
+
+    @contextmanager
+    def _reading(self, directory: str) -> Iterator[Path]:
         for attempt in range(MISSES):
             with self._cache.reading(directory) as path:
                 if path is not None:
@@ -111,10 +116,10 @@ class RemoteFolders(Storage):
                         self._cache.trim()  # now it is locked
                     yield path
                     return
-            failed_at, failure = self._failures.get(directory, (0.0, None))
-            if failure is not None and time.monotonic() < failed_at + FAILED_SECONDS:
-                raise failure
-            self._download(directory, LOCAL_SECONDS)
+            failed_at, failure = self._failures.get(directory, (0.0, ""))
+            if failure and time.monotonic() < failed_at + FAILED_SECONDS:
+                raise StorageFailed(failure)
+            self._download(directory, self._local_seconds)
         raise StorageFailed("The storage's cache is too small for what is read at once.")
 
     def bring(self, directory: str) -> None:
@@ -129,7 +134,7 @@ class RemoteFolders(Storage):
         except StorageFailed as error:
             if len(self._failures) >= KNOWN_FAILURES:
                 self._failures.clear()
-            self._failures[directory] = time.monotonic(), error
+            self._failures[directory] = time.monotonic(), str(error)
             raise
         self._failures.pop(directory, None)
 
@@ -138,16 +143,15 @@ class RemoteFolders(Storage):
         table = self._table(directory, seconds)
         work = self._work_folder()
         try:
-            folder = work.path / "folder"
-            folder.mkdir()
-            sizes = {name: size for name, (size, _) in table.items()}
-            with self._asking("read"):
-                left = begin + seconds - time.monotonic()
-                self._bucket.get_folder(directory, sizes, folder, left)
-            for name, (_, sha256) in table.items():
-                if _sha256(folder / name) != sha256:
-                    raise CheckpointNotFound(f"{directory}/{name} is damaged: checksum differs.")
-            self._cache.adopt(folder, directory)
+            with new_directory(work.path / "folder") as folder:
+                sizes = {name: size for name, (size, _) in table.items()}
+                with self._asking("read"):
+                    left = begin + seconds - time.monotonic()
+                    self._bucket.get_folder(directory, sizes, folder, left)
+                for name, (_, sha256) in table.items():
+                    if _sha256(folder / name) != sha256:
+                        raise CheckpointNotFound(f"{directory}/{name} is damaged.")
+            self._cache.adopt(work.path / "folder", directory)
         except OSError as error:
             raise _of_disk(error) from error
         finally:
@@ -186,7 +190,7 @@ class RemoteFolders(Storage):
         return self._opened(directory, name, table[name][0])
 
     def _opened(self, directory: str, name: str, size: int) -> StoredFile:
-        return _RemoteFile(name, size, partial(self._read, directory, name))
+        return RemoteFile(name, size, partial(self._read, directory, name))
 
     def _read(self, directory: str, name: str, begin: int, length: int) -> bytes:
         try:
@@ -288,64 +292,6 @@ class _StagedFolder(Staged[T]):
 
     def discard(self) -> None:
         self._work.remove()
-
-
-class _RemoteFile(StoredFile):
-    """Reads ahead, so that small reads in order are few calls."""
-
-    def __init__(self, name: str, size_bytes: int, read: Callable[[int, int], bytes]) -> None:
-        super().__init__(name, size_bytes)
-        self._read = read
-        self._begin, self._ahead = 0, b""
-
-    def read(self, begin: int, length: int) -> bytes:
-        end = begin + length
-        if not self._begin <= begin <= end <= self._begin + len(self._ahead):
-            ahead = min(max(length, READ_AHEAD_BYTES), self.size_bytes - begin)
-            self._begin, self._ahead = begin, self._read(begin, ahead) if ahead > 0 else b""
-        piece = self._ahead[begin - self._begin : end - self._begin]
-        if len(piece) != length:
-            raise StorageFailed(f"{self.name} is damaged: it ends at byte {begin + len(piece)}.")
-        return piece
-
-    def close(self) -> None:
-        self._ahead = b""
-
-
-class _Deletions:
-    """Deletes folders one after another, in a thread that starts with the first."""
-
-    def __init__(self, delete: Callable[[str], None]) -> None:
-        self._delete = delete
-        self._waiting: SimpleQueue[str] = SimpleQueue()
-        self._lock = Lock()
-        self._thread: threading.Thread | None = None
-        atexit.register(self.finish)
-
-    def add(self, directory: str) -> None:
-        with self._lock:
-            self._waiting.put(directory)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="deletions", daemon=True)
-                self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                directory = self._waiting.get_nowait()
-            except Empty:
-                with self._lock:
-                    if self._waiting.empty():
-                        self._thread = None
-                        return
-                continue
-            self._delete(directory)
-
-    def finish(self) -> None:
-        """Wait for those that were added, but not long."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(LAST_DELETIONS_SECONDS)
 
 
 def _sha256(path: Path) -> str:

@@ -439,7 +439,8 @@ class WorkLoop:
     def give_back(self) -> None:
         """The end: futures that have not begun or are being sampled wait for the next worker, and
         unsaved state is written to disk, so that it need not be repeated."""
-        self._uploads.wait(STOP_UPLOAD_SECONDS, for_all=True)
+        seconds = min(STOP_UPLOAD_SECONDS, settings.HANG_SECONDS / 2)
+        self._uploads.wait(seconds, for_all=True)
         self._finish_uploads()
         futures = [*self._uploads.withdraw(), *self._scheduler.held()]
         futures += [

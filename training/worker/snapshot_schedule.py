@@ -81,6 +81,7 @@ class SnapshotSchedule:
         A remote storage may be slow: then it is recorded later, by ``keep_up``.
         """
         seconds = REMOTE_STOP_SECONDS if at_a_stop else REMOTE_SECONDS
+        seconds = min(seconds, settings.HANG_SECONDS / 2)  # it must not be taken for a hung worker
         self._snapshots.wait(seconds if storage().is_remote else None)
         if self._snapshots.is_over():
             self._finish()

@@ -26,7 +26,7 @@ def servers_model(tied_folder: Path) -> BaseModel:
 
 @pytest.fixture
 def server(servers_model: BaseModel) -> Iterator[VllmDouble]:
-    double = VllmDouble(servers_model)
+    double = VllmDouble(servers_model, is_on_cpu=False)
     yield double
     double.hold.set()
     double.close()

@@ -12,6 +12,7 @@ import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,18 @@ class Refused(Exception):
 class VllmDouble:
     """A server on a port of its own; ``close`` ends it."""
 
-    def __init__(self, base_model: BaseModel, *, max_cpu_loras: int = 4) -> None:
+    def __init__(
+        self,
+        base_model: BaseModel,
+        *,
+        max_loras: int = 2,
+        max_cpu_loras: int = 4,
+        is_on_cpu: bool = True,
+    ) -> None:
+        """``is_on_cpu``: the base model gets the adapter in the last slot, as on vLLM's CPU if
+        another request with an adapter is in the batch."""
+        self._max_loras = max_loras
+        self._is_on_cpu = is_on_cpu
         self._base_model = base_model
         self._max_cpu_loras = max_cpu_loras
         self._lock = threading.Lock()
@@ -75,6 +87,8 @@ class VllmDouble:
         self.is_dead = False
         self.adapters: dict[str, str] = {}
         self._in_memory: OrderedDict[str, None] = OrderedDict()
+        self._slots: list[str | None] = [None] * self._max_loras
+        self._used: list[str] = []
         self._results: dict[str, SampleOutput | TrainingError] = {}
         handler = type("Handler", (_Handler,), {"double": self})
         self._http = _Server(("127.0.0.1", 0), handler)
@@ -162,6 +176,22 @@ class VllmDouble:
             oldest, _ = self._in_memory.popitem(last=False)
             self._engine.sampler.retire(oldest)
 
+    def _has_company(self) -> bool:
+        """Whether a request with an adapter is running."""
+        active: Any = self._engine.sampler
+        return any(request.job.version is not None for request in active._active.values())
+
+    def _activate(self, name: str) -> None:
+        """Have an adapter in a slot: a free one, or that of the least recently used."""
+        self._used = [each for each in self._used if each != name] + [name]
+        if name in self._slots:
+            return
+        if None in self._slots:
+            self._slots[self._slots.index(None)] = name
+            return
+        oldest = next(each for each in self._used if each in self._slots)
+        self._slots[self._slots.index(oldest)] = name
+
     def _require_life(self) -> None:
         if self.is_dead:
             raise EngineDead("EngineCore encountered an issue")
@@ -195,6 +225,9 @@ class VllmDouble:
         with self._lock:
             if model != BASE:
                 self._bring(model, self.adapters[model])
+                self._activate(model)
+            elif self._is_on_cpu and self._slots[-1] in self._in_memory and self._has_company():
+                job = replace(job, version=self._slots[-1])
             self._engine.sampler.submit(key, job)
         return key
 

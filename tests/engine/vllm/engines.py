@@ -29,7 +29,7 @@ def engine_with_server(
         folder: For its connection and the files of versions.
     """
     announce(server, folder)
-    defaults: dict[str, object] = {"python": "python", "max_lora_rank": 8, "max_sequences": 64}
+    defaults: dict[str, object] = {"python": "python", "max_lora_rank": 8, "max_loras": 2}
     place = ServerPlace(VllmConfig(**{**defaults, **config}), folder)  # type: ignore[arg-type]
     return engine_over(base_model, vllm=place)
 

@@ -24,8 +24,8 @@ from training.engine.vllm.requests import sequence_seed
 from training.types import LoraConfig, ScoringParams
 from training.vllm_server import MAX_LOGPROBS
 
-TOLERANCE = 2e-5
-"""In nats: rounding in float32."""
+TOLERANCE = 1e-4
+"""In nats: rounding in float32, of adapters that change much."""
 
 
 @pytest.fixture(params=["server", pytest.param("vllm", marks=pytest.mark.vllm)])
@@ -289,13 +289,13 @@ def test_seeds_are_whole_numbers_that_the_server_takes() -> None:
 
 def test_prompts_are_kept_apart_by_user(both: tuple[Engine, Engine]) -> None:
     engine, _ = both
-    asked = job(np.arange(3, 103).tolist())
+    asked = job((np.arange(300) % 200 + 3).tolist())
     cached = [
         answer(engine, replace(asked, group=group)).cached_prompt_tokens
         for group in ("anna", "anna", "berta")
     ]
     assert cached[0] == cached[2] == 0
-    assert 0 < cached[1] < 100
+    assert 0 < cached[1] < 300
 
 
 def test_a_cancelled_job_leaves_the_server(server: VllmDouble, engine_of_server: Engine) -> None:

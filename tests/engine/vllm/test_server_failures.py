@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
+from tests.engine.contract.conftest import step
 from tests.engine.sampling_jobs import job
 from tests.engine.vllm.double import BASE, VllmDouble
 from tests.engine.vllm.engines import announce, engine_with_server
 from tests.waiting import wait_for
+from training.engine.factory import engine_over
 from training.engine.interface import Engine, SampleJob, SampleOutput, Sampler
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
 from training.engine.vllm import server_link
+from training.types import LoraConfig
 
 FIFTY = {f"job {number}": job(seed=number, max_tokens=30) for number in range(50)}
 
@@ -285,6 +288,37 @@ def test_adapters_that_the_server_computes_otherwise_are_sampled_here(
     assert figures["adapters"] == []
     assert figures["differences"]["the base model"] < 1e-5
     assert figures["differences"]["an adapter on layers"] == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("is_on_cpu", [False, True])
+def test_the_base_model_stays_the_base_model_beside_adapters(
+    servers_model: BaseModel, tied_base_model: BaseModel, tmp_path: Path, is_on_cpu: bool
+) -> None:
+    """On a CPU, vLLM gives requests without an adapter that of the last slot. The second engine
+    finds a server that has adapters in its slots."""
+    double = VllmDouble(servers_model, is_on_cpu=is_on_cpu)
+    built_in = engine_over(tied_base_model)
+    greedy = job(temperature=0.0, max_tokens=30)
+    for number in range(2):
+        engine = engine_with_server(tied_base_model, double, tmp_path / "server")
+        sampler = engine.sampler
+        for name in "ab":
+            engine.trainer.create_adapter(name, LoraConfig(rank=2, seed=1))
+            for _ in range(2):
+                step(engine.trainer, name)
+            sampler.publish(name, engine.trainer.capture_adapter(name))
+            sample(sampler, job(version=name))
+        found = run_all(sampler, {"v": job(version="b", max_tokens=200), "base": greedy})
+        assert found["base"] == sample(built_in.sampler, greedy)
+        assert not here(engine)
+        assert all(
+            difference < 1e-4
+            for difference in engine.sampler.figures()["vllm"]["differences"].values()
+        ), number
+        asked = [body for body in double.requests if body["sampling_params"]["max_tokens"] == 30]
+        assert ({body["model"] for body in asked} == {BASE}) is not is_on_cpu
+        sampler.close()
+    double.close()
 
 
 def test_a_slow_server_does_not_delay_the_caller(

@@ -48,7 +48,7 @@ def test_a_name_is_never_used_again(
         engine_of_server.sampler.retire("v")
         wait_for(lambda: not folders_in(tmp_path))
     assert set(server.loaded.values()) == {1}
-    assert len(server.loaded) == 3 + 2  # the check has loaded two
+    assert len(server.loaded) == 3 + 2 + 2  # the check: of two parts, and in two slots
 
 
 def test_many_versions_come_and_go_while_the_engine_lives(

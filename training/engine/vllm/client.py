@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -109,6 +109,19 @@ class VllmClient:
             {"lora_name": name, "lora_path": path},
             CONTROL_SECONDS,
         )
+
+    async def ensure_loaded(self, name: str, path: str) -> None:
+        """``load``, unless the server has the adapter: a life may end without the server's."""
+        try:
+            await self.load(name, path)
+        except ServerRefuses:
+            if (await self.served_model()).adapters.get(name) != path:
+                raise
+
+    async def forget(self, name: str) -> None:
+        """``unload``, unless the server does not have it."""
+        with suppress(ServerRefuses):
+            await self.unload(name)
 
     async def unload(self, name: str) -> None:
         """Forget a name. The engine keeps the adapter until it needs the room."""

@@ -55,6 +55,7 @@ class VllmSampler(Sampler):
         connection: Callable[[], VllmConnection | None],
         folder: Path,
         max_lora_rank: int,
+        max_loras: int,
         max_sequences: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -63,6 +64,7 @@ class VllmSampler(Sampler):
             connection: Where the server listens now; None if it was not started yet.
             folder: For the files of versions; the server sees it under the same path.
             max_lora_rank: The largest rank that the server takes.
+            max_loras: Adapters in one batch of the server.
             max_sequences: Sequences at the server at one time.
             clock: Seconds, for ``poll``.
         """
@@ -75,7 +77,8 @@ class VllmSampler(Sampler):
         self._link = ServerLink(
             connection=connection,
             folders=self._folders,
-            expected=expected_answers(built_in, base_model),
+            expected=expected_answers(built_in, base_model, max_rank=max_lora_rank),
+            num_slots=max_loras,
         )
         self._server = ServerJobs(
             self._link,

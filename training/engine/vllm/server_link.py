@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from training.engine.vllm.client import (
     WrongAnswer,
 )
 from training.engine.vllm.folders import VersionFolders
-from training.engine.vllm.proof import Expected, Proof, prove
+from training.engine.vllm.proof import Expected, Proof, Prover
 from training.engine.vllm.requests import request_body
 from training.vllm_server import VllmConnection
 
@@ -88,16 +88,19 @@ class ServerLink:
         connection: Callable[[], VllmConnection | None],
         folders: VersionFolders,
         expected: Expected,
+        num_slots: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             connection: Where the server listens now, if anywhere; may raise OSError.
             expected: What it must answer before it gets a job.
+            num_slots: Adapters in one batch of the server.
         """
         self._connection = connection
         self._folders = folders
         self._expected = expected
+        self._prover = Prover(expected, folders, num_slots=num_slots)
         self._clock = clock
         self._unavailable_since = clock()
         self._ready = asyncio.Event()
@@ -158,12 +161,13 @@ class ServerLink:
         client = await self._find()
         try:
             served = await client.served_model()
-            proof = await prove(client, served, self._expected, self._folders)
+            proof = await self._prover.prove(client, served)
         except (ServerLost, ServerRefuses, WrongAnswer) as error:
             self.state = f"it does not answer as expected: {error}"
             await asyncio.sleep(LOOK_SECONDS)
             return
-        self.proof, self._served = proof, served
+        self.proof = proof
+        self._served = replace(served, name=proof.base_name)
         if proof.fault is not None:
             self.state = f"not used: {proof.fault}"
             self._unavailable_since = -float("inf")  # there is nothing to wait for
@@ -267,7 +271,7 @@ class ServerLink:
                     raise ServerGone(f"{version.folder}: {error}") from error
                 version.is_written = True
             if version.loaded_in != life:
-                await self._load(version, client)
+                await client.ensure_loaded(version.folder.name, str(version.folder))
                 version.loaded_in = life
         return version.folder.name
 
@@ -275,15 +279,6 @@ class ServerLink:
         self._folders.remove(version.folder)  # parts of a try that failed
         name = self._expected.base_model_name
         write_adapter(version.folder, version.layout, version.flat, name)
-
-    async def _load(self, version: ServerVersion, client: VllmClient) -> None:
-        try:
-            await client.load(version.folder.name, str(version.folder))
-        except ServerRefuses:
-            # The same server in a new life still has it. A name stands for one content.
-            served = await client.served_model()
-            if served.adapters.get(version.folder.name) != str(version.folder):
-                raise
 
     def forgotten(self, version: ServerVersion | None, life: int) -> None:
         """Record that the server does not know a version that was loaded."""
@@ -316,19 +311,13 @@ class ServerLink:
             while version.is_written:
                 try:
                     _, client, served = await self.ready()
-                    await self._forget(version.folder.name, client)
+                    await client.forget(version.folder.name)
                     await self._pass_once(client, served)
                 except (ServerLost, ServerGone, ServerRefuses, WrongAnswer):
                     await asyncio.sleep(HEALTH_SECONDS)  # a later life says whether it has it
                     continue
                 break
             self._folders.remove(version.folder)
-
-    async def _forget(self, name: str, client: VllmClient) -> None:
-        try:
-            await client.unload(name)
-        except ServerRefuses:  # it does not have it
-            return
 
     async def _pass_once(self, client: VllmClient, served: ServedModel) -> None:
         """Have the engine answer a request of one token."""
@@ -349,7 +338,7 @@ class ServerLink:
         try:
             for name, path in served.adapters.items():
                 if Path(path).parent in folders:
-                    await self._forget(name, client)
+                    await client.forget(name)
             await asyncio.sleep(ABANDONED_SECONDS)
             await self._pass_once(client, served)
         except (ServerLost, ServerRefuses, WrongAnswer) as error:
