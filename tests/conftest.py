@@ -77,6 +77,16 @@ def django_db_setup(django_db_setup: None) -> Iterator[None]:
             closing.result()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of the marker ``vllm`` unless they are asked for: they need an
+    environment of gigabytes."""
+    if "vllm" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("vllm")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("vllm")]
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the data folder of this run."""
     shutil.rmtree(Path(settings.DATA_DIR), ignore_errors=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from tests.engine.vllm.real import vllm_python
 from tests.server import ROOT, Server
@@ -80,8 +81,13 @@ def fields(seed: int) -> dict[str, Any]:
     return {
         **whose,
         "prompt": f"request {seed}",
-        "sampling_params": {"max_tokens": 300, "seed": seed, "ignore_eos": True},
+        "sampling_params": {"max_tokens": 300, "seed": seed, "stop": []},
     }
+
+
+def sequences(answer: requests.Response) -> Any:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["sequences"]
 
 
 def engine_pid(server: Server) -> int:
@@ -96,9 +102,7 @@ def log(server: Server) -> str:
 def test_the_engine_dies_in_the_middle_of_fifty_requests_and_all_are_answered_once(
     server: Server,
 ) -> None:
-    expected = [
-        server.post("/api/v1/sample", **fields(seed)).json()["sequences"] for seed in range(2)
-    ]
+    expected = [sequences(server.post("/api/v1/sample", **fields(seed))) for seed in range(2)]
     ids = []
     for seed in range(REQUESTS):
         answer = server.post("/api/v1/asample", **fields(seed))
@@ -122,7 +126,7 @@ def test_the_engine_dies_in_the_middle_of_fifty_requests_and_all_are_answered_on
 
 
 def test_the_worker_may_be_killed_while_its_requests_are_in_the_server(server: Server) -> None:
-    expected = server.post("/api/v1/sample", **fields(1)).json()["sequences"]
+    expected = sequences(server.post("/api/v1/sample", **fields(1)))
     ids = [server.post("/api/v1/asample", **fields(1)).json()["request_id"] for _ in range(8)]
     os.kill(server.worker_pid(), signal.SIGKILL)
     answers = [server.retrieve(name, seconds=LONG_SECONDS).json() for name in ids]

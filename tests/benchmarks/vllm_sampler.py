@@ -81,7 +81,7 @@ async def through_us(server: Server, vocab_size: int) -> float:
                     "sampling_params": {
                         "max_tokens": NEW_TOKENS,
                         "seed": seed,
-                        "ignore_eos": True,
+                        "stop": [],
                     },
                 },
             )
