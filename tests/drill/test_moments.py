@@ -33,7 +33,9 @@ def once_waiting(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> 
     monkeypatch.setattr(moments.time, "sleep", lambda seconds: act())
 
 
-@pytest.mark.parametrize(("moment", "folder"), moments.FOLDERS.items())
+@pytest.mark.parametrize(
+    ("moment", "folder"), [*moments.FOLDERS.items(), ("checkpoint", "storage_cache/work")]
+)
 def test_a_folder_that_is_being_written_is_a_moment(
     aim: Aim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: Moment, folder: str
 ) -> None:

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from tinkerapi.drill.server import connect
+from training.storage.interface import Storage
 
 SHOWN = 160  # characters of each side of a difference
 BEFORE = 40  # of these, before the first difference
@@ -82,7 +83,7 @@ class History:
 
 
 def collect(
-    data_dir: Path, answers: Mapping[str, str], aliases: Mapping[str, str]
+    data_dir: Path, storage: Storage, answers: Mapping[str, str], aliases: Mapping[str, str]
 ) -> tuple[Evidence, History]:
     """Read the complete state of a run while its Postgres still runs.
 
@@ -95,11 +96,12 @@ def collect(
             _alias(f"{lane} {place} {key}", aliases): f"{kind} {state} {error}".strip()
             for lane, place, key, kind, state, error in connection.execute(_FUTURES)
         }
-        checkpoints = {
-            _alias(f"{run}/{kind}/{name} step {step} {path.name}", aliases): _sha256(path)
-            for run, kind, name, step, directory in connection.execute(_CHECKPOINTS)
-            for path in sorted((data_dir / directory).iterdir())
-        }
+        checkpoints = {}
+        for run, kind, name, step, directory in connection.execute(_CHECKPOINTS):
+            with storage.local(directory) as folder:
+                for path in sorted(folder.iterdir()):
+                    named = _alias(f"{run}/{kind}/{name} step {step} {path.name}", aliases)
+                    checkpoints[named] = _sha256(path)
         results = connection.execute(_HISTORY).fetchall()
         [(workers, repeated)] = connection.execute(_FIGURES).fetchall()
     evidence = Evidence(answers=dict(answers), futures=futures, checkpoints=checkpoints)

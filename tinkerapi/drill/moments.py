@@ -1,8 +1,8 @@
 """The worst moments for a kill, and how to detect them from outside.
 
 Just after a submission or an answer; during the commit of results, as Postgres's list of
-running statements shows; while a snapshot or a checkpoint is half written, as its folder shows; and
-during the recovery from the previous kill.
+running statements shows; while a snapshot or a checkpoint is half written, as its folder shows, or,
+with a bucket, the one in which it is assembled; and during the recovery from the previous kill.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import psycopg
 
 from tinkerapi.drill.server import connect
 from tinkerapi.drill.transport import Progress
+from training.storage.chosen import CACHE_FOLDER
 
 Moment = Literal["anytime", "submission", "answer", "commit", "snapshot", "checkpoint", "recovery"]
 
@@ -60,9 +61,9 @@ class Aim:
             answered = progress.answered
             return progress.wait_for(lambda: progress.answered > answered, WAIT_SECONDS)
         if moment in FOLDERS:
-            folder = self._data_dir / FOLDERS[moment]
-            known = _names(folder)
-            return self._look(lambda: bool(_names(folder) - known))
+            folders = (self._data_dir / FOLDERS[moment], self._data_dir / CACHE_FOLDER / "work")
+            known = {folder: _names(folder) for folder in folders}
+            return self._look(lambda: any(_names(folder) - known[folder] for folder in folders))
         if moment == "commit":
             return self._wait_for_commit()
         return True

@@ -14,6 +14,7 @@ from tinkerapi.drill.job import Trainee
 from tinkerapi.drill.kills import Kill, Killed, Killer, Say
 from tinkerapi.drill.server import DrilledServer
 from tinkerapi.drill.transport import Connection, Progress
+from training.storage.chosen import storage_at
 
 LOOK_SECONDS = 0.05
 ADMIN = "admin"  # the second owner; the first one sends no key
@@ -74,7 +75,8 @@ def run_job(
         _work(server, clients, killer, plan, progress)
         seconds = time.monotonic() - began
         server.wait_until()
-        evidence, history = collect(data_dir, _answers(clients), _aliases(clients))
+        storage = storage_at(environment.get("TINKERAPI_STORAGE", ""), data_dir)
+        evidence, history = collect(data_dir, storage, _answers(clients), _aliases(clients))
     finally:
         server.stop()
     return Outcome(

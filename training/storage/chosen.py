@@ -17,9 +17,14 @@ CACHE_FOLDER = "storage_cache"
 
 def storage() -> Storage:
     """The installation's storage."""
+    return storage_at(settings.STORAGE, Path(settings.DATA_DIR))
+
+
+def storage_at(url: str, data_dir: Path) -> Storage:
+    """The storage of an installation: its bucket, or without one its data folder."""
     return _storage(
-        settings.STORAGE,
-        Path(settings.DATA_DIR),
+        url,
+        data_dir,
         settings.STORAGE_CACHE_BYTES,
         settings.HANG_SECONDS / 2,
         os.getpid(),

@@ -52,6 +52,12 @@ class Command(BaseCommand):
         parser.add_argument(
             "--model-folder", type=Path, help="base model; default: a tiny one made for the drill"
         )
+        parser.add_argument(
+            "--storage",
+            default="",
+            metavar="s3://BUCKET/PREFIX",
+            help="keep the files of the killed server there; the undisturbed one has a data folder",
+        )
         parser.add_argument("--json", type=Path, help="write the table to this file too")
         parser.add_argument(
             "--keep", action="store_true", help="keep the scratch folder with data and logs"
@@ -101,6 +107,8 @@ class Command(BaseCommand):
         unbroken = self._run(scratch / "unbroken", folder, job, seed=seed)
         # One undisturbed worker is the measure of several.
         self._environment["TINKERAPI_WORKERS"] = str(options["workers"])
+        if options["storage"]:
+            self._environment["TINKERAPI_STORAGE"] = options["storage"]
         self.stdout.write(f"took {unbroken.seconds:.1f} s; the same with {len(plan)} kills ...")
         self._count = 0
         broken = self._run(scratch / "broken", folder, job, seed=seed, plan=plan, say=self._say)
