@@ -114,6 +114,7 @@ def run_pass(
     """
     group = base_model.group
     result = PassResult()
+    sums: dict[tuple[str, int], AdapterTensors] = {}
     for planned in jobs:
         num_datums = len(planned.job.data)
         result.scores[planned] = JobScores(
@@ -123,9 +124,11 @@ def run_pass(
         if trains and name not in result.grads:
             # A copy of the current sum, not zeros: a sum's last bits depend on its start.
             grad = adapters[name].grad
-            is_start = group is None or group.is_first  # the ranks' sums are added up
-            start = grad.flat.clone() if is_start else torch.zeros_like(grad.flat)
-            result.grads[name] = AdapterTensors(grad.layout, start)
+            result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
+        if trains and planned.part not in sums:
+            whole = result.grads[name]
+            # Over several ranks each part is summed over them first, whatever shares the pass.
+            sums[planned.part] = whole if group is None else _zeros_like(whole)
     work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
     for batch, plan in rounds(base_model, jobs, adapters, token_budget, memory_plan, trains=trains):
         recomputes = plan is not None and plan.recomputes
@@ -137,7 +140,7 @@ def run_pass(
                 base_model,
                 batch,
                 adapters,
-                result.grads,
+                sums,
                 work,
                 custom_losses,
                 recomputes=recomputes,
@@ -145,17 +148,22 @@ def run_pass(
             result.memory = _larger(result.memory, plan, peak)
         _scatter_scores(batch, head, result.scores)
     if group is not None:
-        _put_together(base_model, group, result)
+        _put_together(base_model, group, result, sums)
     return result
 
 
-def _put_together(base_model: BaseModel, group: RankGroup, result: PassResult) -> None:
-    """Add up the ranks' gradients, and give every rank the scores of all."""
+def _put_together(
+    base_model: BaseModel,
+    group: RankGroup,
+    result: PassResult,
+    sums: Mapping[tuple[str, int], AdapterTensors],
+) -> None:
+    """Add up the ranks' gradients of each part, and give every rank the scores of all."""
     has_part = group.splits_layers or base_model.divides_passes
-    for grad in result.grads.values():
+    for (name, _), own_sum in sums.items():
         if not has_part and not group.is_first:
-            grad.flat.zero_()  # each rank has computed all of it
-        group.add_up(grad.flat)
+            own_sum.flat.zero_()  # each rank has computed all of it
+        result.grads[name].flat.add_(group.add_up(own_sum.flat))
     if base_model.divides_passes:
         own = list(result.scores.values())
         for rank, scores in enumerate(group.gather(own)):
@@ -189,13 +197,13 @@ def _run_micro_batch(
     base_model: BaseModel,
     batch: MicroBatch,
     adapters: Mapping[str, Adapter],
-    grads: Mapping[str, AdapterTensors],
+    sums: Mapping[tuple[str, int], AdapterTensors],
     work: Mapping[PlannedJob, Work],
     custom_losses: CustomLossRunner,
     *,
     recomputes: bool,
 ) -> HeadOutput:
-    own_grads = [grads.get(span.part[0]) for span in batch.part_spans]
+    own_grads = [sums.get(span.part) for span in batch.part_spans]
     if base_model.is_padded:
         own_grads = _separate_sums(own_grads)
 
@@ -242,8 +250,8 @@ def _run_micro_batch(
     if scored.requires_grad:
         scored.backward(head.grad_hidden)
     for span, own in zip(batch.part_spans, own_grads, strict=True):
-        if own is not None and own is not grads[span.part[0]]:
-            grads[span.part[0]].flat.add_(own.flat)
+        if own is not None and own is not sums[span.part]:
+            sums[span.part].flat.add_(own.flat)
     return head
 
 
@@ -254,10 +262,11 @@ def _separate_sums(sums: Sequence[AdapterTensors | None]) -> list[AdapterTensors
     a part has rows in several rectangles, between those of other parts, and the order of additions
     would depend on its batch-mates.
     """
-    return [
-        None if each is None else AdapterTensors(each.layout, torch.zeros_like(each.flat))
-        for each in sums
-    ]
+    return [None if each is None else _zeros_like(each) for each in sums]
+
+
+def _zeros_like(tensors: AdapterTensors) -> AdapterTensors:
+    return AdapterTensors(tensors.layout, torch.zeros_like(tensors.flat))
 
 
 def _with_images(batch: MicroBatch) -> Iterator[SequenceRows]:

@@ -214,7 +214,9 @@ def _use_plain_tensors(model: nn.Module, styles: Mapping[str, str]) -> None:
             if id(parameter) not in made:
                 kept = _is_kept(module, f"{module_name}.{key}", parameter, styles)
                 plain: Tensor = parameter.to_local() if kept else parameter.full_tensor()
-                made[id(parameter)] = nn.Parameter(plain.detach(), requires_grad=False)
+                # In order and at an even address: kernels sum by both.
+                own = plain.detach().clone(memory_format=torch.contiguous_format)
+                made[id(parameter)] = nn.Parameter(own, requires_grad=False)
             setattr(module, key, made[id(parameter)])
 
 
