@@ -1,7 +1,7 @@
 """What our way to a vLLM server costs: throughput beside vLLM alone, and publishing a version.
 
 Throughput: a server with ``sampler = "vllm"`` gets 64 requests at once, each a prompt of 32 tokens
-that is continued by 64, as clients send them; then the same vLLM server gets the same 64 requests
+that is continued by 32, as clients send them; then the same vLLM server gets the same 64 requests
 directly, in turns, so that a busy machine slows both. Everything shares the machine's cores: web,
 worker, Postgres, clients and vLLM.
 
@@ -45,7 +45,7 @@ from training.types import LoraConfig, SamplingParams
 
 REQUESTS = 64
 PROMPT_TOKENS = 32
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 WARM_UP_SECONDS = 600.0
 
 CONFIG = """
