@@ -93,4 +93,6 @@ def test_what_a_newcomer_reads_first_is_listed_first():
         "monitoring",
         "operations",
         "proxy",
+        "storage",
+        "vllm",
     ]
