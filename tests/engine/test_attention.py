@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from training.engine.torch.attention.arithmetic import TILE_TOKENS
 from training.engine.torch.attention.backend import UnsupportedAttention, packed_attention
-from training.engine.torch.attention.blocks import BLOCK_TOKENS
+from training.engine.torch.attention.blocks import KEPT_KEYS
 from training.engine.torch.attention.sequences import SequenceAttention
-from training.engine.torch.attention.short import SHORT_TOKENS
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, whole_sequences
 from training.engine.torch.packing.stream import PackedContext
 
-LENGTHS = [3, 16, 17, 1, 30, SHORT_TOKENS + 5, 16, 31, 2, SHORT_TOKENS + 5, SHORT_TOKENS + 5, 90]
+LENGTHS = [3, 16, 17, 1, 30, KEPT_KEYS + 5, 16, 31, 2, KEPT_KEYS + 5, KEPT_KEYS + 5, 90]
 SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}
 """Query heads, key heads, head size."""
 
@@ -45,7 +45,7 @@ def make_tree(*parts: tuple[int, tuple[int, ...]]) -> list[RowRange]:
     return row_ranges
 
 
-LONG = SHORT_TOKENS + 5
+LONG = KEPT_KEYS + 5
 BRANCHES: list[tuple[int, tuple[int, ...]]] = [
     (32, ()), (5, (0,)), (16, (0,)), (48, (0,)), (3, (0, 3)), (17, (0, 3)), (6, (0,)), (20, ()),
     (LONG, ()), (7, (8,)), (7, (8,)), (16, (8,)), (19, (8, 11)), (7, (0, 3, 5)), (LONG, (0,)),
@@ -55,13 +55,13 @@ BRANCHES: list[tuple[int, tuple[int, ...]]] = [
 TREE = make_tree(*BRANCHES)
 
 
-WINDOW = SHORT_TOKENS // 2
+WINDOW = KEPT_KEYS // 2
 VARIANTS = {
     "window": Variant(reach=Reach(window=WINDOW)),
     "narrow window": Variant(reach=Reach(window=5)),
-    "window of one block": Variant(reach=Reach(window=BLOCK_TOKENS)),
+    "window of one block": Variant(reach=Reach(window=TILE_TOKENS)),
     "chunks": Variant(reach=Reach(chunk=12)),
-    "large chunks": Variant(reach=Reach(chunk=BLOCK_TOKENS + 40)),
+    "large chunks": Variant(reach=Reach(chunk=TILE_TOKENS + 40)),
     "cap": Variant(softcap=1.5),
     "sinks": Variant(sinks=torch.linspace(-2.0, 3.0, 4)),
     "all": Variant(reach=Reach(window=20), softcap=2.0, sinks=torch.linspace(-2.0, 3.0, 4)),
@@ -78,7 +78,7 @@ def attend(
     """The output and the three gradients."""
     *inputs, grad_output = stream
     q, k, v = (x.clone().requires_grad_() for x in inputs)
-    attention = SequenceAttention(row_ranges, on_cpu=not as_on_a_gpu)
+    attention = SequenceAttention(row_ranges, fuses=as_on_a_gpu)
     output = attention.attend(0, q, k, v, 0.3, variant)
     grads = torch.autograd.grad(output, (q, k, v), grad_output)
     return output.detach(), *grads

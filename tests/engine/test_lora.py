@@ -83,7 +83,7 @@ def test_a_segments_bits_are_those_it_has_alone(
         start += length
 
 
-def test_neighbours_of_one_adapter_are_joined_unless_they_are_small_or_of_an_odd_rank() -> None:
+def test_neighbours_of_one_adapter_are_joined_unless_they_are_small() -> None:
     shape = LoraShape(4, 4)
     even, odd = (random_weights(rank, shape) for rank in (RANK_MULTIPLE, RANK_MULTIPLE + 1))
 
@@ -97,7 +97,7 @@ def test_neighbours_of_one_adapter_are_joined_unless_they_are_small_or_of_an_odd
     n = MIN_ROWS
     assert groups((even, n), (even, n + 1), (even, n + 2)) == [[n, n + 1, n + 2]]
     assert groups((even, n), (even, n - 1), (even, n)) == [[n], [n - 1], [n]]
-    assert groups((odd, n), (odd, n)) == [[n], [n]]
+    assert groups((odd, n), (odd, n)) == [[n, n]]
     assert groups((None, n), (None, n)) == [[n], [n]]
     other = random_weights(RANK_MULTIPLE, shape)
     assert groups((even, n), (other, n), (other, n)) == [[n], [n, n]]

@@ -111,8 +111,9 @@ def test_the_plan_is_the_bytes_of_a_long_pass(base_model, recomputes: bool) -> N
     seen = tensor_bytes(base_model, layout, num_rows, recomputes=recomputes)
     of_decoder = planned.num_bytes - HEAD_BYTES - 4 * layout.num_parameters
     assert of_decoder > 0.85 * seen
-    if not base_model.is_padded:
-        assert of_decoder < 1.15 * seen
+    if not base_model.is_padded:  # the scores need not exist when other tensors are most
+        scores = plan._bytes(layout, recomputes=recomputes).scores.bytes_of(num_rows, num_rows)
+        assert of_decoder < 1.15 * seen + scores
 
 
 def test_a_pass_of_many_short_datums_is_planned_within_the_context(tmp_path: Path) -> None:
@@ -164,14 +165,15 @@ def test_a_wider_adapter_is_planned_wider(tied_base_model) -> None:
     assert wider is not None
     layout = trainer.layout_of("128")
     seen = tensor_bytes(tied_base_model, layout, 32, recomputes=False) / 32 * PLANNED_ROWS
+    scores = plan._bytes(layout, recomputes=False).scores.bytes_of(PLANNED_ROWS, PLANNED_ROWS)
     of_decoder = wider.num_bytes - HEAD_BYTES - 4 * layout.num_parameters
-    assert of_decoder == pytest.approx(seen, rel=0.15)
+    assert of_decoder - scores == pytest.approx(seen, rel=0.15)
 
 
 def test_a_datum_that_cannot_fit_is_refused_with_the_length_that_would(tmp_path: Path) -> None:
     folder = save_random(small_config("llama", **LONG), tmp_path)
     base_model = load_base_model(folder, dtype="float32", device="cpu")
-    free = HEAD_BYTES + 5 * 2**20
+    free = HEAD_BYTES + 20 * 2**20
     trainer = TinyTrainer(base_model, free_bytes=lambda device: free)
     trainer.create_adapter("a", LoraConfig(rank=8))
     plan = MemoryPlan(base_model, free_bytes=lambda device: free)

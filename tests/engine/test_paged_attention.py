@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache, blocks_for
+from training.engine.sampler.kv_cache import KvCache
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, blocks_for
 from training.engine.torch.attention.paged import PagedAttention
 from training.engine.torch.attention.paged_parts import Part
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant

@@ -21,7 +21,7 @@ from tests.tiny_model import VOCAB_SIZE
 from training.engine.interface import SampleJob, SampleOutput
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.continuous_batching import ContinuousSampler
-from training.engine.sampler.kv_cache import BLOCK_TOKENS
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
 from training.errors import LimitExceeded

@@ -18,8 +18,9 @@ from training.engine.sampler.cache_size import (
     bytes_per_token,
     default_cache_tokens,
 )
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache
+from training.engine.sampler.kv_cache import KvCache
 from training.engine.sampler.prefix_keys import next_key, root_key
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS
 from training.engine.torch.loading import load_base_model
 from training.engine.torch.memory import free_bytes
 from training.images import Image, PlacedImage

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from training.engine.probe.stock_answers import Passage
-from training.engine.sampler.kv_cache import KvCache, blocks_for
+from training.engine.sampler.kv_cache import KvCache
 from training.engine.sampler.row_padding import RowPadding
 from training.engine.torch.adapters import AdapterTensors
+from training.engine.torch.attention.arithmetic import blocks_for
 from training.engine.torch.attention.interface import Attention
 from training.engine.torch.attention.paged import PagedAttention
 from training.engine.torch.attention.paged_parts import Part

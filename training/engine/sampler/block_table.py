@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from training.engine.sampler.block_pool import BlockPool
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache, blocks_for
+from training.engine.sampler.kv_cache import KvCache
 from training.engine.sampler.prefix_keys import next_key
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, blocks_for
 from training.images import PlacedImage
 
 Tokens = Callable[[int, int], Sequence[int]]

@@ -21,7 +21,7 @@ from torch import Tensor
 from training.engine.interface import CapturedAdapter, SampleJob, SampleOutput, Sampler
 from training.engine.renderer.chat_renderer import ChatRenderer
 from training.engine.sampler.admission import Admission
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache
+from training.engine.sampler.kv_cache import KvCache
 from training.engine.sampler.logit_changes import changed_logits, changes_logits
 from training.engine.sampler.logits import choose_tokens
 from training.engine.sampler.model_runner import ModelRunner, Row
@@ -31,6 +31,7 @@ from training.engine.sampler.sequence import ActiveRequest, check_prompt, new_re
 from training.engine.sampler.turns import Turns
 from training.engine.sampler.versions import Versions
 from training.engine.torch.adapters import AdapterTensors
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.checkpoint_io import CapturedTensors, load_weights
 from training.engine.torch.out_of_memory import out_of_memory_by_name

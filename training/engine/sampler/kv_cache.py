@@ -14,14 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK_TOKENS = 32
-"""Tokens of a block. Attention sums over a sequence block by block, so it is part of the
-arithmetic (``attention.paged_products``)."""
-
-
-def blocks_for(num_tokens: int) -> int:
-    """The blocks that this many tokens of one sequence need."""
-    return -(-num_tokens // BLOCK_TOKENS)
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS
 
 
 class KvCache:

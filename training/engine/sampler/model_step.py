@@ -1,10 +1,9 @@
 """One packed pass over the base model for sampling, shared by prefill and decode.
 
 A pass computes every row on its own. Where kernels would not do that, its rows are padded until
-they do. On a CPU a job's log-probabilities then have the same bits with any batch-mates
-(``kv_cache.ALIGNMENT_TOKENS`` is the other condition; float32 adapters of rank 1 are the known
-exception). A GPU chooses its matrix kernels by the number of rows, so there the last bits may
-differ.
+they do. On a CPU a job's log-probabilities then have the same bits with any batch-mates, and those
+of training (``attention.arithmetic`` is the other condition). A GPU chooses its matrix kernels by
+the number of rows, so there the last bits may differ.
 """
 
 from __future__ import annotations

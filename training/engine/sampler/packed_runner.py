@@ -14,13 +14,14 @@ from torch import Tensor
 
 from training.engine.sampler.block_table import BlockTable, BlockTables
 from training.engine.sampler.decode import decode
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache, blocks_for
+from training.engine.sampler.kv_cache import KvCache
 from training.engine.sampler.model_runner import ModelRunner, Row
 from training.engine.sampler.model_step import ModelStep
 from training.engine.sampler.preemption import choose_victim, held_by
 from training.engine.sampler.prefill import Prefill
 from training.engine.sampler.prefix_keys import root_key
 from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, blocks_for
 from training.engine.torch.base_model import BaseModel
 
 

@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from training.engine.sampler.kv_cache import BLOCK_TOKENS
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS
 from training.images import PlacedImage
 
 DIGEST_BYTES = 20

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from training.base_model_config import PADDED
@@ -19,7 +19,7 @@ from training.engine.torch.adapters import AdapterTensors, LoraShape
 from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.experts.stacks import ExpertStack
 from training.engine.torch.logit_shape import LogitShape
-from training.engine.torch.lora_linear import times
+from training.engine.torch.lora_linear import even_rank, missing_rows, times
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import (
     MIN_ROWS,
@@ -162,10 +162,11 @@ class BaseModel:
             return True
         # Matrix kernels sum the rows left over from whole blocks in another order.
         is_whole = length % MIN_ROWS == 0
-        return is_whole and self._fewest_rows <= length <= self.shared_tokens
+        return is_whole and self.fewest_rows <= length <= self.shared_tokens
 
     @cached_property
-    def _fewest_rows(self) -> int:
+    def fewest_rows(self) -> int:
+        """The least rows of a pass for which their number does not affect any row's bits."""
         smallest = min(s.in_features * s.out_features for s in self.linear_shapes.values())
         return fewest_rows(self.device, self.dtype, smallest)
 
@@ -315,13 +316,15 @@ class BaseModel:
         Returns:
             (n, V) float32.
         """
-        logits = linear(hidden, self.head_weight, self.head_bias).float()  # (n, V)
+        num_rows = len(hidden)
+        padded = pad(hidden, (0, 0, 0, missing_rows(hidden, self.head_weight)))
+        logits = linear(padded, self.head_weight, self.head_bias)[:num_rows].float()  # (n, V)
         for group in join(segments):
             weights, rows = group[0].weights, rows_of(group)
             pair = self.head_pair(weights)
             if weights is not None and pair is not None:
-                a, b = pair
-                xa = times(hidden[rows], a.T)  # (n, R)
+                a, b = even_rank(*pair)
+                xa = times(hidden[rows], a.T)  # (n, R')
                 logits[rows].add_(times(xa, b.T), alpha=weights.layout.scale)
         return self.logit_shape.shape(logits)
 

@@ -142,22 +142,24 @@ class _Chunk:
         self._padding = (0, 0, 0, max(0, MIN_ROWS - len(hidden)))
         self._hidden = pad(hidden, self._padding)  # (n, C)
         self._targets = pad(targets, self._padding)  # (n, K)
-        self._logits = base_model.logits(self._hidden, segments)  # (n, V)
-        self._log_norm = self._logits.logsumexp(-1, keepdim=True)  # (n, 1)
+        logits = base_model.logits(self._hidden, segments)  # (n, V)
+        is_trained = any(segment.grad is not None for segment in segments)
+        self._slope = base_model.logit_shape.slope(logits) if is_trained else 1.0
+        # The sampler's function, whose bits for a row depend on that row alone; in place.
+        self._logprobs = torch.log_softmax(logits, -1, out=logits)  # (n, V)
 
     def logprobs(self) -> Tensor:
         """(n', K) the log-probabilities of the targets."""
-        return (self._logits.gather(1, self._targets) - self._log_norm)[: self._num_rows]
+        return self._logprobs.gather(1, self._targets)[: self._num_rows]
 
     def backward(self, grad_logprobs: Tensor) -> Tensor:
-        """Propagate the gradient of the log-probabilities (n', K); the logits are overwritten.
+        """Propagate the gradient of the log-probabilities (n', K), which are overwritten.
 
         Returns:
             (n', C), d loss / d hidden.
         """
         base_model, hidden, targets = self._base_model, self._hidden, self._targets
-        segments, slope = self.segments, base_model.logit_shape.slope(self._logits)
-        logits = self._logits.sub_(self._log_norm)  # normalised
+        segments, slope, logprobs = self.segments, self._slope, self._logprobs
         grad_logprobs = pad(grad_logprobs, self._padding)
         grad_hidden = torch.zeros_like(hidden)
         active = grad_logprobs.any(-1).nonzero()[:, 0]  # (m,)
@@ -165,11 +167,11 @@ class _Chunk:
             return grad_hidden[: self._num_rows]
         if len(active) < len(grad_logprobs):
             segments = _pick(segments, active)
-            hidden, logits, targets, grad_logprobs = (
-                t[active] for t in (hidden, logits, targets, grad_logprobs)
+            hidden, logprobs, targets, grad_logprobs = (
+                t[active] for t in (hidden, logprobs, targets, grad_logprobs)
             )
             slope = slope[active] if isinstance(slope, Tensor) else slope
-        grad_logits = logits.exp_().mul_(-grad_logprobs.sum(-1, keepdim=True))  # (m, V)
+        grad_logits = logprobs.exp_().mul_(-grad_logprobs.sum(-1, keepdim=True))  # (m, V)
         grad_logits.scatter_add_(1, targets, grad_logprobs)
         if isinstance(slope, Tensor) or slope != 1.0:
             grad_logits.mul_(slope)

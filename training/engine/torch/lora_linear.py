@@ -15,11 +15,14 @@ from torch.nn.functional import linear, pad
 
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.packing.stream import (
+    RANK_MULTIPLE,
+    ROWS_MULTIPLE,
     ContextHolder,
     PassContext,
     Segment,
     SingleContext,
     fewest_rows,
+    round_up,
     rows_of,
 )
 
@@ -97,11 +100,20 @@ def _forward(
         pair = layer.pair_of(weights, x.dtype)
         if pair is None:
             continue
-        a, b = pair
-        xa = times(x[rows], a.T)  # (n, R)
+        a, b = even_rank(*pair)
+        xa = times(x[rows], a.T)  # (n, R')
         add_times(output[rows], xa, b.T, weights.layout.scale)
-        inner.append((group, xa))
+        inner.append((group, xa[:, : weights.layout.rank]))
     return output, inner
+
+
+def even_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A (R', in) and B (out, R') of A (R, in) and B (out, R), with zeros up to a multiple of
+    ``RANK_MULTIPLE``: on a CPU a row of other products has other bits among few rows."""
+    missing = -len(a) % RANK_MULTIPLE
+    if not missing or a.device.type != "cpu":
+        return a, b
+    return pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
 
 
 class _LoraFunction(torch.autograd.Function):
@@ -129,10 +141,13 @@ class _LoraFunction(torch.autograd.Function):
             weights, rows = group[0].weights, rows_of(group)
             g = grad_output[rows]  # (n, out)
             scale = weights.layout.scale
-            a, b = layer.pair_of(weights, g.dtype)  # type: ignore[misc]  # the forward pass had it
-            gb = times(g, b).mul_(scale)  # (n, R)
+            pair = layer.pair_of(weights, g.dtype)
+            assert pair is not None  # noqa: S101 - the forward pass had it
+            a, b = even_rank(*pair)
+            gb = times(g, b).mul_(scale)  # (n, R')
             if grad_x is not None:
                 add_times(grad_x[rows], gb, a)
+            gb = gb[:, : weights.layout.rank]  # (n, R)
             for segment in group:
                 if segment.grad is not None and layer.adds_gradient:
                     own = slice(segment.start - rows.start, segment.end - rows.start)
@@ -143,23 +158,32 @@ class _LoraFunction(torch.autograd.Function):
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """(n, N) = rows (n, K) @ matrix (K, N); a row's bits do not depend on the number of rows."""
-    fewest = fewest_rows(rows.device, rows.dtype, matrix.numel())
-    if len(rows) >= fewest:
+    """(n, N) = rows (n, K) @ matrix (K, N); a row's bits do not depend on the number of rows, nor
+    on its place."""
+    missing = missing_rows(rows, matrix)
+    if not missing:
         return rows @ matrix
-    return (pad(rows, (0, 0, 0, fewest - len(rows))) @ matrix)[: len(rows)]
+    return (pad(rows, (0, 0, 0, missing)) @ matrix)[: len(rows)]
 
 
 def add_times(target: Tensor, rows: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
     """target (n, N) += scale * rows (n, K) @ matrix (K, N); a row's bits do not depend on the
-    number of rows."""
-    missing = fewest_rows(rows.device, rows.dtype, matrix.numel()) - len(rows)
-    if missing <= 0:
+    number of rows, nor on its place."""
+    missing = missing_rows(rows, matrix)
+    if not missing:
         target.addmm_(rows, matrix, alpha=scale)
         return
     padded = pad(target, (0, 0, 0, missing))
     padded.addmm_(pad(rows, (0, 0, 0, missing)), matrix, alpha=scale)
     target.copy_(padded[: len(rows)])
+
+
+def missing_rows(rows: Tensor, matrix: Tensor) -> int:
+    """The padding for rows (n, K) in a product with a matrix: see ``ROWS_MULTIPLE``."""
+    if rows.device.type != "cpu":
+        return 0
+    fewest = fewest_rows(rows.device, rows.dtype, matrix.numel())
+    return round_up(max(len(rows), fewest), ROWS_MULTIPLE) - len(rows)
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:

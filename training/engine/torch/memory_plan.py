@@ -8,7 +8,7 @@ their activations, and for each datum whether it fits at all.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,8 +33,8 @@ PLANNED_ROWS = 1024
 """A smaller pass keeps its activations, and is not planned."""
 
 MEASURED_ROWS = 64
-"""The rows of the first pass that is measured, with the kernels for long sequences: that for short
-ones keeps up to a fifth more. In the padded layout they are a chunk of a recurrent layer."""
+"""The rows of the first pass that is measured, without the shares that attention keeps of short
+sequences, up to a fifth more. In the padded layout they are a chunk of a recurrent layer."""
 
 SHARE = 4
 """Without a setting, activations may take a fourth of the free memory: what is left serves the
@@ -43,8 +43,33 @@ key-value cache, adapters that come, and other processes."""
 HEAD_BYTES = 3 * CHUNK_BYTES
 """A chunk of logits, its exponentials, and its gradient in the model's dtype."""
 
-SCORE_BYTES = 4 * torch.float32.itemsize
-"""Of one score of an attention by blocks: itself, its share, and the gradient of each."""
+SCORE_BYTES = 3 * torch.float32.itemsize
+"""Of one score of an attention by blocks: its share, and the gradient of each."""
+
+SINK_BYTES = 2 * torch.float32.itemsize
+"""Of one score with sinks besides: it is copied."""
+
+
+class Scores:
+    """The scores of the layers' attention that exist at one time."""
+
+    def __init__(self) -> None:
+        self._heads: dict[tuple[Reach, int], int] = {}
+        """By reach and bytes of a score: the query heads of layers that compute blocks."""
+
+    def note(self, variant: Variant, num_heads: int) -> None:
+        """Note a layer that computes blocks."""
+        key = (variant.reach, SCORE_BYTES + (0 if variant.sinks is None else SINK_BYTES))
+        self._heads[key] = max(self._heads.get(key, 0), num_heads)
+
+    def bytes_of(self, num_rows: int, longest: int) -> int:
+        """The most bytes of scores of a pass, with its longest sequence. The plan adds them to the
+        rest, though other tensors may be most at another time."""
+        sizes = [
+            score_bytes * most_scores(num_rows, longest, reach, num_heads)
+            for (reach, score_bytes), num_heads in self._heads.items()
+        ]
+        return max(sizes, default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +79,12 @@ class PassBytes:
     fixed: float
     by_row: float
     by_square: float = 0.0
-    score_heads: Mapping[Reach, int] = field(default_factory=dict)
-    """The query heads of layers whose attention is computed by blocks."""
+    scores: Scores = field(default_factory=Scores)
 
     def of(self, num_rows: int, longest: int) -> int:
         """``longest``: The rows of the longest sequence; a mask is as wide as its sequence."""
         measured = self.fixed + (self.by_row + self.by_square * longest) * num_rows
-        return int(measured) + _score_bytes(num_rows, longest, self.score_heads)
+        return int(measured) + self.scores.bytes_of(num_rows, longest)
 
     def rows_within(self, num_bytes: int) -> int:
         """The most rows that take no more than this."""
@@ -144,13 +168,12 @@ class MemoryPlan:
         return replace(measured, by_row=measured.by_row + wider)
 
     def _measure(self, layout: AdapterLayout, *, recomputes: bool) -> PassBytes:
-        heads: dict[Reach, int] = {}
+        scores = Scores()
 
         def measured(num_rows: int) -> int:
-            found = tensor_bytes(
-                self._base_model, layout, num_rows, recomputes=recomputes, score_heads=heads
+            return tensor_bytes(
+                self._base_model, layout, num_rows, recomputes=recomputes, scores=scores
             )
-            return found - _score_bytes(num_rows, num_rows, heads)
 
         base_model = self._base_model
         rows = base_model.chunk_tokens if base_model.is_padded else MEASURED_ROWS
@@ -165,25 +188,17 @@ class MemoryPlan:
         by_row = max(1.0, slope - by_square * (n1 + n2))
         fixed = max(0.0, b1 - (by_row + by_square * n1) * n1)
         return PassBytes(
-            fixed=fixed + HEAD_BYTES, by_row=by_row, by_square=by_square, score_heads=heads
+            fixed=fixed + HEAD_BYTES, by_row=by_row, by_square=by_square, scores=scores
         )
 
 
-def _score_bytes(num_rows: int, longest: int, score_heads: Mapping[Reach, int]) -> int:
-    scores = [
-        # Only blocks that see equally many keys share memory: those of a limited reach.
-        heads * most_scores(longest if reach.limit is None else num_rows, reach)
-        for reach, heads in score_heads.items()
-    ]
-    return SCORE_BYTES * max(scores, default=0)
-
-
 class _Noting(SequenceAttention):
-    """Notes the heads of layers that compute their attention by blocks."""
+    """Notes the scores of layers that compute their attention by blocks, and computes them by the
+    fused kernel: its results are wrong, but its memory is that without scores."""
 
-    def __init__(self, row_ranges: Sequence[RowRange], score_heads: dict[Reach, int]) -> None:
-        super().__init__(row_ranges, on_cpu=False)  # which has no kernel for short sequences
-        self._score_heads = score_heads
+    def __init__(self, row_ranges: Sequence[RowRange], scores: Scores) -> None:
+        super().__init__(row_ranges, fuses=True)
+        self._scores = scores
 
     def attend(
         self,
@@ -194,10 +209,9 @@ class _Noting(SequenceAttention):
         scaling: float,
         variant: Variant = PLAIN,
     ) -> Tensor:
-        if variant is not PLAIN:
-            known = self._score_heads.get(variant.reach, 0)
-            self._score_heads[variant.reach] = max(known, query.shape[1])
-        return super().attend(layer_idx, query, key, value, scaling, variant)
+        if query.device.type == "cpu" or variant is not PLAIN:
+            self._scores.note(variant, query.shape[1])
+        return super().attend(layer_idx, query, key, value, scaling, PLAIN)
 
 
 def tensor_bytes(
@@ -206,13 +220,14 @@ def tensor_bytes(
     num_rows: int,
     *,
     recomputes: bool,
-    score_heads: dict[Reach, int] | None = None,
+    scores: Scores | None = None,
 ) -> int:
     """The most bytes of tensors in a pass through the decoder and back, over one sequence of so
     many tokens, with the kernels for long ones. An adapter of zeros is trained, without a trace.
 
     Args:
-        score_heads: Gets the heads of layers that compute their attention by blocks.
+        scores: Notes the scores of layers that compute their attention by blocks; the result is
+            without them.
     """
     device = base_model.device
     weights, grad = (
@@ -222,7 +237,7 @@ def tensor_bytes(
     existing = [grad.flat, *(tensor for pair in converted if pair is not None for tensor in pair)]
     existing += base_model.frozen_tensors()
     with torch.enable_grad(), LiveBytes(existing) as live:
-        hidden = _states(base_model, num_rows, weights, grad, recomputes, score_heads)
+        hidden = _states(base_model, num_rows, weights, grad, recomputes, scores)
         if hidden.requires_grad:
             hidden.backward(torch.zeros_like(hidden))
     peak: int = live.peak_bytes
@@ -235,7 +250,7 @@ def _states(
     weights: AdapterTensors,
     grad: AdapterTensors,
     recomputes: bool,
-    score_heads: dict[Reach, int] | None,
+    scores: Scores | None,
 ) -> Tensor:
     tokens = torch.zeros(num_rows, dtype=torch.int64, device=base_model.device)
     positions = torch.arange(num_rows, device=base_model.device)
@@ -247,7 +262,11 @@ def _states(
         )
     context = PackedContext(
         segments=segments,
-        attention=_Noting(row_ranges, {} if score_heads is None else score_heads),
+        attention=(
+            SequenceAttention(row_ranges, kept_keys=0)
+            if scores is None
+            else _Noting(row_ranges, scores)
+        ),
         kept_inputs=KeptInputs() if recomputes else None,
     )
     return base_model.hidden_states(tokens, positions, context)

@@ -1,19 +1,19 @@
-"""Attention with a window, a chunk, a cap on its scores or sinks, by blocks of queries.
+"""Attention of whole sequences of a packed stream, with its derivative.
 
-No fused kernel of torch supports caps and sinks, and none on a CPU supports windows. So these
-layers are computed by their formula, in float32. A sequence's queries are cut into blocks of
-``BLOCK_TOKENS``; a block uses only the keys that one of its tokens sees, so a layer with a
-window costs the same for each token of a sequence of any length. Blocks of one shape share batched
-products across sequences, and their shapes depend on their own sequence alone:
-batch-mates do not change a sequence's bits (measured with MKL, one thread and two).
+The forward part has ``arithmetic``'s order of sums, so that a token's log-probability is that of
+the sampler. Ranges of one padded length after equally many tokens share batched products,
+wherever they are in the stream. The products' shapes depend on a range's own sequence
+alone, so batch-mates do not change its bits, forwards or backwards (measured with MKL, one
+thread and two).
 
-Only the inputs are kept for the backward pass, which computes the scores again. They would be
-most of a long sequence's memory.
+Queries are cut into tiles; a tile uses only the blocks of keys of which one of its tokens
+sees something, so a layer with a window costs the same for each token of a sequence of any length.
+For sequences of more than ``KEPT_KEYS`` tokens only the inputs are kept for the backward pass,
+which computes the scores again: they would be most of a long sequence's memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,121 +21,138 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.engine.torch.attention.short import Slots, padded_length, product
-from training.engine.torch.attention.variants import Reach, Variant
-from training.engine.torch.packing.ranges import RowRange, integers, stream_rows
+from training.engine.torch.attention.arithmetic import (
+    BLOCK_TOKENS,
+    TILE_SCORES,
+    attend_rows,
+    capped,
+    causal_mask,
+    reach_mask,
+    tile_tokens,
+)
+from training.engine.torch.attention.slots import Slots
+from training.engine.torch.attention.variants import EVERYTHING, Reach, Variant
+from training.engine.torch.packing.ranges import RowRange
+from training.engine.torch.packing.stream import round_up
 
-BLOCK_TOKENS = 128
+KEPT_KEYS = 192
+"""The shares of sequences of up to this many tokens are kept for the backward pass."""
 
-GROUP_SCORES = 2**20
-"""Scores of one query head in memory at one time, unless one block has more."""
+BUCKET_TOKENS = 16
+"""Sequences of one bucket begin at multiples of this many rows: at equal places in a vector
+register and in a cache line, which affect some kernels' order of summing."""
+
+NARROW = 16
+"""Matrix products with fewer columns than this take up to four times longer than transposed."""
 
 
-def most_scores(num_tokens: int, reach: Reach) -> int:
-    """The most scores of one query head in memory at one time, for a sequence of this length."""
-    limit, num_queries = reach.limit, min(num_tokens, BLOCK_TOKENS)
-    if limit is None:  # every block sees another number of keys, so it is computed alone
-        return num_queries * num_tokens
-    num_keys = min(num_tokens, limit + BLOCK_TOKENS)
-    return max(num_queries * num_keys, min(GROUP_SCORES, num_tokens * num_keys))
+def most_scores(num_tokens: int, longest: int, reach: Reach, num_heads: int) -> int:
+    """The most scores in memory at one time, for so many tokens in sequences up to ``longest``."""
+    num_keys = longest
+    if reach.limit is not None:
+        num_keys = min(longest, reach.limit + 2 * BLOCK_TOKENS + tile_tokens(num_heads, longest))
+    of_tile = num_heads * min(longest, tile_tokens(num_heads, num_keys)) * num_keys
+    return max(of_tile, min(TILE_SCORES, of_tile * (num_tokens // longest)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tile:
+    """Adjacent queries of a bucket's ranges, and the keys of which they see something."""
+
+    start: int
+    """The first query, counted from the range's first token."""
+    end: int
+    first_key: int
+    """Counted from the sequence's first token; a multiple of ``BLOCK_TOKENS``."""
+    end_key: int
+    mask: Tensor
+    """(end - start, m): 0 where a query sees one of the last m keys, else minus infinity."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Block:
-    """Adjacent queries of one range and the keys that they see."""
-
-    query_rows: Tensor
-    """(q,) int64, rows of the stream."""
-    key_rows: Tensor
-    """(k,) int64, those before the queries first; the last q are the queries' own."""
-    first_query: int
-    """Its position in the sequence."""
-
-    @property
-    def num_before(self) -> int:
-        return len(self.key_rows) - len(self.query_rows)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BlockGroup:
-    """Blocks of one shape, which share batched products."""
+class Bucket:
+    """Ranges of one padded length after equally many tokens."""
 
     queries: Slots
     keys: Slots
-    mask: Tensor
-    """(L, keys) float32: 0 where a query sees a key, else minus infinity."""
+    """All that the ranges see, from the first token of their sequences on."""
+    tiles: Sequence[_Tile]
 
 
-def make_block_groups(
-    row_ranges: Sequence[RowRange], reach: Reach, device: torch.device
-) -> list[BlockGroup]:
-    """The ranges, cut into blocks, those of one shape together."""
-    members: dict[tuple[int, ...], list[_Block]] = {}
+def make_buckets(
+    row_ranges: Sequence[RowRange], reach: Reach, num_heads: int, device: torch.device
+) -> list[Bucket]:
+    """The ranges, those of one shape together, in an order that does not depend on the stream."""
+    members: dict[tuple[int, int], list[RowRange]] = {}
     for row_range in row_ranges:
-        for block in _cut(row_range, reach):
-            # A chunk's end depends on the position; windows and causality are relative.
-            place = block.first_query % reach.chunk if reach.chunk else 0
-            shape = (block.num_before, padded_length(len(block.query_rows)), place)
-            members.setdefault(shape, []).append(block)
-    groups = []
-    for (num_before, length, _), alike in members.items():
-        at_once = max(1, GROUP_SCORES // (length * (num_before + length)))
+        shape = (row_range.num_before, padded_length(row_range.length))
+        members.setdefault(shape, []).append(row_range)
+    buckets = []
+    for (num_before, length), alike in sorted(members.items(), key=lambda item: item[0]):
+        tiles = list(_tiles(num_before, length, reach, num_heads, device))
+        most = max((tile.end - tile.start) * (tile.end_key - tile.first_key) for tile in tiles)
+        at_once = max(1, TILE_SCORES // (num_heads * most))
+        num_keys = round_up(num_before + length, BLOCK_TOKENS)
         for start in range(0, len(alike), at_once):
             some = alike[start : start + at_once]
-            groups.append(_group(some, num_before, length, reach, device))
-    return groups
+            queries = Slots.of([(each,) for each in some], length, device)
+            keys = Slots.of([each.seen for each in some], num_keys, device)
+            buckets.append(Bucket(queries=queries, keys=keys, tiles=tiles))
+    return buckets
 
 
-def _cut(row_range: RowRange, reach: Reach) -> Iterator[_Block]:
-    rows = stream_rows(row_range.seen)  # of the whole sequence, as far as this range goes
-    for first in range(row_range.num_before, row_range.num_keys, BLOCK_TOKENS):
-        end = min(first + BLOCK_TOKENS, row_range.num_keys)
-        first_key = reach.first_key(first)
-        yield _Block(query_rows=rows[first:end], key_rows=rows[first_key:end], first_query=first)
+def padded_length(length: int) -> int:
+    return round_up(length, BUCKET_TOKENS)
 
 
-def _group(
-    blocks: Sequence[_Block], num_before: int, length: int, reach: Reach, device: torch.device
-) -> BlockGroup:
-    size = num_before + length
-
-    def slots(rows: list[Tensor], padded: int) -> Slots:
-        return Slots(
-            count=len(blocks),
-            length=padded,
-            rows=torch.cat(rows).to(device),
-            slots=integers((i * padded, len(own)) for i, own in enumerate(rows)).to(device),
-        )
-
-    first = blocks[0].first_query
-    queries = torch.arange(first, first + length, device=device)
-    keys = torch.arange(first - num_before, first + length, device=device)
-    mask = torch.zeros(length, size, device=device)
-    return BlockGroup(
-        queries=slots([block.query_rows for block in blocks], length),
-        keys=slots([block.key_rows for block in blocks], size),
-        mask=mask.masked_fill_(~reach.sees(queries, keys), -math.inf),
-    )
+def _tiles(
+    num_before: int, length: int, reach: Reach, num_heads: int, device: torch.device
+) -> Iterator[_Tile]:
+    start = 0
+    while start < length:
+        first = num_before + start  # its position
+        first_key = reach.first_key(first) // BLOCK_TOKENS * BLOCK_TOKENS
+        most_keys = first - first_key + BLOCK_TOKENS
+        end = min(length, start + tile_tokens(num_heads, most_keys))
+        end_key = round_up(num_before + end, BLOCK_TOKENS)
+        own = reach
+        if reach.first_key(num_before + end - 1) == 0:
+            own = EVERYTHING
+        if own == EVERYTHING:
+            mask = causal_mask(end - start, end_key - first, device)
+        else:
+            # Relative positions: tiles of long sequences have the same masks again and again.
+            moved = first_key if own.chunk is None else first_key // own.chunk * own.chunk
+            mask = reach_mask(
+                own, first - moved, end - start, first_key - moved, end_key - first_key, device
+            )
+        yield _Tile(start=start, end=end, first_key=first_key, end_key=end_key, mask=mask)
+        start = end
 
 
 def block_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    groups: Sequence[BlockGroup],
+    buckets: Sequence[Bucket],
     variant: Variant,
     scaling: float,
+    *,
+    kept_keys: int = KEPT_KEYS,
 ) -> Tensor:
-    """Attention of the rows of all groups; zero for other rows.
+    """Attention of the rows of all buckets; zero for other rows.
 
     Args:
         query: (T, Hq, D).
         key: (T, Hkv, D), and ``value`` likewise.
+        kept_keys: See ``KEPT_KEYS``.
 
     Returns:
         (T, Hq, D), in the queries' dtype.
     """
-    output: Tensor = _BlockAttention.apply(query, key, value, groups, variant, scaling)  # type: ignore[no-untyped-call]  # torch has no types
+    output: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]  # torch has no types
+        query, key, value, buckets, variant, scaling, kept_keys
+    )
     return output
 
 
@@ -146,59 +163,130 @@ class _BlockAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        groups: Sequence[BlockGroup],
+        buckets: Sequence[Bucket],
         variant: Variant,
         scaling: float,
+        kept_keys: int,
     ) -> Tensor:
-        heads_each = query.shape[1] // key.shape[1]
+        ctx.buckets, ctx.variant, ctx.scaling = buckets, variant, scaling
+        ctx.key_shape = key.shape
+        ctx.kept_keys = kept_keys
         output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        for group in groups:
-            q = group.queries.pack(query, heads_each)
-            k, v = group.keys.pack(key, 1), group.keys.pack(value, 1)
-            shares = _shares(q, k, group, variant, scaling)
-            group.queries.unpack(product(shares, v), heads_each, output)
-        ctx.save_for_backward(query, key, value)
-        ctx.groups, ctx.variant, ctx.scaling = groups, variant, scaling
+        kept: list[Tensor] = []
+        if any(bucket.keys.length > kept_keys for bucket in buckets):
+            kept += [query, key, value]
+        for bucket in buckets:
+            packed = _Packed.of(bucket, query, key, value, scaling=scaling)
+            attended = torch.empty_like(packed.queries)
+            is_kept = bucket.keys.length <= kept_keys and any(ctx.needs_input_grad)
+            if is_kept:
+                kept += [packed.queries, packed.keys, packed.values]
+            for tile in bucket.tiles:
+                rows, shares = packed.attend(tile, variant)
+                attended[:, :, tile.start : tile.end] = rows
+                kept += [shares] * is_kept
+            bucket.queries.unpack(attended, output)
+        ctx.save_for_backward(*kept)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        query, key, value = ctx.saved_tensors
-        heads_each = query.shape[1] // key.shape[1]
-        grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        # A key that many blocks see has a gradient from each, so the sum is kept in float32.
-        grad_key = torch.zeros_like(key, dtype=torch.float32)
-        grad_value = torch.zeros_like(value, dtype=torch.float32)
-        for group in ctx.groups:
-            q = group.queries.pack(query, heads_each)
-            g = group.queries.pack(grad_output, heads_each)
-            k, v = group.keys.pack(key, 1), group.keys.pack(value, 1)
-            shares = _shares(q, k, group, ctx.variant, ctx.scaling)
-            grad_shares = torch.bmm(g, v.transpose(1, 2))
-            # The derivative of a softmax; a sink is part of its sum, but contributes no value.
-            grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
-            if ctx.variant.softcap is not None:
-                grad_scores.mul_(_slope(q, k, ctx.variant.softcap, ctx.scaling))
-            grad_scores.mul_(ctx.scaling)
-            group.queries.unpack(product(grad_scores, k), heads_each, grad_query)
-            group.keys.add(product(grad_scores.transpose(1, 2), q), 1, grad_key)
-            group.keys.add(product(shares.transpose(1, 2), g), 1, grad_value)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        kept = iter(ctx.saved_tensors)  # may be read only once, where they were computed again
+        inputs: tuple[Tensor, ...] = ()
+        if any(bucket.keys.length > ctx.kept_keys for bucket in ctx.buckets):
+            inputs = (next(kept), next(kept), next(kept))
+        grad_query = torch.zeros_like(grad_output, memory_format=torch.contiguous_format)
+        # A key that many ranges see has a gradient from each, so the sum is kept in float32.
+        grad_key = grad_output.new_zeros(ctx.key_shape, dtype=torch.float32)
+        grad_value = torch.zeros_like(grad_key)
+        for bucket in ctx.buckets:
+            is_kept = bucket.keys.length <= ctx.kept_keys
+            if is_kept:
+                packed = _Packed(queries=next(kept), keys=next(kept), values=next(kept))
+            else:
+                packed = _Packed.of(bucket, *inputs, scaling=ctx.scaling)
+            grads = packed.zeros()
+            packed_grad = bucket.queries.pack(grad_output, packed.queries.shape[1])
+            for tile in bucket.tiles:
+                shares = next(kept) if is_kept else packed.attend(tile, ctx.variant)[1]
+                packed.add_gradients(grads, packed_grad, tile, shares, ctx.variant)
+            bucket.queries.unpack(grads.queries.mul_(ctx.scaling), grad_query)
+            bucket.keys.add(grads.keys[:, None], grad_key)
+            bucket.keys.add(grads.values[:, None], grad_value)
+        dtype = grad_output.dtype
+        grads_of_inputs = (grad_query, grad_key.to(dtype), grad_value.to(dtype))
+        return (*grads_of_inputs, None, None, None, None)
 
 
-def _shares(q: Tensor, k: Tensor, group: BlockGroup, variant: Variant, scaling: float) -> Tensor:
-    """(B * Hkv, Hq / Hkv * L, keys)"""
-    length = group.queries.length
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
-    sinks = variant.sinks
-    if sinks is not None:
-        by_row = sinks.view(-1, q.shape[1] // length).repeat_interleave(length, 1)  # (Hkv, rows)
-        sinks = by_row.repeat(group.queries.count, 1)[..., None]
-    mask = group.mask.repeat(q.shape[1] // length, 1)
-    return variant.shares(scores, mask, sinks)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Packed:
+    """A bucket's numbers, or their gradients, all float32; B is its ranges times key heads."""
+
+    queries: Tensor
+    """(B, heads, L, D), scaled"""
+    keys: Tensor
+    """(B, K, D)"""
+    values: Tensor
+    """(B, K, D)"""
+
+    @classmethod
+    def of(
+        cls, bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, *, scaling: float
+    ) -> _Packed:
+        return cls(
+            queries=bucket.queries.pack(query, query.shape[1] // key.shape[1]).mul_(scaling),
+            keys=bucket.keys.pack(key, 1)[:, 0],
+            values=bucket.keys.pack(value, 1)[:, 0],
+        )
+
+    def zeros(self) -> _Packed:
+        return _Packed(
+            queries=torch.empty_like(self.queries),
+            keys=torch.zeros_like(self.keys),
+            values=torch.zeros_like(self.values),
+        )
+
+    def attend(self, tile: _Tile, variant: Variant) -> tuple[Tensor, Tensor]:
+        """(B, heads, n, D), and the shares (B, heads * n, keys)."""
+        keys = slice(tile.first_key, tile.end_key)
+        rows, shares = attend_rows(
+            _rows(self.queries, tile),
+            self.keys[:, keys],
+            self.values[:, keys],
+            tile.mask,
+            variant,
+            heads_each=self.queries.shape[1],
+            first_block=tile.first_key // BLOCK_TOKENS,
+        )
+        return rows.unflatten(1, (-1, tile.end - tile.start)), shares
+
+    def add_gradients(
+        self, grads: _Packed, grad_output: Tensor, tile: _Tile, shares: Tensor, variant: Variant
+    ) -> None:
+        """Add to ``grads`` those of a tile, from its shares and that of the output
+        (B, heads, L, D); the queries' is that of the scaled ones, and is written."""
+        span = slice(tile.first_key, tile.end_key)
+        q, g = _rows(self.queries, tile), _rows(grad_output, tile)
+        k, v = self.keys[:, span], self.values[:, span]
+        grad_shares = torch.bmm(g, v.transpose(1, 2))
+        # The derivative of a softmax; a sink is part of its sum, but contributes no value.
+        grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, shares.dtype)
+        if variant.softcap is not None:
+            slope = capped(torch.bmm(q, k.transpose(1, 2)), variant.softcap)
+            grad_scores.mul_(slope.div_(variant.softcap).square_().neg_().add_(1))
+        by_head = _product(grad_scores, k).unflatten(1, (-1, tile.end - tile.start))
+        grads.queries[:, :, tile.start : tile.end] = by_head
+        grads.keys[:, span].add_(_product(grad_scores.transpose(1, 2), q))
+        grads.values[:, span].add_(_product(shares.transpose(1, 2), g))
 
 
-def _slope(q: Tensor, k: Tensor, softcap: float, scaling: float) -> Tensor:
-    """The derivative of the capped scores by the scores."""
-    capped = torch.bmm(q, k.transpose(1, 2)).mul_(scaling / softcap).tanh_()
-    return capped.square_().neg_().add_(1)
+def _rows(x: Tensor, tile: _Tile) -> Tensor:
+    """(B, heads * n, D), a tile's rows of x (B, heads, L, D)."""
+    return x[:, :, tile.start : tile.end].flatten(1, 2)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Batched left @ right."""
+    if right.shape[2] >= NARROW:
+        return torch.bmm(left, right)
+    return torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)

@@ -2,7 +2,7 @@
 
 A pass has the next tokens of several sequences: some of a prompt, or the newest of each. This
 module stores their keys and values and plans which rows share products; the arithmetic, and what
-it promises, is in ``paged_products``.
+it promises, is in ``arithmetic``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, KvCache
+from training.engine.sampler.kv_cache import KvCache
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, GROUP_BLOCKS
 from training.engine.torch.attention.interface import Attention
 from training.engine.torch.attention.paged_parts import (
-    GROUP_BLOCKS,
     Part,
     Rows,
     num_seen,

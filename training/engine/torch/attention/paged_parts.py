@@ -9,11 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, blocks_for
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, GROUP_BLOCKS, blocks_for
 from training.engine.torch.attention.variants import Reach
-
-GROUP_BLOCKS = 8
-"""Blocks whose products are added to each other first (``paged_products``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,7 @@
 """Attention while sampling: over keys and values in the blocks of a cache.
 
-A query row's result has the same bits whether its token is read in a prompt, sampled, or read again
-after its blocks were lost, whatever precedes it in the cache already, and whatever shares the pass.
-So there is one arithmetic, in float32, for all of these rows:
-
-1. scores: a product of one query row with each key;
-2. shares: a softmax over the scores of whole blocks, in which keys that the row does not see are
-   minus infinity;
-3. for each block, the product of its shares and its values;
-4. the sum of these products in groups of ``GROUP_BLOCKS`` blocks, counted from the sequence's
-   first block, each group from left to right, and then over the groups from left to right.
-
-Blocks without a visible key may be left out or added: they add exact zeros. Matrix products get
-rows in multiples of ``ROWS_MULTIPLE`` and never more than one block of values, because only then
-do the bits of a row not depend on the number of rows (measured with MKL, one thread and two).
-
-On a GPU torch's fused kernel computes layers with plain scores.
+A row's bits are ``arithmetic``'s, in one product with many others or not. On a GPU torch's fused
+kernel computes layers with plain scores.
 """
 
 from __future__ import annotations
@@ -28,9 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from training.engine.sampler.kv_cache import BLOCK_TOKENS, blocks_for
-from training.engine.torch.attention.paged_parts import (
+from training.engine.torch.attention.arithmetic import (
+    BLOCK_TOKENS,
     GROUP_BLOCKS,
+    ROWS_MULTIPLE,
+    attend_rows,
+    blocks_for,
+    capped,
+    causal_mask,
+    softmax,
+    tile_tokens,
+)
+from training.engine.torch.attention.paged_parts import (
     Blocks,
     Part,
     Rows,
@@ -39,16 +34,6 @@ from training.engine.torch.attention.paged_parts import (
     seen_blocks,
 )
 from training.engine.torch.attention.variants import EVERYTHING, Reach, Variant
-
-ROWS_MULTIPLE = 4
-
-TILE_TOKENS = 128
-"""Most tokens of a prompt whose scores exist at one time."""
-
-TILE_SCORES = 2**24
-"""Most scores that exist at one time, unless ``FEWEST_TILE_TOKENS`` have more."""
-
-FEWEST_TILE_TOKENS = 16
 
 FUSES_PLAIN_ON = ("cuda",)
 """Devices on which torch's fused kernel computes layers with plain scores."""
@@ -106,7 +91,7 @@ class NewestTokens:
         q = pad(q, (0, 0, 0, missing))
         scores = self._scores(q, keys)
         if variant.softcap is not None:
-            scores = _capped(scores, variant.softcap)
+            scores = capped(scores, variant.softcap)
         scores = (scores + self._mask).flatten(3)  # (B, Hkv, G, N * tokens)
         sinks = variant.sinks
         if sinks is not None:
@@ -180,7 +165,7 @@ class PromptTokens:
         rows = slice(self._part.first_row, self._part.first_row + self._part.num_tokens)
         q = query[rows].unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3)  # (Hkv, G, C, D)
         k, v = self._blocks.of(keys), self._blocks.of(values)  # (N, Hkv, tokens, D)
-        k = k.transpose(0, 1).flatten(1, 2)  # (Hkv, keys, D)
+        k, v = (x.transpose(0, 1).flatten(1, 2) for x in (k, v))  # (Hkv, keys, D)
         if query.device.type in FUSES_PLAIN_ON and variant.has_plain_scores:
             attended = self._fused(q, k, v, scaling)
         else:
@@ -188,18 +173,31 @@ class PromptTokens:
         output[rows] = attended.permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
 
     def _by_tiles(self, q: Tensor, k: Tensor, v: Tensor, variant: Variant) -> Tensor:
-        """(Hkv, G, C, D)"""
-        scores_each = q.shape[0] * q.shape[1] * k.shape[1]
-        size = min(TILE_TOKENS, max(FEWEST_TILE_TOKENS, TILE_SCORES // scores_each))
+        """(Hkv, G, C, D) of q likewise, k and v (Hkv, keys, D)."""
+        num_heads, heads_each, num_tokens, _ = q.shape
+        size = tile_tokens(num_heads * heads_each, k.shape[1])
         tiles = []
-        for start in range(0, q.shape[2], size):
-            end = min(start + size, q.shape[2])
-            num_blocks = blocks_for(self._part.start + end - self._first_key)
-            num_keys = num_blocks * BLOCK_TOKENS
-            mask = self._mask[start:end, :num_keys]
-            tiles.append(
-                _attend_tile(q[:, :, start:end], k[:, :num_keys], v[:num_blocks], mask, variant)
+        for start in range(0, num_tokens, size):
+            end = min(start + size, num_tokens)
+            first = self._part.start + start - self._first_key
+            num_keys = blocks_for(self._part.start + end - self._first_key) * BLOCK_TOKENS
+            if self._reach == EVERYTHING:
+                mask = causal_mask(end - start, num_keys - first, self._device)
+            else:
+                mask = self._mask[start:end, :num_keys]
+            rows = q[:, :, start:end].flatten(1, 2)
+            rows = pad(rows, (0, 0, 0, -rows.shape[1] % ROWS_MULTIPLE))
+            attended, _ = attend_rows(
+                rows,
+                k[:, :num_keys],
+                v[:, :num_keys],
+                mask,
+                variant,
+                heads_each=heads_each,
+                first_block=self._first_key // BLOCK_TOKENS,
             )
+            own = attended[:, : heads_each * (end - start)]
+            tiles.append(own.unflatten(1, (heads_each, end - start)))
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -207,7 +205,7 @@ class PromptTokens:
         attended = scaled_dot_product_attention(
             q.flatten(0, 1)[None],  # (1, Hq, C, D)
             k[None],
-            v.transpose(0, 1).flatten(1, 2)[None],
+            v[None],
             attn_mask=self._mask.to(q.dtype),
             scale=scaling,
             enable_gqa=heads_each != 1,
@@ -216,54 +214,8 @@ class PromptTokens:
         return by_head
 
 
-def _attend_tile(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, variant: Variant) -> Tensor:
-    """(Hkv, G, n, D) of q likewise, k (Hkv, keys, D), v (N, Hkv, tokens, D), mask (n, keys)."""
-    shape = q.shape[1:3]
-    num_rows = shape.numel()
-    missing = -num_rows % ROWS_MULTIPLE
-    rows = pad(q.flatten(1, 2), (0, 0, 0, missing))
-    scores = torch.bmm(rows, k.transpose(1, 2))  # (Hkv, rows, keys)
-    if variant.softcap is not None:
-        scores = _capped(scores, variant.softcap)
-    scores[:, :num_rows].unflatten(1, shape).add_(mask)
-    sinks = variant.sinks
-    if sinks is not None:
-        sinks = sinks.float().view(len(q), -1).repeat_interleave(shape[1], 1)
-        sinks = pad(sinks, (0, missing))[..., None]
-    shares = softmax(scores, sinks)
-    total = _weigh(shares, v[:GROUP_BLOCKS])
-    for first in range(GROUP_BLOCKS, len(v), GROUP_BLOCKS):
-        rest = shares[..., first * BLOCK_TOKENS :]
-        total.add_(_weigh(rest, v[first : first + GROUP_BLOCKS]))
-    attended: Tensor = total[:, :num_rows].unflatten(1, shape)
-    return attended
-
-
-def _weigh(shares: Tensor, v: Tensor) -> Tensor:
-    """The sum over a group of blocks v (N, Hkv, tokens, D) of their products with the first of
-    these shares (Hkv, rows, keys)."""
-    total = torch.bmm(shares[..., :BLOCK_TOKENS], v[0])
-    for i in range(1, len(v)):
-        total.add_(torch.bmm(shares[..., i * BLOCK_TOKENS : (i + 1) * BLOCK_TOKENS], v[i]))
-    return total
-
-
-def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """The softmax over the last dimension; sinks (..., 1) are part of its sum, without a value."""
-    if sinks is None:
-        return scores.softmax(-1)
-    # A whole block before the first, so that every key keeps its place among the lanes of a sum.
-    before = scores.new_full((*scores.shape[:-1], BLOCK_TOKENS), -math.inf)
-    before[..., :1] = sinks
-    return torch.cat([before, scores], dim=-1).softmax(-1)[..., BLOCK_TOKENS:]
-
-
-def _capped(scores: Tensor, softcap: float) -> Tensor:
-    return (scores / softcap).tanh_().mul_(softcap)
-
-
 def _sum_blocks(products: Tensor) -> Tensor:
-    """(B, ...) the sum of (B, N, ...) over N blocks, in the order that this module promises."""
+    """(B, ...) the sum of (B, N, ...) over N blocks, in ``arithmetic``'s order."""
     if products.shape[1] == 1:
         return products[:, 0]
     size = min(products.shape[1], GROUP_BLOCKS)

@@ -1,6 +1,8 @@
-"""Causal attention of whole sequences of a packed stream: which calls compute them, and the calls.
+"""Causal attention of whole sequences of a packed stream: which calls compute them.
 
-Nothing is cached: every key is in the stream.
+Nothing is cached: every key is in the stream. ``blocks`` computes all layers on a CPU, with the
+sampler's arithmetic; on a GPU torch's fused kernel computes sequences with plain scores that see
+all earlier tokens.
 """
 
 from __future__ import annotations
@@ -14,17 +16,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from training.engine.torch.attention.blocks import (
-    BlockGroup,
+    KEPT_KEYS,
+    Bucket,
     block_attention,
-    make_block_groups,
+    make_buckets,
 )
 from training.engine.torch.attention.interface import Attention
-from training.engine.torch.attention.short import (
-    SHORT_TOKENS,
-    Bucket,
-    make_buckets,
-    short_attention,
-)
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, stream_rows, take_rows
 
@@ -32,16 +29,25 @@ from training.engine.torch.packing.ranges import RowRange, stream_rows, take_row
 class SequenceAttention(Attention):
     """Causal attention of whole sequences: nothing cached, every key is in the stream."""
 
-    def __init__(self, row_ranges: Sequence[RowRange], *, on_cpu: bool | None = None) -> None:
+    def __init__(
+        self,
+        row_ranges: Sequence[RowRange],
+        *,
+        fuses: bool | None = None,
+        kept_keys: int = KEPT_KEYS,
+    ) -> None:
         """
         Args:
             row_ranges: The parts of the stream, in order.
-            on_cpu: Whether to group calls as is best on a CPU; None decides by the tensors' device.
+            fuses: Whether torch's fused kernel computes plain attention; None decides by the
+                tensors' device.
+            kept_keys: See ``blocks.KEPT_KEYS``.
         """
-        self._on_cpu = on_cpu
+        self._fuses = fuses
+        self._kept_keys = kept_keys
         self._row_ranges = row_ranges
         self._longest = max(row_range.num_keys for row_range in row_ranges)
-        self._plans: dict[tuple[Reach, bool], _Plan] = {}
+        self._plans: dict[tuple[Reach, bool, int], _Plan] = {}
 
     def attend(
         self,
@@ -52,21 +58,27 @@ class SequenceAttention(Attention):
         scaling: float,
         variant: Variant = PLAIN,
     ) -> Tensor:
-        plan = self._plan(variant, query.device)
-        if plan.plain is None:
-            return block_attention(query, key, value, plan.blocks, variant, scaling)
-        plain = plain_attention(query, key, value, plan.plain, scaling)
-        if plan.in_blocks is None:
-            return plain
-        blocks = block_attention(query, key, value, plan.blocks, variant, scaling)
-        return torch.where(plan.in_blocks, blocks, plain)  # (T, Hq, D)
+        plan = self._plan(variant, query.shape[1], query.device)
+        blocks = fused = None
+        if plan.buckets:
+            kept = self._kept_keys
+            blocks = block_attention(
+                query, key, value, plan.buckets, variant, scaling, kept_keys=kept
+            )
+        if plan.fused is not None:
+            fused = _fused_attention(query, key, value, plan.fused, scaling)
+        if blocks is None or fused is None:
+            output = fused if blocks is None else blocks
+            assert output is not None  # noqa: S101 - each range is in one of the two
+            return output
+        return torch.where(plan.in_buckets, blocks, fused)  # (T, Hq, D)
 
-    def _plan(self, variant: Variant, device: torch.device) -> _Plan:
+    def _plan(self, variant: Variant, num_heads: int, device: torch.device) -> _Plan:
         reach = EVERYTHING if variant.reach.covers(self._longest) else variant.reach
-        key = (reach, variant.has_plain_scores)
+        fuses = device.type != "cpu" if self._fuses is None else self._fuses
+        key = (reach, fuses and variant.has_plain_scores, num_heads)
         if key not in self._plans:
-            on_cpu = device.type == "cpu" if self._on_cpu is None else self._on_cpu
-            self._plans[key] = _Plan.of(self._row_ranges, variant, reach, device, on_cpu=on_cpu)
+            self._plans[key] = _Plan.of(self._row_ranges, *key, device)
         return self._plans[key]
 
 
@@ -74,55 +86,33 @@ class SequenceAttention(Attention):
 class _Plan:
     """The computation of one stream's ranges in the layers of one variant."""
 
-    plain: AttentionPlan | None
-    """For sequences that see all earlier tokens, as in a layer without a window; None if there are
-    none."""
-    blocks: Sequence[BlockGroup]
-    """For the other sequences."""
-    in_blocks: Tensor | None
-    """(T, 1, 1) bool, the rows of the others; None if there are none."""
+    fused: FusedPlan | None
+    """Of ranges that the fused kernel computes; None if there are none."""
+    buckets: Sequence[Bucket]
+    """Of the others."""
+    in_buckets: Tensor
+    """(T, 1, 1) bool, the rows of the others."""
 
     @classmethod
     def of(
         cls,
         row_ranges: Sequence[RowRange],
-        variant: Variant,
         reach: Reach,
+        fuses: bool,
+        num_heads: int,
         device: torch.device,
-        *,
-        on_cpu: bool,
     ) -> _Plan:
-        def is_plain(row_range: RowRange) -> bool:
-            return variant.has_plain_scores and reach.covers(row_range.num_keys)
-
-        plain = [row_range for row_range in row_ranges if is_plain(row_range)]
-        others = [row_range for row_range in row_ranges if not is_plain(row_range)]
-        if not others:
-            whole = AttentionPlan.of(row_ranges, device, on_cpu=on_cpu)
-            return cls(plain=whole, blocks=(), in_blocks=None)
-        groups = make_block_groups(others, reach, device)
-        if not plain:
-            return cls(plain=None, blocks=groups, in_blocks=None)
-        in_blocks = torch.zeros(row_ranges[-1].end, 1, 1, dtype=torch.bool, device=device)
-        in_blocks[stream_rows(others).to(device)] = True
-        some = AttentionPlan.of(plain, device, on_cpu=on_cpu, is_whole_stream=False)
-        return cls(plain=some, blocks=groups, in_blocks=in_blocks)
-
-
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scaling: float
-) -> Tensor:
-    """Attention of the rows of a plan; zero for others. (T, Hq, D)"""
-    if not plan.runs:
-        return short_attention(query, key, value, plan.buckets, scaling)
-    long = _long_attention(query, key, value, plan, scaling)
-    if plan.rows is None:
-        return long
-    if plan.buckets:
-        output = short_attention(query, key, value, plan.buckets, scaling)
-    else:
-        output = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    return output.index_copy(0, plan.rows, long)
+        fused = [r for r in row_ranges if fuses and reach.covers(r.num_keys)]
+        others = [r for r in row_ranges if not (fuses and reach.covers(r.num_keys))]
+        in_buckets = torch.zeros(row_ranges[-1].end, 1, 1, dtype=torch.bool, device=device)
+        if others:
+            in_buckets[stream_rows(others).to(device)] = True
+        whole = not others
+        return cls(
+            fused=FusedPlan.of(fused, device, is_whole_stream=whole) if fused else None,
+            buckets=make_buckets(others, reach, num_heads, device),
+            in_buckets=in_buckets,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,49 +136,30 @@ class _Run:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionPlan:
-    """The grouping of one stream's ranges into calls, the same in every layer.
+class FusedPlan:
+    """The grouping of ranges into calls of the fused kernel, the same in every layer: neighbours of
+    equal length share a call."""
 
-    On a CPU short sequences are computed together and the others one by one (its fused float32
-    kernel changes the last bits of some shapes in a batch); on a GPU neighbours of equal length
-    share a call.
-    """
-
-    buckets: Sequence[Bucket]
     runs: Sequence[_Run]
     rows: Tensor | None
-    """(n,) int64, the rows of the runs; None if they are the whole stream, in order, or none."""
+    """(n,) int64, the rows of the runs; None if they are the whole stream, in order."""
     key_rows: Tensor | None
     """(m,) int64, the rows that the runs see, run by run; None if they equal ``rows``."""
 
     @classmethod
     def of(
-        cls,
-        row_ranges: Sequence[RowRange],
-        device: torch.device,
-        *,
-        on_cpu: bool,
-        is_whole_stream: bool = True,
-    ) -> AttentionPlan:
+        cls, row_ranges: Sequence[RowRange], device: torch.device, *, is_whole_stream: bool
+    ) -> FusedPlan:
         """``is_whole_stream``: whether the ranges are all rows of the stream, in order."""
-        short_tokens = SHORT_TOKENS if on_cpu else 0
-        short = [row_range for row_range in row_ranges if row_range.num_keys <= short_tokens]
-        long = [row_range for row_range in row_ranges if row_range.num_keys > short_tokens]
-
-        def batch_mates(numbered: tuple[int, RowRange]) -> tuple[int, ...]:
-            index, row_range = numbered
-            return (index,) if on_cpu else (row_range.length, row_range.num_before)
-
         runs = []
-        for _, run in groupby(enumerate(long), batch_mates):
-            alike = [row_range for _, row_range in run]
+        for _, run in groupby(row_ranges, lambda r: (r.length, r.num_before)):
+            alike = list(run)
             runs.append(_make_run(alike[0], len(alike), device))
         rows = key_rows = None
-        shares_rows = any(row_range.before for row_range in long)
-        if long and (short or shares_rows or not is_whole_stream):
-            rows = stream_rows(long).to(device)
-            key_rows = stream_rows(each for row_range in long for each in row_range.seen).to(device)
-        return cls(buckets=make_buckets(short), runs=runs, rows=rows, key_rows=key_rows)
+        if any(row_range.before for row_range in row_ranges) or not is_whole_stream:
+            rows = stream_rows(row_ranges).to(device)
+            key_rows = stream_rows(each for r in row_ranges for each in r.seen).to(device)
+        return cls(runs=runs, rows=rows, key_rows=key_rows)
 
 
 def _make_run(row_range: RowRange, count: int, device: torch.device) -> _Run:
@@ -199,9 +170,18 @@ def _make_run(row_range: RowRange, count: int, device: torch.device) -> _Run:
     return _Run(count=count, length=row_range.length, num_before=row_range.num_before, mask=mask)
 
 
-def _long_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scaling: float
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: FusedPlan, scaling: float
 ) -> Tensor:
+    """Attention of the rows of a plan; zero for others. (T, Hq, D)"""
+    attended = _of_runs(query, key, value, plan, scaling)
+    if plan.rows is None:
+        return attended
+    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    return output.index_copy(0, plan.rows, attended)
+
+
+def _of_runs(query: Tensor, key: Tensor, value: Tensor, plan: FusedPlan, scaling: float) -> Tensor:
     """(n, Hq, D), the rows of the runs, one run after another."""
     if plan.rows is not None and plan.key_rows is not None:
         query = take_rows(query, plan.rows)

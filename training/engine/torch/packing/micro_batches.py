@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from training.engine.torch.packing.plan import Item, Piece, PlannedJob, plan_pieces
 from training.engine.torch.packing.prefix_tree import Path, lay_out, shared_paths
 from training.engine.torch.packing.ranges import RowRange
-from training.engine.torch.packing.stream import MIN_ROWS
+from training.engine.torch.packing.stream import MIN_ROWS, ROWS_MULTIPLE, round_up
 from training.types import Datum
 
 
@@ -101,8 +101,8 @@ class LossSpan:
 class MicroBatch:
     """Datums that go through the model together.
 
-    A stream of fewer than ``MIN_ROWS`` rows ends in padding, a sequence that belongs to no part
-    and no loss.
+    A stream of too few rows ends in padding, a sequence that belongs to no part and no loss; a
+    packed one also if its rows are no multiple of ``ROWS_MULTIPLE``.
     """
 
     datums: Sequence[PackedDatum]
@@ -141,7 +141,8 @@ def plan_micro_batches(
     token_budget: int,
     *,
     rotary_switch: int | None = None,
-    shares_prefixes: bool = True,
+    fewest_rows: int = MIN_ROWS,
+    is_packed: bool = True,
     chosen: Mapping[PlannedJob, range] | None = None,
 ) -> list[MicroBatch]:
     """Pack every datum of every job once.
@@ -150,7 +151,9 @@ def plan_micro_batches(
         jobs: Either all of them train, or none.
         token_budget: Most rows in a micro-batch, unless a single datum is longer.
         rotary_switch: Longer datums share nothing with others; see ``BaseModel``.
-        shares_prefixes: Whether datums may share the rows of a prefix.
+        fewest_rows: The least rows of a micro-batch.
+        is_packed: Whether the stream goes through the model as it is, so that datums may share the
+            rows of a prefix.
         chosen: The indices of the datums to pack, by job; None packs all.
     """
     by_part: dict[tuple[str, int], list[PlannedJob]] = {}
@@ -167,7 +170,7 @@ def plan_micro_batches(
         ]
         sequences = [planned.job.data[index].model_input for planned, index in origins[first:]]
         paths: Sequence[Path] = [()] * len(sequences)
-        if shares_prefixes:
+        if is_packed:
             datums = [planned.job.data[index] for planned, index in origins[first:]]
             named = [_named_tokens(d) if d.images else d.model_input for d in datums]
             paths = shared_paths(named, rotary_switch=rotary_switch)
@@ -180,7 +183,11 @@ def plan_micro_batches(
             )
             for number, (tokens, path) in enumerate(zip(sequences, paths, strict=True), first)
         ]
-    return [_make_batch(origins, pieces) for pieces in plan_pieces(parts, token_budget)]
+    multiple = ROWS_MULTIPLE if is_packed else 1
+    return [
+        _make_batch(origins, pieces, fewest_rows, multiple)
+        for pieces in plan_pieces(parts, token_budget)
+    ]
 
 
 def _named_tokens(datum: Datum) -> NDArray[Any]:
@@ -193,10 +200,17 @@ def _named_tokens(datum: Datum) -> NDArray[Any]:
     return named
 
 
-def _make_batch(origins: Sequence[tuple[PlannedJob, int]], pieces: Sequence[Piece]) -> MicroBatch:
+def _make_batch(
+    origins: Sequence[tuple[PlannedJob, int]],
+    pieces: Sequence[Piece],
+    fewest_rows: int,
+    rows_multiple: int,
+) -> MicroBatch:
     """
     Args:
         origins: By an item's number, the job of its datum and the datum's index there.
+        fewest_rows: The least rows of the stream.
+        rows_multiple: It has a multiple of this many.
     """
     item_ranges, part_rows = _rows(pieces)
     datums: list[PackedDatum] = []
@@ -209,8 +223,8 @@ def _make_batch(origins: Sequence[tuple[PlannedJob, int]], pieces: Sequence[Piec
     scored, places = _scored_tokens(rows, targets)
     row_ranges = list(dict.fromkeys(one for packed in datums for one in packed.row_ranges))
     num_rows = row_ranges[-1].end
-    if num_rows < MIN_ROWS:
-        row_ranges.append(RowRange(start=num_rows, length=MIN_ROWS - num_rows))
+    if missing := round_up(max(fewest_rows, num_rows), rows_multiple) - num_rows:
+        row_ranges.append(RowRange(start=num_rows, length=missing))
     tokens = np.zeros(row_ranges[-1].end, np.int64)
     for packed in datums:
         for row_range in packed.row_ranges:

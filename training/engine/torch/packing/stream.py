@@ -41,9 +41,14 @@ MIN_ROWS = 16
 up for missing ones. CPU kernels for very few rows sum in another order than those for many, so
 without this a small request's last bits would depend on its batch-mates."""
 
+ROWS_MULTIPLE = 4
+"""The rows of a product are padded to a multiple of this. CPU kernels take rows in such blocks and
+sum the remaining ones in another order, so without it a row's last bits would depend on its place
+(measured with MKL and oneDNN, one thread and several)."""
+
 RANK_MULTIPLE = 8
-"""At these ranks a row of a product with A or B has the same bits among few rows, at least
-``MIN_ROWS``, and among many; at ranks 1 and 5 it has not (float32, MKL)."""
+"""On a CPU, A and B of other ranks get zeros up to a multiple of this in products. Then a row has
+the same bits among few rows and among many; at ranks 1 and 5 it has not (float32, MKL)."""
 
 SMALL_PRODUCT = 16**3
 """Up to this many multiplications torch uses another kernel for a bfloat16 product on a CPU, which
@@ -154,8 +159,7 @@ class PackedContext(PassContext):
 
 
 def join(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Group adjacent segments of one adapter if that does not affect a row's bits: see
-    RANK_MULTIPLE."""
+    """Group adjacent segments of one adapter if that does not affect a row's bits."""
     groups: list[list[Segment]] = []
     for segment in segments:
         if groups and _may_join(groups[-1][-1], segment):
@@ -174,7 +178,6 @@ def _may_join(left: Segment, right: Segment) -> bool:
     return (
         left.weights is right.weights
         and left.weights is not None
-        and left.weights.layout.rank % RANK_MULTIPLE == 0
         and min(left.end - left.start, right.end - right.start) >= MIN_ROWS
     )
 

@@ -42,7 +42,8 @@ def rounds(
             jobs,
             token_budget,
             rotary_switch=base_model.rotary_switch,
-            shares_prefixes=not base_model.is_padded,
+            fewest_rows=max(MIN_ROWS, base_model.fewest_rows),
+            is_packed=not base_model.is_padded,
             chosen=chosen,
         )
 
