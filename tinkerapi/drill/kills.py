@@ -167,8 +167,9 @@ def _is(target: Target, process: Process, server: DrilledServer) -> bool:
     command = process.command
     match target:
         case "worker":
-            # django-q2 renames the process if setproctitle is installed.
-            return is_part and (command.startswith("qcluster") or " engineworker" in command)
+            # Any of its ranks. django-q2 renames the process if setproctitle is installed.
+            is_first = command.startswith("qcluster") or " engineworker" in command
+            return (is_part and is_first) or "training.engine.group.follower" in command
         case "web":
             return is_part and "granian" in command
         case "web child":

@@ -54,7 +54,8 @@ def run_job(
         ServerFailed: It did not start.
         DrillFailed: A client gave up, or a kill could not be carried out.
     """
-    environment = {**environment, "TINKERAPI_BASE_MODEL": str(model_folder)}
+    if "TINKERAPI_CONFIG" not in environment:
+        environment = {**environment, "TINKERAPI_BASE_MODEL": str(model_folder)}
     server = DrilledServer(data_dir, environment=environment)
     try:
         server.spawn()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,10 @@ ENVIRONMENT = {
     "TINKERAPI_SNAPSHOT_SECONDS": "0",  # as often as their cost allows, so that kills meet them
 }
 """Settings of the drilled servers; all others have their defaults."""
+RANKS = ("tp_size", "fsdp_size", "ep_size")
+"""Sizes of a worker over several devices."""
+IN_TABLE = ("DEVICE", "DTYPE", "LAYOUT")
+"""Settings that a configuration file replaces."""
 SHOWN_DIFFERENCES = 20
 
 
@@ -49,6 +55,13 @@ class Command(BaseCommand):
         parser.add_argument(
             "--workers", type=int, default=1, help="of the base model (default %(default)s)"
         )
+        for name in RANKS:
+            parser.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=int,
+                default=1,
+                help="of a worker over several devices; then --workers must be 1 (default 1)",
+            )
         parser.add_argument(
             "--model-folder", type=Path, help="base model; default: a tiny one made for the drill"
         )
@@ -68,6 +81,8 @@ class Command(BaseCommand):
             raise CommandError("expected at least 0 --kills and 1 of --adapters")
         if not 1 <= options["workers"] <= MOST_WORKERS:
             raise CommandError(f"--workers: expected 1 to {MOST_WORKERS}")
+        if options["workers"] > 1 and any(options[name] > 1 for name in RANKS):
+            raise CommandError("--workers: expected 1 beside --tp-size or --fsdp-size")
         steps = options["kills"] + 8 if options["steps"] is None else options["steps"]
         self._environment = dict(ENVIRONMENT)
         scratch = Path(tempfile.mkdtemp(prefix="tinkerapi-drill-"))
@@ -99,6 +114,14 @@ class Command(BaseCommand):
         if folder is None:
             folder = make_tiny_model(scratch / "tiny", seed=seed)
             self._environment["TINKERAPI_ADAPTER_CACHE_BYTES"] = str(ADAPTER_CACHE_BYTES)
+        if any(options[name] > 1 for name in RANKS):
+            config = scratch / "models.toml"
+            config.write_text(_table(folder, self._environment, options))
+            self._environment = {
+                "TINKERAPI_CONFIG": str(config),
+                **{name: value for name, value in self._environment.items() if name in ENVIRONMENT},
+                **dict.fromkeys((f"TINKERAPI_{name}" for name in IN_TABLE), ""),
+            }
         job = make_job(seed=seed, steps=steps, trainees=options["adapters"])
         plan = plan_kills(seed=seed, kills=options["kills"], requests=num_requests(job))
         self._kills = len(plan)
@@ -106,7 +129,8 @@ class Command(BaseCommand):
         self.stdout.write(f"{self._requests} requests of {len(job)} adapters, unbroken ...")
         unbroken = self._run(scratch / "unbroken", folder, job, seed=seed)
         # One undisturbed worker is the measure of several.
-        self._environment["TINKERAPI_WORKERS"] = str(options["workers"])
+        if options["workers"] > 1:
+            self._environment["TINKERAPI_WORKERS"] = str(options["workers"])
         if options["storage"]:
             self._environment["TINKERAPI_STORAGE"] = options["storage"]
         self.stdout.write(f"took {unbroken.seconds:.1f} s; the same with {len(plan)} kills ...")
@@ -126,6 +150,7 @@ class Command(BaseCommand):
                 "steps": steps,
                 "adapters": options["adapters"],
                 "workers": options["workers"],
+                **{name: options[name] for name in RANKS},
                 "model": folder.name,
             },
         )
@@ -143,6 +168,18 @@ class Command(BaseCommand):
             f"{answered} of {self._requests} answers"
         )
         self.stdout.flush()
+
+
+def _table(folder: Path, environment: Mapping[str, str], options: Mapping[str, Any]) -> str:
+    """The configuration file of a worker over several devices."""
+    lines = ["[[base_model]]", f"path = {json.dumps(str(folder.resolve()))}"]
+    lines += [f"{name} = {options[name]}" for name in RANKS]
+    if cache_bytes := environment.get("TINKERAPI_ADAPTER_CACHE_BYTES"):
+        lines.append(f"cache_bytes = {cache_bytes}")
+    for name in IN_TABLE:
+        if value := os.environ.get(f"TINKERAPI_{name}"):
+            lines.append(f"{name.lower()} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
 
 
 def _replays(data_dir: Path) -> int:
