@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from tests.isolation.conftest import Ids, Tenant, furnished, nobody_waits, tenan
 from tinkerapi.api.bodies.limit import HEAD_BYTES
 from tinkerapi.api.sdk.views import sampling
 from training.base_models import base_model_get
-from training.services import upkeep
+from training.storage.data_folder import DataFolder
 
 __all__ = ["nobody_waits", "tenant"]
 
@@ -204,7 +203,7 @@ def attacker(
     settings.SYNC_TIMEOUT_SECONDS = 0
     settings.MAX_ADAPTERS = 10**6
     monkeypatch.setattr(sampling, "POLL_SECONDS", 0)
-    monkeypatch.setattr(upkeep, "shutil", SimpleNamespace(rmtree=lambda *args, **more: None))
+    monkeypatch.setattr(DataFolder, "delete", lambda *args: None)
     mallory = tenant("mallory")
     ids = furnished(mallory, work)
     ids["pending"] = ids["done"]
