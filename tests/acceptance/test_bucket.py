@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.server import ROOT, Server
+from tests.server import ROOT, Server, free_port
 from tests.storage.faulty_proxy import FaultyProxy, faulty_proxy
 from tests.storage.s3_server import KEYS, s3_server
 from tests.tiny_model import make_tiny_model
@@ -196,3 +196,22 @@ def test_the_doctor_names_the_storage(server: Server) -> None:
     )
     assert "s3://training/of/tests, that of the workers" in doctor.stdout
     assert doctor.returncode == 0, doctor.stdout
+
+
+def test_up_does_not_start_without_its_bucket(server: Server, tmp_path: Path) -> None:
+    environment = {**server.full_environment(), "TINKERAPI_DATA_DIR": str(tmp_path / "new")}
+    for url, sentence in (
+        ("s3://nothing-here/x", "has no bucket 'nothing-here'; make it, or correct"),
+        ("s3://training/of/tests", "give each server a prefix of its own"),
+    ):
+        refused = subprocess.run(
+            [sys.executable, "manage.py", "up", "--port", str(free_port())],
+            cwd=ROOT,
+            env={**environment, "TINKERAPI_STORAGE": url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert refused.returncode == 1
+        assert "TINKERAPI_STORAGE: s3://" in refused.stderr
+        assert sentence in refused.stderr

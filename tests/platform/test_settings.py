@@ -11,6 +11,7 @@ from django.core.exceptions import ImproperlyConfigured
 
 from tests.environment import command_environment
 from tinkerapi.config.environment import (
+    env_bucket,
     env_database,
     env_hosts,
     env_int,
@@ -40,6 +41,11 @@ EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, go
             "migrate",
             {"TINKERAPI_DEBUG": "perhaps"},
             "TINKERAPI_DEBUG: expected 1 or 0, got 'perhaps'",
+        ),
+        (
+            "up",
+            {"TINKERAPI_STORAGE": "gs://bucket"},
+            "TINKERAPI_STORAGE: expected s3://BUCKET/PREFIX, got 'gs://bucket'",
         ),
         ("up", {"DATABASE_URL": "garbage"}, f"{EXPECTED} a URL of another kind"),
         (
@@ -278,3 +284,28 @@ def test_a_server_that_is_named_elsewhere_needs_keys_and_tls_closes_its_cookies(
     ).stdout
 
     assert printed.strip() == str([needs_keys, *[has_tls] * 4])
+
+
+@pytest.mark.parametrize(
+    ("given", "bucket"),
+    [
+        ("", ""),
+        ("s3://abc", "s3://abc"),
+        (" s3://my.bucket-1/of/run=2/ ", "s3://my.bucket-1/of/run=2"),
+        ("s3://ab", None),
+        ("s3://Bucket", None),
+        ("s3://abc/../other", None),
+        ("s3://abc//x", None),
+        ("s3://abc/x?versionId=1", None),
+        ("https://abc/x", None),
+    ],
+)
+def test_a_bucket_is_named_with_its_prefix(
+    monkeypatch: pytest.MonkeyPatch, given: str, bucket: str | None
+) -> None:
+    monkeypatch.setenv("TINKERAPI_TEST_BUCKET", given)
+    if bucket is not None:
+        assert env_bucket("TINKERAPI_TEST_BUCKET") == bucket
+        return
+    with pytest.raises(ImproperlyConfigured, match="expected s3://BUCKET/PREFIX, got"):
+        env_bucket("TINKERAPI_TEST_BUCKET")
