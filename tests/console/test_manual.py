@@ -90,9 +90,12 @@ def test_what_a_newcomer_reads_first_is_listed_first():
         "adapters",
         "architecture",
         "benchmarks",
+        "containers",
+        "deployment",
         "monitoring",
         "operations",
         "proxy",
+        "several-hosts",
         "storage",
         "vllm",
     ]
