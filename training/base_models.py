@@ -12,7 +12,7 @@ from pathlib import Path
 from django.conf import settings
 
 from futures.selectors import worker_figure
-from training.base_model_config import BaseModelConfig, is_folder
+from training.base_model_config import BUILT_IN, PACKED, BaseModelConfig, is_folder
 from training.context_length import usable_context_tokens
 from training.errors import BaseModelNotFound
 
@@ -46,6 +46,16 @@ class ServedBaseModel:
         """
         enforced = worker_figure(self.queue, "max_context_tokens")
         return self.configured_context_tokens if enforced is None else int(enforced)
+
+    @property
+    def has_exact_logprobs(self) -> bool | None:
+        """Whether a token that was sampled at temperature 1 has the same log-probability, to the
+        bit, when it is scored or trained on; None before a worker has served it."""
+        device, layout = (worker_figure(self.queue, name) for name in ("device", "layout"))
+        if device is None or layout is None:
+            return None
+        is_alone = self.config.sampler == BUILT_IN and self.config.num_ranks == 1
+        return bool(is_alone and device == "cpu" and layout == PACKED)
 
     @property
     def configured_context_tokens(self) -> int | None:

@@ -177,3 +177,49 @@ report(
     assert dict(facts["top"][3])[8] == pytest.approx(scored[3], abs=1e-4)
     assert [row[0][0] for row in facts["sampled"]] == facts["tokens"]  # greedy
     assert facts["alternatives"][2] == [facts["top"][3][0][0]] * 2
+
+
+def test_the_ratio_of_an_on_policy_token_is_one(sdk_server: Server) -> None:
+    """With an advantage of 1 the loss of a token is minus its ratio."""
+    facts = run_script(
+        sdk_server,
+        _PROLOGUE
+        + """
+model = new_model(seed=2)
+model.forward_backward([datum([5, 6, 7, 8, 9])], "cross_entropy")
+model.optim_step(types.AdamParams(learning_rate=5e-2)).result()
+client = model.save_weights_and_get_sampling_client()
+result = client.sample(
+    prompt=prompt, num_samples=2, sampling_params=params(max_tokens=40)
+).result()
+data, sampled_logprobs = [], []
+for sequence in result.sequences:
+    tokens = [5, 6, 7, 8, *sequence.tokens]
+    sampled_logprobs.append(list(sequence.logprobs))
+    data.append(types.Datum(
+        model_input=types.ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={
+            "target_tokens": tokens[1:],
+            "logprobs": [0.0] * 3 + list(sequence.logprobs),
+            "advantages": [0.0] * 3 + [1.0] * len(sequence.tokens),
+        },
+    ))
+losses = {}
+for loss_fn in ("importance_sampling", "ppo"):
+    output = model.forward_backward(data, loss_fn).result()
+    losses[loss_fn] = output.metrics["loss:sum"]
+trained = [list(each["logprobs"].data)[3:] for each in output.loss_fn_outputs]
+scored = [
+    list(client.compute_logprobs(
+        types.ModelInput.from_ints([5, 6, 7, 8, *sequence.tokens])
+    ).result())[4:]
+    for sequence in result.sequences
+]
+report(losses=losses, sampled=sampled_logprobs, trained=trained, scored=scored)
+""",
+    )
+
+    num_tokens = sum(map(len, facts["sampled"]))
+    assert num_tokens == 80
+    assert facts["losses"] == {"importance_sampling": -num_tokens, "ppo": -num_tokens}
+    assert facts["sampled"] == facts["trained"] == facts["scored"]

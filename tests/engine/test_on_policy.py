@@ -27,6 +27,7 @@ from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.torch.attention.arithmetic import BLOCK_TOKENS
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
+from training.pass_figures import pass_figures
 from training.types import Datum, ForwardBackwardOutput, LoraConfig
 
 LONG = {"max_position_embeddings": 1024, "initializer_range": 0.1}
@@ -200,8 +201,13 @@ def test_a_tokens_log_probability_is_one_number(
             assert isinstance(result, ForwardBackwardOutput), result
             assert_one_policy(wanted, outputs[key], result.logprobs)
             assert_same(score(sampler, wanted.version, each.data), result.logprobs)
-            # Each ratio is exactly 1.
             assert result.loss == -sum(len(s.tokens) for s in outputs[key].sequences)
+            config: dict[str, float] = {}
+            figures = pass_figures(
+                each.data, result.logprobs, loss_fn=each.loss_fn, loss_fn_config=config
+            )
+            assert figures["ratio_mean"] == 1
+            assert figures["kl_k1"] == figures["kl_k3"] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

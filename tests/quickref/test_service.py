@@ -158,6 +158,33 @@ def test_the_context_length_is_the_one_that_the_worker_enforces(api, settings, t
     worker_stop(worker)
 
 
+@pytest.mark.parametrize(
+    ("device", "layout", "config", "told"),
+    [
+        ("cpu", "packed", {}, True),
+        ("cpu", "padded", {}, False),
+        ("cuda", "packed", {}, False),
+        ("cpu", "packed", {"sampler": "vllm"}, False),
+        ("cpu", "packed", {"fsdp_size": 2}, False),
+    ],
+)
+def test_log_probabilities_are_exact_where_one_process_computes_all_on_a_cpu(
+    api, settings, tmp_path, device, layout, config, told
+):
+    base_model = replace(settings.BASE_MODELS[0], name="exact", path=str(tmp_path), **config)
+    settings.BASE_MODELS = [base_model]
+
+    def says():
+        (model,) = api.get("/get_server_capabilities").json()["supported_models"]
+        return model["exact_logprobs"]
+
+    assert says() is None
+    figures = {"device": device, "layout": layout}
+    worker = worker_start(queue=base_model_get(None).queue, figures=figures)
+    assert says() is told
+    worker_stop(worker)
+
+
 def test_loss_functions_are_listed_with_inputs_and_defaults(api):
     body = api.get("/list_loss_functions").json()
 

@@ -144,6 +144,7 @@ class CapabilitiesView(ApiView):
                     "properties": {
                         "model_name": {"type": "string"},
                         "max_context_length": {"type": "integer", "nullable": True},
+                        "exact_logprobs": {"type": "boolean", "nullable": True},
                         "trainable": {"type": "boolean"},
                         "sampleable": {"type": "boolean"},
                     },
@@ -162,6 +163,7 @@ class CapabilitiesView(ApiView):
                     {
                         "model_name": model.name,
                         "max_context_length": _longest_sequence(model),
+                        "exact_logprobs": model.has_exact_logprobs,
                         "trainable": True,
                         "sampleable": True,
                     }
