@@ -43,10 +43,19 @@ def padded_base_model(tied_folder: Path) -> BaseModel:
     return load_base_model(str(tied_folder), dtype="float32", device="cpu", layout="padded")
 
 
-@pytest.fixture(
-    params=["fake", "torch", "padded", "server", pytest.param("vllm", marks=pytest.mark.vllm)]
-)
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every engine for every test, but servers only for those of samplers."""
+    if "engine" in metafunc.fixturenames:
+        engines: list[Any] = ["fake", "torch", "padded"]
+        if metafunc.module.__name__.endswith("test_sampler"):
+            engines += ["server", pytest.param("vllm", marks=pytest.mark.vllm)]
+        metafunc.parametrize("engine", engines, indirect=True)
+
+
+@pytest.fixture
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
     """``server`` samples over HTTP from another engine of ours, ``vllm`` from vLLM itself."""
     if request.param == "fake":
         engine = fake_engine()
@@ -54,7 +63,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
         model = "wide" if request.param == "vllm" else "tied"
         server: VllmDouble | RealServer = request.getfixturevalue(f"{request.param}_of_{model}")
         base_model: BaseModel = request.getfixturevalue(f"{model}_base_model")
-        engine = engine_with_server(base_model, server, tmp_path / "server")
+        engine = engine_with_server(base_model, server, tmp_path_factory.mktemp("server"))
     else:
         layout = "padded" if request.param == "padded" else "tied"
         base_model = request.getfixturevalue(f"{layout}_base_model")
