@@ -53,6 +53,7 @@ class Proxied:
         self.url = url
         self.certificate = certificate
         """The authority that signed the proxy's certificate."""
+        self.tls = ssl.create_default_context(cafile=str(certificate))
         self.key = api_key(server)
 
     def post(self, path: str, body: bytes | Mapping[str, Any], **more: Any) -> requests.Response:
@@ -105,7 +106,7 @@ class Proxied:
             base_url=f"{self.url}/v1",
             api_key=self.key,
             max_retries=0,
-            http_client=openai.DefaultHttpxClient(verify=str(self.certificate)),
+            http_client=openai.DefaultHttpxClient(verify=self.tls),
         ) as client:
             chunks = iter(
                 client.chat.completions.create(
