@@ -199,6 +199,10 @@ def test_the_doctor_names_the_storage(server: Server) -> None:
 
 
 def test_up_does_not_start_without_its_bucket(server: Server, tmp_path: Path) -> None:
+    model_id = f"run-{uuid.uuid4().hex}"
+    add_run(server, model_id)
+    saved = server.post("/api/v1/save_weights", model_id=model_id, name="kept")
+    assert saved.status_code == 200, saved.text
     environment = {**server.full_environment(), "TINKERAPI_DATA_DIR": str(tmp_path / "new")}
     for url, sentence in (
         ("s3://nothing-here/x", "has no bucket 'nothing-here'; make it, or correct"),
@@ -211,6 +215,7 @@ def test_up_does_not_start_without_its_bucket(server: Server, tmp_path: Path) ->
             capture_output=True,
             text=True,
             check=False,
+            timeout=LONG_SECONDS,
         )
         assert refused.returncode == 1
         assert "TINKERAPI_STORAGE: s3://" in refused.stderr
