@@ -332,7 +332,7 @@ ROUTES: dict[str, list[Probe | Listing] | Open] = {
     "favicon.ico": _SERVER,
     "docs": _SERVER,
     "docs/": _SERVER,
-    "docs/examples/<str:name>": _SERVER,
+    "docs/<slug:folder>/<str:name>": _SERVER,
     "docs/<slug:name>": _SERVER,
     "docs/<slug:name>/": _SERVER,
     "admin/invitation/<uidb64>/<token>/": Open("the token is the permission"),

@@ -28,7 +28,7 @@ PAGES = {
     "admin/invitation/<uidb64>/<token>/",
     "docs",
     "docs/",
-    "docs/examples/<str:name>",
+    "docs/<slug:folder>/<str:name>",
     "docs/<slug:name>",
     "docs/<slug:name>/",
     "api/docs",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from futures.models import Future
 from tests.conftest import InProcessWorker
 from tests.isolation.conftest import Ids, Tenant, furnished, of_nobody, waiting
 from tests.isolation.routes import ROUTES, Listing, Open, Probe
-from training.services import upkeep
+from training.storage.data_folder import DataFolder
 
 Made = tuple[Tenant, Tenant, Ids, Ids]
 
@@ -114,7 +113,7 @@ def test_anothers_things_answer_as_things_that_do_not_exist(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zelda, bob, theirs, nobodys = made
-    monkeypatch.setattr(upkeep, "shutil", SimpleNamespace(rmtree=lambda *args, **more: None))
+    monkeypatch.setattr(DataFolder, "delete", lambda *args: None)
     wrong: list[object] = []
     for probe in probes():
         asked = outcome(bob, probe, theirs, untouched=zelda)
