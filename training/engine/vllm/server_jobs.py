@@ -288,7 +288,7 @@ class ServerJobs:
         if request.max_tokens == 0 or (asks_scores and job.is_streamed):
             if asks_scores:
                 content = await self._whole(job, client, self._body(job, number, model, 1))
-                self._take_scores(job, content, model)
+                job.scores = read_scores(content, request.job)
             if request.max_tokens == 0:
                 return
             asks_scores = False
@@ -298,9 +298,8 @@ class ServerJobs:
             await self._stream(job, number, client, body)
             return
         content = await self._whole(job, client, body)
-        check_model(content, model)
         if asks_scores:
-            self._take_scores(job, content, model)
+            job.scores = read_scores(content, request.job)
         if number == 0:
             request.cached_tokens = cached_tokens(content)
         self._append(job, number, only_choice(content))
@@ -321,10 +320,12 @@ class ServerJobs:
     async def _whole(
         self, job: _Job, client: VllmClient, body: Mapping[str, Any]
     ) -> dict[str, Any]:
+        """The answer to a request, which is of the model that was asked for."""
         request_id = body["request_id"]
         job.running.add(request_id)
         content = await client.generate(body)
         job.running.discard(request_id)  # otherwise it is unknown whether the server still has it
+        check_model(content, body["model"])
         return content
 
     async def _stream(
@@ -363,7 +364,3 @@ class ServerJobs:
             request.append(sequence, each)
             if sequence.stop_reason is not None:
                 return
-
-    def _take_scores(self, job: _Job, content: Mapping[str, Any], model: str) -> None:
-        check_model(content, model)
-        job.scores = read_scores(content, job.request.job)
