@@ -6,6 +6,7 @@ Used by the acceptance tests and by the benchmarks, so it knows neither pytest n
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,18 @@ class Server(UpProcess):
 
     def command_line(self, *arguments: str) -> list[str]:
         return [sys.executable, "manage.py", *arguments]
+
+    def manage(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command beside this server, on its data folder."""
+        return subprocess.run(
+            self.command_line(*arguments),
+            cwd=ROOT,
+            env=self.full_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     def kill(self) -> None:
         """SIGKILL ``up`` and wait until everything below it has followed.

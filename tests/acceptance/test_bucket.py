@@ -186,14 +186,7 @@ def test_a_worker_killed_in_the_middle_of_an_upload_saves_again(
 
 
 def test_the_doctor_names_the_storage(server: Server) -> None:
-    doctor = subprocess.run(
-        [sys.executable, "manage.py", "doctor", "--no-color"],
-        cwd=ROOT,
-        env=server.full_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    doctor = server.manage("doctor", "--no-color")
     assert "s3://training/of/tests, that of the workers" in doctor.stdout
     assert doctor.returncode == 0, doctor.stdout
 

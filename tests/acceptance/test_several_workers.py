@@ -75,14 +75,7 @@ def test_workers_share_the_runs_join_and_leave_without_a_lost_request(
         TINKERAPI_BASE_MODEL=str(folder), TINKERAPI_WORKERS="2", TINKERAPI_NUM_THREADS="1"
     )
     wait_for(lambda: live_workers(server) == 2)
-    doctor = subprocess.run(
-        [sys.executable, "manage.py", "doctor", "--no-color"],
-        cwd=ROOT,
-        env=server.full_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    doctor = server.manage("doctor", "--no-color")
     assert doctor.returncode == 0, doctor.stdout
     assert doctor.stdout.count("worker tiny") == 2
 

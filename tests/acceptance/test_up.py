@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import requests
 
 from tests.acceptance.official_sdk import api_key
 from tests.platform.processes import is_running
-from tests.server import ROOT, Server, free_port
+from tests.server import Server, free_port
 from tests.tiny_model import make_tiny_model
 from tests.waiting import LONG_SECONDS, wait_for
 
@@ -35,19 +33,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(start_server: Callable[..., Server], tiny_model: Path) -> Start:
     """A new server on the tiny model; its worker is ready once torch is loaded."""
     return lambda: start_server(TINKERAPI_BASE_MODEL=str(tiny_model))
-
-
-def manage(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command beside the server, on its data folder."""
-    return subprocess.run(
-        [sys.executable, "manage.py", *arguments],
-        cwd=ROOT,
-        env=server.full_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def children(pid: int) -> set[int]:
@@ -97,12 +82,12 @@ def test_up_heals_what_dies_and_stops_without_a_trace(
     everyone = family(up)
     assert len(children(up)) == 3, "Postgres, web and one worker"
 
-    second_up = manage(server, "up", "--port", str(server.port))
+    second_up = server.manage("up", "--port", str(server.port))
     assert second_up.returncode == 1
     [sentence] = second_up.stderr.splitlines()
     assert f"already running on {server.data_dir} (process {up}, " in sentence
 
-    doctor = manage(server, "doctor", "--no-color")
+    doctor = server.manage("doctor", "--no-color")
     verdicts = {line.split()[0] for line in doctor.stdout.splitlines()}
     assert (doctor.returncode, verdicts) == (0, {"ok"}), doctor.stdout + doctor.stderr
 
@@ -135,7 +120,7 @@ def test_a_model_that_can_never_be_loaded_ends_up_with_the_workers_sentence(
     (tmp_path / "data").mkdir()
     server = Server(tmp_path / "data", free_port(), {"TINKERAPI_BASE_MODEL": str(broken)})
 
-    up = manage(server, "up", "--port", str(server.port))
+    up = server.manage("up", "--port", str(server.port))
 
     assert up.returncode == 1
     [sentence] = up.stderr.splitlines()
@@ -180,7 +165,7 @@ def test_other_users_of_the_machine_can_read_nothing_that_a_server_writes(
         for path in ("save_weights", "save_weights_for_sampler"):
             assert server.post(f"/api/v1/{path}", model_id="m", name="kept").status_code == 200
         wait_for(lambda: list((data_dir / "snapshots").iterdir()))
-        backup = manage(server, "backup", str(tmp_path / "backup"))
+        backup = server.manage("backup", str(tmp_path / "backup"))
         assert backup.returncode == 0, backup.stderr
     finally:
         server.stop()

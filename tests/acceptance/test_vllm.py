@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import requests
 
 from tests.engine.vllm.real import vllm_python
-from tests.server import ROOT, Server
+from tests.server import Server
 from tests.tiny_model import make_wide_model
 from tests.waiting import LONG_SECONDS, wait_for
 
@@ -45,14 +43,7 @@ max_sequences = 16
 
 
 def doctor(server: Server) -> str:
-    return subprocess.run(
-        [sys.executable, "manage.py", "doctor", "--no-color"],
-        cwd=ROOT,
-        env=server.full_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
+    return server.manage("doctor", "--no-color").stdout
 
 
 def wait_for_vllm(server: Server) -> None:

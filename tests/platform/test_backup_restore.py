@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.server import ROOT, Server, free_port
+from tests.server import Server, free_port
 from tests.tiny_model import make_tiny_model
 from tests.waiting import LONG_SECONDS
 
@@ -43,17 +41,6 @@ def servers(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[Serve
     yield made[0], made[1]
     for server in made:
         server.stop()
-
-
-def manage(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "manage.py", *arguments],
-        cwd=ROOT,
-        env=server.full_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def submit(server: Server, steps: range) -> list[str]:
@@ -101,7 +88,7 @@ def test_a_backup_of_a_server_at_work_goes_on_elsewhere_to_the_bit(
     os.kill(worker, signal.SIGSTOP)  # so that some are surely open when the backup is made
     before += submit(here, range(15, 25))
 
-    made = manage(here, "backup", str(tmp_path / "backup"))
+    made = here.manage("backup", str(tmp_path / "backup"))
 
     assert made.returncode == 0, made.stderr
     os.kill(worker, signal.SIGCONT)
@@ -110,7 +97,7 @@ def test_a_backup_of_a_server_at_work_goes_on_elsewhere_to_the_bit(
     weights = saved(here, "end")
     here.stop()
 
-    restored = manage(there, "restore", str(tmp_path / "backup"))
+    restored = there.manage("restore", str(tmp_path / "backup"))
     assert restored.returncode == 0, restored.stderr
     states = Counter(states_in(there))
     assert states["ready"] >= 20
@@ -134,7 +121,7 @@ def states_in(server: Server) -> list[str]:
         "with EmbeddedPostgres(settings.DATA_DIR):"
         " print(json.dumps(list(Future.objects.values_list('state', flat=True))))"
     )
-    answer = manage(server, "shell", "--no-imports", "--command", script)
+    answer = server.manage("shell", "--no-imports", "--command", script)
     states: list[str] = json.loads(answer.stdout)
     return states
 
@@ -145,14 +132,14 @@ def test_a_folder_in_use_is_not_restored_over(
     here, _ = servers
     backup = tmp_path / "backup"
     backup.mkdir()
-    refused = manage(here, "restore", str(backup))
+    refused = here.manage("restore", str(backup))
     assert refused.returncode == 1
     assert "is not a complete backup" in refused.stderr
 
     fields = {"made_at": "", "version": "", "base_models": [], "folders": 0, "size_bytes": 0}
     (backup / "backup.json").write_text(json.dumps(fields))
     (here.data_dir / "checkpoints").mkdir()
-    refused = manage(here, "restore", str(backup))
+    refused = here.manage("restore", str(backup))
     assert refused.returncode == 1
     assert "is in use, it has checkpoints" in refused.stderr
 
@@ -160,7 +147,7 @@ def test_a_folder_in_use_is_not_restored_over(
 def test_without_a_database_there_is_no_backup(
     servers: tuple[Server, Server], tmp_path: Path
 ) -> None:
-    refused = manage(servers[0], "backup", str(tmp_path / "backup"))
+    refused = servers[0].manage("backup", str(tmp_path / "backup"))
     assert refused.returncode == 1
     assert "start it with" in refused.stderr
     assert not (servers[0].data_dir / ".backup").exists()
