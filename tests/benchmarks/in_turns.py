@@ -23,23 +23,14 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tests.benchmarks.checkout import clone
 from tests.benchmarks.report import Goal, Report, at_least, at_most, results_option
-from tests.server import ROOT
 
 WORSE = 0.05
 """The share by which a figure may be worse than before."""
 
 Figures = dict[tuple[str, str], float]
 """Medians by name and unit."""
-
-
-def clone(folder: Path, commit: str) -> Path:
-    """A checkout of ``commit``."""
-    command = ["git", "clone", "--quiet", str(ROOT), str(folder)]
-    subprocess.run(command, check=True)
-    checkout = ["git", "-C", str(folder), "checkout", "--quiet", "--detach", commit]
-    subprocess.run(checkout, check=True)
-    return folder
 
 
 def measured(checkout: Path, script: str, options: Sequence[str]) -> Figures:

@@ -13,7 +13,6 @@ ready can also be compared on a machine that is busy with something else.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +21,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tests.benchmarks.checkout import clone
 from tests.benchmarks.report import Goal, Report, at_most, results_option
-from tests.server import ROOT, Server, free_port
+from tests.server import Server, free_port
 
 FIRST_REQUEST = {
     "model_id": "user_123",
@@ -53,11 +53,7 @@ def clone_and_start(folder: Path, commit: str) -> tuple[Server, dict[str, float]
     data_dir = folder / "var"
     data_dir.mkdir(parents=True)
     begin = time.monotonic()
-    clone = ["git", "clone", "--quiet", str(ROOT), str(folder / "clone")]
-    subprocess.run(clone, check=True)
-    checkout = ["git", "-C", str(folder / "clone"), "checkout", "--quiet", "--detach", commit]
-    subprocess.run(checkout, check=True)
-    server = Server(data_dir, free_port(), root=folder / "clone")
+    server = Server(data_dir, free_port(), root=clone(folder / "clone", commit))
     try:
         return server, start(server, begin)
     except BaseException:
