@@ -90,26 +90,22 @@ class Machine:
 
     def says(self, script: str) -> str:
         """What a script prints, whether it succeeds or not."""
-        done = subprocess.run(
-            self.command(script),
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        return done.stdout.strip()
+        return self._done(script).stdout.strip()
 
     def run(self, script: str) -> str:
         """What a script prints; it must succeed."""
-        done = subprocess.run(
+        done = self._done(script)
+        assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def _done(self, script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             self.command(script),
             capture_output=True,
             text=True,
             check=False,
             stdin=subprocess.DEVNULL,
         )
-        assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
 
     def run_until_ready(self, script: str) -> str:
         """What a script prints that starts the server by hand; Ctrl+C after ``ready``."""
