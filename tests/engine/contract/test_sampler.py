@@ -191,7 +191,7 @@ def test_a_sequence_depends_on_the_seed_and_its_number_only(sampler: Sampler) ->
 
 
 def test_a_repeated_prompt_says_how_much_of_it_was_cached(sampler: Sampler) -> None:
-    asked = replace(job("before"), prompt=np.arange(3, 103, dtype=np.int32))
+    asked = replace(job("before", num_samples=4), prompt=np.arange(3, 103, dtype=np.int32))
     cached = []
     for group in ("anna", "anna", "berta"):
         sampler.submit("one", replace(asked, group=group))

@@ -63,6 +63,8 @@ class _Job:
     """The text of each sequence that was told; another try may say something else at first."""
     scores: PromptScores = field(default_factory=PromptScores)
     """Those of the prompt that were asked for."""
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    """Of the prompt, for each sequence of which the server told them."""
     running: set[str] = field(default_factory=set)
     """Ids of its requests at the server."""
     task: asyncio.Task[None] | None = None
@@ -232,6 +234,8 @@ class ServerJobs:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        # Whichever sequence the server began first stored the prompt for the others.
+        request.cached_tokens = min(job.cached_tokens.get(number, 0) for number in range(num_asked))
         return request.output(self._text, job.scores)
 
     async def _sequence(self, job: _Job, number: int) -> None:
@@ -300,8 +304,7 @@ class ServerJobs:
         content = await self._whole(job, client, body)
         if asks_scores:
             job.scores = read_scores(content, request.job)
-        if number == 0:
-            request.cached_tokens = cached_tokens(content)
+        job.cached_tokens[number] = cached_tokens(content)
         self._append(job, number, only_choice(content))
         if request.sequences[number].stop_reason is None:
             raise WrongAnswer("it ended a sequence before its end")
@@ -338,8 +341,7 @@ class ServerJobs:
         async with client.stream(body) as chunks:
             async for chunk in chunks:
                 if not chunk.get("choices"):
-                    if number == 0:
-                        request.cached_tokens = cached_tokens(chunk)
+                    job.cached_tokens[number] = cached_tokens(chunk)
                     continue
                 choice = only_choice(chunk)
                 self._append(job, number, choice)
