@@ -109,7 +109,7 @@ def test_a_stream_that_breaks_begins_again_and_tells_no_text_twice(
     server.restart()
     announce(server, tmp_path / "server")
     texts = [told]
-    while not (finished := sampler.poll(0)):
+    while not (finished := sampler.poll(0.01)):
         texts.append(sampler.progress("one")[0])
 
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
