@@ -314,6 +314,21 @@ def test_a_waiting_request_shows_how_many_are_ahead_of_it(
     assert re.search(r"<div[^>]*readonly[^>]*>(\d+)", field)[1] == str(ahead)  # type: ignore[index]
 
 
+def test_a_request_says_what_it_waits_for_until_it_is_finished(
+    console: Client, trained: Callable[..., SimpleNamespace], superuser: User
+) -> None:
+    traces = trained(superuser)
+    waiting, last = traces.waiting, traces.waiting.seq_id
+    assert "The worker is starting." in console.get(page(waiting)).content.decode()
+
+    Future.objects.filter(pk=waiting.pk).update(seq_id=last + 1)
+    html = console.get(page(waiting)).content.decode()
+    assert f"The request with seq_id {last} has not arrived" in html
+    assert "this one fails not before" in html
+
+    assert "console-waiting" not in console.get(page(traces.sample)).content.decode()
+
+
 def test_a_request_page_stays_small_however_large_the_request(
     console: Client, trained: Callable[..., SimpleNamespace], superuser: User
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any
 
 from django.contrib import admin
@@ -40,6 +41,7 @@ from tinkerapi.console.kit.preview import body_preview
 from training.errors import TrainingError
 from training.models import Run
 from training.overview import run_ids_named, with_run_names
+from training.waiting import future_waiting
 
 MAX_REPLAYS = 5
 """Most links to replays on a request's page."""
@@ -93,6 +95,7 @@ class FutureAdmin(ConsoleAdmin):
             },
         ),
     )
+    change_form_outer_before_template = "admin/futures/future/waiting.html"
     change_form_outer_after_template = "admin/futures/future/bodies.html"
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Future]:
@@ -119,8 +122,9 @@ class FutureAdmin(ConsoleAdmin):
         obj: Future | None = None,
         **kwargs: Any,
     ) -> TemplateResponse:
-        """Add the request's payload and its result."""
+        """Add what the request waits for, its payload and its result."""
         if obj is not None:
+            context["waiting"] = waiting_sentence(obj)
             context["bodies"] = future_bodies(obj)
             context["facts"] = obj.summary_line.split("  ") if obj.summary else []
         response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
@@ -272,6 +276,17 @@ class FutureAdmin(ConsoleAdmin):
         return self.attempt(
             request, future, "submitted again", lambda: future_resubmit(request_id=future.pk)
         )
+
+
+def waiting_sentence(future: Future) -> str | None:
+    """What a request that is not final waits for, and about how long, as clients are told."""
+    if future.is_final:
+        return None
+    found = future_waiting(future)
+    seconds = found.estimated_wait_seconds
+    if seconds is None:
+        return found.reason
+    return f"{found.reason} About {duration(timedelta(seconds=seconds))} until it is finished."
 
 
 def short_id(future: Future) -> str:
