@@ -39,6 +39,9 @@ class VllmConfig:
     Adapters of a larger rank are sampled by the built-in sampler."""
     max_sequences: int = 256
     """Sequences that the server samples at one time."""
+    wait_seconds: int = 120
+    """How long requests wait for a server that is lost or starts; then the built-in sampler takes
+    them."""
 
 
 @dataclass(frozen=True, kw_only=True)

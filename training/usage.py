@@ -6,7 +6,7 @@ of them. Hours of single requests, as the SDK asks for them, are in ``training.b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -118,6 +118,18 @@ def _used(row: dict[str, Any]) -> Used:
     )
 
 
+def used_together(parts: Iterable[Used]) -> Used:
+    """The sum of some usage, without another look at the rows."""
+    items = list(parts)
+    return Used(
+        requests=sum(item.requests for item in items),
+        training=sum(item.training for item in items),
+        prefill=sum(item.prefill for item in items),
+        sampling=sum(item.sampling for item in items),
+        seconds=sum(item.seconds for item in items),
+    )
+
+
 class Period:
     """The usage of the last days, of one owner or of all."""
 
@@ -127,9 +139,6 @@ class Period:
         rows = DailyUsage.objects.filter(day__gte=self.first)
         self._rows = rows if owner_id is None else rows.filter(owner_id=owner_id)
         self._owner_id = owner_id
-
-    def total(self) -> Used:
-        return _used(self._rows.aggregate(**_SUMS))
 
     def by_day(self) -> dict[date, Used]:
         """Days without any usage are left out."""

@@ -39,6 +39,7 @@ OMP_NUM_THREADS = "1" }}
 max_loras = 2
 max_lora_rank = 8
 max_sequences = 16
+wait_seconds = 900
 """
 
 

@@ -1,12 +1,12 @@
 """What our way to a vLLM server costs: throughput beside vLLM alone, and publishing a version.
 
 Throughput: a server with ``sampler = "vllm"`` gets 64 requests at once, each a prompt of 32 tokens
-that is continued by 64, as clients send them; then the same vLLM server gets the same 64 requests
+that is continued by 32, as clients send them; then the same vLLM server gets the same 64 requests
 directly, in turns, so that a busy machine slows both. Everything shares the machine's cores: web,
 worker, Postgres, clients and vLLM.
 
 Publishing: the time from publishing weights that the server has never seen to the first token
-sampled from them, in this process, with the tiny model.
+sampled from them, in this process, with the same vLLM server.
 
     tests/vllm_suite.sh --benchmark
 
@@ -23,6 +23,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,18 @@ from tests.benchmarks.report import Report, at_least, at_most, results_option
 from tests.benchmarks.served_model import served
 from tests.engine.contract.conftest import step
 from tests.engine.vllm.engines import engine_with_server
-from tests.engine.vllm.real import CPU_ENVIRONMENT, RealServer, vllm_python
+from tests.engine.vllm.real import CPU_ENVIRONMENT, vllm_python
 from tests.server import Server
 from tests.tiny_model import make_wide_model
 from training.engine.interface import SampleJob, SampleOutput
 from training.engine.torch.loading import load_base_model
 from training.engine.vllm.requests import request_body
 from training.types import LoraConfig, SamplingParams
+from training.vllm_server import VllmConnection
 
 REQUESTS = 64
 PROMPT_TOKENS = 32
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 WARM_UP_SECONDS = 600.0
 
 CONFIG = """
@@ -60,6 +62,8 @@ python = "{python}"
 arguments = ["--enforce-eager"]
 environment = {{ {environment} }}
 max_sequences = {requests}
+max_lora_rank = 8
+wait_seconds = 900
 """
 
 
@@ -95,9 +99,8 @@ async def through_us(server: Server, vocab_size: int) -> float:
 
 async def alone(server: Server, vocab_size: int) -> float:
     """The same requests to the same vLLM server, with the same seeds and log-probabilities."""
-    (file,) = (server.data_dir / "vllm").glob("*/server.*.json")
-    connection = json.loads(file.read_text())
-    headers = {"Authorization": f"Bearer {connection['key']}"}
+    connection = connection_of(server)
+    headers = {"Authorization": f"Bearer {connection.key}"}
     async with httpx2.AsyncClient(timeout=None, trust_env=False, headers=headers) as http:
 
         async def one(seed: int, prompt: list[int]) -> None:
@@ -113,12 +116,18 @@ async def alone(server: Server, vocab_size: int) -> float:
                 end_token_ids=(),
                 salt="alone",
             )
-            answer = await http.post(f"{connection['address']}/inference/v1/generate", json=body)
+            answer = await http.post(f"{connection.address}/inference/v1/generate", json=body)
             assert len(answer.json()["choices"][0]["token_ids"]) == NEW_TOKENS, answer.text
 
         begin = time.monotonic()
         await asyncio.gather(*(one(*pair) for pair in enumerate(prompts(vocab_size))))
         return time.monotonic() - begin
+
+
+def connection_of(server: Server) -> VllmConnection:
+    (file,) = (server.data_dir / "vllm").glob("*/server.*.json")
+    content = json.loads(file.read_text())
+    return VllmConnection(address=content["address"], key=content["key"])
 
 
 def wait_for_vllm(server: Server) -> None:
@@ -155,6 +164,7 @@ def throughput(report: Report, model: str, folder: Path | None, repetitions: int
         }
         with served("as configured", data_dir, None, **settings) as (server, _):
             wait_for_vllm(server)
+            publishing(report, folder, connection_of(server), 4 * repetitions)
             asyncio.run(through_us(server, vocab_size))
             asyncio.run(alone(server, vocab_size))
             pairs = [
@@ -171,13 +181,19 @@ def throughput(report: Report, model: str, folder: Path | None, repetitions: int
     report.add("throughput through us against alone", ratios, unit="x", goal=at_least(0.9))
 
 
-def publishing(report: Report, repetitions: int) -> None:
+@dataclass
+class Started:
+    """The server that ``up`` has started."""
+
+    connection: VllmConnection
+
+
+def publishing(report: Report, folder: Path, connection: VllmConnection, repetitions: int) -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-") as directory:
-        folder = make_wide_model(Path(directory) / "tiny")
-        real = RealServer(folder, Path(directory))
-        real.start()
-        base_model = load_base_model(str(folder), dtype="float32", device="cpu")
-        engine = engine_with_server(base_model, real, Path(directory) / "server")
+        base_model = load_base_model(str(folder), device="cpu")
+        engine = engine_with_server(
+            base_model, Started(connection), Path(directory) / "server", max_loras=8
+        )
         engine.trainer.create_adapter("a", LoraConfig(rank=8, seed=1))
         job: dict[str, Any] = {
             "prompt": np.arange(3, 35, dtype=np.int32),
@@ -206,7 +222,6 @@ def publishing(report: Report, repetitions: int) -> None:
             assert not engine.sampler.figures()["vllm"]["sampled_here"]
         finally:
             engine.sampler.close()
-            real.stop()
     report.add(
         "first token of a new version, from its publishing", new, unit="ms", goal=at_most(200)
     )
@@ -232,7 +247,6 @@ def main() -> None:
             "vLLM": vllm_version,
         },
     )
-    publishing(report, 4 * options.repetitions)
     throughput(report, options.model, options.folder, options.repetitions)
     report.finish(options.results)
 

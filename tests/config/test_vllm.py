@@ -39,6 +39,7 @@ def test_a_server_that_is_started_here(tmp_path: Path) -> None:
         max_loras = 4
         max_lora_rank = 33
         max_sequences = 100
+        wait_seconds = 600
         """,
     )
     assert found == VllmConfig(
@@ -48,6 +49,7 @@ def test_a_server_that_is_started_here(tmp_path: Path) -> None:
         max_loras=4,
         max_lora_rank=64,  # the next one that vLLM permits
         max_sequences=100,
+        wait_seconds=600,
     )
     assert hash(found) is not None
     assert read(tmp_path, STARTED) == VllmConfig(python="/opt/vllm/bin/python")
@@ -114,6 +116,7 @@ def test_sampler_and_table_belong_together(
         ('python = "p"\nmax_loras = 0', "max_loras: expected 1 to 1024, got 0"),
         ('python = "p"\nmax_loras = true', "max_loras: expected 1 to 1024, got True"),
         ('python = "p"\nmax_lora_rank = 513', "max_lora_rank: expected 1 to 512, got 513"),
+        ('python = "p"\nwait_seconds = 0', "wait_seconds: expected 1 to 86400, got 0"),
         ('python = "p"\nmax_sequences = 1.5', "max_sequences: expected 1 to 4096, got 1.5"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -375,3 +376,37 @@ def test_an_encrypted_export_is_nowhere_in_plain(
     names = place.files(Checkpoint.objects.get().directory)
     assert names == ["adapter_config.json.age", "adapter_model.safetensors.age"]
     assert not list(Path(settings.DATA_DIR).rglob("*.safetensors"))
+
+
+def test_nobody_is_charged_for_a_slow_bucket(
+    work: InProcessWorker,
+    train: Train,
+    line: FaultyProxy,
+    hasty: None,
+    owner: User,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    charged: list[float] = []
+    waited: list[float] = []
+    wait = work.loop._wait_for_files
+
+    def timed() -> None:
+        begin = time.monotonic()
+        wait()
+        waited.append(time.monotonic() - begin)
+
+    monkeypatch.setattr(work.loop, "_wait_for_files", timed)
+    train("m", 1)
+    work()
+    line.stall()
+    saved = save(owner, "kept")
+    monkeypatch.setattr(
+        "training.worker.loop.usage_record", lambda ids, *, seconds: charged.append(seconds)
+    )
+    begin = time.monotonic()
+    work()
+    elapsed = time.monotonic() - begin
+    assert error_of(saved) == ("failed", "StorageFailed")
+    assert charged
+    assert waited
+    assert sum(charged) + sum(waited) <= elapsed

@@ -60,7 +60,7 @@ def test_equal_workers_agree(model: ServedBaseModel, live: Callable[..., Worker]
     check_agreement(model, worker_facts(model))
 
 
-@pytest.mark.parametrize("name", ["torch", "base model's files", "secret key", "Python"])
+@pytest.mark.parametrize("name", ["torch", "base model's files", "secret key", "Python", "sampler"])
 def test_each_difference_is_named_with_both_sides(
     model: ServedBaseModel, live: Callable[..., Worker], name: str
 ) -> None:

@@ -19,7 +19,7 @@ from tests.sdk.conftest import SdkClient
 from tests.sdk.test_sampling import new_sampler, sample
 from tests.training.test_races import at_once
 from training.models import Checkpoint, DailyUsage, Run
-from training.usage import Period, today, tokens_used, usage_record
+from training.usage import Period, today, tokens_used, usage_record, used_together
 
 HI = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]]
 
@@ -164,7 +164,7 @@ def test_a_period_is_summed_by_day_user_and_run() -> None:
 
     period = Period(None, days=7)
 
-    total = period.total()
+    total = used_together(period.by_day().values())
     assert (total.training, total.sampling, total.prefill, total.tokens) == (17, 5, 3, 25)
     assert (total.requests, total.seconds) == (4, 7.5)
     assert {day: used.tokens for day, used in period.by_day().items()} == {
@@ -176,8 +176,9 @@ def test_a_period_is_summed_by_day_user_and_run() -> None:
         ("two", 3),
     ]
     assert [used.tokens for _, _, used in period.by_run(limit=2)] == [17, 5]
-    assert Period(two.pk, days=7).total().tokens == 3
-    assert Period(two.pk, days=10).total().tokens == 1003
+    for days, tokens in ((7, 3), (10, 1003)):
+        of_two = Period(two.pk, days=days).by_day().values()
+        assert used_together(of_two).tokens == tokens
     assert sum(line[5] for line in period.lines()) == 25
 
 

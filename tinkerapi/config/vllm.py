@@ -17,6 +17,7 @@ from training.vllm_server import OUR_ARGUMENTS, OUR_VARIABLES
 
 MOST_LORAS = 1024
 MOST_SEQUENCES = 4096
+MOST_WAIT_SECONDS = 86_400
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -55,6 +56,7 @@ def vllm_from_table(table: Mapping[str, Any], where: str, folder: Path) -> VllmC
         max_loras=_whole(table, "max_loras", 8, MOST_LORAS, where),
         max_lora_rank=_rank(table.get("max_lora_rank", 64), f"{where}.max_lora_rank"),
         max_sequences=_whole(table, "max_sequences", 256, MOST_SEQUENCES, where),
+        wait_seconds=_whole(table, "wait_seconds", 120, MOST_WAIT_SECONDS, where),
     )
 
 

@@ -18,6 +18,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
+from django.conf import settings
+
 from tinkerapi.server.supervisor import Child
 from tinkerapi.server.up_process import HOST, free_port
 from tinkerapi.server.worker_part import log_path
@@ -34,8 +36,6 @@ LOOK_SECONDS = 2.0
 ANSWER_SECONDS = 10.0
 FAILED_LOOKS = 3
 """So many failed ones in a row end a server that has been ready."""
-STUCK_SECONDS = 120.0
-"""Longest time without a new token while requests run."""
 
 _FIGURE = re.compile(r"^vllm:(\w+)(?:\{[^}]*\})? ([0-9.e+-]+)$", re.MULTILINE)
 _RUNNING = "num_requests_running"
@@ -169,8 +169,8 @@ class _Looker(threading.Thread):
         counted = tuple(figures.get(name, 0.0) for name in _COUNTERS)
         if not figures.get(_RUNNING) or counted != self._counted:
             self._counted, self._moved_at = counted, self._clock()
-        elif self._clock() - self._moved_at > STUCK_SECONDS:
-            self.fault = f"sampled no token for {STUCK_SECONDS:g} s"
+        elif self._clock() - self._moved_at > settings.HANG_SECONDS:
+            self.fault = f"sampled no token for {settings.HANG_SECONDS:g} s"
 
     def _get(self, path: str) -> tuple[int, str]:
         """Status and content; status 0 without an answer."""

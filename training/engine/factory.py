@@ -250,6 +250,7 @@ def _beside(
         max_lora_rank=vllm.config.max_lora_rank,
         max_loras=vllm.config.max_loras,
         max_sequences=vllm.config.max_sequences,
+        wait_seconds=vllm.config.wait_seconds,
     )
 
 

@@ -89,6 +89,7 @@ def worker_facts(base_model: ServedBaseModel) -> dict[str, str]:
         "secret key": _digest(settings.SECRET_KEY),
         "dtype": config.dtype,
         "layout": config.layout,
+        "sampler": config.sampler,
         **{name: str(getattr(config, name)) for name in SIZES},
         "TINKERAPI_NUM_THREADS": str(settings.NUM_THREADS),
         "TINKERAPI_BATCH_TOKENS": str(settings.BATCH_TOKENS),

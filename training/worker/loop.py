@@ -192,10 +192,8 @@ class WorkLoop:
                 self._texts.look(wait_seconds=TEXT_SLICE_SECONDS)
             elif not batch and self._custom_losses_start:
                 time.sleep(START_SLICE_SECONDS)
-            elif not batch and self._uploads:
-                self._uploads.wait(FILES_SLICE_SECONDS)
-            elif not batch and self._fetches.are_pending:
-                time.sleep(FILES_SLICE_SECONDS)
+            elif not batch and (self._uploads or self._fetches.are_pending):
+                self._wait_for_files()
             elif not batch and not self._claims.may_take_more():
                 break
         self._idle.worked()
@@ -316,6 +314,14 @@ class WorkLoop:
         self._commit(effects)
         for run_id, seconds in effects.seconds.items():
             self.adapter_cache.worked(run_id, seconds)
+
+    def _wait_for_files(self) -> None:
+        """Wait a moment for the storage, because there is nothing else to do."""
+        if self._uploads:
+            self._uploads.wait(FILES_SLICE_SECONDS)
+        else:
+            time.sleep(FILES_SLICE_SECONDS)
+        self._charged_until = time.monotonic()  # this worker was idle
 
     def _finish_uploads(self) -> None:
         """Commit the saves whose files are stored, or could not be."""

@@ -19,7 +19,6 @@ from training.engine.factory import engine_over
 from training.engine.interface import Engine, SampleJob, SampleOutput, Sampler
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.loading import load_base_model
-from training.engine.vllm import server_link
 from training.types import LoraConfig
 
 FIFTY = {f"job {number}": job(seed=number, max_tokens=30) for number in range(50)}
@@ -132,17 +131,14 @@ def test_a_server_that_was_restarted_gets_the_published_versions_again(
 
 
 def test_a_server_that_stays_away_is_not_waited_for_for_ever(
-    engine_of_server: Engine,
+    make_engine_of: Callable[..., Engine],
     built_in: Engine,
     server: VllmDouble,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sample(engine_of_server.sampler, job())
-    monkeypatch.setattr(server_link, "GONE_SECONDS", 0.5)
     server.kill()
-    expected = sample(built_in.sampler, job())
-    assert sample(engine_of_server.sampler, job()) == expected
-    assert here(engine_of_server) == {"not answered by the server": 1}
+    engine = make_engine_of(wait_seconds=1)
+    assert sample(engine.sampler, job()) == sample(built_in.sampler, job())
+    assert here(engine) == {"not answered by the server": 1}
 
 
 def test_a_job_that_kills_the_server_each_time_is_answered_here_and_delays_the_others_only(

@@ -17,7 +17,7 @@ from tinkerapi.console.kit.charts import bar_chart
 from tinkerapi.console.kit.console_admin import ConsoleAdmin
 from tinkerapi.console.kit.display import link, link_to
 from training.models import DailyUsage
-from training.usage import Period, Used, today, tokens_used
+from training.usage import Period, Used, today, tokens_used, used_together
 
 PERIODS = (7, 30, 90)
 """Days to choose from."""
@@ -62,7 +62,8 @@ def _days(request: HttpRequest) -> int:
 
 
 def _figures(period: Period, *, by_user: bool) -> Context:
-    total = period.total()
+    by_day = period.by_day()
+    total = used_together(by_day.values())
     return {
         "tiles": [
             {"key": "training", "label": "Tokens trained on", "number": f"{total.training:,}"},
@@ -71,7 +72,7 @@ def _figures(period: Period, *, by_user: bool) -> Context:
             {"label": "Worker time", "number": hours(total.seconds)},
             *([{"label": "Cost", "number": cost(total.seconds)}] if has_price() else []),
         ],
-        "chart": _chart(period.first, period.by_day()),
+        "chart": _chart(period.first, by_day),
         "users": _users_table(period) if by_user else None,
         "runs": _runs_table(period, with_owner=by_user),
         "is_empty": not total.requests,

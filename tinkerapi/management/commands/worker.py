@@ -1,7 +1,7 @@
 """``tinkerapi worker --join``: workers on this machine for a server that runs on another one.
 
-They need the server's database (DATABASE_URL) and its data folder, mounted here
-(TINKERAPI_DATA_DIR), and the same base models in their settings. Everything is checked
+They need the server's database (DATABASE_URL), its bucket (TINKERAPI_STORAGE) or its data folder,
+mounted here (TINKERAPI_DATA_DIR), and the same base models in their settings. Everything is checked
 before a worker starts; a worker that differs would compute other bits.
 """
 
@@ -33,8 +33,8 @@ TICK_SECONDS = 0.1
 class Command(BaseCommand):
     help = (
         "Start workers on this machine for a server that runs on another one, and keep them "
-        "running. They need only its database (DATABASE_URL) and its data folder "
-        "(TINKERAPI_DATA_DIR)."
+        "running. They need only its database (DATABASE_URL) and its bucket (TINKERAPI_STORAGE) or "
+        "its data folder (TINKERAPI_DATA_DIR)."
     )
     requires_system_checks = ()
 

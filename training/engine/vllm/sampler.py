@@ -57,6 +57,7 @@ class VllmSampler(Sampler):
         max_lora_rank: int,
         max_loras: int,
         max_sequences: int,
+        wait_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -66,6 +67,7 @@ class VllmSampler(Sampler):
             max_lora_rank: The largest rank that the server takes.
             max_loras: Adapters in one batch of the server.
             max_sequences: Sequences at the server at one time.
+            wait_seconds: How long jobs wait for a server that is lost or starts.
             clock: Seconds, for ``poll``.
         """
         self._built_in = built_in
@@ -79,6 +81,7 @@ class VllmSampler(Sampler):
             folders=self._folders,
             expected=expected_answers(built_in, base_model, max_rank=max_lora_rank),
             num_slots=max_loras,
+            wait_seconds=wait_seconds,
         )
         self._server = ServerJobs(
             self._link,

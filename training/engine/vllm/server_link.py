@@ -44,9 +44,6 @@ HEALTH_SECONDS = 5.0
 FAILED_CHECKS = 3
 """So many failed ones in a row end its life."""
 
-GONE_SECONDS = 120.0
-"""After this time without a server its jobs are sampled by the built-in sampler."""
-
 REFUSED_SECONDS = 60.0
 """Until a server that failed the check is checked again."""
 
@@ -89,6 +86,7 @@ class ServerLink:
         folders: VersionFolders,
         expected: Expected,
         num_slots: int,
+        wait_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -96,11 +94,13 @@ class ServerLink:
             connection: Where the server listens now, if anywhere; may raise OSError.
             expected: What it must answer before it gets a job.
             num_slots: Adapters in one batch of the server.
+            wait_seconds: After this time without a server, nobody waits for it.
         """
         self._connection = connection
         self._folders = folders
         self._expected = expected
         self._prover = Prover(expected, folders, num_slots=num_slots)
+        self._wait_seconds = wait_seconds
         self._clock = clock
         self._unavailable_since = clock()
         self._ready = asyncio.Event()
@@ -242,10 +242,10 @@ class ServerLink:
         """The current life, its client and the served model; waits for one.
 
         Raises:
-            ServerGone: None has come for GONE_SECONDS, or it failed the check.
+            ServerGone: None has come for ``wait_seconds``, or it failed the check.
         """
         while not self._ready.is_set():
-            left = self._unavailable_since + GONE_SECONDS - self._clock()
+            left = self._unavailable_since + self._wait_seconds - self._clock()
             if left <= 0:
                 raise ServerGone(self.state)
             with suppress(TimeoutError):
