@@ -11,6 +11,7 @@ from tinkerapi.console.pages import (
     task_queue,
     usage,
     users,
+    webhook,
     workers,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "task_queue",
     "usage",
     "users",
+    "webhook",
     "workers",
 ]

@@ -28,6 +28,7 @@ from tinkerapi.config.environment import (
     refuse_beside,
     refuse_unknown_variables,
 )
+from tinkerapi.config.webhook import env_webhook
 from training.base_model_config import DTYPES, LAYOUTS, MOST_WORKERS
 
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -308,6 +309,13 @@ snapshot or one statement must fit in; a pass or a request as a whole need not."
 WEB_PROCESSES = env_int("TINKERAPI_WEB_PROCESSES", 1, maximum=256)
 """Processes that answer HTTP. One takes some hundreds of submissions a second and holds
 thousands of waits; a second helps if cores are idle."""
+
+# --- Ours: events -----------------------------------------------------------------------
+
+WEBHOOK = env_webhook(
+    "TINKERAPI_WEBHOOK_URL", "TINKERAPI_WEBHOOK_SECRET", "TINKERAPI_WEBHOOK_EVENTS"
+)
+"""Where ``up`` sends events, signed with the secret, and which; None: nowhere."""
 
 # --- Ours: access and limits ------------------------------------------------------------
 

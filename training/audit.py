@@ -6,6 +6,7 @@ the other.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
@@ -88,6 +89,12 @@ def audit_events(
         begin = datetime(day.year, day.month, day.day, tzinfo=UTC)
         events = events.filter(created_at__gte=begin, created_at__lt=begin + timedelta(days=1))
     return events
+
+
+def audit_of(events: Collection[str], *, since: datetime, limit: int) -> list[AuditEvent]:
+    """The newest of these events of all users since a moment, the newest first."""
+    rows = AuditEvent.objects.filter(event__in=events, created_at__gte=since)
+    return list(rows.order_by("-created_at")[:limit])
 
 
 def audit_newest(*, limit: int) -> list[AuditEvent]:

@@ -16,6 +16,7 @@ from django_q.models import Failure, OrmQ, Schedule, Success
 from futures.models import Worker
 from tests.console.conftest import list_page
 from tests.isolation.conftest import OWNED
+from tinkerapi.models import Delivery
 from tinkerapi.services import api_key_create
 from training.models import (
     AuditEvent,
@@ -31,7 +32,7 @@ SHARED = {Worker}
 """Staff may see them: test_access says what of them they see."""
 UNLISTED = {ClientMetrics, CustomLoss, RecordedSample, RenderedData, Rollout, SampledStep}
 """Have no pages."""
-SUPERUSERS = {User, OrmQ, Schedule, Success, Failure, AuditEvent}
+SUPERUSERS = {User, OrmQ, Schedule, Success, Failure, AuditEvent, Delivery}
 
 
 def test_every_admin_class_is_classified() -> None:

@@ -69,6 +69,7 @@ def navigation(request: HttpRequest) -> list[Context]:
         groups[-1]["items"] += [
             item("Users", "person", "auth_user_changelist"),
             item("Audit log", "history", "training_auditevent_changelist"),
+            item("Webhook", "webhook", "tinkerapi_delivery_changelist"),
         ]
         groups.append(
             {

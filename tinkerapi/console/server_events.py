@@ -5,7 +5,7 @@ All of it is read from rows that exist for other purposes; of each table only th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
@@ -38,6 +38,10 @@ class Event:
     """One line of the feed."""
 
     at: datetime
+    kind: str
+    """One of ``tinkerapi.config.webhook.EVENTS``."""
+    subject: str
+    """Which row it is about; ``kind`` and ``subject`` together name the event."""
     text: str
     is_bad: bool = False
     link: SafeString | None = None
@@ -54,16 +58,26 @@ def events(*, for_operator: bool, limit: int) -> list[Event]:
     Args:
         for_operator: Also those of the audit log and of backups.
     """
-    found = list(_of_workers(worker_lives_newest(limit=LIVES)))
+    found = list(worker_events(worker_lives_newest(limit=LIVES)))
     if for_operator:
         found += _of_audit(audit_newest(limit=AUDITED))
         if (made_at := last_backup_at()) is not None:
-            found.append(Event(at=made_at, text="a backup was complete"))
+            found.append(backup_event(made_at))
     return sorted(found, key=lambda event: event.at, reverse=True)[:limit]
 
 
-def _of_workers(lives: list[Worker]) -> Iterable[Event]:
-    """Starts and ends; a start says how long the queue had no worker."""
+def backup_event(made_at: datetime) -> Event:
+    """The last backup."""
+    text = "a backup was complete"
+    return Event(at=made_at, kind="backup_made", subject=made_at.isoformat(), text=text)
+
+
+def worker_events(lives: Sequence[Worker]) -> Iterable[Event]:
+    """Starts and ends; a start says how long the queue had no worker.
+
+    Args:
+        lives: The newest first.
+    """
     for place, worker in enumerate(lives):
         name = f"worker #{worker.pk} of {worker.figures.get('base_model', worker.queue)}"
         before = next((one for one in lives[place + 1 :] if one.queue == worker.queue), None)
@@ -71,14 +85,26 @@ def _of_workers(lives: list[Worker]) -> Iterable[Event]:
         gap = ""
         if before is not None and ended is not None and worker.started_at > ended:
             gap = f", {duration(worker.started_at - ended)} after #{before.pk} ended"
-        yield Event(at=worker.started_at, text=f"{name} started{gap}", link=link(worker))
+        yield Event(
+            at=worker.started_at,
+            kind="worker_started",
+            subject=str(worker.pk),
+            text=f"{name} started{gap}",
+            link=link(worker),
+        )
         if worker.state in (Worker.WorkerState.STOPPED, Worker.WorkerState.LOST):
             is_lost = worker.state == Worker.WorkerState.LOST
             ended_at = worker.stopped_at or worker.heartbeat_at
             lived = duration(ended_at - worker.started_at)
             how = "was lost" if is_lost else "stopped"
-            text = f"{name} {how} after {lived}"
-            yield Event(at=ended_at, text=text, is_bad=is_lost, link=link(worker))
+            yield Event(
+                at=ended_at,
+                kind="worker_lost" if is_lost else "worker_stopped",
+                subject=str(worker.pk),
+                text=f"{name} {how} after {lived}",
+                is_bad=is_lost,
+                link=link(worker),
+            )
 
 
 def _of_audit(rows: list[AuditEvent]) -> Iterable[Event]:
@@ -87,18 +113,20 @@ def _of_audit(rows: list[AuditEvent]) -> Iterable[Event]:
         burst: list[AuditEvent] = []
         for row in group:
             if burst and burst[0].created_at - row.created_at > BURST:
-                yield _burst(event, burst)
+                yield audit_event(event, burst)
                 burst = []
             burst.append(row)
-        yield _burst(event, burst)
+        yield audit_event(event, burst)
 
 
-def _burst(event: str, rows: list[AuditEvent]) -> Event:
-    """Equal events, the newest first, as one line."""
+def audit_event(event: str, rows: Sequence[AuditEvent]) -> Event:
+    """Equal events, the newest first, as one."""
     times = f", {len(rows)} times" if len(rows) > 1 else ""
     whose = _whose(rows[0])
     return Event(
         at=rows[0].created_at,
+        kind=event,
+        subject=str(rows[0].pk),
         text=f"{AUDIT_TEXTS[event]}{f' ({whose})' if whose else ''}{times}",
         is_bad=event == "login_failed",
         link=link(rows[0], "audit"),

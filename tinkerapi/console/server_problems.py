@@ -14,6 +14,8 @@ from django.utils import timezone
 
 from futures.models import Worker
 from tinkerapi.console.kit.display import changelist_url, moment_text, page_url
+from tinkerapi.deliveries import last_failure
+from tinkerapi.models import Delivery
 from tinkerapi.server.last_backup import last_backup_at
 from training.base_models import base_models
 from training.server_figures import worker_state
@@ -30,6 +32,10 @@ class Problem:
 
     is_alarm: bool
     """Requests do not run, or soon will not; else a warning."""
+    kind: str
+    """What is wrong, as one word."""
+    subject: str = ""
+    """Of what; ``kind`` and ``subject`` together name the problem."""
     text: str
     url: str
 
@@ -43,7 +49,7 @@ def problems(workers: Sequence[Worker], *, for_operator: bool) -> list[Problem]:
     """
     found = [*_of_workers(workers), *_of_disk()]
     if for_operator:
-        found += _of_backup()
+        found += [*_of_backup(), *_of_webhook()]
     return sorted(found, key=lambda problem: not problem.is_alarm)
 
 
@@ -59,24 +65,38 @@ def _of_workers(workers: Sequence[Worker]) -> list[Problem]:
                 heard = moment_text(worker.heartbeat_at)
                 text = f"{model.name}: worker #{worker.pk} does not answer; last heard of {heard}."
                 is_only = "live" not in states
-                found.append(Problem(is_alarm=is_only, text=text, url=page_url(worker)))
+                found.append(
+                    Problem(
+                        is_alarm=is_only,
+                        kind="worker_silent",
+                        subject=str(worker.pk),
+                        text=text,
+                        url=page_url(worker),
+                    )
+                )
         if states & {"live", "silent"}:
             continue
         if "starting" in states and newest is not None:
             since = moment_text(newest.started_at)
             text = f"{model.name}: the worker is starting (since {since}); requests wait for it."
-            found.append(Problem(is_alarm=False, text=text, url=url))
+            kind = "worker_starting"
+            found.append(Problem(is_alarm=False, kind=kind, subject=model.name, text=text, url=url))
         elif newest is None:
             text = f"{model.name}: no worker has served it yet; requests wait."
-            found.append(Problem(is_alarm=True, text=text, url=url))
+            found.append(_missing(model.name, text, url))
         else:
             how = "was lost" if newest.state == Worker.WorkerState.LOST else "stopped"
             when = moment_text(newest.stopped_at or newest.heartbeat_at)
             text = (
                 f"{model.name}: the worker {how} {when}, and no other has started; requests wait."
             )
-            found.append(Problem(is_alarm=True, text=text, url=url))
+            found.append(_missing(model.name, text, url))
     return found
+
+
+def _missing(base_model: str, text: str, url: str) -> Problem:
+    kind = "worker_missing"
+    return Problem(is_alarm=True, kind=kind, subject=base_model, text=text, url=url)
 
 
 def _of_disk() -> list[Problem]:
@@ -85,7 +105,7 @@ def _of_disk() -> list[Problem]:
         disk = shutil.disk_usage(settings.DATA_DIR)
     except OSError as error:
         text = f"The data folder cannot be read: {error.strerror}."
-        return [Problem(is_alarm=True, text=text, url=url)]
+        return [Problem(is_alarm=True, kind="disk_unreadable", text=text, url=url)]
     share = disk.free / disk.total if disk.total else 1.0
     if share >= DISK_WARNING:
         return []
@@ -93,7 +113,21 @@ def _of_disk() -> list[Problem]:
         f"The disk of the data folder is nearly full: {filesizeformat(disk.free)} of "
         f"{filesizeformat(disk.total)} are free."
     )
-    return [Problem(is_alarm=share < DISK_ALARM, text=text, url=url)]
+    return [Problem(is_alarm=share < DISK_ALARM, kind="disk_low", text=text, url=url)]
+
+
+def _of_webhook() -> list[Problem]:
+    """A receiver that does not take events."""
+    if settings.WEBHOOK is None:
+        return []
+    last = last_failure()
+    if last is None:
+        return []
+    text = (
+        f"The webhook's receiver {settings.WEBHOOK.host} did not take the last event, "
+        f"{moment_text(last.tried_at or last.created_at)}: {last.last_error}."
+    )
+    return [Problem(is_alarm=False, kind="webhook", text=text, url=changelist_url(Delivery))]
 
 
 def _of_backup() -> list[Problem]:
@@ -102,4 +136,4 @@ def _of_backup() -> list[Problem]:
         return []
     text = f"The last backup was made {moment_text(made_at)}."
     url = reverse("docs-page", args=["operations"]) + "#backup"
-    return [Problem(is_alarm=False, text=text, url=url)]
+    return [Problem(is_alarm=False, kind="backup_old", text=text, url=url)]

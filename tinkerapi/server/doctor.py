@@ -31,6 +31,7 @@ from packaging.requirements import Requirement
 from futures.models import Future, Worker
 from futures.selectors import HEARTBEAT_TIMEOUT
 from futures.transitions import State
+from tinkerapi.deliveries import last_tried
 from tinkerapi.models import ApiKey
 from tinkerapi.server.joining import (
     clock_difference_seconds,
@@ -98,6 +99,7 @@ def examine() -> Iterator[Finding]:
                 yield from check_workers(base_model, server)
             yield check_queue()
             yield check_api_keys()
+            yield from check_webhook()
 
 
 def check_packages() -> Iterator[Finding]:
@@ -348,6 +350,20 @@ def check_api_keys() -> Finding:
         detail = "keys are required and none is valid; run `manage.py createapikey USER`"
         return Finding("API keys", Verdict.FAILED, detail)
     return Finding("API keys", Verdict.OK, f"{count} valid")
+
+
+def check_webhook() -> Iterator[Finding]:
+    """The receiver of events has taken the last one; nothing if none is set."""
+    if settings.WEBHOOK is None:
+        return
+    where, last = settings.WEBHOOK.host, last_tried()
+    if last is None:
+        yield Finding("webhook", Verdict.OFF, f"nothing was sent to {where} yet")
+    elif last.last_error:
+        detail = f"{where} did not take {last.event}: {last.last_error}; `webhook --test` tries it"
+        yield Finding("webhook", Verdict.FAILED, detail)
+    else:
+        yield Finding("webhook", Verdict.OK, f"{where} took {last.event} of {last.at:%F %T %Z}")
 
 
 def _cpu_flags() -> set[str]:

@@ -32,6 +32,9 @@ STATE_VARIANTS = {
     "lost": "danger",
     "silent": "danger",
     "revoked": "danger",
+    "waiting": "info",
+    "delivered": "success",
+    "given up": "danger",
 }
 """State to the colour of its label; all other states are grey."""
 

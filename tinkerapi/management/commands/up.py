@@ -62,6 +62,7 @@ TICK_SECONDS = 0.1
 READY_LOOK_SECONDS = 0.5  # each check while the worker loads costs a query and a log line
 LOST_PART_SECONDS = 2.0  # readiness shows the end of a part within this time
 WEB_STOP_SECONDS = 5.0
+WEBHOOK_STOP_SECONDS = 1.0
 WEB_KILL_SECONDS = 3  # longest delay of web's end by a long poll; its client polls again
 OPEN_REQUESTS = 8192  # parked long polls count, so granian's 1024 would be a limit on users
 
@@ -166,6 +167,7 @@ class Command(BaseCommand):
             self._prepare_models(environment)
             self._start_database()
             self._start_web(environment)
+            self._start_webhook(environment)
             call_command("collectstatic", interactive=False, verbosity=0)
             self._supervise(environment)
         finally:
@@ -246,6 +248,23 @@ class Command(BaseCommand):
                 WEB_STOP_SECONDS,
                 parent_death_signal="TERM",
                 stop_rank=0,  # first, so that a stopping server accepts no requests
+            )
+        )
+
+    def _start_webhook(self, environment: dict[str, str]) -> None:
+        """The process that sends events, where a receiver is set."""
+        if settings.WEBHOOK is None:
+            return
+        self.say(f"webhook   {settings.WEBHOOK.host}: {', '.join(settings.WEBHOOK.events)}")
+        self.supervisor.add(
+            Child(
+                "webhook",
+                [sys.executable, "-m", "tinkerapi", "webhook"],
+                environment,
+                log_path("webhook"),
+                WEBHOOK_STOP_SECONDS,
+                parent_death_signal="KILL",  # an attempt that was cut off is repeated
+                stop_rank=0,
             )
         )
 
