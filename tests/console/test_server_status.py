@@ -113,6 +113,40 @@ def test_a_disk_that_is_nearly_full_is_a_warning_then_an_alarm(
     assert all(f"{free}.0\xa0GB of 100.0\xa0GB are free" in text for _, text in found)
 
 
+@pytest.mark.parametrize(
+    ("per_day", "forecast", "warns"),
+    [
+        (0, "", False),
+        (2, "Full in about 10 days at the growth of the last days", False),
+        (8, "Full in about 2 days at the growth of the last days", True),
+        (40, "Full in about 12 hours at the growth of the last days", True),
+    ],
+)
+def test_the_dashboard_says_when_the_disk_will_be_full(
+    console: Client,
+    life: Callable[..., Worker],
+    data_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    per_day: int,
+    forecast: str,
+    warns: bool,
+) -> None:
+    life("live")
+    usage = SimpleNamespace(total=100 * 2**30, free=20 * 2**30, used=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    now = timezone.now().timestamp()
+    lines = [
+        f"{now - hour * 3600:.0f} {round((20 + per_day * hour / 24) * 2**30)}"
+        for hour in range(48, -1, -1)
+    ]
+    (data_dir / "disk_history").write_text("\n".join(lines))
+
+    assert console.get(URL).context["storage"]["forecast"] == forecast
+    assert [(alarm, "is full in" in text) for alarm, text in banner(console)] == (
+        [(False, True)] if warns else []
+    )
+
+
 def test_an_old_backup_is_a_warning_for_the_operator(
     console: Client, staff: User, browser: Callable[[User], Client], life: Callable[..., Worker]
 ) -> None:

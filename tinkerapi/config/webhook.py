@@ -24,6 +24,7 @@ EVENTS: Mapping[str, str] = {
     "worker_started": "a worker started",
     "disk_low": "less than 10 % of the data folder's disk is free",
     "disk_full": "less than 3 % of it is free",
+    "disk_filling": "at the growth of the last days it is full within three days",
     "backup_old": "the last backup is older than a week",
     "backup_made": "a backup was complete",
     "login_failed": "a login to the console failed",
@@ -40,6 +41,7 @@ DEFAULT_EVENTS = (
     "worker_lost",
     "disk_low",
     "disk_full",
+    "disk_filling",
     "backup_old",
     "login_failed",
 )

@@ -26,7 +26,7 @@ from tinkerapi.console.pages.run_sections import last_result
 from tinkerapi.console.pages.workers import worker_memory
 from tinkerapi.console.quickstart import quickstart
 from tinkerapi.console.server_events import events
-from tinkerapi.console.server_problems import problems
+from tinkerapi.console.server_problems import disk_full_in, problems
 from tinkerapi.selectors import api_key_newest
 from training.base_models import base_models
 from training.overview import bytes_saved, runs_newest
@@ -166,6 +166,15 @@ def _failures_table(owner_id: int | None) -> Context:
     }
 
 
+def forecast_text(left: timedelta | None) -> str:
+    """When the disk will be full, in words; empty without a forecast."""
+    if left is None:
+        return ""
+    days = left / timedelta(days=1)
+    when = f"{days:.0f} days" if days >= 2 else f"{left / timedelta(hours=1):.0f} hours"
+    return f"Full in about {when} at the growth of the last days"
+
+
 def _storage(owner_id: int | None) -> Context:
     """Usage of the data folder's disk, and the part of it that users saved."""
     try:
@@ -175,6 +184,7 @@ def _storage(owner_id: int | None) -> Context:
     return {
         "is_known": True,
         "title": f"{filesizeformat(disk.free)} free of {filesizeformat(disk.total)}",
+        "forecast": forecast_text(disk_full_in(disk.free)),
         "used_percent": round(100 * (disk.total - disk.free) / disk.total),
         "saved": [
             (name, filesizeformat(size_bytes)) for name, size_bytes in bytes_saved(owner_id).items()

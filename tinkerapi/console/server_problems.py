@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,12 +17,15 @@ from futures.models import Worker
 from tinkerapi.console.kit.display import changelist_url, moment_text, page_url
 from tinkerapi.deliveries import last_failure
 from tinkerapi.models import Delivery
+from tinkerapi.server.disk_history import disk_history, full_in
 from tinkerapi.server.last_backup import last_backup_at
 from training.base_models import base_models
 from training.server_figures import worker_state
 
 DISK_WARNING, DISK_ALARM = 0.10, 0.03
 """Shares of the disk that are free."""
+DISK_FORECAST = timedelta(days=3)
+"""A disk that will be full sooner is a warning."""
 BACKUP_AGE = timedelta(days=7)
 """Only a server that was backed up once is expected to be backed up again."""
 
@@ -99,6 +103,12 @@ def _missing(base_model: str, text: str, url: str) -> Problem:
     return Problem(is_alarm=True, kind=kind, subject=base_model, text=text, url=url)
 
 
+def disk_full_in(free_bytes: int) -> timedelta | None:
+    """The time until the data folder's disk is full, if the last days tell."""
+    notes = disk_history(settings.DATA_DIR)
+    return full_in(notes, free_bytes=free_bytes, now=time.time())
+
+
 def _of_disk() -> list[Problem]:
     url = reverse("docs-page", args=["operations"]) + "#faults"
     try:
@@ -108,7 +118,12 @@ def _of_disk() -> list[Problem]:
         return [Problem(is_alarm=True, kind="disk_unreadable", text=text, url=url)]
     share = disk.free / disk.total if disk.total else 1.0
     if share >= DISK_WARNING:
-        return []
+        left = disk_full_in(disk.free)
+        if left is None or left > DISK_FORECAST:
+            return []
+        hours = f"{left / timedelta(hours=1):.0f} hours"
+        text = f"At the growth of the last days the disk of the data folder is full in {hours}."
+        return [Problem(is_alarm=False, kind="disk_filling", text=text, url=url)]
     text = (
         f"The disk of the data folder is nearly full: {filesizeformat(disk.free)} of "
         f"{filesizeformat(disk.total)} are free."

@@ -43,6 +43,7 @@ PROBLEMS = (
     "worker_silent",
     "disk_low",
     "disk_full",
+    "disk_filling",
     "backup_old",
 )
 

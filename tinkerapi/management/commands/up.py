@@ -26,6 +26,7 @@ from django.core.management.base import BaseCommand
 from django.db import OperationalError, connection
 
 from futures.lost_workers import workers_reap
+from tinkerapi.server.disk_history import disk_note
 from tinkerapi.server.joining import moved_storage_problem
 from tinkerapi.server.postgres import EmbeddedPostgres
 from tinkerapi.server.postgres_cluster import PostgresError
@@ -60,6 +61,7 @@ from training.worker.crash_log import crashed
 
 TICK_SECONDS = 0.1
 READY_LOOK_SECONDS = 0.5  # each check while the worker loads costs a query and a log line
+NOTE_DISK_SECONDS = 60.0  # each look reads the notes; one is taken every hour
 LOST_PART_SECONDS = 2.0  # readiness shows the end of a part within this time
 WEB_STOP_SECONDS = 5.0
 WEBHOOK_STOP_SECONDS = 1.0
@@ -281,13 +283,16 @@ class Command(BaseCommand):
         waiting = base_models()
         self.pruning = self._pruning(environment)
         answered = ready = False
-        look_at = 0.0
+        look_at = note_disk_at = 0.0
         restarts = 0
         while True:
             for base_model in [model for model in waiting if self._is_prepared(model)]:
                 waiting.remove(base_model)
                 self._start_workers(base_model, environment)
             self.supervisor.tick()
+            if time.monotonic() >= note_disk_at:
+                note_disk_at = time.monotonic() + NOTE_DISK_SECONDS
+                disk_note(settings.DATA_DIR)
             if self.pruning is not None:
                 self.pruning.tick()
             if ready and self.supervisor.restarts > restarts:
