@@ -71,6 +71,7 @@ class _Collector(Collector):
         )
         for name, figure, what in (
             ("worker_memory_bytes", "memory_bytes", "Memory of the live workers."),
+            ("worker_gpu_memory_bytes", "gpu_memory_bytes", "Taken memory of their GPUs."),
             ("adapter_bytes", "adapter_bytes", "Memory of the adapters in them."),
             ("resident_adapters", "resident_adapters", "Adapters in their memory."),
             ("requests_per_second", "futures_per_second", "The workers' own estimate."),

@@ -24,7 +24,17 @@ RECENT_REQUESTS = 500
 RECENT_MINUTES = 10
 QUANTILES = (0.5, 0.95)
 
-SUMS = ("memory_bytes", "adapter_bytes", "resident_adapters", "futures_per_second")
+DEVICE_FIGURES = ("gpu_memory_bytes", "gpu_memory_total_bytes")
+"""What a worker on a GPU reports: the taken and all bytes of its memory. A worker of several GPUs
+reports that of its first."""
+
+SUMS = (
+    "memory_bytes",
+    "gpu_memory_bytes",
+    "adapter_bytes",
+    "resident_adapters",
+    "futures_per_second",
+)
 """Figures that workers report, added up over the live workers of a base model."""
 
 _OPEN = """

@@ -46,12 +46,15 @@ def samples(api: ApiClient) -> dict[tuple[Any, ...], float]:
     }
 
 
+FIGURES = {"memory_bytes": 5, "gpu_memory_bytes": 7, "resident_adapters": 2}
+
+
 def test_the_figures_are_those_of_the_rows(
     api: ApiClient, trained: Traces, superuser: User
 ) -> None:
     trained(superuser)
     Future.objects.filter(state="ready").update(created_at=timezone.now() - timedelta(hours=3))
-    Worker.objects.update(state="live", figures={"memory_bytes": 5, "resident_adapters": 2})
+    Worker.objects.update(state="live", figures=FIGURES)
     model = base_model_get(None).name
     states = list(Future.objects.values_list("state", flat=True))
 
@@ -64,6 +67,7 @@ def test_the_figures_are_those_of_the_rows(
         assert found["tinkerapi_workers", model, "live"] == 1
         assert found["tinkerapi_workers", model, "silent"] == 0
         assert found["tinkerapi_worker_memory_bytes", model] == 5
+        assert found["tinkerapi_worker_gpu_memory_bytes", model] == 7
         assert found["tinkerapi_resident_adapters", model] == 2
         run = Run.objects.get()
         assert found["tinkerapi_runs", model, "ready"] == 1

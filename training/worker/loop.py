@@ -28,6 +28,7 @@ from training.engine.interface import Engine
 from training.errors import TrainingError
 from training.kinds import Kind, Sample
 from training.models import Run
+from training.server_figures import DEVICE_FIGURES
 from training.storage.chosen import storage
 from training.usage import usage_record
 from training.vocabulary import TokenTable
@@ -103,6 +104,7 @@ class WorkLoop:
                 empty.
         """
         self._sampler = engine.sampler
+        self._trainer = engine.trainer
         self._worker = worker
         self._stopping = stopping
         self._bell_rang = bell_rang
@@ -440,7 +442,13 @@ class WorkLoop:
             **self.adapter_cache.figures(),
             "sampling": len(self._samples),
             "futures_per_second": self._throughput.futures_per_second,
+            **self._device_memory(),
         }
+
+    def _device_memory(self) -> dict[str, int]:
+        """The figures of a GPU's memory; none on a CPU."""
+        found = self._trainer.device_memory()
+        return {} if found is None else dict(zip(DEVICE_FIGURES, found, strict=True))
 
     def give_back(self) -> None:
         """The end: futures that have not begun or are being sampled wait for the next worker, and

@@ -19,7 +19,7 @@ from tinkerapi.console.kit.console_admin import ConsoleAdmin
 from tinkerapi.console.kit.display import duration, list_link, moment, preformatted, state_label
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.kit.preview import value_preview
-from training.server_figures import worker_state
+from training.server_figures import DEVICE_FIGURES, worker_state
 
 
 @admin.register(Worker)
@@ -114,9 +114,13 @@ class WorkerAdmin(ConsoleAdmin):
 
 
 def worker_memory(worker: Worker) -> str | None:
-    """The worker's last reported memory, or None."""
+    """The worker's last reported memory, and that of its GPU; None if it reported none."""
     taken = worker.figures.get("memory_bytes")
-    return filesizeformat(taken) if isinstance(taken, int | float) else None
+    of_gpu, all_of_gpu = (worker.figures.get(name) for name in DEVICE_FIGURES)
+    parts = [filesizeformat(taken)] if isinstance(taken, int | float) else []
+    if isinstance(of_gpu, int) and isinstance(all_of_gpu, int):
+        parts.append(f"GPU {filesizeformat(of_gpu)} of {filesizeformat(all_of_gpu)}")
+    return ", ".join(parts) or None
 
 
 def worker_adapters(worker: Worker) -> str | None:

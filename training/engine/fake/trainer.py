@@ -92,6 +92,8 @@ class FakeTrainer(Trainer):
         )
         self._before_verb = before_verb or (lambda verb, adapter_names: None)
         self._adapters: dict[str, _FakeAdapter] = {}
+        self.own_memory: tuple[int, int] | None = None
+        """What it says of its device's memory."""
 
     def report_progress(self, to: Callable[[], None]) -> None:
         """Nothing here takes long."""
@@ -116,6 +118,9 @@ class FakeTrainer(Trainer):
 
     def prepare_custom_losses(self) -> bool:
         return True
+
+    def device_memory(self) -> tuple[int, int] | None:
+        return self.own_memory
 
     def release_memory(self) -> None:
         """Holds nothing to release."""

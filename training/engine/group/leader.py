@@ -82,6 +82,9 @@ class LeadingTrainer(Trainer):
     def prepare_custom_losses(self) -> bool:
         return self._own.prepare_custom_losses()
 
+    def device_memory(self) -> tuple[int, int] | None:
+        return self._own.device_memory()
+
     def release_memory(self) -> None:
         self._all_ranks("release_memory")
 

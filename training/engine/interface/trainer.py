@@ -87,6 +87,11 @@ class Trainer(ABC):
             InvalidRequest: ``target_modules`` matches nothing.
         """
 
+    def device_memory(self) -> tuple[int, int] | None:
+        """Bytes of the device's own memory that are taken, by any process, and all of them; None
+        for a device without its own, as a CPU."""
+        return None
+
     @abstractmethod
     def release_memory(self) -> None:
         """Free cached memory that is not in use. For an idle worker:

@@ -43,6 +43,14 @@ def give_back_freed_memory() -> None:
         malloc_trim(0)
 
 
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """The taken and all bytes of a GPU's memory, as its driver counts them; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free, total
+
+
 def free_bytes(device: torch.device) -> int:
     """The memory available to tensors on a device, including freed blocks that torch keeps."""
     if device.type != "cuda":

@@ -130,6 +130,9 @@ class TorchTrainer(Trainer):
     def prepare_custom_losses(self) -> bool:
         return self._custom_losses.prepare()
 
+    def device_memory(self) -> tuple[int, int] | None:
+        return memory.device_memory(self._base_model.device)
+
     def release_memory(self) -> None:
         self._custom_losses.release()
         if self._base_model.vision is not None:
