@@ -99,6 +99,16 @@ def storage_check(*, owner_id: int, more_bytes: int, freed_bytes: int = 0) -> No
     )
 
 
+def storage_reserve(*, owner_id: int, more_bytes: int) -> None:
+    """Refuse requests of this size if they would exceed the owner's limit; else count them.
+
+    Raises:
+        StorageQuotaExceeded: (413)
+    """
+    storage_check(owner_id=owner_id, more_bytes=more_bytes)
+    _counts.add(owner_id, more_bytes)
+
+
 def storage_admit(
     encoded: EncodedPayload,
     *,

@@ -63,20 +63,39 @@ def token_quota(
         yield {}
         return
     with transaction.atomic():
-        execute(_LOCK, {"owner_id": owner_id})
-        used = tokens_used(owner_id, today())
-        [(reserved,)] = execute(_RESERVED, {"owner_id": owner_id, "reserved": RESERVED})
-        if used + int(reserved) + needed > limit and not future_repeated(
-            payload=encoded,
-            owner_id=owner_id,
-            lane_id=lane_id,
-            seq_id=seq_id,
-            idempotency_key=idempotency_key,
-        ):
-            raise TokenQuotaExceeded(
-                f"this request may use {needed:,} tokens; of the {limit:,} that one user may use "
-                f"in a day you have used {used:,}, and your waiting requests may use "
-                f"{int(reserved):,}. Send it again after 00:00 UTC, send less data, or set a "
-                "smaller max_tokens"
-            )
+        try:
+            token_quota_check(owner_id=owner_id, needed=needed)
+        except TokenQuotaExceeded:
+            if not future_repeated(
+                payload=encoded,
+                owner_id=owner_id,
+                lane_id=lane_id,
+                seq_id=seq_id,
+                idempotency_key=idempotency_key,
+            ):
+                raise
         yield {RESERVED: needed}
+
+
+def token_quota_check(*, owner_id: int, needed: int) -> None:
+    """Refuse what may use more tokens than the owner has left today, if there is a limit.
+
+    Call it in the transaction that stores the requests; until its end no other request of the
+    owner is admitted.
+
+    Raises:
+        TokenQuotaExceeded: (403)
+    """
+    limit = settings.USER_TOKENS_PER_DAY
+    if not limit or not needed:
+        return
+    execute(_LOCK, {"owner_id": owner_id})
+    used = tokens_used(owner_id, today())
+    [(reserved,)] = execute(_RESERVED, {"owner_id": owner_id, "reserved": RESERVED})
+    if used + int(reserved) + needed > limit:
+        raise TokenQuotaExceeded(
+            f"this request may use {needed:,} tokens; of the {limit:,} that one user may use "
+            f"in a day you have used {used:,}, and your waiting requests may use "
+            f"{int(reserved):,}. Send it again after 00:00 UTC, send less data, or set a "
+            "smaller max_tokens"
+        )

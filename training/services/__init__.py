@@ -6,6 +6,7 @@ request, and finds the rows of the first one.
 """
 
 from training.services.checkpoints import load_weights_submit, save_weights_submit
+from training.services.replays import run_fork, run_replay
 from training.services.runs import (
     run_compare_submit,
     run_create_submit,
@@ -31,8 +32,10 @@ __all__ = [
     "run_compare_submit",
     "run_create_submit",
     "run_describe",
+    "run_fork",
     "run_lora_config",
     "run_remove_submit",
+    "run_replay",
     "run_replay_create",
     "run_replay_submit",
     "sample_submit",

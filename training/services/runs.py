@@ -49,7 +49,7 @@ def run_create_submit(
     name = model_id or (run.name if run else f"model_{secrets.token_hex(8)}")
     if run is None:
         check_run_name(name, field="model_id")
-        run = _run_create(owner_id, name, base_model, lora_config)
+        run = run_make(owner_id, name, base_model, lora_config)
     if run is None:
         raise RunExists(f"model_id: you already have a model named {name!r}; remove it first")
     return _submit_creation(run, name, lora_config, idempotency_key)
@@ -108,7 +108,7 @@ def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | No
     config = LoraConfig()
     # One transaction: the run must not be visible before its creation is first in its lane.
     with transaction.atomic():
-        if run := _run_create(owner_id, name, None, config):
+        if run := run_make(owner_id, name, None, config):
             _submit_creation(run, name, config, None)
             return run
     # Another request made it between our read and our write.
@@ -124,7 +124,7 @@ def run_replay_create(*, run: Run, name: str | None = None) -> Run:
     """
     number = run.run_set.count() + 1
     name = check_run_name(name or f"{run.name[:100]}-replay-{number}", field="name")
-    copy = _run_create(run.owner_id, name, run.base_model, run_lora_config(run), replay_of=run)
+    copy = run_make(run.owner_id, name, run.base_model, run_lora_config(run), replay_of=run)
     if copy is None:
         raise RunExists(f"{name!r} exists already; remove it or choose another name")
     return copy
@@ -184,7 +184,7 @@ def run_lora_config(run: Run) -> LoraConfig:
     )
 
 
-def _run_create(
+def run_make(
     owner_id: int,
     name: str,
     base_model: str | None,

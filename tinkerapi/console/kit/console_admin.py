@@ -142,11 +142,17 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]  # unfold has no type info
         is."""
         if object_id is None:
             return True
-        rows = self.get_queryset(request)
-        try:
-            return bool(rows.filter(pk=unquote(str(object_id)), **condition).exists())
-        except (DataError, ValueError):  # an id that no row can have
-            return False
+        # Several buttons of a page ask the same.
+        known: dict[Any, bool] = vars(request).setdefault("console_matches", {})
+        key = (type(self), object_id, repr(sorted(condition.items())))
+        if key not in known:
+            rows = self.get_queryset(request)
+            try:
+                found = rows.filter(pk=unquote(str(object_id)), **condition).exists()
+            except (DataError, ValueError):  # an id that no row can have
+                found = False
+            known[key] = bool(found)
+        return known[key]
 
     def row(self, request: HttpRequest, object_id: str) -> Any:
         """The row of this page, if this person may see it."""
@@ -203,10 +209,12 @@ def verb(
     return decorate
 
 
-def link_button(label: str, *, permission: str, icon: str) -> Callable[[Method], Method]:
+def link_button(
+    label: str, *, permission: str | None = None, icon: str
+) -> Callable[[Method], Method]:
     """A button of a page that only leads to another page; see ``verb`` for ``permission``."""
     decorate: Callable[[Method], Method] = action(
-        description=label, permissions=[permission], icon=icon
+        description=label, permissions=[permission] if permission else None, icon=icon
     )
     return decorate
 

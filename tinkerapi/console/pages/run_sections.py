@@ -22,6 +22,7 @@ from tinkerapi.console.pages.futures import summary_text
 from training.lineage import Loaded, run_children, run_loads, run_replays
 from training.models import Checkpoint, Run, Snapshot
 from training.overview import checkpoints_listed, snapshots_newest
+from training.services.replays import FORKED_STEP
 
 NEWEST_ROWS = 50
 """Rows in each table."""
@@ -106,7 +107,7 @@ def lineage_tables(run: Run) -> list[dict[str, Any]]:
             "table": {
                 "headers": HEADERS,
                 "rows": [
-                    *([["replay of", link(run.replay_of), "", ""]] if run.replay_of else []),
+                    *([[_how(run, "of"), link(run.replay_of), "", ""]] if run.replay_of else []),
                     *(_loaded_row(loaded, loaded.source) for loaded in run_loads(run)),
                 ],
             },
@@ -119,13 +120,19 @@ def lineage_tables(run: Run) -> list[dict[str, Any]]:
                 "rows": [
                     *(_loaded_row(loaded, loaded.run) for loaded in run_children(run)),
                     *(
-                        ["replay", link(replay, replay.shown_title), "", moment(replay.created_at)]
+                        [_how(replay), link(replay, str(replay)), "", moment(replay.created_at)]
                         for replay in run_replays(run)
                     ),
                 ],
             },
         },
     ]
+
+
+def _how(replay: Run, more: str = "") -> str:
+    """How a run repeats another's log, in words."""
+    step = replay.user_metadata.get(FORKED_STEP)
+    return " ".join(filter(None, ("replay" if step is None else f"fork at step {step}", more)))
 
 
 def _loaded_row(loaded: Loaded, run: Run | None) -> list[Any]:

@@ -13,6 +13,8 @@ from tinkerapi.console.kit.display import duration, moment_text, state_label
 from training.activity import activity
 from training.models import Run
 from training.progress import steps_newest
+from training.replays import replay_of, replay_sentence
+from training.services.replays import FORKED_STEP
 
 PACE_STEPS = 20
 """Newest steps from which the pace is computed."""
@@ -31,7 +33,7 @@ def run_status(run: Any) -> dict[str, Any]:
     steps = steps_newest(run, limit=PACE_STEPS)
     return {
         "label": state_label(state),
-        "sentence": sentence(run, state, steps, waiting),
+        "sentence": " ".join(filter(None, (origin(run), sentence(run, state, steps, waiting)))),
         "figures": [
             ["Steps", f"{run.step:,}"],
             ["Trained tokens", f"{run.tokens:,}"],
@@ -39,6 +41,17 @@ def run_status(run: Any) -> dict[str, Any]:
             ["Waiting", f"{waiting:,}"],
         ],
     }
+
+
+def origin(run: Run) -> str:
+    """Of a run that repeats another one's log, how far it is and whether both are equal."""
+    if run.replay_of is None:
+        return ""
+    forked_step = run.user_metadata.get(FORKED_STEP)
+    what = "Replay of" if forked_step is None else f"Fork at step {forked_step} of"
+    result = replay_of(run)
+    said = f" {replay_sentence(result)}" if result.requests else ""
+    return f"{what} {run.replay_of}.{said}"
 
 
 def sentence(run: Any, state: str, steps: Sequence[datetime], waiting: int) -> str:

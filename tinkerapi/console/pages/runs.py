@@ -24,7 +24,7 @@ from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
 from futures.errors import FutureError
 from futures.overview import lane_find, lane_waiting
-from tinkerapi.console.kit.console_admin import ConsoleAdmin, redirect, verb
+from tinkerapi.console.kit.console_admin import redirect, verb
 from tinkerapi.console.kit.display import (
     copyable,
     link,
@@ -35,6 +35,7 @@ from tinkerapi.console.kit.display import (
 from tinkerapi.console.kit.filters import MomentFilter
 from tinkerapi.console.pages.compare import MAX_RUNS, compare_page, compare_url
 from tinkerapi.console.pages.run_curves import curves_export, curves_json
+from tinkerapi.console.pages.run_replays import RunReplays
 from tinkerapi.console.pages.run_sections import last_result as result_text
 from tinkerapi.console.pages.run_status import OWN_OBJECTIVE
 from tinkerapi.console.pages.run_tabs import tab_context
@@ -70,7 +71,7 @@ class DescribeForm(BaseDialogForm):  # type: ignore[misc]  # unfold has no type 
 
 
 @admin.register(Run)
-class RunAdmin(ConsoleAdmin):
+class RunAdmin(RunReplays):
     """Runs with their progress. What the page's tabs show is in ``run_tabs``."""
 
     refusals = (FutureError, TrainingError)
@@ -107,7 +108,7 @@ class RunAdmin(ConsoleAdmin):
     search_help_text = "Part of a name, a tag, the notes or a base model, or the beginning of an id"
     sortable_by = ("shown_title", "step", "trained_tokens", "last_request", "created")
     actions = ("compare_selected",)
-    actions_detail = ("describe", "remove")
+    actions_detail = ("describe", "replay", "fork", "remove")
     fieldsets = (
         (
             None,
