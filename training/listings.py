@@ -10,9 +10,8 @@ from typing import Any
 from django.db.models import Count, F, Q, QuerySet, Sum
 from django.utils import timezone
 
-from futures.models import Future
 from training.errors import RunNotFound
-from training.models import Checkpoint, Run, SamplingSession, Session
+from training.models import Checkpoint, Run, Session
 from training.progress import with_progress
 from training.selectors import checkpoints_kept
 
@@ -131,28 +130,6 @@ class SessionStatus:
             return Q(finished_at__isnull=True, heartbeat_at__gt=timezone.now() - ACTIVE)
         reasons = Q() if self.reasons is None else Q(finish_reason__in=self.reasons)
         return Q(finished_at__isnull=False) & reasons
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timeline:
-    """The requests to a session's models and sampling sessions."""
-
-    lane_ids: list[str]
-    """Those of models, then those of sampling sessions, each in the order of creation."""
-    futures: Iterable[Future]
-    """The newest finished requests, without their bodies, the newest first; may be read only
-    once."""
-
-
-def session_timeline(session_id: str, *, limit: int = 100_000) -> Timeline:
-    """The timeline of a session; the caller has checked its owner."""
-    runs = Run.objects.filter(session_id=session_id).order_by("model_seq_id")
-    samplers = SamplingSession.objects.filter(session_id=session_id).order_by("seq_id")
-    lane_ids = [*runs.values_list("id", flat=True), *samplers.values_list("id", flat=True)]
-    finished = Future.objects.without_bodies().filter(
-        lane_id__in=lane_ids, started_at__isnull=False, finished_at__isnull=False
-    )
-    return Timeline(lane_ids=lane_ids, futures=finished.order_by("-created_at")[:limit].iterator())
 
 
 def session_search(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -184,7 +185,10 @@ def test_a_trace_shows_every_finished_request_of_the_session(
     answer = sdk.api.get(f"/api/v1/sessions/{session_id}/trace_export", **sdk.headers).json()
     assert answer["status"] == "ready"
 
-    trace = fetch(answer["url"])[0].json()
+    response, body = fetch(answer["url"])
+    assert response["Content-Type"] == "application/json"
+    assert fetch(answer["url"], "head")[1] == b""
+    trace = json.loads(body)
     bars = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert {bar["name"] for bar in bars} == {"create_run", "save_weights"}
     assert sorted(bar["args"]["seq_id"] for bar in bars) == [0, 1, 2]

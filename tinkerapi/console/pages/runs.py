@@ -24,7 +24,8 @@ from unfold.widgets import UnfoldAdminTextInputWidget as TextInput
 
 from futures.errors import FutureError
 from futures.overview import lane_find, lane_waiting
-from tinkerapi.console.kit.console_admin import redirect, verb
+from tinkerapi.api.sdk.render.links import trace_link
+from tinkerapi.console.kit.console_admin import link_button, redirect, verb
 from tinkerapi.console.kit.display import (
     copyable,
     link,
@@ -108,7 +109,7 @@ class RunAdmin(RunReplays):
     search_help_text = "Part of a name, a tag, the notes or a base model, or the beginning of an id"
     sortable_by = ("shown_title", "step", "trained_tokens", "last_request", "created")
     actions = ("compare_selected",)
-    actions_detail = ("describe", "replay", "fork", "remove")
+    actions_detail = ("describe", "trace", "replay", "fork", "remove")
     fieldsets = (
         (
             None,
@@ -264,6 +265,11 @@ class RunAdmin(RunReplays):
             request, run, "described", lambda: run_describe(run, actor_id=actor_id, **words)
         )
         return redirect(request, page_url(run))
+
+    @link_button("Trace", icon="timeline")
+    def trace(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """Its requests over time, as a file for Perfetto, from a link that works for an hour."""
+        return redirect(request, trace_link(request, self.row(request, object_id)).url)
 
     def has_remove_permission(self, request: HttpRequest, object_id: str | None = None) -> bool:
         return self.matches(request, object_id, deleted_at__isnull=True)

@@ -18,7 +18,7 @@ from django.utils import timezone
 from rest_framework.request import Request
 
 from training.errors import InvalidRequest
-from training.models import Checkpoint, Session
+from training.models import Checkpoint, Run, Session
 
 LIFETIME = timedelta(hours=1)
 _SALT = "tinkerapi.links"
@@ -52,9 +52,10 @@ def _target(checkpoint: Checkpoint, reader_id: int) -> dict[str, Any]:
     return {"checkpoint": checkpoint.pk} | ({} if is_own else {"while_public": True})
 
 
-def trace_link(request: Request, session: Session) -> Link:
-    """A link to the timeline of a session."""
-    return _link(request, {"session": session.pk}, f"{session.pk}.json")
+def trace_link(request: Request | HttpRequest, of: Session | Run) -> Link:
+    """A link to the timeline of a session or of a run."""
+    what = "run" if isinstance(of, Run) else "session"
+    return _link(request, {what: of.pk}, f"{of.pk}.json")
 
 
 def link_target(token: str) -> dict[str, Any]:

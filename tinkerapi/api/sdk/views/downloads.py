@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 
-from django.http import HttpResponse, HttpResponseBase
+from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.utils.http import http_date
 from rest_framework.request import Request
 
@@ -12,15 +14,15 @@ from tinkerapi.api.caller import owner_of
 from tinkerapi.api.renderers import JSONResponse, timestamp
 from tinkerapi.api.sdk.base import SdkView
 from tinkerapi.api.sdk.render.links import archive_link, file_links, link_target
-from tinkerapi.api.sdk.render.trace import trace_of
+from tinkerapi.api.sdk.render.trace import trace_pieces
 from tinkerapi.api.streaming import file_response, tar_response
 from training.errors import CheckpointNotFound
-from training.listings import session_timeline
 from training.models import Checkpoint
 from training.paths import TinkerPath
 from training.selectors import checkpoint_by_id, checkpoint_get
 from training.services.checkpoints import checkpoint_audit_read
 from training.storage.chosen import storage
+from training.timeline import run_lanes, session_lanes
 
 
 def _downloadable(request: Request, run: str, checkpoint_id: str) -> Checkpoint:
@@ -81,8 +83,9 @@ class DownloadView(SdkView):
     def get(self, request: Request, token: str, file_name: str) -> HttpResponseBase:
         target = link_target(token)
         if "session" in target:
-            session_id = target["session"]
-            return JSONResponse(trace_of(session_id, session_timeline(session_id)))
+            return _trace_response(request, target, partial(session_lanes, target["session"]))
+        if "run" in target:
+            return _trace_response(request, target, partial(run_lanes, target["run"]))
         checkpoint = checkpoint_by_id(target["checkpoint"])
         if "while_public" in target and not checkpoint.public:
             raise CheckpointNotFound
@@ -91,3 +94,11 @@ class DownloadView(SdkView):
         directory, name = checkpoint.directory, target["file"]
         file = storage().open(directory, name)
         return file_response(request, file, etag=f"{directory.rpartition('/')[2]}-{name}")
+
+
+def _trace_response(
+    request: Request, about: dict[str, str], lanes: Callable[[], list[str]]
+) -> HttpResponseBase:
+    if request.method == "HEAD":
+        return HttpResponse(content_type="application/json")
+    return StreamingHttpResponse(trace_pieces(about, lanes), content_type="application/json")
