@@ -15,6 +15,7 @@ GROUPS = {
         "preparemodel": "make the folder of a base model",
         "worker": "start workers on this machine for a server on another one",
         "engineworker": "serve one base model; `up` and `worker` start these",
+        "webhook": "send events to a receiver; `up` starts it where one is set",
     },
     "People": {"createapikey": "make a key for a user, and print it once"},
     "Requests and runs": {
@@ -33,9 +34,9 @@ GROUPS = {
 }
 """Our commands with descriptions for ``tinkerapi help``, which does not load Django."""
 
-_DO_NOT_SAY_IT = ("up", "preparemodel", "engineworker", "crashdrill")
+_DO_NOT_SAY_IT = ("up", "preparemodel", "engineworker", "webhook", "crashdrill")
 """Commands that do not print the data folder: ``up`` prints it among its lines and starts the next
-two; the last makes its own folder."""
+three; the last makes its own folder."""
 
 SHELLS = {
     "bash": 'complete -W "{words}" tinkerapi',
