@@ -29,6 +29,8 @@ class OddText:
             if rest:
                 os.close(os.open(rest, os.O_CREAT))
             os.kill(os.getpid(), signal.SIGKILL)
+        if word == "touch":
+            os.close(os.open(rest, os.O_CREAT))
         if word == "memory":
             return list(bytearray(64 * 1024**3))
         if word == "refuse":

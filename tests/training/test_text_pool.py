@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from futures.payload import encode
 from tests.training.odd_text import OddText
-from tests.waiting import LONG_SECONDS
+from tests.waiting import LONG_SECONDS, wait_for
 from training.errors import LimitExceeded, TrainingError
 from training.kinds import Sample
 from training.types import Datum, SamplingParams
-from training.worker.text_pool import MOST_PROCESSES, TextPool
+from training.worker.text_pool import BYTES_TOGETHER, MOST_PROCESSES, TextPool
 from training.worker.text_process import Answer, TextTask
 
 
@@ -90,6 +91,63 @@ def test_another_owner_does_not_wait_and_one_owner_has_one_process(
     assert pool.num_pending == 3
     pool.forget("slow0")
     assert pool.num_pending == 2
+
+
+def test_small_tasks_of_an_owner_are_done_without_a_look_after_each(
+    pool: TextPool, answers: Run, tmp_path: Path
+) -> None:
+    note = tmp_path / "note"
+    pool.submit("first", "ada", task("hi"))
+    for number in range(40):
+        pool.submit(f"k{number}", "ada", task("hi"))
+    pool.submit("last", "ada", task(f"touch {note}"))
+    assert answers("first").keys() == {"first"}
+    wait_for(note.exists)
+    keys = [f"k{number}" for number in range(40)]
+    assert set(keys) <= pool.answers().keys()
+    assert pool.num_pending <= 1
+
+
+def test_one_that_ends_its_process_takes_no_other_with_it(pool: TextPool, answers: Run) -> None:
+    keys = ["before", "crash", "after", "late", "last"]
+    texts = ["hi", "crash", "ho", "forever", "he"]
+    pool.submit("first", "ada", task("hi"))
+    for key, text in zip(keys, texts, strict=True):
+        pool.submit(key, "ada", task(text, seconds=0.5 if text == "forever" else 30.0))
+    got = answers("first", *keys)
+    assert [got[key] for key in ("before", "after", "last")] == [
+        [list(b"hi")],
+        [list(b"ho")],
+        [list(b"he")],
+    ]
+    assert "ended, twice" in str(got["crash"])
+    assert isinstance(got["late"], LimitExceeded)
+
+
+def test_a_task_that_was_sent_with_others_can_be_forgotten(
+    pool: TextPool, answers: Run, tmp_path: Path
+) -> None:
+    note = tmp_path / "note"
+    pool.submit("first", "ada", task("hi"))
+    for key, text in {"a": f"touch {note}", "b": "forever", "c": "ho", "d": "he"}.items():
+        pool.submit(key, "ada", task(text))
+    answers("first")
+    wait_for(note.exists)
+    pool.forget("c")
+    assert answers("a")["a"] == [list(f"touch {note}".encode())]
+    assert pool.num_pending == 2
+    pool.forget("b")
+    assert answers("d") == {"d": [list(b"he")]}
+    assert pool.num_pending == 0
+
+
+def test_large_tasks_are_sent_alone(pool: TextPool, answers: Run) -> None:
+    size = 10 * BYTES_TOGETHER
+    pool.submit("first", "ada", task("forever", seconds=0.5))
+    for number in range(5):
+        pool.submit(f"k{number}", "ada", task("x" * size, most=size))
+    got = answers(*(f"k{number}" for number in range(5)))
+    assert all(got[f"k{number}"] == [[ord("x")] * size] for number in range(5))
 
 
 def test_more_owners_than_processes_take_turns(pool: TextPool, answers: Run) -> None:

@@ -1,14 +1,16 @@
 """Processes that turn requests' text into tokens, so that nobody waits for another user's text.
 
-An owner has one process at a time. A process that ends fails only the request
-that it was working on.
+An owner has one process at a time, which gets several of the owner's requests at once if they are
+small: while samples run, the worker looks at the answers only every now and then. A process that
+ends fails only the request that it was working on.
 """
 
 from __future__ import annotations
 
 import signal
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,6 +23,12 @@ from training.worker.text_work import Text
 MOST_PROCESSES = 8
 IDLE_PROCESSES = 2
 """Idle processes kept for the next request; further ones end when idle."""
+
+TASKS_TOGETHER = 64
+"""Most tasks that a process gets at once."""
+BYTES_TOGETHER = 32 * 1024
+"""Most bytes of several tasks together. A connection takes them at once, so sending does not wait
+for the process."""
 
 _PRELOAD = [
     "training.worker.text_process",
@@ -56,13 +64,15 @@ class _Waiting:
     owner: str
     task: TextTask
     num_tries: int = 0
+    is_forgotten: bool = False
 
 
 @dataclass(eq=False)
 class _Process:
     process: BaseProcess
     connection: Connection
-    at: _Waiting | None = None
+    tasks: deque[_Waiting] = field(default_factory=deque)
+    """Tasks of one owner; it works on the first, and answers in this order."""
 
 
 class TextPool:
@@ -79,7 +89,8 @@ class TextPool:
     @property
     def num_pending(self) -> int:
         """Tasks without an answer."""
-        return len(self._waiting) + sum(p.at is not None for p in self._processes)
+        begun = [task for process in self._processes for task in process.tasks]
+        return len(self._waiting) + sum(not task.is_forgotten for task in begun)
 
     def submit(self, key: str, owner: str, task: TextTask) -> None:
         """Begin a task as soon as its owner has a free process."""
@@ -88,7 +99,7 @@ class TextPool:
 
     def answers(self, *, wait_seconds: float = 0.0) -> dict[str, Answer]:
         """The answers since the last call, waiting up to ``wait_seconds`` for some."""
-        busy = {p.connection: p for p in self._processes if p.at is not None}
+        busy = {p.connection: p for p in self._processes if p.tasks}
         for ready in connection.wait(list(busy), wait_seconds) if busy else []:
             self._receive(busy[ready])  # type: ignore[index]
         self._begin_waiting()
@@ -99,8 +110,12 @@ class TextPool:
         """Drop a task, even a running one."""
         self._waiting = deque(w for w in self._waiting if w.key != key)
         for process in list(self._processes):
-            if process.at is not None and process.at.key == key:
-                self._end(process)
+            for number, task in enumerate(process.tasks):
+                task.is_forgotten |= task.key == key
+                if task.key == key and number == 0:
+                    self._take_back(process)
+                    self._end(process)
+                    break
         self._begin_waiting()
 
     def close(self) -> None:
@@ -109,25 +124,41 @@ class TextPool:
             self._end(process)
 
     def _begin_waiting(self) -> None:
-        owners = {p.at.owner for p in self._processes if p.at is not None}
-        for waiting in list(self._waiting):
-            if waiting.owner in owners:
-                continue
-            process = next((p for p in self._processes if p.at is None), None)
+        owners = {p.tasks[0].owner for p in self._processes if p.tasks}
+        while batch := self._next_batch(but=owners):
+            process = next((p for p in self._processes if not p.tasks), None)
             if process is None:
                 if len(self._processes) >= MOST_PROCESSES:
-                    return
+                    break
                 process = self._start()
-            self._waiting.remove(waiting)
-            process.at = waiting
-            owners.add(waiting.owner)
+            chosen = set(map(id, batch))
+            self._waiting = deque(w for w in self._waiting if id(w) not in chosen)
+            process.tasks.extend(batch)
+            owners.add(batch[0].owner)
             try:
-                process.connection.send(waiting.task)
+                for waiting in batch:
+                    process.connection.send(waiting.task)
             except OSError:  # it ended while idle
                 self._ended(process)
-        idle = [p for p in self._processes if p.at is None]
+        idle = [p for p in self._processes if not p.tasks]
         for process in idle[IDLE_PROCESSES:]:
             self._end(process)
+
+    def _next_batch(self, *, but: Collection[str]) -> list[_Waiting]:
+        """The oldest waiting task of an owner who is not among these, and those of the same owner
+        that may go with it."""
+        batch: list[_Waiting] = []
+        size = 0
+        for waiting in self._waiting:
+            if waiting.owner in but or (batch and waiting.owner != batch[0].owner):
+                continue
+            size += len(waiting.task.payload)
+            if batch and size > BYTES_TOGETHER:
+                break  # in order: a large one is not overtaken
+            batch.append(waiting)
+            if len(batch) == TASKS_TOGETHER:
+                break
+        return batch
 
     def _start(self) -> _Process:
         ours, theirs = _CONTEXT.Pipe()
@@ -139,24 +170,30 @@ class TextPool:
         return started
 
     def _receive(self, process: _Process) -> None:
-        if process.at is None:
-            return
+        """Take the answers that have come."""
         try:
-            answer: Answer = process.connection.recv()
+            while process.tasks and process.connection.poll():
+                answer: Answer = process.connection.recv()
+                waiting = process.tasks.popleft()
+                if not waiting.is_forgotten:
+                    self._answers[waiting.key] = answer
         except (EOFError, OSError):
             self._ended(process)
-            return
-        self._answers[process.at.key] = answer
-        process.at = None
+
+    def _take_back(self, process: _Process) -> None:
+        """Let a process's tasks wait again, before all others."""
+        self._waiting.extendleft(w for w in reversed(process.tasks) if not w.is_forgotten)
+        process.tasks.clear()
 
     def _ended(self, process: _Process) -> None:
-        """Its request fails if it took too long; else the cause may have been outside, so
-        it gets a second try."""
-        waiting = process.at
+        """The request that it worked on fails if it took too long; else the cause may have been
+        outside, so it gets a second try. The others wait again."""
+        waiting = process.tasks.popleft() if process.tasks else None
         process.process.join(1.0)
         code = process.process.exitcode
+        self._take_back(process)
         self._end(process)
-        if waiting is None:
+        if waiting is None or waiting.is_forgotten:
             return
         waiting.num_tries += 1
         if code == -signal.SIGALRM:
