@@ -9,6 +9,8 @@ their size and the dtype known. On a CPU the operating system gives memory only 
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +49,12 @@ class KvCache:
     def _buffer(self, like: Tensor) -> Tensor:
         # Zeros, because the places of a block that hold no token yet are multiplied by 0.
         shape = (self.num_blocks, like.shape[1], BLOCK_TOKENS, like.shape[2])
-        return torch.zeros(shape, dtype=like.dtype, device=self.device)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=like.dtype, device=self.device)
+        # torch.zeros would write them all at once; the pages of a new mapping are zeros already.
+        num_bytes = math.prod(shape) * like.element_size()
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
     def blocks(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer that has stored something, (blocks, Hkv, tokens, D) each."""
