@@ -73,6 +73,18 @@ def test_a_replay_is_equal_to_the_last_bit_and_says_so(trained: Run, work: InPro
     assert AuditEvent.objects.filter(event="run_replay").count() == 1
 
 
+def test_a_replays_requests_have_the_facts_of_the_first_ones(
+    trained: Run, work: InProcessWorker
+) -> None:
+    copy = run_replay(run=trained, actor_id=None, key="k")
+    work()
+
+    log = Future.objects.filter(lane_id=copy.pk, replay_of__isnull=False).order_by("seq_id")
+    facts = [(again.summary, again.replay_of.summary) for again in log if again.replay_of]
+    assert {"learning_rate", "datums"} <= {name for facts_of, _ in facts for name in facts_of}
+    assert all(again.keys() == first.keys() for again, first in facts)
+
+
 def test_a_replay_says_where_it_differs(trained: Run, work: InProcessWorker) -> None:
     other = Future.objects.filter(lane_id=trained.pk, kind="forward_backward").order_by("seq_id")[1]
     other.summary["loss"] += 0.5

@@ -25,7 +25,7 @@ from training.kinds import CompareRuns, CreateRun, Kind, LoadWeights, SaveWeight
 from training.models import Checkpoint, Run
 from training.paths import TinkerPath, check_run_name
 from training.selectors import CHANGED_ITS_RUN
-from training.services.runs import run_lora_config, run_make
+from training.services.runs import SUBMITTED_FACTS, run_lora_config, run_make
 from training.services.submission import run_repeated, run_target, submit
 from training.storage_quota import storage_reserve
 from training.token_quota import token_quota_check
@@ -214,5 +214,6 @@ def _copy_log(log: _Log, run: Run, copy: Run) -> None:
         )
     storage_reserve(owner_id=run.owner_id, more_bytes=log.size_bytes)
     token_quota_check(owner_id=run.owner_id, needed=log.tokens)
-    if futures_copy(request_ids=log.request_ids, lane_id=copy.pk) != number:
+    copied = futures_copy(request_ids=log.request_ids, lane_id=copy.pk, facts=SUBMITTED_FACTS)
+    if copied != number:
         raise RunLost("a part of its log was pruned meanwhile, so it cannot be repeated")

@@ -25,6 +25,9 @@ from training.services.removal import submit_removal
 from training.services.submission import Submission, run_repeated, run_target, submit
 from training.types import LoraConfig
 
+SUBMITTED_FACTS = ("datums", "loss_fn", "learning_rate", "path")
+"""Of the summaries of logged requests, what is known before they run (``Request.summary``)."""
+
 
 @transaction.atomic
 def run_create_submit(
@@ -139,6 +142,9 @@ def run_replay_submit(*, run: Run, original: Future) -> Future:
         payload=EncodedPayload(bytes(original.payload or b""), bytes(original.payload_digest)),
         lane_id=run.id,
         cost=original.cost,
+        summary={
+            name: original.summary[name] for name in SUBMITTED_FACTS if name in original.summary
+        },
         replay_of=original,
     )
 
