@@ -128,20 +128,17 @@ def forget_old() -> None:
 
 def connected_at(receiver: str) -> datetime:
     """Since when events are sent to this receiver; the first call announces it."""
-    Delivery.objects.bulk_create(
-        [
-            Delivery(
-                key=f"{CONNECTED}:{receiver}",
-                event=CONNECTED,
-                subject=receiver,
-                status=Status.HAPPENED,
-                text="tinkerapi sends its events here from now on",
-                at=timezone.now(),
-            )
-        ],
-        ignore_conflicts=True,
+    first, _ = Delivery.objects.get_or_create(
+        key=f"{CONNECTED}:{receiver}",
+        defaults={
+            "event": CONNECTED,
+            "subject": receiver,
+            "status": Status.HAPPENED,
+            "text": "tinkerapi sends its events here from now on",
+            "at": timezone.now(),
+        },
     )
-    return Delivery.objects.get(key=f"{CONNECTED}:{receiver}").created_at
+    return first.created_at
 
 
 def newest_of(event: str, subject: str) -> Delivery | None:

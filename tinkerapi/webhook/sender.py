@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from django.db import DatabaseError, connection
+from django.db import Error as DatabaseFailure
+from django.db import connection
 from django.utils import timezone
 
 from tinkerapi.config.webhook import WebhookConfig
@@ -89,7 +90,7 @@ def run(sender: WebhookSender, stopping: threading.Event) -> None:
     while not stopping.is_set():
         try:
             sender.tick()
-        except DatabaseError as error:
+        except DatabaseFailure as error:
             logger.warning("webhook: waiting for Postgres: %s", str(error).strip().split("\n")[0])
             connection.close()
         stopping.wait(LOOK_SECONDS)
