@@ -228,8 +228,14 @@ def test_a_sessions_trace_is_exported(
     target = tmp_path / "trace.json"
     cli(sdk_server, "session", "export-trace", session_id, "--output", str(target))
 
-    bars = [item for item in json.loads(target.read_text())["traceEvents"] if item["ph"] == "X"]
+    events = json.loads(target.read_text())["traceEvents"]
+    bars = [event for event in events if event["ph"] == "X"]
     assert [bar["name"] for bar in bars].count("optim_step") == 5
+    spans = [event for event in events if event.get("cat") == "batch" and event["ph"] == "b"]
+    assert {bar["args"]["batch"] for bar in bars} == {span["args"]["batch"] for span in spans}
+    rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert kept["model_id"] in rows
+    assert any(name.startswith("worker ") for name in rows)
 
 
 def colleague_key(server: Server) -> str:
