@@ -109,7 +109,7 @@ def trained(owner: User, work: InProcessWorker) -> Run:
     return Run.objects.get(name="m")
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 2000])
+@pytest.mark.parametrize("page_size", [1, 3, 500])
 def test_a_runs_page_leads_to_its_trace_which_is_sent_in_pages(
     api: ApiClient,
     trained: Run,

@@ -54,4 +54,4 @@ def test_a_gpus_memory_contains_a_tensor() -> None:
     assert before is not None
     assert after is not None
     assert after[0] - before[0] >= kept.numel()
-    assert after[0] < after[1] == torch.cuda.get_device_properties(device).total_memory
+    assert kept.numel() < after[0] <= after[1]

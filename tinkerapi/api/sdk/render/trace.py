@@ -37,16 +37,18 @@ async def trace_pieces(
     yield _joined(_names(LANES, "requests") + _names(WORKERS, "workers"), first=True)
     rows = Rows()
     for lane_id in await threads.in_database_thread(lanes):
-        lane, after = LaneEvents(lane_id, rows), -1
-        while page := await threads.in_database_thread(_page, lane_id, after):
-            after = int(page[-1].seq_id or 0)
-            yield _joined([event for future in page for event in lane.events(future)])
+        lane = LaneEvents(lane_id, rows)
+        while piece := await threads.in_database_thread(_next_piece, lane):
+            yield piece
         yield _joined(list(lane.rest()))
     yield b"\n]}\n"
 
 
-def _page(lane_id: str, after: int) -> list[Future]:
-    return timeline_page(lane_id, after=after)
+def _next_piece(lane: LaneEvents) -> bytes:
+    """The events of a lane's next requests; empty at the end. Runs in a thread, because making them
+    takes longer than other requests can wait for the event loop."""
+    page = timeline_page(lane.lane_id, after=lane.after)
+    return _joined([event for future in page for event in lane.events(future)])
 
 
 def _joined(events: Sequence[Event], *, first: bool = False) -> bytes:
@@ -89,7 +91,9 @@ class LaneEvents:
     """The events of one lane's requests, which come in the order of their seq ids."""
 
     def __init__(self, lane_id: str, rows: Rows) -> None:
-        self._lane_id = lane_id
+        self.lane_id = lane_id
+        self.after = -1
+        """The seq id of the last request."""
         self._rows = rows
         self._slots: list[tuple[int, int]] = []
         """Begin and end of the last request in each row; requests that overlap have several."""
@@ -98,11 +102,12 @@ class LaneEvents:
 
     def events(self, future: Future) -> Iterator[Event]:
         """Of one request: its row if that is new, its wait, its run; then complete batches."""
+        self.after = int(future.seq_id or 0)
         asked = _microseconds(future.created_at)
         begin = _microseconds(future.started_at or future.created_at)
         end = max(begin, _microseconds(future.finished_at or future.created_at))
         slot = self._slot(begin, end)
-        name = self._lane_id if slot == 0 else f"{self._lane_id} ({slot + 1})"
+        name = self.lane_id if slot == 0 else f"{self.lane_id} ({slot + 1})"
         row, named = self._rows.row(LANES, name)
         yield from named
         place = {"pid": LANES, "tid": row}
@@ -153,11 +158,11 @@ class LaneEvents:
         span = {
             "name": ", ".join(f"{number} {kind}" for kind, number in batch.kinds.items()),
             "cat": "batch",
-            "id": f"{batch.worker}.{batch.number} {self._lane_id}",
+            "id": f"{batch.worker}.{batch.number} {self.lane_id}",
             "pid": WORKERS,
             "tid": row,
         }
-        facts = {"batch": batch.number, "lane": self._lane_id}
+        facts = {"batch": batch.number, "lane": self.lane_id}
         yield {**span, "ph": "b", "ts": batch.begin, "args": facts}
         yield {**span, "ph": "e", "ts": batch.end}
 
