@@ -36,6 +36,7 @@ __all__ = [
     "CountedHour",
     "CustomLoss",
     "DailyUsage",
+    "Installation",
     "RecordedSample",
     "RenderedData",
     "Rollout",
@@ -193,6 +194,21 @@ class Run(models.Model):
         """The state, or ``finished`` if the run can only be removed."""
         is_over = self.session is not None and self.session.finished_at is not None
         return self.FINISHED if is_over and self.state == self.RunState.READY else self.state
+
+
+class Installation(models.Model):
+    """This database's identity: one row. The bucket that keeps its files has the same id."""
+
+    id = models.SmallIntegerField(primary_key=True, default=1)
+    storage_id = models.CharField(max_length=64)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.CheckConstraint(condition=Q(id=1), name="installation_is_one"),
+        ]
+
+    def __str__(self) -> str:
+        return self.storage_id
 
 
 class Snapshot(models.Model):

@@ -191,14 +191,19 @@ def test_the_doctor_names_the_storage(server: Server) -> None:
     assert doctor.returncode == 0, doctor.stdout
 
 
-def test_up_does_not_start_without_its_bucket(server: Server, tmp_path: Path) -> None:
+def test_up_does_not_start_without_a_bucket_of_its_own(
+    server: Server, line: FaultyProxy, tmp_path: Path
+) -> None:
     model_id = f"run-{uuid.uuid4().hex}"
     add_run(server, model_id)
     saved = server.post("/api/v1/save_weights", model_id=model_id, name="kept")
     assert saved.status_code == 200, saved.text
     environment = {**server.full_environment(), "TINKERAPI_DATA_DIR": str(tmp_path / "new")}
+    taken = requests.put(f"{line.url}/training/new/installation", b"of another server", timeout=60)
+    assert taken.status_code == 200
     for url, sentence in (
         ("s3://nothing-here/x", "has no bucket 'nothing-here'; make it, or correct"),
+        ("s3://training/new", "its object 'installation' has the id of another server, and this"),
         ("s3://training/of/tests", "give each server a prefix of its own"),
     ):
         refused = subprocess.run(

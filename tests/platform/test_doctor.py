@@ -25,7 +25,7 @@ from tinkerapi.server.doctor import Finding, Verdict
 from tinkerapi.server.preflight import RunningServer
 from tinkerapi.services import api_key_create
 from training.base_models import ServedBaseModel, base_model_of, base_models
-from training.storage.chosen import storage
+from training.services.installation import storage_id_ensure
 from training.worker.agreement import FIGURE, worker_facts
 from training.worker.crash_log import crash_file
 
@@ -301,7 +301,7 @@ def test_clock_and_storage_are_compared_with_those_of_the_database(
     assert doctor.check_clock().detail.startswith("this machine's is 3600.")
     assert "behind Postgres's" in doctor.check_clock().detail
 
-    storage().installation_id(make=True)
+    storage_id_ensure()
     assert doctor.check_storage().verdict is Verdict.OK
     start_worker_row(figures={FIGURE: {"data folder's installation": "another"}})
     assert "another installation's" in doctor.check_storage().detail

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,15 @@ def test_all_folders_are_listed_by_area_also_unfinished_ones(any_place: Storage)
 
 
 def test_an_installation_has_one_id(any_place: Storage) -> None:
-    assert any_place.installation_id(make=False) is None
-    made = any_place.installation_id(make=True)
-    assert made == any_place.installation_id(make=True) == any_place.installation_id(make=False)
-    assert made is not None
-    assert len(made) == 32
+    assert any_place.installation_id() is None
+    assert any_place.installation_id(make="one") == "one"
+    assert any_place.installation_id(make="another") == any_place.installation_id() == "one"
     assert any_place.problem() is None
+
+
+def test_of_many_that_claim_a_place_at_once_one_is_first(any_place: Storage) -> None:
+    names = [f"server-{number}" for number in range(8)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        found = set(pool.map(lambda name: any_place.installation_id(make=name), names))
+    assert found == {any_place.installation_id()}
+    assert found <= set(names)

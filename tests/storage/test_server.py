@@ -26,10 +26,15 @@ from tests.storage.test_folders import empty_the_cache, folder_of, read_all
 from tinkerapi.server import doctor
 from tinkerapi.server.backup import BackupError, _download_new
 from tinkerapi.server.doctor import Verdict
-from tinkerapi.server.joining import moved_storage_problem, storage_problem
+from tinkerapi.server.joining import (
+    moved_storage_problem,
+    storage_claim_problem,
+    storage_problem,
+)
 from training.errors import StorageFailed
-from training.models import Checkpoint
+from training.models import Checkpoint, Installation
 from training.services import upkeep
+from training.services.installation import installation_id
 from training.storage.chosen import storage
 from training.storage.interface import AREAS, CHECKPOINTS, new_name
 from training.storage.remote import RemoteFolders
@@ -202,7 +207,7 @@ def test_the_doctor_and_joining_machines_compare_the_bucket(
     facts = storage_facts()
     assert facts == {
         "storage": settings.STORAGE,
-        "storage's installation": place.installation_id(make=False),
+        "storage's installation": place.installation_id(),
     }
     queue = base_model_get(None).queue
     worker = Worker.objects.create(
@@ -261,6 +266,52 @@ def test_a_server_does_not_start_with_a_storage_that_lacks_its_files(
     assert moved_storage_problem() is None
     place.write(new_name(CHECKPOINTS), folder_of({"a": b"b"}))
     assert "give each server a prefix of its own" in (moved_storage_problem() or "")
+
+
+@pytest.mark.django_db
+def test_the_second_server_that_names_an_empty_prefix_is_refused(
+    place: RemoteFolders, settings: Settings
+) -> None:
+    from training.base_models import base_model_get
+
+    assert storage_claim_problem() is None
+    assert storage_claim_problem() is None
+    first = place.installation_id()
+    assert first == installation_id()
+    Installation.objects.all().delete()  # another database
+    assert moved_storage_problem() is None
+    problem = storage_claim_problem()
+    assert problem == (
+        f"TINKERAPI_STORAGE: {settings.STORAGE} is another server's: its object 'installation' has "
+        f"the id {first}, and this database {installation_id()}; give each server a prefix of its "
+        "own, or delete that object if its server is no more"
+    )
+    place._bucket.remove("installation")
+    assert storage_claim_problem() is None
+    assert place.installation_id() == installation_id() != first
+
+    # A server of an earlier version, whose database has no id yet.
+    Installation.objects.all().delete()
+    Worker.objects.create(
+        queue=base_model_get(None).queue,
+        state="stopped",
+        hostname="h",
+        pid=1,
+        figures={FIGURE: {"storage": settings.STORAGE, "storage's installation": "other"}},
+    )
+    assert "is another server's" in (storage_claim_problem() or "")
+    Worker.objects.update(figures={FIGURE: storage_facts()})
+    assert storage_claim_problem() is None
+    assert place.installation_id() == installation_id()
+
+
+@pytest.mark.django_db
+def test_a_database_without_an_id_recognises_its_bucket_by_its_files(
+    sdk: SdkClient, model_id: str, place: RemoteFolders
+) -> None:
+    place.installation_id(make="of an earlier version")
+    assert storage_claim_problem() is None
+    assert installation_id() == "of an earlier version"
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

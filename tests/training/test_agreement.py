@@ -15,6 +15,7 @@ from futures.models import Worker
 from tests.platform.model_folders import make_model_folder
 from training.base_models import ServedBaseModel, base_model_get
 from training.errors import WorkerDisagrees
+from training.services.installation import storage_id_ensure
 from training.storage.chosen import storage
 from training.worker import agreement
 from training.worker.agreement import (
@@ -98,9 +99,9 @@ def test_a_copy_of_the_data_folder_is_not_the_data_folder(
 
 def test_an_installation_has_one_id(settings: Settings, tmp_path: Path) -> None:
     settings.DATA_DIR = tmp_path
-    assert storage().installation_id(make=False) is None
-    made = storage().installation_id(make=True)
-    assert made == storage().installation_id(make=True) == storage().installation_id(make=False)
+    assert storage().installation_id() is None
+    made = storage_id_ensure()
+    assert made == storage_id_ensure() == storage().installation_id()
     assert [path.name for path in tmp_path.iterdir()] == ["installation"]
 
 

@@ -304,7 +304,7 @@ def check_storage() -> Finding:
     database."""
     where = storage().location if storage().is_remote else "this data folder"
     try:
-        is_new = storage().installation_id(make=False) is None
+        is_new = storage().installation_id() is None
     except StorageFailed:
         is_new = False
     problem = storage().problem() if is_new else storage_problem()

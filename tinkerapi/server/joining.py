@@ -14,9 +14,13 @@ from futures.selectors import worker_figure
 from training.base_models import ServedBaseModel, base_models
 from training.errors import CheckpointNotFound, StorageFailed
 from training.selectors import newest_directories
+from training.services.installation import (
+    installation_adopt,
+    installation_id,
+    storage_id_ensure,
+)
 from training.storage.chosen import storage
-from training.storage.data_folder import INSTALLATION_FILE
-from training.storage.interface import AREAS
+from training.storage.interface import AREAS, INSTALLATION
 from training.worker.agreement import (
     DATA_FOLDER,
     FIGURE,
@@ -53,7 +57,7 @@ def _bucket_problem(theirs: list[dict[str, str]]) -> str | None:
     if problem := storage().problem():
         return f"storage: {problem}"
     try:
-        here = storage().installation_id(make=False)
+        here = storage().installation_id()
     except StorageFailed as error:
         return f"storage: {error}"
     if here is None:
@@ -68,10 +72,10 @@ def _bucket_problem(theirs: list[dict[str, str]]) -> str | None:
 
 
 def _data_folder_problem(theirs: list[dict[str, str]]) -> str | None:
-    here = storage().installation_id(make=False)
+    here = storage().installation_id()
     if here is None:
         return (
-            f"data folder: {settings.DATA_DIR} has no file {INSTALLATION_FILE!r}, so no server "
+            f"data folder: {settings.DATA_DIR} has no file {INSTALLATION!r}, so no server "
             "runs on it; mount the server's data folder, and name it in TINKERAPI_DATA_DIR"
         )
     ids = {facts[storage_id_name()] for facts in theirs if storage_id_name() in facts}
@@ -91,7 +95,7 @@ def moved_storage_problem() -> str | None:
     """
     here = storage_place()
     # A new data folder in the place of one that was lost is the operator's decision.
-    here_id = storage().installation_id(make=False) if storage().is_remote else None
+    here_id = storage().installation_id() if storage().is_remote else None
     known = [worker_figure(base_model.queue, FIGURE) for base_model in base_models()]
     theirs = [
         (
@@ -121,6 +125,26 @@ def moved_storage_problem() -> str | None:
                 f"{folder.directory}; give each server a prefix of its own"
             )
     return None
+
+
+def storage_claim_problem() -> str | None:
+    """Take the storage for this database, or say in a sentence why that cannot be: it has the id of
+    another one, and nothing says that this database has used it before."""
+    there = storage_id_ensure()
+    own = installation_id()
+    if not storage().is_remote or there == own:
+        return None
+    here = storage_place()
+    facts = [worker_figure(base_model.queue, FIGURE) or {} for base_model in base_models()]
+    is_ours = any((f.get(STORAGE), f.get(storage_id_name())) == (here, there) for f in facts)
+    if is_ours or any(map(_is_stored, newest_directories(SOME_FOLDERS))):
+        installation_adopt(there)
+        return None
+    return (
+        f"TINKERAPI_STORAGE: {here} is another server's: its object {INSTALLATION!r} has the id "
+        f"{there}, and this database {own}; give each server a prefix of its own, or delete that "
+        "object if its server is no more"
+    )
 
 
 def _is_stored(directory: str) -> bool:

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from training.errors import CheckpointNotFound, StorageFailed
-from training.storage.interface import Staged, Storage, StoredFile, StoredFolder
+from training.storage.interface import INSTALLATION, Staged, Storage, StoredFile, StoredFolder
 
 T = TypeVar("T")
-
-INSTALLATION_FILE = "installation"
-"""In the data folder; its content is the installation's id."""
 
 
 class DataFolder(Storage):
@@ -80,11 +77,11 @@ class DataFolder(Storage):
                     changed_at=path.stat().st_mtime,
                 )
 
-    def installation_id(self, *, make: bool) -> str | None:
-        path = self._root / INSTALLATION_FILE
-        if make and not path.exists():
-            temporary = path.with_name(f".{INSTALLATION_FILE}.{secrets.token_hex(8)}")
-            temporary.write_text(secrets.token_hex(16) + "\n")
+    def installation_id(self, *, make: str | None = None) -> str | None:
+        path = self._root / INSTALLATION
+        if make is not None and not path.exists():
+            temporary = path.with_name(f".{INSTALLATION}.{secrets.token_hex(8)}")
+            temporary.write_text(make + "\n")
             try:
                 path.hardlink_to(temporary)  # fails if another process was faster
             except FileExistsError:

@@ -18,6 +18,10 @@ AREAS = (CHECKPOINTS, SNAPSHOTS)
 """The first part of each folder's name."""
 
 
+INSTALLATION = "installation"
+"""The file or object beside the areas whose content is the installation's id."""
+
+
 def new_name(area: str) -> str:
     """A name for a new folder, never given before: ``checkpoints/<32 hex digits>``."""
     return f"{area}/{uuid.uuid4().hex}"
@@ -200,14 +204,14 @@ class Storage(ABC):
         return None
 
     @abstractmethod
-    def installation_id(self, *, make: bool) -> str | None:
+    def installation_id(self, *, make: str | None = None) -> str | None:
         """The id of the installation that this storage belongs to.
 
         Args:
-            make: Whether to make one if there is none.
+            make: The one to write if there is none; of several at once, one is first.
 
         Returns:
-            None if there is none and none is to be made.
+            The one that is there now; None if there is none and none is to be made.
 
         Raises:
             StorageFailed: The storage does not answer.

@@ -28,7 +28,7 @@ from training.errors import CheckpointNotFound, StorageFailed, StorageFull
 from training.storage.bucket import FOLDER_SECONDS, Bucket
 from training.storage.deletions import Deletions
 from training.storage.folder_cache import FolderCache, WorkFolder
-from training.storage.interface import Staged, Storage, StoredFile, StoredFolder
+from training.storage.interface import INSTALLATION, Staged, Storage, StoredFile, StoredFolder
 from training.storage.remote_file import RemoteFile
 from training.storage.s3_errors import BucketError, ObjectMissing
 
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FILES = "files.json"
-INSTALLATION = "installation"
 PROBES = "probes"
 LOCAL_SECONDS = 60.0
 """Longest wait of ``local`` for a folder that nobody has brought before."""
@@ -248,14 +247,14 @@ class RemoteFolders(Storage):
             return str(error)
         return None
 
-    def installation_id(self, *, make: bool) -> str | None:
+    def installation_id(self, *, make: str | None = None) -> str | None:
         with self._asking("read"):
             for is_last in (False, True):
                 with suppress(ObjectMissing):
                     return self._bucket.read(INSTALLATION).decode().strip()
-                if is_last or not make:
+                if is_last or make is None:
                     return None
-                self._bucket.write_first(INSTALLATION, f"{secrets.token_hex(16)}\n".encode())
+                self._bucket.write_first(INSTALLATION, f"{make}\n".encode())
         return None
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from futures.models import Worker
 from futures.selectors import HEARTBEAT_TIMEOUT
 from training.base_models import ServedBaseModel
 from training.errors import StorageFailed, WorkerDisagrees
+from training.services.installation import storage_id_ensure
 from training.storage.chosen import storage
 from training.worker.crash_log import crash_file
 
@@ -100,7 +101,7 @@ def storage_facts() -> dict[str, str]:
     """The storage's place and its id; a storage that does not answer has no id now."""
     where = storage_place()
     try:
-        return {STORAGE: where, storage_id_name(): storage().installation_id(make=True) or ""}
+        return {STORAGE: where, storage_id_name(): storage_id_ensure()}
     except StorageFailed:
         return {STORAGE: where}
 

@@ -27,7 +27,7 @@ from django.db import OperationalError, connection
 
 from futures.lost_workers import workers_reap
 from tinkerapi.server.disk_history import disk_note
-from tinkerapi.server.joining import moved_storage_problem
+from tinkerapi.server.joining import moved_storage_problem, storage_claim_problem
 from tinkerapi.server.postgres import EmbeddedPostgres
 from tinkerapi.server.postgres_cluster import PostgresError
 from tinkerapi.server.preflight import (
@@ -155,7 +155,6 @@ class Command(BaseCommand):
                 )
             if problem := storage().problem():
                 raise PreflightError(f"TINKERAPI_STORAGE: {problem}")
-            storage().installation_id(make=True)
             secret_key = os.environ.get("TINKERAPI_SECRET_KEY") or keep_secret_key(
                 settings.DATA_DIR
             )
@@ -214,7 +213,7 @@ class Command(BaseCommand):
         except OperationalError as error:
             raise PreflightError(f"the database does not answer: {_first_line(error)}") from error
         self.say(f"database  {f'{count} migrations applied' if count else 'up to date'}")
-        if problem := moved_storage_problem():
+        if problem := moved_storage_problem() or storage_claim_problem():
             raise PreflightError(problem)
         # After a kill of the server, web answers before the new workers have started.
         for base_model in base_models():
