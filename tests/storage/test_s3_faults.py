@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 from pytest_django import Settings
@@ -10,7 +16,7 @@ from pytest_django import Settings
 from tests.storage.faulty_proxy import FaultyProxy
 from tests.storage.s3_server import S3Server
 from tests.storage.test_folders import empty_the_cache, folder_of, read_all
-from training.errors import CheckpointNotFound, StorageFailed
+from training.errors import CheckpointNotFound, StorageFailed, StorageFull
 from training.storage import bucket
 from training.storage.chosen import storage
 from training.storage.interface import CHECKPOINTS, new_name
@@ -212,4 +218,88 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_what_is_no_folder(
         pass
     assert [folder.directory for folder in place.folders(CHECKPOINTS)] == [directory]
     place.purge(directory)
+    assert list(place.folders(CHECKPOINTS)) == []
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Refuses every object with one of S3's errors."""
+
+    protocol_version = "HTTP/1.1"
+    code, status = "", 0
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_DELETE(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        text = f"<Error><Code>{self.code}</Code><Message>no</Message></Error>"
+        content = text.encode() if self.code else b""
+        self.send_response(self.status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def refusing_place(
+    keys: None, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str, int], RemoteFolders]]:
+    """``refusing_place(code, status)``: a storage whose server always answers so."""
+    settings.DATA_DIR = tmp_path / "data"
+    settings.DATA_DIR.mkdir()
+    with ExitStack() as ends:
+
+        def make(code: str, status: int) -> RemoteFolders:
+            handler = type("Handler", (Refusing,), {"code": code, "status": status})
+            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            ends.callback(server.server_close)
+            ends.callback(server.shutdown)
+            Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+            settings.STORAGE = f"s3://full-{uuid.uuid4().hex}/x"
+            made = storage()
+            assert isinstance(made, RemoteFolders)
+            ends.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("XMinioStorageFull", 507), ("QuotaExceeded", 403), ("", 507)]
+)
+def test_a_full_bucket_is_said_to_be_full(
+    refusing_place: Callable[[str, int], RemoteFolders], code: str, status: int
+) -> None:
+    place = refusing_place(code, status)
+    with pytest.raises(StorageFull, match="The server's storage is full; delete checkpoints"):
+        place.write(new_name(CHECKPOINTS), folder_of({"a": b"b"}))
+    assert "has no room left" in (place.problem() or "")
+
+
+def test_a_wrong_clock_is_not_taken_for_wrong_credentials(
+    refusing_place: Callable[[str, int], RemoteFolders],
+) -> None:
+    place = refusing_place("RequestTimeTooSkewed", 403)
+    problem = place.problem() or ""
+    assert "refuses this machine's clock (RequestTimeTooSkewed)" in problem
+    assert "credentials" not in problem
+
+
+def test_objects_that_are_not_files_of_a_folder_are_nobodys_leftovers(
+    place: RemoteFolders,
+) -> None:
+    """As those of a server whose prefix lies inside this one's."""
+    place._bucket.write(f"{CHECKPOINTS}/{CHECKPOINTS}/{'a' * 32}/weights", b"of another server")
+    place._bucket.write(f"{CHECKPOINTS}/note", b"an operator's")
     assert list(place.folders(CHECKPOINTS)) == []

@@ -91,7 +91,7 @@ class RemoteFolders(Storage):
         try:
             with self._asking("stored"):
                 self._bucket.put_folder(folder, directory, {FILES: content})
-        except StorageFailed:
+        except (StorageFailed, StorageFull):
             self.delete(directory)
             raise
         self._cache.adopt(folder, directory)
@@ -203,7 +203,7 @@ class RemoteFolders(Storage):
         try:
             with self._asking("copied"):
                 self._bucket.copy_folder(source, target, names)
-        except (CheckpointNotFound, StorageFailed):
+        except (CheckpointNotFound, StorageFailed, StorageFull):
             self.delete(target)
             raise
 
@@ -226,7 +226,10 @@ class RemoteFolders(Storage):
         sizes: dict[str, int] = {}
         changed: dict[str, float] = {}
         for item in found:
-            directory = "/".join(item.key.split("/")[:2])
+            *parts, _ = item.key.split("/")
+            if len(parts) != 2:
+                continue  # not ours: a folder has files only
+            directory = "/".join(parts)
             sizes[directory] = sizes.get(directory, 0) + item.size_bytes
             changed[directory] = max(changed.get(directory, 0.0), item.changed_at)
         for directory in sizes:
@@ -270,6 +273,11 @@ class RemoteFolders(Storage):
             raise CheckpointNotFound(f"The files are missing in the storage ({error}).") from error
         except BucketError as error:
             logger.warning("%s", error)
+            if error.is_full:
+                raise StorageFull(
+                    "The server's storage is full; delete checkpoints, or ask its owner for room, "
+                    "and send the request again."
+                ) from error
             raise StorageFailed(
                 f"The server's storage does not answer, so nothing was {verb}; send the request "
                 "again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,15 @@ CREDENTIALS = (
     "AuthFailure",
 )
 OTHER_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "301")
+FULL = (
+    "QuotaExceeded",
+    "XMinioStorageFull",
+    "XMinioAdminBucketQuotaExceeded",
+    "InsufficientStorage",
+    "507",
+)
+"""Of servers other than Amazon's; of none of them does another try soon help."""
+SKEWED = ("RequestTimeTooSkewed", "RequestExpired")
 DENIED = ("AccessDenied", "403", "AllAccessDisabled")
 
 
@@ -30,6 +40,11 @@ class BucketError(Exception):
         """S3's own name of the error, if the server answered."""
         self.may_pass = may_pass
         """Whether another try may succeed."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the bucket has no room."""
+        return self.code in FULL
 
 
 @cache
@@ -63,6 +78,17 @@ def sentence_of(error: BaseException, url: str) -> BucketError:
         text = (
             f"{url}: {_server()} refuses the credentials ({code}); correct AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY"
+        )
+    elif code in FULL:
+        may_pass = False
+        text = (
+            f"{url}: {_server()} has no room left for it ({code}); delete files, or raise its quota"
+        )
+    elif code in SKEWED:
+        may_pass = False
+        text = (
+            f"{url}: {_server()} refuses this machine's clock ({code}), which says "
+            f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC; synchronize it (NTP)"
         )
     elif code in DENIED or isinstance(error, PermissionError):
         may_pass = False
