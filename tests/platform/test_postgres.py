@@ -209,6 +209,17 @@ def test_a_long_data_folder_gets_a_short_socket_folder_of_its_own(tmp_path: Path
     assert socket_folder(Path("/srv/data")) == Path("/srv/data/postgres/run")
 
 
+def test_a_socket_folder_outside_the_data_folder_goes_with_its_server(
+    made_cluster: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / ("x" * 100)
+    data_dir.symlink_to(made_cluster)
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        assert not server.socket_folder.resolve().is_relative_to(made_cluster)
+        connect(data_dir).close()
+    assert not server.socket_folder.exists()
+
+
 def test_a_socket_folder_of_somebody_else_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

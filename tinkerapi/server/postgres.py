@@ -173,6 +173,7 @@ class EmbeddedPostgres:
         if process.poll() is None:
             process.send_signal(signal.SIGQUIT)  # "immediate"
             process.wait()
+        self._cluster.leave_socket_folder()
 
     def _launch(self, binaries: Binaries) -> None:
         settings = {**SETTINGS, **({} if self.durable else UNDURABLE_SETTINGS)}

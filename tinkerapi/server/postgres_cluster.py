@@ -7,6 +7,7 @@ capability, to traverse closed folders; no permissions are changed and no user i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -73,6 +74,12 @@ class PostgresCluster:
                 f"{self.data_dir} has {free // 2**20} MiB of free disk; "
                 f"at least {MINIMUM_FREE_BYTES // 2**20} MiB are needed"
             )
+
+    def leave_socket_folder(self) -> None:
+        """Remove the socket's folder if it is outside the data folder, and no server uses it."""
+        if self.socket_folder.parent != self.folder:
+            with contextlib.suppress(OSError):  # it is in use, or gone
+                self.socket_folder.rmdir()
 
     def choose_binaries(self) -> Binaries:
         """The installed version that made the cluster, or the newest for a new one."""

@@ -8,6 +8,7 @@ ends fails only the request that it was working on.
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from training.errors import LimitExceeded, TrainingError
+from training.own_folders import process_folder
 from training.worker.text_process import Answer, TextTask, serve
 from training.worker.text_work import Text
 
@@ -55,7 +57,11 @@ def warm_up(folder: Path) -> None:
     processors = ("processor_config.json", "preprocessor_config.json")
     has_processor = any((folder / name).exists() for name in processors)
     _CONTEXT.set_forkserver_preload(_PRELOAD + (_PRELOAD_FOR_IMAGES if has_processor else []))
-    ensure_running()
+    before, tempfile.tempdir = tempfile.tempdir, str(process_folder())
+    try:
+        ensure_running()  # its socket's folder would stay after a kill of this process
+    finally:
+        tempfile.tempdir = before
 
 
 @dataclass(eq=False)

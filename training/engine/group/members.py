@@ -13,18 +13,18 @@ import atexit
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from training.base_model_config import BaseModelConfig
+from training.own_folders import process_folder
 from training.parent_death import parent_death_prefix
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ LAST_WORDS_SECONDS = 5.0
 
 NOTICE_SECONDS = 1.0
 """In which the end of a rank is known here after an exchange with it has failed."""
+
+_numbers = count(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +68,8 @@ class RankStart:
 
 
 def meeting_place() -> Path:
-    """A file of a new private folder, which is removed when this process ends."""
-    folder = tempfile.mkdtemp(prefix="tinkerapi-ranks-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder) / "meeting_place"
+    """A new file's path in this process's private folder."""
+    return process_folder() / f"meeting_place-{next(_numbers)}"
 
 
 class Members:

@@ -9,17 +9,12 @@ as it lives, and deletes nothing of others that live.
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
 import secrets
 import shutil
 from itertools import count
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
-
-LOCK_NAME = "lock"
+from training.own_folders import OwnFolder, left_behind
 
 
 class VersionFolders:
@@ -30,17 +25,13 @@ class VersionFolders:
         self.owner = secrets.token_hex(6)
         """Part of every name that this sampler gives to a server."""
         self._root = root
-        self._own = root / self.owner
-        hidden = root / f".{self.owner}"  # until it is locked, others would take it for abandoned
-        hidden.mkdir(parents=True)
-        self._lock = _locked(hidden / LOCK_NAME)
-        hidden.rename(self._own)
+        self._own = OwnFolder(root, self.owner, mode=0o755)  # a server may have another user
         self._numbers = count(1)
 
     def new(self) -> Path:
         """A path that does not exist and was never given out. Its ``name`` names the adapter at the
         server, too."""
-        return self._own / f"{self.owner}-{next(self._numbers)}"
+        return self._own.path / f"{self.owner}-{next(self._numbers)}"
 
     def remove(self, folder: Path) -> None:
         """Delete a version's folder, with what there is of it."""
@@ -48,35 +39,9 @@ class VersionFolders:
 
     def abandoned(self) -> list[Path]:
         """The folders of samplers that live no more."""
-        found = []
-        for folder in self._root.iterdir():
-            if folder == self._own or folder.name.startswith(".") or not folder.is_dir():
-                continue
-            lock = _locked(folder / LOCK_NAME)
-            if lock is not None:
-                os.close(lock)
-                found.append(folder)
-        return found
+        return left_behind(self._root)
 
     def unlock(self) -> None:
         """Leave the folders to others, as the end of the process does: the server may still have
         requests that need them."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-
-def _locked(path: Path) -> int | None:
-    """The descriptor of a file that this process has locked; None if another has, or if it cannot
-    be asked."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        logger.warning("%s: %s", path, error.strerror)
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        self._own.unlock()
