@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from training import devices
 from training.base_model_config import BaseModelConfig, VllmConfig
 from training.engine.error_text import error_text
-from training.engine.group.members import RankStart
+from training.engine.group.members import Members, RankStart, meeting_place
 from training.engine.interface import Engine, Sampler
 from training.errors import BaseModelNotFound, DeviceNotFound, TrainingError
 from training.vllm_server import read_connection
@@ -52,6 +52,7 @@ def build_engine(
     num_threads: int,
     batch_tokens: int,
     cache_tokens: int,
+    wait_seconds: float,
     on_stage: Callable[[str], None],
     server_folder: Path | None = None,
 ) -> Engine:
@@ -65,6 +66,7 @@ def build_engine(
         num_threads: Threads of a pass on a CPU; 0 leaves the choice to ``training.devices``.
         batch_tokens: Most tokens in one training micro-batch; memory grows with it.
         cache_tokens: Tokens whose keys and values are held for sampling; 0: see ``cache_size``.
+        wait_seconds: Longest wait for another rank of the worker.
         on_stage: Called with the name of each stage of loading as it begins.
         server_folder: For ``sampler="vllm"``: the folder of the server's connection and of the
             versions that it loads.
@@ -95,6 +97,7 @@ def build_engine(
         num_sharing=devices.num_sharing(config, processes[0], among=among, gpu_count=gpu_count),
         batch_tokens=batch_tokens,
         cache_tokens=cache_tokens,
+        wait_seconds=wait_seconds,
     )
     if config.num_ranks == 1:
         vllm = None
@@ -113,8 +116,6 @@ def _build_group(
         DeviceNotFound: Two of the ranks would share a GPU.
     """
     from training.engine.group.leader import leading
-    from training.engine.group.members import Members, meeting_place
-    from training.engine.torch.sharding.rank_group import join_group
 
     if chosen[0] != "cpu" and len(set(chosen)) < len(chosen):
         raise DeviceNotFound(
@@ -124,8 +125,44 @@ def _build_group(
     place = meeting_place()
     start = replace(start, meeting_place=str(place))
     members = Members(start, chosen)
-    group = join_group(start.config, rank=0, device=start.device, meeting_place=place)
-    return leading(build_rank(start, group=group, on_stage=on_stage), group, members)
+    group, own = load_together(start, members, on_stage=on_stage)
+    return leading(own, group, members)
+
+
+def load_together(
+    start: RankStart, members: Members, *, on_stage: Callable[[str], None]
+) -> tuple[RankGroup, Engine]:
+    """The group, and the first rank's own engine, once the other ranks have theirs.
+
+    Raises:
+        GroupBroken: A rank does not answer. The worker must end, and may be started again.
+        BaseModelNotFound: See ``build_rank``.
+    """
+    from training.engine.torch.sharding.rank_group import (
+        GroupBroken,
+        is_broken_exchange,
+        join_group,
+    )
+
+    has_met = False
+    try:
+        group = join_group(
+            start.config,
+            rank=0,
+            device=start.device,
+            meeting_place=Path(start.meeting_place),
+            wait_seconds=start.wait_seconds,
+        )
+        has_met = True
+        return group, build_rank(start, group=group, on_stage=on_stage)
+    except Exception as error:
+        if has_met and not is_broken_exchange(error):
+            raise
+        members.end_if_one_was_killed()
+        raise GroupBroken(
+            f"the ranks of {start.config.name} could not load it together (the first one waits "
+            f"{start.wait_seconds:g} s for another one): {members.states()}: {error}"
+        ) from error
 
 
 def build_rank(
@@ -258,12 +295,13 @@ def _beside(
 def _faults_of(folder: Path) -> Iterator[None]:
     """An error while loading a folder is the folder's fault: it would happen again.
 
-    Libraries raise many exceptions there, down to a division by zero. Lack of memory and a GPU
-    error are not included, because the next start may succeed.
+    Libraries raise many exceptions there, down to a division by zero. Lack of memory, a GPU error
+    and the loss of another rank are not included, because the next start may succeed.
     """
     import torch
 
     from training.engine.torch.out_of_memory import is_out_of_memory
+    from training.engine.torch.sharding.rank_group import is_broken_exchange
 
     try:
         yield
@@ -271,6 +309,8 @@ def _faults_of(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, getattr(torch, "AcceleratorError", ())):
+            raise
+        if is_broken_exchange(error):
             raise
         logger.exception("loading %s", folder)
         what = error_text(error, max_characters=MAX_REASON_CHARACTERS)

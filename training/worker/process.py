@@ -66,6 +66,8 @@ def build_engine(base_model: ServedBaseModel, *, number: int = 0) -> Engine:
         num_threads=settings.NUM_THREADS,
         batch_tokens=settings.BATCH_TOKENS,
         cache_tokens=settings.CACHE_TOKENS,
+        # Longer than the supervisor's: in a pass it is first, and records where the worker hangs.
+        wait_seconds=settings.HANG_SECONDS * 1.25,
         on_stage=stages.begin,
         server_folder=base_model.server_folder,
     )

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.waiting import wait_for
 from training.base_model_config import BaseModelConfig
-from training.engine.factory import build_rank
+from training.engine.factory import load_together
 from training.engine.group.leader import leading
 from training.engine.group.members import Members, RankStart, meeting_place
-from training.engine.torch.sharding.rank_group import join_group
 from training.engine.torch.trainer import TorchTrainer
 from training.types import AdamParams, LoraConfig
+
+WAIT_SECONDS = {"stopped at once": 5.0, "stopped while loading": 20.0}
+"""The second one begins when both ranks have met."""
 
 
 def main(what: str, folder: Path) -> None:
@@ -33,10 +36,22 @@ def main(what: str, folder: Path) -> None:
         num_sharing=1,
         batch_tokens=512,
         cache_tokens=4096,
+        wait_seconds=WAIT_SECONDS.get(what, 600.0),
     )
     members = Members(start, ["cpu", "cpu"])
-    group = join_group(config, rank=0, device="cpu", meeting_place=place)
-    own = build_rank(start, group=group, on_stage=str)
+    [pid] = members.pids
+
+    def on_stage(stage: str) -> None:
+        if what == "stopped while loading":
+            os.kill(pid, signal.SIGSTOP)
+        if what == "killed while loading":
+            os.kill(pid, signal.SIGKILL)
+
+    if what == "stopped at once":
+        os.kill(pid, signal.SIGSTOP)
+    elif what == "stopped while loading":
+        wait_for(place.exists)  # it has imported its modules, and looks for the first rank
+    group, own = load_together(start, members, on_stage=on_stage)
     trainer = leading(own, group, members).trainer
     trainer.create_adapter("a", LoraConfig(rank=4))
     assert isinstance(own.trainer, TorchTrainer)
@@ -44,7 +59,6 @@ def main(what: str, folder: Path) -> None:
         grad = own.trainer._adapters["a"].grad.flat
         grad.copy_(grad.new_tensor(np.ones(len(grad))))
     else:
-        [pid] = members.pids
         os.kill(pid, signal.SIGKILL)
     for _ in range(1000):
         trainer.optim_step("a", AdamParams())

@@ -138,9 +138,10 @@ def pair(
         num_sharing=1,
         batch_tokens=512,
         cache_tokens=4096,
+        wait_seconds=600.0,
     )
     members = Members(start, ["cpu", "cpu"], leave=_note)
-    group = join_group(config, rank=0, device="cpu", meeting_place=place)
+    group = join_group(config, rank=0, device="cpu", meeting_place=place, wait_seconds=600.0)
     losses = CustomLossProcess()
     try:
         own = build_rank(start, group=group, on_stage=_ignored, custom_losses=losses)

@@ -1,10 +1,12 @@
-"""What ends a group of ranks: different results, and the loss of one of them."""
+"""What ends a group of ranks: different results, and the loss or the hang of one of them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.server import ROOT
 
@@ -32,4 +34,25 @@ def test_the_leader_of_a_killed_rank_ends_without_the_trace_of_a_crash(tied_fold
     assert done.returncode == 1
     assert "rank 1 has ended (SIGKILL), and this worker with it" in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("when", ["at once", "while loading"])
+def test_a_rank_that_hangs_before_the_group_works_ends_it_after_a_while(
+    when: str, tied_folder: Path
+) -> None:
+    """And the folder is not blamed: then the worker would not be started again."""
+    done = run(f"stopped {when}", tied_folder)
+    assert done.returncode == 1
+    assert "GroupBroken: the ranks of tiny could not load it together" in done.stderr
+    assert "T (stopped)" in done.stderr
+    assert "BaseModelNotFound" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_rank_that_is_killed_while_loading_is_not_the_folders_fault(tied_folder: Path) -> None:
+    done = run("killed while loading", tied_folder)
+    assert done.returncode == 1
+    assert "rank 1 has ended (SIGKILL), and this worker with it" in done.stderr
+    assert "BaseModelNotFound" not in done.stderr
     assert done.stdout == ""

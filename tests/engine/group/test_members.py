@@ -24,6 +24,7 @@ START = RankStart(
     num_sharing=1,
     batch_tokens=512,
     cache_tokens=4096,
+    wait_seconds=600.0,
 )
 
 

@@ -44,6 +44,7 @@ def build(start: RankStart) -> RankEngine:
         rank=start.rank,
         device=start.device,
         meeting_place=Path(start.meeting_place),
+        wait_seconds=start.wait_seconds,
     )
     engine = build_rank(start, group=group, on_stage=_ignored)
     trainer, sampler = engine.trainer, engine.sampler

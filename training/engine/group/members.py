@@ -55,6 +55,8 @@ class RankStart:
     num_sharing: int
     batch_tokens: int
     cache_tokens: int
+    wait_seconds: float
+    """Longest wait of the first rank for another one, while the model is loaded and in a pass."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -103,6 +105,13 @@ class Members:
         """Process numbers of ranks 1, 2 and so on."""
         return [process.pid for process in self._processes.values()]
 
+    def states(self) -> str:
+        """What the system says of each rank's process, for a message."""
+        return ", ".join(
+            f"rank {rank} (process {process.pid}) {_state(process)}"
+            for rank, process in self._processes.items()
+        )
+
     def end_if_one_was_killed(self) -> None:
         """After an exchange has failed: end this process if another rank was ended from outside.
 
@@ -134,6 +143,16 @@ class Members:
             process.kill()
         for process in self._processes.values():
             process.wait()
+
+
+def _state(process: subprocess.Popen[bytes]) -> str:
+    if process.poll() is not None:
+        return f"has ended with {process.returncode}"
+    try:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    except OSError:
+        return "lives"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("State")), "")
 
 
 def _was_killed(status: int | None) -> bool:

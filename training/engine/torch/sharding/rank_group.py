@@ -8,6 +8,7 @@ backend; the leader's small values over gloo, on which a lost rank ends the wait
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,12 +24,12 @@ from training.base_model_config import BaseModelConfig
 Value = TypeVar("Value")
 
 LONGEST_WAIT = timedelta(days=365)
-"""For the leader's next operation: a worker may be idle for long. The supervisor's watchdog ends a
-group whose leader waits for another rank."""
+"""For the leader's next operation: a worker may be idle for long, and the leader reads the whole
+model first."""
 
 
 class GroupBroken(Exception):
-    """The ranks have different results, so none of them can be trusted; the worker must end."""
+    """A rank has another result or does not answer, so none can be trusted; the worker must end."""
 
 
 class RankGroup:
@@ -94,8 +95,20 @@ class RankGroup:
             raise GroupBroken(f"{what} differs between the ranks: {values}")
 
 
+def is_broken_exchange(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, is of an exchange with another rank."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, GroupBroken | dist.DistError):
+            return True
+        if isinstance(seen, RuntimeError) and re.search("gloo|nccl", str(seen), re.IGNORECASE):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def join_group(
-    config: BaseModelConfig, *, rank: int, device: str, meeting_place: Path
+    config: BaseModelConfig, *, rank: int, device: str, meeting_place: Path, wait_seconds: float
 ) -> RankGroup:
     """Wait for the other ranks.
 
@@ -103,6 +116,11 @@ def join_group(
         config: Of the base model.
         device: This rank's: ``cpu`` or ``cuda:N``.
         meeting_place: A file of the group in a private folder; it need not exist.
+        wait_seconds: Longest wait of the first rank for another one, here and in each exchange. The
+            others wait for the first one without end, and end with it.
+
+    Raises:
+        RuntimeError: torch's own: the first rank has waited so long.
     """
     is_cpu = device == "cpu"
     # transformers reads these for its own meshes: a rank's device is its number there.
@@ -113,14 +131,15 @@ def join_group(
     }
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
+    longest = timedelta(seconds=wait_seconds) if rank == 0 else LONGEST_WAIT
     dist.init_process_group(
         "gloo" if is_cpu else "cpu:gloo,cuda:nccl",
         init_method=f"file://{meeting_place}",
         rank=rank,
         world_size=config.num_ranks,
-        timeout=LONGEST_WAIT,
+        timeout=longest,
     )
-    control = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    control = dist.new_group(backend="gloo", timeout=longest)
     return RankGroup(rank=rank, config=config, control=control)
 
 
