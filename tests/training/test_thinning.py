@@ -12,6 +12,7 @@ from pytest_django import Settings
 from tests.conftest import ApiClient, InProcessWorker
 from training.models import Checkpoint
 from training.services.thinning import checkpoints_thin
+from training.storage.chosen import storage
 
 pytestmark = pytest.mark.django_db
 
@@ -58,6 +59,25 @@ def test_a_checkpoint_is_kept_for_an_hour(settings: Settings) -> None:
     settings.KEEP_CHECKPOINTS = 1
     Checkpoint.objects.update(created_at=timezone.now() - timedelta(minutes=59))
     assert checkpoints_thin() == 0
+
+
+@pytest.mark.usefixtures("saved")
+def test_what_its_owner_keeps_while_others_are_deleted_stays(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleting files takes time: meanwhile one is published, and the newest is deleted."""
+    settings.KEEP_CHECKPOINTS = 1
+    delete, place = storage().delete, storage()
+
+    def delete_slowly(directory: str) -> None:
+        monkeypatch.setattr(place, "delete", delete)
+        delete(directory)
+        Checkpoint.objects.filter(name="b").update(public=True)
+        Checkpoint.objects.filter(name="e").delete()
+
+    monkeypatch.setattr(place, "delete", delete_slowly)
+    assert checkpoints_thin() == 2
+    assert names() == {"b", "d", "other"}
 
 
 def test_a_save_without_a_time_to_live_gets_the_servers(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from django.conf import settings
-from django.db.models import F, Window
+from django.db.models import Exists, F, OuterRef, QuerySet, Window
 from django.db.models.functions import RowNumber
 from django.utils import timezone
 
@@ -26,7 +26,7 @@ def checkpoints_superseded(keep: int) -> list[int]:
         RowNumber(), partition_by=[F("run_id"), F("kind")], order_by=[F("created_at").desc()]
     )
     numbered = Checkpoint.objects.filter(ephemeral=False).annotate(number=newest_first)
-    old = numbered.filter(number__gt=keep)
+    old = numbered.filter(number__gt=keep).order_by("created_at")
     return [
         checkpoint.pk
         for checkpoint in old.only("pk", "public", "created_at")
@@ -34,9 +34,23 @@ def checkpoints_superseded(keep: int) -> list[int]:
     ]
 
 
+def _still_superseded(keep: int) -> QuerySet[Checkpoint]:
+    """The same for one row that is locked, which a window function cannot be."""
+    newer = Checkpoint.objects.filter(
+        run_id=OuterRef("run_id"),
+        kind=OuterRef("kind"),
+        ephemeral=False,
+        created_at__gt=OuterRef("created_at"),
+    )
+    last_kept = newer.order_by("created_at").values("pk")[keep - 1 : keep]
+    return Checkpoint.objects.filter(Exists(last_kept), public=False)
+
+
 def checkpoints_thin() -> int:
     """Delete what ``TINKERAPI_KEEP_CHECKPOINTS`` does not keep; return the number."""
     if not settings.KEEP_CHECKPOINTS:
         return 0
     superseded = checkpoints_superseded(settings.KEEP_CHECKPOINTS)
-    return sum(checkpoint_delete(checkpoint_id=pk) for pk in superseded)
+    # Files take time to delete: meanwhile one may be published, or a newer one deleted.
+    still = _still_superseded(settings.KEEP_CHECKPOINTS)
+    return sum(checkpoint_delete(checkpoint_id=pk, among=still) for pk in superseded)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from django.db import transaction
-from django.db.models import Exists, OuterRef, Q
+from django.db.models import Exists, OuterRef, Q, QuerySet
 from django.utils import timezone
 
 from futures.models import Future
@@ -95,7 +95,9 @@ def checkpoint_remove(*, owner_id: int, path: TinkerPath) -> None:
         raise CheckpointNotFound(f"no checkpoint at {path}")
 
 
-def checkpoint_delete(*, checkpoint_id: int, actor_id: int | None = None) -> bool:
+def checkpoint_delete(
+    *, checkpoint_id: int, actor_id: int | None = None, among: QuerySet[Checkpoint] | None = None
+) -> bool:
     """Delete a checkpoint: the row first, so that it cannot be found, then its files.
 
     A crash in between leaves files that no row refers to, never a row without files. Returns
@@ -103,9 +105,11 @@ def checkpoint_delete(*, checkpoint_id: int, actor_id: int | None = None) -> boo
 
     Args:
         actor_id: The user who asked for it; None for the server itself, after it expired.
+        among: It is deleted only if it is still one of these.
     """
     with transaction.atomic():
-        locked = Checkpoint.objects.select_for_update(of=("self",)).select_related("run")
+        rows = Checkpoint.objects.all() if among is None else among
+        locked = rows.select_for_update(of=("self",)).select_related("run")
         checkpoint = locked.filter(pk=checkpoint_id).first()
         if checkpoint is None:
             return False
@@ -139,14 +143,12 @@ def checkpoints_expire() -> int:
         lane_id=OuterRef("run_id"), state__in=[State.PENDING, State.RUNNING]
     )
     imported = Q(kind=Checkpoint.Kind.EXTERNAL) & ~Exists(importing)
-    expired = list(
-        Checkpoint.objects.filter(
-            Q(expires_at__lte=now) | (Q(ephemeral=True) & (session_over | left_behind | imported))
-        ).values_list("pk", flat=True)
+    expired = Checkpoint.objects.filter(
+        Q(expires_at__lte=now) | (Q(ephemeral=True) & (session_over | left_behind | imported))
     )
-    for checkpoint_id in expired:
-        checkpoint_delete(checkpoint_id=checkpoint_id)
-    return len(expired)
+    found = list(expired.values_list("pk", flat=True))
+    # Asked again one by one: files take time to delete, and a session may be used again meanwhile.
+    return sum(checkpoint_delete(checkpoint_id=pk, among=expired) for pk in found)
 
 
 def folders_unnamed() -> list[StoredFolder]:
