@@ -96,9 +96,13 @@ def server_environment(
 ) -> dict[str, str]:
     """The environment of a server; the key is in it, because other users can read a command line.
 
-    Settings of tinkerapi, among them its secret key, and the paths of its Python are left out.
+    What it does not need is left out: tinkerapi's settings, among them its secret key, the keys to
+    its database and its bucket, and the paths of its Python.
     """
-    left_out = ("TINKERAPI_", "DATABASE_URL", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "DJANGO_")
+    left_out = (
+        *("TINKERAPI_", "DATABASE_URL", "DJANGO_", "PG", "AWS_"),
+        *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"),
+    )
     kept = {name: text for name, text in inherited.items() if not name.startswith(left_out)}
     return {
         **kept,

@@ -288,6 +288,7 @@ def _beside(
         max_loras=vllm.config.max_loras,
         max_sequences=vllm.config.max_sequences,
         wait_seconds=vllm.config.wait_seconds,
+        may_change=bool(vllm.config.address),  # one that ``up`` starts has a new key each time
     )
 
 

@@ -53,9 +53,19 @@ class VllmDouble:
         max_loras: int = 2,
         max_cpu_loras: int = 4,
         is_on_cpu: bool = True,
+        port: int = 0,
+        key: str = KEY,
     ) -> None:
-        """``is_on_cpu``: the base model gets the adapter in the last slot, as on vLLM's CPU if
-        another request with an adapter is in the batch."""
+        """
+        Args:
+            is_on_cpu: The base model gets the adapter in the last slot, as on vLLM's CPU if another
+                request with an adapter is in the batch.
+            port: 0: each life has another one.
+            key: That clients must send.
+        """
+        self._port = port
+        self._life = 0
+        self.key = key
         self._max_loras = max_loras
         self._is_on_cpu = is_on_cpu
         self._base_model = base_model
@@ -83,6 +93,14 @@ class VllmDouble:
 
     def start(self) -> None:
         """Begin to serve, on a new port and without any adapter."""
+        self._begin_life()
+        handler = type("Handler", (_Handler,), {"double": self})
+        self._http = _Server(("127.0.0.1", self._port), handler)
+        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
+        self._thread.start()
+
+    def _begin_life(self) -> None:
+        self._life += 1
         self._engine = engine_over(self._base_model)
         self.is_dead = False
         self.adapters: dict[str, str] = {}
@@ -90,10 +108,6 @@ class VllmDouble:
         self._slots: list[str | None] = [None] * self._max_loras
         self._used: list[str] = []
         self._results: dict[str, SampleOutput | TrainingError] = {}
-        handler = type("Handler", (_Handler,), {"double": self})
-        self._http = _Server(("127.0.0.1", 0), handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
-        self._thread.start()
 
     def kill(self) -> None:
         """End the process: connections break and the port is closed."""
@@ -119,11 +133,17 @@ class VllmDouble:
 
     close = kill
 
+    def become(self, base_model: BaseModel) -> None:
+        """Let another server take the place of this one at its address, at once."""
+        with self._lock:
+            self._base_model = base_model
+            self._begin_life()
+
     @property
     def connection(self) -> VllmConnection | None:
         if self._http is None:
-            return VllmConnection(address="http://127.0.0.1:9", key=KEY)
-        return VllmConnection(address=f"http://127.0.0.1:{self._http.server_port}", key=KEY)
+            return VllmConnection(address="http://127.0.0.1:9", key=self.key)
+        return VllmConnection(address=f"http://127.0.0.1:{self._http.server_port}", key=self.key)
 
     # -- routes ----------------------------------------------------------------------------------
 
@@ -192,8 +212,9 @@ class VllmDouble:
         oldest = next(each for each in self._used if each in self._slots)
         self._slots[self._slots.index(oldest)] = name
 
-    def _require_life(self) -> None:
-        if self.is_dead:
+    def _require_life(self, key: str = "") -> None:
+        """Of the engine, and of that which has begun the request of this key."""
+        if self.is_dead or not key.startswith(f"{self._life} "[: len(key)]):
             raise EngineDead("EngineCore encountered an issue")
 
     def begin(self, body: dict[str, Any]) -> str:
@@ -221,7 +242,7 @@ class VllmDouble:
             ),
             group=body.get("cache_salt", ""),
         )
-        key = f"{body['request_id']} {len(self.requests)}"
+        key = f"{self._life} {body['request_id']} {len(self.requests)}"
         with self._lock:
             if model != BASE:
                 self._bring(model, self.adapters[model])
@@ -235,9 +256,9 @@ class VllmDouble:
         """Compute until the request has more tokens; its sequence so far, or its output."""
         self.holds.set()
         while not self.hold.wait(0.01):
-            self._require_life()
+            self._require_life(key)
         with self._lock:
-            self._require_life()
+            self._require_life(key)
             if key not in self._results:
                 sampler: Any = self._engine.sampler
                 if not sampler.is_active(key):
@@ -393,7 +414,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, content)
 
     def _may(self) -> bool:
-        if self.headers.get("Authorization") == f"Bearer {KEY}":
+        if self.headers.get("Authorization") == f"Bearer {self.double.key}":
             return True
         self._send(401, b'{"error": "Unauthorized"}')
         return False

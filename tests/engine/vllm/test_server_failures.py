@@ -244,6 +244,53 @@ def test_a_server_of_other_weights_gets_no_job(
         other.close()
 
 
+@pytest.mark.parametrize("version", [None, "v"])
+def test_another_server_that_takes_the_address_is_checked_before_its_first_answer(
+    make_engine_of: Callable[..., Engine],
+    built_in: Engine,
+    server: VllmDouble,
+    untied_folder: Path,
+    tmp_path: Path,
+    version: str | None,
+) -> None:
+    """As behind a load balancer: no connection breaks, and the health route always answers."""
+    connection, key_file = server.connection, tmp_path / "key"
+    assert connection is not None
+    key_file.write_text(connection.key)
+    engine = make_engine_of(python="", address=connection.address, key_file=str(key_file))
+    captured = engine.trainer.capture_adapter("a")
+    for each in (engine, built_in):
+        each.sampler.publish("v", captured)
+    asked = job([7, 8, 9], version=version)
+    sample(engine.sampler, asked)
+    assert state(engine) == "ready"
+    assert not here(engine)
+
+    server.become(load_base_model(str(untied_folder), dtype="float32", device="cpu"))
+    assert sample(engine.sampler, asked) == sample(built_in.sampler, asked)
+    assert "the base model differs from ours" in state(engine)
+    assert here(engine) == {"not answered by the server": 1}
+
+
+def test_the_same_server_that_was_started_again_at_its_address_gets_the_versions_again(
+    make_engine_of: Callable[..., Engine],
+    server: VllmDouble,
+    servers_model: BaseModel,
+    tmp_path: Path,
+) -> None:
+    connection, key_file = server.connection, tmp_path / "key"
+    assert connection is not None
+    key_file.write_text(connection.key)
+    engine = make_engine_of(python="", address=connection.address, key_file=str(key_file))
+    engine.sampler.publish("v", engine.trainer.capture_adapter("a"))
+    jobs = {"base": job(), "adapted": job(version="v")}
+    expected = run_all(engine.sampler, jobs)
+    server.become(servers_model)
+    assert run_all(engine.sampler, jobs) == expected
+    assert engine.sampler.figures()["vllm"]["life"] == 2
+    assert not here(engine)
+
+
 def test_a_server_that_answers_for_unknown_names_gets_no_job(
     make_engine_of: Callable[..., Engine],
     built_in: Engine,

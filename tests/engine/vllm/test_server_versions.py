@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.engine.sampling_jobs import job
-from tests.engine.vllm.double import VllmDouble
-from tests.engine.vllm.test_server_failures import finish, here, sample
+from tests.engine.vllm.double import Refused, VllmDouble
+from tests.engine.vllm.test_server_failures import finish, here, sample, state
 from tests.waiting import wait_for
 from training.engine.interface import Engine, SampleOutput
 from training.engine.vllm import server_link
@@ -125,6 +127,48 @@ def test_two_samplers_of_one_server_do_not_touch_each_others_versions(
     wait_for(lambda: len(server.adapters) == 1 or None)
     sample(other.sampler, job(version="v"))
     assert not here(other)
+
+
+def test_a_version_whose_files_cannot_be_written_is_sampled_here(
+    engine_of_server: Engine, server: VllmDouble, built_in: Engine, tmp_path: Path
+) -> None:
+    """As on a full disk, or after somebody has cleaned the folder up."""
+    sample(engine_of_server.sampler, job())
+    captured = engine_of_server.trainer.capture_adapter("a")
+    for each in (engine_of_server, built_in):
+        each.sampler.publish("v", captured)
+    folder = tmp_path / "server" / "versions"
+    shutil.rmtree(folder)
+    folder.touch()
+    asked = job(version="v")
+    assert sample(engine_of_server.sampler, asked) == sample(built_in.sampler, asked)
+    assert here(engine_of_server) == {"not answered by the server": 1}
+    sample(engine_of_server.sampler, job())
+    assert here(engine_of_server) == {"not answered by the server": 1}
+    assert state(engine_of_server) == "ready"
+
+
+def test_a_server_that_cannot_read_the_versions_samples_the_base_model_only(
+    make_engine_of: Callable[..., Engine],
+    server: VllmDouble,
+    built_in: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one on another machine, without the data folder under the same path."""
+
+    def load(body: dict[str, Any]) -> str:
+        raise Refused(404, "No adapter found")
+
+    monkeypatch.setattr(server, "load", load)
+    engine = make_engine_of()
+    captured = engine.trainer.capture_adapter("a")
+    for each in (engine, built_in):
+        each.sampler.publish("v", captured)
+    sample(engine.sampler, job())
+    assert not here(engine)
+    asked = job(version="v")
+    assert sample(engine.sampler, asked) == sample(built_in.sampler, asked)
+    assert len(here(engine)) == 1
 
 
 def test_what_a_dead_sampler_has_left_is_deleted(

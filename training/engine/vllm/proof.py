@@ -237,8 +237,15 @@ def _logprobs(output: SampleOutput) -> NDArray[np.float32]:
 class Prover:
     """Asks a server for the expected answers."""
 
-    def __init__(self, expected: Expected, folders: VersionFolders, *, num_slots: int) -> None:
-        """``num_slots``: adapters in one batch of the server."""
+    def __init__(
+        self, expected: Expected, folders: VersionFolders, *, num_slots: int, may_change: bool
+    ) -> None:
+        """
+        Args:
+            num_slots: Adapters in one batch of the server.
+            may_change: Whether another server may take its address unnoticed.
+        """
+        self._may_change = may_change
         self._expected = expected
         self._folders = folders
         self._num_slots = num_slots
@@ -255,6 +262,8 @@ class Prover:
         base_name = served.name
         try:
             await self._check_unknown_name(client)
+            if self._may_change:  # another server does not know this name
+                base_name = await self._load_neutral(client)
             differences |= await self._base_differences(client, base_name)
             if self._wrong(differences):
                 base_name = await self._load_neutral(client)
@@ -344,7 +353,7 @@ class Prover:
             self._write(folder, checked.weights.layout, checked.weights.flat.cpu())
             for name in names:
                 await client.load(name, str(folder))
-                await client.generate({**self._body(name), "request_id": f"check-{name}"})
+                await client.generate(self._body(name))
             difference = await self._greedy_difference(client, model, beside=names[-1])
             if not difference <= self._expected.largest_difference:
                 model = await self._load_neutral(client)
@@ -378,11 +387,11 @@ class Prover:
         """The likeliest tokens one after another, as far as both choose the same, while another
         model is sampled in the same batch."""
         expected = self._expected
-        companion = {**_body(expected.greedy_job, beside, max_tokens=COMPANION_TOKENS)}
-        companion["request_id"] = f"check-beside-{model}"
+        companion = self._body(beside, expected.greedy_job, max_tokens=COMPANION_TOKENS)
+        companion["request_id"] += "-beside"
         async with client.stream(companion) as chunks:
             await anext(chunks)
-            body = _body(expected.greedy_job, model, max_tokens=GREEDY_TOKENS)
+            body = self._body(model, expected.greedy_job, max_tokens=GREEDY_TOKENS)
             content = await client.generate(body)
         await client.abort([companion["request_id"]])
         check_model(content, model)
@@ -407,21 +416,20 @@ class Prover:
         check_model(content, model)
         return content
 
-    def _body(self, model: str) -> dict[str, Any]:
-        return _body(self._expected.job, model, max_tokens=1)
+    def _body(
+        self, model: str, job: SampleJob | None = None, *, max_tokens: int = 1
+    ) -> dict[str, Any]:
+        """Of the expected job, if no other is given."""
+        return request_body(
+            self._expected.job if job is None else job,
+            0,
+            request_id=f"{self._folders.owner}-check-{model}",  # others may check it, too
+            model=model,
+            max_tokens=max_tokens,
+            end_token_ids=(),
+            salt="check",
+        )
 
     def _scores_difference(self, content: Mapping[str, Any], ours: NDArray[np.float32]) -> float:
         theirs = read_scores(content, self._expected.job).logprobs
         return math.nan if theirs is None else self._expected.difference(ours[1:], theirs[1:])
-
-
-def _body(job: SampleJob, model: str, *, max_tokens: int) -> dict[str, Any]:
-    return request_body(
-        job,
-        0,
-        request_id=f"check-{model}",
-        model=model,
-        max_tokens=max_tokens,
-        end_token_ids=(),
-        salt="check",
-    )

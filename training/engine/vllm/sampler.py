@@ -58,6 +58,7 @@ class VllmSampler(Sampler):
         max_loras: int,
         max_sequences: int,
         wait_seconds: float,
+        may_change: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -68,6 +69,7 @@ class VllmSampler(Sampler):
             max_loras: Adapters in one batch of the server.
             max_sequences: Sequences at the server at one time.
             wait_seconds: How long jobs wait for a server that is lost or starts.
+            may_change: Whether another server may take the address unnoticed.
             clock: Seconds, for ``poll``.
         """
         self._built_in = built_in
@@ -82,6 +84,7 @@ class VllmSampler(Sampler):
             expected=expected_answers(built_in, base_model, max_rank=max_lora_rank),
             num_slots=max_loras,
             wait_seconds=wait_seconds,
+            may_change=may_change,
         )
         self._server = ServerJobs(
             self._link,

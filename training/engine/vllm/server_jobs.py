@@ -252,9 +252,11 @@ class ServerJobs:
                 if job.version is not None and not job.version.parts <= self._link.proof.parts:
                     raise _NotAnswered("the server computes such adapters otherwise")
                 self._begin_again(job, number)
+                model = None
                 try:
-                    model = served.name
-                    if job.version is not None:
+                    if job.version is None:
+                        model = served.name
+                    else:
                         model = await self._link.name_of(job.version, life, client)
                     await self._ask(job, number, client, model)
                     return
@@ -263,9 +265,10 @@ class ServerJobs:
                     self._link.lost(life, reason)
                 except ServerRefuses as error:
                     reason = str(error)
-                    if error.status != HTTPStatus.NOT_FOUND:
+                    if error.status != HTTPStatus.NOT_FOUND or model is None:
                         break
-                    self._link.forgotten(job.version, life)
+                    # Only another server, or one that was started again, does not know the name.
+                    self._link.lost(life, f"it has lost {model}: {reason}")
                 except WrongAnswer as error:
                     logger.error("the vLLM server: %s", error)
                     reason = str(error)

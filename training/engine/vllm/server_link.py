@@ -87,6 +87,7 @@ class ServerLink:
         expected: Expected,
         num_slots: int,
         wait_seconds: float,
+        may_change: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -95,11 +96,13 @@ class ServerLink:
             expected: What it must answer before it gets a job.
             num_slots: Adapters in one batch of the server.
             wait_seconds: After this time without a server, nobody waits for it.
+            may_change: Whether another server may take its address unnoticed. Then the base model
+                is asked for by a name of ours, too, which that server does not know.
         """
         self._connection = connection
         self._folders = folders
         self._expected = expected
-        self._prover = Prover(expected, folders, num_slots=num_slots)
+        self._prover = Prover(expected, folders, num_slots=num_slots, may_change=may_change)
         self._wait_seconds = wait_seconds
         self._clock = clock
         self._unavailable_since = clock()
@@ -279,11 +282,6 @@ class ServerLink:
         self._folders.remove(version.folder)  # parts of a try that failed
         name = self._expected.base_model_name
         write_adapter(version.folder, version.layout, version.flat, name)
-
-    def forgotten(self, version: ServerVersion | None, life: int) -> None:
-        """Record that the server does not know a version that was loaded."""
-        if version is not None and version.loaded_in == life:
-            version.loaded_in = 0
 
     def release(self, version: ServerVersion) -> None:
         """A job of the version has ended; none of its requests runs any more, or it was aborted."""
