@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.vllm.double_program import double_python
 from tests.server import ROOT
 from tinkerapi.drill.kills import TARGETS
 
@@ -37,3 +38,20 @@ def test_ten_kills_change_nothing(tmp_path: Path, workers: int) -> None:
     assert int(rows["rebuilds by replay"]) > 0
     assert int(rows["futures that ran again"]) > 0
     assert int(rows["requests sent again"]) > 0
+
+
+def test_kills_of_a_vllm_server_and_its_worker_change_nothing(tmp_path: Path) -> None:
+    result = tmp_path / "drill.json"
+    arguments = ["--kills", "5", "--adapters", "2", "--steps", "8"]
+    arguments += ["--vllm-python", str(double_python(tmp_path / "python"))]
+    done = subprocess.run(
+        [sys.executable, "manage.py", "crashdrill", *arguments, "--json", str(result)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["figure"]: row["value"] for row in json.loads(result.read_text())["rows"]}
+    assert rows["kills"] == "5 of 5 planned"
+    assert rows["of vllm"] == "1"
+    assert rows["differences"] == "0"

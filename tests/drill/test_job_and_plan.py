@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from tinkerapi.drill.job import STYLES, Request, make_job, num_requests
-from tinkerapi.drill.kills import TARGETS, plan_kills
+from tinkerapi.drill.kills import TARGETS, TARGETS_WITH_VLLM, plan_kills
 from tinkerapi.drill.moments import MOMENTS
 
 
@@ -55,6 +55,8 @@ def test_a_seed_fixes_the_plan() -> None:
 def test_a_hundred_kills_hit_each_target_in_its_share_at_every_moment() -> None:
     plan = plan_kills(seed=3, kills=100, requests=5000)
     assert Counter(kill.target for kill in plan) == TARGETS
+    with_vllm = plan_kills(seed=3, kills=100, requests=5000, shares=TARGETS_WITH_VLLM)
+    assert Counter(kill.target for kill in with_vllm) == TARGETS_WITH_VLLM
     assert {kill.moment for kill in plan} == set(MOMENTS)
 
 

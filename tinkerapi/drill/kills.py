@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from random import Random
@@ -21,7 +21,7 @@ from tinkerapi.drill.server import DrilledServer
 from tinkerapi.drill.transport import Progress
 from tinkerapi.server.up_process import Process
 
-Target = Literal["worker", "web", "web child", "postgres", "postgres backend", "everything"]
+Target = Literal["worker", "vllm", "web", "web child", "postgres", "postgres backend", "everything"]
 
 TARGETS: dict[Target, int] = {
     "worker": 50,
@@ -32,6 +32,9 @@ TARGETS: dict[Target, int] = {
     "everything": 10,
 }
 """Share of kills, in percent."""
+
+TARGETS_WITH_VLLM: dict[Target, int] = {**TARGETS, "worker": 30, "vllm": 20}
+"""The same if a vLLM server samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +59,12 @@ class Killed:
     """Whether it hit its moment; else it came at an arbitrary time."""
 
 
-def plan_kills(*, seed: int, kills: int, requests: int) -> list[Kill]:
+def plan_kills(
+    *, seed: int, kills: int, requests: int, shares: Mapping[Target, int] = TARGETS
+) -> list[Kill]:
     """``kills`` kills in order of progress; targets in their shares, random moments."""
     random = Random(f"{seed} kills")  # noqa: S311  (a plan that can be repeated)
-    targets = _shares(kills)
+    targets = _targets(kills, shares)
     random.shuffle(targets)
     # No kills in the last tenth, so that none comes after the end of the job.
     places = sorted(random.randrange(max(1, requests * 9 // 10)) for _ in targets)
@@ -80,9 +85,9 @@ def plan_kills(*, seed: int, kills: int, requests: int) -> list[Kill]:
     return plan
 
 
-def _shares(kills: int) -> list[Target]:
-    """Targets for all kills in the proportions of TARGETS, largest remainders rounded up."""
-    exact = {target: kills * share / 100 for target, share in TARGETS.items()}
+def _targets(kills: int, shares: Mapping[Target, int]) -> list[Target]:
+    """Targets for all kills in these proportions, largest remainders rounded up."""
+    exact = {target: kills * share / 100 for target, share in shares.items()}
     counts = {target: int(number) for target, number in exact.items()}
     by_remainder = sorted(exact, key=lambda target: counts[target] - exact[target])
     for target in by_remainder[: kills - sum(counts.values())]:
@@ -170,6 +175,9 @@ def _is(target: Target, process: Process, server: DrilledServer) -> bool:
             # Any of its ranks. django-q2 renames the process if setproctitle is installed.
             is_first = command.startswith("qcluster") or " engineworker" in command
             return (is_part and is_first) or "training.engine.group.follower" in command
+        case "vllm":
+            # The server that answers, or its engine's process.
+            return "vllm.entrypoints" in command or "EngineCore" in command
         case "web":
             return is_part and "granian" in command
         case "web child":

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from tinkerapi.drill.kills import TARGETS, Kill
+from tinkerapi.drill.kills import TARGETS_WITH_VLLM, Kill
 from tinkerapi.drill.moments import MOMENTS
 from tinkerapi.drill.run import Outcome
 
@@ -54,7 +54,7 @@ class DrillReport:
         recoveries = self.recoveries
         return [
             ("kills", f"{len(killed)} of {len(self.plan)} planned"),
-            *((f"  of {name}", str(targets[name])) for name in TARGETS if targets[name]),
+            *((f"  of {name}", str(targets[name])) for name in TARGETS_WITH_VLLM if targets[name]),
             *((f"  at: {name}", str(moments[name])) for name in MOMENTS if moments[name]),
             ("answers compared", str(size["answers"])),
             ("futures compared", str(size["futures"])),

@@ -15,7 +15,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from tinkerapi.drill.evidence import differences, incomplete
 from tinkerapi.drill.job import Trainee, make_job, num_failures, num_requests
-from tinkerapi.drill.kills import Killed, plan_kills
+from tinkerapi.drill.kills import TARGETS, TARGETS_WITH_VLLM, Killed, plan_kills
 from tinkerapi.drill.model import ADAPTER_CACHE_BYTES, make_tiny_model
 from tinkerapi.drill.report import DrillReport
 from tinkerapi.drill.run import DrillFailed, Outcome, run_job
@@ -32,6 +32,16 @@ RANKS = ("tp_size", "fsdp_size", "ep_size")
 IN_TABLE = ("DEVICE", "DTYPE", "LAYOUT")
 """Settings that a configuration file replaces."""
 SHOWN_DIFFERENCES = 20
+
+VLLM = """
+sampler = "vllm"
+
+[base_model.vllm]
+python = {python}
+max_lora_rank = 64
+wait_seconds = 3600
+"""
+"""Requests wait for it however long it takes: the built-in sampler would sample other tokens."""
 
 
 class Command(BaseCommand):
@@ -63,6 +73,11 @@ class Command(BaseCommand):
                 help="of a worker over several devices; then --workers must be 1 (default 1)",
             )
         parser.add_argument(
+            "--vllm-python",
+            type=Path,
+            help="sample with a vLLM server that this Python starts, and kill it too",
+        )
+        parser.add_argument(
             "--model-folder", type=Path, help="base model; default: a tiny one made for the drill"
         )
         parser.add_argument(
@@ -83,6 +98,8 @@ class Command(BaseCommand):
             raise CommandError(f"--workers: expected 1 to {MOST_WORKERS}")
         if options["workers"] > 1 and any(options[name] > 1 for name in RANKS):
             raise CommandError("--workers: expected 1 beside --tp-size or --fsdp-size")
+        if options["vllm_python"] and any(options[name] > 1 for name in RANKS):
+            raise CommandError("--vllm-python: expected no --tp-size, --fsdp-size or --ep-size")
         steps = options["kills"] + 8 if options["steps"] is None else options["steps"]
         self._environment = dict(ENVIRONMENT)
         scratch = Path(tempfile.mkdtemp(prefix="tinkerapi-drill-"))
@@ -114,7 +131,7 @@ class Command(BaseCommand):
         if folder is None:
             folder = make_tiny_model(scratch / "tiny", seed=seed)
             self._environment["TINKERAPI_ADAPTER_CACHE_BYTES"] = str(ADAPTER_CACHE_BYTES)
-        if any(options[name] > 1 for name in RANKS):
+        if options["vllm_python"] or any(options[name] > 1 for name in RANKS):
             config = scratch / "models.toml"
             config.write_text(_table(folder, self._environment, options))
             self._environment = {
@@ -123,7 +140,10 @@ class Command(BaseCommand):
                 **dict.fromkeys((f"TINKERAPI_{name}" for name in IN_TABLE), ""),
             }
         job = make_job(seed=seed, steps=steps, trainees=options["adapters"])
-        plan = plan_kills(seed=seed, kills=options["kills"], requests=num_requests(job))
+        shares = TARGETS_WITH_VLLM if options["vllm_python"] else TARGETS
+        plan = plan_kills(
+            seed=seed, kills=options["kills"], requests=num_requests(job), shares=shares
+        )
         self._kills = len(plan)
         self._requests = num_requests(job)
         self.stdout.write(f"{self._requests} requests of {len(job)} adapters, unbroken ...")
@@ -151,6 +171,8 @@ class Command(BaseCommand):
                 "adapters": options["adapters"],
                 "workers": options["workers"],
                 **{name: options[name] for name in RANKS},
+                "storage": "a bucket" if options["storage"] else "the data folder",
+                "sampler": "vLLM" if options["vllm_python"] else "built in",
                 "model": folder.name,
             },
         )
@@ -171,7 +193,7 @@ class Command(BaseCommand):
 
 
 def _table(folder: Path, environment: Mapping[str, str], options: Mapping[str, Any]) -> str:
-    """The configuration file of a worker over several devices."""
+    """The configuration file of a worker over several devices, or with a vLLM server."""
     lines = ["[[base_model]]", f"path = {json.dumps(str(folder.resolve()))}"]
     lines += [f"{name} = {options[name]}" for name in RANKS]
     if cache_bytes := environment.get("TINKERAPI_ADAPTER_CACHE_BYTES"):
@@ -179,6 +201,9 @@ def _table(folder: Path, environment: Mapping[str, str], options: Mapping[str, A
     for name in IN_TABLE:
         if value := os.environ.get(f"TINKERAPI_{name}"):
             lines.append(f"{name.lower()} = {json.dumps(value)}")
+    if options["vllm_python"]:
+        # The path as it is: the Python of an environment is a link.
+        lines.append(VLLM.format(python=json.dumps(str(options["vllm_python"].absolute()))))
     return "\n".join(lines) + "\n"
 
 
