@@ -15,6 +15,7 @@ import pytest
 from django.db.models import F
 from pytest_django import Settings
 
+from tests.waiting import LONG_SECONDS
 from tinkerapi.config.webhook import EVENTS, WebhookConfig
 from tinkerapi.models import Delivery
 from tinkerapi.webhook.sender import WebhookSender
@@ -84,7 +85,8 @@ def sender_of(db: None) -> Callable[..., WebhookSender]:
     """``sender_of(url)``: as a new process would be; ``events`` are the chosen ones."""
 
     def make(url: str, *, events: tuple[str, ...] = tuple(EVENTS), **options: Any) -> WebhookSender:
-        return WebhookSender(WebhookConfig(url=url, secret=SECRET, events=events), **options)
+        config = WebhookConfig(url=url, secret=SECRET, events=events)
+        return WebhookSender(config, **{"attempt_seconds": LONG_SECONDS, **options})
 
     return make
 

@@ -13,14 +13,18 @@ from datetime import timedelta
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import connection
 from django.utils import timezone
 from pytest_django import Settings
 
+from tests.waiting import LONG_SECONDS, wait_for
 from tests.webhook.conftest import SECRET, Receiver, pauses_end
 from tinkerapi import deliveries
 from tinkerapi.config.webhook import WebhookConfig
 from tinkerapi.deliveries import CONNECTED, Notice, next_due, pause_after, store
+from tinkerapi.management.commands import webhook
 from tinkerapi.models import Delivery
+from tinkerapi.webhook import sender as sender_module
 from tinkerapi.webhook.sender import WebhookSender
 from training.audit import audit_record
 
@@ -227,8 +231,12 @@ def test_old_events_are_forgotten_and_waiting_ones_are_not(
 
 
 def test_the_command_tries_the_receiver(
-    receiver: Receiver, settings: Settings, capsys: pytest.CaptureFixture[str]
+    receiver: Receiver,
+    settings: Settings,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(webhook, "ATTEMPT_SECONDS", LONG_SECONDS)
     settings.WEBHOOK = WebhookConfig(url=receiver.url, secret=SECRET, events=())
     receiver.statuses = [204, 403]
     call_command("webhook", "--test")
@@ -238,3 +246,34 @@ def test_the_command_tries_the_receiver(
     settings.WEBHOOK = None
     with pytest.raises(CommandError, match="set TINKERAPI_WEBHOOK_URL"):
         call_command("webhook")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_sender_whose_connection_to_postgres_is_cut_goes_on(
+    receiver: Receiver, sender_of: Senders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender_module, "LOOK_SECONDS", 0.05)
+    stopping, sender = threading.Event(), sender_of(receiver.url)
+    pids: list[int] = []
+
+    def work() -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            pids.append(cursor.fetchone()[0])
+        try:
+            sender_module.run(sender, stopping)
+        finally:
+            connection.close()
+
+    thread = threading.Thread(target=work, name="sender")
+    thread.start()
+    try:
+        wait_for(lambda: receiver.received)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_terminate_backend(%s)", pids)
+            assert cursor.fetchone() == (True,)
+        revoke()
+        wait_for(lambda: "key_revoke" in events_of(receiver))
+    finally:
+        stopping.set()
+        thread.join()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.server import Server, free_port
 from tests.tiny_model import make_tiny_model
-from tests.waiting import wait_for
+from tests.waiting import LONG_SECONDS, wait_for
 from tests.webhook.conftest import Received, Receiver
 
 pytestmark = pytest.mark.acceptance
@@ -43,7 +43,7 @@ def test_a_killed_worker_is_reported_to_a_receiver_that_refused_twice(
             taken = [one for one in receiver.received if one.json["type"] == "worker_lost"]
             return taken[-1] if taken and not receiver.statuses else None
 
-        message = wait_for(lost)
+        message = wait_for(lost, 3 * LONG_SECONDS)
         log = server.log()
     finally:
         server.stop()

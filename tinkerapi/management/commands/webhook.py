@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils import timezone
 
 from tinkerapi.models import Delivery
-from tinkerapi.webhook.receiver import NotTaken, send
+from tinkerapi.webhook.receiver import ATTEMPT_SECONDS, NotTaken, send
 from tinkerapi.webhook.sender import WebhookSender, run
 
 
@@ -35,7 +35,7 @@ class Command(BaseCommand):
                 event="test", status=Delivery.Status.HAPPENED, text="a test", at=timezone.now()
             )
             try:
-                send(config, delivery)
+                send(config, delivery, seconds=ATTEMPT_SECONDS)
             except NotTaken as error:
                 raise CommandError(f"{config.host} did not take it: {error}") from error
             self.stdout.write(f"{config.host} took it")
