@@ -94,7 +94,7 @@ def test_the_front_pages_code_runs_as_it_is_shown(sdk_server: Server) -> None:
     page = requests.get(f"{sdk_server.url}/", headers={"Accept": "text/html"}, timeout=60)
     assert "script-src 'self'" in page.headers["Content-Security-Policy"]
     curl, python, sdk = map(
-        html.unescape, re.findall(r"<pre><code>(.*?)</code></pre>", page.text, flags=re.DOTALL)
+        html.unescape, re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", page.text, flags=re.DOTALL)
     )
 
     answer = subprocess.run(

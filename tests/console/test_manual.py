@@ -34,9 +34,9 @@ def test_a_page_is_rendered_with_its_contents_list(docs, client):
 
     assert '<h2 id="train">' in page
     assert '<a href="#train">Train</a>' in page
-    assert "<table>" in page
+    assert '<table tabindex="0">' in page
     assert 'href="next-steps#two"' in page
-    assert "<pre>" in page
+    assert '<pre tabindex="0">' in page
 
 
 @pytest.mark.parametrize("name", ["nothing", "..", "..%2fsettings", "first-steps.md"])

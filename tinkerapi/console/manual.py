@@ -32,6 +32,7 @@ READ_FIRST = (
 )
 """Pages for clients, in reading order; those for operators follow."""
 
+_WIDE = re.compile("<(pre|table)>")
 _LINK = re.compile(r'href="([\w-]+)\.md(#[^"]*)?"')
 
 
@@ -111,5 +112,7 @@ def _rendered(name: str) -> tuple[SafeString, SafeString]:
     )
     # Pages link to each other by file name, which also works when they are read as files.
     html = _LINK.sub(r'href="\1\2"', markdown.convert(source))
+    # What is wider than a phone is scrolled, also by the keyboard.
+    html = _WIDE.sub(r'<\1 tabindex="0">', html)
     contents = getattr(markdown, "toc", "")
     return mark_safe(html), mark_safe(contents)  # noqa: S308

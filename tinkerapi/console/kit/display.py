@@ -100,7 +100,7 @@ def copyable(text: str) -> SafeString:
 
 def preformatted(text: str) -> SafeString:
     """Text unchanged, escaped, with long lines wrapped."""
-    return format_html('<pre class="console-text">{}</pre>', text)
+    return format_html('<pre class="console-text" tabindex="0">{}</pre>', text)
 
 
 def moment(value: datetime | None) -> SafeString | None:
