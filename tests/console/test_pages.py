@@ -36,6 +36,8 @@ OURS: list[type[Model]] = [
     ApiKey,
 ]
 
+POLL = {"HX-Request": "true"}
+"""The header of a request by which a page reads itself again."""
 LIST_QUERIES = 9
 """A list of ten rows costs fewer queries than it has rows; two are the session and the user."""
 
@@ -326,7 +328,10 @@ def test_a_request_says_what_it_waits_for_until_it_is_finished(
     assert f"The request with seq_id {last} has not arrived" in html
     assert "this one fails not before" in html
 
-    assert "console-waiting" not in console.get(page(traces.sample)).content.decode()
+    assert console.get(page(waiting), headers=POLL).headers.get("HX-Refresh") is None
+    finished = console.get(page(traces.sample), headers=POLL)
+    assert "console-waiting" not in finished.content.decode()
+    assert finished.headers["HX-Refresh"] == "true"
 
 
 def test_a_request_page_stays_small_however_large_the_request(

@@ -128,6 +128,8 @@ class FutureAdmin(ConsoleAdmin):
             context["bodies"] = future_bodies(obj)
             context["facts"] = obj.summary_line.split("  ") if obj.summary else []
         response: TemplateResponse = super().render_change_form(request, context, obj=obj, **kwargs)
+        if obj is not None and obj.is_final and request.headers.get("HX-Request"):
+            response.headers["HX-Refresh"] = "true"  # its page still shows it waiting
         return response
 
     @admin.display(description="Request")
