@@ -23,7 +23,7 @@ _CONVERSATION = (
 )
 
 _REQUESTS = """\
-import requests
+import requests  # pip install requests
 
 url = "{url}"
 headers = {headers}
@@ -46,7 +46,7 @@ for step in range(6):
 """
 
 _SDK = """\
-import tinker
+import tinker  # pip install tinker
 
 service = tinker.ServiceClient(base_url="{url}", api_key="{key}")
 client = service.create_lora_training_client(base_model={base_model}, rank=8)

@@ -87,7 +87,7 @@
           let value = at < 0 ? null : column[at];
           for (let back = at < 0 ? column.length - 1 : at; back >= 0 && (value === null || value === undefined); back -= 1) value = column[back];
           const one = element("span", "", shortNumber(value, chart));
-          one.style.color = run.colour;
+          one.style.borderColor = run.colour;
           one.title = run.name;
           return one;
         }));
