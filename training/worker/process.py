@@ -42,6 +42,7 @@ from training.worker.watchdog import EVERY_SECONDS, WatchdogSignal
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
+RANK_SECONDS = 300.0  # for another rank to start, on a busy machine
 LOOK_SECONDS = 1.0  # between two tries to reach Postgres at the start
 OUTAGE_SECONDS = 120.0  # after this the failure is reported
 
@@ -67,7 +68,7 @@ def build_engine(base_model: ServedBaseModel, *, number: int = 0) -> Engine:
         batch_tokens=settings.BATCH_TOKENS,
         cache_tokens=settings.CACHE_TOKENS,
         # Longer than the supervisor's: in a pass it is first, and records where the worker hangs.
-        wait_seconds=settings.HANG_SECONDS * 1.25,
+        wait_seconds=max(settings.HANG_SECONDS * 1.25, RANK_SECONDS),
         on_stage=stages.begin,
         server_folder=base_model.server_folder,
     )

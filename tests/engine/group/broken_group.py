@@ -17,7 +17,7 @@ from training.engine.group.members import Members, RankStart, meeting_place
 from training.engine.torch.trainer import TorchTrainer
 from training.types import AdamParams, LoraConfig
 
-WAIT_SECONDS = {"stopped at once": 5.0, "stopped while loading": 20.0}
+WAIT_SECONDS = {"stopped at once": 5.0, "stopped while loading": 40.0}
 """The second one begins when both ranks have met."""
 
 
