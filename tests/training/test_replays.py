@@ -204,6 +204,33 @@ def test_a_fork_has_the_state_after_its_step(
     assert run_fork(run=run, step=step, actor_id=None, key="k") == fork
 
 
+def test_a_fork_is_of_the_steps_that_the_run_has_not_taken_back(
+    work: InProcessWorker, forward_backward: Submit, optim_step: Submit, owner: User
+) -> None:
+    def step(text: str, *, saved_as: str) -> None:
+        forward_backward("m", text, "answer")
+        optim_step("m", learning_rate=0.1)
+        save_weights_submit(owner_id=owner.pk, model_id="m", name=saved_as, kind="training")
+        work()
+
+    step("one", saved_as="s1")
+    step("two", saved_as="s2")
+    load_weights_submit(owner_id=owner.pk, model_id="m", path="tinker://m/weights/s1")
+    forward_backward("m", "another", "answer")
+    optim_step("m", learning_rate=0.1)
+    work()
+    run = Run.objects.get(name="m")
+    expected = {key: value.copy() for key, value in state_of(work, run).items() if key in KEYS}
+    fork = run_fork(run=run, step=2, actor_id=None, key="k")
+    work()
+
+    forked = state_of(work, fork)
+    assert all(np.array_equal(forked[key], expected[key]) for key in KEYS)
+    with pytest.raises(InvalidRequest, match=r"step: after step 1 'm' has loaded tinker://m/"):
+        run_fork(run=run, step=1, actor_id=None, key="another")
+    assert Run.objects.count() == 2
+
+
 def test_a_fork_at_a_step_that_is_not_there_is_refused(trained: Run) -> None:
     for step in (-1, 0, 4):
         with pytest.raises(InvalidRequest, match=f"step: expected 1 to 3, got {step}"):

@@ -78,7 +78,7 @@ def run_fork(*, run: Run, step: int, actor_id: int | None, key: str) -> Run:
         key: Names this wish: with the same one the first fork is returned.
 
     Raises:
-        InvalidRequest: The run has no such step.
+        InvalidRequest: The run has no such step, or has taken it back by loading a checkpoint.
         RunLost: A part of the log was pruned, and no checkpoint has this step.
         LimitExceeded: The log is too long, or the owner has reached a limit.
         BaseModelNotFound: It is not served any more.
@@ -88,7 +88,8 @@ def run_fork(*, run: Run, step: int, actor_id: int | None, key: str) -> Run:
         raise InvalidRequest(f"step: {has}")
 
     def fill(copy: Run) -> None:
-        checkpoint = _checkpoint_at(run, step)
+        end = _end_of_step(run, step)
+        checkpoint = _checkpoint_at(run, step, after=end)
         if checkpoint is not None:
             path = str(checkpoint.path)
             source = LoadWeights(checkpoint=checkpoint.pk, path=path, optimizer=True)
@@ -96,7 +97,7 @@ def run_fork(*, run: Run, step: int, actor_id: int | None, key: str) -> Run:
             creation = CreateRun(model_id=copy.name, lora_config=config, source=source)
             submit(creation, run_target(copy), summary={"path": path})
         else:
-            _copy_log(_log(run, until=_end_of_step(run, step)), run, copy)
+            _copy_log(_log(run, until=end), run, copy)
         name = f"step-{step}"
         submit(
             SaveWeights(
@@ -166,10 +167,13 @@ def _make(run: Run, verb: str) -> Run:
     raise RunExists(f"{name!r} exists already; try again")
 
 
-def _checkpoint_at(run: Run, step: int) -> Checkpoint | None:
-    """The newest checkpoint that holds the run's whole state after this step."""
+def _checkpoint_at(run: Run, step: int, *, after: int) -> Checkpoint | None:
+    """The newest checkpoint that holds the run's whole state after the step that a request made.
+
+    One of the same step that was saved before is of steps that the run has taken back.
+    """
     kept = Q(expires_at__isnull=True) | Q(expires_at__gt=timezone.now())
-    found = run.checkpoints.filter(kept, kind=Checkpoint.Kind.TRAINING, step=step)
+    found = run.checkpoints.filter(kept, kind=Checkpoint.Kind.TRAINING, step=step, seq_id__gt=after)
     return found.order_by("-created_at").first()
 
 
@@ -180,7 +184,17 @@ def _end_of_step(run: Run, step: int) -> int:
     )
     last = steps.order_by("-seq_id").values_list("seq_id", flat=True).first()
     if last is None:
-        raise InvalidRequest(f"step: {run.name!r} made no step {step} itself, and saved none")
+        raise InvalidRequest(
+            f"step: {run.name!r} did not make step {step} itself; begin with the checkpoint that "
+            "it loaded"
+        )
+    loads = Future.objects.filter(lane_id=run.pk, kind=Kind.LOAD_WEIGHTS, state=State.READY)
+    load = loads.filter(seq_id__gt=last).order_by("seq_id").first()
+    if load is not None:
+        raise InvalidRequest(
+            f"step: after step {step} {run.name!r} has loaded {load.summary.get('path')}, so it is "
+            "not clear which state is meant; begin with a checkpoint instead"
+        )
     return int(last)
 
 
