@@ -28,6 +28,9 @@ MOST_WAITING = 100
 CONNECTED = "webhook_connected"
 """The first event for each receiver; earlier ones are not sent to it."""
 
+MAX_SUBJECT = 200
+"""Characters, as the column has."""
+
 Status = Delivery.Status
 State = Delivery.DeliveryState
 
@@ -38,6 +41,7 @@ class Notice:
 
     event: str
     subject: str
+    """At most ``MAX_SUBJECT`` characters."""
     status: str
     text: str
     at: datetime
@@ -67,7 +71,7 @@ def store(notices: Iterable[Notice]) -> int:
                 Delivery(
                     key=notice.key,
                     event=notice.event,
-                    subject=notice.subject[:200],
+                    subject=notice.subject,
                     status=notice.status,
                     text=notice.text[:1000],
                     at=notice.at,

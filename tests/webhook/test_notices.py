@@ -16,6 +16,7 @@ from django.utils import timezone
 from pytest_django import Settings
 
 from futures.models import Worker
+from tests.base_models import base_model_configs
 from tests.webhook.conftest import SECRET, Receiver, pauses_end
 from tinkerapi.config.webhook import DEFAULT_EVENTS, WebhookConfig
 from tinkerapi.deliveries import CONNECTED
@@ -146,6 +147,17 @@ def test_an_outage_begins_and_ends_only_if_it_lasts(
     later(sender, clock)
     later(sender, clock)
     assert stored("worker_missing")[1:] == [("over", f"Over: {text}")]
+
+
+def test_a_base_model_of_a_long_name_has_one_outage(
+    sender_of: Senders, clock: Clock, settings: Settings
+) -> None:
+    settings.BASE_MODELS = base_model_configs("lab/" + "x" * 250)
+    sender = sender_of("http://127.0.0.1:1/", events=("worker_missing",), clock=clock)
+    for _ in range(3):
+        later(sender, clock)
+
+    assert [status for status, _ in stored("worker_missing")] == ["began"]
 
 
 def test_a_disk_that_fills_up_is_low_then_full_then_neither(

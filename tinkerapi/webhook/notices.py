@@ -23,7 +23,7 @@ from tinkerapi.console.server_events import (
     worker_events,
 )
 from tinkerapi.console.server_problems import Problem, problems
-from tinkerapi.deliveries import Notice, Status, newest_of, open_subjects
+from tinkerapi.deliveries import MAX_SUBJECT, Notice, Status, newest_of, open_subjects
 from tinkerapi.server.last_backup import last_backup_at
 from training.audit import audit_of
 from training.base_models import base_models
@@ -90,7 +90,8 @@ class ProblemWatch:
 
     def notices(self) -> list[Notice]:
         """The changes that have lasted; call it every few seconds."""
-        now = {(one.kind, one.subject): one for one in self._problems()}
+        # Cut as it is stored: a longer name would be another problem at each look.
+        now = {(one.kind, one.subject[:MAX_SUBJECT]): one for one in self._problems()}
         begun = {
             (kind, subject)
             for kind in PROBLEMS
