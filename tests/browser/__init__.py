@@ -1,0 +1,1 @@
+"""The console in a real browser; needs Debian's chromium and chromium-driver, or Chrome's."""
