@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from training.base_model_config import BaseModelConfig
 from training.errors import DeviceNotFound
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""The CPU time that this process's control group may take: microseconds, or "max", of a period."""
 
 
 def num_sharing(
@@ -27,11 +32,12 @@ def num_sharing(
 
 
 def num_threads(asked: int, torchs_own: int, *, processes: int = 1) -> int:
-    """Threads of one process's passes on a CPU.
+    """torch's own threads, of one of several ranks on a CPU.
 
     One processor is left to web and Postgres: torch's threads wait for each other in busy loops,
     so if another process delays one of them, a pass takes ten times as long. The processes of a
-    base model share the others.
+    base model share the others. A worker of one rank does not use them (``engine.torch``'s
+    ``thread_team``).
 
     Args:
         asked: The operator's setting; 0 if there is none.
@@ -39,6 +45,23 @@ def num_threads(asked: int, torchs_own: int, *, processes: int = 1) -> int:
         processes: Of the base model's workers on this machine.
     """
     return asked or max(1, (torchs_own - 1) // processes)
+
+
+def own_cores() -> Sequence[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
+
+
+def count_cores(quota: Path = QUOTA) -> int:
+    """The cores that this process may use, by its affinity and its control group's quota."""
+    cores = len(own_cores())
+    try:
+        limit, period = quota.read_text().split()
+        return max(1, min(cores, int(limit) // int(period)))
+    except (OSError, ValueError):  # no control group, or no quota
+        return cores
 
 
 def device_of(

@@ -63,7 +63,8 @@ def build_engine(
         folder: The model's folder.
         number: Of this worker, among the base model's on this machine.
         among: All base models of the server: two share a GPU only if no other is free.
-        num_threads: Threads of a pass on a CPU; 0 leaves the choice to ``training.devices``.
+        num_threads: Threads of a pass on a CPU, until ``Trainer.use_threads`` changes their number;
+            0 leaves the choice to ``training.devices``.
         batch_tokens: Most tokens in one training micro-batch; memory grows with it.
         cache_tokens: Tokens whose keys and values are held for sampling; 0: see ``cache_size``.
         wait_seconds: Longest wait for another rank of the worker.
@@ -103,7 +104,12 @@ def build_engine(
         vllm = None
         if config.vllm is not None and server_folder is not None:
             vllm = ServerPlace(config.vllm, server_folder)
-        return build_rank(start, on_stage=on_stage, vllm=vllm)
+        if chosen[0] == "cpu":
+            start = replace(start, num_threads=1)  # see the trainer's team
+        engine = build_rank(start, on_stage=on_stage, vllm=vllm)
+        cores = devices.count_cores() // config.num_processes
+        engine.trainer.use_threads(num_threads or max(1, cores))
+        return engine
     return _build_group(start, chosen, on_stage=on_stage)
 
 

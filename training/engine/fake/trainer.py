@@ -98,6 +98,9 @@ class FakeTrainer(Trainer):
     def report_progress(self, to: Callable[[], None]) -> None:
         """Nothing here takes long."""
 
+    def use_threads(self, count: int) -> None:
+        """Nothing here takes long."""
+
     def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         self._before_verb("create_adapter", (adapter_name,))
         if adapter_name in self._adapters:

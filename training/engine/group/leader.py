@@ -67,6 +67,9 @@ class LeadingTrainer(Trainer):
     def report_progress(self, to: Callable[[], None]) -> None:
         self._own.report_progress(to)
 
+    def use_threads(self, count: int) -> None:
+        """Each rank keeps its number, which results depend on."""
+
     def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         self._all_ranks("create", adapter_name, config)
 

@@ -61,6 +61,14 @@ class Trainer(ABC):
         """
 
     @abstractmethod
+    def use_threads(self, count: int) -> None:
+        """Compute with up to so many threads, the sampler of this process too.
+
+        No result depends on it, so it may be called while an operation reports progress. A trainer
+        whose threads are fixed ignores it.
+        """
+
+    @abstractmethod
     def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         """Make a resident adapter: A random by seed and module, B zero, no gradient, step 0.
 

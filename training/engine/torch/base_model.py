@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,14 @@ from training.engine.torch.adapters import AdapterTensors, LoraShape
 from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.experts.stacks import ExpertStack
 from training.engine.torch.logit_shape import LogitShape
-from training.engine.torch.lora_linear import even_rank, missing_rows, times
+from training.engine.torch.lora_linear import (
+    common_rows,
+    even_rank,
+    linear_into,
+    missing_rows,
+    row_parts,
+    times,
+)
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import (
     MIN_ROWS,
@@ -149,7 +156,7 @@ class BaseModel:
             )
         context = PackedContext(
             segments=segments,
-            attention=SequenceAttention(row_ranges),
+            attention=SequenceAttention(row_ranges, team=self.holder.team),
             is_long=is_long,
             kept_inputs=KeptInputs() if recomputes else None,
         )
@@ -318,15 +325,32 @@ class BaseModel:
         """
         num_rows = len(hidden)
         padded = pad(hidden, (0, 0, 0, missing_rows(hidden, self.head_weight)))
-        logits = linear(padded, self.head_weight, self.head_bias)[:num_rows].float()  # (n, V)
+        team = self.holder.team
+        parts = row_parts(team, padded)
+        if len(parts) == 1:
+            logits = linear(padded, self.head_weight, self.head_bias)[:num_rows].float()  # (n, V)
+            self._add_update(logits, hidden, segments, slice(0, num_rows))
+            return self.logit_shape.shape(logits)
+        logits = hidden.new_empty(len(padded), len(self.head_weight), dtype=torch.float32)
+
+        def compute(part: slice) -> None:
+            linear_into(logits[part], padded[part], self.head_weight, self.head_bias)
+            self._add_update(logits, hidden, segments, part)
+
+        team.run([partial(compute, part) for part in parts])
+        return self.logit_shape.shape(logits[:num_rows])
+
+    def _add_update(
+        self, logits: Tensor, hidden: Tensor, segments: Sequence[Segment], part: slice
+    ) -> None:
+        """Add to some rows of the logits (n, V) what the head's adapters add."""
         for group in join(segments):
-            weights, rows = group[0].weights, rows_of(group)
+            weights, rows = group[0].weights, common_rows(rows_of(group), part)
             pair = self.head_pair(weights)
             if weights is not None and pair is not None:
                 a, b = even_rank(*pair)
-                xa = times(hidden[rows], a.T)  # (n, R')
+                xa = times(hidden[rows], a.T)  # (n', R')
                 logits[rows].add_(times(xa, b.T), alpha=weights.layout.scale)
-        return self.logit_shape.shape(logits)
 
     def own_weights(self, module: str) -> Tensor | None:
         """The frozen weights of the output head or of an embedding; None for other modules."""

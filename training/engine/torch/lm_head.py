@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch.nn.functional import pad
 from training.custom_loss_graph import CustomLossGraph
 from training.engine.custom_loss.run import CustomLossInputs, CustomLossRunner, Outcome, Work
 from training.engine.torch.base_model import BaseModel
-from training.engine.torch.lora_linear import add_product
+from training.engine.torch.lora_linear import add_product, row_parts
 from training.engine.torch.losses import LossInputs, loss_and_slope
 from training.engine.torch.packing.micro_batches import LossSpan, PackedDatum
 from training.engine.torch.packing.plan import PlannedJob
@@ -146,7 +147,14 @@ class _Chunk:
         is_trained = any(segment.grad is not None for segment in segments)
         self._slope = base_model.logit_shape.slope(logits) if is_trained else 1.0
         # The sampler's function, whose bits for a row depend on that row alone; in place.
-        self._logprobs = torch.log_softmax(logits, -1, out=logits)  # (n, V)
+        self._team = base_model.holder.team
+        self._team.run(
+            [
+                partial(torch.log_softmax, logits[part], -1, out=logits[part])
+                for part in row_parts(self._team, logits)
+            ]
+        )
+        self._logprobs = logits  # (n, V)
 
     def logprobs(self) -> Tensor:
         """(n', K) the log-probabilities of the targets."""
@@ -171,13 +179,21 @@ class _Chunk:
                 t[active] for t in (hidden, logprobs, targets, grad_logprobs)
             )
             slope = slope[active] if isinstance(slope, Tensor) else slope
-        grad_logits = logprobs.exp_().mul_(-grad_logprobs.sum(-1, keepdim=True))  # (m, V)
-        grad_logits.scatter_add_(1, targets, grad_logprobs)
-        if isinstance(slope, Tensor) or slope != 1.0:
-            grad_logits.mul_(slope)
-        grad_hidden[active] = _backward_logits(
-            base_model, hidden, segments, grad_logits.to(hidden.dtype)
-        )
+        is_narrower = logprobs.dtype != hidden.dtype
+        grad_logits = logprobs  # (m, V)
+        if is_narrower:
+            grad_logits = torch.empty_like(logprobs, dtype=hidden.dtype)
+
+        def compute(part: slice) -> None:
+            own = logprobs[part].exp_().mul_(-grad_logprobs[part].sum(-1, keepdim=True))
+            own.scatter_add_(1, targets[part], grad_logprobs[part])
+            if isinstance(slope, Tensor) or slope != 1.0:
+                own.mul_(slope[part] if isinstance(slope, Tensor) else slope)
+            if is_narrower:
+                grad_logits[part] = own
+
+        self._team.run([partial(compute, part) for part in self._team.parts(len(active))])
+        grad_hidden[active] = _backward_logits(base_model, hidden, segments, grad_logits)
         return grad_hidden[: self._num_rows]
 
 
@@ -262,7 +278,14 @@ def _backward_logits(
     """
     num_rows = len(hidden)
     padded = pad(grad_logits, (0, 0, 0, max(0, MIN_ROWS - num_rows)))
-    grad_rows = (padded @ base_model.head_weight)[:num_rows]
+    grad_rows = hidden.new_empty(len(padded), hidden.shape[1])
+
+    def compute(part: slice) -> None:
+        torch.mm(padded[part], base_model.head_weight, out=grad_rows[part])
+
+    team = base_model.holder.team
+    team.run([partial(compute, part) for part in team.parts(len(padded))])
+    grad_rows = grad_rows[:num_rows]
     for segment in segments:
         pair = base_model.head_pair(segment.weights)
         if segment.weights is None or segment.grad is None or pair is None:

@@ -7,13 +7,16 @@ straight into the segment's flat gradient buffer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from training.engine.torch.adapters import AdapterTensors
+from training.engine.torch.adapters import AdapterLayout, AdapterTensors
 from training.engine.torch.packing.stream import (
     RANK_MULTIPLE,
     ROWS_MULTIPLE,
@@ -25,6 +28,7 @@ from training.engine.torch.packing.stream import (
     round_up,
     rows_of,
 )
+from training.engine.torch.thread_team import ThreadTeam
 
 
 class LoraLinear(nn.Module):
@@ -87,24 +91,100 @@ class LoraLinear(nn.Module):
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Update:
+    """What an adapter adds to a group's rows of a layer's output."""
+
+    group: Sequence[Segment]
+    rows: slice
+    layout: AdapterLayout
+    a: Tensor
+    """(R', in)"""
+    b: Tensor
+    """(out, R')"""
+
+    @classmethod
+    def of(cls, group: Sequence[Segment], layer: LoraLinear, dtype: torch.dtype) -> _Update | None:
+        """None if the adapter has nothing for this layer."""
+        weights = group[0].weights
+        pair = None if weights is None else layer.pair_of(weights, dtype)
+        if weights is None or pair is None:
+            return None
+        a, b = even_rank(*pair)
+        return cls(group=group, rows=rows_of(group), layout=weights.layout, a=a, b=b)
+
+    def add(self, output: Tensor, x: Tensor) -> Tensor:
+        """Add to some of the group's rows (n, out) the update of x (n, in); returns x A^T."""
+        xa = times(x, self.a.T)
+        add_times(output, xa, self.b.T, self.layout.scale)
+        return xa  # (n, R')
+
+    def add_back(self, grad_x: Tensor | None, grad_output: Tensor) -> Tensor:
+        """Likewise, backwards; returns scale * grad_output B (n, R')."""
+        gb = times(grad_output, self.b).mul_(self.layout.scale)
+        if grad_x is not None:
+            add_times(grad_x, gb, self.a)
+        return gb
+
+    def own(self, segment: Segment) -> slice:
+        """A segment's rows, counted from the group's first."""
+        return slice(segment.start - self.rows.start, segment.end - self.rows.start)
+
+
+def _updates(layer: LoraLinear, groups: Iterable[Sequence[Segment]], like: Tensor) -> list[_Update]:
+    found = (_Update.of(group, layer, like.dtype) for group in groups)
+    return [update for update in found if update is not None]
+
+
 def _forward(
     x: Tensor, layer: LoraLinear, context: PassContext
-) -> tuple[Tensor, list[tuple[list[Segment], Tensor]]]:
-    """(T, out), and x A^T (n, R) of each group of joined segments that has this module."""
-    output = linear(x, layer.base.weight, layer.base.bias)  # (T, out)
-    inner = []
-    for group in context.joined:
-        weights, rows = group[0].weights, rows_of(group)
-        if weights is None:
-            continue
-        pair = layer.pair_of(weights, x.dtype)
-        if pair is None:
-            continue
-        a, b = even_rank(*pair)
-        xa = times(x[rows], a.T)  # (n, R')
-        add_times(output[rows], xa, b.T, weights.layout.scale)
-        inner.append((group, xa[:, : weights.layout.rank]))
-    return output, inner
+) -> tuple[Tensor, list[tuple[_Update, Tensor]]]:
+    """(T, out), and x A^T (n, R') of each group of joined segments that has this module."""
+    base, updates = layer.base, _updates(layer, context.joined, x)
+    parts = row_parts(layer.holder.team, x)
+    if len(parts) == 1:
+        output = linear(x, base.weight, base.bias)  # (T, out)
+        return output, [(u, u.add(output[u.rows], x[u.rows])) for u in updates]
+    output = x.new_empty(len(x), base.out_features)
+
+    def compute(part: slice) -> list[Tensor]:
+        linear_into(output[part], x[part], base.weight, base.bias)
+        own = [common_rows(update.rows, part) for update in updates]
+        return [u.add(output[rows], x[rows]) for u, rows in zip(updates, own, strict=True)]
+
+    inner = layer.holder.team.run([partial(compute, part) for part in parts])
+    return output, list(zip(updates, _joined(inner), strict=True))
+
+
+def _joined(by_part: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The rows of each update, of which every part has some."""
+    return [torch.cat(rows) for rows in zip(*by_part, strict=True)]
+
+
+def row_parts(team: ThreadTeam, rows: Tensor) -> list[slice]:
+    """The parts of rows (n, K) of a product that a team computes.
+
+    One part, if the rows left over from whole blocks would be summed in another order.
+    """
+    if rows.device.type != "cpu" or len(rows) % ROWS_MULTIPLE:
+        return [slice(0, len(rows))]
+    return team.parts(len(rows))
+
+
+def common_rows(rows: slice, part: slice) -> slice:
+    """The rows in a part; there may be none."""
+    start, end = max(rows.start, part.start), min(rows.stop, part.stop)
+    return slice(start, max(start, end))
+
+
+def linear_into(output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write a linear layer's output (n, out) of x (n, in); it may have a wider dtype."""
+    if output.dtype != x.dtype:
+        output.copy_(linear(x, weight, bias))
+    elif bias is None:
+        torch.mm(x, weight.T, out=output)
+    else:
+        torch.addmm(bias, x, weight.T, out=output)
 
 
 def even_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +206,10 @@ class _LoraFunction(torch.autograd.Function):
         context: PassContext,
     ) -> Tensor:
         output, inner = _forward(x, layer, context)
-        ctx.save_for_backward(x if inner else None, *(xa for _, xa in inner))
-        ctx.groups = [group for group, _ in inner]
+        ranks = [update.layout.rank for update, _ in inner]
+        kept = [xa[:, :rank] for (_, xa), rank in zip(inner, ranks, strict=True)]  # (n, R) each
+        ctx.save_for_backward(x if inner else None, *kept)
+        ctx.groups = [update.group for update, _ in inner]
         ctx.layer = layer
         return output
 
@@ -136,25 +218,65 @@ class _LoraFunction(torch.autograd.Function):
         x, *inner = ctx.saved_tensors
         layer: LoraLinear = ctx.layer
         layer.holder.on_progress()
-        grad_x = grad_output @ layer.base.weight if ctx.needs_input_grad[0] else None  # (T, in)
-        for group, xa in zip(ctx.groups, inner, strict=True):
-            weights, rows = group[0].weights, rows_of(group)
-            g = grad_output[rows]  # (n, out)
-            scale = weights.layout.scale
-            pair = layer.pair_of(weights, g.dtype)
-            assert pair is not None  # noqa: S101 - the forward pass had it
-            a, b = even_rank(*pair)
-            gb = times(g, b).mul_(scale)  # (n, R')
-            if grad_x is not None:
-                add_times(grad_x[rows], gb, a)
-            gb = gb[:, : weights.layout.rank]  # (n, R)
-            for segment in group:
-                if segment.grad is not None and layer.adds_gradient:
-                    own = slice(segment.start - rows.start, segment.end - rows.start)
-                    grad_a, grad_b = layer.pair_of(segment.grad, torch.float32)  # type: ignore[misc]
-                    add_product(grad_a, gb[own].T, x[segment.rows])
-                    add_product(grad_b, g[own].T, xa[own], scale)
+        updates = _updates(layer, ctx.groups, grad_output)
+        grad_x, scaled = _backward(grad_output, layer, updates, wants_x=ctx.needs_input_grad[0])
+        trained = [
+            (update, segment, segment.grad, xa, gb[:, : update.layout.rank])
+            for update, xa, gb in zip(updates, inner, scaled, strict=True)
+            for segment in update.group
+            if segment.grad is not None and layer.adds_gradient
+        ]
+
+        def add_a() -> None:
+            for update, segment, grad, _, gb in trained:
+                grad_a, _ = layer.pair_of(grad, torch.float32)  # type: ignore[misc]
+                add_product(grad_a, gb[update.own(segment)].T, x[segment.rows])
+
+        def add_b() -> None:
+            for update, segment, grad, xa, _ in trained:
+                _, grad_b = layer.pair_of(grad, torch.float32)  # type: ignore[misc]
+                g, own = grad_output[segment.rows], update.own(segment)
+                add_product(grad_b, g.T, xa[own], update.layout.scale)
+
+        team = layer.holder.team
+        if len(row_parts(team, grad_output)) > 1:
+            team.run([add_a, add_b])
+        else:
+            add_a()
+            add_b()
         return grad_x, None, None, None
+
+
+def _backward(
+    grad_output: Tensor, layer: LoraLinear, updates: Sequence[_Update], *, wants_x: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient of x (T, in), if it is wanted, and scale * grad_output B (n, R') of each
+    update."""
+    weight = layer.base.weight
+    parts = row_parts(layer.holder.team, grad_output)
+    grad_x: Tensor | None = None
+    if len(parts) == 1:
+        if wants_x:
+            grad_x = grad_output @ weight  # (T, in)
+        return grad_x, [
+            u.add_back(None if grad_x is None else grad_x[u.rows], grad_output[u.rows])
+            for u in updates
+        ]
+    if wants_x:
+        grad_x = grad_output.new_empty(len(grad_output), weight.shape[1])
+
+    def compute(part: slice) -> list[Tensor]:
+        if grad_x is not None:
+            torch.mm(grad_output[part], weight, out=grad_x[part])
+        scaled = []
+        for update in updates:
+            rows = common_rows(update.rows, part)
+            own = None if grad_x is None else grad_x[rows]
+            scaled.append(update.add_back(own, grad_output[rows]))
+        return scaled
+
+    by_part = layer.holder.team.run([partial(compute, part) for part in parts])
+    return grad_x, _joined(by_part)
 
 
 def times(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ def tensor_bytes(
     converted = [weights.pair(name, base_model.dtype) for name in layout.places]
     existing = [grad.flat, *(tensor for pair in converted if pair is not None for tensor in pair)]
     existing += base_model.frozen_tensors()
-    with torch.enable_grad(), LiveBytes(existing) as live:
+    with base_model.holder.team.alone(), torch.enable_grad(), LiveBytes(existing) as live:
         hidden = _states(base_model, num_rows, weights, grad, recomputes, scores)
         if hidden.requires_grad:
             hidden.backward(torch.zeros_like(hidden))

@@ -58,7 +58,7 @@ class TorchTrainer(Trainer):
 
     On a CPU the bits of a job's result depend on the adapter, the job and the token
     budget, and not on batch-mates: neither on other adapters nor on other jobs of the same
-    adapter (measured in float32 and bfloat16, with one and two threads). So each job has
+    adapter, nor on the number of threads (measured in float32 and bfloat16). So each job has
     its own matrix products, whose results are added to the adapter's gradient in the order
     of the jobs, and only its own datums share the rows of a prefix. On a GPU the number
     of rows may select another kernel, so this would not help: there an adapter's jobs share
@@ -101,6 +101,10 @@ class TorchTrainer(Trainer):
 
     def report_progress(self, to: Callable[[], None]) -> None:
         self._base_model.report_progress(to)
+
+    def use_threads(self, count: int) -> None:
+        if self._base_model.device.type == "cpu" and self._group is None:
+            self._base_model.holder.team.size = count
 
     def create_adapter(self, adapter_name: str, config: LoraConfig) -> None:
         if adapter_name in self._adapters:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from training.engine.torch.attention.slots import Slots
 from training.engine.torch.attention.variants import EVERYTHING, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import round_up
+from training.engine.torch.thread_team import ThreadTeam, cut
 
 KEPT_KEYS = 192
 """The shares of sequences of up to this many tokens are kept for the backward pass."""
@@ -41,6 +43,9 @@ KEPT_KEYS = 192
 BUCKET_TOKENS = 16
 """Sequences of one bucket begin at multiples of this many rows: at equal places in a vector
 register and in a cache line, which affect some kernels' order of summing."""
+
+PART_SCORES = 2**16
+"""Fewest scores of a part that another thread computes."""
 
 NARROW = 16
 """Matrix products with fewer columns than this take up to four times longer than transposed."""
@@ -139,6 +144,7 @@ def block_attention(
     scaling: float,
     *,
     kept_keys: int = KEPT_KEYS,
+    team: ThreadTeam | None = None,
 ) -> Tensor:
     """Attention of the rows of all buckets; zero for other rows.
 
@@ -146,12 +152,13 @@ def block_attention(
         query: (T, Hq, D).
         key: (T, Hkv, D), and ``value`` likewise.
         kept_keys: See ``KEPT_KEYS``.
+        team: Computes parts of each bucket; None does it in this thread.
 
     Returns:
         (T, Hq, D), in the queries' dtype.
     """
     output: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]  # torch has no types
-        query, key, value, buckets, variant, scaling, kept_keys
+        query, key, value, buckets, variant, scaling, kept_keys, team or ThreadTeam()
     )
     return output
 
@@ -167,10 +174,11 @@ class _BlockAttention(torch.autograd.Function):
         variant: Variant,
         scaling: float,
         kept_keys: int,
+        team: ThreadTeam,
     ) -> Tensor:
         ctx.buckets, ctx.variant, ctx.scaling = buckets, variant, scaling
         ctx.key_shape = key.shape
-        ctx.kept_keys = kept_keys
+        ctx.kept_keys, ctx.team = kept_keys, team
         output = torch.zeros_like(query, memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
         if any(bucket.keys.length > kept_keys for bucket in buckets):
@@ -181,10 +189,22 @@ class _BlockAttention(torch.autograd.Function):
             is_kept = bucket.keys.length <= kept_keys and any(ctx.needs_input_grad)
             if is_kept:
                 kept += [packed.queries, packed.keys, packed.values]
-            for tile in bucket.tiles:
-                rows, shares = packed.attend(tile, variant)
-                attended[:, :, tile.start : tile.end] = rows
-                kept += [shares] * is_kept
+            shares = [packed.empty_shares(tile) if is_kept else None for tile in bucket.tiles]
+            kept += [each for each in shares if each is not None]
+            team.run(
+                [
+                    partial(
+                        _attend,
+                        packed.part(part),
+                        attended[part],
+                        None if each is None else each[part],
+                        tile,
+                        variant,
+                    )
+                    for part in _parts(packed, bucket, variant, team)
+                    for tile, each in zip(bucket.tiles, shares, strict=True)
+                ]
+            )
             bucket.queries.unpack(attended, output)
         ctx.save_for_backward(*kept)
         return output
@@ -205,17 +225,63 @@ class _BlockAttention(torch.autograd.Function):
                 packed = _Packed(queries=next(kept), keys=next(kept), values=next(kept))
             else:
                 packed = _Packed.of(bucket, *inputs, scaling=ctx.scaling)
+            shares = [next(kept) if is_kept else None for _ in bucket.tiles]
             grads = packed.zeros()
             packed_grad = bucket.queries.pack(grad_output, packed.queries.shape[1])
-            for tile in bucket.tiles:
-                shares = next(kept) if is_kept else packed.attend(tile, ctx.variant)[1]
-                packed.add_gradients(grads, packed_grad, tile, shares, ctx.variant)
+            ctx.team.run(
+                [
+                    partial(
+                        _add_gradients,
+                        packed.part(part),
+                        grads.part(part),
+                        packed_grad[part],
+                        bucket.tiles,
+                        [None if each is None else each[part] for each in shares],
+                        ctx.variant,
+                    )
+                    for part in _parts(packed, bucket, ctx.variant, ctx.team)
+                ]
+            )
             bucket.queries.unpack(grads.queries.mul_(ctx.scaling), grad_query)
             bucket.keys.add(grads.keys[:, None], grad_key)
             bucket.keys.add(grads.values[:, None], grad_value)
         dtype = grad_output.dtype
         grads_of_inputs = (grad_query, grad_key.to(dtype), grad_value.to(dtype))
-        return (*grads_of_inputs, None, None, None, None)
+        return (*grads_of_inputs, None, None, None, None, None)
+
+
+def _parts(packed: _Packed, bucket: Bucket, variant: Variant, team: ThreadTeam) -> list[slice]:
+    """The parts of a bucket's B ranges and key heads that the team computes."""
+    count = len(packed.keys)
+    tile = bucket.tiles[-1]
+    num_scores = packed.queries.shape[1] * (tile.end - tile.start) * (tile.end_key - tile.first_key)
+    if variant.sinks is not None or count * num_scores < PART_SCORES * 2:
+        return [slice(0, count)]  # sinks are those of all key heads
+    return cut(count, min(count, team.most_parts))
+
+
+def _attend(
+    packed: _Packed, attended: Tensor, kept: Tensor | None, tile: _Tile, variant: Variant
+) -> None:
+    """Write a tile's rows of the output (B, heads, L, D), and its shares, if they are kept."""
+    rows, shares = packed.attend(tile, variant)
+    attended[:, :, tile.start : tile.end] = rows
+    if kept is not None:
+        kept.copy_(shares)
+
+
+def _add_gradients(
+    packed: _Packed,
+    grads: _Packed,
+    grad_output: Tensor,
+    tiles: Sequence[_Tile],
+    shares: Sequence[Tensor | None],
+    variant: Variant,
+) -> None:
+    """Add all tiles' gradients; shares that were not kept are computed again."""
+    for tile, kept in zip(tiles, shares, strict=True):
+        own = packed.attend(tile, variant)[1] if kept is None else kept
+        packed.add_gradients(grads, grad_output, tile, own, variant)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -239,12 +305,21 @@ class _Packed:
             values=bucket.keys.pack(value, 1)[:, 0],
         )
 
+    def part(self, part: slice) -> _Packed:
+        """Some of the B; nothing is copied."""
+        return _Packed(queries=self.queries[part], keys=self.keys[part], values=self.values[part])
+
     def zeros(self) -> _Packed:
         return _Packed(
             queries=torch.empty_like(self.queries),
             keys=torch.zeros_like(self.keys),
             values=torch.zeros_like(self.values),
         )
+
+    def empty_shares(self, tile: _Tile) -> Tensor:
+        """(B, heads * n, keys)"""
+        num_rows = self.queries.shape[1] * (tile.end - tile.start)
+        return self.keys.new_empty(len(self.keys), num_rows, tile.end_key - tile.first_key)
 
     def attend(self, tile: _Tile, variant: Variant) -> tuple[Tensor, Tensor]:
         """(B, heads, n, D), and the shares (B, heads * n, keys)."""

@@ -24,6 +24,7 @@ from training.engine.torch.attention.blocks import (
 from training.engine.torch.attention.interface import Attention
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, stream_rows, take_rows
+from training.engine.torch.thread_team import ThreadTeam
 
 
 class SequenceAttention(Attention):
@@ -35,6 +36,7 @@ class SequenceAttention(Attention):
         *,
         fuses: bool | None = None,
         kept_keys: int = KEPT_KEYS,
+        team: ThreadTeam | None = None,
     ) -> None:
         """
         Args:
@@ -42,7 +44,9 @@ class SequenceAttention(Attention):
             fuses: Whether torch's fused kernel computes plain attention; None decides by the
                 tensors' device.
             kept_keys: See ``blocks.KEPT_KEYS``.
+            team: Computes parts of ``blocks``; None does it in this thread.
         """
+        self._team = team
         self._fuses = fuses
         self._kept_keys = kept_keys
         self._row_ranges = row_ranges
@@ -63,7 +67,7 @@ class SequenceAttention(Attention):
         if plan.buckets:
             kept = self._kept_keys
             blocks = block_attention(
-                query, key, value, plan.buckets, variant, scaling, kept_keys=kept
+                query, key, value, plan.buckets, variant, scaling, kept_keys=kept, team=self._team
             )
         if plan.fused is not None:
             fused = _fused_attention(query, key, value, plan.fused, scaling)

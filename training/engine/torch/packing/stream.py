@@ -32,6 +32,7 @@ from torch import Tensor
 
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.attention.interface import Attention
+from training.engine.torch.thread_team import ThreadTeam
 
 if TYPE_CHECKING:
     from training.engine.torch.padded.side_by_side import SideBySide
@@ -193,6 +194,8 @@ class ContextHolder:
         self.current: PassContext | SingleContext | None = None
         self.beside: SideBySide | None = None
         """The passes beside the current one that share its products; None: there are none."""
+        self.team = ThreadTeam()
+        """Computes parts of large products on a CPU."""
         self.on_progress: Callable[[], None] = _nothing
         """Called by every LoRA layer, in both directions, so that a long pass shows progress."""
 

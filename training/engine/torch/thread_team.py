@@ -1,0 +1,148 @@
+"""Threads that compute parts of one operation at the same time.
+
+torch's own threads would wait for each other in busy loops, and how it divides a sum among them
+shows in its last bits. So each operation of torch has one thread here, and a large product is cut
+into parts that are operations of their own: rows of a matrix, or matrices of a batch, whose bits do
+not depend on how many share a product (``packing.stream``). How many threads compute the parts,
+and which of them computes which, then shows in no bit, and may change between two operations.
+
+A thread that waits sleeps. Parts are taken one after another, so a thread that another process
+delays leaves more of them to the others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+PARTS_EACH = 2
+"""Parts of an operation for each thread."""
+
+PART_ROWS = 64
+"""Fewest rows of a part: with fewer, handing it over takes a large part of its time."""
+
+ROWS_MULTIPLE = 32
+"""Parts begin at multiples of this many rows: kernels take rows, and numbers, in blocks."""
+
+NICENESS = 5
+"""More of the threads beside the calling one: processes that answer people have priority."""
+
+
+class ThreadTeam:
+    """Computes the tasks of one operation at a time."""
+
+    def __init__(self, size: int = 1) -> None:
+        """``size``: threads, the calling one included."""
+        self.size = size
+        """May change between operations."""
+        self._calls: SimpleQueue[_Call] = SimpleQueue()
+        self._num_helpers = 0
+
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of the tasks, in order; no task may depend on another.
+
+        Gradients are not recorded.
+
+        Raises:
+            BaseException: The first exception of a task, after all have ended.
+        """
+        num_helpers = min(self.size, len(tasks)) - 1
+        with torch.no_grad():
+            if num_helpers < 1:
+                return [task() for task in tasks]
+            call = _Call(tasks)
+            self._start(num_helpers)
+            for _ in range(num_helpers):
+                self._calls.put(call)
+            call.take_part()
+            return call.wait()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Compute everything in the calling thread, for what can only observe that one."""
+        size, self.size = self.size, 1
+        try:
+            yield
+        finally:
+            self.size = size
+
+    def parts(self, num_rows: int, fewest: int = PART_ROWS) -> list[slice]:
+        """Rows 0 to n, cut for ``run``; one part if there are too few of them."""
+        return cut(num_rows, max(1, min(self.most_parts, num_rows // fewest)), ROWS_MULTIPLE)
+
+    @property
+    def most_parts(self) -> int:
+        """The number of parts of a large operation."""
+        return PARTS_EACH * self.size if self.size > 1 else 1
+
+    def _start(self, num_helpers: int) -> None:
+        while self._num_helpers < num_helpers:
+            self._num_helpers += 1
+            name = f"engine {self._num_helpers}"
+            threading.Thread(target=_help, args=(self._calls,), name=name, daemon=True).start()
+
+
+def cut(num_rows: int, count: int, multiple: int = 1) -> list[slice]:
+    """Rows 0 to n in parts of about equal size that begin at multiples of ``multiple``."""
+    starts = [i * num_rows // count // multiple * multiple for i in range(count)]
+    ends = [*starts[1:], num_rows]
+    return [slice(*bounds) for bounds in zip(starts, ends, strict=True)]
+
+
+class _Call:
+    """The tasks of one operation, and who has done which."""
+
+    def __init__(self, tasks: Sequence[Callable[[], Any]]) -> None:
+        self._tasks = deque(enumerate(tasks))
+        self._results: list[Any] = [None] * len(tasks)
+        self._num_left = len(tasks)
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._is_done = threading.Lock()
+        self._is_done.acquire()
+
+    def take_part(self) -> None:
+        """Do tasks until none is left."""
+        while True:
+            try:
+                number, task = self._tasks.popleft()
+            except IndexError:
+                return
+            try:
+                self._results[number] = task()
+            except BaseException as error:  # raised again in the caller's thread
+                self._error = self._error or error
+            with self._lock:
+                self._num_left -= 1
+                if not self._num_left:
+                    self._is_done.release()
+
+    def wait(self) -> list[Any]:
+        """The results, once all tasks are done."""
+        self._is_done.acquire()
+        # A helper that comes late must not keep their memory.
+        results, self._results = self._results, []
+        if self._error is not None:
+            raise self._error
+        return results
+
+
+def _help(calls: SimpleQueue[_Call]) -> None:
+    if sys.platform == "linux":
+        own = threading.get_native_id()
+        niceness = os.getpriority(os.PRIO_PROCESS, own) + NICENESS
+        os.setpriority(os.PRIO_PROCESS, own, niceness)
+    torch.get_num_threads()  # gives this thread the process's number for operations of torch
+    with torch.no_grad():
+        while True:
+            calls.get().take_part()
