@@ -20,6 +20,7 @@ from tinkerapi.config.environment import (
     env_database,
     env_hosts,
     env_int,
+    env_int_or_auto,
     env_names,
     env_origins,
     env_text,
@@ -286,8 +287,8 @@ refuse_beside(
     "TINKERAPI_ACTIVATION_BYTES",
 )
 
-NUM_THREADS = env_int("TINKERAPI_NUM_THREADS", 0, minimum=0, maximum=1024)
-"""Threads of one worker on a CPU; 0: one less than torch would take."""
+NUM_THREADS = env_int_or_auto("TINKERAPI_NUM_THREADS", maximum=1024)
+"""Threads of one worker on a CPU; 0: as many as other processes leave idle cores."""
 
 BATCH_TOKENS = env_int("TINKERAPI_BATCH_TOKENS", 4096)
 """Tokens in one pass over the base model; more is faster until memory runs out."""

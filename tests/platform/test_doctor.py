@@ -25,9 +25,12 @@ from tinkerapi.server.doctor import Finding, Verdict
 from tinkerapi.server.preflight import RunningServer
 from tinkerapi.services import api_key_create
 from training.base_models import ServedBaseModel, base_model_of, base_models
+from training.devices import count_cores
 from training.services.installation import storage_id_ensure
 from training.worker.agreement import FIGURE, worker_facts
 from training.worker.crash_log import crash_file
+
+CORES = count_cores()
 
 SERVER = RunningServer(pid=1, host="127.0.0.1", port=9)
 
@@ -118,7 +121,7 @@ def test_a_torch_that_cannot_be_imported_is_quoted(monkeypatch: pytest.MonkeyPat
     ("gpus", "device", "verdict", "detail"),
     [
         (["H100, 80 GiB"], "auto", Verdict.OK, "H100, 80 GiB"),
-        ([], "auto", Verdict.OK, "CPU, 2 threads for a worker"),
+        ([], "auto", Verdict.OK, f"CPU, up to {CORES} thread{'s' * (CORES > 1)} for a worker"),
         ([], "cuda", Verdict.FAILED, "some/model is for cuda and torch sees no GPU"),
     ],
 )
@@ -131,7 +134,7 @@ def test_the_device_is_the_one_that_was_asked_for(
     detail: str,
 ) -> None:
     settings.BASE_MODELS = base_model_configs("some/model", device=device)
-    answer = f"import json; print(json.dumps({{'torch': '2', 'threads': 3, 'gpus': {gpus}}}))"
+    answer = f"import json; print(json.dumps({{'torch': '2', 'gpus': {gpus}}}))"
     monkeypatch.setattr(doctor, "DEVICE_PROGRAM", answer)
 
     finding = doctor.check_device()
@@ -143,17 +146,17 @@ def test_the_device_is_the_one_that_was_asked_for(
 def test_the_threads_are_those_that_the_worker_will_use(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = "import json; print(json.dumps({'torch': '2', 'threads': 1, 'gpus': []}))"
+    answer = "import json; print(json.dumps({'torch': '2', 'gpus': []}))"
     monkeypatch.setattr(doctor, "DEVICE_PROGRAM", answer)
 
     settings.NUM_THREADS = 0
-    assert "CPU, 1 thread for a worker" in doctor.check_device().detail
+    assert f"CPU, up to {CORES} thread" in doctor.check_device().detail
     settings.NUM_THREADS = 4
     assert "CPU, 4 threads for a worker" in doctor.check_device().detail
 
 
 def test_the_device_line_sets_the_instruction_sets_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = "import json; print(json.dumps({'torch': '2', 'threads': 4, 'gpus': []}))"
+    answer = "import json; print(json.dumps({'torch': '2', 'gpus': []}))"
     monkeypatch.setattr(doctor, "DEVICE_PROGRAM", answer)
     for flags, end in ({"avx2", "avx512f"}, "worker; it has avx2, avx512f"), (set(), "worker"):
         monkeypatch.setattr(doctor, "_cpu_flags", lambda flags=flags: flags)

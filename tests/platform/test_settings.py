@@ -30,7 +30,7 @@ EXPECTED = "DATABASE_URL: expected postgresql://USER:PASSWORD@HOST:PORT/NAME, go
         (
             "up",
             {"TINKERAPI_NUM_THREADS": "x"},
-            "TINKERAPI_NUM_THREADS: expected a whole number, got 'x'",
+            "TINKERAPI_NUM_THREADS: expected auto or a whole number, got 'x'",
         ),
         (
             "doctor",

@@ -75,6 +75,17 @@ def env_int(name: str, default: int, *, minimum: int = 1, maximum: int = LARGEST
     return number
 
 
+def env_int_or_auto(name: str, *, maximum: int = LARGEST) -> int:
+    """A whole number; 0, like ``auto`` and no value, leaves the choice to us."""
+    if env_text(name).strip().lower() == "auto":
+        return 0
+    try:
+        return env_int(name, 0, minimum=0, maximum=maximum)
+    except ImproperlyConfigured as error:
+        reason = str(error).replace("a whole number", "auto or a whole number")
+        raise ImproperlyConfigured(reason) from None
+
+
 def env_choice(name: str, default: str, choices: tuple[str, ...]) -> str:
     """One of ``choices``; anything else stops the start."""
     value = env_text(name).strip() or default

@@ -43,7 +43,7 @@ from tinkerapi.server.postgres_cluster import MINIMUM_FREE_BYTES
 from tinkerapi.server.preflight import RunningServer, base_model_problem, running_server
 from tinkerapi.server.upgrade import SchemaError, database_down_reason, unapplied_migrations
 from training.base_models import DEFAULT_MODEL_NAME, ServedBaseModel, base_models
-from training.devices import device_of, num_threads
+from training.devices import count_cores, device_of
 from training.errors import DeviceNotFound, StorageFailed
 from training.storage.chosen import storage
 
@@ -55,7 +55,6 @@ import json, torch
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({
     "torch": torch.__version__,
-    "threads": torch.get_num_threads(),
     "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
 }))
 """
@@ -184,9 +183,9 @@ def check_device() -> Finding:
             return Finding("device", Verdict.FAILED, str(error))
     if figures["gpus"]:
         return Finding("device", Verdict.OK, "; ".join(figures["gpus"]))
-    most = max(config.num_processes for config in settings.BASE_MODELS)
-    threads = num_threads(settings.NUM_THREADS, figures["threads"], processes=most)
-    detail = f"CPU, {threads} thread{pluralize(threads)} for a worker"
+    threads = settings.NUM_THREADS or count_cores()
+    detail = "CPU, " if settings.NUM_THREADS else "CPU, up to "
+    detail += f"{threads} thread{pluralize(threads)} for a worker"
     if flags := [flag for flag in CPU_FLAGS if flag in _cpu_flags()]:
         detail += f"; it has {', '.join(flags)}"
     return Finding("device", Verdict.OK, detail)

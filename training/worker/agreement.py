@@ -22,6 +22,7 @@ from django.utils import timezone
 
 from futures.models import Worker
 from futures.selectors import HEARTBEAT_TIMEOUT
+from training.base_model_config import BaseModelConfig
 from training.base_models import ServedBaseModel
 from training.errors import StorageFailed, WorkerDisagrees
 from training.services.installation import storage_id_ensure
@@ -92,9 +93,14 @@ def worker_facts(base_model: ServedBaseModel) -> dict[str, str]:
         "layout": config.layout,
         "sampler": config.sampler,
         **{name: str(getattr(config, name)) for name in SIZES},
-        "TINKERAPI_NUM_THREADS": str(settings.NUM_THREADS),
+        **_threads(config),
         "TINKERAPI_BATCH_TOKENS": str(settings.BATCH_TOKENS),
     }
+
+
+def _threads(config: BaseModelConfig) -> dict[str, str]:
+    """The number of threads, if it affects results: that of a worker of one rank does not."""
+    return {"TINKERAPI_NUM_THREADS": str(settings.NUM_THREADS)} if config.num_ranks > 1 else {}
 
 
 def storage_facts() -> dict[str, str]:

@@ -34,6 +34,7 @@ from training.worker import text_pool
 from training.worker.adapter_memory import GIBIBYTE
 from training.worker.agreement import FIGURE, check_agreement, worker_facts
 from training.worker.crash_log import CrashLog, crashed, oom_kills, remove_judged
+from training.worker.idle_cores import IdleCores, UseIdleCores
 from training.worker.loop import WorkLoop
 from training.worker.maintenance import Maintenance
 from training.worker.texts import TEXT_RULES
@@ -136,7 +137,10 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
             token_table = vocabulary_store(
                 base_model.queue, renderer.vocabulary_key, renderer.token_bytes
             )
-        engine.trainer.report_progress(watchdog)
+        on_turn: Callable[[], None] = watchdog
+        if not settings.NUM_THREADS:
+            on_turn = UseIdleCores(engine.trainer, IdleCores(), then=watchdog)
+        engine.trainer.report_progress(on_turn)
         num_ranks = base_model.config.num_ranks
         device = engine.trainer.info.device + (f", {num_ranks} ranks" if num_ranks > 1 else "")
         info, conversation_fault = engine.trainer.info, engine.renderer.conversation_fault
@@ -161,7 +165,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
             stopping=consumer.stopping.is_set,
             bell_rang=partial(bell_rang, base_model.queue),
             figures=figures,
-            on_turn=watchdog,
+            on_turn=on_turn,
             text_pool=text_pool.TextPool(engine.renderer),
             token_table=token_table,
         )
