@@ -142,6 +142,7 @@ def check(stage: Stage, log: Path) -> None:
         try:
             wait_for(lambda: "ready after" in log.read_text() or server.poll() is not None, 600)
             text = log.read_text()
+            assert server.poll() is None, f"the server has ended:\n{text[-3000:]}"
             debian.run(stage.settings["health"], stage.environment, **place)
             [key] = re.findall(r"tml-\S+", text)
             loss = debian.run(["python3", "-c", TRAIN, key], stage.environment, **place)
