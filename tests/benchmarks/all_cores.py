@@ -285,10 +285,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--threads",
-        default="auto",
-        help="of the second server; a number on a machine that is not idle, together with `nice`",
+        "--threads", default="auto", help="of the second server; a number beside other load"
     )
+    parser.add_argument("--label", default="idle machine", help="of the figures without the hog")
     parser.add_argument("--work", default="", help="numbers of workloads, comma separated")
     parser.add_argument("--only", choices=("idle", "hog", "both"), default="both")
     results_option(parser)
@@ -303,7 +302,6 @@ def main() -> None:
             "rank": RANK,
             "turns": options.turns,
             "threads": options.threads,
-            "nice": os.nice(0),
         },
     )
     with ExitStack() as stack:
@@ -323,7 +321,7 @@ def main() -> None:
             for seconds in ways.values():
                 seconds(item)
         if options.only != "hog":
-            compare(report, "idle machine", ways, work, options.turns, has_goals=True)
+            compare(report, options.label, ways, work, options.turns, has_goals=True)
         if options.only != "idle":
             with hog():
                 compare(report, "beside one busy core", ways, work, options.turns, has_goals=False)
