@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from training.base_model_config import PADDED
@@ -18,11 +18,11 @@ from training.engine.interface import BaseModelInfo
 from training.engine.torch.adapters import AdapterTensors, LoraShape
 from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.experts.stacks import ExpertStack
+from training.engine.torch.frozen_products import times_transposed
 from training.engine.torch.logit_shape import LogitShape
 from training.engine.torch.lora_linear import (
     common_rows,
     even_rank,
-    linear_into,
     missing_rows,
     row_parts,
     times,
@@ -328,13 +328,14 @@ class BaseModel:
         team = self.holder.team
         parts = row_parts(team, padded)
         if len(parts) == 1:
-            logits = linear(padded, self.head_weight, self.head_bias)[:num_rows].float()  # (n, V)
+            output = times_transposed(padded, self.head_weight, self.head_bias)  # (n', V)
+            logits = output[:num_rows].float()
             self._add_update(logits, hidden, segments, slice(0, num_rows))
             return self.logit_shape.shape(logits)
         logits = hidden.new_empty(len(padded), len(self.head_weight), dtype=torch.float32)
 
         def compute(part: slice) -> None:
-            linear_into(logits[part], padded[part], self.head_weight, self.head_bias)
+            logits[part] = times_transposed(padded[part], self.head_weight, self.head_bias)
             self._add_update(logits, hidden, segments, part)
 
         team.run([partial(compute, part) for part in parts])

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from training.custom_loss_graph import CustomLossGraph
 from training.engine.custom_loss.run import CustomLossInputs, CustomLossRunner, Outcome, Work
 from training.engine.torch.base_model import BaseModel
+from training.engine.torch.frozen_products import times_frozen
 from training.engine.torch.lora_linear import add_product, row_parts
 from training.engine.torch.losses import LossInputs, loss_and_slope
 from training.engine.torch.packing.micro_batches import LossSpan, PackedDatum
@@ -281,7 +282,7 @@ def _backward_logits(
     grad_rows = hidden.new_empty(len(padded), hidden.shape[1])
 
     def compute(part: slice) -> None:
-        torch.mm(padded[part], base_model.head_weight, out=grad_rows[part])
+        grad_rows[part] = times_frozen(padded[part], base_model.head_weight)
 
     team = base_model.holder.team
     team.run([partial(compute, part) for part in team.parts(len(padded))])

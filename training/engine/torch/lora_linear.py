@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 
 from training.engine.torch.adapters import AdapterLayout, AdapterTensors
+from training.engine.torch.frozen_products import times_frozen, times_transposed
 from training.engine.torch.packing.stream import (
     RANK_MULTIPLE,
     ROWS_MULTIPLE,
@@ -143,12 +144,12 @@ def _forward(
     base, updates = layer.base, _updates(layer, context.joined, x)
     parts = row_parts(layer.holder.team, x)
     if len(parts) == 1:
-        output = linear(x, base.weight, base.bias)  # (T, out)
+        output = times_transposed(x, base.weight, base.bias)  # (T, out)
         return output, [(u, u.add(output[u.rows], x[u.rows])) for u in updates]
     output = x.new_empty(len(x), base.out_features)
 
     def compute(part: slice) -> list[Tensor]:
-        linear_into(output[part], x[part], base.weight, base.bias)
+        output[part] = times_transposed(x[part], base.weight, base.bias)
         own = [common_rows(update.rows, part) for update in updates]
         return [u.add(output[rows], x[rows]) for u, rows in zip(updates, own, strict=True)]
 
@@ -175,16 +176,6 @@ def common_rows(rows: slice, part: slice) -> slice:
     """The rows in a part; there may be none."""
     start, end = max(rows.start, part.start), min(rows.stop, part.stop)
     return slice(start, max(start, end))
-
-
-def linear_into(output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Write a linear layer's output (n, out) of x (n, in); it may have a wider dtype."""
-    if output.dtype != x.dtype:
-        output.copy_(linear(x, weight, bias))
-    elif bias is None:
-        torch.mm(x, weight.T, out=output)
-    else:
-        torch.addmm(bias, x, weight.T, out=output)
 
 
 def even_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +248,7 @@ def _backward(
     grad_x: Tensor | None = None
     if len(parts) == 1:
         if wants_x:
-            grad_x = grad_output @ weight  # (T, in)
+            grad_x = times_frozen(grad_output, weight)  # (T, in)
         return grad_x, [
             u.add_back(None if grad_x is None else grad_x[u.rows], grad_output[u.rows])
             for u in updates
@@ -267,7 +258,7 @@ def _backward(
 
     def compute(part: slice) -> list[Tensor]:
         if grad_x is not None:
-            torch.mm(grad_output[part], weight, out=grad_x[part])
+            grad_x[part] = times_frozen(grad_output[part], weight)
         scaled = []
         for update in updates:
             rows = common_rows(update.rows, part)

@@ -1,0 +1,85 @@
+"""A row's product with a frozen matrix has the same bits in every company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.engine.torch.frozen_products import times_frozen, times_transposed
+
+MOST = 300  # rows
+NUMBERS = (1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 33, 64, 65, 127, 128, 256, 299)
+SHAPES = [(16, 16), (24, 64), (64, 24), (192, 576), (576, 1536), (1536, 576), (4096, 256)]
+"""(out, in) of matrices: those of the tiny models and of SmolLM2, and one of many outputs."""
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def products(out: int, inner: int) -> list[tuple[Callable[[Tensor], Tensor], Tensor, Tensor]]:
+    """Each product, its rows, and what they are in float64."""
+    generator = torch.Generator().manual_seed(out)
+    weight = torch.randn(out, inner, generator=generator)
+    bias = torch.randn(out, generator=generator)
+    forwards = torch.randn(MOST, inner, generator=generator)
+    backwards = torch.randn(MOST, out, generator=generator)
+    return [
+        (
+            lambda rows: times_transposed(rows, weight),
+            forwards,
+            forwards.double() @ weight.double().T,
+        ),
+        (
+            lambda rows: times_transposed(rows, weight, bias),
+            forwards,
+            forwards.double() @ weight.double().T + bias.double(),
+        ),
+        (
+            lambda rows: times_frozen(rows, weight),
+            backwards,
+            backwards.double() @ weight.double(),
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("out", "inner"), SHAPES)
+def test_a_rows_bits_depend_on_no_other_row_and_on_no_number_of_threads(
+    out: int, inner: int
+) -> None:
+    for product, rows, _ in products(out, inner):
+        torch.set_num_threads(1)
+        expected = product(rows)
+        for num_threads in (1, 2, 4):
+            torch.set_num_threads(num_threads)
+            for number in NUMBERS:
+                for start in (0, 1):
+                    part = slice(start, start + number)
+                    assert torch.equal(product(rows[part]), expected[part])
+
+
+@pytest.mark.parametrize(("out", "inner"), SHAPES)
+def test_they_are_the_products(out: int, inner: int) -> None:
+    for product, rows, expected in products(out, inner):
+        torch.testing.assert_close(product(rows).double(), expected, rtol=1e-4, atol=1e-3)
+        assert product(rows[:0]).shape == expected[:0].shape
+
+
+def test_rows_that_do_not_lie_one_after_the_other_are_computed_as_if_they_did() -> None:
+    for product, rows, _ in products(24, 64):
+        assert torch.equal(product(rows.T.contiguous().T), product(rows))
+
+
+def test_a_gradient_is_not_lost() -> None:
+    weight, rows = torch.randn(24, 64), torch.randn(5, 64, requires_grad=True)
+    times_transposed(rows, weight).sum().backward()
+    torch.testing.assert_close(rows.grad, weight.sum(0).expand(5, -1))
+    grad = torch.randn(5, 24, requires_grad=True)
+    times_frozen(grad, weight).sum().backward()
+    torch.testing.assert_close(grad.grad, weight.sum(1).expand(5, -1))
