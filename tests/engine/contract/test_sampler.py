@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,14 +223,15 @@ def test_a_cancelled_job_is_forgotten(sampler: Sampler) -> None:
     kept = sample(sampler, job("before"))
     sampler.submit("kept", job("before"))
     sampler.submit("cancelled", replace(job("after", max_tokens=400), is_followed=True))
-    finished: dict[str, object] = {}
+    finished: dict[str, Any] = {}
     while not any(sampler.progress("cancelled")):
         finished |= sampler.poll(0)
 
     assert 0 < sampler.cancel("cancelled") <= 2 * 400
-    assert not finished
-    assert (sampler.active, sampler.versions["after"]) == (1, 0)
-    assert finish(sampler) == {"kept": kept}
+    # A server computes both at the same time, and may finish the short one first.
+    assert (sampler.active, sampler.versions["after"]) == (1 - len(finished), 0)
+    early = {key: output.sequences for key, output in finished.items()}
+    assert early | finish(sampler) == {"kept": kept}
     assert sampler.cancel("cancelled") == sampler.cancel("never submitted") == 0
     assert len(run_all(sampler, {"cancelled": job("after")})["cancelled"]) == 2  # the key is free
 
