@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from training.engine.torch.frozen_products import times_frozen, times_transposed
+from training.engine.torch.thread_team import ThreadTeam
+
+T = TypeVar("T")
+
+pytestmark = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"),
+    reason="other processors have other kernels",
+)
 
 MOST = 300  # rows
 NUMBERS = (1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 33, 64, 65, 127, 128, 256, 299)
 SHAPES = [(16, 16), (24, 64), (64, 24), (192, 576), (576, 1536), (1536, 576), (4096, 256)]
 """(out, in) of matrices: those of the tiny models and of SmolLM2, and one of many outputs."""
+
+
+class CountingTeam(ThreadTeam):
+    """It counts the parts."""
+
+    num_tasks = 0
+
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        self.num_tasks += len(tasks)
+        return super().run(tasks)
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +103,30 @@ def test_a_gradient_is_not_lost() -> None:
     grad = torch.randn(5, 24, requires_grad=True)
     times_frozen(grad, weight).sum().backward()
     torch.testing.assert_close(grad.grad, weight.sum(1).expand(5, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inner"), [(9216, 1024), (3000, 2999)])
+def test_no_bit_shows_that_several_threads_computed_parts_of_the_outputs(
+    dtype: torch.dtype, out: int, inner: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out, inner, generator=generator).to(dtype)
+    bias = torch.randn(out, generator=generator).to(dtype)
+    for number in (2, 4, 5, 32, 100):
+        rows = torch.randn(number, inner, generator=generator).to(dtype)
+        for added in (None, bias):
+            expected = times_transposed(rows, weight, added)
+            for size in (2, 3, 4):
+                team = CountingTeam(size)
+                assert torch.equal(times_transposed(rows, weight, added, team=team), expected)
+                assert team.num_tasks > 1
+
+
+def test_a_small_matrix_and_a_recorded_product_are_computed_whole() -> None:
+    team = CountingTeam(4)
+    times_transposed(torch.randn(4, 576), torch.randn(1536, 576), team=team)
+    rows = torch.randn(4, 3000, requires_grad=True)
+    times_transposed(rows, torch.ones(3000, 3000), team=team).sum().backward()
+    torch.testing.assert_close(rows.grad, torch.full_like(rows, 3000.0))
+    assert team.num_tasks == 0

@@ -328,8 +328,8 @@ class BaseModel:
         team = self.holder.team
         parts = row_parts(team, padded)
         if len(parts) == 1:
-            output = times_transposed(padded, self.head_weight, self.head_bias)  # (n', V)
-            logits = output[:num_rows].float()
+            output = times_transposed(padded, self.head_weight, self.head_bias, team=team)
+            logits = output[:num_rows].float()  # (n, V)
             self._add_update(logits, hidden, segments, slice(0, num_rows))
             return self.logit_shape.shape(logits)
         logits = hidden.new_empty(len(padded), len(self.head_weight), dtype=torch.float32)

@@ -10,15 +10,55 @@ threads); those of one row alone do, so a second is added.
 from __future__ import annotations
 
 import platform
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from training.engine.torch.thread_team import ROWS_MULTIPLE, ThreadTeam, cut
 
-def times_transposed(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(n, out) = rows (n, in) @ weight (out, in)^T + bias (out,)."""
+PART_NUMBERS = 2**21
+"""Fewest numbers of a part of a matrix: reading them takes about a millisecond, and handing the
+part to another thread a tenth of that."""
+
+
+def times_transposed(
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, team: ThreadTeam | None = None
+) -> Tensor:
+    """(n, out) = rows (n, in) @ weight (out, in)^T + bias (out,).
+
+    Args:
+        team: Computes parts of the outputs if the matrix is large; no bit depends on that.
+    """
+    parts = _output_parts(rows, weight, team)
+    if team is None or len(parts) == 1:
+        return _times_transposed(rows, weight, bias)
+    output = rows.new_empty(len(rows), len(weight))
+
+    def compute(part: slice) -> None:
+        own_bias = None if bias is None else bias[part]
+        output[:, part] = _times_transposed(rows, weight[part], own_bias)
+
+    team.run([partial(compute, part) for part in parts])
+    return output
+
+
+def _output_parts(rows: Tensor, weight: Tensor, team: ThreadTeam | None) -> list[slice]:
+    """One part also where the kernel is not known to give the same bits for any part."""
+    count = 1
+    if (
+        team is not None
+        and rows.device.type == "cpu"
+        and rows.dtype in (torch.float32, torch.bfloat16)
+        and not (torch.is_grad_enabled() and rows.requires_grad)
+        and _has_onednn()
+    ):
+        count = max(1, min(team.most_parts, weight.numel() // PART_NUMBERS))
+    return cut(len(weight), count, ROWS_MULTIPLE)
+
+
+def _times_transposed(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _has_own_kernel(rows, weight):
         return linear(rows, weight, bias)
     return _with_onednn(rows, weight, bias)

@@ -144,7 +144,8 @@ def _forward(
     base, updates = layer.base, _updates(layer, context.joined, x)
     parts = row_parts(layer.holder.team, x)
     if len(parts) == 1:
-        output = times_transposed(x, base.weight, base.bias)  # (T, out)
+        team = layer.holder.team
+        output = times_transposed(x, base.weight, base.bias, team=team)  # (T, out)
         return output, [(u, u.add(output[u.rows], x[u.rows])) for u in updates]
     output = x.new_empty(len(x), base.out_features)
 
