@@ -7,7 +7,6 @@ folder without the file belongs to somebody else, and is left alone.
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import logging
 import os
@@ -17,6 +16,7 @@ import stat
 import tempfile
 import time
 from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,10 @@ PREFIX = "tinkerapi-process-"
 """Begins the names of processes' temporary folders."""
 YOUNG_SECONDS = 60.0
 """A hidden folder may be this young without its lock: it was made a moment ago."""
+
+
+LAST = -1000
+"""Among what multiprocessing does at the end of the process."""
 
 
 class OwnFolder:
@@ -74,7 +78,8 @@ def process_folder() -> Path:
     """
     root = Path(tempfile.gettempdir())
     folder = OwnFolder(root, f"{PREFIX}{secrets.token_hex(8)}")
-    atexit.register(folder.remove)
+    # After multiprocessing has removed its own folder, which may be in this one.
+    Finalize(None, folder.remove, exitpriority=LAST)
     for leftover in left_behind(root, PREFIX):
         shutil.rmtree(leftover, ignore_errors=True)
     return folder.path

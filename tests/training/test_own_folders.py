@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from training.own_folders import PREFIX, OwnFolder, left_behind
 
 PROGRAM = """
@@ -59,6 +61,29 @@ def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path) -> No
     end(living)
     assert not own.exists()
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("first", ["multiprocessing.util", "training.own_folders"])
+def test_multiprocessing_finds_its_own_folder_at_the_end(tmp_path: Path, first: str) -> None:
+    program = f"""
+import {first}, tempfile
+from training.own_folders import process_folder
+
+tempfile.tempdir = str(process_folder())
+from multiprocessing.util import get_temp_dir
+
+print(get_temp_dir())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stderr == ""
+    assert Path(ended.stdout.strip()).is_relative_to(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_hidden_until_it_is_locked(tmp_path: Path) -> None:
