@@ -253,7 +253,7 @@ def child(tmp_path: Path) -> Callable[..., Child]:
 
 
 def test_a_command_that_fails_is_quoted_by_its_last_line(child: Callable[..., Child]) -> None:
-    part = child("import sys; print('loading'); sys.exit('no such model')")
+    part = child("import sys; print('loading', flush=True); sys.exit('no such model')")
     part.start()
     assert wait_for(part.ended) == "ended with exit code 1: no such model"
 
