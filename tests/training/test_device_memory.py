@@ -45,6 +45,7 @@ def test_a_cpu_has_no_memory_of_its_own() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_memory_contains_a_tensor() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     before = device_memory(device)
