@@ -125,7 +125,7 @@ def test_loss_and_gradient_are_those_of_peft_datum_by_datum(
             logprobs, expected.detach().reshape(logprobs.shape), rtol=1e-5, atol=5e-4
         )
     assert output.loss == pytest.approx(total, abs=1e-6 * size)
-    assert_close(engine.grad("a"), reference.grad(), atol=5e-5)
+    assert_close(engine.grad("a"), reference.grad(), atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
