@@ -94,4 +94,5 @@ def _has_own_kernel(rows: Tensor, weight: Tensor) -> bool:
 @cache
 def _has_onednn() -> bool:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return is_x86 and torch.backends.mkldnn.is_available()
+    is_there = torch.backends.mkldnn.is_available()
+    return is_x86 and is_there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
