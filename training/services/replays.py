@@ -23,9 +23,9 @@ from training.audit import audit_record
 from training.errors import InvalidRequest, LimitExceeded, RunExists, RunLost
 from training.kinds import CompareRuns, CreateRun, Kind, LoadWeights, SaveWeights
 from training.models import Checkpoint, Run
-from training.paths import TinkerPath, check_run_name
+from training.paths import TinkerPath
 from training.selectors import CHANGED_ITS_RUN
-from training.services.runs import SUBMITTED_FACTS, run_lora_config, run_make
+from training.services.runs import SUBMITTED_FACTS, run_lora_config, run_replay_create
 from training.services.submission import run_repeated, run_target, submit
 from training.storage_quota import storage_reserve
 from training.token_quota import token_quota_check
@@ -158,13 +158,11 @@ def _once(
 
 def _make(run: Run, verb: str) -> Run:
     """A run of the same shape with an empty log, under a free name."""
-    number = run.run_set.count() + 1
-    for ending in (str(number), secrets.token_hex(4)):
-        name = check_run_name(f"{run.name[:100]}-{verb}-{ending}", field="name")
-        copy = run_make(run.owner_id, name, run.base_model, run_lora_config(run), replay_of=run)
-        if copy is not None:
-            return copy
-    raise RunExists(f"{name!r} exists already; try again")
+    try:
+        return run_replay_create(run=run, verb=verb)
+    except RunExists:
+        name = f"{run.name[:100]}-{verb}-{secrets.token_hex(4)}"
+        return run_replay_create(run=run, name=name)
 
 
 def _checkpoint_at(run: Run, step: int, *, after: int) -> Checkpoint | None:

@@ -119,14 +119,17 @@ def run_get_or_create(owner_id: int, model_id: str, *, idempotency_key: str | No
 
 
 @transaction.atomic
-def run_replay_create(*, run: Run, name: str | None = None) -> Run:
-    """A new run of the same shape with an empty log, to rebuild ``run`` in. (``replayrun``)
+def run_replay_create(*, run: Run, name: str | None = None, verb: str = "replay") -> Run:
+    """A new run of the same shape with an empty log, to rebuild ``run`` in.
+
+    Args:
+        verb: Part of the name if none is given.
 
     Raises:
         RunExists: The name is taken.
     """
     number = run.run_set.count() + 1
-    name = check_run_name(name or f"{run.name[:100]}-replay-{number}", field="name")
+    name = check_run_name(name or f"{run.name[:100]}-{verb}-{number}", field="name")
     copy = run_make(run.owner_id, name, run.base_model, run_lora_config(run), replay_of=run)
     if copy is None:
         raise RunExists(f"{name!r} exists already; remove it or choose another name")
