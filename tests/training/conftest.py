@@ -9,9 +9,11 @@ import pytest
 from django.contrib.auth.models import User
 
 from futures.models import Future
+from tests.conftest import InProcessWorker
 from tinkerapi.api.quickref.render_results import result_body
 from training import services
 from training.kinds import stored_result
+from training.models import Run
 from training.services import Submission
 from training.types import AdamParams, Conversation, Datum, Message
 
@@ -100,3 +102,18 @@ def result() -> Callable[[Future | Submission], dict[str, object]]:
         return result_body(stored_result(row.kind, bytes(row.result or b"")))
 
     return read
+
+
+@pytest.fixture
+def trained(
+    work: InProcessWorker,
+    forward_backward: Callable[..., Future],
+    optim_step: Callable[..., Future],
+) -> Run:
+    """Three steps, then half of one."""
+    for step in range(3):
+        forward_backward("m", f"question {step}", "answer")
+        optim_step("m", learning_rate=0.1)
+    forward_backward("m", "half", "a step")
+    work()
+    return Run.objects.get(name="m")

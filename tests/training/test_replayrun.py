@@ -17,16 +17,6 @@ Submit = Callable[..., Future]
 
 
 @pytest.fixture
-def trained(work: InProcessWorker, forward_backward: Submit, optim_step: Submit) -> Run:
-    for step in range(3):
-        forward_backward("m", f"question {step}", "answer")
-        optim_step("m", learning_rate=0.1)
-    forward_backward("m", "half", "a step")
-    work()
-    return Run.objects.get(name="m")
-
-
-@pytest.fixture
 def replay(work: InProcessWorker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run the command; the worker works whenever the command waits."""
     monkeypatch.setattr(replayrun.time, "sleep", lambda seconds: work())

@@ -37,17 +37,6 @@ Submit = Callable[..., Future]
 KEYS = ("weights", "exp_avg", "exp_avg_sq", "grad")
 
 
-@pytest.fixture
-def trained(work: InProcessWorker, forward_backward: Submit, optim_step: Submit) -> Run:
-    """Three steps, then half of one."""
-    for step in range(3):
-        forward_backward("m", f"question {step}", "answer")
-        optim_step("m", learning_rate=0.1)
-    forward_backward("m", "half", "a step")
-    work()
-    return Run.objects.get(name="m")
-
-
 def state_of(work: InProcessWorker, run: Run) -> dict[str, np.ndarray]:
     return work.engine.trainer.adapter_state(run.pk)  # type: ignore[return-value]
 
