@@ -18,20 +18,23 @@ pytestmark = pytest.mark.acceptance
 KILLS = 10
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ten_kills_change_nothing(tmp_path: Path, workers: int) -> None:
+def drill(tmp_path: Path, *arguments: str) -> dict[str, str]:
+    """Run the command, which must find no difference; its figures by name."""
     result = tmp_path / "drill.json"
-    arguments = ["--kills", str(KILLS), "--adapters", "4", "--steps", "12"]
-    arguments += ["--workers", str(workers)]
     done = subprocess.run(
         [sys.executable, "manage.py", "crashdrill", *arguments, "--json", str(result)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row["figure"]: row["value"] for row in json.loads(result.read_text())["rows"]}
+    return {row["figure"]: row["value"] for row in json.loads(result.read_text())["rows"]}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ten_kills_change_nothing(tmp_path: Path, workers: int) -> None:
+    arguments = ["--kills", str(KILLS), "--adapters", "4", "--steps", "12"]
+    rows = drill(tmp_path, *arguments, "--workers", str(workers))
     assert rows["kills"] == f"{KILLS} of {KILLS} planned"
     assert rows["differences"] == "0"
     assert int(rows["of worker"]) == KILLS * TARGETS["worker"] / 100
@@ -41,17 +44,8 @@ def test_ten_kills_change_nothing(tmp_path: Path, workers: int) -> None:
 
 
 def test_kills_of_a_vllm_server_and_its_worker_change_nothing(tmp_path: Path) -> None:
-    result = tmp_path / "drill.json"
     arguments = ["--kills", "5", "--adapters", "2", "--steps", "8"]
-    arguments += ["--vllm-python", str(double_python(tmp_path / "python"))]
-    done = subprocess.run(
-        [sys.executable, "manage.py", "crashdrill", *arguments, "--json", str(result)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row["figure"]: row["value"] for row in json.loads(result.read_text())["rows"]}
+    rows = drill(tmp_path, *arguments, "--vllm-python", str(double_python(tmp_path / "python")))
     assert rows["kills"] == "5 of 5 planned"
     assert rows["of vllm"] == "1"
     assert rows["differences"] == "0"
