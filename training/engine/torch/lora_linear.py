@@ -141,10 +141,9 @@ def _forward(
     x: Tensor, layer: LoraLinear, context: PassContext
 ) -> tuple[Tensor, list[tuple[_Update, Tensor]]]:
     """(T, out), and x A^T (n, R') of each group of joined segments that has this module."""
-    base, updates = layer.base, _updates(layer, context.joined, x)
-    parts = row_parts(layer.holder.team, x)
+    base, team, updates = layer.base, layer.holder.team, _updates(layer, context.joined, x)
+    parts = row_parts(team, x)
     if len(parts) == 1:
-        team = layer.holder.team
         output = times_transposed(x, base.weight, base.bias, team=team)  # (T, out)
         return output, [(u, u.add(output[u.rows], x[u.rows])) for u in updates]
     output = x.new_empty(len(x), base.out_features)
@@ -154,7 +153,7 @@ def _forward(
         own = [common_rows(update.rows, part) for update in updates]
         return [u.add(output[rows], x[rows]) for u, rows in zip(updates, own, strict=True)]
 
-    inner = layer.holder.team.run([partial(compute, part) for part in parts])
+    inner = team.run([partial(compute, part) for part in parts])
     return output, list(zip(updates, _joined(inner), strict=True))
 
 
