@@ -30,6 +30,22 @@ MAX_NOTE_BYTES = 7900  # together with the id; Postgres allows 8000 bytes
 
 _IDS_PER_NOTIFICATION = 150  # of 39 characters each; Postgres allows 8000 bytes
 
+TELL_FINISHED = f"""
+, note (payload) AS (
+    SELECT string_agg(id, ' ') FROM (
+        SELECT id, (row_number() OVER () - 1) / {_IDS_PER_NOTIFICATION} AS pack FROM finished
+    ) AS packed GROUP BY pack
+    UNION ALL
+    SELECT DISTINCT l.id FROM finished JOIN futures_lane AS l ON l.id = finished.lane_id
+    WHERE NOT l.ordered
+), told AS MATERIALIZED (
+    SELECT pg_notify('{FINISHED_CHANNEL}', payload) FROM note
+)
+SELECT id, (SELECT count(*) FROM told) FROM finished
+"""  # noqa: S608
+"""The end of a statement ``WITH finished AS (...)``, which has ids and lanes of futures: their
+waiters are woken when the transaction commits, and the ids are its rows."""
+
 
 def bell_channel(queue: str) -> str:
     """The channel of a queue; hashed, because a channel name may have 63 bytes at most."""
@@ -63,22 +79,16 @@ def notify_finished(request_ids: Iterable[str]) -> None:
     """Wake the waiters of these futures, and of the unordered lanes that they are in, when the
     current transaction commits."""
     ids = list(request_ids)
-    packs = [
-        " ".join(ids[begin : begin + _IDS_PER_NOTIFICATION])
-        for begin in range(0, len(ids), _IDS_PER_NOTIFICATION)
-    ]
-    if packs:
+    if ids:
         execute(
-            """
-            SELECT pg_notify(%(channel)s, pack) FROM unnest(%(packs)s::text[]) AS pack
-            UNION ALL
-            SELECT pg_notify(%(channel)s, lane.id) FROM (
-                SELECT DISTINCT l.id
-                FROM futures_future AS f JOIN futures_lane AS l ON l.id = f.lane_id
-                WHERE f.id = ANY (%(ids)s::text[]) AND NOT l.ordered
-            ) AS lane
-            """,
-            {"channel": FINISHED_CHANNEL, "packs": packs, "ids": ids},
+            f"""
+            WITH finished AS (
+                SELECT given.id, f.lane_id
+                FROM unnest(%(ids)s::text[]) AS given (id)
+                LEFT JOIN futures_future AS f ON f.id = given.id AND f.id = ANY (%(ids)s::text[])
+            ) {TELL_FINISHED}
+            """,  # noqa: S608
+            {"ids": ids},
         )
 
 
