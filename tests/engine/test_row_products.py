@@ -1,4 +1,4 @@
-"""How many rows share a bfloat16 product shows in none of their bits, however small it is."""
+"""How many rows share a product shows in none of their bits, however few or small they are."""
 
 from __future__ import annotations
 
@@ -51,6 +51,26 @@ def test_a_product_is_the_product() -> None:
         torch.testing.assert_close(
             times(rows[:2], matrix).double(), expected[:2], rtol=1e-2, atol=0.1
         )
+
+
+@pytest.mark.parametrize("rank", [8, 32])
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_few_rows_in_float32_are_what_they_are_among_many(size: int, rank: int) -> None:
+    """Of an adapter's products. Intel's MKL has other kernels for few rows, unless it is asked."""
+    generator = torch.Generator().manual_seed(0)
+    x, a, b = (
+        torch.randn(shape, generator=generator)
+        for shape in ((384, size), (size, rank), (rank, 2 * size))
+    )
+    many = x.repeat(1, 2)
+    inner = times(x, a)
+    add_times(many, inner, b, 1.37)
+    for num_rows in (1, 2, 4, 8, 20, 36, 96, 200):
+        few = x[:num_rows].repeat(1, 2)
+        own = times(x[:num_rows], a)
+        add_times(few, own, b, 1.37)
+        torch.testing.assert_close(own, inner[:num_rows], rtol=0, atol=0)
+        torch.testing.assert_close(few, many[:num_rows], rtol=0, atol=0)
 
 
 def test_only_products_of_few_rows_are_filled_up() -> None:
