@@ -11,7 +11,7 @@ loop raises and the process must end: the next one rebuilds from snapshot and lo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from django.conf import settings
@@ -340,7 +340,7 @@ class WorkLoop:
 
     def _load_runs(self, batch: Batch) -> None:
         lanes = {f.lane_id for f in [*batch.passes, *batch.samples, *batch.barriers] if f.lane_id}
-        runs = rows_get(Run, "id = ANY (%(ids)s::text[])", {"ids": list(lanes)})
+        runs = rows_get(Run, "id = ANY (%(ids)s::text[])", {"ids": list(lanes)}) if lanes else []
         self._runs = {run.id: run for run in runs}
         self.adapter_cache.pin(self._runs)
 
@@ -419,18 +419,7 @@ class WorkLoop:
         with transaction.atomic():
             effects.write()
             futures_finish(worker=self._worker, outcomes=effects.outcomes, batch=self._batch)
-            advanced = execute(
-                _ADVANCE,
-                {
-                    "worker_id": self._worker.pk,
-                    "ids": [run.id for run in effects.runs],
-                    "steps": [run.step for run in effects.runs],
-                    "applied": [run.applied_seq_id for run in effects.runs],
-                    "tokens": [run.tokens for run in effects.runs],
-                },
-            )
-            if len(advanced) != len(effects.runs):
-                raise Fenced
+            self._advance(effects.runs)
             # Last, because other workers may add to the same rows and wait for this commit.
             self._charge([outcome.request_id for outcome in effects.outcomes])
         self.adapter_cache.moved_on(effects.runs)
@@ -444,6 +433,27 @@ class WorkLoop:
             "futures_per_second": self._throughput.futures_per_second,
             **self._device_memory(),
         }
+
+    def _advance(self, runs: Sequence[Run]) -> None:
+        """Store where runs are now.
+
+        Raises:
+            Fenced: One of them is not this worker's any more.
+        """
+        if not runs:
+            return
+        advanced = execute(
+            _ADVANCE,
+            {
+                "worker_id": self._worker.pk,
+                "ids": [run.id for run in runs],
+                "steps": [run.step for run in runs],
+                "applied": [run.applied_seq_id for run in runs],
+                "tokens": [run.tokens for run in runs],
+            },
+        )
+        if len(advanced) != len(runs):
+            raise Fenced
 
     def _device_memory(self) -> dict[str, int]:
         """The figures of a GPU's memory; none on a CPU."""
