@@ -15,7 +15,8 @@ from tests.tiny_model import make_tiny_model
 from training.engine.interface import Engine
 
 LOG_CHARACTERS = 4000  # of each log, when a benchmark fails
-DEFAULT_FOLDER = Path("models") / "HuggingFaceTB--SmolLM2-135M-Instruct"
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_FOLDER = Path("models") / DEFAULT_MODEL.replace("/", "--")
 
 
 @contextmanager
