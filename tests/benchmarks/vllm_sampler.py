@@ -1,11 +1,11 @@
 """What our way to a vLLM server costs: throughput beside vLLM alone, and publishing a version.
 
 Throughput: a server with ``sampler = "vllm"`` gets 64 requests at once, as clients send them; then
-the same vLLM server gets the same 64 requests directly from the same client, or the other way
-round, in turns, so that a busy machine slows both. Everything shares the machine's cores: web,
-worker, Postgres, clients and vLLM. So the processor time of each is kept too, and a second ratio is
-of turns in which vLLM has one half of the cores to itself, in both: the requests' way through us
-without the cores that it takes from vLLM.
+the same vLLM server gets the same 64 requests directly from the same client, for the same model, or
+the other way round, in turns, so that a busy machine slows both. Everything shares the machine's
+cores: web, worker, Postgres, clients and vLLM. So the processor time of each is kept too, and a
+second ratio is of turns in which vLLM has one half of the cores to itself, in both: the requests'
+way through us without the cores that it takes from vLLM.
 
 The default model is sampled as such models are. The tiny one has next to nothing to compute, so its
 ratio is that of handling requests.
@@ -143,9 +143,9 @@ def measure(report: Report, workload: Workload, options: argparse.Namespace) -> 
         with served("as configured", data_dir, None, **settings) as (server, made):
             wait_for_vllm(server)
             folder = folder or made
+            throughput(report, server, workload, folder, options.repetitions)
             if workload is TINY:
                 publishing(report, folder, connection_of(server), 4 * options.repetitions)
-            throughput(report, server, workload, folder, options.repetitions)
 
 
 def wait_for_vllm(server: Server) -> None:
