@@ -24,6 +24,10 @@ CONNECT_SECONDS = 5.0
 CONTROL_SECONDS = 60.0
 """Longest time of an answer that computes no tokens; loading an adapter waits for a step."""
 
+KEEP_ALIVE_SECONDS = 2.0
+"""A connection that was idle for longer is not used again. The server closes one after 5 seconds,
+and a request that it meets is lost, with it the server's life."""
+
 REQUEST_PREFIX = "generate-tokens-"
 """vLLM's own addition to the ids of these requests."""
 
@@ -66,7 +70,11 @@ class VllmClient:
             base_url=connection.address,
             headers={**headers, "Content-Type": "application/json"},
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx2.Limits(
+                max_connections=None,
+                max_keepalive_connections=64,
+                keepalive_expiry=KEEP_ALIVE_SECONDS,
+            ),
             trust_env=False,  # a proxy is for the internet, not for this server
         )
 
