@@ -74,10 +74,17 @@ class _Collector(Collector):
             ("worker_gpu_memory_bytes", "gpu_memory_bytes", "Taken memory of their GPUs."),
             ("adapter_bytes", "adapter_bytes", "Memory of the adapters in them."),
             ("resident_adapters", "resident_adapters", "Adapters in their memory."),
+            ("cache_tokens", "cache_tokens", "Tokens for which their key-value caches have room."),
+            ("cache_tokens_held", "cache_tokens_held", "Those that running samples take of it."),
             ("requests_per_second", "futures_per_second", "The workers' own estimate."),
         ):
-            values = {(model,): sums[figure] for model, sums in figures.worker_sums.items()}
-            yield _gauge(name, what, ["base_model"], values)
+            yield _gauge(name, what, ["base_model"], figures.sums_of(figure))
+        yield _counter(
+            "preemptions",
+            "Sequences that were interrupted because a cache was full, by the live workers.",
+            ["base_model"],
+            figures.sums_of("preemptions"),
+        )
         runs = {(of.base_model, of.state): of for of in figures.runs}
         labels = ["base_model", "state"]
         yield _gauge("runs", "Runs.", labels, {key: of.runs for key, of in runs.items()})

@@ -33,6 +33,9 @@ SUMS = (
     "gpu_memory_bytes",
     "adapter_bytes",
     "resident_adapters",
+    "cache_tokens",
+    "cache_tokens_held",
+    "preemptions",
     "futures_per_second",
 )
 """Figures that workers report, added up over the live workers of a base model."""
@@ -95,6 +98,10 @@ class ServerFigures:
     runs: list[RunTotals]
     storage: dict[str, int]
     """Kind to bytes: checkpoints, snapshots, database."""
+
+    def sums_of(self, figure: str) -> dict[tuple[str], float]:
+        """One of ``SUMS`` by base model."""
+        return {(model,): sums[figure] for model, sums in self.worker_sums.items()}
 
 
 def server_figures() -> ServerFigures:

@@ -158,8 +158,11 @@ def test_a_group_that_could_never_be_held_at_once_is_sampled_all_the_same(
     make_sampler: MakeSampler,
 ) -> None:
     wanted = job(prompt_of(50), num_samples=8, max_tokens=100)
-    output = run(make_sampler(cache_tokens=256), wanted)  # of 8 * 149 tokens
-    assert output.sequences == run(make_sampler(), wanted).sequences
+    small, large = make_sampler(cache_tokens=256), make_sampler()
+    output = run(small, wanted)  # of 8 * 149 tokens
+    assert output.sequences == run(large, wanted).sequences
+    assert small.figures()["preemptions"] >= 7  # no two ever fit together to their ends
+    assert large.figures()["preemptions"] == 0
 
 
 def test_samples_of_a_prompt_share_its_blocks(make_sampler: MakeSampler) -> None:
@@ -170,6 +173,11 @@ def test_samples_of_a_prompt_share_its_blocks(make_sampler: MakeSampler) -> None
     pool = sampler._runner.tables.pool  # type: ignore[attr-defined]
     # Three full ones together; of the fourth the first has the original and the others copies.
     assert pool.num_blocks - pool.num_available == 3 + 8
+    assert sampler.figures() == {
+        "cache_tokens": pool.num_blocks * BLOCK_TOKENS,
+        "cache_tokens_held": (3 + 8) * BLOCK_TOKENS,
+        "preemptions": 0,
+    }
 
 
 def test_blocks_are_taken_as_tokens_come(make_sampler: MakeSampler) -> None:

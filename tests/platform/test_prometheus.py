@@ -46,7 +46,14 @@ def samples(api: ApiClient) -> dict[tuple[Any, ...], float]:
     }
 
 
-FIGURES = {"memory_bytes": 5, "gpu_memory_bytes": 7, "resident_adapters": 2}
+FIGURES = {
+    "memory_bytes": 5,
+    "gpu_memory_bytes": 7,
+    "resident_adapters": 2,
+    "cache_tokens": 640,
+    "cache_tokens_held": 96,
+    "preemptions": 3,
+}
 
 
 def test_the_figures_are_those_of_the_rows(
@@ -69,6 +76,9 @@ def test_the_figures_are_those_of_the_rows(
         assert found["tinkerapi_worker_memory_bytes", model] == 5
         assert found["tinkerapi_worker_gpu_memory_bytes", model] == 7
         assert found["tinkerapi_resident_adapters", model] == 2
+        assert found["tinkerapi_cache_tokens", model] == 640
+        assert found["tinkerapi_cache_tokens_held", model] == 96
+        assert found["tinkerapi_preemptions_total", model] == 3
         run = Run.objects.get()
         assert found["tinkerapi_runs", model, "ready"] == 1
         assert found["tinkerapi_optimizer_steps_total", model] == run.step == 1

@@ -160,6 +160,13 @@ class ContinuousSampler(Sampler):
         self._end(request)
         return sum(len(sequence.tokens) for sequence in request.sequences)
 
+    def figures(self) -> dict[str, int]:
+        return {
+            "cache_tokens": self._runner.most_tokens(1),
+            "cache_tokens_held": self._runner.num_held,
+            "preemptions": self._runner.num_preempted,
+        }
+
     def release_memory(self) -> None:
         if not self._active:
             self._runner.clear()

@@ -34,6 +34,16 @@ class ModelRunner(ABC):
         """The tokens whose keys and values have as many numbers as the base model: reading either
         from memory takes equally long. 0 if unknown."""
 
+    @property
+    @abstractmethod
+    def num_held(self) -> int:
+        """Tokens whose places in the cache are taken by requests that have not ended."""
+
+    @property
+    @abstractmethod
+    def num_preempted(self) -> int:
+        """How often a sequence has given up its places so far, and was to be read again."""
+
     @abstractmethod
     def start(self, request: ActiveRequest) -> bool:
         """Make room for a request's prompt and for beginning its sequences, if there is now."""

@@ -38,6 +38,7 @@ class PackedRunner(ModelRunner):
         self._prefill = Prefill(self._step, self._tables, chunk_tokens=chunk_tokens)
         self._started: dict[ActiveRequest, None] = {}
         """In the order of their starts."""
+        self._num_preempted = 0
 
     @property
     def tables(self) -> BlockTables:
@@ -51,6 +52,15 @@ class PackedRunner(ModelRunner):
     @property
     def pass_keys(self) -> float:
         return self._num_parameters / self._cache.numbers_each if self._cache.numbers_each else 0.0
+
+    @property
+    def num_held(self) -> int:
+        pool = self._tables.pool
+        return (pool.num_blocks - pool.num_available) * BLOCK_TOKENS
+
+    @property
+    def num_preempted(self) -> int:
+        return self._num_preempted
 
     def start(self, request: ActiveRequest) -> bool:
         prompt, first = request.job.prompt, request.sequences[0]
@@ -123,6 +133,7 @@ class PackedRunner(ModelRunner):
     def _preempt(self, request: ActiveRequest, sequence: ActiveSequence) -> None:
         self.end(request, sequence)
         request.preempted.append(sequence)
+        self._num_preempted += 1
 
     def read_prompts(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
         return self._prefill.run(requests)

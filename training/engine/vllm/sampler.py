@@ -279,11 +279,12 @@ class VllmSampler(Sampler):
     def figures(self) -> Mapping[str, Any]:
         reasons = {name: number for name, number in self._counts.items() if name != "server"}
         return {
+            **self._built_in.figures(),
             "vllm": {
                 **self._link.figures(),
                 "sampled_there": self._counts["server"],
                 "sampled_here": dict(Counter(reasons).most_common(20)),
-            }
+            },
         }
 
     def close(self) -> None:

@@ -54,6 +54,14 @@ class PaddedRunner(ModelRunner):
     def pass_keys(self) -> float:
         return 0.0
 
+    @property
+    def num_held(self) -> int:
+        return sum(self._reserved.values())
+
+    @property
+    def num_preempted(self) -> int:
+        return 0
+
     def start(self, request: ActiveRequest) -> bool:
         """Reserve its whole sequences, so that it can always finish.
 
