@@ -12,10 +12,12 @@ import torch
 from training.engine.torch.attention.arithmetic import TILE_TOKENS
 from training.engine.torch.attention.backend import UnsupportedAttention, packed_attention
 from training.engine.torch.attention.blocks import KEPT_KEYS
+from training.engine.torch.attention.long_sequences import CHUNKED_TILES
 from training.engine.torch.attention.sequences import SequenceAttention
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, whole_sequences
 from training.engine.torch.packing.stream import PackedContext
+from training.engine.torch.thread_team import ThreadTeam
 
 LENGTHS = [3, 16, 17, 1, 30, KEPT_KEYS + 5, 16, 31, 2, KEPT_KEYS + 5, KEPT_KEYS + 5, 90]
 SHAPES = {"tiny": (4, 2, 4), "real": (9, 3, 64), "one head": (1, 1, 8), "equal": (8, 8, 16)}
@@ -74,11 +76,12 @@ def attend(
     *,
     as_on_a_gpu: bool = False,
     variant: Variant = PLAIN,
+    team: ThreadTeam | None = None,
 ) -> Numbers:
     """The output and the three gradients."""
     *inputs, grad_output = stream
     q, k, v = (x.clone().requires_grad_() for x in inputs)
-    attention = SequenceAttention(row_ranges, fuses=as_on_a_gpu)
+    attention = SequenceAttention(row_ranges, fuses=as_on_a_gpu, team=team)
     output = attention.attend(0, q, k, v, 0.3, variant)
     grads = torch.autograd.grad(output, (q, k, v), grad_output)
     return output.detach(), *grads
@@ -132,6 +135,46 @@ def test_it_is_the_formula_forwards_and_backwards(
     got = attend(row_ranges, stream, as_on_a_gpu=as_on_a_gpu)
     for ours, expected in zip(got, plain(row_ranges, stream), strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=5e-5, rtol=2e-5)
+
+
+MANY_TILES = TILE_TOKENS * (CHUNKED_TILES + 1) + 21
+
+
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("variant", [None, "window", "all"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_a_sequence_of_many_tiles_is_the_formula(
+    dtype: torch.dtype, tolerance: float, variant: str | None
+) -> None:
+    sequences = whole_sequences([MANY_TILES])
+    stream = random_stream([MANY_TILES], "tiny", dtype)
+    chosen = PLAIN if variant is None else VARIANTS[variant]
+    got = attend(sequences, stream, variant=chosen)
+    for ours, expected in zip(got, plain(sequences, stream, chosen), strict=True):
+        error = (ours.double() - expected).norm() / expected.norm()
+        assert error < tolerance
+
+
+def test_how_many_parts_are_computed_at_once_shows_in_no_bit_of_a_long_sequence() -> None:
+    lengths = [MANY_TILES, 7, KEPT_KEYS + 50]
+    stream = random_stream(lengths, "real", torch.bfloat16)
+    sequences = whole_sequences(lengths)
+    alone = attend(sequences, stream)
+    for ours, expected in zip(attend(sequences, stream, team=ThreadTeam(3)), alone, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_layer_that_is_called_again_gets_what_was_computed() -> None:
+    """Only for long sequences; others are computed again, as without keeping."""
+    for length in (LONG, 16):
+        q, k, v, _ = random_stream([length], "tiny", torch.float32)
+        attention = SequenceAttention(whole_sequences([length]), keeps_outputs=True)
+        first = attention.attend(0, q, k, v, 0.3)
+        again = attention.attend(0, q + 1, k, v - 1, 0.3)
+        assert torch.equal(first, again) == (length == LONG)
+        assert not torch.equal(attention.attend(0, q + 1, k, v - 1, 0.3), first)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

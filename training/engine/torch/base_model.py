@@ -156,7 +156,9 @@ class BaseModel:
             )
         context = PackedContext(
             segments=segments,
-            attention=SequenceAttention(row_ranges, team=self.holder.team),
+            attention=SequenceAttention(
+                row_ranges, team=self.holder.team, keeps_outputs=recomputes
+            ),
             is_long=is_long,
             kept_inputs=KeptInputs() if recomputes else None,
         )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from training.engine.torch import memory
 from training.engine.torch.adapters import AdapterLayout, AdapterTensors
-from training.engine.torch.attention.blocks import most_scores
 from training.engine.torch.attention.sequences import SequenceAttention
+from training.engine.torch.attention.tiles import most_scores
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.live_bytes import LiveBytes
@@ -196,9 +196,13 @@ class _Noting(SequenceAttention):
     """Notes the scores of layers that compute their attention by blocks, and computes them by the
     fused kernel: its results are wrong, but its memory is that without scores."""
 
-    def __init__(self, row_ranges: Sequence[RowRange], scores: Scores) -> None:
+    def __init__(
+        self, row_ranges: Sequence[RowRange], scores: Scores, *, keeps_outputs: bool
+    ) -> None:
         super().__init__(row_ranges, fuses=True)
         self._scores = scores
+        self._keeps_all = keeps_outputs
+        self._kept: dict[int, Tensor] = {}
 
     def attend(
         self,
@@ -209,9 +213,12 @@ class _Noting(SequenceAttention):
         scaling: float,
         variant: Variant = PLAIN,
     ) -> Tensor:
+        output = super().attend(layer_idx, query, key, value, scaling, PLAIN)
         if query.device.type == "cpu" or variant is not PLAIN:
             self._scores.note(variant, query.shape[1])
-        return super().attend(layer_idx, query, key, value, scaling, PLAIN)
+            if self._keeps_all and self._kept.pop(layer_idx, None) is None:
+                self._kept[layer_idx] = output.detach()
+        return output
 
 
 def tensor_bytes(
@@ -263,9 +270,9 @@ def _states(
     context = PackedContext(
         segments=segments,
         attention=(
-            SequenceAttention(row_ranges, kept_keys=0)
+            SequenceAttention(row_ranges, kept_keys=0, keeps_outputs=recomputes)
             if scores is None
-            else _Noting(row_ranges, scores)
+            else _Noting(row_ranges, scores, keeps_outputs=recomputes)
         ),
         kept_inputs=KeptInputs() if recomputes else None,
     )

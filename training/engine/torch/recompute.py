@@ -3,7 +3,7 @@
 A layer's activations are most of a long sequence's memory: 42 KB for each token and layer of
 the default model in float32, of which its input is 2 KB. The second computation has the shapes and
 the kernels of the first, so a pass has the same bits either way, and takes longer by its forward
-part.
+part, without the attention of long sequences (``attention.sequences``).
 """
 
 from __future__ import annotations

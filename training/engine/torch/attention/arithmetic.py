@@ -35,6 +35,10 @@ GROUP_BLOCKS = 8
 
 ROWS_MULTIPLE = 4
 
+PRODUCT_BLOCKS = 64
+"""Most blocks of values whose products exist at one time: they should fit into a processor's
+cache."""
+
 TILE_TOKENS = 128
 """Most tokens of a sequence whose scores exist at one time."""
 
@@ -56,6 +60,31 @@ def tile_tokens(num_heads: int, num_keys: int) -> int:
     return min(TILE_TOKENS, max(FEWEST_TILE_TOKENS, most))
 
 
+class Workspace:
+    """Memory that one tile after another uses: writing new memory takes longer than a product.
+
+    A tensor that was taken is overwritten when its name is taken again.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(
+        self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A tensor of this shape, of any contents.
+
+        Args:
+            like: Of the same device, and of the same dtype unless another is given.
+        """
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = like.new_empty(size, dtype=dtype or like.dtype)
+            self._buffers[name] = buffer
+        return buffer[:size].view(shape)
+
+
 def attend_rows(
     rows: Tensor,
     keys: Tensor,
@@ -65,6 +94,7 @@ def attend_rows(
     *,
     heads_each: int,
     first_block: int,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of n tokens of one or more sequences, for B key heads in all.
 
@@ -75,11 +105,29 @@ def attend_rows(
         mask: (n, m), added to the scores of the last m keys.
         heads_each: Query heads that share a key head.
         first_block: The number of the first block in its sequence.
+        workspace: See ``shares_of``.
 
     Returns:
         (B, R, D), and the shares (B, R, K).
     """
-    scores = torch.bmm(rows, keys.transpose(1, 2))
+    workspace = workspace or Workspace()
+    shares = shares_of(rows, keys, mask, variant, heads_each=heads_each, workspace=workspace)
+    return _weigh(shares, values, first_block, workspace), shares
+
+
+def shares_of(
+    rows: Tensor,
+    keys: Tensor,
+    mask: Tensor,
+    variant: Variant,
+    *,
+    heads_each: int,
+    workspace: Workspace,
+) -> Tensor:
+    """The shares (B, R, K) of ``attend_rows``, from its arguments; they are in the workspace, and
+    valid until the next ones."""
+    shape = (*rows.shape[:2], keys.shape[1])
+    scores = torch.bmm(rows, keys.transpose(1, 2), out=workspace.take("scores", rows, *shape))
     if variant.softcap is not None:
         scores = capped(scores, variant.softcap)
     num_tokens, num_masked = mask.shape
@@ -90,8 +138,9 @@ def attend_rows(
         sinks = sinks.float().view(-1, heads_each).repeat_interleave(num_tokens, 1)
         sinks = pad(sinks, (0, rows.shape[1] - sinks.shape[1]))  # (Hkv, R)
         sinks = sinks.repeat(len(rows) // len(sinks), 1)[..., None]  # (B, R, 1)
-    shares = softmax(scores, sinks)
-    return _weigh(shares, values, first_block), shares
+    if sinks is None:
+        return torch.softmax(scores, -1, out=workspace.take("shares", scores, *shape))
+    return softmax(scores, sinks)
 
 
 def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -109,8 +158,13 @@ def capped(scores: Tensor, softcap: float) -> Tensor:
     return (scores / softcap).tanh_().mul_(softcap)
 
 
-def _weigh(shares: Tensor, values: Tensor, first_block: int) -> Tensor:
+def _weigh(shares: Tensor, values: Tensor, first_block: int, workspace: Workspace) -> Tensor:
     """(B, rows, D): the sum over blocks of shares (B, rows, K) times values (B, K, D)."""
+    if len(shares) * GROUP_BLOCKS * BLOCK_TOKENS <= values.shape[1]:
+        sums = [
+            _weigh_many(*pair, first_block, workspace) for pair in zip(shares, values, strict=True)
+        ]
+        return sums[0][None] if len(sums) == 1 else torch.stack(sums)
     total: Tensor | None = None
     group: Tensor | None = None
     for start in range(0, values.shape[1], BLOCK_TOKENS):
@@ -127,6 +181,33 @@ def _weigh(shares: Tensor, values: Tensor, first_block: int) -> Tensor:
         assert total is not None  # noqa: S101 - there is a key
         return total
     return group if total is None else total.add_(group)
+
+
+def _weigh_many(shares: Tensor, values: Tensor, first_block: int, workspace: Workspace) -> Tensor:
+    """(rows, D) of shares (rows, K) and values (K, D): many blocks share a batched product."""
+    num_rows, num_keys = shares.shape
+    num_blocks, size = num_keys // BLOCK_TOKENS, values.shape[1]
+    by_block = shares.view(num_rows, num_blocks, BLOCK_TOKENS).transpose(0, 1)
+    blocks = values.view(num_blocks, BLOCK_TOKENS, size)
+    at_once = min(num_blocks, PRODUCT_BLOCKS)
+    buffer = workspace.take("products", shares, at_once, num_rows, size)
+    total: Tensor | None = None
+    start = 0
+    while start < num_blocks:
+        before = (first_block + start) % GROUP_BLOCKS  # of the same group
+        end = min(num_blocks, start + (GROUP_BLOCKS - before if before else PRODUCT_BLOCKS))
+        if end - start > GROUP_BLOCKS:
+            end -= (end - start) % GROUP_BLOCKS
+        products = torch.bmm(by_block[start:end], blocks[start:end], out=buffer[: end - start])
+        groups = products.unflatten(0, (-1, min(GROUP_BLOCKS, end - start)))
+        sums = groups[:, 0]
+        for number in range(1, groups.shape[1]):
+            sums.add_(groups[:, number])
+        for of_group in sums:
+            total = of_group.clone() if total is None else total.add_(of_group)
+        start = end
+    assert total is not None  # noqa: S101 - there is a key
+    return total
 
 
 @lru_cache(maxsize=256)

@@ -15,13 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from training.engine.torch.attention.blocks import (
-    KEPT_KEYS,
-    Bucket,
-    block_attention,
-    make_buckets,
-)
+from training.engine.torch.attention.blocks import KEPT_KEYS, block_attention, is_long
 from training.engine.torch.attention.interface import Attention
+from training.engine.torch.attention.tiles import Bucket, make_buckets
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, stream_rows, take_rows
 from training.engine.torch.thread_team import ThreadTeam
@@ -37,6 +33,7 @@ class SequenceAttention(Attention):
         fuses: bool | None = None,
         kept_keys: int = KEPT_KEYS,
         team: ThreadTeam | None = None,
+        keeps_outputs: bool = False,
     ) -> None:
         """
         Args:
@@ -45,7 +42,14 @@ class SequenceAttention(Attention):
                 tensors' device.
             kept_keys: See ``blocks.KEPT_KEYS``.
             team: Computes parts of ``blocks``; None does it in this thread.
+            keeps_outputs: Whether layers are called a second time, in the backward pass
+                (``recompute``): the outputs of ``blocks`` are then kept for that, if all its
+                sequences are long. They are a small part of what such a layer does not keep, and
+                attention is most of the time of a long sequence.
         """
+        self._keeps_outputs = keeps_outputs
+        self._outputs: dict[int, Tensor] = {}
+        """Layer to what ``blocks`` computed, until it is used the second time."""
         self._team = team
         self._fuses = fuses
         self._kept_keys = kept_keys
@@ -65,10 +69,20 @@ class SequenceAttention(Attention):
         plan = self._plan(variant, query.shape[1], query.device)
         blocks = fused = None
         if plan.buckets:
-            kept = self._kept_keys
+            known = self._outputs.pop(layer_idx, None)
             blocks = block_attention(
-                query, key, value, plan.buckets, variant, scaling, kept_keys=kept, team=self._team
+                query,
+                key,
+                value,
+                plan.buckets,
+                variant,
+                scaling,
+                kept_keys=self._kept_keys,
+                team=self._team,
+                known=known,
             )
+            if known is None and self._keeps(plan.buckets):
+                self._outputs[layer_idx] = blocks.detach()
         if plan.fused is not None:
             fused = _fused_attention(query, key, value, plan.fused, scaling)
         if blocks is None or fused is None:
@@ -76,6 +90,9 @@ class SequenceAttention(Attention):
             assert output is not None  # noqa: S101 - each range is in one of the two
             return output
         return torch.where(plan.in_buckets, blocks, fused)  # (T, Hq, D)
+
+    def _keeps(self, buckets: Sequence[Bucket]) -> bool:
+        return self._keeps_outputs and all(is_long(each, self._kept_keys) for each in buckets)
 
     def _plan(self, variant: Variant, num_heads: int, device: torch.device) -> _Plan:
         reach = EVERYTHING if variant.reach.covers(self._longest) else variant.reach
