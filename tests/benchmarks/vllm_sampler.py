@@ -76,7 +76,7 @@ python = "{python}"
 arguments = ["--enforce-eager"]
 environment = {{ {environment} }}
 max_sequences = {requests}
-max_lora_rank = 8
+max_lora_rank = {rank}
 wait_seconds = 900
 """
 
@@ -132,6 +132,7 @@ def measure(report: Report, workload: Workload, options: argparse.Namespace) -> 
                 dtype=workload.dtype,
                 python=vllm_python(),
                 requests=REQUESTS,
+                rank=workload.max_lora_rank,
                 environment=", ".join(f'{name} = "{text}"' for name, text in CPU_ENVIRONMENT),
             )
         )
@@ -170,7 +171,7 @@ def publishing(report: Report, folder: Path, connection: VllmConnection, repetit
         engine = engine_with_server(
             base_model, Started(connection), Path(directory) / "server", max_loras=8
         )
-        engine.trainer.create_adapter("a", LoraConfig(rank=8, seed=1))
+        engine.trainer.create_adapter("a", LoraConfig(rank=TINY.max_lora_rank, seed=1))
         job: dict[str, Any] = {
             "prompt": np.arange(3, 35, dtype=np.int32),
             "sampling_params": SamplingParams(max_tokens=1, seed=1),
