@@ -12,107 +12,177 @@ number once.
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tests.benchmarks.report import Report, at_least, at_most, results_option
 
-QUEUE = "benchmark-claims"
-FUTURES_PER_CLAIM = 8
+SIZES = (1, 8)
+"""Futures in a claim, at most: one, as when a worker is woken for each, and some."""
 LOOK_EVERYWHERE = 200
 """Claims between two looks at all lanes."""
 
+WARM_UP_SECONDS = 3.0
+"""Postgres plans a statement anew for its first seven times on a connection."""
 
-def prepare(lanes: int) -> None:
-    """The lanes, with a waiting future each."""
+
+def queue_name(size: int) -> str:
+    return f"benchmark-claims-of-{size}"
+
+
+def prepare(lanes: int, queue: str) -> None:
+    """The lanes of a queue, with a waiting future each."""
     from django.contrib.auth import get_user_model
     from django.db import connection
 
-    from futures.services import future_submit, lane_create
+    from futures.models import Future, Lane
+    from futures.payload import encode_payload
 
-    owner = get_user_model().objects.create_user("benchmark")
-    for number in range(lanes):
-        lane_id = f"lane {number:05}"
-        lane_create(lane_id=lane_id, owner_id=owner.pk, queue=QUEUE)
-        future_submit(
-            owner_id=owner.pk, queue=QUEUE, kind="wait", payload={"n": 1}, lane_id=lane_id, seq_id=1
+    owner = get_user_model().objects.create_user(queue)
+    made = Lane.objects.bulk_create(
+        Lane(id=f"{queue} {number:05}", owner=owner, queue=queue) for number in range(lanes)
+    )
+    payload = encode_payload("wait", {"n": 1})
+    Future.objects.bulk_create(
+        Future(
+            owner=owner,
+            queue=queue,
+            lane=lane,
+            seq_id=1,
+            kind="wait",
+            payload=payload.data,
+            payload_digest=payload.digest,
         )
+        for lane in made
+    )
     with connection.cursor() as cursor:
-        cursor.execute("ANALYZE")  # as autovacuum does on a server that has run for a minute
+        cursor.execute("VACUUM ANALYZE")  # as autovacuum does on a server that has run a minute
 
 
-def work(seconds: float, share: int) -> None:
-    """One simulated worker, in a process of its own: "go" on its input begins, its output has the
-    latencies of its claims.
+def submit_next(request_ids: list[str]) -> None:
+    """Submit to the lane of each future its next one, with the same payload.
+
+    Clients do that through web processes, whose costs are not measured here, so it is one
+    statement.
+    """
+    from futures.database import execute
+    from futures.models import new_request_id
+
+    execute(
+        """
+        INSERT INTO futures_future (
+            id, owner_id, queue, lane_id, seq_id, kind, state, payload, payload_digest, summary,
+            cost, delayable, interruptible, error, category, error_code, attempts, created_at
+        )
+        SELECT next.id, owner_id, queue, lane_id, seq_id + 1, kind, 'pending', payload,
+            payload_digest, '{}', cost, false, false, '', '', '', 0, statement_timestamp()
+        FROM unnest(%(ids)s::text[], %(next_ids)s::text[]) AS next (before, id)
+        JOIN futures_future AS f ON f.id = next.before AND f.id = ANY (%(ids)s::text[])
+        """,
+        {"ids": request_ids, "next_ids": [new_request_id() for _ in request_ids]},
+    )
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a simulated worker has measured."""
+
+    latencies: list[float]
+    """Of each claim, in seconds."""
+    taken: int
+    """Futures that it has claimed, finished and submitted again."""
+    postgres_seconds: float
+    """CPU time of its connection's process; without Postgres's own processes, which write to the
+    disk."""
+    worker_seconds: float
+    """CPU time of its own process."""
+
+
+def backend_seconds() -> float:
+    """CPU time so far of the Postgres process that serves this thread's connection."""
+    from futures.database import psycopg_connection
+
+    pid = psycopg_connection().info.backend_pid
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def work(pipe: Connection, seconds: float, share: int, size: int) -> None:
+    """One simulated worker, in a process of its own.
+
+    It leases its share, measures, and stops, each time when it is told to; it answers to the second
+    with ``Told``.
 
     Args:
         share: Lanes that its first claim leases.
+        size: Futures in a claim, at most.
     """
     from django.db import transaction
 
     from futures.claiming import future_claim
     from futures.finishing import Outcome, futures_finish, futures_release
-    from futures.models import Future
-    from futures.payload import encode, encode_payload
+    from futures.payload import encode
     from futures.workers import worker_live, worker_start, worker_stop
 
-    worker = worker_start(queue=QUEUE, figures={})
+    worker = worker_start(queue=queue_name(size), figures={})
     worker_live(worker, {})
-    print("ready", flush=True)
-    sys.stdin.readline()
-    result, payload = encode({"loss": 1.0}), encode_payload("wait", {"n": 1})
-    latencies: list[float] = []
-    taken = 0
+    pipe.send("ready")
+    pipe.recv()
+    result = encode({"loss": 1.0})
     claimed = future_claim(worker=worker, max_futures=share, max_cost=10**9)
     futures_release(worker=worker, request_ids=[future.id for future in claimed])
-    print("leased", flush=True)
-    sys.stdin.readline()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        begin = time.monotonic()
-        claimed = future_claim(
-            worker=worker,
-            max_futures=FUTURES_PER_CLAIM,
-            max_cost=10**9,
-            only_leased=len(latencies) % LOOK_EVERYWHERE != LOOK_EVERYWHERE - 1,
-        )
-        latencies.append(time.monotonic() - begin)
-        taken += len(claimed)
-        with transaction.atomic():
-            futures_finish(
+    pipe.send("leased")
+    pipe.recv()
+
+    def cycles(seconds: float) -> tuple[list[float], int]:
+        latencies: list[float] = []
+        taken = 0
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            begin = time.monotonic()
+            claimed = future_claim(
                 worker=worker,
-                outcomes=[Outcome(request_id=future.id, result=result) for future in claimed],
-                batch=len(latencies),
+                max_futures=size,
+                max_cost=10**9,
+                only_leased=len(latencies) % LOOK_EVERYWHERE != LOOK_EVERYWHERE - 1,
             )
-            Future.objects.bulk_create(
-                Future(
-                    owner_id=future.owner_id,
-                    queue=QUEUE,
-                    kind="wait",
-                    payload=payload.data,
-                    payload_digest=payload.digest,
-                    lane_id=future.lane_id,
-                    seq_id=(future.seq_id or 0) + 1,
+            latencies.append(time.monotonic() - begin)
+            taken += len(claimed)
+            with transaction.atomic():
+                futures_finish(
+                    worker=worker,
+                    outcomes=[Outcome(request_id=future.id, result=result) for future in claimed],
+                    batch=len(latencies),
                 )
-                for future in claimed
-            )
-    print(json.dumps({"latencies": latencies, "taken": taken}), flush=True)
-    sys.stdin.readline()
+                submit_next([future.id for future in claimed])
+        return latencies, taken
+
+    cycles(WARM_UP_SECONDS)
+    begun_postgres, begun_worker = backend_seconds(), time.process_time()
+    latencies, taken = cycles(seconds)
+    pipe.send(
+        Told(
+            latencies,
+            taken,
+            postgres_seconds=backend_seconds() - begun_postgres,
+            worker_seconds=time.process_time() - begun_worker,
+        )
+    )
+    pipe.recv()
     worker_stop(worker)
 
 
-def wrong_lanes() -> int:
+def wrong_lanes(queue: str) -> int:
     """Lanes in which a number is missing, or that ran on more than one worker."""
     from futures.database import execute
 
@@ -124,7 +194,7 @@ def wrong_lanes() -> int:
             HAVING count(*) <> max(seq_id) OR count(DISTINCT worker_id) > 1
         ) AS wrong
         """,
-        {"queue": QUEUE},
+        {"queue": queue},
     )
     return int(wrong)
 
@@ -148,34 +218,31 @@ def postgres(data_dir: Path) -> Iterator[None]:
         connection.close()
 
 
-def measure(workers: int, seconds: float, share: int) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--work", str(seconds), "--share", str(share)]
+def measure(workers: int, seconds: float, share: int, size: int) -> list[Told]:
+    from django.db import connections
+
+    connections.close_all()
+    # Forked, so that twenty do not import the same first.
+    forked = multiprocessing.get_context("fork")
+    pipes = [forked.Pipe() for _ in range(workers)]
     processes = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(workers)
+        forked.Process(target=work, args=(theirs, seconds, share, size)) for _, theirs in pipes
     ]
-
-    def each_reads() -> list[str]:
-        return [process.stdout.readline() for process in processes if process.stdout is not None]
-
-    def tell_each() -> None:
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-
-    assert each_reads() == ["ready\n"] * workers
-    for process in processes:  # one after another, so that each gets its share
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "leased\n"
-    tell_each()
-    told = [json.loads(line) for line in each_reads()]
-    tell_each()
     for process in processes:
-        process.communicate()
+        process.start()
+    ours = [pipe for pipe, _ in pipes]
+    for pipe in ours:
+        assert pipe.recv() == "ready"
+    for pipe in ours:  # one after another, so that each gets its share
+        pipe.send("lease")
+        assert pipe.recv() == "leased"
+    for pipe in ours:
+        pipe.send("measure")
+    told = [pipe.recv() for pipe in ours]
+    for pipe in ours:
+        pipe.send("stop")
+    for process in processes:
+        process.join()
     return told
 
 
@@ -184,39 +251,47 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=20)
     parser.add_argument("--lanes", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--work", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--share", type=int, default=0, help=argparse.SUPPRESS)
     results_option(parser)
     options = parser.parse_args()
-    if options.work is not None:
-        import django
-
-        django.setup()
-        work(options.work, options.share)
-        return
     with tempfile.TemporaryDirectory(prefix="claims-") as folder, postgres(Path(folder)):
-        prepare(options.lanes)
         report = Report(
             benchmark="claims",
             settings={
                 "workers": options.workers,
                 "lanes": options.lanes,
                 "seconds": options.seconds,
-                "futures in a claim, at most": FUTURES_PER_CLAIM,
             },
         )
-        told = measure(options.workers, options.seconds, options.lanes // options.workers)
-        latencies = sorted(1000 * latency for each in told for latency in each["latencies"])
-        cuts = statistics.quantiles(latencies, n=100)
-        claims, taken = len(latencies), sum(each["taken"] for each in told)
-        report.add("claims", [claims / options.seconds], unit="1/s", goal=at_least(1000))
-        report.add("futures claimed, finished and submitted", [taken / options.seconds], unit="1/s")
-        report.add("latency of a claim, median", [cuts[49]], unit="ms")
-        report.add("latency of a claim, 99 %", [cuts[98]], unit="ms", goal=at_most(50))
-        report.add(
-            "lanes out of order, or on two workers", [wrong_lanes()], unit="", goal=at_most(0)
-        )
+        for size in SIZES:
+            add_figures(report, size, options)
         report.finish(options.results)
+
+
+def add_figures(report: Report, size: int, options: argparse.Namespace) -> None:
+    """Measure claims of at most so many futures, on a queue of their own."""
+    queue = queue_name(size)
+    prepare(options.lanes, queue)
+    told = measure(options.workers, options.seconds, options.lanes // options.workers, size)
+    latencies = sorted(1000 * latency for each in told for latency in each.latencies)
+    cuts = statistics.quantiles(latencies, n=100)
+    claims, taken = len(latencies), sum(each.taken for each in told)
+    kind = "one future" if size == 1 else f"{size} futures"
+    report.add(f"claims of {kind}", [claims / options.seconds], unit="1/s", goal=at_least(1000))
+    report.add("futures claimed, finished and submitted", [taken / options.seconds], unit="1/s")
+    for where, spent in (
+        ("Postgres", sum(each.postgres_seconds for each in told)),
+        ("the worker", sum(each.worker_seconds for each in told)),
+    ):
+        report.add(
+            f"CPU time of a claim, its commit and its submissions: {where}",
+            [1000 * spent / claims],
+            unit="ms",
+        )
+    report.add("latency of a claim, median", [cuts[49]], unit="ms")
+    report.add("latency of a claim, 99 %", [cuts[98]], unit="ms", goal=at_most(50))
+    report.add(
+        "lanes out of order, or on two workers", [wrong_lanes(queue)], unit="", goal=at_most(0)
+    )
 
 
 if __name__ == "__main__":
