@@ -15,7 +15,7 @@ from tests.waiting import LONG_SECONDS, wait_for
 from training.kinds import Sample
 from training.services import optim_step_submit, sample_submit
 from training.types import AdamParams, SamplingParams
-from training.worker import claims, texts
+from training.worker import claims, short_texts, texts
 from training.worker.text_pool import TextPool
 from training.worker.text_process import TextTask
 
@@ -40,7 +40,10 @@ def pool() -> Iterator[TextPool]:
 def work(
     start_worker: Callable[..., InProcessWorker],
     pool: TextPool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> InProcessWorker:
+    """A worker that sends every text to the pool."""
+    monkeypatch.setattr(short_texts, "CHARACTERS", 0)
     work = start_worker(text_pool=pool)
     work.loop._texts._seconds = 2.0
     return work
@@ -80,20 +83,48 @@ def test_a_text_that_takes_long_fails_by_name_and_holds_up_nobody(
     assert list(order) == [slow, step], "what is behind it in its lane waited"
 
 
-def test_tokens_made_elsewhere_are_those_made_here(
+def test_tokens_are_the_same_wherever_they_are_made(
+    start_worker: Callable[..., InProcessWorker],
+    pool: TextPool,
+    owner: User,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a worker without a pool, by one with a pool for a short text, and by the pool."""
+    sampled = []
+    for text_pool, characters in ((None, 0), (pool, 100), (pool, 0)):
+        monkeypatch.setattr(short_texts, "CHARACTERS", characters)
+        work = start_worker(text_pool=text_pool)
+        future = sample(owner, "hello")
+        work()
+        future.refresh_from_db()
+        sampled.append(decode(bytes(future.result or b""))["tokens"].tolist())
+    assert sampled[0] == sampled[1] == sampled[2]
+
+
+def test_short_texts_need_no_process(
+    start_worker: Callable[..., InProcessWorker],
+    pool: TextPool,
+    owner: User,
+    forward_backward: Submit,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "submit", None)
+    work = start_worker(text_pool=pool)
+    futures = [sample(owner, "hello"), forward_backward("m", "hi", "yes"), sample(owner, "")]
+    work()
+    assert sorted(finished(*futures)) == ["failed", "ready", "ready"]
+    assert futures[2].error == "prompt: empty"
+
+
+def test_a_cancelled_short_text_is_forgotten(
     start_worker: Callable[..., InProcessWorker], pool: TextPool, owner: User
 ) -> None:
-    start_worker(text_pool=pool)
-    here = start_worker()
-    expected = sample(owner, "hello")
-    here()
-    elsewhere = start_worker(text_pool=pool)
+    work = start_worker(text_pool=pool)
     future = sample(owner, "hello")
-    elsewhere()
-    expected.refresh_from_db()
-    future.refresh_from_db()
-    one, other = (decode(bytes(f.result or b""))["tokens"] for f in (expected, future))
-    assert one.tolist() == other.tolist()
+    work.loop._claims.take()
+    work.loop._texts.forget([future.id])
+    assert not work.loop._texts._answers
+    assert not work.loop._texts._requests
 
 
 def test_requests_claimed_together_share_a_pass_when_their_texts_are_short(

@@ -1,5 +1,7 @@
 """Processes that turn requests' text into tokens, so that nobody waits for another user's text.
 
+Short text does not come here (``training.worker.short_texts``).
+
 An owner has one process at a time, which gets several of the owner's requests at once if they are
 small: while samples run, the worker looks at the answers only every now and then. A process that
 ends fails only the request that it was working on.

@@ -13,6 +13,7 @@ from training.errors import TrainingError
 from training.kinds import REQUESTS, ForwardBackward, Order, Request, Sample
 from training.types import NO_CHAT_OPTIONS, ChatOptions, Datum
 from training.worker.requests import request_of
+from training.worker.short_texts import ShortTexts
 from training.worker.text_pool import TextPool
 from training.worker.text_process import Answer, TextTask
 from training.worker.text_work import Item, Text, tokens_of
@@ -34,7 +35,8 @@ class _Begun:
 
 
 class Texts:
-    """Tokens of requests: made beforehand by a pool of processes, or directly without one."""
+    """Tokens of requests: made when they are claimed, those of long text by a pool of processes; or
+    only when they run, without a pool."""
 
     def __init__(
         self,
@@ -52,17 +54,20 @@ class Texts:
         self._renderer = renderer
         self._max_context_tokens = max_context_tokens
         self._pool = pool
+        self._short = ShortTexts(renderer, max_context_tokens=max_context_tokens)
         self._seconds = seconds
         self._requests: dict[str, ForwardBackward | Sample] = {}
-        """Claimed requests without text, decoded once to find that out."""
+        """Claimed requests without text or with short text, decoded once to find that out."""
         self._begun: dict[str, _Begun] = {}
         self._answers: dict[str, Answer] = {}
 
     def begin(self, futures: Iterable[Future]) -> bool:
-        """Start to tokenize the text of claimed futures; return whether there is any."""
-        begun = len(self._begun)
+        """Tokenize the short text of claimed futures, and start with the rest; return whether
+        there is any rest."""
         if self._pool is None:
             return False
+        is_any_left = False
+        self._short.begin_turn()
         for future in futures:
             if REQUESTS[future.kind].order is Order.BARRIER:
                 continue
@@ -72,11 +77,17 @@ class Texts:
             if not request.has_text:
                 self._requests[future.id] = request
                 continue
+            answer = self._short.tokens(future.owner_id, request)
+            if answer is not None:
+                self._requests[future.id] = request
+                self._answers[future.id] = answer
+                continue
+            is_any_left = True
             payload = bytes(future.payload or b"")
             task = TextTask(future.kind, payload, self._max_context_tokens, self._seconds)
             self._begun[future.id] = _Begun(future.owner_id, len(payload))
             self._pool.submit(future.id, str(future.owner_id), task)
-        return len(self._begun) > begun
+        return is_any_left
 
     def is_ready(self, future: Future) -> bool:
         """Whether a request may run: its text is tokenized or refused, or it has none."""

@@ -22,6 +22,9 @@ class Renderer(ABC):
     """Why conversations cannot be trained on; None if they can."""
     image_fault: str | None = NO_IMAGES
     """Why images are refused; None if they are read."""
+    has_plain_template: bool = False
+    """Whether its template needs little memory for short messages: see
+    ``training.engine.renderer.plain_template``."""
 
     @abstractmethod
     def render_conversation(

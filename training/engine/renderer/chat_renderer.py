@@ -72,6 +72,7 @@ class ChatRenderer(Renderer):
         self.image_fault = None if images is not None else image_fault or NO_IMAGES
         marks = () if images is None else (images.mark,)
         self._template = ChatTemplate(tokenizer, marks=marks)
+        self.has_plain_template = self._template.is_plain
         added = tokenizer.added_tokens_decoder
         self._added = {i: t.content for i, t in added.items() if not t.content.isspace()}
         self.special_texts = {i: t.content for i, t in added.items() if t.special}

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from training.engine.renderer.plain_template import is_plain_template
 from training.engine.renderer.tokenizer import Tokenizer
 from training.errors import InvalidRequest
 from training.types import NO_CHAT_OPTIONS, ChatOptions
@@ -50,6 +51,8 @@ class ChatTemplate:
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first))) if special else None
         self._needs_parts = bool(marks) and self._leaves_out_plain_text()
+        self.is_plain = self._plain is not None and is_plain_template(self._plain)
+        """Whether the template for conversations without tools is plain: see ``plain_template``."""
 
     def render(
         self,
