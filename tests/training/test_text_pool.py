@@ -15,6 +15,7 @@ from tests.waiting import LONG_SECONDS, wait_for
 from training.errors import LimitExceeded, TrainingError
 from training.kinds import Sample
 from training.types import Datum, SamplingParams
+from training.worker import text_pool
 from training.worker.text_pool import BYTES_TOGETHER, MOST_PROCESSES, TextPool
 from training.worker.text_process import Answer, TextTask
 
@@ -175,3 +176,35 @@ def test_memory_beyond_the_limit_fails_the_request(pool: TextPool, answers: Run)
     assert isinstance(got["a"], LimitExceeded)
     assert "more memory" in str(got["a"])
     assert got["b"] == [list(b"hi")]
+
+
+def test_tasks_wait_for_the_first_process_to_start_and_share_it(
+    pool: TextPool, answers: Run, tmp_path: Path
+) -> None:
+    pool.warm_up(tmp_path)
+    pool.submit("a", "ada", task("hi"))
+    assert answers("a")["a"] == [list(b"hi")]
+    assert len(pool._processes) == 1
+    pool.submit("b", "bob", task("ho"))
+    assert answers("b")["b"] == [list(b"ho")]
+    assert len(pool._processes) == 1
+
+
+def test_a_pool_may_be_closed_while_its_first_process_starts(tmp_path: Path) -> None:
+    pool = TextPool(OddText())
+    pool.warm_up(tmp_path)
+    pool.close()
+    assert not pool._processes
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_first_process_that_could_not_start_is_tried_again_with_the_first_task(
+    pool: TextPool, answers: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError("no process")
+
+    monkeypatch.setattr(text_pool, "_run_server", fail)
+    pool.warm_up(tmp_path)
+    pool.submit("a", "ada", task("hi"))
+    assert answers("a")["a"] == [list(b"hi")]

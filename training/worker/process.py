@@ -30,13 +30,13 @@ from training.base_models import ServedBaseModel
 from training.engine import factory
 from training.engine.interface import Engine
 from training.vocabulary import vocabulary_store
-from training.worker import text_pool
 from training.worker.adapter_memory import GIBIBYTE
 from training.worker.agreement import FIGURE, check_agreement, worker_facts
 from training.worker.crash_log import CrashLog, crashed, oom_kills, remove_judged
 from training.worker.idle_cores import IdleCores, UseIdleCores
 from training.worker.loop import WorkLoop
 from training.worker.maintenance import Maintenance
+from training.worker.text_pool import TextPool
 from training.worker.texts import TEXT_RULES
 from training.worker.watchdog import EVERY_SECONDS, WatchdogSignal
 
@@ -58,7 +58,6 @@ def build_engine(base_model: ServedBaseModel, *, number: int = 0) -> Engine:
         BaseModelNotFound: Its folder cannot be read.
         DeviceNotFound: It names a GPU that does not exist.
     """
-    text_pool.warm_up(base_model.folder)
     stages = Stages()
     engine = factory.build_engine(
         base_model.config,
@@ -159,6 +158,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
         listen_as(worker)
         consumer = Consumer(base_model.queue)
         consumer.shares_queue = True
+        pool = TextPool(engine.renderer)
         loop = WorkLoop(
             engine,
             worker,
@@ -166,12 +166,13 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
             bell_rang=partial(bell_rang, base_model.queue),
             figures=figures,
             on_turn=on_turn,
-            text_pool=text_pool.TextPool(engine.renderer),
+            text_pool=pool,
             token_table=token_table,
         )
         consumer.on_turn = loop.idle_turn
         tasks.serve(base_model.queue, crash_log.noted()(loop.run_until_idle))
         worker_live(worker, figures)
+        pool.warm_up(base_model.folder)
         logger.info(
             "%s: ready on %s, %s layout; its adapters may take %.2f GiB of memory",
             base_model.name,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
 
 from training.errors import LimitExceeded, TrainingError
 from training.own_folders import process_folder
@@ -48,12 +50,8 @@ _CONTEXT = get_context("forkserver")
 inherits nothing of the worker's: no connection to Postgres, no thread, no lock."""
 
 
-def warm_up(folder: Path) -> None:
-    """Start to import the processes' modules, in parallel to the caller's next work.
-
-    Args:
-        folder: The model's.
-    """
+def _run_server(folder: Path) -> None:
+    """Start the process that imports the modules; ``folder`` is the model's."""
     from multiprocessing.forkserver import ensure_running
 
     processors = ("processor_config.json", "preprocessor_config.json")
@@ -92,7 +90,24 @@ class TextPool:
         self._processes: list[_Process] = []
         self._waiting: deque[_Waiting] = deque()
         self._answers: dict[str, Answer] = {}
-        self._start()  # so that the first request finds a warm one
+        self._warming: threading.Thread | None = None
+        self._warm: SimpleQueue[_Process] = SimpleQueue()
+
+    def warm_up(self, folder: Path) -> None:
+        """Start the first process beside the caller's work; tasks wait until it has started.
+
+        It takes a second of processor time, so a worker calls this once it serves.
+
+        Args:
+            folder: The model's.
+        """
+
+        def start() -> None:
+            _run_server(folder)
+            self._warm.put(self._new_process())
+
+        self._warming = threading.Thread(target=start, name="text", daemon=True)
+        self._warming.start()
 
     @property
     def num_pending(self) -> int:
@@ -107,6 +122,10 @@ class TextPool:
 
     def answers(self, *, wait_seconds: float = 0.0) -> dict[str, Answer]:
         """The answers since the last call, waiting up to ``wait_seconds`` for some."""
+        if self._warming is not None:
+            self._warming.join(wait_seconds if self._waiting else 0.0)
+            self._begin_waiting()
+            wait_seconds = 0.0
         busy = {p.connection: p for p in self._processes if p.tasks}
         for ready in connection.wait(list(busy), wait_seconds) if busy else []:
             self._receive(busy[ready])  # type: ignore[index]
@@ -128,10 +147,26 @@ class TextPool:
 
     def close(self) -> None:
         """End all processes."""
+        if self._warming is not None:
+            self._warming.join()
+            self._is_warming()
         for process in list(self._processes):
             self._end(process)
 
+    def _is_warming(self) -> bool:
+        """Whether the first process has not started yet; takes it if it has."""
+        if self._warming is None:
+            return False
+        if self._warming.is_alive():
+            return True
+        self._warming = None
+        if not self._warm.empty():  # else it could not be started, and the next one says why
+            self._processes.append(self._warm.get())
+        return False
+
     def _begin_waiting(self) -> None:
+        if self._is_warming():
+            return
         owners = {p.tasks[0].owner for p in self._processes if p.tasks}
         while batch := self._next_batch(but=owners):
             process = next((p for p in self._processes if not p.tasks), None)
@@ -169,13 +204,16 @@ class TextPool:
         return batch
 
     def _start(self) -> _Process:
+        started = self._new_process()
+        self._processes.append(started)
+        return started
+
+    def _new_process(self) -> _Process:
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(target=serve, args=(theirs, self._text), daemon=True)
         process.start()
         theirs.close()
-        started = _Process(process, ours)
-        self._processes.append(started)
-        return started
+        return _Process(process, ours)
 
     def _receive(self, process: _Process) -> None:
         """Take the answers that have come."""
