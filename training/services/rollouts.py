@@ -4,6 +4,7 @@ old records."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -55,6 +56,25 @@ DELETE FROM training_rollout WHERE id IN (SELECT id FROM old)
 """
 
 
+# One statement for all requests of a commit.
+_RENDERED = """
+INSERT INTO training_rendereddata (run_id, request_id, data, created_at)
+SELECT run_id, request_id, data, statement_timestamp()
+FROM unnest(%(runs)s::text[], %(requests)s::text[], %(data)b::bytea[])
+    AS o (run_id, request_id, data)
+ON CONFLICT DO NOTHING
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderedRequest:
+    """The tokens that were made of one request's text."""
+
+    run_id: str
+    request_id: str
+    data: Sequence[Datum]
+
+
 def rollouts_record(rows: Sequence[Rollout], sums: Mapping[str, Any]) -> None:
     """Record one request's sequences, inside the transaction that commits its result.
 
@@ -89,15 +109,26 @@ def rollouts_join(
     )
 
 
-def rendered_record(*, run_id: str, request_id: str, data: Sequence[Datum]) -> None:
-    """Record the tokens of a request that was sent as text, inside the transaction that commits
-    its result."""
-    content = [
+def rendered_record(requests: Sequence[RenderedRequest]) -> None:
+    """Record the tokens of requests that were sent as text, inside the transaction that commits
+    their results."""
+    if not requests:
+        return
+    execute(
+        _RENDERED,
+        {
+            "runs": [request.run_id for request in requests],
+            "requests": [request.request_id for request in requests],
+            "data": [encode(_content(request.data)) for request in requests],
+        },
+    )
+
+
+def _content(data: Sequence[Datum]) -> list[dict[str, Any]]:
+    return [
         {"model_input": datum.model_input, "loss_fn_inputs": dict(datum.loss_fn_inputs)}
         for datum in data
     ]
-    row = RenderedData(run_id=run_id, request_id=request_id, data=encode(content))
-    RenderedData.objects.bulk_create([row], ignore_conflicts=True)
 
 
 def rollouts_forget() -> None:

@@ -9,6 +9,7 @@ from futures.finishing import Outcome
 from futures.models import Future
 from training.errors import TrainingError
 from training.models import Run
+from training.services.rollouts import RenderedRequest, rendered_record
 from training.worker import outcomes
 
 
@@ -20,6 +21,8 @@ class Effects:
     writes: list[tuple[Future, Callable[[], None]]] = field(default_factory=list)
     """Row changes that belong to the outcomes of these futures; called inside the commit's
     transaction. A domain error that one raises becomes its future's failure."""
+    rendered: list[RenderedRequest] = field(default_factory=list)
+    """The tokens of requests that were sent as text, which are kept for people."""
     runs: list[Run] = field(default_factory=list)
     """The batch's runs, with their rows after its operations."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -34,6 +37,7 @@ class Effects:
     def write(self) -> None:
         """Change the rows, inside the commit's transaction and before the outcomes are written:
         a row may belong to another future by now."""
+        rendered_record(self.rendered)
         for future, write in self.writes:
             try:
                 write()

@@ -31,7 +31,7 @@ from training.loss_fns import (
 from training.models import Run
 from training.pass_figures import pass_figures
 from training.selectors import custom_loss_get
-from training.services.rollouts import rendered_record, rollouts_join
+from training.services.rollouts import RenderedRequest, rollouts_join
 from training.types import Datum, ForwardBackwardOutput, PassMemory
 from training.worker import outcomes
 from training.worker.effects import Effects
@@ -124,8 +124,9 @@ def run(
         )
         effects.outcomes.append(outcome)
         if request.has_text and facts.num_tokens <= MAX_SHOWN_TOKENS:
-            record = partial(rendered_record, run_id=run.id, request_id=future.id, data=answer.data)
-            effects.writes.append((future, record))
+            effects.rendered.append(
+                RenderedRequest(run_id=run.id, request_id=future.id, data=answer.data)
+            )
         if figures and future.kind == Kind.FORWARD_BACKWARD:
             join = partial(
                 rollouts_join,
