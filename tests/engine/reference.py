@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from training.engine.interface import ForwardBackwardJob
+from training.engine.torch.adapters import Adapter
 from training.engine.torch.trainer import TorchTrainer
 from training.errors import TrainingError
 from training.types import Datum, ForwardBackwardOutput
@@ -26,6 +27,9 @@ from training.types import Datum, ForwardBackwardOutput
 
 class TinyTrainer(TorchTrainer):
     """A TorchTrainer with what tests want to see and do."""
+
+    def adapter(self, adapter_name: str) -> Adapter:
+        return self._adapters[adapter_name]
 
     def layout_of(self, adapter_name: str):
         return self._adapters[adapter_name].layout

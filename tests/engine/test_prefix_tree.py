@@ -15,7 +15,7 @@ from tests.tiny_model import VOCAB_SIZE
 from training.engine.interface import ForwardBackwardJob
 from training.engine.torch.attention.blocks import KEPT_KEYS
 from training.engine.torch.packing.micro_batches import MicroBatch, plan_micro_batches
-from training.engine.torch.packing.plan import KEYS_PER_ROW, PlannedJob
+from training.engine.torch.packing.plan import KEYS_PER_ROW, Limits, PlannedJob
 from training.engine.torch.packing.prefix_tree import (
     SHARED_BLOCK,
     WORTHWHILE,
@@ -91,7 +91,7 @@ def planned(data: Sequence[Datum], part: int = 0) -> PlannedJob:
 
 
 def one_batch(data: Sequence[Datum]) -> MicroBatch:
-    (batch,) = plan_micro_batches([planned(data)], 10_000)
+    (batch,) = plan_micro_batches([planned(data)], Limits(token_budget=10_000))
     return batch
 
 
@@ -268,7 +268,7 @@ def test_a_row_is_read_as_a_key_by_a_bounded_number_of_datums(make_datum: MakeDa
     """Many short answers to a long prompt: few rows, but each answer copies the prompt's keys."""
     prompt = np.arange(320) % VOCAB_SIZE
     data = [beginning_with(prompt, make_datum(321, seed=seed)) for seed in range(40)]
-    batches = plan_micro_batches([planned(data)], 400)
+    batches = plan_micro_batches([planned(data)], Limits(token_budget=400))
     assert len(batches) > 1
     for batch in batches:
         assert sum(len(packed.datum.model_input) for packed in batch.datums) <= KEYS_PER_ROW * 400

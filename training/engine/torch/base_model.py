@@ -48,6 +48,9 @@ from training.errors import InvalidRequest
 from training.images import NO_IMAGES, PlacedImage
 from training.types import TokenIds
 
+ENOUGH_ROWS = 512
+"""On a CPU a product's time for a row falls no further (measured with oneDNN, AVX-512 and AMX)."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseModel:
@@ -172,6 +175,15 @@ class BaseModel:
         # Matrix kernels sum the rows left over from whole blocks in another order.
         is_whole = length % MIN_ROWS == 0
         return is_whole and self.fewest_rows <= length <= self.shared_tokens
+
+    @property
+    def enough_rows(self) -> int | None:
+        """The rows of a pass beside which others gain nothing from more; None if they always gain:
+        on a GPU, where each of many experts gets some of the rows, and where each pass collects
+        the weights."""
+        if self.device.type != "cpu" or self.is_padded or self.expert_stacks or self.group:
+            return None
+        return ENOUGH_ROWS
 
     @cached_property
     def fewest_rows(self) -> int:

@@ -133,7 +133,7 @@ class MemoryPlan:
         if num_rows < PLANNED_ROWS or not layouts:
             return None
         limit = self._activation_bytes or self._free_bytes() // SHARE
-        grad_bytes = sum(4 * layout.num_parameters for layout in set(layouts))  # the new sums
+        grad_bytes = sum(4 * layout.num_parameters for layout in layouts)
 
         def most_bytes(*, recomputes: bool) -> int:
             measured = [self._bytes(layout, recomputes=recomputes) for layout in layouts]

@@ -1,6 +1,7 @@
 """One pass over the base model for a list of checked jobs, and each job's result.
 
-Gradients are added up in copies. The caller gives those to the adapters if everything has
+Each part of a micro-batch has a gradient of its own, and those of an adapter are added up in their
+order, the accumulated one first. The caller gives the sums to the adapters if everything has
 succeeded, or drops them: a failed pass changes nothing.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from numpy.typing import NDArray
 
 from training.engine.custom_loss.run import CustomLossRunner, Outcome, Work
 from training.engine.torch.adapters import Adapter, AdapterTensors
+from training.engine.torch.at_once import compute_at_once, lots, plan_lot
 from training.engine.torch.base_model import BaseModel
+from training.engine.torch.gradient_sums import GradientSums
 from training.engine.torch.lm_head import HeadInputs, HeadOutput, score_targets
 from training.engine.torch.memory_plan import MemoryPlan, Planned
 from training.engine.torch.packing.micro_batches import MicroBatch, PackedDatum, PartSpan
@@ -25,7 +29,6 @@ from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.packing.ranges import take_rows
 from training.engine.torch.packing.stream import Segment
 from training.engine.torch.peak_memory import PeakMemory
-from training.engine.torch.sharding.rank_group import RankGroup
 from training.engine.torch.sharding.rounds import rounds, run_beside_others
 from training.engine.torch.vision.placement import SequenceRows, place
 from training.errors import NonFiniteResult, TrainingError
@@ -112,64 +115,59 @@ def run_pass(
         custom_losses: Computes clients' own losses.
         memory_plan: Says which micro-batches keep their activations.
     """
-    group = base_model.group
     result = PassResult()
-    sums: dict[tuple[str, int], AdapterTensors] = {}
     for planned in jobs:
         num_datums = len(planned.job.data)
         result.scores[planned] = JobScores(
             logprobs=[np.empty(0, np.float32)] * num_datums, losses=[0.0] * num_datums
         )
-        name = planned.job.adapter_name
-        if trains and name not in result.grads:
-            # A copy of the current sum, not zeros: a sum's last bits depend on its start.
-            grad = adapters[name].grad
-            result.grads[name] = AdapterTensors(grad.layout, grad.flat.clone())
-        if trains and planned.part not in sums:
-            whole = result.grads[name]
-            # Over several ranks each part is summed over them first, whatever shares the pass.
-            sums[planned.part] = whole if group is None else _zeros_like(whole)
+    sums = GradientSums(jobs if trains else (), adapters, base_model.group)
     work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
-    for batch, plan in rounds(base_model, jobs, adapters, token_budget, memory_plan, trains=trains):
-        recomputes = plan is not None and plan.recomputes
-        with torch.set_grad_enabled(trains), _memory_of(base_model, plan) as peak:
-            if batch is None:
-                run_beside_others(base_model, recomputes=recomputes)
-                continue
-            head = _run_micro_batch(
-                base_model,
-                batch,
-                adapters,
-                sums,
-                work,
-                custom_losses,
-                recomputes=recomputes,
+
+    def compute(batch: MicroBatch, *, recomputes: bool = False) -> _Computed:
+        with torch.set_grad_enabled(trains):
+            return _run_micro_batch(
+                base_model, batch, adapters, work, custom_losses, recomputes=recomputes
             )
+
+    def take(computed: _Computed) -> None:
+        for part, grad in computed.grads:
+            sums.add(part, grad)
+        _scatter_scores(computed.batch, computed.head, result.scores)
+
+    def compute_alone(batch: MicroBatch | None, plan: Planned | None) -> None:
+        recomputes = plan is not None and plan.recomputes
+        with _memory_of(base_model, plan) as peak:
+            if batch is None:
+                with torch.set_grad_enabled(trains):
+                    run_beside_others(base_model, recomputes=recomputes)
+                return
+            computed = compute(batch, recomputes=recomputes)
             result.memory = _larger(result.memory, plan, peak)
-        _scatter_scores(batch, head, result.scores)
-    if group is not None:
-        _put_together(base_model, group, result, sums)
-    return result
+        take(computed)
 
-
-def _put_together(
-    base_model: BaseModel,
-    group: RankGroup,
-    result: PassResult,
-    sums: Mapping[tuple[str, int], AdapterTensors],
-) -> None:
-    """Add up the ranks' gradients of each part, and give every rank the scores of all."""
-    has_part = group.splits_layers or base_model.divides_passes
-    for (name, _), own_sum in sums.items():
-        if not has_part and not group.is_first:
-            own_sum.flat.zero_()  # each rank has computed all of it
-        result.grads[name].flat.add_(group.add_up(own_sum.flat))
-    if base_model.divides_passes:
+    in_turn = rounds(base_model, jobs, adapters, token_budget, memory_plan, trains=trains)
+    for lot in lots(base_model, in_turn):
+        batches = [batch for batch, _ in lot if batch is not None]
+        count, plan = plan_lot(base_model, batches, adapters, memory_plan, trains=trains)
+        if count == 1:
+            for batch, own_plan in lot:
+                compute_alone(batch, own_plan)
+            continue
+        result.memory = _larger(result.memory, plan, None)
+        for name in {span.part[0] for batch in batches for span in batch.part_spans}:
+            # Converted once, before several threads ask for it.
+            adapters[name].weights.pair(base_model.head_name, base_model.dtype)
+        compute_at_once(base_model, [partial(compute, batch) for batch in batches], take, count)
+    result.grads = sums.finish(base_model)
+    group = base_model.group
+    if group is not None and base_model.divides_passes:
         own = list(result.scores.values())
         for rank, scores in enumerate(group.gather(own)):
             if rank != group.rank:
                 for ours, others in zip(own, scores, strict=True):
                     ours.add(others)
+    return result
 
 
 def _memory_of(
@@ -193,29 +191,39 @@ def _larger(
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Computed:
+    """The results of one micro-batch."""
+
+    batch: MicroBatch
+    head: HeadOutput
+    grads: Sequence[tuple[tuple[str, int], AdapterTensors]]
+    """Of its parts, in order; empty if the pass only scores."""
+
+
 def _run_micro_batch(
     base_model: BaseModel,
     batch: MicroBatch,
     adapters: Mapping[str, Adapter],
-    sums: Mapping[tuple[str, int], AdapterTensors],
     work: Mapping[PlannedJob, Work],
     custom_losses: CustomLossRunner,
     *,
     recomputes: bool,
-) -> HeadOutput:
-    own_grads = [sums.get(span.part) for span in batch.part_spans]
-    if base_model.is_padded:
-        own_grads = _separate_sums(own_grads)
+) -> _Computed:
+    weights = [adapters[span.part[0]].weights for span in batch.part_spans]
+    grads: list[AdapterTensors | None] = [None] * len(weights)
+    if torch.is_grad_enabled():
+        grads = [AdapterTensors(each.layout, torch.zeros_like(each.flat)) for each in weights]
 
     def segments(bounds: Callable[[PartSpan], tuple[int, int]]) -> list[Segment]:
         return [
             Segment(
                 start=bounds(span)[0],
                 end=bounds(span)[1],
-                weights=adapters[span.part[0]].weights,
-                grad=own,
+                weights=own,
+                grad=grad,
             )
-            for span, own in zip(batch.part_spans, own_grads, strict=True)
+            for span, own, grad in zip(batch.part_spans, weights, grads, strict=True)
         ]
 
     device = base_model.device
@@ -249,24 +257,9 @@ def _run_micro_batch(
     )
     if scored.requires_grad:
         scored.backward(head.grad_hidden)
-    for span, own in zip(batch.part_spans, own_grads, strict=True):
-        if own is not None and own is not sums[span.part]:
-            sums[span.part].flat.add_(own.flat)
-    return head
-
-
-def _separate_sums(sums: Sequence[AdapterTensors | None]) -> list[AdapterTensors | None]:
-    """A buffer of its own for the gradient of each part of a micro-batch, not its adapter's sum.
-
-    In the packed layout all layers add to the sum in the order of the parts. In the padded layout
-    a part has rows in several rectangles, between those of other parts, and the order of additions
-    would depend on its batch-mates.
-    """
-    return [None if each is None else _zeros_like(each) for each in sums]
-
-
-def _zeros_like(tensors: AdapterTensors) -> AdapterTensors:
-    return AdapterTensors(tensors.layout, torch.zeros_like(tensors.flat))
+    parts = [span.part for span in batch.part_spans]
+    of_parts = [(part, grad) for part, grad in zip(parts, grads, strict=True) if grad is not None]
+    return _Computed(batch=batch, head=head, grads=of_parts)
 
 
 def _with_images(batch: MicroBatch) -> Iterator[SequenceRows]:

@@ -8,6 +8,9 @@ and which of them computes which, then shows in no bit, and may change between t
 
 A thread that waits sleeps. Parts are taken one after another, so a thread that another process
 delays leaves more of them to the others.
+
+A task may also be a whole pass, whose own operations the team computes in parts: with the threads
+that are left if they are shared out among the passes.
 """
 
 from __future__ import annotations
@@ -43,25 +46,41 @@ class ThreadTeam:
 
     def __init__(self, size: int = 1) -> None:
         """``size``: threads, the calling one included."""
-        self.size = size
-        """May change between operations."""
+        self._size = size
+        self._share = _Share()
         self._calls: SimpleQueue[_Call] = SimpleQueue()
         self._num_helpers = 0
 
-    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+    @property
+    def size(self) -> int:
+        """The threads for an operation of the calling thread; may be changed between two."""
+        return self._share.size or self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self._size = size
+
+    def run(self, tasks: Sequence[Callable[[], T]], *, at_once: int | None = None) -> list[T]:
         """The results of the tasks, in order; no task may depend on another.
 
-        Gradients are not recorded.
+        Gradients are not recorded, unless a task turns that on for itself.
+
+        Args:
+            at_once: Most tasks at the same time, among which the threads are shared out; None: a
+                thread for each, and none for the operations of a task.
 
         Raises:
             BaseException: The first exception of a task, after all have ended.
         """
-        num_helpers = min(self.size, len(tasks)) - 1
+        size = self.size
+        num_helpers = min(size, len(tasks), at_once or size) - 1
         with torch.no_grad():
             if num_helpers < 1:
                 return [task() for task in tasks]
-            call = _Call(tasks)
-            self._start(num_helpers)
+            share = 1 if at_once is None else size // (num_helpers + 1)
+            call = _Call(tasks, self._share, share)
+            if not self._share.size:
+                self._start(size - 1)
             for _ in range(num_helpers):
                 self._calls.put(call)
             call.take_part()
@@ -70,11 +89,11 @@ class ThreadTeam:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Compute everything in the calling thread, for what can only observe that one."""
-        size, self.size = self.size, 1
+        size, self._size = self._size, 1
         try:
             yield
         finally:
-            self.size = size
+            self._size = size
 
     def parts(self, num_rows: int, fewest: int = PART_ROWS) -> list[slice]:
         """Rows 0 to n, cut for ``run``; one part if there are too few of them."""
@@ -99,10 +118,20 @@ def cut(num_rows: int, count: int, multiple: int = 1) -> list[slice]:
     return [slice(*bounds) for bounds in zip(starts, ends, strict=True)]
 
 
+class _Share(threading.local):
+    """What the current thread may use in a task."""
+
+    size = 0
+    """Threads; 0 outside of a task."""
+
+
 class _Call:
     """The tasks of one operation, and who has done which."""
 
-    def __init__(self, tasks: Sequence[Callable[[], Any]]) -> None:
+    def __init__(self, tasks: Sequence[Callable[[], Any]], share: _Share, size: int) -> None:
+        """``size``: the threads for the operations of each task."""
+        self._share = share
+        self._size = size
         self._tasks = deque(enumerate(tasks))
         self._results: list[Any] = [None] * len(tasks)
         self._num_left = len(tasks)
@@ -113,11 +142,12 @@ class _Call:
 
     def take_part(self) -> None:
         """Do tasks until none is left."""
+        before, self._share.size = self._share.size, self._size
         while True:
             try:
                 number, task = self._tasks.popleft()
             except IndexError:
-                return
+                break
             try:
                 self._results[number] = task()
             except BaseException as error:  # raised again in the caller's thread
@@ -126,6 +156,7 @@ class _Call:
                 self._num_left -= 1
                 if not self._num_left:
                     self._is_done.release()
+        self._share.size = before
 
     def wait(self) -> list[Any]:
         """The results, once all tasks are done."""

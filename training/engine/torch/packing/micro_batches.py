@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.engine.torch.packing.plan import Item, Piece, PlannedJob, plan_pieces
+from training.engine.torch.packing.plan import Item, Limits, Piece, PlannedJob, plan_pieces
 from training.engine.torch.packing.prefix_tree import Path, lay_out, shared_paths
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import MIN_ROWS, ROWS_MULTIPLE, round_up
@@ -138,7 +138,7 @@ class MicroBatch:
 
 def plan_micro_batches(
     jobs: Sequence[PlannedJob],
-    token_budget: int,
+    limits: Limits,
     *,
     rotary_switch: int | None = None,
     fewest_rows: int = MIN_ROWS,
@@ -149,7 +149,6 @@ def plan_micro_batches(
 
     Args:
         jobs: Either all of them train, or none.
-        token_budget: Most rows in a micro-batch, unless a single datum is longer.
         rotary_switch: Longer datums share nothing with others; see ``BaseModel``.
         fewest_rows: The least rows of a micro-batch.
         is_packed: Whether the stream goes through the model as it is, so that datums may share the
@@ -185,8 +184,7 @@ def plan_micro_batches(
         ]
     multiple = ROWS_MULTIPLE if is_packed else 1
     return [
-        _make_batch(origins, pieces, fewest_rows, multiple)
-        for pieces in plan_pieces(parts, token_budget)
+        _make_batch(origins, pieces, fewest_rows, multiple) for pieces in plan_pieces(parts, limits)
     ]
 
 

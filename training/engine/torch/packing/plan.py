@@ -9,13 +9,21 @@ their sharing do not depend on the other parts of a call.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from training.engine.interface import ForwardBackwardJob
 from training.engine.torch.packing.prefix_tree import SHARED_BLOCK, Path
 from training.loss_fns import CUSTOM, LOSS_FNS
+
+SHARED_SHARE = 8
+"""A piece that is long enough may end before a datum that would share up to this fraction of its
+rows (one eighth), which are then computed once more."""
+
+MOST_GRAD_BYTES = 512 * 2**20
+"""Of the gradients of a micro-batch's pieces, beside the first of each adapter."""
 
 KEYS_PER_ROW = 8
 """Most datums that read a row as a key, on average over a piece. Each datum's attention makes
@@ -88,38 +96,72 @@ class Piece:
         num_keys = self._num_keys + item.num_tokens
         return max(self.num_rows + self._rows_needed(item), num_keys // KEYS_PER_ROW)
 
+    def shares_little(self, item: Item) -> bool:
+        """Whether the datum would share few of the piece's rows."""
+        return SHARED_SHARE * self._rows_shared(item) <= self.num_rows
+
     def _rows_needed(self, item: Item) -> int:
-        return item.num_tokens - SHARED_BLOCK * len(self._blocks.intersection(item.path))
+        return item.num_tokens - self._rows_shared(item)
+
+    def _rows_shared(self, item: Item) -> int:
+        return SHARED_BLOCK * len(self._blocks.intersection(item.path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest pieces and micro-batches."""
+
+    token_budget: int
+    """Largest sum of a micro-batch's sizes, unless a single datum is larger."""
+    piece_rows: int | None = None
+    """A piece that would be larger ends before a datum that shares little with it; None: the
+    token budget is the only limit."""
+    is_split: bool = False
+    """Whether a micro-batch of several pieces is no larger than ``piece_rows``, so that several
+    threads get some."""
+    grad_bytes: Mapping[str, int] = field(default_factory=dict)
+    """The gradient's size by adapter. The pieces of a micro-batch have one each."""
+
+    @property
+    def batch_rows(self) -> int:
+        return (self.is_split and self.piece_rows) or self.token_budget
 
 
 def plan_pieces(
-    parts: Mapping[tuple[str, int], Sequence[Item]], token_budget: int
+    parts: Mapping[tuple[str, int], Sequence[Item]], limits: Limits
 ) -> list[list[Piece]]:
-    """The pieces of each micro-batch; every datum of every part is in one piece.
-
-    Args:
-        token_budget: Largest sum of sizes, unless a single datum is larger.
-    """
+    """The pieces of each micro-batch; every datum of every part is in one piece."""
     batches: list[list[Piece]] = []
-    total = 0
     for part, items in parts.items():
-        for piece in _cut_part(part, items, token_budget):
-            if not batches or total + piece.size > token_budget:
+        for piece in _cut_part(part, items, limits):
+            if not batches or not _fits(piece, batches[-1], limits):
                 batches.append([])
-                total = 0
             batches[-1].append(piece)
-            total += piece.size
     return batches
 
 
-def _cut_part(part: tuple[str, int], items: Sequence[Item], token_budget: int) -> list[Piece]:
+def _fits(piece: Piece, batch: Sequence[Piece], limits: Limits) -> bool:
+    if sum(each.size for each in batch) + piece.size > limits.batch_rows:
+        return False
+    adapters = [name for name, _ in (*(each.part for each in batch), piece.part)]
+    # An adapter's first gradient becomes the sum that the pass returns.
+    further = sum((n - 1) * limits.grad_bytes.get(name, 0) for name, n in Counter(adapters).items())
+    return further <= MOST_GRAD_BYTES
+
+
+def _cut_part(part: tuple[str, int], items: Sequence[Item], limits: Limits) -> list[Piece]:
     """Cut a part into pieces: datums ordered by prefix, then by loss, the longest first."""
     loss_order: dict[tuple[Any, ...], int] = {}
     for item in items:
         loss_order.setdefault(item.loss_key, len(loss_order))
     pieces: list[Piece] = []
     for item in sorted(items, key=lambda i: (i.path, loss_order[i.loss_key], -i.num_tokens)):
-        if not pieces or pieces[-1].size_with(item) > token_budget:
+        size = pieces[-1].size_with(item) if pieces else 0
+        if (
+            not pieces
+            or size > limits.token_budget
+            or (size > (limits.piece_rows or size) and pieces[-1].shares_little(item))
+        ):
             pieces.append(Piece(part))
         pieces[-1].add(item)
     for piece in pieces:

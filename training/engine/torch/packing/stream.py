@@ -21,6 +21,7 @@ transformers passes on; LoRA layers get only their input, so they read it from t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -183,15 +184,21 @@ def _may_join(left: Segment, right: Segment) -> bool:
     )
 
 
-class ContextHolder:
-    """Holds the context of the current pass for the LoRA layers of one base model.
+class _OwnPass(threading.local):
+    """The pass of the current thread."""
 
-    A plain attribute and not a context variable: autograd may run backward code that
-    recomputes a forward pass in another thread.
+    context: PassContext | SingleContext | None = None
+
+
+class ContextHolder:
+    """Holds the context of a thread's current pass for the LoRA layers of one base model.
+
+    Several threads may each run a pass. Where autograd computes a part of a pass again in a thread
+    of its own, that thread makes the context its current one (``recompute``).
     """
 
     def __init__(self) -> None:
-        self.current: PassContext | SingleContext | None = None
+        self._own = _OwnPass()
         self.beside: SideBySide | None = None
         """The passes beside the current one that share its products; None: there are none."""
         self.team = ThreadTeam()
@@ -199,14 +206,19 @@ class ContextHolder:
         self.on_progress: Callable[[], None] = _nothing
         """Called by every LoRA layer, in both directions, so that a long pass shows progress."""
 
+    @property
+    def current(self) -> PassContext | SingleContext | None:
+        """The context of this thread's pass; None outside of passes."""
+        return self._own.context
+
     @contextmanager
     def active(self, context: PassContext | SingleContext) -> Iterator[None]:
-        """Make ``context`` the current one; passes do not nest."""
-        self.current = context
+        """Make ``context`` the current one; a thread's passes do not nest."""
+        self._own.context = context
         try:
             yield
         finally:
-            self.current = None
+            self._own.context = None
 
 
 def _nothing() -> None:

@@ -103,7 +103,6 @@ class SideBySide:
             own.may_run.acquire()
         if self._is_abandoned:
             raise _Abandoned
-        self._holder.current = context
         return own.rows
 
     def _continue(self, one: _Pass) -> None:

@@ -15,7 +15,7 @@ from training.engine.torch.adapters import Adapter
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.memory_plan import MemoryPlan, Planned
 from training.engine.torch.packing.micro_batches import MicroBatch, plan_micro_batches
-from training.engine.torch.packing.plan import PlannedJob
+from training.engine.torch.packing.plan import Limits, PlannedJob
 from training.engine.torch.packing.ranges import RowRange
 from training.engine.torch.packing.stream import MIN_ROWS, uniform_segments
 from training.engine.torch.sharding.share_of_pass import divide
@@ -33,6 +33,9 @@ def rounds(
     """This process's micro-batches, each with its plan; None is one without datums, beside those of
     other ranks."""
 
+    names = {planned.job.adapter_name for planned in jobs}
+    grad_bytes = {name: adapters[name].grad.flat.nbytes for name in names if trains}
+
     def plan_of(batch: MicroBatch) -> Planned | None:
         layouts = [adapters[span.part[0]].layout for span in batch.part_spans if trains]
         return memory_plan.of_pass(batch.row_ranges, layouts)
@@ -40,7 +43,12 @@ def rounds(
     def batches_of(chosen: Mapping[PlannedJob, range] | None) -> list[MicroBatch]:
         return plan_micro_batches(
             jobs,
-            token_budget,
+            Limits(
+                token_budget=token_budget,
+                piece_rows=base_model.enough_rows,
+                is_split=base_model.holder.team.size > 1,
+                grad_bytes=grad_bytes,
+            ),
             rotary_switch=base_model.rotary_switch,
             fewest_rows=max(MIN_ROWS, base_model.fewest_rows),
             is_packed=not base_model.is_padded,
