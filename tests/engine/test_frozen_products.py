@@ -25,6 +25,18 @@ NUMBERS = (1, 2, 3, 4, 5, 7, 15, 16, 17, 31, 33, 64, 65, 127, 128, 256, 299)
 SHAPES = [(16, 16), (24, 64), (64, 24), (192, 576), (576, 1536), (1536, 576), (4096, 256)]
 """(out, in) of matrices: those of the tiny models and of SmolLM2, and one of many outputs."""
 
+BFLOAT16_SHAPES = [
+    (128, 896),
+    (192, 576),
+    (576, 576),
+    (576, 1536),
+    (1536, 576),
+    (256, 4096),
+    (1024, 8192),
+]
+NUMBERS_OF_FOURS = (4, 8, 16, 20, 32, 36, 64, 68, 128, 132, 256, 296, 512, 648)
+MOST_FOURS = 652
+
 
 class CountingTeam(ThreadTeam):
     """It counts the parts."""
@@ -89,6 +101,34 @@ def test_they_are_the_products(out: int, inner: int) -> None:
     for product, rows, expected in products(out, inner):
         torch.testing.assert_close(product(rows).double(), expected, rtol=1e-4, atol=1e-3)
         assert product(rows[:0]).shape == expected[:0].shape
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "has_bias", "out", "inner"),
+    [*((1, i % 2 == 0, *shape) for i, shape in enumerate(BFLOAT16_SHAPES)), (2, True, 256, 4096)],
+)
+def test_a_bfloat16_rows_bits_depend_on_no_other_row(
+    num_threads: int, has_bias: bool, out: int, inner: int
+) -> None:
+    """Where the processor has AMX, oneDNN's own products of these shapes fail this."""
+    generator = torch.Generator().manual_seed(out)
+    weight = (torch.randn(out, inner, generator=generator) / 16).bfloat16()
+    bias = torch.randn(out, generator=generator).bfloat16() if has_bias else None
+    rows = torch.randn(MOST_FOURS, inner, generator=generator).bfloat16()
+    torch.set_num_threads(num_threads)
+    expected = times_transposed(rows, weight, bias)
+    for i, number in enumerate(NUMBERS_OF_FOURS):
+        part = slice(4 * (i % 2), 4 * (i % 2) + number)
+        assert torch.equal(times_transposed(rows[part], weight, bias), expected[part])
+    exact = rows.double() @ weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(expected.double(), exact, rtol=2**-8, atol=1e-3)
+
+
+def test_a_bfloat16_row_alone_is_a_product() -> None:
+    rows, weight = torch.randn(1, 64).bfloat16(), torch.randn(24, 64).bfloat16()
+    product = times_transposed(rows, weight)
+    torch.testing.assert_close(product, rows @ weight.T, rtol=2**-7, atol=2**-6)
+    assert times_transposed(rows[:0], weight).shape == (0, 24)
 
 
 def test_rows_that_do_not_lie_one_after_the_other_are_computed_as_if_they_did() -> None:

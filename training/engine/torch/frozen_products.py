@@ -1,10 +1,17 @@
-"""Products of rows with a frozen matrix of the base model, forwards and backwards.
+"""Products of rows with a matrix whose bits for a row do not depend on the number of rows.
+
+Those with a frozen matrix of the base model, forwards and backwards, and those with an adapter's.
 
 In float32 on an x86 CPU they go to oneDNN, as torch's own bfloat16 products do, and not to the BLAS
 behind ``torch.mm``. oneDNN reads the matrix where it lies instead of copying it for every product,
 which matters most for few rows. Its results for a row do not depend on the number of rows from two
 on, on the row's place, or on the number of threads (measured with AVX2 and AVX-512, one to four
 threads); those of one row alone do, so a second is added.
+
+In bfloat16, where the processor has AMX, oneDNN cuts the sums of many rows into parts, and into
+other parts for other numbers of rows. It does not cut those of few rows, so rows are taken in
+blocks (``most_rows``). A block's product is computed transposed: then oneDNN reads the matrix where
+it lies, and copies the smaller rows instead.
 """
 
 from __future__ import annotations
@@ -17,6 +24,16 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from training.engine.torch.thread_team import ROWS_MULTIPLE, ThreadTeam, cut
+
+BLOCKS = ((1536, 512), (2048, 256), (3072, 128), (4608, 64))
+"""Most rows of a block in bfloat16, for sums of up to so many numbers (measured with AMX and
+matrices from 16 x 64 to 14336 x 4096, whole and in parts)."""
+
+NARROW_BLOCK = 128
+"""A block of more rows than this has at most as many as there are outputs."""
+
+SMALLEST_BLOCK = 32
+"""Most rows of a block for longer sums, and for torch's own threads."""
 
 PART_NUMBERS = 2**21
 """Fewest numbers of a part of a matrix: reading them takes about a millisecond, and handing the
@@ -59,9 +76,36 @@ def _output_parts(rows: Tensor, weight: Tensor, team: ThreadTeam | None) -> list
 
 
 def _times_transposed(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not _has_own_kernel(rows, weight):
-        return linear(rows, weight, bias)
-    return _with_onednn(rows, weight, bias)
+    if _has_own_kernel(rows, weight):
+        return _with_onednn(rows, weight, bias)
+    if _needs_blocks(rows, weight):
+        return _by_blocks(rows, weight, bias)
+    return linear(rows, weight, bias)
+
+
+def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    output = rows.new_empty(len(rows), len(weight))
+    size = most_rows(*weight.shape)
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        if len(block) == 1:  # it has another kernel
+            block = pad(block, (0, 0, 0, 1))
+        columns = block.T
+        product = (
+            torch.mm(weight, columns)
+            if bias is None
+            else torch.addmm(bias[:, None], weight, columns)
+        )  # (out, n)
+        output[start : start + size] = product.T[: len(rows) - start]
+    return output
+
+
+def most_rows(out: int, inner: int) -> int:
+    """The rows of a block of bfloat16 products with a matrix (out, inner)."""
+    if torch.get_num_threads() > 1:
+        return SMALLEST_BLOCK
+    size = next((rows for longest, rows in BLOCKS if inner <= longest), SMALLEST_BLOCK)
+    return min(size, max(NARROW_BLOCK, out))
 
 
 def times_frozen(rows: Tensor, weight: Tensor) -> Tensor:
@@ -89,6 +133,21 @@ def _has_own_kernel(rows: Tensor, weight: Tensor) -> bool:
         and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
         and _has_onednn()
     )
+
+
+def _needs_blocks(rows: Tensor, weight: Tensor) -> bool:
+    """Whether a product's bits for a row would depend on the number of rows."""
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype == weight.dtype == torch.bfloat16
+        and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
+        and _has_amx()
+    )
+
+
+@cache
+def _has_amx() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
 
 
 @cache
