@@ -124,6 +124,21 @@ def test_a_bfloat16_rows_bits_depend_on_no_other_row(
     torch.testing.assert_close(expected.double(), exact, rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.parametrize(("out", "inner"), [*BFLOAT16_SHAPES, (896, 4864), (8192, 1024)])
+def test_a_bfloat16_gradients_bits_depend_on_no_other_row(out: int, inner: int) -> None:
+    generator = torch.Generator().manual_seed(out)
+    weight = (torch.randn(out, inner, generator=generator) / 16).bfloat16()
+    rows = torch.randn(MOST_FOURS, out, generator=generator).bfloat16()
+    torch.set_num_threads(1)
+    expected = times_frozen(rows, weight)
+    for i, number in enumerate(NUMBERS_OF_FOURS):
+        part = slice(4 * (i % 2), 4 * (i % 2) + number)
+        assert torch.equal(times_frozen(rows[part], weight), expected[part])
+    assert times_frozen(rows[:0], weight).shape == (0, inner)
+    exact = rows.double() @ weight.double()
+    torch.testing.assert_close(expected.double(), exact, rtol=2**-8, atol=1e-3)
+
+
 def test_a_bfloat16_row_alone_is_a_product() -> None:
     rows, weight = torch.randn(1, 64).bfloat16(), torch.randn(24, 64).bfloat16()
     product = times_transposed(rows, weight)

@@ -11,7 +11,7 @@ threads); those of one row alone do, so a second is added.
 In bfloat16, where the processor has AMX, oneDNN cuts the sums of many rows into parts, and into
 other parts for other numbers of rows. It does not cut those of few rows, so rows are taken in
 blocks (``most_rows``). A block's product is computed transposed: then oneDNN reads the matrix where
-it lies, and copies the smaller rows instead.
+it lies, and copies the smaller rows instead. Backwards all blocks have one number of rows.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ NARROW_BLOCK = 128
 
 SMALLEST_BLOCK = 32
 """Most rows of a block for longer sums, and for torch's own threads."""
+
+EQUAL_BLOCK = 128
+"""Rows of each block of a backward product in bfloat16: whatever oneDNN does for this number, it
+does for all. A sampling step has no such products."""
 
 PART_NUMBERS = 2**21
 """Fewest numbers of a part of a matrix: reading them takes about a millisecond, and handing the
@@ -78,23 +82,24 @@ def _output_parts(rows: Tensor, weight: Tensor, team: ThreadTeam | None) -> list
 def _times_transposed(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _has_own_kernel(rows, weight):
         return _with_onednn(rows, weight, bias)
-    if _needs_blocks(rows, weight):
+    if needs_blocks(rows, weight):
         return _by_blocks(rows, weight, bias)
     return linear(rows, weight, bias)
 
 
-def _by_blocks(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    output = rows.new_empty(len(rows), len(weight))
-    size = most_rows(*weight.shape)
+def _by_blocks(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(n, out) = rows (n, in) @ matrix (out, in)^T + bias (out,)."""
+    output = rows.new_empty(len(rows), len(matrix))
+    size = most_rows(*matrix.shape)
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         if len(block) == 1:  # it has another kernel
             block = pad(block, (0, 0, 0, 1))
         columns = block.T
         product = (
-            torch.mm(weight, columns)
+            torch.mm(matrix, columns)
             if bias is None
-            else torch.addmm(bias[:, None], weight, columns)
+            else torch.addmm(bias[:, None], matrix, columns)
         )  # (out, n)
         output[start : start + size] = product.T[: len(rows) - start]
     return output
@@ -110,9 +115,21 @@ def most_rows(out: int, inner: int) -> int:
 
 def times_frozen(rows: Tensor, weight: Tensor) -> Tensor:
     """(n, in) = rows (n, out) @ weight (out, in): the gradient of ``times_transposed``'s rows."""
-    if not _has_own_kernel(rows, weight):
-        return rows @ weight
-    return _with_onednn(rows, weight.T, None)
+    if _has_own_kernel(rows, weight):
+        return _with_onednn(rows, weight.T, None)
+    if needs_blocks(rows, weight):
+        return by_equal_blocks(rows, weight)
+    return rows @ weight
+
+
+def by_equal_blocks(rows: Tensor, weight: Tensor, size: int = EQUAL_BLOCK) -> Tensor:
+    """(n, in) = rows (n, out) @ weight (out, in), in products of ``size`` rows each."""
+    num_rows = len(rows)
+    blocks = pad(rows, (0, 0, 0, -num_rows % size)).split(size)
+    output = rows.new_empty(len(blocks) * size, weight.shape[1])
+    for block, own in zip(blocks, output.split(size), strict=True):
+        torch.mm(block, weight, out=own)
+    return output[:num_rows]
 
 
 def _with_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -135,11 +152,15 @@ def _has_own_kernel(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _needs_blocks(rows: Tensor, weight: Tensor) -> bool:
-    """Whether a product's bits for a row would depend on the number of rows."""
+def needs_blocks(rows: Tensor, weight: Tensor) -> bool:
+    """Whether a product's bits for a row would depend on the number of rows.
+
+    ``weight``: a matrix, or a stack of them.
+    """
     return (
         rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.bfloat16
+        and len(rows) > 0
         and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
         and _has_amx()
     )

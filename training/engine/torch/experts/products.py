@@ -11,12 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from training.engine.torch.frozen_products import SMALLEST_BLOCK, by_equal_blocks, needs_blocks
+
 ALIGNMENT_BYTES = 16
 """Condition of torch's grouped product for the address of its arguments and every stride."""
 
 
 def grouped_times(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """(P, N) = rows (P, K), those of group e @ matrices[e] (K, N)."""
+    if needs_blocks(rows, matrices):
+        by_group = rows.new_empty(len(rows), matrices.shape[2])
+        for expert, group in _groups(ends):
+            by_group[group] = by_equal_blocks(rows[group], matrices[expert], SMALLEST_BLOCK)
+        return by_group
     if _is_aligned(rows) and _is_aligned(matrices) and _is_aligned_width(matrices.shape[2], rows):
         return grouped_mm(rows, matrices, offs=ends)
     output = rows.new_zeros(len(rows), matrices.shape[2])
