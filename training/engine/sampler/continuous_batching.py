@@ -35,6 +35,7 @@ from training.engine.torch.attention.arithmetic import BLOCK_TOKENS
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.checkpoint_io import CapturedTensors, load_weights
 from training.engine.torch.out_of_memory import out_of_memory_by_name
+from training.engine.torch.to_device import to_device
 from training.errors import NonFiniteResult, TrainingError
 
 Results = dict[str, SampleOutput | TrainingError]
@@ -227,7 +228,7 @@ class ContinuousSampler(Sampler):
         for i, request in enumerate(last_hidden):
             rows += [(request, sequence) for sequence in request.sequences]
             logits_rows += [i] * len(request.sequences)
-        return self._sample(rows, logits[logits_rows])
+        return self._sample(rows, logits[to_device(logits_rows, logits.device)])
 
     def _sample(self, rows: Sequence[Row], logits: Tensor) -> Results:
         """Append the next token to each row's sequence; return the jobs that this finished."""

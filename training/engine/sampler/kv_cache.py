@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from training.engine.torch.attention.arithmetic import BLOCK_TOKENS
+from training.engine.torch.to_device import to_device
 
 
 class KvCache:
@@ -62,7 +63,7 @@ class KvCache:
 
     def wipe(self, blocks: Sequence[int]) -> None:
         """Set blocks to zeros: what a sequence left there may be infinite."""
-        self._fill(torch.tensor(blocks, device=self.device))
+        self._fill(to_device(blocks, self.device))
 
     def _fill(self, blocks: Tensor) -> None:
         for buffers in self._layers.values():
@@ -71,7 +72,7 @@ class KvCache:
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks, in all layers."""
-        from_, to = (torch.tensor(ids, device=self.device) for ids in (sources, targets))
+        from_, to = (to_device(ids, self.device) for ids in (sources, targets))
         for buffers in self._layers.values():
             for buffer in buffers:
                 buffer.index_copy_(0, to, buffer.index_select(0, from_))

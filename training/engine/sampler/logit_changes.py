@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.engine.torch.to_device import to_device
 from training.errors import InvalidRequest
 from training.types import SamplingParams, TokenIds
 
@@ -41,13 +42,13 @@ def changed_logits(
     logits, device = logits.clone(), logits.device
     if params.logit_bias:
         tokens, biases = zip(*params.logit_bias, strict=True)
-        logits[torch.tensor(tokens, device=device)] += torch.tensor(biases, device=device)
+        logits[to_device(tokens, device)] += to_device(biases, device, logits.dtype)
     if params.repetition_penalty != 1:
-        seen = torch.from_numpy(np.union1d(prompt, np.asarray(sampled, np.int64))).to(device)
+        seen = to_device(np.union1d(prompt, np.asarray(sampled, np.int64)), device)
         penalty, values = params.repetition_penalty, logits[seen]
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if sampled and (params.frequency_penalty or params.presence_penalty):
-        said, counts = torch.tensor(sampled, device=device).unique(return_counts=True)
+        said, counts = (to_device(each, device) for each in np.unique(sampled, return_counts=True))
         logits[said] -= params.frequency_penalty * counts + params.presence_penalty
     return logits
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from training.engine.torch.to_device import to_device
 from training.errors import InvalidRequest
 from training.types import SamplingParams
 
@@ -91,7 +92,7 @@ def draw_tokens(logits: Tensor, temperature: float, uniforms: Sequence[Sequence[
     smallest = torch.finfo(torch.float32).tiny
     tempered = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, smallest)
     logprobs = tempered.log_softmax(dim=-1)  # (n, V)
-    numbers = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)  # (n, k)
+    numbers = to_device(uniforms, logits.device, torch.float64)  # (n, k)
     return torch.stack([_invert(logprobs, column) for column in numbers.unbind(1)], dim=1)
 
 
@@ -113,7 +114,7 @@ def choose_tokens(
             log-probabilities are still those of ``logits``.
     """
     device = logits.device
-    temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=device)
+    temperatures = to_device([p.temperature or 1.0 for p in params], device, torch.float32)
     temperatures.clamp_(min=torch.finfo(torch.float32).tiny)
     largest, likeliest = logits.max(dim=-1)  # (n,)
     # The largest logit becomes 0 first, so that a small temperature does not cause infinity.
@@ -124,8 +125,8 @@ def choose_tokens(
         i for i, p in enumerate(params) if not _is_greedy(p) and not _is_cut(p) and i not in changed
     ]
     if whole:
-        rows = torch.tensor(whole, device=device)
-        drawn = torch.tensor([uniforms[i] for i in whole], dtype=torch.float64, device=device)
+        rows = to_device(whole, device)
+        drawn = to_device([uniforms[i] for i in whole], device, torch.float64)
         chosen[rows] = _invert(logprobs if len(whole) == len(params) else logprobs[rows], drawn)
     for i, p in enumerate(params):
         if i in changed:
@@ -157,7 +158,7 @@ def _choose_changed(
     logprobs = ((logits - largest) / temperature).log_softmax(dim=-1)
     if _is_cut(params):
         return _choose_from_cut(logprobs, params, uniform)
-    drawn = torch.tensor([uniform], dtype=torch.float64, device=logits.device)
+    drawn = to_device([uniform], logits.device, torch.float64)
     return _invert(logprobs[None], drawn)[0]
 
 
@@ -206,22 +207,22 @@ def _choose_from_cut(logprobs: Tensor, params: SamplingParams, uniform: float) -
     """A token (scalar) of the ``top_k`` likeliest, of those of the smallest set whose share of
     their probability reaches ``top_p``, and of those the ones that are at least ``min_p`` times as
     likely as the likeliest, which is always among them."""
-    floor = float(logprobs.max()) + math.log(params.min_p) if params.min_p else -math.inf
     vocab_size = len(logprobs)
-    if params.top_k == -1:
-        limit, looked_at, mass = vocab_size, min(NUCLEUS_CANDIDATES, vocab_size), 1.0
-    else:
-        limit = looked_at = min(params.top_k, vocab_size)
+    limit = vocab_size if params.top_k == -1 else min(params.top_k, vocab_size)
+    looked_at = limit
+    if params.top_k == -1 and logprobs.device.type == "cpu":
+        looked_at = min(NUCLEUS_CANDIDATES, limit)
     while True:
         best, tokens = logprobs.topk(looked_at)
+        floor = best[:1] + (math.log(params.min_p) if params.min_p else -math.inf)
         cumulative = best.double().exp().cumsum(dim=0)
-        if looked_at == limit:
-            mass = float(cumulative[-1])
-        if looked_at == limit or cumulative[-1] >= params.top_p * mass or best[-1] < floor:
+        if looked_at == limit or cumulative[-1] >= params.top_p or best[-1] < floor:
             break
         looked_at = min(limit, looked_at * 8)
+    mass = cumulative[-1:] if looked_at == limit else 1.0
     before = torch.cat([cumulative.new_zeros(1), cumulative[:-1]])
-    num_kept = max(1, int(((before < params.top_p * mass) & (best >= floor)).sum()))
-    cumulative = cumulative[:num_kept]
-    place = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
-    return tokens[place.clamp_(max=num_kept - 1)]
+    is_kept = (before < params.top_p * mass) & (best >= floor)
+    last = is_kept.sum(dim=0, keepdim=True).sub_(1).clamp_(min=0)  # (1,), of the kept
+    target = uniform * cumulative.index_select(0, last)
+    place = torch.searchsorted(cumulative, target, right=True).minimum(last)
+    return tokens.index_select(0, place)[0]

@@ -18,6 +18,7 @@ from training.engine.sampler.row_padding import RowPadding
 from training.engine.torch.attention.interface import Attention
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.stream import PackedContext, Segment
+from training.engine.torch.to_device import to_device
 from training.engine.torch.vision.placement import SequenceRows, place
 
 
@@ -48,12 +49,12 @@ class ModelStep:
         switch = self.base_model.rotary_switch
         is_long = None
         if switch is not None and max(lengths) > switch:
-            is_long = torch.tensor([length > switch for length in lengths], device=device)
+            is_long = to_device([length > switch for length in lengths], device)
         image_rows, position_ids = place(
-            self.base_model.vision, images, torch.tensor(positions, device=device)
+            self.base_model.vision, images, to_device(positions, device)
         )
         return self.base_model.hidden_states(
-            torch.tensor(tokens, dtype=torch.int64, device=device),
+            to_device(tokens, device, torch.int64),
             position_ids,
             PackedContext(segments=segments, attention=attention, is_long=is_long),
             image_rows,

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from training.engine.interface import SampleJob
 from training.engine.sampler.logits import UniformNumbers, draw_tokens
+from training.engine.torch.to_device import to_device
 from training.errors import InvalidRequest
 from training.types import NO_DATA_LOGPROB, PromptScores, TopLogprobs
 
@@ -75,7 +75,7 @@ class PromptScorer:
         skipped = min(max(self._scored_from - position, 0), num_rows)
         tail = slice(position + skipped, position + num_rows)
         if self._logprobs is not None:
-            tokens = torch.from_numpy(self._job.prompt[rows].astype(np.int64)).to(logits.device)
+            tokens = to_device(self._job.prompt[rows].astype(np.int64), logits.device)
             self._logprobs[tail] = _numpy(logprobs.gather(1, tokens[:, None])[skipped:, 0])
         if self._top is not None:
             values, tokens = logprobs[skipped:].topk(self._k)
@@ -84,7 +84,7 @@ class PromptScorer:
         before = slice(position - 1, position - 1 + num_rows)  # row i predicts position i + 1
         if self._targets is not None and self._target_logprobs is not None:
             targets = self._targets[before]
-            chosen = torch.from_numpy(np.maximum(targets, 0)).to(logits.device)
+            chosen = to_device(np.maximum(targets, 0), logits.device)
             scores = _numpy(logprobs.gather(1, chosen))
             self._target_logprobs[before] = np.where(targets >= 0, scores, 0.0)
         if k := self._alternatives.shape[1]:

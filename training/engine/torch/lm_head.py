@@ -7,7 +7,8 @@ no logits are computed twice:
     d loss / d logits = sum over k of g_k * (onehot(target_k) - softmax(logits))
 
 with g_k = d loss / d log p(target_k), summed over the tokens that share the row and its targets.
-Rows whose g is zero (for example a prompt's) end there. A loss that is not elementwise needs a
+Rows whose g is zero (for example a prompt's) end there on a CPU; a GPU is not asked which they are,
+because the host would wait for the answer. A loss that is not elementwise needs a
 datum's log-probabilities all at once: the chunks with such datums are passed through the head once
 before, only for these.
 """
@@ -33,6 +34,7 @@ from training.engine.torch.losses import LossInputs, loss_and_slope
 from training.engine.torch.packing.micro_batches import LossSpan, PackedDatum
 from training.engine.torch.packing.plan import PlannedJob
 from training.engine.torch.packing.stream import MIN_ROWS, Segment
+from training.engine.torch.to_device import to_device
 from training.errors import TrainingError
 from training.loss_fns import LOSS_FNS, TARGET_TOKENS
 
@@ -60,14 +62,14 @@ class HeadInputs:
         places = self.places[within]
         is_here = (places >= rows.start) & (places < rows.stop)
         tokens = np.flatnonzero(is_here) + within.start
-        return torch.as_tensor(tokens, device=self.targets.device)
+        return to_device(tokens, self.targets.device)
 
 
 class HeadOutput:
     """The head's results, filled row by row."""
 
     def __init__(self, hidden: Tensor, places: NDArray[np.int64], num_targets: int) -> None:
-        self._places = torch.as_tensor(places, device=hidden.device)
+        self._places = to_device(places, hidden.device)
         self.row_logprobs = hidden.new_zeros((len(hidden), num_targets), dtype=torch.float32)
         """(S, K), in nats"""
         self.grad_logprobs = torch.zeros_like(self.row_logprobs)
@@ -171,10 +173,12 @@ class _Chunk:
         segments, slope, logprobs = self.segments, self._slope, self._logprobs
         grad_logprobs = pad(grad_logprobs, self._padding)
         grad_hidden = torch.zeros_like(hidden)
-        active = grad_logprobs.any(-1).nonzero()[:, 0]  # (m,)
-        if len(active) == 0:
-            return grad_hidden[: self._num_rows]
-        if len(active) < len(grad_logprobs):
+        active: Tensor | None = None
+        if hidden.device.type == "cpu":  # elsewhere the host would wait to know their number
+            active = grad_logprobs.any(-1).nonzero()[:, 0]  # (m,)
+            if len(active) == 0:
+                return grad_hidden[: self._num_rows]
+        if active is not None and len(active) < len(grad_logprobs):
             segments = _pick(segments, active)
             hidden, logprobs, targets, grad_logprobs = (
                 t[active] for t in (hidden, logprobs, targets, grad_logprobs)
@@ -193,8 +197,11 @@ class _Chunk:
             if is_narrower:
                 grad_logits[part] = own
 
-        self._team.run([partial(compute, part) for part in self._team.parts(len(active))])
-        grad_hidden[active] = _backward_logits(base_model, hidden, segments, grad_logits)
+        self._team.run([partial(compute, part) for part in self._team.parts(len(logprobs))])
+        grad_rows = _backward_logits(base_model, hidden, segments, grad_logits)
+        if active is None:
+            return grad_rows[: self._num_rows]
+        grad_hidden[active] = grad_rows
         return grad_hidden[: self._num_rows]
 
 
@@ -267,7 +274,9 @@ def _take_custom(packed: PackedDatum, output: HeadOutput) -> None:
         return
     grad = outcome.grad.reshape(-1, packed.num_targets)
     output.loss[packed.start] = outcome.loss
-    output.add_grad_logprobs(slice(packed.start, packed.end), grad.to(output.grad_logprobs.device))
+    output.add_grad_logprobs(
+        slice(packed.start, packed.end), to_device(grad, output.grad_logprobs.device)
+    )
 
 
 def _backward_logits(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from training.engine.custom_loss.run import CustomLossRunner, Outcome, Work
 from training.engine.torch.adapters import Adapter, AdapterTensors
@@ -30,6 +31,7 @@ from training.engine.torch.packing.ranges import take_rows
 from training.engine.torch.packing.stream import Segment
 from training.engine.torch.peak_memory import PeakMemory
 from training.engine.torch.sharding.rounds import rounds, run_beside_others
+from training.engine.torch.to_device import to_device
 from training.engine.torch.vision.placement import SequenceRows, place
 from training.errors import NonFiniteResult, TrainingError
 from training.types import ForwardBackwardOutput, PassMemory
@@ -121,6 +123,7 @@ def run_pass(
         result.scores[planned] = JobScores(
             logprobs=[np.empty(0, np.float32)] * num_datums, losses=[0.0] * num_datums
         )
+    scored: list[_Scored] = []
     sums = GradientSums(jobs if trains else (), adapters, base_model.group)
     work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
 
@@ -133,7 +136,7 @@ def run_pass(
     def take(computed: _Computed) -> None:
         for part, grad in computed.grads:
             sums.add(part, grad)
-        _scatter_scores(computed.batch, computed.head, result.scores)
+        scored.append(_Scored.of(computed.batch, computed.head))
 
     def compute_alone(batch: MicroBatch | None, plan: Planned | None) -> None:
         recomputes = plan is not None and plan.recomputes
@@ -159,6 +162,9 @@ def run_pass(
             # Converted once, before several threads ask for it.
             adapters[name].weights.pair(base_model.head_name, base_model.dtype)
         compute_at_once(base_model, [partial(compute, batch) for batch in batches], take, count)
+    # All passes have been asked for: only now does the host wait for a GPU.
+    for each in scored:
+        _scatter_scores(each, result.scores)
     result.grads = sums.finish(base_model)
     group = base_model.group
     if group is not None and base_model.divides_passes:
@@ -228,28 +234,28 @@ def _run_micro_batch(
 
     device = base_model.device
     is_long = batch.rows_longer_than(base_model.rotary_switch)
-    position_ids = torch.as_tensor(batch.position_ids, device=device)
+    position_ids = to_device(batch.position_ids, device)
     images = None
     if base_model.vision is not None:
         images, position_ids = place(base_model.vision, _with_images(batch), position_ids)
     hidden = base_model.sequence_states(
-        torch.as_tensor(batch.tokens, device=device),
+        to_device(batch.tokens, device),
         position_ids,
         segments(lambda span: span.rows),
         batch.row_ranges,
-        None if is_long is None else torch.as_tensor(is_long, device=device),
+        None if is_long is None else to_device(is_long, device),
         images,
         recomputes=recomputes,
     )  # (T, C)
-    scored = take_rows(hidden, torch.as_tensor(batch.scored_rows, device=device))  # (S, C)
+    scored = take_rows(hidden, to_device(batch.scored_rows, device))  # (S, C)
     head = score_targets(
         base_model,
         scored.detach(),
         segments(lambda span: span.scored),
         HeadInputs(
-            targets=torch.as_tensor(batch.targets, device=device),
+            targets=to_device(batch.targets, device),
             places=batch.places,
-            inputs={n: torch.as_tensor(v, device=device) for n, v in batch.inputs.items()},
+            inputs={n: to_device(v, device) for n, v in batch.inputs.items()},
             loss_spans=batch.loss_spans,
             work=work,
             custom_losses=custom_losses,
@@ -274,11 +280,28 @@ def _with_images(batch: MicroBatch) -> Iterator[SequenceRows]:
             )
 
 
-def _scatter_scores(
-    batch: MicroBatch, head: HeadOutput, scores: Mapping[PlannedJob, JobScores]
-) -> None:
-    logprobs = head.target_logprobs().cpu().numpy()  # (N, K)
-    losses = head.loss.double().cpu().numpy()  # (N,)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Scored:
+    """A micro-batch's results, still on its device."""
+
+    batch: MicroBatch
+    logprobs: Tensor
+    """(N, K) float32"""
+    losses: Tensor
+    """(N,) float32"""
+    custom: Mapping[PackedDatum, Outcome]
+
+    @classmethod
+    def of(cls, batch: MicroBatch, head: HeadOutput) -> _Scored:
+        return cls(
+            batch=batch, logprobs=head.target_logprobs(), losses=head.loss, custom=head.custom
+        )
+
+
+def _scatter_scores(scored: _Scored, scores: Mapping[PlannedJob, JobScores]) -> None:
+    batch = scored.batch
+    logprobs = scored.logprobs.cpu().numpy()  # (N, K)
+    losses = scored.losses.double().cpu().numpy()  # (N,)
     is_finite = np.isfinite(logprobs).all(axis=1) & np.isfinite(losses)  # padded targets included
     for packed in batch.datums:
         tokens = slice(packed.start, packed.end)
@@ -287,8 +310,8 @@ def _scatter_scores(
         job_scores = scores[packed.planned]
         job_scores.logprobs[packed.index] = own_logprobs.reshape(shape).copy()
         job_scores.losses[packed.index] = float(losses[tokens].sum())
-        if packed in head.custom:
-            job_scores.add_custom(packed.index, head.custom[packed])
+        if packed in scored.custom:
+            job_scores.add_custom(packed.index, scored.custom[packed])
         if not is_finite[tokens].all():
             fault = _fault(packed, losses[tokens], own_logprobs)
             if fault is not None:

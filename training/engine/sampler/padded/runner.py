@@ -22,6 +22,7 @@ from training.engine.sampler.sequence import ActiveRequest, ActiveSequence
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.padded.model_cache import ModelCache, bytes_remembered
 from training.engine.torch.padded.side_by_side import SideBySide
+from training.engine.torch.to_device import to_device
 from training.types import TokenPrompt
 
 
@@ -120,7 +121,7 @@ class PaddedRunner(ModelRunner):
         passes = [partial(self._read_newest, request) for request in _in_order(rows)]
         hidden = torch.cat(self._run(passes))  # (n, C)
         real = [i for i, row in enumerate(rows) if row is not None]
-        places = torch.tensor(real, device=hidden.device)
+        places = to_device(real, hidden.device)
         spread = hidden.new_zeros((len(rows), hidden.shape[1])).index_copy(0, places, hidden)
         logits = self._base_model.logits(spread, segments)  # (T, V)
         return [row for row in rows if row is not None], logits[places]

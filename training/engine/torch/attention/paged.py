@@ -26,6 +26,7 @@ from training.engine.torch.attention.paged_parts import (
 from training.engine.torch.attention.paged_products import NewestTokens, PromptTokens
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.stream import round_up
+from training.engine.torch.to_device import to_device
 
 GATHERED_BLOCKS = 256
 """Most blocks of keys that are copied for a product, unless one sequence has more: a copy should
@@ -49,7 +50,7 @@ class PagedAttention(Attention):
             for part in parts
             for n in range(part.start, part.end)
         ]
-        self._places = torch.tensor(places, device=cache.device)  # (n, 2)
+        self._places = to_device(places, cache.device)  # (n, 2)
         self._places_by_heads: dict[int, Tensor] = {}
 
     def attend(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, GROUP_BLOCKS, blocks_for
 from training.engine.torch.attention.variants import Reach
+from training.engine.torch.to_device import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class Rows:
     """Rows of a pass."""
 
     def __init__(self, rows: Sequence[int], device: torch.device) -> None:
-        self.numbers = torch.tensor(rows, dtype=torch.int64, device=device)
+        self.numbers = to_device(rows, device, torch.int64)
         """(n,)"""
         self._neighbours: slice | None = None
         if rows and list(rows) == list(range(rows[0], rows[0] + len(rows))):
@@ -88,7 +89,7 @@ class Blocks:
         self._are_neighbours = bool(blocks) and list(blocks) == list(
             range(blocks[0], blocks[0] + len(blocks))
         )
-        self._ids = torch.tensor(blocks, dtype=torch.int64, device=device)
+        self._ids = to_device(blocks, device, torch.int64)
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -34,6 +34,7 @@ from training.engine.torch.attention.paged_parts import (
     seen_blocks,
 )
 from training.engine.torch.attention.variants import EVERYTHING, Reach, Variant
+from training.engine.torch.to_device import to_device
 
 FUSES_PLAIN_ON = ("cuda",)
 """Devices on which torch's fused kernel computes layers with plain scores."""
@@ -55,7 +56,7 @@ class NewestTokens:
         self._shared = Blocks(tables[0][: self._num_shared], device)
         self._own = Blocks([n for table in tables for n in table[self._num_shared :]], device)
         self._rows = Rows([part.first_row for part in parts], device)
-        mask = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf).to(device)
+        mask = to_device(torch.zeros(seen.shape).masked_fill_(~seen, -math.inf), device)
         self._mask = mask.view(len(parts), 1, 1, num_blocks, BLOCK_TOKENS)
 
     def attend(

@@ -21,6 +21,7 @@ from training.engine.torch.attention.tiles import Bucket, make_buckets
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.ranges import RowRange, stream_rows, take_rows
 from training.engine.torch.thread_team import ThreadTeam
+from training.engine.torch.to_device import to_device
 
 
 class SequenceAttention(Attention):
@@ -127,7 +128,7 @@ class _Plan:
         others = [r for r in row_ranges if not (fuses and reach.covers(r.num_keys))]
         in_buckets = torch.zeros(row_ranges[-1].end, 1, 1, dtype=torch.bool, device=device)
         if others:
-            in_buckets[stream_rows(others).to(device)] = True
+            in_buckets.index_fill_(0, to_device(stream_rows(others), device), True)
         whole = not others
         return cls(
             fused=FusedPlan.of(fused, device, is_whole_stream=whole) if fused else None,
@@ -178,8 +179,8 @@ class FusedPlan:
             runs.append(_make_run(alike[0], len(alike), device))
         rows = key_rows = None
         if any(row_range.before for row_range in row_ranges) or not is_whole_stream:
-            rows = stream_rows(row_ranges).to(device)
-            key_rows = stream_rows(each for r in row_ranges for each in r.seen).to(device)
+            rows = to_device(stream_rows(row_ranges), device)
+            key_rows = to_device(stream_rows(each for r in row_ranges for each in r.seen), device)
         return cls(runs=runs, rows=rows, key_rows=key_rows)
 
 

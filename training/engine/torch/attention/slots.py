@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from training.engine.torch.packing.ranges import RowRange, integers, stream_rows
+from training.engine.torch.to_device import to_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,8 +37,8 @@ class Slots:
         return cls(
             count=len(sequences),
             length=length,
-            rows=stream_rows(each for ranges in sequences for each in ranges).to(device),
-            slots=integers((i * length, size) for i, size in enumerate(sizes)).to(device),
+            rows=to_device(stream_rows(each for ranges in sequences for each in ranges), device),
+            slots=to_device(integers((i * length, size) for i, size in enumerate(sizes)), device),
         )
 
     def pack(self, x: Tensor, group: int) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.packing.stream import Segment, fewest_rows, round_up
+from training.engine.torch.to_device import to_device
 
 ROWS_MULTIPLE = 4
 """Rows of a block of the CPU's kernels; those for bfloat16 take two."""
@@ -118,20 +119,23 @@ def group(
             those of each segment. A segment's is its own, so that batch-mates do not change it.
     """
     num_parts = len(multiples)
+    is_filled = any(multiple > 1 for multiple in multiples)
     part = chosen.new_zeros(len(chosen))  # (T,), 0 is without an adapter
     for number, segment in enumerate(segments, 1):
         part[segment.rows] = number
     key = (chosen * num_parts + part[:, None]).flatten()  # (T * k,)
     order = key.argsort(stable=True)
     counts = chosen.new_zeros(num_experts * num_parts).scatter_add_(0, key, torch.ones_like(key))
-    multiple = torch.tensor(multiples, device=key.device).repeat(num_experts)
+    multiple = to_device(multiples, key.device).repeat(num_experts)
     filled = (counts + multiple - 1) // multiple * multiple  # (E * parts,)
     filling_before = (filled.cumsum(0) - filled) - (counts.cumsum(0) - counts)
     row = torch.arange(len(key), device=key.device) + filling_before[key[order]]
     position = torch.empty_like(key)
     position[order] = row
     position = position.view_as(chosen)
-    token = _filled_tokens(order // chosen.shape[1], row, counts, filled)
+    token = order // chosen.shape[1]
+    if is_filled:
+        token = _filled_tokens(token, row, counts, filled)
     by_part = filled.view(num_experts, num_parts)
     has_all = len(segments) == 1 and segments[0].end - segments[0].start == len(chosen)
     return Grouping(
@@ -139,7 +143,14 @@ def group(
         position=position,
         ends=by_part.sum(1).cumsum(0).int(),
         segments=[
-            _segment_pairs(segment, token, position, by_part[:, number], has_all=has_all)
+            _segment_pairs(
+                segment,
+                token,
+                position,
+                by_part[:, number],
+                has_all=has_all,
+                is_filled=is_filled,
+            )
             for number, segment in enumerate(segments, 1)
         ],
     )
@@ -156,7 +167,13 @@ def _filled_tokens(token: Tensor, row: Tensor, counts: Tensor, filled: Tensor) -
 
 
 def _segment_pairs(
-    segment: Segment, token: Tensor, position: Tensor, filled: Tensor, *, has_all: bool
+    segment: Segment,
+    token: Tensor,
+    position: Tensor,
+    filled: Tensor,
+    *,
+    has_all: bool,
+    is_filled: bool,
 ) -> SegmentPairs:
     """The pairs of one segment of a grouping.
 
@@ -165,11 +182,16 @@ def _segment_pairs(
         position: (T, k) of the grouping.
         filled: (E,) rows of the segment by expert, with the filling.
         has_all: Whether it is the only segment, over all tokens.
+        is_filled: Whether groups may have more rows than pairs.
     """
     assert segment.weights is not None  # noqa: S101 - it has an adapter
     rows, position = None, position[segment.rows]  # (t, k)
     if not has_all:
-        rows = ((token >= segment.start) & (token < segment.end)).nonzero()[:, 0]  # (n,)
+        is_own = (token >= segment.start) & (token < segment.end)  # (P,)
+        if is_filled:
+            rows = is_own.nonzero()[:, 0]  # (n,)
+        else:  # their number is known, and a host must not wait for a GPU to count them
+            rows = is_own.logical_not().argsort(stable=True)[: position.numel()]
         place = torch.empty_like(token)
         place[rows] = torch.arange(len(rows), device=rows.device)
         token, position = token[rows], place[position]

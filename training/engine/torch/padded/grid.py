@@ -22,6 +22,7 @@ from torch import Tensor
 
 from training.engine.torch.packing.ranges import RowRange, integers, stream_rows
 from training.engine.torch.packing.stream import MIN_ROWS, Segment, round_up
+from training.engine.torch.to_device import to_device
 
 STEPS_PER_DOUBLING = 8
 """Padded lengths between a length and its double. At most an eighth of a rectangle is padding."""
@@ -142,8 +143,8 @@ def _make_grid(
     return Grid(
         count=len(sequences),
         length=length,
-        rows=stream_rows(sequences).to(device),
-        places=places.to(device),
+        rows=to_device(stream_rows(sequences), device),
+        places=to_device(places, device),
         segments=segments,
     )
 

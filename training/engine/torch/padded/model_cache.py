@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from training.engine.torch.adapters import AdapterTensors
 from training.engine.torch.base_model import BaseModel
 from training.engine.torch.packing.stream import SingleContext
+from training.engine.torch.to_device import to_device
 from training.engine.torch.vision.placement import SequenceRows, place
 from training.types import TokenPrompt
 
@@ -60,7 +61,7 @@ class ModelCache:
             (B * n, C), the input of the output head.
         """
         device = self._base_model.device
-        input_ids = torch.tensor(tokens, dtype=torch.int64, device=device)  # (B, n)
+        input_ids = to_device(tokens, device, torch.int64)  # (B, n)
         count, length = input_ids.shape
         positions = torch.arange(first_position, first_position + length, device=device)
         images, positions = place(
@@ -94,7 +95,7 @@ class ModelCache:
             self.numbers = list(range(count))
 
     def _reorder(self, rows: Sequence[int]) -> None:
-        self._cache.reorder_cache(torch.tensor(rows, device=self._base_model.device))
+        self._cache.reorder_cache(to_device(rows, self._base_model.device))
 
 
 def bytes_remembered(base_model: BaseModel, enough_rows: Callable[[int], int]) -> tuple[int, int]:

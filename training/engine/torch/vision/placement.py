@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.engine.torch.to_device import to_device
 from training.engine.torch.vision.tower import Features, VisionTower
 from training.images import PlacedImage
 
@@ -88,11 +89,15 @@ def place(
     unique, first = np.unique(np.concatenate(rows), return_index=True)
 
     def gathered(of: Callable[[Features], Tensor]) -> Tensor:
-        parts = [of(features)[n] for features, n in zip(found, numbers, strict=True)]
-        return torch.cat(parts)[first]
+        device = position_ids.device
+        parts = [
+            of(features).index_select(0, to_device(n, device))
+            for features, n in zip(found, numbers, strict=True)
+        ]
+        return torch.cat(parts).index_select(0, to_device(first, device))
 
     image_rows = ImageRows(
-        rows=torch.from_numpy(unique).to(position_ids.device),
+        rows=to_device(unique, position_ids.device),
         features=gathered(lambda features: features.rows),
         later=[
             gathered(lambda features, n=n: features.later[n])  # type: ignore[misc]
@@ -106,7 +111,7 @@ def _with_own_positions(tower: VisionTower, sequence: SequenceRows, position_ids
     own = tower.position_ids(sequence.tokens, sequence.images)  # (A, T)
     if position_ids.ndim == 1:
         position_ids = position_ids.expand(len(own), -1).clone()
-    rows = torch.from_numpy(sequence.rows).to(position_ids.device)
+    rows = to_device(sequence.rows, position_ids.device)
     stop = sequence.start + len(sequence.rows)
-    position_ids[:, rows] = own[:, sequence.start : stop].to(position_ids.device)
+    position_ids[:, rows] = to_device(own[:, sequence.start : stop], position_ids.device)
     return position_ids

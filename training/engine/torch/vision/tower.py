@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.engine.renderer.images.reader import ImageReader, ReadImage
+from training.engine.torch.to_device import to_device
 from training.images import Image, PlacedImage
 
 KEPT_BYTES = 256 * 1024**2
@@ -88,7 +89,7 @@ class VisionTower:
     @torch.no_grad()
     def _compute(self, read: ReadImage) -> Features:
         inputs = {
-            name: torch.from_numpy(np.ascontiguousarray(value)).to(self._device)
+            name: to_device(np.ascontiguousarray(value), self._device)
             for name, value in read.inputs.items()
         }
         given = {
