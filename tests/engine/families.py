@@ -101,12 +101,14 @@ def judge(
     folder: str,
     *,
     layout: str = "auto",
+    device: str = "cpu",
     note: Callable[[BaseModel], None] = lambda base_model: None,
     **lora: Any,
 ) -> tuple[str, str, dict[str, float]]:
     """Judge the engine's results for a folder.
 
     Args:
+        device: Of the engine; the stock model is on the CPU.
         note: Called with the base model, unless it is refused.
         lora: Of the adapter's config, if not its defaults.
 
@@ -115,7 +117,7 @@ def judge(
         differences from stock transformers and peft.
     """
     try:
-        base_model = load_base_model(folder, dtype="float32", device="cpu", layout=layout)
+        base_model = load_base_model(folder, dtype="float32", device=device, layout=layout)
     except BaseModelNotFound as error:
         return "refused", str(error), {}
     note(base_model)
