@@ -158,6 +158,12 @@ def capped(scores: Tensor, softcap: float) -> Tensor:
     return (scores / softcap).tanh_().mul_(softcap)
 
 
+def times_slope_of_cap(grad_scores: Tensor, scores: Tensor, softcap: float) -> None:
+    """Turn the gradient of capped scores into that of the scores: times 1 - tanh^2."""
+    slope = capped(scores, softcap)
+    grad_scores.mul_(slope.div_(softcap).square_().neg_().add_(1))
+
+
 def _weigh(shares: Tensor, values: Tensor, first_block: int, workspace: Workspace) -> Tensor:
     """(B, rows, D): the sum over blocks of shares (B, rows, K) times values (B, K, D)."""
     if len(shares) * GROUP_BLOCKS * BLOCK_TOKENS <= values.shape[1]:

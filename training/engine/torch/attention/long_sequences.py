@@ -26,11 +26,12 @@ from training.engine.torch.attention.arithmetic import (
     BLOCK_TOKENS,
     Workspace,
     attend_rows,
-    capped,
     shares_of,
+    times_slope_of_cap,
 )
 from training.engine.torch.attention.tiles import Packed, Tile, tile_rows
 from training.engine.torch.attention.variants import Variant
+from training.engine.torch.lora_linear import add_product
 from training.engine.torch.thread_team import ThreadTeam
 
 CHUNKS = 2
@@ -168,12 +169,11 @@ def _gradients(
         grad_scores = torch.mm(g, v.T, out=workspace.take("gradients", shares, *shares.shape))
         grad_scores.sub_(of_rows).mul_(shares)
         if variant.softcap is not None:
-            slope = capped(q @ k.T, variant.softcap)
-            grad_scores.mul_(slope.div_(variant.softcap).square_().neg_().add_(1))
+            times_slope_of_cap(grad_scores, q @ k.T, variant.softcap)
         narrow = _narrow(shares, dtype, workspace)
-        _add_product(grad_values[span], narrow.T, g.to(dtype))
+        add_product(grad_values[span], narrow.T, g.to(dtype))
         narrow = _narrow(grad_scores, dtype, workspace)
-        _add_product(grad_keys[span], narrow.T, q.to(dtype))
+        add_product(grad_keys[span], narrow.T, q.to(dtype))
         by_head = (narrow @ narrow_keys[span]).unflatten(0, (heads_each, -1))
         grad_queries[part.index, :, tile.start : tile.end] = by_head
     return grad_keys, grad_values
@@ -184,11 +184,3 @@ def _narrow(x: Tensor, dtype: torch.dtype, workspace: Workspace) -> Tensor:
     if x.dtype == dtype:
         return x
     return workspace.take("narrow", x, *x.shape, dtype=dtype).copy_(x)
-
-
-def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """target += left @ right; ``target`` is float32, the factors may be narrower."""
-    if left.dtype == target.dtype:
-        target.addmm_(left, right)
-    else:
-        target.add_(left @ right)

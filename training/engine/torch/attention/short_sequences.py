@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, attend_rows, capped
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, attend_rows, times_slope_of_cap
 from training.engine.torch.attention.tiles import Packed, Tile, tile_rows
 from training.engine.torch.attention.variants import Variant
 from training.engine.torch.thread_team import ThreadTeam, cut
@@ -128,8 +128,7 @@ def _add_gradients(
         # The derivative of a softmax; a sink is part of its sum, but contributes no value.
         grad_scores = torch._softmax_backward_data(grad_shares, own, -1, own.dtype)
         if variant.softcap is not None:
-            slope = capped(torch.bmm(q, k.transpose(1, 2)), variant.softcap)
-            grad_scores.mul_(slope.div_(variant.softcap).square_().neg_().add_(1))
+            times_slope_of_cap(grad_scores, torch.bmm(q, k.transpose(1, 2)), variant.softcap)
         by_head = _product(grad_scores, k).unflatten(1, (-1, tile.end - tile.start))
         grads.queries[:, :, tile.start : tile.end] = by_head
         grads.keys[:, span].add_(_product(grad_scores.transpose(1, 2), q))
