@@ -127,16 +127,17 @@ def run_pass(
     sums = GradientSums(jobs if trains else (), adapters, base_model.group)
     work = {planned: Work(is_replay=planned.job.is_replay) for planned in jobs}
 
-    def compute(batch: MicroBatch, *, recomputes: bool = False) -> _Computed:
+    def compute(batch: MicroBatch, *, recomputes: bool = False) -> tuple[_Scored, _PartGrads]:
         with torch.set_grad_enabled(trains):
             return _run_micro_batch(
                 base_model, batch, adapters, work, custom_losses, recomputes=recomputes
             )
 
-    def take(computed: _Computed) -> None:
-        for part, grad in computed.grads:
+    def take(computed: tuple[_Scored, _PartGrads]) -> None:
+        scores, grads = computed
+        for part, grad in grads:
             sums.add(part, grad)
-        scored.append(_Scored.of(computed.batch, computed.head))
+        scored.append(scores)
 
     def compute_alone(batch: MicroBatch | None, plan: Planned | None) -> None:
         recomputes = plan is not None and plan.recomputes
@@ -197,14 +198,8 @@ def _larger(
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Computed:
-    """The results of one micro-batch."""
-
-    batch: MicroBatch
-    head: HeadOutput
-    grads: Sequence[tuple[tuple[str, int], AdapterTensors]]
-    """Of its parts, in order; empty if the pass only scores."""
+_PartGrads = list[tuple[tuple[str, int], AdapterTensors]]
+"""A micro-batch's gradients of its parts, in order; empty if the pass only scores."""
 
 
 def _run_micro_batch(
@@ -215,7 +210,7 @@ def _run_micro_batch(
     custom_losses: CustomLossRunner,
     *,
     recomputes: bool,
-) -> _Computed:
+) -> tuple[_Scored, _PartGrads]:
     weights = [adapters[span.part[0]].weights for span in batch.part_spans]
     grads: list[AdapterTensors | None] = [None] * len(weights)
     if torch.is_grad_enabled():
@@ -265,7 +260,7 @@ def _run_micro_batch(
         scored.backward(head.grad_hidden)
     parts = [span.part for span in batch.part_spans]
     of_parts = [(part, grad) for part, grad in zip(parts, grads, strict=True) if grad is not None]
-    return _Computed(batch=batch, head=head, grads=of_parts)
+    return _Scored.of(batch, head), of_parts
 
 
 def _with_images(batch: MicroBatch) -> Iterator[SequenceRows]:
