@@ -116,7 +116,7 @@ def test_a_body_in_chunks_without_a_length_is_read_whole(transactional_db):
     assert json.loads(body)["detail"] == "request_id: expected text of 1 to 100 characters; got 7"
 
 
-def test_the_api_goes_round_the_middleware_and_pages_do_not():
+def test_the_api_goes_round_the_middleware_and_pages_do_not(db):
     _, api, _ = call("/healthz", method="GET", body=[b""])
     _, page, _ = call("/docs/", method="GET", body=[b""])
 

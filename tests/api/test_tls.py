@@ -21,6 +21,7 @@ def answered(path: str, host: str) -> dict[str, str]:
     return call(path, method="GET", headers={"host": host}, body=[b""])[1]
 
 
+@pytest.mark.django_db
 def test_pages_tell_browsers_to_come_back_by_tls(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
