@@ -85,6 +85,14 @@ def test_only_blocks_that_were_used_need_wiping() -> None:
         pool.take()
 
 
+def test_blocks_that_were_never_used_take_no_memory() -> None:
+    pool = BlockPool(10**15)
+    assert [pool.take(), pool.take()] == [(0, False), (1, False)]
+    pool.release(0)
+    assert pool.num_available == 10**15 - 1
+    assert pool.take() == (0, True)
+
+
 def key_of(tokens: list[int], *, images: tuple[PlacedImage, ...] = (), **root: object) -> bytes:
     """The key of the last of the full blocks of these tokens."""
     key = root_key(**{"group": "anna", "version": "v", "is_long": False, **root})  # type: ignore[arg-type]

@@ -9,17 +9,23 @@ least recently used go first.
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 
 class BlockPool:
-    """Blocks 0 to ``num_blocks`` - 1."""
+    """Blocks 0 to ``num_blocks`` - 1.
+
+    It takes memory only for blocks that were used: there may be millions.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._users = [0] * num_blocks
-        self._was_used = [False] * num_blocks
-        self._free = list(range(num_blocks))  # a heap: low numbers first keep memory dense
+        self._num_taken = 0
+        """Blocks with lower numbers were used at some time, the others never."""
+        self._users: Counter[int] = Counter()
+        self._free: list[int] = []
+        """Those that were used and are free again: a heap, since low numbers first keep memory
+        dense."""
         self._kept: OrderedDict[int, None] = OrderedDict()
         """Blocks with a key and without a user, the least recently used first."""
         self._keys: dict[int, tuple[bytes, str]] = {}
@@ -30,7 +36,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that ``take`` can give."""
-        return len(self._free) + len(self._kept)
+        return self.num_blocks - self._num_taken + len(self._free) + len(self._kept)
 
     @property
     def num_kept(self) -> int:
@@ -46,10 +52,13 @@ class BlockPool:
         Raises:
             IndexError: None is available.
         """
-        if not self._free and self._kept:
-            self._forget(next(iter(self._kept)))
-        block = heapq.heappop(self._free)
-        was_used, self._was_used[block] = self._was_used[block], True
+        if not self._free and self._num_taken < self.num_blocks:
+            block, was_used = self._num_taken, False
+            self._num_taken += 1
+        else:
+            if not self._free and self._kept:
+                self._forget(next(iter(self._kept)))
+            block, was_used = heapq.heappop(self._free), True
         self._users[block] = 1
         return block, was_used
 
@@ -68,6 +77,7 @@ class BlockPool:
         self._users[block] -= 1
         if self._users[block]:
             return
+        del self._users[block]
         if block in self._keys:
             self._kept[block] = None
         else:
