@@ -53,13 +53,36 @@ class LoraShape:
 
 
 @dataclass(frozen=True)
+class _Cut:
+    """The place of a matrix, or of a stack of them, in the flat buffer."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def at(cls, offset: int, shape: tuple[int, ...]) -> _Cut:
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        return cls(offset, shape, tuple(strides))
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """A view of ``flat`` (P,); of a pass's gradient all are made anew, so in one operation."""
+        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
+
+
+@dataclass(frozen=True)
 class LoraPlace:
     """The place of a module's pair in the flat buffer: A (R, in), then B (out, R).
 
     In a stack A is (E, R, in) and B (E, out, R), but for the one that is shared.
     """
 
-    offset: int
+    a: _Cut
+    b: _Cut
     shape: LoraShape
 
 
@@ -74,8 +97,11 @@ class AdapterLayout:
         self.places: dict[str, LoraPlace] = {}
         offset = 0
         for name, shape in shapes.items():
-            self.places[name] = LoraPlace(offset, shape)
-            offset += self.rank * (math.prod(shape.a_size) + math.prod(shape.b_size))
+            *experts, features = shape.a_size
+            a = _Cut.at(offset, (*experts, self.rank, features))
+            b = _Cut.at(a.end, (*shape.b_size, self.rank))
+            self.places[name] = LoraPlace(a, b, shape)
+            offset = b.end
         self.num_parameters = offset
         self.has_experts = any(shape.num_experts for shape in shapes.values())
 
@@ -92,12 +118,7 @@ class AdapterLayout:
         """Views of ``flat`` (P,): A (R, in) and B (out, R) of one module; of a stack A
         (E, R, in) and B (E, out, R), but for the one that is shared."""
         place = self.places[name]
-        a_size, b_size = place.shape.a_size, place.shape.b_size
-        split = place.offset + self.rank * math.prod(a_size)
-        end = split + self.rank * math.prod(b_size)
-        a = flat[place.offset : split].view(*a_size[:-1], self.rank, a_size[-1])
-        b = flat[split:end].view(*b_size, self.rank)
-        return a, b
+        return place.a.of(flat), place.b.of(flat)
 
 
 class AdapterTensors:

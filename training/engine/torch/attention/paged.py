@@ -108,8 +108,10 @@ class _Plan:
                 alike.setdefault(key, []).append(part)
         newest = []
         for (size, _), some in _merge_single(alike).items():
-            num_own = size - num_shared([seen_blocks(part, reach) for part in some])
-            at_once = max(1, GATHERED_BLOCKS // num_own)
+            at_once = len(some)
+            if size * len(some) > GATHERED_BLOCKS:
+                num_own = size - num_shared([seen_blocks(part, reach) for part in some])
+                at_once = max(1, GATHERED_BLOCKS // num_own)
             for i in range(0, len(some), at_once):
                 newest.append(NewestTokens(some[i : i + at_once], reach, size, device))
         return cls(chunks=chunks, newest=newest)

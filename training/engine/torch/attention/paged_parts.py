@@ -48,6 +48,8 @@ def num_shared(tables: Sequence[Sequence[int]]) -> int:
     if len(tables) == 1:
         return 0
     shortest = min(map(len, tables)) - 1
+    if not shortest:
+        return 0
     for number, blocks in enumerate(zip(*(table[:shortest] for table in tables), strict=True)):
         if any(block != blocks[0] for block in blocks):
             return number

@@ -46,17 +46,17 @@ class NewestTokens:
     def __init__(
         self, parts: Sequence[Part], reach: Reach, num_blocks: int, device: torch.device
     ) -> None:
-        tables = [list(seen_blocks(part, reach)) for part in parts]
-        seen = torch.zeros(len(parts), num_blocks * BLOCK_TOKENS, dtype=torch.bool)
-        for i, part in enumerate(parts):
-            tables[i] += tables[i][-1:] * (num_blocks - len(tables[i]))  # masked, but its own
-            offset = first_block(part.start, reach) * BLOCK_TOKENS
-            seen[i, reach.first_key(part.start) - offset : part.end - offset] = True
-        self._num_shared = num_shared([seen_blocks(part, reach) for part in parts])
-        self._shared = Blocks(tables[0][: self._num_shared], device)
-        self._own = Blocks([n for table in tables for n in table[self._num_shared :]], device)
+        seen = [seen_blocks(part, reach) for part in parts]
+        self._num_shared = num_shared(seen)
+        self._shared = Blocks(seen[0][: self._num_shared], device)
+        own: list[int] = []
+        for blocks in seen:
+            own += blocks[self._num_shared :]
+            # Masked, but the sequence's own.
+            own += [blocks[-1]] * (num_blocks - len(blocks))
+        self._own = Blocks(own, device)
         self._rows = Rows([part.first_row for part in parts], device)
-        mask = to_device(torch.zeros(seen.shape).masked_fill_(~seen, -math.inf), device)
+        mask = to_device(_mask_of(parts, reach, num_blocks), device)
         self._mask = mask.view(len(parts), 1, 1, num_blocks, BLOCK_TOKENS)
 
     def attend(
@@ -213,6 +213,20 @@ class PromptTokens:
         )
         by_head: Tensor = attended[0].unflatten(0, (num_heads, heads_each))
         return by_head
+
+
+def _mask_of(parts: Sequence[Part], reach: Reach, num_blocks: int) -> Tensor:
+    """(B, keys) float32: 0 where the newest token of a sequence sees a key of the blocks that begin
+    with its first visible one, else minus infinity."""
+    seen = [
+        (reach.first_key(part.start) - offset, part.end - offset)
+        for part in parts
+        for offset in [first_block(part.start, reach) * BLOCK_TOKENS]
+    ]
+    first, end = torch.tensor(seen).T[..., None]  # (B, 1) each
+    keys = torch.arange(num_blocks * BLOCK_TOKENS)
+    mask = torch.zeros(len(parts), len(keys))
+    return mask.masked_fill_((keys < first) | (keys >= end), -math.inf)
 
 
 def _sum_blocks(products: Tensor) -> Tensor:
