@@ -93,12 +93,12 @@ def prompts_of(work: Sampling) -> list[list[int]]:
 class OwnScript:
     """Stock transformers and peft."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, num_threads: int) -> None:
         import peft
         import torch
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(num_threads)
         self._torch = torch
         self._base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self._plain = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
@@ -145,9 +145,9 @@ class OwnScript:
             )
 
 
-def _serve_script(connection: Connection, folder: str, dtype: str) -> None:
+def _serve_script(connection: Connection, folder: str, dtype: str, num_threads: int) -> None:
     """Do what is asked, and answer with the seconds; torch's threads idle meanwhile."""
-    script = OwnScript(folder, dtype)
+    script = OwnScript(folder, dtype, num_threads)
     connection.send(0.0)
     while True:
         try:
@@ -160,11 +160,15 @@ def _serve_script(connection: Connection, folder: str, dtype: str) -> None:
 
 
 @contextmanager
-def own_script(folder: Path, dtype: str) -> Iterator[Callable[[Training | Sampling], float]]:
+def own_script(
+    folder: Path, dtype: str, *, num_threads: int = os.cpu_count() or 1
+) -> Iterator[Callable[[Training | Sampling], float]]:
     """Seconds of work by the script, which has a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve_script, args=(theirs, str(folder), dtype), daemon=True)
+    process = context.Process(
+        target=_serve_script, args=(theirs, str(folder), dtype, num_threads), daemon=True
+    )
     process.start()
     ours.recv()
 

@@ -5,6 +5,9 @@ with two; every worker has one thread. In turns each gets the same steps of eigh
 forward_backward of two conversations and an optim_step) and works them off, while the other is
 idle.
 
+The machine's own limit is measured in the same way: plain peft loops with one thread each, two
+against one, on as many tokens. They share nothing but the processor and its memory.
+
 The move: on the server with two workers, one is told to stop, which writes its runs' snapshots and
 releases them; the other loads them. The figure is the time from a request of such a run to its
 answer, less the time of the same request after that.
@@ -20,10 +23,13 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tests.benchmarks.all_cores import RANK, Training, own_script
 from tests.benchmarks.report import Report, at_least, at_most, results_option
 from tests.benchmarks.served_model import served
 from tests.server import Server
@@ -37,7 +43,8 @@ CONVERSATIONS = [
     ]
     for number in range(2)
 ]
-RANK = 32
+STEP_TOKENS = 380
+"""Tokens of a run's step in all, as the default model counts them."""
 
 
 def make_runs(server: Server) -> None:
@@ -64,6 +71,26 @@ def steps_per_second(server: Server, steps: int) -> float:
     ids = [request_id for name in RUNS for request_id in submit(server, name, steps)]
     server.results(ids)
     return len(RUNS) * steps / (time.monotonic() - begin)
+
+
+def machine_limit(folder: Path, dtype: str, turns: int) -> list[float]:
+    """How much faster two processes do the same work than one."""
+    step = Training("a step", (STEP_TOKENS // 2,) * 2)
+    found = []
+    with (
+        own_script(folder, dtype, num_threads=1) as first,
+        own_script(folder, dtype, num_threads=1) as second,
+        ThreadPoolExecutor(2) as threads,
+    ):
+
+        def seconds(script: Callable[[Training], float]) -> float:
+            return sum(script(step) for _ in RUNS)
+
+        seconds(first), seconds(second)
+        for _ in range(turns):
+            alone = seconds(first)
+            found.append(2 * alone / max(threads.map(seconds, (first, second))))
+    return found
 
 
 def wait_for_workers(server: Server, number: int) -> None:
@@ -99,6 +126,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("tiny", "default"), default="default")
     parser.add_argument("--steps", type=int, default=2, help="of each run, in one turn")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", help="that the workers compute in")
     parser.add_argument("--folder", type=Path, help="of the default model, if it was made before")
     results_option(parser)
     options = parser.parse_args()
@@ -142,6 +170,9 @@ def main() -> None:
             report.add("two workers", [after for _, after in rates], unit="steps/s")
             ratios = [after / before for before, after in rates]
             report.add("two workers against one", ratios, unit="x", goal=at_least(1.6))
+            if options.model == "default":
+                limit = machine_limit(options.folder or model, options.dtype, options.repetitions)
+                report.add("two peft loops against one", limit, unit="x")
             moves = move_seconds(two)
             report.add(
                 "move of a run, load of its snapshot included", moves, unit="s", goal=at_most(2)
