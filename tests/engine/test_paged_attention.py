@@ -160,6 +160,35 @@ def test_a_row_has_the_same_bits_if_others_share_its_first_blocks(
         assert torch.equal(got[0], expected[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("start", [0, 30, 64, 300])
+def test_a_row_has_the_same_bits_if_many_prompts_are_read_together(
+    dtype: torch.dtype, shape: tuple[int, int, int], number: int, start: int
+) -> None:
+    """From one position on, to any other: those that end in one block share products."""
+    variant = variants(shape[0] * shape[1])[number]
+    scaling = shape[2] ** -0.5
+    lengths = [start + more for more in (1, 2, 3, 5, 5, 31, 32, 33, 34, 40, 64, 70)]
+    every = [rows_of(length, shape, dtype, seed) for seed, length in enumerate(lengths)]
+    cache = KvCache(sum(map(blocks_for, lengths)), CPU)
+    ids, sequences = iter(range(cache.num_blocks)), []
+    for rows, length in zip(every, lengths, strict=True):
+        blocks = [next(ids) for _ in range(blocks_for(length))]
+        if start:
+            attend(cache, [(rows, blocks, slice(0, start))], variant, scaling)
+        sequences.append((rows, blocks, slice(start, length)))
+
+    together = attend(cache, sequences, variant, scaling)
+
+    for (rows, _, cut), output in zip(sequences, together, strict=True):
+        alone = KvCache(blocks_for(cut.stop), CPU)
+        whole = (rows, range(blocks_for(cut.stop)), slice(0, cut.stop))
+        (expected,) = attend(alone, [whole], variant, scaling)
+        assert torch.equal(output, expected[start:])
+
+
 @pytest.mark.parametrize("number", [0, 2])
 def test_the_fused_kernel_of_other_devices_computes_the_same(
     number: int, monkeypatch: pytest.MonkeyPatch

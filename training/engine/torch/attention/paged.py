@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from training.engine.sampler.kv_cache import KvCache
-from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, GROUP_BLOCKS
+from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, GROUP_BLOCKS, blocks_for
 from training.engine.torch.attention.interface import Attention
 from training.engine.torch.attention.paged_parts import (
     Part,
@@ -99,7 +99,7 @@ class _Plan:
 
     @classmethod
     def of(cls, parts: Sequence[Part], reach: Reach, device: torch.device) -> _Plan:
-        chunks = [PromptTokens(part, reach, device) for part in parts if part.num_tokens > 1]
+        chunks = [PromptTokens(some, reach, device) for some in _prompts_together(parts)]
         alike: dict[tuple[int, int], list[Part]] = {}
         for part in parts:
             if part.num_tokens == 1:
@@ -115,6 +115,20 @@ class _Plan:
             for i in range(0, len(some), at_once):
                 newest.append(NewestTokens(some[i : i + at_once], reach, size, device))
         return cls(chunks=chunks, newest=newest)
+
+
+def _prompts_together(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts of several tokens, those that begin at one position and end in one block together:
+    many short prompts take no more operations than one."""
+    alike: dict[tuple[int, int], list[Part]] = {}
+    for part in parts:
+        if part.num_tokens > 1:
+            alike.setdefault((part.start, blocks_for(part.end)), []).append(part)
+    together = []
+    for (_, num_blocks), some in alike.items():
+        at_once = max(1, GATHERED_BLOCKS // num_blocks)
+        together += [some[i : i + at_once] for i in range(0, len(some), at_once)]
+    return together
 
 
 def _merge_single(alike: dict[tuple[int, int], list[Part]]) -> dict[tuple[int, int], list[Part]]:
