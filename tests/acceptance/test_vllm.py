@@ -63,7 +63,7 @@ def server(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPat
     wait_for_vllm(server)
     server.post("/api/v1/add_lora", model_id="run", rank=4, seed=1)
     server.results(server.submit_steps("run", 2, learning_rate=0.1))
-    assert "vLLM: ready" in doctor(server)
+    wait_for(lambda: "vLLM: ready" in doctor(server), LONG_SECONDS)  # it is in a heartbeat
     return server
 
 
