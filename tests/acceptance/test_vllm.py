@@ -18,7 +18,7 @@ import requests
 from tests.engine.vllm.real import vllm_python
 from tests.server import Server
 from tests.tiny_model import make_wide_model
-from tests.waiting import LONG_SECONDS, wait_for
+from tests.waiting import LONG_SECONDS, is_over, wait_for
 
 pytestmark = pytest.mark.vllm
 
@@ -136,12 +136,3 @@ def test_nothing_is_left_when_the_server_has_stopped(server: Server, tmp_path: P
     pids = [item.pid for item in server.processes()]
     server.kill()
     wait_for(lambda: all(is_over(pid) for pid in pids))
-
-
-def is_over(pid: int) -> bool:
-    """Also if the system has not removed its entry yet, as it does later for orphans."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return "\nState:\tZ" in status

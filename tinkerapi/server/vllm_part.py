@@ -20,10 +20,12 @@ from http import HTTPStatus
 
 from django.conf import settings
 
+from tinkerapi.server.guard import guard_prefix
 from tinkerapi.server.supervisor import Child
 from tinkerapi.server.up_process import HOST, free_port
 from tinkerapi.server.worker_part import log_path
 from training.base_models import ServedBaseModel
+from training.parent_death import parent_death_prefix
 from training.vllm_server import (
     VllmConnection,
     server_command,
@@ -80,14 +82,18 @@ class VllmPart:
         base_model = self._base_model
         self._child = Child(
             self.name,
-            server_command(
-                self._config,
-                name=base_model.name,
-                folder=base_model.folder,
-                dtype=base_model.config.dtype,
-                context_tokens=base_model.configured_context_tokens,
-                port=int(connection.address.rpartition(":")[2]),
-            ),
+            [
+                *guard_prefix(STOP_SECONDS),
+                *parent_death_prefix("TERM"),
+                *server_command(
+                    self._config,
+                    name=base_model.name,
+                    folder=base_model.folder,
+                    dtype=base_model.config.dtype,
+                    context_tokens=base_model.configured_context_tokens,
+                    port=int(connection.address.rpartition(":")[2]),
+                ),
+            ],
             server_environment(self._config, self._environment, connection.key),
             self.log,
             STOP_SECONDS,
