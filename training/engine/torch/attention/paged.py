@@ -32,6 +32,9 @@ GATHERED_BLOCKS = 256
 """Most blocks of keys that are copied for a product, unless one sequence has more: a copy should
 fit into a processor's cache."""
 
+PROMPT_BLOCKS = 64
+"""Most blocks of prompts that are read together: longer ones gain nothing by it."""
+
 
 class PagedAttention(Attention):
     """The next tokens of each of some sequences; other rows are padding and get zeros."""
@@ -126,7 +129,7 @@ def _prompts_together(parts: Sequence[Part]) -> list[list[Part]]:
             alike.setdefault((part.start, blocks_for(part.end)), []).append(part)
     together = []
     for (_, num_blocks), some in alike.items():
-        at_once = max(1, GATHERED_BLOCKS // num_blocks)
+        at_once = max(1, PROMPT_BLOCKS // num_blocks)
         together += [some[i : i + at_once] for i in range(0, len(some), at_once)]
     return together
 
