@@ -39,5 +39,5 @@ if [ -n "$benchmark" ]; then exec "$python" tests/benchmarks/vllm_sampler.py; fi
     date -u '+%Y-%m-%d %H:%M UTC'
     git log -1 --format='commit %h'
     "$environment/bin/pip" list 2>/dev/null | grep -E '^(vllm|torch|transformers) ' || true
-    "$python" -m pytest -m vllm -p no:randomly -v --color=no tests
+    "$python" -m pytest -m vllm -p no:randomly -v --color=no tests | sed -e 's/ -- \/.*//' -e '/^rootdir: /d'
 } 2>&1 | tee tests/benchmarks/results/vllm_suite.txt

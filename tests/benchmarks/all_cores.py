@@ -33,7 +33,8 @@ RANK = 32
 VOCAB = 40_000
 """Tokens are drawn from fewer than the model's, which are words and parts of words."""
 SETTLE_SECONDS = 2.0
-"""After a load has begun or ended; a worker measures twice a second."""
+"""After a load has begun or ended, that of another way included; a worker measures twice a
+second."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,7 @@ def compare(
         taken: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(turns):
             for way, seconds in ways.items():
+                time.sleep(SETTLE_SECONDS)
                 taken[way].append(seconds(item))
         best = {way: min(values) for way, values in taken.items()}
         goal: Goal | None = at_least(item.goal) if has_goals and item.goal else None

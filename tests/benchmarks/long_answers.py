@@ -36,16 +36,15 @@ ALONE = 5
 PAUSE_SECONDS = 5.0
 
 
-def sample_fields(rng: random.Random, prompt: int, tokens: int, samples: int = 1) -> dict[str, Any]:
+def sample_fields(
+    server: Server, rng: random.Random, prompt: int, tokens: int, samples: int = 1
+) -> dict[str, Any]:
+    folder = server.environment.get("TINKERAPI_BASE_MODEL")
     return {
-        "base_model": DEFAULT_MODEL,
-        "prompt": {
-            "chunks": [
-                {"type": "encoded_text", "tokens": rng.choices(range(100, 40_000), k=prompt)}
-            ]
-        },
+        "base_model": Path(folder).name if folder else DEFAULT_MODEL,
+        "prompt": rng.choices(range(100, 40_000), k=prompt),
         "num_samples": samples,
-        "sampling_params": {"max_tokens": tokens, "seed": 1, "ignore_eos": True},
+        "sampling_params": {"max_tokens": tokens, "seed": 1, "stop": []},
     }
 
 
@@ -54,7 +53,7 @@ def short_seconds(server: Server, rng: random.Random, key: str) -> float:
     begin = time.monotonic()
     answer = requests.post(
         f"{server.url}/api/v1/sample",
-        json=sample_fields(rng, 20, SHORT_TOKENS),
+        json=sample_fields(server, rng, 20, SHORT_TOKENS),
         headers={"X-API-Key": key},
         timeout=600,
     )
@@ -103,7 +102,7 @@ def main() -> None:
         memory.look(server)
         alone = [short() for _ in range(ALONE)]
         begin = time.monotonic()
-        fields = sample_fields(rng, PROMPT_TOKENS, options.tokens, options.samples)
+        fields = sample_fields(server, rng, PROMPT_TOKENS, options.tokens, options.samples)
         group = server.post("/api/v1/asample", **fields)
         group.raise_for_status()
         times, answer = beside(server, group.json()["request_id"], short, memory)
