@@ -54,13 +54,13 @@ def test_a_user_has_one_turn_at_a_time_and_another_user_the_next(jobs: Jobs) -> 
             for name in ("a1", "a2", "a3", "b1")
         ]
         await jobs.until_begun("a1", "b1")
-        assert jobs.begun == ["a1", "b1"]
+        assert set(jobs.begun) == {"a1", "b1"}  # in two threads at once
         for name in ("a1", "a2", "a3", "b1"):
             jobs.gates[name].set()
         return await asyncio.gather(*work)
 
     assert asyncio.run(asyncio.wait_for(run(), LONG_SECONDS)) == ["a1", "a2", "a3", "b1"]
-    assert jobs.begun == ["a1", "b1", "a2", "a3"]
+    assert jobs.begun[2:] == ["a2", "a3"]
 
 
 def test_a_client_that_leaves_keeps_its_turn_until_its_work_is_over(jobs: Jobs) -> None:
