@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,13 +19,3 @@ def wait_for(look: Callable[[], T | None], seconds: float = LONG_SECONDS) -> T:
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.005)
     return value
-
-
-def is_over(pid: int) -> bool:
-    """Whether a process has ended; also if its entry is still there, as that of an orphan may be
-    for a while."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return "\nState:\tZ" in status

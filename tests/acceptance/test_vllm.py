@@ -16,9 +16,10 @@ import pytest
 import requests
 
 from tests.engine.vllm.real import vllm_python
+from tests.platform.processes import is_running
 from tests.server import Server
 from tests.tiny_model import make_wide_model
-from tests.waiting import LONG_SECONDS, is_over, wait_for
+from tests.waiting import LONG_SECONDS, wait_for
 
 pytestmark = pytest.mark.vllm
 
@@ -128,11 +129,11 @@ def test_the_worker_may_be_killed_while_its_requests_are_in_the_server(server: S
 def test_nothing_is_left_when_the_server_has_stopped(server: Server, tmp_path: Path) -> None:
     pids = [item.pid for item in server.processes()]
     server.stop()
-    assert all(is_over(pid) for pid in pids)
+    assert [pid for pid in pids if is_running(pid)] == []
     server.start()
     wait_for(
         lambda: any("EngineCore" in item.command for item in server.processes()), START_SECONDS
     )
     pids = [item.pid for item in server.processes()]
     server.kill()
-    wait_for(lambda: all(is_over(pid) for pid in pids))
+    wait_for(lambda: not any(map(is_running, pids)))

@@ -44,7 +44,7 @@ from tests.benchmarks.crowd import (
     watched,
 )
 from tests.benchmarks.report import Report, at_most, results_option
-from tests.benchmarks.served_model import served
+from tests.benchmarks.served_model import base_model_name, served
 from tests.server import Server
 
 SDK = {"X-Stainless-Package-Version": "0.38.0"}
@@ -67,7 +67,7 @@ def add_latencies(report: Report, part: str, seconds: Sequence[float]) -> None:
 def sampling(server: Server, report: Report, *, clients: int, rounds: int) -> None:
     """All clients wait for a sample; a sample's text depends on its seed only."""
     fields = {
-        "base_model": server_model(server),
+        "base_model": base_model_name(server),
         "prompt": "once upon a time",
         "sampling_params": {"max_tokens": 16},
     }
@@ -254,10 +254,6 @@ def wait_until_ready(server: Server, request_ids: Sequence[str]) -> None:
         server.retrieve(request_id, seconds=TIMEOUT_SECONDS)
     for request_id in request_ids[::50]:
         server.retrieve(request_id, seconds=TIMEOUT_SECONDS)
-
-
-def server_model(server: Server) -> str:
-    return Path(server.environment["TINKERAPI_BASE_MODEL"]).name
 
 
 def main() -> None:

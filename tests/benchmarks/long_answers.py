@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tests.benchmarks.crowd import MEBIBYTE, Memory
 from tests.benchmarks.report import Report, at_most, results_option
-from tests.benchmarks.served_model import DEFAULT_MODEL, served
+from tests.benchmarks.served_model import base_model_name, served
 from tests.server import Server
 
 PROMPT_TOKENS = 500
@@ -39,9 +38,8 @@ PAUSE_SECONDS = 5.0
 def sample_fields(
     server: Server, rng: random.Random, prompt: int, tokens: int, samples: int = 1
 ) -> dict[str, Any]:
-    folder = server.environment.get("TINKERAPI_BASE_MODEL")
     return {
-        "base_model": Path(folder).name if folder else DEFAULT_MODEL,
+        "base_model": base_model_name(server),
         "prompt": rng.choices(range(100, 40_000), k=prompt),
         "num_samples": samples,
         "sampling_params": {"max_tokens": tokens, "seed": 1, "stop": []},
@@ -112,9 +110,6 @@ def main() -> None:
         report.add("short sample alone", alone, unit="s")
         report.add("short sample beside the group", times, unit="s", goal=at_most(1.5))
         report.add("the slowest of them", [max(times)], unit="s", goal=at_most(1.5))
-        report.add(
-            "the last quarter's", [statistics.median(times[-(len(times) // 4 or 1) :])], unit="s"
-        )
         report.add("the group", [sum(lengths) / seconds], unit="tokens/s")
         report.add("worker memory before", [memory.worker[0] / MEBIBYTE], unit="MiB")
         report.add("worker memory at most", [max(memory.worker) / MEBIBYTE], unit="MiB")

@@ -46,6 +46,12 @@ def served(
         server.stop()
 
 
+def base_model_name(server: Server) -> str:
+    """The name of its base model for clients."""
+    folder = server.environment.get("TINKERAPI_BASE_MODEL")
+    return Path(folder).name if folder else DEFAULT_MODEL
+
+
 def use_database_of(server: Server) -> None:
     """Set up Django in this process as a command of that server's would be."""
     os.environ["DJANGO_SETTINGS_MODULE"] = "tinkerapi.settings"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import is_over, wait_for
+from tests.platform.processes import is_running
+from tests.waiting import wait_for
 from tinkerapi.server.guard import guard_prefix
 from training.parent_death import parent_death_prefix
 
@@ -41,7 +42,7 @@ class Guarded:
         self.guard = int(Path(f"/proc/{self.below[0]}/stat").read_text().split(") ")[1].split()[1])
 
     def all_over(self) -> bool:
-        return all(is_over(pid) for pid in (self.guard, *self.below))
+        return not any(map(is_running, (self.guard, *self.below)))
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def ended(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Guarded]:
     guarded.parent.kill()
     guarded.parent.wait()
     for pid in (guarded.guard, *guarded.below):
-        if not is_over(pid):
+        if is_running(pid):
             os.kill(pid, signal.SIGKILL)
 
 
