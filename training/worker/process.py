@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import resource
@@ -30,6 +29,7 @@ from training import tasks
 from training.base_models import ServedBaseModel
 from training.engine import factory
 from training.engine.interface import Engine
+from training.loaded_code import keep_what_is_loaded
 from training.vocabulary import vocabulary_store
 from training.worker.adapter_memory import GIBIBYTE
 from training.worker.agreement import FIGURE, check_agreement, worker_facts
@@ -174,7 +174,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
         tasks.serve(base_model.queue, crash_log.noted()(loop.run_until_idle))
         worker_live(worker, figures)
         pool.warm_up(base_model.folder)
-        _keep_what_is_loaded()
+        keep_what_is_loaded()
         logger.info(
             "%s: ready on %s, %s layout; its adapters may take %.2f GiB of memory",
             base_model.name,
@@ -190,13 +190,6 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
         beating.join()
         worker_stop(worker)
     crash_log.close()
-
-
-def _keep_what_is_loaded() -> None:
-    """Let the garbage collector pass over modules and the model: among their half a million objects
-    a full collection stops everything for 0.3 s, every few seconds while samples run."""
-    gc.collect()
-    gc.freeze()
 
 
 def _facts(base_model: ServedBaseModel) -> dict[str, str] | None:

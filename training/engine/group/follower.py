@@ -19,6 +19,7 @@ from training.engine.sampler.continuous_batching import ContinuousSampler
 from training.engine.torch.sharding.rank_group import RankGroup, join_group
 from training.engine.torch.trainer import TorchTrainer
 from training.errors import BaseModelNotFound, TrainingError
+from training.loaded_code import keep_what_is_loaded
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the leader decides when the group stops
     start = RankStart.from_json(sys.argv[1])
     try:
-        follow(build(start))
+        engine = build(start)
+        keep_what_is_loaded()
+        follow(engine)
     except BaseModelNotFound:
         os._exit(os.EX_CONFIG)  # the leader says why
     except Exception:
