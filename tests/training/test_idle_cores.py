@@ -10,7 +10,13 @@ import pytest
 
 from training.devices import count_cores
 from training.engine.fake.trainer import FakeTrainer
-from training.worker.idle_cores import LOOK_SECONDS, IdleCores, UseIdleCores, seconds_busy
+from training.worker.idle_cores import (
+    LOOK_SECONDS,
+    IdleCores,
+    UseIdleCores,
+    seconds_busy,
+    threads_running,
+)
 
 
 class Machine:
@@ -18,6 +24,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.now = self.own = self.busy = 0.0
+        self.running: int | None = None
 
     def pass_time(self, seconds: float, *, ours: float, others: float) -> None:
         """``ours`` and ``others``: cores that are busy meanwhile."""
@@ -30,6 +37,7 @@ class Machine:
             clock=lambda: self.now,
             own_seconds=lambda: self.own,
             busy_seconds=lambda: self.busy,
+            num_running=lambda: self.running,
             num_cores=number,
         )
 
@@ -73,6 +81,60 @@ def test_too_short_a_time_is_not_measured() -> None:
     assert idle.look() is None
     machine.pass_time(LOOK_SECONDS * 0.2, ours=1.0, others=1.0)
     assert idle.look() == 1
+
+
+def test_cores_of_a_process_that_has_just_ended_are_used_at_once() -> None:
+    machine = Machine()
+    idle = machine.cores(2)
+    machine.pass_time(LOOK_SECONDS, ours=0.0, others=1.0)
+    assert idle.look() == 1
+    machine.running = 2  # it and we
+    machine.pass_time(0.1, ours=1.0, others=1.0)
+    assert idle.look() is None
+    machine.running = 1
+    machine.pass_time(0.1, ours=1.0, others=0.0)
+    assert idle.look() == 2
+    machine.pass_time(LOOK_SECONDS, ours=2.0, others=0.0)  # measured from that moment on
+    assert idle.look() == 2
+
+
+def test_cores_that_are_idle_at_moments_only_are_taken_once() -> None:
+    machine = Machine()
+    idle = machine.cores(2)
+    machine.running = 1
+    found = []
+    for _ in range(40):
+        machine.pass_time(0.1, ours=1.0, others=0.8)
+        found.append(idle.look())
+    assert found.count(2) == 1
+    for _ in range(6):  # it ends
+        machine.pass_time(0.1, ours=1.0, others=0.0)
+        found.append(idle.look())
+    assert [n for n in found if n][-1] == 2
+
+
+def test_what_runs_is_looked_at_now_and_then() -> None:
+    """Each layer of a pass asks, and reading the number takes microseconds."""
+    machine, looks = Machine(), []
+    idle = IdleCores(
+        clock=lambda: machine.now,
+        own_seconds=lambda: machine.own,
+        busy_seconds=lambda: machine.busy,
+        num_running=lambda: looks.append(machine.now) or 2,
+        num_cores=2,
+    )
+    machine.pass_time(LOOK_SECONDS, ours=0.0, others=1.0)
+    for _ in range(400):
+        idle.look()
+        machine.pass_time(0.001, ours=1.0, others=1.0)
+    assert 10 <= len(looks) <= 21
+
+
+def test_this_machine_reports_what_runs(tmp_path: Path) -> None:
+    running = threads_running()
+    assert running is not None
+    assert running >= 1
+    assert threads_running(tmp_path / "missing") is None
 
 
 def test_where_nothing_is_reported_one_core_is_left_to_others() -> None:
