@@ -52,6 +52,7 @@ class Setup:
     sizes: dict[str, int]
     changes: dict[str, Any]
     layout: str = "auto"
+    dtype: str = "float32"
 
 
 SETUPS = {
@@ -74,6 +75,15 @@ SETUPS = {
         model_type="qwen2_moe", sizes={"fsdp_size": 2}, changes={}, layout="padded"
     ),
 }
+
+NARROW_SETUPS = {
+    f"{name}, bfloat16": replace(SETUPS[name], dtype="bfloat16")
+    for name in ("dense, tensor", "experts, tensor", "padded, tensor")
+}
+"""Half of one of their layers is a product for which a CPU has another kernel if rows are few."""
+
+in_both_dtypes = pytest.mark.parametrize("pair", [*SETUPS, *NARROW_SETUPS], indirect=True)
+"""For tests of a group alone: rounded so, its numbers are not those of one process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +119,7 @@ def close(ours: Any, theirs: Any, what: str = "", *, limit: float = EXACT) -> No
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
-    setup = SETUPS[request.param]
+    setup = (SETUPS | NARROW_SETUPS)[request.param]
     known = small_config(setup.model_type).to_dict()
     sizes = {name: size for name, size in SIZES.items() if name in known}
     folder = save_random(
@@ -120,12 +130,12 @@ def pair(
         name="tiny",
         path=folder,
         device="cpu",
-        dtype="float32",
+        dtype=setup.dtype,
         layout=setup.layout,
         activation_bytes=1,
         **setup.sizes,
     )
-    alone = load_base_model(folder, dtype="float32", device="cpu", layout=setup.layout)
+    alone = load_base_model(folder, dtype=setup.dtype, device="cpu", layout=setup.layout)
     environment = dict(os.environ)
     place = meeting_place()
     start = RankStart(

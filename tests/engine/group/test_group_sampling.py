@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
-from tests.engine.group.conftest import Pair, close
+from tests.engine.group.conftest import NARROW_SETUPS, Pair, close, in_both_dtypes
 from tests.engine.sampling_jobs import job
 from training.engine.interface import Engine, SampleJob, SampleOutput
+from training.engine.torch import lora_linear
+from training.engine.torch.packing.stream import SMALL_PRODUCT
 from training.errors import InvalidRequest, TrainingError
 from training.types import AdamParams
 
@@ -68,6 +72,42 @@ def test_jobs_of_every_kind_beside_each_other(published: Pair) -> None:
             "scored": job([5, 6, 7, 8], version="wide:1", max_tokens=0, prompt_logprobs=True),
         },
     )
+
+
+@in_both_dtypes
+def test_batch_mates_do_not_change_the_bits(published: Pair) -> None:
+    """What was sampled beside others is sampled again alone after a crash."""
+    jobs = {
+        f"{version} {number}": job([number, 7, 9] * (number + 1), version=version, seed=number)
+        for version in (None, "wide:1", "narrow:1", "headless:1")
+        for number in range(4)
+    }
+    together = outputs(published.group, jobs)
+    for key, each in jobs.items():
+        [own], [beside] = (
+            outputs(published.group, {key: each})[key].sequences,
+            together[key].sequences,
+        )
+        assert list(own.tokens) == list(beside.tokens), key
+        assert list(own.logprobs) == list(beside.logprobs), key
+
+
+@pytest.mark.parametrize("pair", NARROW_SETUPS, indirect=True)
+def test_no_product_with_a_ranks_part_has_too_few_rows(
+    published: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another kernel would compute it, whose last bits differ once in thousands of rows."""
+    multiplications: list[int] = []
+    product = lora_linear.times_transposed
+
+    def noting(rows: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        multiplications.append(len(rows) * weight.numel())
+        return product(rows, weight, *args, **kwargs)
+
+    monkeypatch.setattr(lora_linear, "times_transposed", noting)
+    outputs(published.group, {"one": job([7]), "adapted": job([7], version="narrow:1")})
+    assert multiplications
+    assert min(multiplications) > SMALL_PRODUCT
 
 
 def test_a_cancelled_job_leaves_the_others(published: Pair) -> None:

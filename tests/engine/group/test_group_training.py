@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tinker.lib.public_interfaces.custom_loss import encode_graph, trace_loss
 
-from tests.engine.group.conftest import ADAPTERS, Pair, close
+from tests.engine.group.conftest import ADAPTERS, Pair, close, in_both_dtypes
 from training.custom_loss_graph import check_graph
 from training.engine.interface import ForwardBackwardJob
 from training.errors import (
@@ -86,6 +86,7 @@ def test_several_requests_of_one_adapter(adapters: Pair, make_datum: MakeDatum) 
     adapters.same("wide")
 
 
+@in_both_dtypes
 def test_batch_mates_do_not_change_the_bits(adapters: Pair, make_datum: MakeDatum) -> None:
     """What is computed first together, and after a crash alone, has the same gradient."""
     trainer = adapters.group.trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from training.engine.torch.base_model import BaseModel
-from training.engine.torch.packing.stream import Segment, fewest_rows, round_up
+from training.engine.torch.packing.stream import Segment, round_up
 
 ROWS_MULTIPLE = {torch.float32: 4, torch.bfloat16: 2}
 """The rows of each segment of a pass are padded to a multiple of this. CPU matrix kernels take
@@ -18,8 +18,7 @@ class RowPadding:
 
     def __init__(self, base_model: BaseModel) -> None:
         self._rows_multiple = ROWS_MULTIPLE.get(base_model.dtype, 1)
-        smallest = min(s.in_features * s.out_features for s in base_model.linear_shapes.values())
-        self._fewest_rows = fewest_rows(base_model.device, base_model.dtype, smallest)
+        self._fewest_rows = base_model.fewest_rows
 
     def of_segment(self, num_rows: int) -> int:
         """The padding rows for a segment of this size."""

@@ -189,6 +189,8 @@ class BaseModel:
     def fewest_rows(self) -> int:
         """The least rows of a pass for which their number does not affect any row's bits."""
         smallest = min(s.in_features * s.out_features for s in self.linear_shapes.values())
+        if self.group is not None and self.group.splits_layers:
+            smallest //= self.group.size  # this rank's part of a matrix
         return fewest_rows(self.device, self.dtype, smallest)
 
     def _padded_states(
