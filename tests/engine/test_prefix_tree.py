@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.reference import PeftReference, TinyTrainer
+from tests.engine.test_thread_team import datum_of
 from tests.tiny_model import VOCAB_SIZE
 from training.engine.interface import ForwardBackwardJob
 from training.engine.torch.attention.blocks import KEPT_KEYS
@@ -311,3 +312,26 @@ def test_stretches_put_together_are_the_sequences_and_no_row_is_there_twice(
     }
     rests = sum(len(sequences[i]) - SHARED_BLOCK * len(paths[i]) for i in some)
     assert len(stream) == SHARED_BLOCK * len(shared) + rests
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_every_part_has_whole_blocks_of_rows_that_no_datum_sees(lengths: list[list[int]]) -> None:
+    """A product with an adapter's matrices then needs no padding of its own."""
+    jobs = [
+        planned([datum_of(length, seed) for seed, length in enumerate(some)], part)
+        for part, some in enumerate(lengths)
+    ]
+    (batch,) = plan_micro_batches(jobs, Limits(token_budget=10_000))
+    bounds = [span.rows for span in batch.part_spans]
+    assert [start for start, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
+    assert all(start % ROWS_MULTIPLE == 0 == end % ROWS_MULTIPLE for start, end in bounds)
+    assert sum(end - start for start, end in bounds) - batch.scored_rows.size < sum(
+        ROWS_MULTIPLE for _ in bounds
+    )
+    covered = [row for each in batch.row_ranges for row in range(each.start, each.end)]
+    assert covered == list(range(len(batch.tokens)))
+    own = {row for p in batch.datums for r in p.row_ranges for row in range(r.start, r.end)}
+    for row_range in batch.row_ranges:
+        of_datum = [row in own for row in range(row_range.start, row_range.end)]
+        assert of_datum == sorted(of_datum, reverse=True)  # no token sees a later row

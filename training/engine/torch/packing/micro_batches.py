@@ -9,7 +9,7 @@ with the targets of its tokens. If datums share nothing, the three are the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -208,9 +208,9 @@ def _make_batch(
     Args:
         origins: By an item's number, the job of its datum and the datum's index there.
         fewest_rows: The least rows of the stream.
-        rows_multiple: It has a multiple of this many.
+        rows_multiple: It has a multiple of this many, and so has each piece.
     """
-    item_ranges, part_rows = _rows(pieces)
+    item_ranges, part_rows = _rows(pieces, rows_multiple)
     datums: list[PackedDatum] = []
     for item, its_ranges in item_ranges:
         planned, index = origins[item.number]
@@ -219,15 +219,20 @@ def _make_batch(
     rows = np.concatenate([np.arange(s.start, s.end) for p in datums for s in p.row_ranges])  # (N,)
     targets, inputs = _loss_inputs(datums)
     scored, places = _scored_tokens(rows, targets)
-    row_ranges = list(dict.fromkeys(one for packed in datums for one in packed.row_ranges))
-    num_rows = row_ranges[-1].end
+    distinct = list(dict.fromkeys(one for packed in datums for one in packed.row_ranges))
+    num_rows = part_rows[-1][1]
+    row_ranges = _without_gaps(distinct, num_rows)
     if missing := round_up(max(fewest_rows, num_rows), rows_multiple) - num_rows:
         row_ranges.append(RowRange(start=num_rows, length=missing))
-    tokens = np.zeros(row_ranges[-1].end, np.int64)
+    tokens, positions = np.zeros((2, row_ranges[-1].end), np.int64)
     for packed in datums:
         for row_range in packed.row_ranges:
             own = slice(row_range.num_before, row_range.num_keys)
             tokens[row_range.start : row_range.end] = packed.datum.model_input[own]
+            positions[row_range.start : row_range.end] = np.arange(own.start, own.stop)
+    for piece, (start, end) in zip(pieces, part_rows, strict=True):
+        real_end = start + piece.num_rows
+        tokens[real_end:end] = tokens[real_end - 1]  # what was finite is so in the padding too
     spans = [list(span) for _, span in groupby(datums, lambda packed: packed.span_key)]
     return MicroBatch(
         datums=datums,
@@ -238,7 +243,7 @@ def _make_batch(
         loss_spans=[LossSpan(first=span[0], end=span[-1].end) for span in spans],
         row_ranges=row_ranges,
         tokens=tokens,
-        position_ids=np.concatenate([np.arange(s.num_before, s.num_keys) for s in row_ranges]),
+        position_ids=positions,
         scored_rows=rows[scored],
         targets=targets[scored],
         places=places,
@@ -247,9 +252,10 @@ def _make_batch(
 
 
 def _rows(
-    pieces: Sequence[Piece],
+    pieces: Sequence[Piece], multiple: int
 ) -> tuple[list[tuple[Item, list[RowRange]]], list[tuple[int, int]]]:
-    """Every item with its rows in the stream, and the range of rows of each piece."""
+    """Every item with its rows in the stream, and the range of rows of each piece, which ends with
+    padding up to a multiple of this many."""
     item_ranges: list[tuple[Item, list[RowRange]]] = []
     part_rows: list[tuple[int, int]] = []
     first_row = 0
@@ -257,9 +263,20 @@ def _rows(
         lengths = [item.num_tokens for item in piece.items]
         laid_out = lay_out(lengths, [item.path for item in piece.items], first_row)
         item_ranges += zip(piece.items, laid_out, strict=True)
-        part_rows.append((first_row, first_row + piece.num_rows))
-        first_row += piece.num_rows
+        end = first_row + round_up(piece.num_rows, multiple)
+        part_rows.append((first_row, end))
+        first_row = end
     return item_ranges, part_rows
+
+
+def _without_gaps(row_ranges: Sequence[RowRange], end: int) -> list[RowRange]:
+    """The ranges with the padding that follows them, up to a stream's ``end``: a range does not see
+    later rows, and padding in a range of its own would need operations of its own."""
+    ends = [*(row_range.start for row_range in row_ranges[1:]), end]
+    return [
+        row_range if row_range.end == end else replace(row_range, length=end - row_range.start)
+        for row_range, end in zip(row_ranges, ends, strict=True)
+    ]
 
 
 def _scored_tokens(
