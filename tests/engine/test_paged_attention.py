@@ -197,7 +197,7 @@ def test_the_fused_kernel_of_other_devices_computes_the_same(
     shape = (2, 3, 16)
     variant = variants(6)[number]
     rows = rows_of(100, shape, torch.float32, seed=0)
-    monkeypatch.setattr("training.engine.torch.attention.paged_products.FUSES_PLAIN_ON", ("cpu",))
+    monkeypatch.setattr("training.engine.torch.attention.variants.FUSES_PLAIN_ON", ("cpu",))
     cache = KvCache(NUM_BLOCKS, CPU)
     got = [
         attend(cache, [(rows, [5, 3, 4, 9], cut)], variant, 0.25)[0]

@@ -19,7 +19,8 @@ def decode(step: ModelStep, requests: Sequence[ActiveRequest]) -> tuple[list[Row
     """The decodable sequences of the requests, which have a place for their newest token, and the
     logits (n, V) of the next token of each."""
     rows, segments = rows_by_weights(step.padding, requests)
-    attention = PagedAttention(step.cache, _parts(rows), len(rows))
+    team = step.base_model.holder.team
+    attention = PagedAttention(step.cache, _parts(rows), len(rows), team=team)
     tokens = [0 if row is None else row[1].tokens[-1] for row in rows]
     lengths = [1 if row is None else row[0].length(row[1]) for row in rows]
     skipped = [0 if row is None else row[0].skipped_positions for row in rows]

@@ -52,8 +52,10 @@ def times_transposed(
     Args:
         team: Computes parts of the outputs if the matrix is large; no bit depends on that.
     """
+    if team is None or weight.numel() < 2 * PART_NUMBERS:
+        return _times_transposed(rows, weight, bias)
     parts = _output_parts(rows, weight, team)
-    if team is None or len(parts) == 1:
+    if len(parts) == 1:
         return _times_transposed(rows, weight, bias)
     output = rows.new_empty(len(rows), len(weight))
 
@@ -65,12 +67,11 @@ def times_transposed(
     return output
 
 
-def _output_parts(rows: Tensor, weight: Tensor, team: ThreadTeam | None) -> list[slice]:
+def _output_parts(rows: Tensor, weight: Tensor, team: ThreadTeam) -> list[slice]:
     """One part also where the kernel is not known to give the same bits for any part."""
     count = 1
     if (
-        team is not None
-        and rows.device.type == "cpu"
+        rows.device.type == "cpu"
         and rows.dtype in (torch.float32, torch.bfloat16)
         and not (torch.is_grad_enabled() and rows.requires_grad)
         and _has_onednn()

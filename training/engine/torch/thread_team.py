@@ -113,6 +113,8 @@ class ThreadTeam:
 
 def cut(num_rows: int, count: int, multiple: int = 1) -> list[slice]:
     """Rows 0 to n in parts of about equal size that begin at multiples of ``multiple``."""
+    if count == 1:
+        return [slice(0, num_rows)]
     starts = [i * num_rows // count // multiple * multiple for i in range(count)]
     ends = [*starts[1:], num_rows]
     return [slice(*bounds) for bounds in zip(starts, ends, strict=True)]

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from training.engine.sampler.kv_cache import KvCache
-from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, GROUP_BLOCKS, blocks_for
+from training.engine.torch.attention.arithmetic import (
+    BLOCK_TOKENS,
+    GROUP_BLOCKS,
+    Workspace,
+    blocks_for,
+)
 from training.engine.torch.attention.interface import Attention
+from training.engine.torch.attention.newest_tokens import NewestTokens
 from training.engine.torch.attention.paged_parts import (
     Part,
     Rows,
@@ -23,14 +30,18 @@ from training.engine.torch.attention.paged_parts import (
     num_shared,
     seen_blocks,
 )
-from training.engine.torch.attention.paged_products import NewestTokens, PromptTokens
+from training.engine.torch.attention.prompt_tokens import PromptTokens
 from training.engine.torch.attention.variants import EVERYTHING, PLAIN, Reach, Variant
 from training.engine.torch.packing.stream import round_up
+from training.engine.torch.thread_team import ThreadTeam
 from training.engine.torch.to_device import to_device
 
 GATHERED_BLOCKS = 256
 """Most blocks of keys that are copied for a product, unless one sequence has more: a copy should
 fit into a processor's cache."""
+
+PART_BLOCKS = 64
+"""Fewest blocks of a thread's part: with fewer, handing it over takes a large part of its time."""
 
 PROMPT_BLOCKS = 64
 """Most blocks of prompts that are read together: longer ones gain nothing by it."""
@@ -39,8 +50,18 @@ PROMPT_BLOCKS = 64
 class PagedAttention(Attention):
     """The next tokens of each of some sequences; other rows are padding and get zeros."""
 
-    def __init__(self, cache: KvCache, parts: Sequence[Part], num_rows: int) -> None:
+    def __init__(
+        self,
+        cache: KvCache,
+        parts: Sequence[Part],
+        num_rows: int,
+        *,
+        team: ThreadTeam | None = None,
+    ) -> None:
+        """``team``: computes parts of many newest tokens; None does it in this thread."""
         self._cache = cache
+        self._team = team or ThreadTeam()
+        self._workspaces = [Workspace() for _ in range(self._team.size)]
         self._parts = parts
         self._longest = max((part.end for part in parts), default=0)
         self._plans: dict[Reach, _Plan] = {}
@@ -72,8 +93,15 @@ class PagedAttention(Attention):
         plan = self._plan(variant.reach)
         for chunk in plan.chunks:
             chunk.attend(keys, values, query, scaling, variant, output)
-        for newest in plan.newest:
-            newest.attend(keys, values, query, scaling, variant, output)
+
+        def compute(newest: Sequence[NewestTokens]) -> None:
+            for some in newest:
+                some.attend(keys, values, query, scaling, variant, output)
+
+        if len(plan.newest) == 1:
+            compute(plan.newest[0])
+        else:
+            self._team.run([partial(compute, newest) for newest in plan.newest])
         return output  # (T, Hq, D)
 
     def _places_of(self, num_key_heads: int) -> Tensor:
@@ -89,7 +117,7 @@ class PagedAttention(Attention):
         if reach.covers(self._longest):
             reach = EVERYTHING
         if reach not in self._plans:
-            self._plans[reach] = _Plan.of(self._parts, reach, self._cache.device)
+            self._plans[reach] = _Plan.of(self._parts, reach, self._cache.device, self._workspaces)
         return self._plans[reach]
 
 
@@ -98,10 +126,17 @@ class _Plan:
     """The computation of a pass in the layers of one reach."""
 
     chunks: list[PromptTokens]
-    newest: list[NewestTokens]
+    newest: list[list[NewestTokens]]
+    """What may be computed at the same time: a list for each workspace."""
 
     @classmethod
-    def of(cls, parts: Sequence[Part], reach: Reach, device: torch.device) -> _Plan:
+    def of(
+        cls,
+        parts: Sequence[Part],
+        reach: Reach,
+        device: torch.device,
+        workspaces: Sequence[Workspace],
+    ) -> _Plan:
         chunks = [PromptTokens(some, reach, device) for some in _prompts_together(parts)]
         alike: dict[tuple[int, int], list[Part]] = {}
         for part in parts:
@@ -109,15 +144,29 @@ class _Plan:
                 # The samples of a prompt have the same first block.
                 key = (_padded(num_seen(part, reach)), part.blocks[0])
                 alike.setdefault(key, []).append(part)
-        newest = []
+        together = []
         for (size, _), some in _merge_single(alike).items():
-            at_once = len(some)
-            if size * len(some) > GATHERED_BLOCKS:
-                num_own = size - num_shared([seen_blocks(part, reach) for part in some])
-                at_once = max(1, GATHERED_BLOCKS // num_own)
-            for i in range(0, len(some), at_once):
-                newest.append(NewestTokens(some[i : i + at_once], reach, size, device))
+            num_own = size - num_shared([seen_blocks(part, reach) for part in some])
+            at_once = _at_once(len(some), num_own, len(workspaces))
+            together += [(size, some[i : i + at_once]) for i in range(0, len(some), at_once)]
+        # The largest first, so that the others fit into its memory.
+        together.sort(key=lambda each: each[0] * len(each[1]), reverse=True)
+        newest: list[list[NewestTokens]] = [[] for _ in workspaces[: len(together)]]
+        for number, (size, some) in enumerate(together):
+            slot = number % len(workspaces)
+            newest[slot].append(NewestTokens(some, reach, size, device, workspaces[slot]))
         return cls(chunks=chunks, newest=newest)
+
+
+def _at_once(num_sequences: int, num_own: int, num_threads: int) -> int:
+    """How many sequences, which have so many blocks each that they do not share, are computed in
+    the same products."""
+    num_blocks = num_sequences * num_own
+    at_once = num_sequences
+    if num_blocks > GATHERED_BLOCKS:
+        at_once = max(1, GATHERED_BLOCKS // num_own)
+    num_parts = min(num_threads, num_blocks // PART_BLOCKS)
+    return min(at_once, -(-num_sequences // num_parts)) if num_parts > 1 else at_once
 
 
 def _prompts_together(parts: Sequence[Part]) -> list[list[Part]]:

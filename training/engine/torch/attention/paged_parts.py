@@ -76,11 +76,11 @@ class Rows:
         return x.index_select(0, self.numbers)
 
     def write(self, x: Tensor, into: Tensor) -> None:
-        """The inverse."""
+        """The inverse; x may be of another dtype."""
         if self._neighbours is not None:
             into[self._neighbours] = x
         else:
-            into.index_copy_(0, self.numbers, x)
+            into.index_copy_(0, self.numbers, x.to(into.dtype))
 
 
 class Blocks:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FUSES_PLAIN_ON = ("cuda",)
+"""Devices on which torch's fused kernel computes layers with plain scores."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
@@ -61,6 +64,10 @@ class Variant:
     def has_plain_scores(self) -> bool:
         """Whether only the visible keys differ, so that fused kernels can be used."""
         return self.softcap is None and self.sinks is None
+
+    def is_fused_on(self, device: torch.device) -> bool:
+        """Whether torch's fused kernel computes the layer there while sampling."""
+        return device.type in FUSES_PLAIN_ON and self.has_plain_scores
 
     def shares(self, scores: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         """The weight of each key: the softmax over the last dimension, with caps and sinks.
