@@ -69,26 +69,5 @@ class Variant:
         """Whether torch's fused kernel computes the layer there while sampling."""
         return device.type in FUSES_PLAIN_ON and self.has_plain_scores
 
-    def shares(self, scores: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
-        """The weight of each key: the softmax over the last dimension, with caps and sinks.
-
-        Its derivative is written by hand, in ``blocks``.
-
-        Args:
-            scores: (..., K) float32, scaled; overwritten.
-            mask: Added after the cap: minus infinity where a key is not seen.
-            sinks: (..., 1), this variant's sinks, one for each row.
-        """
-        if self.softcap is not None:
-            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        if mask is not None:
-            scores = scores.add_(mask)
-        if sinks is None:
-            return scores.softmax(-1)
-        sinks = sinks.float()
-        largest = torch.maximum(scores.amax(-1, keepdim=True), sinks)
-        exponents = scores.sub_(largest).exp_()
-        return exponents.div_(exponents.sum(-1, keepdim=True) + (sinks - largest).exp())
-
 
 PLAIN = Variant()
