@@ -23,6 +23,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 from tests.benchmarks.report import commit, machine, results_option
 from tests.server import ROOT
 
+SETTINGS = "settings of "
+"""Before a drill's name, the key of its settings in the table."""
+
 
 def drill(*arguments: object) -> dict[str, Any]:
     """A drill's report as JSON; ends this process if it finds a difference."""
@@ -47,12 +50,38 @@ def side_by_side(drills: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
             {"figure": figure, **{name: values[name].get(figure, "0") for name in drills}}
             for figure in figures
         ],
-        **{f"settings of {name}": content["settings"] for name, content in drills.items()},
+        **{
+            f"{SETTINGS}{name}": {**content["settings"], "date": content["date"]}
+            for name, content in drills.items()
+        },
         "date": last["date"],
         "versions": last["versions"],
         "machine": asdict(machine()),
         "commit": commit(),
     }
+
+
+def beside_earlier(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The table with the drills that were stored at the path before and were not made again."""
+    if not path.exists():
+        return table
+    earlier = json.loads(path.read_text())
+    names, again = (
+        [key.removeprefix(SETTINGS) for key in each if key.startswith(SETTINGS)]
+        for each in (earlier, table)
+    )
+    rows: dict[str, dict[str, str]] = {}
+    for content, columns in ((table, again), (earlier, [n for n in names if n not in again])):
+        for row in content["rows"]:
+            of_figure = rows.setdefault(row["figure"], {})
+            of_figure |= {name: row[name] for name in columns if name in row}
+    settings = {key: value for key, value in earlier.items() if key.startswith(SETTINGS)}
+    columns = list(dict.fromkeys([*names, *again]))
+    complete = [
+        {"figure": figure, **{name: row.get(name, "0") for name in columns}}
+        for figure, row in rows.items()
+    ]
+    return {**settings, **table, "rows": complete}
 
 
 def main() -> None:
