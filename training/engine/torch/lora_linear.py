@@ -127,9 +127,15 @@ class _Update:
             add_times(grad_x, gb, self.a)
         return gb
 
-    def own(self, segment: Segment) -> slice:
-        """A segment's rows, counted from the group's first."""
-        return slice(segment.start - self.rows.start, segment.end - self.rows.start)
+    def own(self, segment: Segment, of_group: Tensor) -> Tensor:
+        """A segment's rows of the group's (n, ...)."""
+        if len(self.group) == 1:
+            return of_group
+        return of_group[segment.start - self.rows.start : segment.end - self.rows.start]
+
+    def of_rank(self, inner: Tensor) -> Tensor:
+        """(n, R) of (n, R')."""
+        return inner if inner.shape[1] == self.layout.rank else inner[:, : self.layout.rank]
 
 
 def _updates(layer: LoraLinear, groups: Iterable[Sequence[Segment]], like: Tensor) -> list[_Update]:
@@ -197,8 +203,7 @@ class _LoraFunction(torch.autograd.Function):
         context: PassContext,
     ) -> Tensor:
         output, inner = _forward(x, layer, context)
-        ranks = [update.layout.rank for update, _ in inner]
-        kept = [xa[:, :rank] for (_, xa), rank in zip(inner, ranks, strict=True)]  # (n, R) each
+        kept = [update.of_rank(xa) for update, xa in inner]
         ctx.save_for_backward(x if inner else None, *kept)
         ctx.groups = [update.group for update, _ in inner]
         ctx.layer = layer
@@ -212,7 +217,7 @@ class _LoraFunction(torch.autograd.Function):
         updates = _updates(layer, ctx.groups, grad_output)
         grad_x, scaled = _backward(grad_output, layer, updates, wants_x=ctx.needs_input_grad[0])
         trained = [
-            (update, segment, segment.grad, xa, gb[:, : update.layout.rank])
+            (update, segment, segment.grad, xa, update.of_rank(gb))
             for update, xa, gb in zip(updates, inner, scaled, strict=True)
             for segment in update.group
             if segment.grad is not None and layer.adds_gradient
@@ -221,13 +226,13 @@ class _LoraFunction(torch.autograd.Function):
         def add_a() -> None:
             for update, segment, grad, _, gb in trained:
                 grad_a, _ = layer.pair_of(grad, torch.float32)  # type: ignore[misc]
-                add_product(grad_a, gb[update.own(segment)].T, x[segment.rows])
+                add_product(grad_a, update.own(segment, gb).T, x[segment.rows])
 
         def add_b() -> None:
             for update, segment, grad, xa, _ in trained:
                 _, grad_b = layer.pair_of(grad, torch.float32)  # type: ignore[misc]
-                g, own = grad_output[segment.rows], update.own(segment)
-                add_product(grad_b, g.T, xa[own], update.layout.scale)
+                own_xa, g = update.own(segment, xa), grad_output[segment.rows]
+                add_product(grad_b, g.T, own_xa, update.layout.scale)
 
         team = layer.holder.team
         if len(row_parts(team, grad_output)) > 1:
