@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -300,8 +300,13 @@ def missing_rows(rows: Tensor, matrix: Tensor) -> int:
     """The padding for rows (n, K) in a product with a matrix: see ``ROWS_MULTIPLE``."""
     if rows.device.type != "cpu":
         return 0
-    fewest = fewest_rows(rows.device, rows.dtype, matrix.numel())
-    return round_up(max(len(rows), fewest), ROWS_MULTIPLE) - len(rows)
+    return _missing(rows.shape[0], matrix.numel(), rows.dtype)
+
+
+@lru_cache(maxsize=4096)  # asked for each product of each adapter
+def _missing(num_rows: int, matrix_size: int, dtype: torch.dtype) -> int:
+    fewest = fewest_rows(torch.device("cpu"), dtype, matrix_size)
+    return round_up(max(num_rows, fewest), ROWS_MULTIPLE) - num_rows
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
