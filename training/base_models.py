@@ -55,7 +55,9 @@ class ServedBaseModel:
         if device is None or layout is None:
             return None
         is_alone = self.config.sampler == BUILT_IN and self.config.num_ranks == 1
-        return bool(is_alone and device == "cpu" and layout == PACKED)
+        # Beyond the switch an answer is scored by factors that its first tokens did not have.
+        is_switched = worker_figure(self.queue, "rotary_switch") is not None
+        return bool(is_alone and device == "cpu" and layout == PACKED and not is_switched)
 
     @property
     def configured_context_tokens(self) -> int | None:

@@ -63,7 +63,7 @@ def make_data(*lengths: int) -> list[Datum]:
 
 
 def test_the_context_goes_beyond_the_switch(base_model: BaseModel) -> None:
-    assert base_model.rotary_switch == SWITCH
+    assert base_model.rotary_switch == base_model.info.rotary_switch == SWITCH
     assert base_model.info.max_context_tokens == 64
 
 

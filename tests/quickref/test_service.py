@@ -159,17 +159,19 @@ def test_the_context_length_is_the_one_that_the_worker_enforces(api, settings, t
 
 
 @pytest.mark.parametrize(
-    ("device", "layout", "config", "told"),
+    ("figures", "config", "told"),
     [
-        ("cpu", "packed", {}, True),
-        ("cpu", "padded", {}, False),
-        ("cuda", "packed", {}, False),
-        ("cpu", "packed", {"sampler": "vllm"}, False),
-        ("cpu", "packed", {"fsdp_size": 2}, False),
+        ({}, {}, True),
+        ({"rotary_switch": None}, {}, True),
+        ({"rotary_switch": 4096}, {}, False),
+        ({"layout": "padded"}, {}, False),
+        ({"device": "cuda"}, {}, False),
+        ({}, {"sampler": "vllm"}, False),
+        ({}, {"fsdp_size": 2}, False),
     ],
 )
 def test_log_probabilities_are_exact_where_one_process_computes_all_on_a_cpu(
-    api, settings, tmp_path, device, layout, config, told
+    api, settings, tmp_path, figures, config, told
 ):
     base_model = replace(settings.BASE_MODELS[0], name="exact", path=str(tmp_path), **config)
     settings.BASE_MODELS = [base_model]
@@ -179,7 +181,7 @@ def test_log_probabilities_are_exact_where_one_process_computes_all_on_a_cpu(
         return model["exact_logprobs"]
 
     assert says() is None
-    figures = {"device": device, "layout": layout}
+    figures = {"device": "cpu", "layout": "packed", **figures}
     worker = worker_start(queue=base_model_get(None).queue, figures=figures)
     assert says() is told
     worker_stop(worker)

@@ -148,6 +148,7 @@ def run_worker(base_model: ServedBaseModel, build: Callable[[ServedBaseModel], E
             "device": device,
             "dtype": info.dtype,
             "layout": info.layout,
+            "rotary_switch": info.rotary_switch,
             "num_parameters": info.num_parameters,
             "max_context_tokens": info.max_context_tokens,
             "conversation_fault": conversation_fault,

@@ -21,6 +21,9 @@ class BaseModelInfo:
     dtype: str
     layout: str = PACKED
     """The layout of sequences in its passes: ``packed`` or ``padded``."""
+    rotary_switch: int | None = None
+    """The length beyond which a sequence's tokens are rotated by other factors, the earlier ones
+    too; None: they never are."""
 
 
 class CapturedAdapter(ABC):

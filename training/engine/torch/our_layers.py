@@ -160,6 +160,7 @@ def wrap(
             num_parameters=num_parameters,
             device=head_weight.device.type,
             dtype=str(head_weight.dtype).removeprefix("torch."),
+            rotary_switch=rotary_switch,
         ),
         tokenizer=tokenizer,
         device=head_weight.device,
