@@ -178,6 +178,22 @@ def test_no_bit_shows_that_several_threads_computed_parts_of_the_outputs(
                 assert team.num_tasks > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inner"), [(1536, 576), (576, 1536), (896, 640)])
+def test_no_bit_shows_it_either_where_rows_are_many_and_the_matrix_is_small(
+    dtype: torch.dtype, out: int, inner: int
+) -> None:
+    """A short prompt's rows are too few to be cut."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out, inner, generator=generator).to(dtype)
+    for number in (68, 96, 124):
+        rows = torch.randn(number, inner, generator=generator).to(dtype)
+        team = CountingTeam(2)
+        found = times_transposed(rows, weight, team=team)
+        assert torch.equal(found, times_transposed(rows, weight))
+        assert team.num_tasks > 1
+
+
 def test_a_small_matrix_and_a_recorded_product_are_computed_whole() -> None:
     team = CountingTeam(4)
     times_transposed(torch.randn(4, 576), torch.randn(1536, 576), team=team)

@@ -43,6 +43,9 @@ PART_NUMBERS = 2**21
 """Fewest numbers of a part of a matrix: reading them takes about a millisecond, and handing the
 part to another thread a tenth of that."""
 
+ROWS_FREE = 8
+"""Rows that a matrix is multiplied by while it is read; more take longer in proportion."""
+
 
 def times_transposed(
     rows: Tensor, weight: Tensor, bias: Tensor | None = None, *, team: ThreadTeam | None = None
@@ -52,10 +55,8 @@ def times_transposed(
     Args:
         team: Computes parts of the outputs if the matrix is large; no bit depends on that.
     """
-    if team is None or weight.numel() < 2 * PART_NUMBERS:
-        return _times_transposed(rows, weight, bias)
-    parts = _output_parts(rows, weight, team)
-    if len(parts) == 1:
+    parts = [] if team is None else _output_parts(rows, weight, team)
+    if team is None or len(parts) < 2:
         return _times_transposed(rows, weight, bias)
     output = rows.new_empty(len(rows), len(weight))
 
@@ -68,15 +69,18 @@ def times_transposed(
 
 
 def _output_parts(rows: Tensor, weight: Tensor, team: ThreadTeam) -> list[slice]:
-    """One part also where the kernel is not known to give the same bits for any part."""
-    count = 1
+    """None where that is not worthwhile, or the kernel not known to give the same bits for any
+    part."""
+    times = max(1, rows.shape[0] // ROWS_FREE)
+    count = min(team.most_parts, weight.numel() * times // PART_NUMBERS)
     if (
-        rows.device.type == "cpu"
-        and rows.dtype in (torch.float32, torch.bfloat16)
-        and not (torch.is_grad_enabled() and rows.requires_grad)
-        and _has_onednn()
+        count < 2
+        or rows.device.type != "cpu"
+        or rows.dtype not in (torch.float32, torch.bfloat16)
+        or (torch.is_grad_enabled() and rows.requires_grad)
+        or not _has_onednn()
     ):
-        count = max(1, min(team.most_parts, weight.numel() // PART_NUMBERS))
+        return []
     return cut(len(weight), count, ROWS_MULTIPLE)
 
 
