@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, blocks_for
 from training.engine.torch.attention.paged import PagedAttention
 from training.engine.torch.attention.paged_parts import Part
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant
+from training.engine.torch.thread_team import ThreadTeam
+
+T = TypeVar("T")
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 40
@@ -187,6 +191,71 @@ def test_a_row_has_the_same_bits_if_many_prompts_are_read_together(
         whole = (rows, range(blocks_for(cut.stop)), slice(0, cut.stop))
         (expected,) = attend(alone, [whole], variant, scaling)
         assert torch.equal(output, expected[start:])
+
+
+class CountingTeam(ThreadTeam):
+    num_tasks = 0
+
+    def run(self, tasks: Sequence[Callable[[], T]], **kwargs: Any) -> list[T]:
+        self.num_tasks += len(tasks)
+        return super().run(tasks, **kwargs)
+
+
+def passes_of_newest(
+    lengths: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype, variant: Variant
+) -> Callable[[ThreadTeam], list[torch.Tensor]]:
+    """The outputs of two layers for the newest token of each of some sequences, by a team."""
+    every = [
+        [rows_of(length, shape, dtype, seed) for seed, length in enumerate(lengths, 100 * layer)]
+        for layer in range(2)
+    ]
+    cache = KvCache(sum(map(blocks_for, lengths)), CPU)
+    ids = iter(range(cache.num_blocks))
+    tables = [[next(ids) for _ in range(blocks_for(length))] for length in lengths]
+    scaling = shape[2] ** -0.5
+
+    def one_pass(layers: Sequence[int], newest: bool, team: ThreadTeam) -> list[torch.Tensor]:
+        cuts = [slice(n - 1 if newest else 0, n if newest else n - 1) for n in lengths]
+        parts, row = [], 0
+        for blocks, cut in zip(tables, cuts, strict=True):
+            size = cut.stop - cut.start
+            parts.append(Part(first_row=row, start=cut.start, num_tokens=size, blocks=blocks))
+            row += size
+        attention = PagedAttention(cache, parts, row, team=team)
+        outputs = []
+        for layer in layers:
+            rows = (
+                torch.cat([own[i][cut] for own, cut in zip(every[layer], cuts, strict=True)])
+                for i in range(3)
+            )
+            outputs.append(attention.attend(layer, *rows, scaling, variant))
+        return outputs
+
+    one_pass((0, 1), newest=False, team=ThreadTeam())
+    return lambda team: one_pass((0, 1), newest=True, team=team)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("number", range(5))
+def test_no_bit_shows_that_several_threads_computed_parts(
+    dtype: torch.dtype, shape: tuple[int, int, int], number: int
+) -> None:
+    variant = variants(shape[0] * shape[1])[number]
+    newest = passes_of_newest([700, 690, 301, 40, 700, 2, 650] * 3, shape, dtype, variant)
+    expected = newest(ThreadTeam())
+    for size in (2, 3):
+        team = CountingTeam(size)
+        for ours, theirs in zip(newest(team), expected, strict=True):
+            assert torch.equal(ours, theirs)
+        sees_little = variant.reach.limit is not None and variant.reach.limit < 100
+        assert (team.num_tasks > 1) is not sees_little
+
+
+def test_few_blocks_are_computed_in_one_thread() -> None:
+    team = CountingTeam(2)
+    passes_of_newest([40, 70, 100, 2], SHAPES[0], torch.float32, PLAIN)(team)
+    assert team.num_tasks == 0
 
 
 @pytest.mark.parametrize("number", [0, 2])

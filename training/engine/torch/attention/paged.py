@@ -144,16 +144,19 @@ class _Plan:
                 # The samples of a prompt have the same first block.
                 key = (_padded(num_seen(part, reach)), part.blocks[0])
                 alike.setdefault(key, []).append(part)
-        together = []
+        together: list[tuple[int, list[Part]]] = []
+        num_blocks = 0
         for (size, _), some in _merge_single(alike).items():
             num_own = size - num_shared([seen_blocks(part, reach) for part in some])
+            num_blocks += num_own * len(some)
             at_once = _at_once(len(some), num_own, len(workspaces))
             together += [(size, some[i : i + at_once]) for i in range(0, len(some), at_once)]
         # The largest first, so that the others fit into its memory.
         together.sort(key=lambda each: each[0] * len(each[1]), reverse=True)
-        newest: list[list[NewestTokens]] = [[] for _ in workspaces[: len(together)]]
+        num_lists = min(len(workspaces), len(together), max(1, num_blocks // PART_BLOCKS))
+        newest: list[list[NewestTokens]] = [[] for _ in range(num_lists)]
         for number, (size, some) in enumerate(together):
-            slot = number % len(workspaces)
+            slot = number % num_lists
             newest[slot].append(NewestTokens(some, reach, size, device, workspaces[slot]))
         return cls(chunks=chunks, newest=newest)
 
