@@ -303,8 +303,9 @@ def missing_rows(rows: Tensor, matrix: Tensor) -> int:
     return _missing(rows.shape[0], matrix.numel(), rows.dtype)
 
 
-@lru_cache(maxsize=4096)  # asked for each product of each adapter
+@lru_cache(maxsize=4096)
 def _missing(num_rows: int, matrix_size: int, dtype: torch.dtype) -> int:
+    """The same for a CPU; every product of every adapter asks."""
     fewest = fewest_rows(torch.device("cpu"), dtype, matrix_size)
     return round_up(max(num_rows, fewest), ROWS_MULTIPLE) - num_rows
 

@@ -1,9 +1,9 @@
 """Lays out parts of jobs as packed micro-batches, the input of the model, the head and the losses.
 
-A micro-batch is one stream of whole datums without padding. A shared prefix of one part's datums
-is there once, so three things are counted: the N tokens of all datums,
-the T rows of the stream, and the S rows that the head scores, which are rows of the stream, each
-with the targets of its tokens. If datums share nothing, the three are the same.
+A micro-batch is one stream of whole datums. A shared prefix of one part's datums is there once, so
+three things are counted: the N tokens of all datums, the T rows of the stream, and the S rows that
+the head scores, which are rows of the stream, each with the targets of its tokens. If datums share
+nothing, the three are the same but for the rows that pad each part.
 """
 
 from __future__ import annotations
@@ -231,8 +231,10 @@ def _make_batch(
             tokens[row_range.start : row_range.end] = packed.datum.model_input[own]
             positions[row_range.start : row_range.end] = np.arange(own.start, own.stop)
     for piece, (start, end) in zip(pieces, part_rows, strict=True):
+        # Padding is of a token whose numbers are finite, at position 0: one beyond the rotary
+        # switch would change the factors of all.
         real_end = start + piece.num_rows
-        tokens[real_end:end] = tokens[real_end - 1]  # what was finite is so in the padding too
+        tokens[real_end:end] = tokens[real_end - 1]
     spans = [list(span) for _, span in groupby(datums, lambda packed: packed.span_key)]
     return MicroBatch(
         datums=datums,
