@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.test_frozen_products import CountingTeam
 from training.engine.sampler.kv_cache import KvCache
 from training.engine.torch.attention.arithmetic import BLOCK_TOKENS, blocks_for
 from training.engine.torch.attention.paged import PagedAttention
 from training.engine.torch.attention.paged_parts import Part
 from training.engine.torch.attention.variants import PLAIN, Reach, Variant
 from training.engine.torch.thread_team import ThreadTeam
-
-T = TypeVar("T")
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 40
@@ -69,6 +67,16 @@ def by_formula(rows: Rows, variant: Variant, scaling: float) -> torch.Tensor:
     return torch.einsum("hqk,khd->qhd", shares, value)
 
 
+def parts_of(sequences: Iterable[tuple[Sequence[int], slice]]) -> tuple[list[Part], int]:
+    """The parts of a pass over some tokens of each sequence, from its blocks; and the rows."""
+    parts, row = [], 0
+    for blocks, cut in sequences:
+        size = cut.stop - cut.start
+        parts.append(Part(first_row=row, start=cut.start, num_tokens=size, blocks=blocks))
+        row += size
+    return parts, row
+
+
 def attend(
     cache: KvCache,
     sequences: Sequence[tuple[Rows, Sequence[int], slice]],
@@ -76,13 +84,9 @@ def attend(
     scaling: float,
 ) -> list[torch.Tensor]:
     """One pass over a part of each sequence, with the blocks of each."""
-    parts, row = [], 0
-    for _, blocks, cut in sequences:
-        size = cut.stop - cut.start
-        parts.append(Part(first_row=row, start=cut.start, num_tokens=size, blocks=blocks))
-        row += size
+    parts, num_rows = parts_of((blocks, cut) for _, blocks, cut in sequences)
     query, key, value = (torch.cat([rows[i][cut] for rows, _, cut in sequences]) for i in range(3))
-    output = PagedAttention(cache, parts, row).attend(0, query, key, value, scaling, variant)
+    output = PagedAttention(cache, parts, num_rows).attend(0, query, key, value, scaling, variant)
     return list(output.split([part.num_tokens for part in parts]))
 
 
@@ -193,14 +197,6 @@ def test_a_row_has_the_same_bits_if_many_prompts_are_read_together(
         assert torch.equal(output, expected[start:])
 
 
-class CountingTeam(ThreadTeam):
-    num_tasks = 0
-
-    def run(self, tasks: Sequence[Callable[[], T]], **kwargs: Any) -> list[T]:
-        self.num_tasks += len(tasks)
-        return super().run(tasks, **kwargs)
-
-
 def passes_of_newest(
     lengths: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype, variant: Variant
 ) -> Callable[[ThreadTeam], list[torch.Tensor]]:
@@ -216,12 +212,8 @@ def passes_of_newest(
 
     def one_pass(layers: Sequence[int], newest: bool, team: ThreadTeam) -> list[torch.Tensor]:
         cuts = [slice(n - 1 if newest else 0, n if newest else n - 1) for n in lengths]
-        parts, row = [], 0
-        for blocks, cut in zip(tables, cuts, strict=True):
-            size = cut.stop - cut.start
-            parts.append(Part(first_row=row, start=cut.start, num_tokens=size, blocks=blocks))
-            row += size
-        attention = PagedAttention(cache, parts, row, team=team)
+        parts, num_rows = parts_of(zip(tables, cuts, strict=True))
+        attention = PagedAttention(cache, parts, num_rows, team=team)
         outputs = []
         for layer in layers:
             rows = (

@@ -21,6 +21,7 @@ from training.engine.torch.attention.arithmetic import (
     GROUP_BLOCKS,
     ROWS_MULTIPLE,
     Workspace,
+    capped,
     softmax,
 )
 from training.engine.torch.attention.paged_parts import (
@@ -128,7 +129,7 @@ class NewestTokens:
     def _write_shares(self, buffers: _Buffers, variant: Variant) -> None:
         scores, softcap, sinks = buffers.scores, variant.softcap, variant.sinks
         if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
+            scores.copy_(capped(scores, softcap))
         scores.add_(self._mask)
         if sinks is None:
             torch.softmax(buffers.scores_of_keys, -1, out=buffers.shares_of_keys)
