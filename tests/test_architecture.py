@@ -13,11 +13,11 @@ TINKERAPI = Path(__file__).resolve().parent.parent / "tinkerapi"
 
 
 def modules_after(statement: str) -> set[str]:
-    """Top-level modules that a fresh process holds after running a statement."""
+    """The modules that a fresh process holds after running a statement."""
     script = (
         "import os; os.environ['DJANGO_SETTINGS_MODULE'] = 'tests.settings'\n"
         f"{statement}\n"
-        "import sys; print(' '.join({name.partition('.')[0] for name in sys.modules}))"
+        "import sys; print(' '.join(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
@@ -40,7 +40,14 @@ def test_the_web_process_loads_no(web_modules: set[str], module: str) -> None:
 
 def test_the_web_process_serves_the_views(web_modules: set[str]) -> None:
     # Guards the test above: had the views not been loaded, it would say nothing.
-    assert {"rest_framework", "drf_spectacular", "futures", "training"} <= web_modules
+    loaded = {"rest_framework", "drf_spectacular", "futures", "training", "tinkerapi.console.pages"}
+    assert loaded <= web_modules
+
+
+def test_a_process_that_serves_no_page_loads_none() -> None:
+    modules = modules_after("import django; django.setup()")
+    assert "tinkerapi.console.pages" not in modules
+    assert "futures.models" in modules
 
 
 def test_the_fake_engine_needs_no_torch() -> None:

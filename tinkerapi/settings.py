@@ -90,7 +90,8 @@ HAS_PUBLIC_NAME = bool(TLS or CSRF_TRUSTED_ORIGINS or set(ALLOWED_HOSTS) - {"*",
 INSTALLED_APPS = [
     "unfold",  # before django.contrib.admin, whose templates it replaces
     "unfold.contrib.filters",
-    "django.contrib.admin",
+    # Without its pages, which only processes that serve some import (``tinkerapi.urls``).
+    "django.contrib.admin.apps.SimpleAdminConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",

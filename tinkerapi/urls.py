@@ -19,6 +19,8 @@ from tinkerapi.console.front_page import front_page
 from tinkerapi.console.invitations import InvitationView
 from tinkerapi.console.playground import PlaygroundChatView
 
+admin.autodiscover()  # ``tinkerapi.admin``
+
 
 def redirect_to(name: str | None = None, url: str | None = None) -> Callable[..., HttpResponseBase]:
     """A view that sends a browser to the page of this name, or to this address."""

@@ -14,6 +14,7 @@ from django.db.models import Model
 from django.test import Client
 from django.urls import reverse
 
+import tinkerapi.urls  # noqa: F401 - the admin knows its pages
 from futures.models import Future
 from tests.conftest import InProcessWorker
 from tinkerapi.services import api_key_create
