@@ -50,6 +50,12 @@ def test_a_process_that_serves_no_page_loads_none() -> None:
     assert "futures.models" in modules
 
 
+def test_the_engine_loads_peft_only_to_export() -> None:
+    modules = modules_after("from training.engine.torch.trainer import TorchTrainer")
+    assert "peft" not in modules
+    assert "transformers" in modules
+
+
 def test_the_fake_engine_needs_no_torch() -> None:
     assert "torch" not in modules_after("from training.engine.fake.engine import fake_engine")
 

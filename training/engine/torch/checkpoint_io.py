@@ -1,4 +1,4 @@
-"""An adapter as files: our own checkpoint, complete or absent, and peft's format.
+"""An adapter as files of our own: a checkpoint, complete or absent.
 
 A checkpoint directory holds one safetensors file per buffer, so that loading the weights alone
 reads nothing else, and ``meta.json``: the adapter's shape, the place of each module's matrices,
@@ -7,20 +7,18 @@ the step, the versions that made it, and a SHA-256 of every file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from training.atomic_directory import new_directory, read_meta, write_meta
-from training.engine.export_readme import export_readme
 from training.engine.interface import CapturedAdapter
 from training.engine.torch.adapters import (
     Adapter,
@@ -28,16 +26,10 @@ from training.engine.torch.adapters import (
     AdapterTensors,
     LoraShape,
 )
-from training.engine.torch.experts.peft_form import PeftExperts, peft_experts, split_targets
-from training.engine.torch.experts.stacks import ExpertStack
-from training.engine.torch.experts.tinker_form import tinker_experts
 from training.errors import CheckpointNotFound, InvalidRequest
 from training.types import LoraConfig
 
 FORMAT = 1
-TINKER_NAME = "tinker_adapter.safetensors"
-"""In an export with experts: the same adapter as tools for the hosted service's adapters read it.
-The folder's README says how."""
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 
 
@@ -73,7 +65,7 @@ class CapturedTensors(CapturedAdapter):
         }
         with new_directory(directory) as temporary:
             for name, flat in self.buffers.items():
-                _write(temporary / f"{name}.safetensors", {name: flat})
+                write_tensors(temporary / f"{name}.safetensors", {name: flat})
             return write_meta(temporary, meta)
 
 
@@ -171,63 +163,8 @@ def _read_weights(
     return meta, AdapterTensors(layout, _read(directory, "weights", device))
 
 
-def save_peft(
-    adapter: Adapter,
-    directory: Path,
-    *,
-    base_model_name: str,
-    head_name: str,
-    model_type: str,
-    stacks: Mapping[str, ExpertStack],
-) -> int:
-    """Write files for ``peft.PeftModel.from_pretrained``; see ``Trainer.save_peft``.
-
-    Beside them it writes a README.md for people: how to load the adapter and, if it has the output
-    head, how to merge it.
-    """
-    layout = adapter.layout
-    experts = peft_experts(layout, adapter.weights.flat, stacks)
-    modules = [name for name, place in layout.places.items() if not place.shape.num_experts]
-    as_modules, as_parameters = split_targets(modules, model_type)
-    config = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM,
-        base_model_name_or_path=base_model_name,
-        inference_mode=True,
-        r=layout.rank,
-        lora_alpha=layout.config.alpha,  # type: ignore[arg-type]  # peft divides it as any number
-        target_modules=as_modules,
-        **_parameter_arguments(experts, as_parameters),
-    )
-    linears = {}
-    for name in modules:
-        a, b = layout.pair(adapter.weights.flat, name)
-        linears[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
-        linears[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    with new_directory(directory) as temporary:
-        _write(temporary / "adapter_model.safetensors", linears | experts.tensors)
-        if layout.has_experts:
-            own = tinker_experts(layout, adapter.weights.flat, stacks)
-            _write(temporary / TINKER_NAME, linears | own)
-        config.save_pretrained(str(temporary))
-        readme = export_readme(
-            base_model_name, layout, head_name if head_name in layout.places else None
-        )
-        (temporary / "README.md").write_text(readme)
-        return sum(path.stat().st_size for path in temporary.iterdir())
-
-
-def _parameter_arguments(experts: PeftExperts, others: Sequence[str]) -> dict[str, Any]:
-    """peft's arguments for what it adapts as parameters; none without any."""
-    if not experts.target_parameters and not others:
-        return {}
-    return {
-        "target_parameters": [*experts.target_parameters, *others],
-        "rank_pattern": experts.ranks,
-        "alpha_pattern": experts.alphas,
-    }
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file."""
     # Our own write call: safetensors' own reports a full disk as an error without errno.
     content = save({name: tensor.cpu() for name, tensor in tensors.items()}, {"format": "pt"})
     path.write_bytes(content)

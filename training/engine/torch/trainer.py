@@ -303,7 +303,9 @@ class TorchTrainer(Trainer):
         return adapter.layout.config
 
     def save_peft(self, adapter_name: str, directory: Path) -> int:
-        return checkpoint_io.save_peft(
+        from training.engine.torch.peft_export import save_peft
+
+        return save_peft(
             self._use(adapter_name),
             directory,
             base_model_name=self.info.name,

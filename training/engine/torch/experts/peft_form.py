@@ -8,49 +8,14 @@ larger.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
-import peft
 import torch
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor
 
 from training.engine.torch.adapters import AdapterLayout
 from training.engine.torch.experts.stacks import ExpertStack, Projection
-
-
-def split_targets(modules: Sequence[str], model_type: str) -> tuple[list[str], list[str]]:
-    """The linear layers for peft's ``target_modules``, and the parameters of the others for its
-    ``target_parameters``.
-
-    In some families of experts peft takes every target that ends in ``gate_proj`` and so on for the
-    experts', which had these names once, and leaves out a dense layer or a shared expert of that
-    name. As a parameter such a layer gets the same adapter under the same name.
-    """
-    taken = {
-        leaf: _is_taken_for_experts(leaf, model_type)
-        for leaf in {name.rpartition(".")[2] for name in modules}
-    }
-    as_parameters = [name for name in modules if taken[name.rpartition(".")[2]]]
-    return (
-        [name for name in modules if not taken[name.rpartition(".")[2]]],
-        [f"{name}.weight" for name in as_parameters],
-    )
-
-
-def _is_taken_for_experts(leaf: str, model_type: str) -> bool:
-    """Whether the installed peft changes a target of this name when it adapts such a model."""
-    config = peft.LoraConfig(target_modules=[leaf])
-    model: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
-    try:
-        convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError:  # it wants gate and up together
-        return True
-    return leaf not in (config.target_modules or ())
-
 
 RENAMED_BY_PEFT = ("laguna",)
 """Families whose adapters on shared experts stock peft loads under names that do not exist, so that
