@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Literal
 
+from futures.lost_workers import MAX_INTERRUPTIONS
 from tinkerapi.drill.moments import MOMENTS, Aim, Moment
 from tinkerapi.drill.server import DrilledServer
 from tinkerapi.drill.transport import Progress
@@ -35,6 +36,10 @@ TARGETS: dict[Target, int] = {
 
 TARGETS_WITH_VLLM: dict[Target, int] = {**TARGETS, "worker": 30, "vllm": 20}
 """The same if a vLLM server samples."""
+
+MOST_IN_A_ROW = MAX_INTERRUPTIONS // 2
+"""Kills without an answer between them. A request that cannot be told from one that ends the machine
+each time is given up in the end, as it should be; the drill is about all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +120,8 @@ class Killer:
         self._aim = Aim(server.data_dir, progress)
         self._random = Random(f"{seed} victims")  # noqa: S311
         self._say = say
+        self._answered: list[int] = []
+        """The answers at each kill."""
         self.done: list[Killed] = []
         self.error = ""
         """Why the plan could not be completed."""
@@ -123,12 +130,16 @@ class Killer:
         """Carry out all kills in order; ends early when the clients end. Never raises."""
         try:
             for kill in plan:
-                self._wait_for_answers(kill.after_answers)
+                self._wait_for_answers(max(kill.after_answers, self._answers_needed()))
                 if self._progress.is_over:
                     return
                 self._carry_out(kill)
         except Exception as error:  # a thread must report its failure
             self.error = f"killer: {type(error).__name__}: {error}"
+
+    def _answers_needed(self) -> int:
+        """Before the next kill: one more than at the first of the last few."""
+        return self._answered[-MOST_IN_A_ROW] + 1 if len(self._answered) >= MOST_IN_A_ROW else 0
 
     def _wait_for_answers(self, number: int) -> None:
         self._progress.wait_for(lambda: self._progress.answered >= number, None)
@@ -143,7 +154,8 @@ class Killer:
             pid = self._find(kill.target)
         killed = Killed(kill=kill, at=datetime.now(UTC), aimed=aimed)
         self.done.append(killed)
-        self._say(self._progress.answered, killed)
+        self._answered.append(self._progress.answered)
+        self._say(self._answered[-1], killed)
 
     def _strike(self, target: Target, pid: int) -> bool:
         """Kill; False if the process was gone."""
