@@ -38,8 +38,8 @@ TARGETS_WITH_VLLM: dict[Target, int] = {**TARGETS, "worker": 30, "vllm": 20}
 """The same if a vLLM server samples."""
 
 MOST_IN_A_ROW = MAX_INTERRUPTIONS // 2
-"""Kills without an answer between them. A request that cannot be told from one that ends the machine
-each time is given up in the end, as it should be; the drill is about all others."""
+"""Kills without an answer between them. A request that cannot be told from one that ends the
+machine each time is given up in the end, as it should be; the drill is about all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
