@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from training.engine.torch.frozen_products import times_frozen, times_transposed
+from training.engine.torch.frozen_products import (
+    needs_blocks,
+    times_frozen,
+    times_transposed,
+)
 from training.engine.torch.thread_team import ThreadTeam
 
 T = TypeVar("T")
@@ -39,18 +44,23 @@ MOST_FOURS = 652
 
 
 class CountingTeam(ThreadTeam):
-    """It counts the parts."""
+    """It counts the operations that its threads share."""
 
-    num_tasks = 0
+    num_shared = 0
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        self.num_tasks += len(tasks)
+        self.num_shared += len(tasks) > 1
         return super().run(tasks)
+
+    def in_one(self, operation: Callable[[], T]) -> T:
+        self.num_shared += self.size > 1
+        return super().in_one(operation)
 
 
 @pytest.fixture(autouse=True)
 def own_threads() -> Iterator[None]:
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -161,43 +171,47 @@ def test_a_gradient_is_not_lost() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("out", "inner"), [(9216, 1024), (3000, 2999)])
-def test_no_bit_shows_that_several_threads_computed_parts_of_the_outputs(
+@pytest.mark.parametrize(
+    ("out", "inner"),
+    [
+        (9216, 1024),
+        (3000, 2999),
+        (1536, 576),
+        (576, 1536),
+        (896, 640),
+        (576, 320),
+        (20000, 64),
+        (64, 20000),
+    ],
+)
+def test_no_bit_shows_that_several_threads_computed_a_product(
     dtype: torch.dtype, out: int, inner: int
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out, inner, generator=generator).to(dtype)
     bias = torch.randn(out, generator=generator).to(dtype)
-    for number in (2, 4, 5, 32, 100):
+    teams = [CountingTeam(size) for size in (2, 3, 4)]
+    for number in (2, 4, 5, 32, 68, 96, 100, 124, 500):
         rows = torch.randn(number, inner, generator=generator).to(dtype)
-        for added in (None, bias):
-            expected = times_transposed(rows, weight, added)
-            for size in (2, 3, 4):
-                team = CountingTeam(size)
-                assert torch.equal(times_transposed(rows, weight, added, team=team), expected)
-                assert team.num_tasks > 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("out", "inner"), [(1536, 576), (576, 1536), (896, 640)])
-def test_no_bit_shows_it_either_where_rows_are_many_and_the_matrix_is_small(
-    dtype: torch.dtype, out: int, inner: int
-) -> None:
-    """A short prompt's rows are too few to be cut."""
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(out, inner, generator=generator).to(dtype)
-    for number in (68, 96, 124):
-        rows = torch.randn(number, inner, generator=generator).to(dtype)
-        team = CountingTeam(2)
-        found = times_transposed(rows, weight, team=team)
-        assert torch.equal(found, times_transposed(rows, weight))
-        assert team.num_tasks > 1
+        gradient = torch.randn(number, out, generator=generator).to(dtype)
+        products = [
+            partial(times_transposed, rows, weight),
+            partial(times_transposed, rows, weight, bias),
+            partial(times_frozen, gradient, weight),
+        ]
+        for product in products:
+            alone = product()
+            for team in teams:
+                assert torch.equal(product(team=team), alone)
+    if weight.numel() > 2**22 or not needs_blocks(torch.ones(2, inner, dtype=dtype), weight):
+        assert all(team.num_shared for team in teams)
+    assert torch.get_num_threads() == 1
 
 
 def test_a_small_matrix_and_a_recorded_product_are_computed_whole() -> None:
     team = CountingTeam(4)
-    times_transposed(torch.randn(4, 576), torch.randn(1536, 576), team=team)
+    times_transposed(torch.randn(4, 576), torch.randn(192, 576), team=team)
     rows = torch.randn(4, 3000, requires_grad=True)
     times_transposed(rows, torch.ones(3000, 3000), team=team).sum().backward()
     torch.testing.assert_close(rows.grad, torch.full_like(rows, 3000.0))
-    assert team.num_tasks == 0
+    assert team.num_shared == 0

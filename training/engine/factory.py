@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SPIN_COUNT = 20_000
+"""Rounds for which a thread of torch waits for the next operation before it sleeps: less than a
+millisecond."""
+
 MAX_REASON_CHARACTERS = 300  # of a library's error about a model's folder
 
 
@@ -78,6 +82,8 @@ def build_engine(
     """
     if config.num_ranks > 1 and "cpu" in (config.device, *config.devices):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers' meshes would take the GPUs
+    # Else torch's threads would keep their cores for milliseconds after each of their operations.
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     import torch
 
     gpu_count = torch.cuda.device_count() if torch.cuda.is_available() else 0

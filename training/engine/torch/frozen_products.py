@@ -39,9 +39,17 @@ EQUAL_BLOCK = 128
 """Rows of each block of a backward product in bfloat16: whatever oneDNN does for this number, it
 does for all. A sampling step has no such products."""
 
+FEWEST_NUMBERS = 2**17
+"""Of a matrix that several threads share: one reads so many in ten microseconds, and torch's
+threads need a few to begin."""
+
+LONGEST_SUM = 2**13
+"""Of a product that is left to torch's threads: those of more than 18,432 numbers oneDNN cuts among
+them (float32, AVX-512, 2 to 64 threads)."""
+
 PART_NUMBERS = 2**21
-"""Fewest numbers of a part of a matrix: reading them takes about a millisecond, and handing the
-part to another thread a tenth of that."""
+"""Fewest numbers of a part of a matrix that a thread of ours gets: reading them takes about a
+millisecond, and handing the part over a tenth of that."""
 
 ROWS_FREE = 8
 """Rows that a matrix is multiplied by while it is read; more take longer in proportion."""
@@ -53,11 +61,16 @@ def times_transposed(
     """(n, out) = rows (n, in) @ weight (out, in)^T + bias (out,).
 
     Args:
-        team: Computes parts of the outputs if the matrix is large; no bit depends on that.
+        team: Its threads share a large matrix; no bit depends on that.
     """
-    parts = [] if team is None else _output_parts(rows, weight, team)
-    if team is None or len(parts) < 2:
-        return _times_transposed(rows, weight, bias)
+    product = partial(_times_transposed, rows, weight, bias)
+    if team is None or team.size == 1 or not _may_share(rows, weight):
+        return product()
+    if _is_for_torchs_threads(rows, weight):
+        return team.in_one(product)
+    parts = _output_parts(rows, weight, team)
+    if len(parts) == 1:
+        return product()
     output = rows.new_empty(len(rows), len(weight))
 
     def compute(part: slice) -> None:
@@ -68,20 +81,30 @@ def times_transposed(
     return output
 
 
+def _may_share(rows: Tensor, weight: Tensor) -> bool:
+    """Whether sharing a product with a matrix is worthwhile, and the kernel known to give the same
+    bits for parts of the outputs."""
+    return (
+        weight.numel() >= FEWEST_NUMBERS
+        and rows.device.type == "cpu"
+        and rows.dtype in (torch.float32, torch.bfloat16)
+        and not (torch.is_grad_enabled() and rows.requires_grad)
+        and _has_onednn()
+    )
+
+
+def _is_for_torchs_threads(rows: Tensor, weight: Tensor) -> bool:
+    """Whether the bits of a product with ``weight`` are known not to depend on their number.
+
+    ``rows``: (n, K), of which each output is a sum.
+    """
+    return rows.shape[1] <= LONGEST_SUM and not needs_blocks(rows, weight)
+
+
 def _output_parts(rows: Tensor, weight: Tensor, team: ThreadTeam) -> list[slice]:
-    """None where that is not worthwhile, or the kernel not known to give the same bits for any
-    part."""
     times = max(1, rows.shape[0] // ROWS_FREE)
     count = min(team.most_parts, weight.numel() * times // PART_NUMBERS)
-    if (
-        count < 2
-        or rows.device.type != "cpu"
-        or rows.dtype not in (torch.float32, torch.bfloat16)
-        or (torch.is_grad_enabled() and rows.requires_grad)
-        or not _has_onednn()
-    ):
-        return []
-    return cut(len(weight), count, ROWS_MULTIPLE)
+    return cut(len(weight), max(1, count), ROWS_MULTIPLE)
 
 
 def _times_transposed(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,8 +141,15 @@ def most_rows(out: int, inner: int) -> int:
     return min(size, max(NARROW_BLOCK, out))
 
 
-def times_frozen(rows: Tensor, weight: Tensor) -> Tensor:
+def times_frozen(rows: Tensor, weight: Tensor, *, team: ThreadTeam | None = None) -> Tensor:
     """(n, in) = rows (n, out) @ weight (out, in): the gradient of ``times_transposed``'s rows."""
+    product = partial(_times_frozen, rows, weight)
+    if team is None or team.size == 1 or not _may_share(rows, weight):
+        return product()
+    return team.in_one(product) if _is_for_torchs_threads(rows, weight) else product()
+
+
+def _times_frozen(rows: Tensor, weight: Tensor) -> Tensor:
     if _has_own_kernel(rows, weight):
         return _with_onednn(rows, weight.T, None)
     if needs_blocks(rows, weight):

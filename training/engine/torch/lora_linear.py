@@ -248,12 +248,12 @@ def _backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The gradient of x (T, in), if it is wanted, and scale * grad_output B (n, R') of each
     update."""
-    weight = layer.base.weight
-    parts = row_parts(layer.holder.team, grad_output)
+    weight, team = layer.base.weight, layer.holder.team
+    parts = row_parts(team, grad_output)
     grad_x: Tensor | None = None
     if len(parts) == 1:
         if wants_x:
-            grad_x = times_frozen(grad_output, weight)  # (T, in)
+            grad_x = times_frozen(grad_output, weight, team=team)  # (T, in)
         return grad_x, [
             u.add_back(None if grad_x is None else grad_x[u.rows], grad_output[u.rows])
             for u in updates
@@ -271,7 +271,7 @@ def _backward(
             scaled.append(update.add_back(own, grad_output[rows]))
         return scaled
 
-    by_part = layer.holder.team.run([partial(compute, part) for part in parts])
+    by_part = team.run([partial(compute, part) for part in parts])
     return grad_x, _joined(by_part)
 
 
