@@ -21,6 +21,7 @@ from training.engine.torch.frozen_products import times_frozen, times_transposed
 from training.engine.torch.packing.stream import (
     RANK_MULTIPLE,
     ROWS_MULTIPLE,
+    SMALL_PRODUCT,
     ContextHolder,
     PassContext,
     Segment,
@@ -59,14 +60,14 @@ class LoraLinear(nn.Module):
         rows = x.flatten(0, -2)  # (T, in)
         if isinstance(context, SingleContext):
             return self._of_one_adapter(rows, context).view(*x.shape[:-1], -1)
-        anchor = self._anchor if self._is_trained_by(context) else None
-        if torch.is_grad_enabled() and (anchor is not None or rows.requires_grad):
-            output = _LoraFunction.apply(  # type: ignore[no-untyped-call]  # torch has no types
-                rows, anchor, self, context
-            )
-        else:
-            output, _ = _forward(rows, self, context)
-        return output.view(*x.shape[:-1], -1)  # (..., T, out)
+        if torch.is_grad_enabled():
+            anchor = self._anchor if self._is_trained_by(context) else None
+            if anchor is not None or rows.requires_grad:
+                output = _LoraFunction.apply(  # type: ignore[no-untyped-call]  # torch has no types
+                    rows, anchor, self, context
+                )
+                return output.view(*x.shape[:-1], -1)  # (..., T, out)
+        return self.together(rows, context).view(*x.shape[:-1], -1)
 
     def _of_one_adapter(self, rows: Tensor, context: SingleContext) -> Tensor:
         """(n, out) of few rows (n, in), which are padded meanwhile."""
@@ -146,8 +147,8 @@ def _updates(layer: LoraLinear, groups: Iterable[Sequence[Segment]], like: Tenso
 def _forward(
     x: Tensor, layer: LoraLinear, context: PassContext
 ) -> tuple[Tensor, list[tuple[_Update, Tensor]]]:
-    """(T, out), and x A^T (n, R') of each group of joined segments that has this module."""
-    base, team, updates = layer.base, layer.holder.team, _updates(layer, context.joined, x)
+    """(T, out), and x A^T (n, R') of each group of segments whose adapter has this module."""
+    base, team, updates = layer.base, layer.holder.team, _updates(layer, context.adapted, x)
     parts = row_parts(team, x)
     if len(parts) == 1:
         output = times_transposed(x, base.weight, base.bias, team=team)  # (T, out)
@@ -173,9 +174,10 @@ def row_parts(team: ThreadTeam, rows: Tensor) -> list[slice]:
 
     One part, if the rows left over from whole blocks would be summed in another order.
     """
-    if rows.device.type != "cpu" or len(rows) % ROWS_MULTIPLE:
-        return [slice(0, len(rows))]
-    return team.parts(len(rows))
+    num_rows = rows.shape[0]
+    if num_rows % ROWS_MULTIPLE or rows.device.type != "cpu":
+        return [slice(0, num_rows)]
+    return team.parts(num_rows)
 
 
 def common_rows(rows: slice, part: slice) -> slice:
@@ -278,6 +280,8 @@ def _backward(
 def times(rows: Tensor, matrix: Tensor) -> Tensor:
     """(n, N) = rows (n, K) @ matrix (K, N); a row's bits do not depend on the number of rows, nor
     on its place."""
+    if _is_small(matrix):
+        return times(rows.float(), matrix.float()).to(rows.dtype)
     missing = missing_rows(rows, matrix)
     if not missing:
         return rows @ matrix
@@ -287,6 +291,9 @@ def times(rows: Tensor, matrix: Tensor) -> Tensor:
 def add_times(target: Tensor, rows: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
     """target (n, N) += scale * rows (n, K) @ matrix (K, N); a row's bits do not depend on the
     number of rows, nor on its place."""
+    if _is_small(matrix):
+        target.add_(times(rows.float(), matrix.float()), alpha=scale)
+        return
     missing = missing_rows(rows, matrix)
     if not missing:
         target.addmm_(rows, matrix, alpha=scale)
@@ -294,6 +301,13 @@ def add_times(target: Tensor, rows: Tensor, matrix: Tensor, scale: float = 1.0) 
     padded = pad(target, (0, 0, 0, missing))
     padded.addmm_(pad(rows, (0, 0, 0, missing)), matrix, alpha=scale)
     target.copy_(padded[: len(rows)])
+
+
+def _is_small(matrix: Tensor) -> bool:
+    """Whether a product with it is computed in float32. For bfloat16 a CPU has two kernels: one takes
+    10 microseconds to begin, and the other, for small products, gives other bits."""
+    is_narrow = matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu"
+    return is_narrow and 2 * matrix.numel() <= SMALL_PRODUCT
 
 
 def missing_rows(rows: Tensor, matrix: Tensor) -> int:
@@ -314,5 +328,7 @@ def add_product(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
     """target += scale * left @ right; ``target`` is float32, the factors may be narrower."""
     if left.dtype == target.dtype:
         target.addmm_(left, right, alpha=scale)
+    elif target.device.type == "cpu" and 2 * target.numel() <= SMALL_PRODUCT:
+        target.addmm_(left.float(), right.float(), alpha=scale)
     else:
         target.add_(left @ right, alpha=scale)
