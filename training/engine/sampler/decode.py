@@ -39,10 +39,11 @@ def rows_by_weights(
     rows."""
     rows: list[Row | None] = []
     segments: list[Segment] = []
-    for sharing in _by_weights(requests):
+    groups = _by_weights(requests)
+    for sharing in groups:
         start = len(rows)
         rows += [(request, s) for request in sharing for s in request.decodable()]
-        rows += [None] * padding.of_segment(len(rows) - start)
+        rows += [None] * padding.of_segment(len(rows) - start, among=len(groups))
         segments.append(Segment(start=start, end=len(rows), weights=sharing[0].weights))
     rows += [None] * padding.fill(segments)
     return rows, segments

@@ -179,9 +179,9 @@ def _with_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _has_own_kernel(rows: Tensor, weight: Tensor) -> bool:
     """Whether ``_with_onednn`` computes this; it knows no autograd."""
     return (
-        rows.device.type == "cpu"
-        and rows.dtype == weight.dtype == torch.float32
-        and len(rows) > 0
+        rows.dtype == weight.dtype == torch.float32
+        and rows.device.type == "cpu"
+        and rows.shape[0] > 0
         and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
         and _has_onednn()
     )
@@ -193,11 +193,11 @@ def needs_blocks(rows: Tensor, weight: Tensor) -> bool:
     ``weight``: a matrix, or a stack of them.
     """
     return (
-        rows.device.type == "cpu"
+        _has_amx()
+        and rows.device.type == "cpu"
         and rows.dtype == weight.dtype == torch.bfloat16
-        and len(rows) > 0
+        and rows.shape[0] > 0
         and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
-        and _has_amx()
     )
 
 

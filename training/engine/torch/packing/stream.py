@@ -128,9 +128,9 @@ class PassContext:
     ``recompute``); None: they keep all that it needs."""
 
     @cached_property
-    def joined(self) -> list[list[Segment]]:
-        """The segments, grouped if adjacent ones may share a product with A or B."""
-        return join(self.segments)
+    def adapted(self) -> list[list[Segment]]:
+        """The segments with an adapter; adjacent ones that may share a product are a group."""
+        return [group for group in join(self.segments) if group[0].weights is not None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
