@@ -88,7 +88,8 @@ class Prefill:
         chunks: list[_Chunk] = []
         for request in requests:
             chunk = self._next_chunk(request, first_row=len(tokens))
-            padding = [0] * self._step.padding.of_segment(chunk.num_tokens)
+            missing = self._step.padding.of_segment(chunk.num_tokens, among=len(requests))
+            padding = [0] * missing
             num_rows = chunk.num_tokens + len(padding)
             if chunks and len(tokens) + num_rows > self._chunk_tokens:
                 break
@@ -99,10 +100,10 @@ class Prefill:
             segments.append(
                 Segment(start=chunk.first_row, end=len(tokens), weights=request.weights)
             )
-        missing = [0] * self._step.padding.fill(segments)
-        tokens += missing
-        positions += missing
-        lengths += missing
+        padding = [0] * self._step.padding.fill(segments)
+        tokens += padding
+        positions += padding
+        lengths += padding
         parts = [chunk.part for chunk in chunks]
         attention = PagedAttention(self._step.cache, parts, len(tokens))
         images = [chunk.image_rows for chunk in chunks if chunk.request.job.images]

@@ -304,8 +304,8 @@ def add_times(target: Tensor, rows: Tensor, matrix: Tensor, scale: float = 1.0) 
 
 
 def _is_small(matrix: Tensor) -> bool:
-    """Whether a product with it is computed in float32. For bfloat16 a CPU has two kernels: one takes
-    10 microseconds to begin, and the other, for small products, gives other bits."""
+    """Whether a product with it is computed in float32. For bfloat16 a CPU has two kernels: one
+    takes 10 microseconds to begin, and the other, for small products, gives other bits."""
     is_narrow = matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu"
     return is_narrow and 2 * matrix.numel() <= SMALL_PRODUCT
 
