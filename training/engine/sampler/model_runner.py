@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class ModelRunner(ABC):
         be decoded at once."""
 
     @abstractmethod
-    def read_prompts(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
+    def read_prompts(self, requests: Sequence[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
         """Read the next part of the prompts, or of sequences to read again, of some of the
         requests, from the first on.
 

@@ -7,7 +7,7 @@ until their memory is needed, for requests that begin in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class PackedRunner(ModelRunner):
         request.preempted.append(sequence)
         self._num_preempted += 1
 
-    def read_prompts(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
+    def read_prompts(self, requests: Sequence[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
         return self._prefill.run(requests)
 
     def first_logits(self, last_hidden: Mapping[ActiveRequest, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ It also reads sequences again that have lost their blocks: their prompt and samp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +75,7 @@ class Prefill:
         self._tables = tables
         self._chunk_tokens = chunk_tokens
 
-    def run(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
+    def run(self, requests: Sequence[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
         """Read the next chunk of as many of the requests as fit into a pass, in order.
 
         Returns:

@@ -8,7 +8,7 @@ products of linear layers (``side_by_side``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -80,7 +80,7 @@ class PaddedRunner(ModelRunner):
     def resume(self, request: ActiveRequest, sequence: ActiveSequence) -> bool:
         raise AssertionError("no sequence of the padded layout is preempted")
 
-    def read_prompts(self, requests: Iterable[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
+    def read_prompts(self, requests: Sequence[ActiveRequest]) -> dict[ActiveRequest, Tensor]:
         last_hidden: dict[ActiveRequest, Tensor] = {}
         num_tokens = 0
         for request in requests:
