@@ -67,15 +67,20 @@ class Machine:
                 stderr=output,
             )
             try:
-                children = Path(f"/proc/{nspawn.pid}/task/{nspawn.pid}/children")
-                self.leader = int(wait_for(lambda: children.read_text().split()[:1])[0])
-                wait_for(
-                    lambda: self.says("systemctl is-system-running") in ("running", "degraded")
-                )
+                self.leader = wait_for(lambda: _init_of(nspawn.pid))
+                try:
+                    wait_for(self._has_booted)
+                except AssertionError as error:
+                    jobs = self._done("systemctl is-system-running; systemctl list-jobs")
+                    said = log.read_text(errors="replace")[-3000:]
+                    raise AssertionError(f"{said}\n{jobs.stdout}{jobs.stderr}") from error
                 yield
             finally:
                 nspawn.terminate()  # a clean shutdown
                 nspawn.wait(300)
+
+    def _has_booted(self) -> bool:
+        return self.says("systemctl is-system-running") in ("running", "degraded")
 
     def command(self, script: str) -> list[str]:
         variables = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
@@ -86,7 +91,9 @@ class Machine:
             "--all",
             "--wd=" + str(self.debian.inside(SOURCE)),
         ]
-        return [*inside, "env", "--ignore-environment", *variables, "bash", "-euc", script]
+        # A shell lets the commands that it starts in the background ignore Ctrl+C.
+        env = ["env", "--default-signal=INT", "--ignore-environment", *variables]
+        return [*inside, *env, "bash", "-euc", script]
 
     def says(self, script: str) -> str:
         """What a script prints, whether it succeeds or not."""
@@ -120,6 +127,15 @@ class Machine:
             process.wait(300)
             assert text.read_text().splitlines()[-1] == "stopped", text.read_text()
             return text.read_text()
+
+
+def _init_of(nspawn: int) -> int | None:
+    """The machine's first process, among those by which nspawn makes it."""
+    for child in Path(f"/proc/{nspawn}/task/{nspawn}/children").read_text().split():
+        with contextlib.suppress(FileNotFoundError):
+            if Path(f"/proc/{child}/comm").read_text().strip() == "systemd":
+                return int(child)
+    return None
 
 
 def is_up_by_hand(block: str) -> bool:
